@@ -1,0 +1,185 @@
+"""What a model is made of, as plain data: all that is needed to build it, and its JSON form.
+
+Axes, here and everywhere: b inputs, m tokens, d model width, n experts, p slots per expert,
+h hidden width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from moeprune.errors import MoepruneError
+
+ROUTER_NORMS = ("none", "l2", "rms")
+DISPATCH_INPUTS = ("raw", "normalized")
+POOLINGS = ("mean", "token")
+
+
+@dataclass(frozen=True)
+class SoftMoEConfig:
+    """One Soft MoE layer (Puigcerver et al. 2023, arXiv 2308.00951, section 2).
+
+    router_norm says what the router does to the tokens X and to phi before it multiplies them:
+        `none` nothing; `l2` both to unit length, phi then times a learned scale;
+        `rms` both to root mean square 1, each then times a learned gain of width d.
+    dispatch_input says which X the slots average: the `raw` one or the `normalized` one.
+    """
+
+    dim: int
+    num_experts: int
+    slots_per_expert: int
+    hidden_dim: int
+    router_norm: str = "l2"
+    dispatch_input: str = "normalized"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "dim", "num_experts", "slots_per_expert", "hidden_dim")
+        _require_choice(self, "router_norm", ROUTER_NORMS)
+        _require_choice(self, "dispatch_input", DISPATCH_INPUTS)
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One pre-norm block: attention (or none), then an MLP of width mlp_dim or a Soft MoE.
+
+    residual says whether the MLP or Soft MoE is added to its input or replaces it; attention
+    always has a residual.
+    """
+
+    attention: bool = True
+    mlp_dim: int | None = None
+    soft_moe: SoftMoEConfig | None = None
+    residual: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.mlp_dim is None) == (self.soft_moe is None):
+            raise MoepruneError("a block has either `mlp_dim` or `soft_moe`, never both or none")
+        if self.mlp_dim is not None:
+            _require_positive(self, "mlp_dim")
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer in which some blocks have a Soft MoE; images (b,c,H,W) in, logits out.
+
+    pooling is over the patch tokens (`mean`) or takes the class token (`token`).
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    in_channels: int
+    num_classes: int
+    dim: int
+    num_heads: int
+    blocks: tuple[BlockConfig, ...]
+    class_token: bool = False
+    pooling: str = "mean"
+    final_norm: bool = True
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "in_channels", "num_classes", "dim", "num_heads")
+        _require_choice(self, "pooling", POOLINGS)
+        for size, patch in zip(self.image_size, self.patch_size, strict=True):
+            if patch < 1 or size < patch or size % patch:
+                raise MoepruneError(
+                    f"`image_size` {list(self.image_size)} is not a multiple of"
+                    f" `patch_size` {list(self.patch_size)}"
+                )
+        if self.dim % self.num_heads:
+            raise MoepruneError(f"`dim` {self.dim} is not a multiple of `num_heads` {self.num_heads}")
+        if self.pooling == "token" and not self.class_token:
+            raise MoepruneError("`pooling` token needs `class_token` true")
+        for block in self.blocks:
+            if block.soft_moe is not None and block.soft_moe.dim != self.dim:
+                raise MoepruneError(
+                    f"a Soft MoE of `dim` {block.soft_moe.dim} stands in a model of `dim` {self.dim}"
+                )
+
+    @property
+    def num_patches(self) -> int:
+        (height, width), (patch_height, patch_width) = self.image_size, self.patch_size
+        return (height // patch_height) * (width // patch_width)
+
+    @property
+    def num_tokens(self) -> int:
+        """m: the patches, and the class token if there is one."""
+        return self.num_patches + self.class_token
+
+    @property
+    def soft_moe_layers(self) -> dict[str, SoftMoEConfig]:
+        """The Soft MoE layers by name, in the order of the data flow."""
+        return {
+            f"blocks.{index}.soft_moe": block.soft_moe
+            for index, block in enumerate(self.blocks)
+            if block.soft_moe is not None
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as JSON values; `vit_from_json` reads it back."""
+        return {"type": "vit", **asdict(self)}
+
+
+def vit_from_json(value: Any) -> ViTConfig:
+    """Read a ViTConfig from JSON values.
+
+    Raises:
+        MoepruneError: an unknown type, an unknown or missing key, or a value that does not fit.
+    """
+    values = _mapping(value, "architecture")
+    if values.pop("type", None) != "vit":
+        raise MoepruneError(
+            f"architecture: `type` is {_mapping(value, 'architecture').get('type')!r}, expected 'vit'",
+            "the checkpoint was written by a newer moeprune, or not by moeprune at all",
+        )
+    blocks = values.get("blocks")
+    if not isinstance(blocks, list | tuple):
+        raise MoepruneError("architecture: `blocks` is missing or no list")
+    values["blocks"] = tuple(_block_from_json(block, i) for i, block in enumerate(blocks))
+    for key in ("image_size", "patch_size"):
+        size = values.get(key)
+        if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(s) is int for s in size)):
+            raise MoepruneError(f"architecture: `{key}` is {size!r}, expected [height, width]")
+        values[key] = tuple(size)
+    return _build(ViTConfig, values, "architecture")
+
+
+def _block_from_json(value: Any, index: int) -> BlockConfig:
+    where = f"architecture: blocks[{index}]"
+    values = _mapping(value, where)
+    if values.get("soft_moe") is not None:
+        soft_moe = _mapping(values["soft_moe"], f"{where}.soft_moe")
+        values["soft_moe"] = _build(SoftMoEConfig, soft_moe, f"{where}.soft_moe")
+    return _build(BlockConfig, values, where)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise MoepruneError(f"{where}: found {type(value).__name__}, expected an object")
+    return dict(value)
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    known = {field.name for field in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise MoepruneError(f"{where}: unknown keys {unknown}, expected {sorted(known)}")
+    try:
+        return cls(**values)
+    except TypeError as error:  # a missing key
+        raise MoepruneError(f"{where}: {error}") from None
+    except MoepruneError as error:
+        raise MoepruneError(f"{where}: {error.message}", error.hint) from None
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise MoepruneError(f"`{name}` is {value!r}, expected a whole number of at least 1")
+
+
+def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise MoepruneError(f"`{name}` is {value!r}, expected one of {', '.join(choices)}")

@@ -1,0 +1,130 @@
+"""Checkpoint and analysis files: tensors and one metadata key `moeprune`, read and written safely."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moeprune.errors import MoepruneError
+
+METADATA_KEY = "moeprune"
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file: its tensors, memory-mapped, and the JSON of its key `moeprune`, if any."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any] | None
+
+
+def read(path: str | Path) -> TensorFile:
+    """Open a safetensors file.
+
+    Raises:
+        MoepruneError: it is missing, empty, truncated, or no safetensors file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MoepruneError(f"no file `{path}`")
+    if path.is_dir():
+        raise MoepruneError(f"`{path}` is a folder, expected a safetensors file")
+    if path.stat().st_size == 0:
+        raise MoepruneError(f"`{path}` is empty", "write it again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get(METADATA_KEY)
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise MoepruneError(
+            f"`{path}` is no safetensors file, or a truncated one ({error})",
+            "a file cut off by a full disk or a broken transfer must be written again",
+        ) from None
+    if metadata is None:
+        return TensorFile(path, tensors, None)
+    try:
+        parsed = json.loads(metadata)
+    except json.JSONDecodeError as error:
+        raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` is no JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` is no JSON object")
+    return TensorFile(path, tensors, parsed)
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file: equal tensors and metadata give equal bytes.
+
+    Raises:
+        MoepruneError: the path cannot be written.
+    """
+    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={METADATA_KEY: text})
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8.
+
+    Raises:
+        MoepruneError: the path cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside the target, renamed to it at the end, or removed if anything fails."""
+    path = Path(path)
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise MoepruneError(f"cannot write `{path}` ({error.strerror})") from None
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise MoepruneError(f"cannot write `{path}` ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise a MoepruneError that names every tensor with NaN or infinite values."""
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        raise MoepruneError(
+            f"`{path}` has NaN or infinite values in {', '.join(f'`{name}`' for name in bad)}",
+            "the training diverged or the file is damaged; use an earlier checkpoint",
+        )
+
+
+def fingerprint(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> str:
+    """SHA-256 of an architecture and its tensors: names, types, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous().flatten()
+        digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""FLOPs, parameters and bytes of a model, counted from its architecture and plan; no torch.
+
+1 multiply-add = 2 FLOPs. Matrix products are counted, as `torch.utils.flop_counter.FlopCounterMode`
+does; softmax, norms, activations, additions and sorting are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.plan import LayerPlan, Plan
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs for one input.
+
+    experts: the experts' MLPs. routing: router logits, dispatch and combine. compensation: the
+    combine product with surrogates. other: the rest of the model.
+    """
+
+    experts: int = 0
+    routing: int = 0
+    compensation: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.experts + self.routing + self.compensation + self.other
+
+    def __add__(self, more: Flops) -> Flops:
+        return Flops(*(a + b for a, b in zip(asdict(self).values(), asdict(more).values(), strict=True)))
+
+    def to_json(self) -> dict[str, int]:
+        return {"total": self.total, **asdict(self)}
+
+
+def soft_moe_flops(config: SoftMoEConfig, tokens: int, plan: LayerPlan | None = None) -> Flops:
+    """FLOPs of one Soft MoE layer on one input of m tokens.
+
+    Logits cost 2·m·d·n·p, dispatch and combine 2·m·d·k·p each, the MLPs 4·k·p·d·h. Of the
+    surrogates, scope `static` multiplies those of the dropped slots, the others those of all.
+    """
+    d, n, p, h = config.dim, config.num_experts, config.slots_per_expert, config.hidden_dim
+    k = plan.k if plan else n
+    routed = plan.routed_experts if plan else n
+    surrogates = plan.surrogate_experts if plan else 0
+    return Flops(
+        experts=4 * k * p * d * h,
+        routing=2 * tokens * d * p * (routed + 2 * k),
+        compensation=2 * tokens * d * p * surrogates,
+    )
+
+
+def vit_flops(config: ViTConfig, plan: Plan | None = None) -> Flops:
+    """FLOPs of a whole model on one image."""
+    plan = plan or {}
+    m, d = config.num_tokens, config.dim
+    patch_height, patch_width = config.patch_size
+    pixels = config.in_channels * patch_height * patch_width
+    flops = Flops(other=2 * config.num_patches * pixels * d + 2 * d * config.num_classes)
+    for index, block in enumerate(config.blocks):
+        flops += Flops(other=_block_other(block, m, d))
+        if block.soft_moe is not None:
+            flops += soft_moe_flops(block.soft_moe, m, plan.get(f"blocks.{index}.soft_moe"))
+    return flops
+
+
+def _block_other(block: BlockConfig, m: int, d: int) -> int:
+    attention = 8 * m * d * d + 4 * m * m * d if block.attention else 0
+    mlp = 4 * m * d * block.mlp_dim if block.mlp_dim else 0
+    return attention + mlp

@@ -1,0 +1,163 @@
+"""What a pruned checkpoint keeps, layer by layer, and its JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+from moeprune.errors import MoepruneError
+
+SCOPES = ("static", "input", "batch")
+SIGNALS = ("combine", "deviation", "random")
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which experts of one layer run, and what stands in for the others.
+
+    scope: `static` one set for all inputs, the others are gone from the checkpoint; `input` each
+        input keeps its own k experts (Chung et al. 2024, arXiv 2409.00879, Algorithm 1); `batch`
+        one set for each batch (Algorithm 2).
+    k: experts that run.
+    num_experts: experts of the unpruned layer (n).
+    signal: the score that ranks the experts (moeprune.scores).
+    compensation: what a dropped expert gives: nothing (`none`), nothing while the combine softmax
+        is taken over the kept ones (`renorm`), its mean output (`mean`), or the output that fits
+        the unpruned layer best (`lstsq`).
+    kept: with scope `static` the kept experts by their index in the unpruned layer, ascending.
+    """
+
+    scope: str
+    k: int
+    num_experts: int
+    signal: str
+    compensation: str
+    kept: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("scope", SCOPES), ("signal", SIGNALS), ("compensation", COMPENSATIONS)):
+            if getattr(self, name) not in choices:
+                raise MoepruneError(
+                    f"plan: `{name}` is {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+                )
+        if type(self.k) is not int or type(self.num_experts) is not int:
+            raise MoepruneError(f"plan: `k` and `num_experts` are {self.k!r}, {self.num_experts!r}")
+        if not 0 <= self.k <= self.num_experts:
+            raise MoepruneError(f"plan: `k` is {self.k}, expected 0 to {self.num_experts}")
+        if self.k == 0 and self.compensation == "renorm":
+            raise MoepruneError("plan: `renorm` needs at least one kept expert")
+        if (self.kept is not None) != (self.scope == "static"):
+            raise MoepruneError("plan: `kept` goes with scope static and with no other")
+        if self.kept is not None:
+            valid = all(type(j) is int and 0 <= j < self.num_experts for j in self.kept)
+            if not valid or len(self.kept) != self.k or list(self.kept) != sorted(set(self.kept)):
+                raise MoepruneError(
+                    f"plan: `kept` is {list(self.kept)}, expected {self.k} different experts"
+                    f" below {self.num_experts}, ascending"
+                )
+
+    @property
+    def stored_experts(self) -> int:
+        """Experts whose weights are in the checkpoint."""
+        return self.k if self.scope == "static" else self.num_experts
+
+    @property
+    def routed_experts(self) -> int:
+        """Experts that have router logits: all of them, unless phi itself was sliced."""
+        return self.k if self.scope == "static" and self.compensation == "renorm" else self.num_experts
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """With scope `static` the experts that are gone, ascending."""
+        return tuple(sorted(set(range(self.num_experts)) - set(self.kept or ())))
+
+    @property
+    def surrogate_experts(self) -> int:
+        """Experts that have a surrogate: those that can be dropped, unless nothing replaces them."""
+        if self.compensation in ("none", "renorm"):
+            return 0
+        return self.num_experts - self.k if self.scope == "static" else self.num_experts
+
+    @property
+    def has_surrogate(self) -> bool:
+        return self.surrogate_experts > 0
+
+
+Plan = dict[str, LayerPlan]
+"""The plans of a model's layers by layer name, in the order of the data flow."""
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values; `plan_from_json` reads it back."""
+    return {name: asdict(layer) for name, layer in plan.items()}
+
+
+def plan_from_json(value: Any) -> Plan:
+    """Read a plan from JSON values.
+
+    Raises:
+        MoepruneError: an unknown or missing key, or a value that does not fit.
+    """
+    if not isinstance(value, Mapping):
+        raise MoepruneError(f"plan: found {type(value).__name__}, expected an object of layers")
+    plan = {}
+    for name, layer in value.items():
+        try:
+            layer = dict(layer)
+            if layer.get("kept") is not None:
+                layer["kept"] = tuple(layer["kept"])
+            plan[name] = LayerPlan(**layer)
+        except (TypeError, ValueError) as error:
+            raise MoepruneError(f"plan of `{name}`: {error}") from None
+        except MoepruneError as error:
+            raise MoepruneError(f"plan of `{name}`: {error.message}", error.hint) from None
+    return plan
+
+
+def parse_keep(text: str, option: str = "--keep") -> Fraction | int:
+    """Read how many experts to keep: a fraction of them such as `1/8` or `0.125`, or a number.
+
+    Returns:
+        A Fraction in (0, 1] for a share of the experts, an int of at least 1 for a number of them.
+
+    Raises:
+        MoepruneError: anything else.
+
+    >>> parse_keep("1/8"), parse_keep("16")
+    (Fraction(1, 8), 16)
+    """
+    hint = "give a share of the experts such as 1/8 or 0.125, or a number of experts such as 16"
+    text = text.strip()
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise MoepruneError(f"`{option} {text}` is no fraction and no number", hint) from None
+    if value <= 0:
+        raise MoepruneError(f"`{option} {text}` keeps no expert", hint)
+    if text.isdigit():
+        return int(text)
+    if value > 1:
+        raise MoepruneError(f"`{option} {text}` is more than all experts", hint)
+    return value
+
+
+def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str) -> int:
+    """k for a layer of num_experts experts: a share is rounded to the nearest, at least 1.
+
+    Raises:
+        MoepruneError: more experts asked for than the layer has.
+
+    >>> experts_to_keep(Fraction(1, 8), 128, "blocks.0.soft_moe")
+    16
+    """
+    if isinstance(keep, Fraction):
+        return max(1, int(keep * num_experts + Fraction(1, 2)))
+    if keep > num_experts:
+        raise MoepruneError(
+            f"`--keep {keep}` is more than the {num_experts} experts of layer `{layer}`",
+            f"give at most {num_experts}, or a share such as 1/8",
+        )
+    return keep

@@ -1,0 +1,55 @@
+"""Scores of experts and the choice of the best k: pure functions on tensors.
+
+Axes: b inputs, m tokens, n experts, p slots per expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def combine_mass(combine_weights: Tensor) -> Tensor:
+    """The mass of each expert in the combine matrix: s_j / m with s_j = sum over tokens and slots.
+
+    Chung et al. 2024 (arXiv 2409.00879), Algorithm 1, divided by m so that the masses of one
+    input sum to 1.
+
+    Args:
+        combine_weights: C (b,m,n,p).
+
+    Returns:
+        Masses (b,n), in float32 or better.
+    """
+    dtype = torch.promote_types(combine_weights.dtype, torch.float32)
+    return combine_weights.sum(dim=(1, 3), dtype=dtype) / combine_weights.shape[1]
+
+
+def rank(scores: Tensor) -> Tensor:
+    """Experts from the highest to the lowest score; of equal scores the lower index comes first.
+
+    Args:
+        scores: (...,n).
+
+    Returns:
+        Expert indices (...,n), int64.
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """The k best experts of each row, ascending by index.
+
+    Args:
+        scores: (...,n).
+
+    Returns:
+        Expert indices (...,k), int64.
+    """
+    return rank(scores)[..., :k].sort(dim=-1).values
+
+
+def random_scores(num_experts: int, seed: int, layer_index: int) -> Tensor:
+    """The scores of the signal `random`: (n,), a fixed order for this seed and layer."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer_index)
+    return torch.randperm(num_experts, generator=generator).to(torch.float32)
