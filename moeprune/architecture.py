@@ -99,6 +99,7 @@ class ViTConfig:
 
     @property
     def num_patches(self) -> int:
+        """Of one image."""
         (height, width), (patch_height, patch_width) = self.image_size, self.patch_size
         return (height // patch_height) * (width // patch_width)
 

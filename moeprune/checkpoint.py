@@ -82,8 +82,17 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         MoepruneError: the path cannot be written.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file.
+
+    Raises:
+        MoepruneError: the path cannot be written.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
@@ -98,7 +107,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
@@ -108,6 +117,33 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise MoepruneError(f"cannot write `{path}` ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_format(metadata: Mapping[str, Any], known: int, path: str | Path) -> None:
+    """Raise a MoepruneError if the metadata's `format` is not the one that this moeprune reads."""
+    if metadata.get("format") != known:
+        raise MoepruneError(
+            f"`{path}` has format {metadata.get('format')!r}, this moeprune reads {known}",
+            "use the moeprune that wrote it, or write it again",
+        )
+
+
+def require_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise a MoepruneError that lists all missing and unexpected tensors and all wrong shapes."""
+    problems = [f"missing `{name}`" for name in sorted(set(expected) - set(found))]
+    problems += [f"unexpected `{name}`" for name in sorted(set(found) - set(expected))]
+    problems += [
+        f"`{name}` is {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        for name in sorted(set(found) & set(expected))
+        if found[name].shape != expected[name].shape
+    ]
+    problems += [
+        f"`{name}` has the type {found[name].dtype}, expected floats"
+        for name in sorted(set(found) & set(expected))
+        if not found[name].is_floating_point()
+    ]
+    if problems:
+        raise MoepruneError(f"`{path}` does not fit its own architecture: {'; '.join(problems)}")
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:

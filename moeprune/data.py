@@ -17,7 +17,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -28,11 +28,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moeprune.errors import MoepruneError
+from moeprune.preprocessing import InputFormat
 
 SPLITS = ("train", "calibration", "test")
 PAIRS_OF_SPLIT = 2000
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 SPECS_HINT = (
     "give `digits`, `pairs` (each with `:train`, `:calibration` or `:test`), a `.npz` or"
     " `.safetensors` file with `inputs` and `labels`, or a folder of class folders of images"
@@ -42,110 +42,21 @@ Batch = tuple[Tensor, Tensor | None]
 """Inputs (b,c,H,W) in float32 and labels (b,) in int64, or None where the data has none."""
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """How pixels become inputs; the size and the channels come from the architecture.
-
-    resize: the shorter side of an image before the centre crop; None: as small as covers the crop.
-    mean, std: of pixels in 0…1, one value a channel or one for all.
-    """
-
-    resize: int | None = None
-    interpolation: str = "bilinear"
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def updated(self, settings: Sequence[str]) -> Preprocessing:
-        """With settings such as `resize=256` or `mean=0.485,0.456,0.406` in place of its own.
-
-        Raises:
-            MoepruneError: an unknown key or a value that does not fit.
-        """
-        values = self.to_json()
-        for setting in settings:
-            key, _, text = setting.partition("=")
-            if key not in values:
-                raise MoepruneError(
-                    f"`--preprocess {setting}`: unknown key `{key}`", f"known keys: {', '.join(values)}"
-                )
-            try:
-                if key in ("mean", "std"):
-                    values[key] = tuple(float(part) for part in text.split(","))
-                else:
-                    values[key] = int(text) if key == "resize" else text
-            except ValueError:
-                raise MoepruneError(f"`--preprocess {setting}`: `{text}` is no number") from None
-        return preprocessing_from_json(values)
-
-
-def preprocessing_from_json(value: Any) -> Preprocessing:
-    """Read a Preprocessing from JSON values.
-
-    Raises:
-        MoepruneError: an unknown key or a value that does not fit.
-    """
-    try:
-        made = Preprocessing(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
-        numbers = [*made.mean, *made.std]
-        fits = (
-            all(isinstance(number, int | float) for number in numbers)
-            and all(std > 0 for std in made.std)
-            and (made.resize is None or (type(made.resize) is int and made.resize > 0))
-            and made.interpolation in INTERPOLATIONS
-        )
-    except (TypeError, AttributeError) as error:
-        raise MoepruneError(f"preprocessing: {error}") from None
-    if not fits:
-        raise MoepruneError(
-            f"preprocessing: {value} does not fit",
-            f"resize is a whole number above 0, interpolation one of {', '.join(INTERPOLATIONS)},"
-            " mean and std are numbers, std above 0",
-        )
-    return made
-
-
-@dataclass(frozen=True)
-class InputFormat:
-    """What the model takes: channels, height, width, and how pixels become that."""
-
-    channels: int
-    height: int
-    width: int
-    preprocessing: Preprocessing = Preprocessing()
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.channels, self.height, self.width
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Pixels in 0…1 (b,c,H,W) minus mean, divided by std."""
-        for name in ("mean", "std"):
-            values = getattr(self.preprocessing, name)
-            if len(values) not in (1, self.channels):
-                raise MoepruneError(
-                    f"preprocessing: `{name}` has {len(values)} values for {self.channels} channels"
-                )
-        mean = torch.tensor(self.preprocessing.mean)[:, None, None]
-        std = torch.tensor(self.preprocessing.std)[:, None, None]
-        return (pixels - mean) / std
-
-
 @dataclass
 class Dataset:
     """A data set that is read in batches and never as a whole.
 
-    spec: as the user gave it. name: the same without the path. samples: how many there are.
+    spec: as the user gave it, with its split. samples: how many there are.
+    classes: of the model; labels lie below it.
     read: batches of the samples at these ascending indices.
+    limit: samples to take at most.
     fingerprint: SHA-256 of all inputs and labels as the model gets them; known after a whole pass.
     """
 
     spec: str
-    name: str
     samples: int
     has_labels: bool
+    classes: int
     read: Callable[[Sequence[int], int], Iterator[Batch]]
     limit: int | None = None
     fingerprint: str | None = field(default=None, compare=False)
@@ -161,7 +72,8 @@ class Dataset:
         """One pass over the samples in a fixed order; with a limit, over as many evenly spaced ones.
 
         Raises:
-            MoepruneError: NaN or infinite inputs, or what reading the file raises.
+            MoepruneError: NaN or infinite inputs, labels outside the classes, or what reading the
+                file raises.
         """
         indices: Sequence[int] = range(self.available)
         if self.samples < self.available:
@@ -172,6 +84,12 @@ class Dataset:
             if not finite.all():
                 bad = indices[seen + int(finite.logical_not().nonzero()[0])]
                 raise MoepruneError(f"sample {bad} of `{self.spec}` has NaN or infinite values")
+            if labels is not None and not (fits := (labels >= 0) & (labels < self.classes)).all():
+                place = int(fits.logical_not().nonzero()[0])
+                raise MoepruneError(
+                    f"sample {indices[seen + place]} of `{self.spec}` has the label {int(labels[place])},"
+                    f" the model has {self.classes} classes (0 to {self.classes - 1})"
+                )
             for tensor in (inputs, labels):
                 if tensor is not None:
                     digest.update(tensor.contiguous().numpy().data)
@@ -213,6 +131,7 @@ def open_data(
 
 
 def chunks(indices: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
+    """The indices in order, batch_size at a time."""
     for start in range(0, len(indices), batch_size):
         yield indices[start : start + batch_size]
 
@@ -273,7 +192,7 @@ def _from_tensors(
         for chunk in chunks(indices, batch_size):
             yield input_format.normalize(arrange(pixels[list(chunk)])), labels[list(chunk)]
 
-    return Dataset(spec, spec, len(pixels), True, read, limit)
+    return Dataset(spec, len(pixels), True, input_format.classes, read, limit)
 
 
 # --- arrays ------------------------------------------------------------------------------------
@@ -289,7 +208,8 @@ def _arranger(spec: str, shape: tuple[int, ...], input_format: InputFormat) -> C
     if channels == 1 and shape[1:] == (height, width):
         return lambda x: x[:, None]
     raise MoepruneError(
-        f"inputs of `{spec}` have the shape {list(shape)}, the model takes [n, {channels}, {height}, {width}]",
+        f"inputs of `{spec}` have the shape {list(shape)},"
+        f" the model takes [n, {channels}, {height}, {width}]",
         "give data of the size and the channels that `moeprune inspect` shows",
     )
 
@@ -302,9 +222,11 @@ def _to_inputs(spec: str, array: Tensor, input_format: InputFormat) -> Tensor:
     raise MoepruneError(f"inputs of `{spec}` are {array.dtype}, expected uint8 pixels or floats")
 
 
-def _check_labels(spec: str, shape: tuple[int, ...], samples: int) -> None:
+def _check_labels(spec: str, shape: tuple[int, ...], samples: int, integers: bool) -> None:
     if shape != (samples,):
         raise MoepruneError(f"`labels` of `{spec}` have the shape {list(shape)}, expected [{samples}]")
+    if not integers:
+        raise MoepruneError(f"`labels` of `{spec}` are no integers", "give the index of each sample's class")
 
 
 def _from_safetensors(path: Path, input_format: InputFormat, limit: int | None) -> Dataset:
@@ -319,9 +241,11 @@ def _from_safetensors(path: Path, input_format: InputFormat, limit: int | None) 
     inputs = file.get_slice("inputs")
     shape = tuple(inputs.get_shape())
     arrange = _arranger(spec, shape, input_format)
-    labels = file.get_tensor("labels").to(torch.int64) if "labels" in names else None
+    labels = file.get_tensor("labels") if "labels" in names else None
     if labels is not None:
-        _check_labels(spec, tuple(labels.shape), shape[0])
+        integers = not labels.is_floating_point() and not labels.is_complex()
+        _check_labels(spec, tuple(labels.shape), shape[0], integers)
+        labels = labels.to(torch.int64)
 
     def read(indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
         for chunk in chunks(indices, batch_size):
@@ -332,7 +256,7 @@ def _from_safetensors(path: Path, input_format: InputFormat, limit: int | None) 
             batch_labels = None if labels is None else labels[list(chunk)]
             yield _to_inputs(spec, arrange(array), input_format).contiguous(), batch_labels
 
-    return Dataset(spec, path.name, shape[0], labels is not None, read, limit)
+    return Dataset(spec, shape[0], labels is not None, input_format.classes, read, limit)
 
 
 def _from_npz(path: Path, input_format: InputFormat, limit: int | None) -> Dataset:
@@ -348,7 +272,7 @@ def _from_npz(path: Path, input_format: InputFormat, limit: int | None) -> Datas
             if "labels.npy" in names:
                 with archive.open("labels.npy") as member:
                     labels_shape, labels_dtype = _npy_header(member, spec)
-                    _check_labels(spec, labels_shape, shape[0])
+                    _check_labels(spec, labels_shape, shape[0], labels_dtype.kind in "iu")
                     raw = np.frombuffer(member.read(), labels_dtype)
                 labels = torch.from_numpy(raw.astype(np.int64))
     except (BadZipFile, OSError, ValueError) as error:
@@ -373,7 +297,7 @@ def _from_npz(path: Path, input_format: InputFormat, limit: int | None) -> Datas
         except (BadZipFile, OSError, ValueError) as error:
             raise MoepruneError(f"`{spec}` is damaged ({error})") from None
 
-    return Dataset(spec, path.name, shape[0], labels is not None, read, limit)
+    return Dataset(spec, shape[0], labels is not None, input_format.classes, read, limit)
 
 
 def _npy_header(member: Any, spec: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -417,7 +341,7 @@ def _from_folder(path: Path, input_format: InputFormat, limit: int | None) -> Da
                 pixels = torch.stack(list(images))
                 yield input_format.normalize(pixels), torch.tensor([files[i][1] for i in chunk])
 
-    return Dataset(str(path), path.name, len(files), True, read, limit)
+    return Dataset(str(path), len(files), True, input_format.classes, read, limit)
 
 
 def read_image(path: Path, input_format: InputFormat) -> Tensor:
@@ -435,7 +359,7 @@ def read_image(path: Path, input_format: InputFormat) -> Tensor:
     try:
         with Image.open(path) as file:
             image = file.convert(modes[channels])
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MoepruneError(f"`{path}` is no readable image ({error})", "repair or remove it") from None
     preprocessing = input_format.preprocessing
     shorter = min(image.size)

@@ -27,12 +27,14 @@ class Flops:
 
     @property
     def total(self) -> int:
+        """All of them."""
         return self.experts + self.routing + self.compensation + self.other
 
     def __add__(self, more: Flops) -> Flops:
         return Flops(*(a + b for a, b in zip(asdict(self).values(), asdict(more).values(), strict=True)))
 
     def to_json(self) -> dict[str, int]:
+        """As JSON values, the total first."""
         return {"total": self.total, **asdict(self)}
 
 
@@ -45,7 +47,9 @@ def soft_moe_flops(config: SoftMoEConfig, tokens: int, plan: LayerPlan | None = 
     d, n, p, h = config.dim, config.num_experts, config.slots_per_expert, config.hidden_dim
     k = plan.k if plan else n
     routed = plan.routed_experts if plan else n
-    surrogates = plan.surrogate_experts if plan else 0
+    surrogates = 0
+    if plan and plan.has_surrogate:
+        surrogates = n - k if plan.scope == "static" else n
     return Flops(
         experts=4 * k * p * d * h,
         routing=2 * tokens * d * p * (routed + 2 * k),

@@ -1,14 +1,37 @@
-"""The model around the Soft MoE layers: built from plain data, found in, pruned, or left dense."""
+"""The model around the Soft MoE layers: built, loaded, saved, and searched for them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeprune.architecture import BlockConfig, ViTConfig
-from moeprune.plan import LayerPlan, Plan
+from moeprune import checkpoint
+from moeprune.architecture import BlockConfig, ViTConfig, vit_from_json
+from moeprune.data import Dataset, open_data
+from moeprune.errors import MoepruneError
+from moeprune.plan import LayerPlan, Plan, plan_from_json, plan_to_json
+from moeprune.preprocessing import InputFormat, Preprocessing, preprocessing_from_json
 from moeprune.soft_moe import SoftMoE
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a checkpoint says beside its tensors, architecture and plan.
+
+    source: where the weights came from: `library`, `version`, and for converted files `sha256`.
+    provenance: how they were made: training, or calibration data, seed and versions.
+    """
+
+    preprocessing: Preprocessing = Preprocessing()
+    source: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 class SoftMoEViT(nn.Module):
@@ -17,12 +40,14 @@ class SoftMoEViT(nn.Module):
     Args:
         config: the architecture of the unpruned model.
         plan: the plan of each pruned layer; layers that it does not name are dense.
+        details: what its checkpoint says beside that.
     """
 
-    def __init__(self, config: ViTConfig, plan: Plan | None = None):
+    def __init__(self, config: ViTConfig, plan: Plan | None = None, details: Details = Details()):
         super().__init__()
         plan = plan or {}
         self.config = config
+        self.details = details
         patch_height, patch_width = config.patch_size
         self.patch_embed = nn.Linear(config.in_channels * patch_height * patch_width, config.dim)
         if config.class_token:
@@ -35,7 +60,16 @@ class SoftMoEViT(nn.Module):
         self.norm = nn.LayerNorm(config.dim) if config.final_norm else nn.Identity()
         self.head = nn.Linear(config.dim, config.num_classes)
 
+    @property
+    def input_format(self) -> InputFormat:
+        """What the model takes, and how pixels become that."""
+        config = self.config
+        return InputFormat(
+            config.in_channels, *config.image_size, config.num_classes, self.details.preprocessing
+        )
+
     def forward(self, images: Tensor) -> Tensor:
+        """Images (b,c,H,W) in, logits (b,classes) out."""
         tokens = self.patch_embed(self.patches(images))
         if self.config.class_token:
             tokens = torch.cat([self.class_token.expand(len(tokens), 1, -1), tokens], dim=1)
@@ -72,7 +106,8 @@ class Block(nn.Module):
                 nn.Linear(config.dim, block.mlp_dim), nn.GELU(), nn.Linear(block.mlp_dim, config.dim)
             )
 
-    def forward(self, x: Tensor) -> Tensor:  # (b,m,d) -> (b,m,d)
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (b,m,d) in, tokens (b,m,d) out."""
         if hasattr(self, "attention"):
             x = x + self.attention(self.norm1(x))
         mixer = self.soft_moe if hasattr(self, "soft_moe") else self.mlp
@@ -89,7 +124,133 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b,m,d) -> (b,m,d)
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (b,m,d) in, tokens (b,m,d) out."""
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (b,m,3,heads,d/heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def soft_moe_layers(model: nn.Module) -> dict[str, SoftMoE]:
+    """The Soft MoE layers of a model by name, in the order of the data flow."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SoftMoE)}
+
+
+def require_soft_moe_layers(model: nn.Module) -> dict[str, SoftMoE]:
+    """The same, or a MoepruneError where there is none."""
+    layers = soft_moe_layers(model)
+    if not layers:
+        raise MoepruneError("no Soft MoE layer in the model", "there is nothing to prune in it")
+    return layers
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plans of the pruned layers of a model."""
+    return {name: layer.plan for name, layer in soft_moe_layers(model).items() if layer.plan is not None}
+
+
+def dataset_for(model: SoftMoEViT, data: Dataset | str, split: str, limit: int | None = None) -> Dataset:
+    """The data set itself, or the one that a spec names, opened for the model.
+
+    Args:
+        split: the split of a built-in set whose spec names none.
+        limit: samples to take at most.
+    """
+    return open_data(data, model.input_format, split, limit) if isinstance(data, str) else data
+
+
+def fingerprint(model: SoftMoEViT) -> str:
+    """SHA-256 of the architecture and all tensors."""
+    return checkpoint.fingerprint(model.state_dict(), model.config.to_json())
+
+
+def save(model: SoftMoEViT, path: str | Path) -> None:
+    """Write a checkpoint: equal models give equal bytes.
+
+    Raises:
+        MoepruneError: the path cannot be written.
+    """
+    metadata = {
+        "format": FORMAT,
+        "kind": "checkpoint",
+        "architecture": model.config.to_json(),
+        "preprocessing": model.details.preprocessing.to_json(),
+        "source": model.details.source,
+        "plan": plan_to_json(plan_of(model)),
+        "provenance": model.details.provenance,
+    }
+    checkpoint.write(path, model.state_dict(), metadata)
+
+
+def load(path: str | Path) -> SoftMoEViT:
+    """Load a checkpoint that moeprune wrote, pruned or not: a model in eval mode on the CPU.
+
+    The weights are memory-mapped from the file.
+
+    Raises:
+        MoepruneError: the file is missing, damaged, of an unknown format, has no Soft MoE layer,
+            lacks tensors or has others, or has NaN or infinite values.
+    """
+    file = checkpoint.read(path)
+    model = _skeleton(file)
+    checkpoint.check_finite(file.tensors, path)
+    model.load_state_dict(file.tensors, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def load_skeleton(path: str | Path) -> SoftMoEViT:
+    """The model of a checkpoint without its weights, from the file's header alone.
+
+    Its tensors have shapes and types but no values (torch's device `meta`).
+
+    Raises:
+        MoepruneError: as `load`, but values are not looked at.
+    """
+    file = checkpoint.read(path)
+    model = _skeleton(file)
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in file.tensors.items()}
+    model.load_state_dict(empty, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _skeleton(file: checkpoint.TensorFile) -> SoftMoEViT:
+    config, plan, details = read_description(file.metadata, file.path, len(file.tensors))
+    with torch.device("meta"):
+        model = SoftMoEViT(config, plan, details)
+    checkpoint.require_tensors(file.tensors, model.state_dict(), file.path)
+    return model
+
+
+def read_description(
+    metadata: dict[str, Any] | None, path: str | Path, num_tensors: int
+) -> tuple[ViTConfig, Plan, Details]:
+    """Architecture, plan and details from a checkpoint's metadata.
+
+    Raises:
+        MoepruneError: it is no checkpoint of moeprune, or of an unknown format, or damaged.
+    """
+    if metadata is None:
+        raise MoepruneError(
+            f"no Soft MoE layers in `{path}` (none of its {num_tensors} tensors matches a known layout,"
+            " and it has no metadata `moeprune`)",
+            "give a checkpoint that moeprune wrote: `moeprune.save(model, path)` or `moeprune prune`",
+        )
+    if metadata.get("kind") != "checkpoint":
+        raise MoepruneError(
+            f"`{path}` is no checkpoint but of kind {metadata.get('kind')!r}", "give the model's own file"
+        )
+    checkpoint.require_format(metadata, FORMAT, path)
+    try:
+        config = vit_from_json(metadata.get("architecture"))
+        plan = plan_from_json(metadata.get("plan", {}))
+        preprocessing = preprocessing_from_json(metadata.get("preprocessing", {}))
+    except MoepruneError as error:
+        raise MoepruneError(f"`{path}`: {error.message}", error.hint) from None
+    if not config.soft_moe_layers:
+        raise MoepruneError(f"no Soft MoE layers in `{path}`", "there is nothing to prune in it")
+    for name, layer in plan.items():
+        expected = config.soft_moe_layers.get(name)
+        if expected is None or expected.num_experts != layer.num_experts:
+            raise MoepruneError(f"`{path}`: the plan of layer `{name}` does not fit the architecture")
+    details = Details(preprocessing, metadata.get("source", {}), metadata.get("provenance", {}))
+    return config, plan, details

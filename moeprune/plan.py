@@ -75,15 +75,9 @@ class LayerPlan:
         return tuple(sorted(set(range(self.num_experts)) - set(self.kept or ())))
 
     @property
-    def surrogate_experts(self) -> int:
-        """Experts that have a surrogate: those that can be dropped, unless nothing replaces them."""
-        if self.compensation in ("none", "renorm"):
-            return 0
-        return self.num_experts - self.k if self.scope == "static" else self.num_experts
-
-    @property
     def has_surrogate(self) -> bool:
-        return self.surrogate_experts > 0
+        """Whether something stands in for the dropped experts."""
+        return self.compensation in ("mean", "lstsq") and self.k < self.num_experts
 
 
 Plan = dict[str, LayerPlan]

@@ -9,7 +9,8 @@ expert; k experts are kept. The maths (Puigcerver et al. 2023, arXiv 2308.00951,
     Y = C · f(Dᵀ·X)                           f_j is the MLP of expert j
 
 With only some experts kept, Y = sum over kept slots of C·f plus, with a surrogate, the sum over
-dropped slots of C·u, where u is a constant vector per slot.
+dropped slots of C·u, where u is a constant vector per slot. A static surrogate may also add a
+constant u to the output f of a kept slot.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from moeprune.scores import combine_mass, top_k
 
 
 class Observation(NamedTuple):
-    """What one forward pass of an unpruned layer computed."""
+    """What one forward pass of a layer computed; e experts ran, all inputs' or each input's own."""
 
-    combine_weights: Tensor  # C (b,m,n,p)
-    slot_outputs: Tensor  # f (b,n,p,d)
+    combine_weights: Tensor  # C (b,m,n,p), in the order of phi's columns
+    slot_outputs: Tensor  # f (b,e,p,d), without surrogate
+    chosen: Tensor | None  # experts that ran (b,e), or None where the first e of phi's columns did
     output: Tensor  # Y (b,m,d)
 
 
@@ -42,6 +44,9 @@ class SoftMoE(nn.Module):
     phi has their columns first, then those of the dropped ones. With scope `input` or `batch` all
     weights are there and only those of the chosen experts are used.
     """
+
+    surrogate: Tensor  # (n,p,d), in the order of phi's columns; where the plan has one
+    score_weights: Tensor  # (n); where a routed plan's signal is not the mass alone
 
     def __init__(self, config: SoftMoEConfig, plan: LayerPlan | None = None):
         super().__init__()
@@ -62,10 +67,15 @@ class SoftMoE(nn.Module):
         self.fc2_weight = nn.Parameter(torch.empty(stored, d, h))
         self.fc2_bias = nn.Parameter(torch.empty(stored, d))
         if plan is not None and plan.has_surrogate:
-            self.register_buffer("surrogate", torch.empty(plan.surrogate_experts, p, d))
+            self.register_buffer("surrogate", torch.empty(routed, p, d))
         if plan is not None and plan.scope != "static" and plan.signal != "combine":
             self.register_buffer("score_weights", torch.empty(config.num_experts))
         self.observer: Callable[[Observation], None] | None = None
+
+    @property
+    def num_running_experts(self) -> int:
+        """Experts that run for each input."""
+        return self.plan.k if self.plan else self.config.num_experts
 
     def reset_parameters(self, generator: torch.Generator | None = None, scale: float = 1.0) -> None:
         """Draw initial weights; scale is where the learned scale of `l2` routing starts."""
@@ -86,7 +96,8 @@ class SoftMoE(nn.Module):
                 bound = 1 / math.sqrt(fan_in)
                 parameter.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b,m,d) -> (b,m,d)
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (b,m,d) in, tokens (b,m,d) out."""
         router_logits, tokens = self.route(x)
         combine_weights = _softmax(router_logits.flatten(2), dim=2).view_as(router_logits)
         if self.plan is None or self.plan.scope == "static":
@@ -120,14 +131,18 @@ class SoftMoE(nn.Module):
         """Dense or static: every expert that has weights runs on all inputs."""
         stored = self.fc1_weight.shape[0]
         dispatch_weights = _softmax(router_logits[:, :, :stored], dim=1)
-        slot_inputs = _slot_inputs(dispatch_weights, tokens)
-        slot_outputs = self._run_experts(slot_inputs)
-        output = _combine(combine_weights[:, :, :stored], slot_outputs)
-        if self.observer is not None:
-            self.observer(Observation(combine_weights, slot_outputs, output))
+        slot_outputs = self._run_experts(_slot_inputs(dispatch_weights, tokens))
         if self.plan is not None and self.plan.has_surrogate:
-            output = output + _combine(combine_weights[:, :, stored:], self.surrogate)
-        return output
+            kept, dropped = self.surrogate.to(slot_outputs.dtype).split(
+                [stored, self.surrogate.shape[0] - stored]
+            )
+            all_outputs = torch.cat(
+                [slot_outputs + kept, dropped.expand(len(slot_outputs), -1, -1, -1)], dim=1
+            )
+            output = _combine(combine_weights, all_outputs)
+        else:
+            output = _combine(combine_weights[:, :, :stored], slot_outputs)
+        return self._observed(combine_weights, slot_outputs, None, output)
 
     def _run_experts(self, slot_inputs: Tensor) -> Tensor:  # (b,e,p,d) -> (b,e,p,d)
         """Expert j on slots j, for all experts at once."""
@@ -152,18 +167,28 @@ class SoftMoE(nn.Module):
             chosen_combine = combine_weights.gather(2, index)
         slot_inputs = _slot_inputs(_softmax(chosen_logits, dim=1), tokens)
         slot_outputs = self._run_experts_of_inputs(slot_inputs, chosen)
-        if not self.plan.has_surrogate:
-            return _combine(chosen_combine, slot_outputs)
-        # The surrogate of all slots, corrected where a slot has its real output.
-        slot_outputs = slot_outputs - self.surrogate[chosen]
-        return _combine(combine_weights, self.surrogate) + _combine(chosen_combine, slot_outputs)
+        if self.plan.has_surrogate:
+            # The surrogates of all slots, corrected where a slot has its real output.
+            output = _combine(combine_weights, self.surrogate)
+            output = output + _combine(chosen_combine, slot_outputs - self.surrogate[chosen])
+        else:
+            output = _combine(chosen_combine, slot_outputs)
+        return self._observed(combine_weights, slot_outputs, chosen, output)
+
+    def _observed(
+        self, combine_weights: Tensor, slot_outputs: Tensor, chosen: Tensor | None, output: Tensor
+    ) -> Tensor:
+        if self.observer is not None:
+            self.observer(Observation(combine_weights, slot_outputs, chosen, output))
+        return output
 
     def _run_experts_of_inputs(self, slot_inputs: Tensor, chosen: Tensor) -> Tensor:
         """Expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): rows sorted by expert, each
         expert's weights used in place and once."""
         b, k, p, d = slot_inputs.shape
         order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=self.config.num_experts) * p
+        counts = torch.zeros(self.config.num_experts, dtype=torch.int64, device=chosen.device)
+        counts.scatter_add_(0, chosen.flatten(), torch.full_like(chosen.flatten(), p))
         rows = slot_inputs.reshape(b * k, p, d)[order].view(b * k * p, d)
         hidden = F.gelu(_grouped_linear(rows, counts, self.fc1_weight, self.fc1_bias))
         rows = _grouped_linear(hidden, counts, self.fc2_weight.mT, self.fc2_bias)
@@ -197,11 +222,20 @@ def _grouped_linear(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor) 
         weight: (n,in,out).
         bias: (n,out).
     """
-    rows = rows.to(weight.dtype)
-    if rows.is_cuda and rows.dtype == torch.bfloat16:
-        offsets = counts.cumsum(0, dtype=torch.int32)
-        biases = bias.repeat_interleave(counts, dim=0, output_size=len(rows))
-        return F.grouped_mm(rows, weight, offs=offsets) + biases
+    if rows.is_cuda and all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:]):
+        return _grouped_linear_on_device(rows, counts, weight, bias)
     groups = rows.split(counts.tolist())
     used = [(expert, group) for expert, group in enumerate(groups) if len(group)]
+    if not used:
+        return rows.new_empty(0, weight.shape[2])
     return torch.cat([torch.addmm(bias[expert], group, weight[expert]) for expert, group in used])
+
+
+def _grouped_linear_on_device(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same as one grouped matrix product: the counts never leave the device."""
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
+    offsets = counts.cumsum(0, dtype=torch.int32)
+    biases = bias.repeat_interleave(counts, dim=0, output_size=len(rows))
+    return F.grouped_mm(rows, weight, offs=offsets) + biases

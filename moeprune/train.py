@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from moeprune import __version__
 from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.data import InputFormat, Preprocessing, digits
-from moeprune.model import SoftMoEViT
+from moeprune.data import digits
+from moeprune.model import Details, SoftMoEViT
+from moeprune.preprocessing import InputFormat, Preprocessing
 from moeprune.soft_moe import SoftMoE
 
 PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # about what the digits have
@@ -26,18 +28,20 @@ PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # about what the digit
 class Recipe:
     """How one demo model is made and trained.
 
-    steps are batches of batch_size images; scale is where the router's scale starts: the sharper
-    the router, the more the combine mass says about an expert.
+    steps: batches of batch_size images.
+    scale: where the router's scale starts; the sharper the router, the more the combine mass says
+        about an expert.
+    noise: standard deviation of what is added to normalised pixels.
     """
 
     config: ViTConfig
     steps: int
     learning_rate: float
+    weight_decay: float
     scale: float
     noise: float
     label_smoothing: float
     batch_size: int = 128
-    weight_decay: float = 0.01
 
 
 def single_layer_config(num_experts: int = 128, hidden_units: int = 512) -> ViTConfig:
@@ -55,13 +59,18 @@ def pairs_config() -> ViTConfig:
 
 
 def single_layer_recipe(num_experts: int = 128) -> Recipe:
+    """The recipe of the single-layer model; its experts share 512 hidden units, however many they are."""
+    config = single_layer_config(num_experts)
     return Recipe(
-        single_layer_config(num_experts), steps=1050, learning_rate=3e-3, scale=8.0, noise=0.1, label_smoothing=0.05
+        config, 1500, learning_rate=3e-3, weight_decay=0.1, scale=8.0, noise=0.3, label_smoothing=0.05
     )
 
 
 def pairs_recipe() -> Recipe:
-    return Recipe(pairs_config(), steps=4000, learning_rate=2e-3, scale=8.0, noise=0.0, label_smoothing=0.0)
+    """The recipe of the vision transformer on pairs of digits."""
+    return Recipe(
+        pairs_config(), 3000, learning_rate=2e-3, weight_decay=0.01, scale=8.0, noise=0.0, label_smoothing=0.0
+    )
 
 
 def initialize(model: SoftMoEViT, scale: float, generator: torch.Generator) -> None:
@@ -81,11 +90,18 @@ def initialize(model: SoftMoEViT, scale: float, generator: torch.Generator) -> N
 def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
     """A model trained by the recipe, in eval mode; the same seed gives the same weights."""
     generator = torch.Generator().manual_seed(seed)
-    model = SoftMoEViT(recipe.config)
+    settings = {name: value for name, value in asdict(recipe).items() if name != "config"}
+    trained = {"data": "digits:train", "seed": seed, "recipe": settings, "moeprune": __version__}
+    model = SoftMoEViT(
+        recipe.config, details=Details(PREPROCESSING, {"library": "moeprune"}, {"training": trained})
+    )
     initialize(model, recipe.scale, generator)
     no_decay = [p for name, p in model.named_parameters() if p.ndim <= 1]
     decay = [p for name, p in model.named_parameters() if p.ndim > 1]
-    groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": recipe.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
     warm_up = max(1, recipe.steps // 20)
 
@@ -106,7 +122,7 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def _drawer(
@@ -114,7 +130,7 @@ def _drawer(
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """Draws batches of digits, or of pairs of them where the model takes images twice as wide."""
     pixels, labels = digits("train")
-    images = InputFormat(1, 8, 8, PREPROCESSING).normalize(pixels)
+    images = InputFormat(1, 8, 8, 10, PREPROCESSING).normalize(pixels)
     sides = config.image_size[1] // 8
 
     def draw() -> tuple[Tensor, Tensor]:

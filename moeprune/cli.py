@@ -1,0 +1,470 @@
+"""The commands. Torch is imported inside them only: `--help` and usage errors answer at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from moeprune import __version__
+from moeprune.errors import MoepruneError
+from moeprune.gate import check_limits, judge
+from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from moeprune.data import Dataset
+    from moeprune.model import SoftMoEViT
+    from moeprune.runtime import Runtime
+
+FORMATS = ("text", "json")
+TEXT_WIDTH = 160
+"""Columns of text that goes to a file or a pipe: wide enough for every table."""
+
+app = typer.Typer(
+    help="Inference-time expert pruning of Soft Mixture-of-Experts models.",
+    epilog="Exit codes: 0 passed, 1 a gate failed, 2 anything wrong with the call, the input or the"
+    " program, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint (.safetensors).")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto takes CUDA if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, or bf16 under autocast.")]
+BatchSize = Annotated[int, typer.Option(help="Inputs a forward pass.")]
+Limit = Annotated[int | None, typer.Option(help="Take only so many samples, evenly spaced.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+Split = Annotated[str | None, typer.Option(help="Split of a built-in data set: train, calibration or test.")]
+Preprocess = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Override one preprocessing setting, such as resize=256 or mean=0.5.", metavar="KEY=VALUE"
+    ),
+]
+OutputFormat = Annotated[str, typer.Option(help="Format of the report: text or json.")]
+OutputFile = Annotated[Path | None, typer.Option(help="Write the report there, not to stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace output files that exist.")]
+
+
+def command(function: Callable[..., int | None]) -> Callable[..., None]:
+    """Register a command that returns its exit code, and map what it raises to exit codes."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = function(*args, **kwargs) or 0
+        except MoepruneError as error:
+            _fail(f"error: {error}\n")
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            sys.stdout = None  # nobody reads it any more
+            raise typer.Exit(2) from None
+        except Exception:
+            _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")
+        raise typer.Exit(code)
+
+    app.command(function.__name__)(run)
+    return run
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(message)
+    raise typer.Exit(2)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"moeprune {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@command
+def inspect(
+    checkpoint: Checkpoint,
+    output_format: OutputFormat = "text",
+    output_file: OutputFile = None,
+    force: Force = False,
+) -> None:
+    """Show what is in a checkpoint: layers, experts, parameters, FLOPs, plan, provenance."""
+    _check_report(output_format, output_file, force)
+    from moeprune import report
+    from moeprune.evaluation import size_and_cost
+    from moeprune.model import load_skeleton, plan_of, soft_moe_layers
+    from moeprune.plan import plan_to_json
+
+    model = load_skeleton(checkpoint)
+    plans = plan_to_json(plan_of(model))
+    layers = {
+        name: {
+            "experts": layer.config.num_experts,
+            "slots_per_expert": layer.config.slots_per_expert,
+            "hidden_dim": layer.config.hidden_dim,
+            "parameters": sum(tensor.numel() for tensor in layer.state_dict().values()),
+            "plan": plans.get(name),
+        }
+        for name, layer in soft_moe_layers(model).items()
+    }
+    found = {
+        "schema_version": 1,
+        "checkpoint": str(checkpoint),
+        "architecture": model.config.to_json(),
+        "preprocessing": model.details.preprocessing.to_json(),
+        "layers": layers,
+        **size_and_cost(model),
+        "source": model.details.source,
+        "provenance": model.details.provenance,
+    }
+    _emit(found, report.inspection, output_format, output_file)
+
+
+@command
+def analyze(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        str, typer.Option(help="Calibration data: digits, pairs, a .npz, a .safetensors, or a folder.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The analysis to write (.safetensors).")],
+    split: Split = None,
+    preprocess: Preprocess = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 64,
+    output_format: OutputFormat = "text",
+    output_file: OutputFile = None,
+    force: Force = False,
+) -> None:
+    """Run calibration data through an unpruned checkpoint: what each expert matters to each input."""
+    _check_report(output_format, output_file, force)
+    _check_output(output, force)
+    from moeprune import calibration, report
+
+    model = _load(checkpoint, preprocess)
+    runtime = _runtime(device, dtype, batch_size)
+    analysis = calibration.analyze(model, _open(data, model, split or "calibration", limit), runtime)
+    calibration.save_analysis(analysis, output)
+    layers = {name: calibration.summarize(statistics) for name, statistics in analysis.layers.items()}
+    for name, layer in layers.items():
+        if layer["experts"] == 1:
+            _warn(
+                f"layer `{name}` has one expert: nothing to prune. A Soft MoE of one expert cannot even"
+                " represent some simple convex functions, however large the expert is (Chung et al. 2024,"
+                " Theorem 1): train with many small experts"
+            )
+    found = {
+        "schema_version": 1,
+        "checkpoint": str(checkpoint),
+        "analysis": str(output),
+        "data": analysis.provenance["data"],
+        "layers": layers,
+    }
+    _emit(found, report.analysis, output_format, output_file)
+
+
+@command
+def prune(
+    checkpoint: Checkpoint,
+    keep: Annotated[str, typer.Option(help="Experts to keep in each layer: a share (1/8) or a number (16).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write (.safetensors).")],
+    analysis: Annotated[
+        Path | None, typer.Option(help="What `moeprune analyze` wrote for this checkpoint.")
+    ] = None,
+    scope: Annotated[
+        str,
+        typer.Option(help="static: one set, the rest is gone. input, batch: each input or batch its own."),
+    ] = "static",
+    signal: Annotated[
+        str, typer.Option(help="Score of an expert: combine, deviation or random.")
+    ] = "combine",
+    compensate: Annotated[
+        str, typer.Option(help="What stands in for dropped experts: none, renorm, mean or lstsq.")
+    ] = "none",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration data: measure each layer behind the already pruned ones. lstsq reads the"
+            " analysis's own data if this is not given."
+        ),
+    ] = None,
+    split: Split = None,
+    preprocess: Preprocess = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    output_format: OutputFormat = "text",
+    output_file: OutputFile = None,
+    force: Force = False,
+) -> None:
+    """Write a checkpoint that runs only the experts that matter."""
+    _check_report(output_format, output_file, force)
+    _check_output(output, force)
+    _check_choice("--scope", scope, SCOPES)
+    _check_choice("--signal", signal, SIGNALS)
+    _check_choice("--compensate", compensate, COMPENSATIONS)
+    kept = parse_keep(keep)
+    from moeprune import pruning, report
+    from moeprune.calibration import load_analysis
+    from moeprune.evaluation import size_and_cost
+    from moeprune.model import plan_of, save
+    from moeprune.plan import plan_to_json
+
+    model = _load(checkpoint, preprocess)
+    pruned = pruning.prune(
+        model,
+        None if analysis is None else load_analysis(analysis),
+        keep=kept,
+        scope=scope,
+        signal=signal,
+        compensate=compensate,
+        data=None if data is None else _open(data, model, split or "calibration", limit),
+        seed=seed,
+        runtime=_runtime(device, dtype, batch_size),
+    )
+    save(pruned, output)
+    found = {
+        "schema_version": 1,
+        "checkpoint": str(output),
+        "plan": plan_to_json(plan_of(pruned)),
+        "model": size_and_cost(pruned),
+        "full_model": size_and_cost(model),
+    }
+    _emit(found, report.pruning, output_format, output_file)
+
+
+@command
+def eval(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        str, typer.Option(help="Labelled data: digits, pairs, a .npz, a .safetensors, or a folder.")
+    ],
+    baseline: Annotated[Path | None, typer.Option(help="The full model to compare with.")] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Prune in many ways and evaluate each: shares such as 1/32,1/16,1/8,1/4,1/2."),
+    ] = None,
+    analysis: Annotated[
+        Path | None, typer.Option(help="With --sweep: what `moeprune analyze` wrote.")
+    ] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="With --sweep: only this scope (repeatable).")
+    ] = None,
+    signal: Annotated[
+        list[str] | None, typer.Option(help="With --sweep: only this signal (repeatable).")
+    ] = None,
+    compensate: Annotated[
+        list[str] | None, typer.Option(help="With --sweep: only this compensation (repeatable).")
+    ] = None,
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="Gate: accuracy lost to the baseline.")
+    ] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="Gate: accuracy.")] = None,
+    min_flops_reduction: Annotated[float | None, typer.Option(help="Gate: share of FLOPs saved.")] = None,
+    min_size_reduction: Annotated[float | None, typer.Option(help="Gate: share of bytes saved.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Gate: share of inputs with the baseline's prediction.")
+    ] = None,
+    split: Split = None,
+    preprocess: Preprocess = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    output_format: OutputFormat = "text",
+    output_file: OutputFile = None,
+    force: Force = False,
+) -> int:
+    """Accuracy, size and FLOPs of a checkpoint, compared with the full model and judged by gates."""
+    _check_report(output_format, output_file, force)
+    limits = {
+        "max_accuracy_drop": max_accuracy_drop,
+        "min_accuracy": min_accuracy,
+        "min_flops_reduction": min_flops_reduction,
+        "min_size_reduction": min_size_reduction,
+        "min_agreement": min_agreement,
+    }
+    sweep_only = {"--analysis": analysis, "--scope": scope, "--signal": signal, "--compensate": compensate}
+    if sweep is None:
+        for option, given in sweep_only.items():
+            if given:
+                raise MoepruneError(f"`{option}` goes with `--sweep`", "add `--sweep 1/16,1/8,1/4`")
+        check_limits(limits, has_baseline=baseline is not None)
+        keeps = []
+    else:
+        if baseline is not None or any(limit is not None for limit in limits.values()):
+            raise MoepruneError(
+                "`--sweep` prunes the full model in many ways: it takes no `--baseline` and no gates",
+                "give the gates to an eval of the checkpoint that you choose",
+            )
+        if analysis is None:
+            raise MoepruneError("`--sweep` needs `--analysis`", "write one with `moeprune analyze`")
+        keeps = [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
+        for option, values, choices in (
+            ("--scope", scope, SCOPES),
+            ("--signal", signal, SIGNALS),
+            ("--compensate", compensate, COMPENSATIONS),
+        ):
+            for value in values or ():
+                _check_choice(option, value, choices)
+    from moeprune import evaluation, report
+    from moeprune.calibration import load_analysis
+    from moeprune.sweep import grid
+    from moeprune.sweep import sweep as run_sweep
+
+    model = _load(checkpoint, preprocess)
+    dataset = _open(data, model, split or "test", limit)
+    runtime = _runtime(device, dtype, batch_size)
+    found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
+    if analysis is not None:
+        variants = grid(keeps, scope or SCOPES, signal or SIGNALS, compensate or COMPENSATIONS)
+        rows = run_sweep(model, variants, load_analysis(analysis), dataset, seed, runtime)
+        found |= {
+            "data": {"spec": dataset.spec, "samples": dataset.samples, "fingerprint": dataset.fingerprint},
+            "rows": rows,
+            "environment": evaluation.environment(runtime),
+        }
+        _emit(found, report.sweep, output_format, output_file)
+        return 0
+    full = None if baseline is None else _load(baseline, preprocess)
+    found["baseline"] = None if baseline is None else str(baseline)
+    found |= evaluation.evaluate(model, dataset, full, runtime)
+    found["gates"] = judge(found, limits)
+    found["passed"] = all(gate["passed"] for gate in found["gates"])
+    _emit(found, report.evaluation, output_format, output_file)
+    return 0 if found["passed"] else 1
+
+
+@command
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write into.")] = Path(
+        "moeprune-demo"
+    ),
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Train both models anew first (minutes), as the shipped ones were."),
+    ] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    output_format: OutputFormat = "text",
+    output_file: OutputFile = None,
+    force: Force = False,
+) -> None:
+    """Analyze, prune and evaluate two real checkpoints on scikit-learn's digits, in under a minute."""
+    _check_report(output_format, output_file, force)
+    if output.exists() and not output.is_dir():
+        raise MoepruneError(f"`{output}` is a file, expected a directory", "give another with `-o`")
+    if output.is_dir() and any(output.iterdir()) and not force:
+        raise MoepruneError(
+            f"`{output}` is not empty", "give another with `-o`, or `--force` to write into it"
+        )
+    from moeprune import report
+    from moeprune.demo import run_demo
+
+    found = run_demo(output, train, seed, _runtime(device, "float32", 256))
+    _emit(found, report.demo, output_format, output_file)
+
+
+def _load(path: Path, preprocess: list[str] | None) -> SoftMoEViT:
+    from dataclasses import replace
+
+    from moeprune.model import load
+
+    model = load(path)
+    if preprocess:
+        updated = model.details.preprocessing.updated(preprocess)
+        model.details = replace(model.details, preprocessing=updated)
+    return model
+
+
+def _open(spec: str, model: SoftMoEViT, split: str, limit: int | None) -> Dataset:
+    from moeprune.data import open_data
+
+    return open_data(spec, model.input_format, split, limit)
+
+
+def _runtime(device: str, dtype: str, batch_size: int) -> Runtime:
+    from moeprune.runtime import Runtime
+
+    runtime = Runtime(device, dtype, batch_size, progress=True)
+    _ = runtime.torch_device  # a missing device is told before any work
+    return runtime
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise MoepruneError(f"`{option} {value}` is unknown", f"give one of {', '.join(choices)}")
+
+
+def _check_report(output_format: str, output_file: Path | None, force: bool) -> None:
+    _check_choice("--output-format", output_format, FORMATS)
+    if output_file is not None:
+        _check_output(output_file, force)
+
+
+def _check_output(path: Path, force: bool) -> None:
+    """Refuse an output path before any work is done for it."""
+    if path.is_dir():
+        raise MoepruneError(f"`{path}` is a directory, expected a file to write")
+    if path.exists() and not force:
+        raise MoepruneError(f"`{path}` exists", "give another path, or `--force` to replace it")
+    if not path.parent.is_dir():
+        raise MoepruneError(f"no directory `{path.parent}` for `{path}`", "make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise MoepruneError(f"cannot write into `{path.parent}`", "check its permissions")
+
+
+def _warn(message: str) -> None:
+    sys.stderr.write(f"warning: {message}\n")
+
+
+def _emit(
+    found: Mapping[str, Any],
+    render: Callable[[Mapping[str, Any]], RenderableType],
+    output_format: str,
+    output_file: Path | None,
+) -> None:
+    """The report as text or JSON, to a file or to stdout."""
+    from rich.console import Console
+
+    if output_format == "json":
+        text = json.dumps(found, indent=2) + "\n"
+    else:
+        on_terminal = output_file is None and sys.stdout.isatty()
+        console = Console(
+            width=None if on_terminal else TEXT_WIDTH, no_color=not on_terminal, highlight=False
+        )
+        with console.capture() as capture:
+            console.print(render(found))
+        text = "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+    if output_file is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        from moeprune.checkpoint import write_text
+
+        write_text(output_file, text)

@@ -1,0 +1,124 @@
+"""The surrogate outputs of dropped experts that fit the unpruned model best: a ridge regression.
+
+Axes: b inputs, m tokens, d model width, S = n·p slots.
+
+The layer of the pruned model gives Y' = sum over kept C·f + sum over dropped C·mu. What it lacks is
+T = Y - Y', where Y is the output of the same layer in the unpruned model: T also holds what the
+pruned layers before this one broke. `lstsq` solves
+
+    min over V of  E |T - R·V|² + lambda·|V|²
+
+where R is C with the columns that may carry a correction (dropped slots; for a static set all), and
+its columns are scaled to unit power (those weaker than WEAKEST times the strongest as if they had
+that: their coefficients would be huge, and all noise). lambda is the one with the least error on
+held-out inputs; lambda → infinity leaves V = 0, which is `mean`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeprune.calibration import observe_layers, wide_dtype
+from moeprune.data import Dataset
+from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.runtime import Runtime
+from moeprune.soft_moe import Observation
+
+LAMBDAS = [10.0**exponent for exponent in range(-6, 3)]
+WEAKEST = 0.01
+
+
+def fit_correction(
+    pruned: SoftMoEViT, full: SoftMoEViT, name: str, data: Dataset, seed: int, runtime: Runtime
+) -> Tensor:
+    """V: what to add to the surrogates of layer `name` of the pruned model, by one pass over data.
+
+    Args:
+        pruned: with the layer and those before it pruned, the layer's surrogate being `mean`.
+        full: the unpruned model.
+        seed: draws the two halves of the data on which lambda is chosen.
+
+    Returns:
+        (n,p,d) in float32 on the CPU, in the order of phi's columns.
+    """
+    device = runtime.torch_device
+    pruned.to(device).eval()
+    full.to(device).eval()
+    layer = soft_moe_layers(pruned)[name]
+    d, n, p = layer.phi.shape
+    halves = [NormalEquations(n * p, d, device) for _ in range(2)]
+    generator = torch.Generator().manual_seed(seed)
+    half_of = torch.randperm(data.samples, generator=generator) % 2
+    seen = 0
+    observed: dict[str, Observation] = {}
+    for inputs, _ in runtime.batches(data, f"lstsq {name}"):
+        for which, model in (("full", full), ("pruned", pruned)):
+
+            def observe(_: str, observation: Observation, which: str = which) -> None:
+                observed[which] = observation
+
+            observe_layers(model, [name], observe, inputs, runtime)
+        targets = observed["full"].output.float() - observed["pruned"].output.float()
+        regressors = correctable_weights(observed["pruned"])
+        half = half_of[seen : seen + len(inputs)].to(device)
+        for index, equations in enumerate(halves):
+            equations.add(regressors[half == index], targets[half == index])
+        seen += len(inputs)
+    return solve_held_out(*halves).view(n, p, d).to("cpu", torch.float32)
+
+
+def correctable_weights(observation: Observation) -> Tensor:
+    """R (b,m,S): the combine weights, without those of the slots that ran for their own input."""
+    combine_weights = observation.combine_weights.float()
+    if observation.chosen is not None:
+        dropped = torch.ones_like(combine_weights[:, 0, :, 0])  # (b,n)
+        dropped.scatter_(1, observation.chosen, 0)
+        combine_weights = combine_weights * dropped[:, None, :, None]
+    return combine_weights.flatten(2)
+
+
+class NormalEquations:
+    """RᵀR (S,S) and RᵀT (S,d) of a least-squares problem, summed over batches."""
+
+    def __init__(self, num_slots: int, dim: int, device: torch.device):
+        dtype = wide_dtype(device)
+        self.power = torch.zeros(num_slots, num_slots, device=device, dtype=dtype)
+        self.cross = torch.zeros(num_slots, dim, device=device, dtype=dtype)
+
+    def add(self, regressors: Tensor, targets: Tensor) -> None:
+        """Add inputs: regressors (b,m,S) and targets (b,m,d)."""
+        rows, goals = regressors.flatten(0, 1), targets.flatten(0, 1)
+        self.power += rows.mT @ rows
+        self.cross += rows.mT @ goals
+
+
+def solve_held_out(first: NormalEquations, second: NormalEquations) -> Tensor:
+    """V (S,d) of the ridge regression on both halves, lambda chosen by fitting one half and
+    measuring the error on the other, both ways.
+    """
+    a, b = (_on_cpu(half) for half in (first, second))
+    scale = (a[0] + b[0]).diagonal().sqrt()
+    scale = scale.clamp_min(WEAKEST * float(scale.max())).clamp_min(torch.finfo(scale.dtype).tiny)
+
+    def scaled(half: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return half[0] / (scale[:, None] * scale), half[1] / scale[:, None]
+
+    errors = torch.zeros(len(LAMBDAS) + 1, dtype=torch.float64)  # the last one is of V = 0
+    for fitted, held_out in ((scaled(a), scaled(b)), (scaled(b), scaled(a))):
+        values, vectors = torch.linalg.eigh(fitted[0])
+        cross, power = vectors.mT @ fitted[1], vectors.mT @ held_out[0] @ vectors
+        held_out_cross = vectors.mT @ held_out[1]
+        for index, ridge in enumerate(LAMBDAS):
+            solution = cross / (values.clamp_min(0) + ridge / 2)[:, None]
+            errors[index] += (solution * (power @ solution - 2 * held_out_cross)).sum()
+    best = int(errors.argmin())
+    if best == len(LAMBDAS):
+        return torch.zeros_like(a[1])
+    power, cross = scaled((a[0] + b[0], a[1] + b[1]))
+    identity = torch.eye(len(power), dtype=power.dtype)
+    return torch.linalg.solve(power + LAMBDAS[best] * identity, cross) / scale[:, None]
+
+
+def _on_cpu(half: NormalEquations) -> tuple[Tensor, Tensor]:
+    return half.power.to("cpu", torch.float64), half.cross.to("cpu", torch.float64)

@@ -1,0 +1,105 @@
+"""The whole story on the two shipped checkpoints: analyze, prune in several ways, evaluate, compare.
+
+`moeprune/checkpoints/single.safetensors` and `vit.safetensors` are the `full.safetensors` that
+`moeprune demo --train -o DIR` writes into `DIR/single` and `DIR/vit`.
+"""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from moeprune import checkpoint
+from moeprune.calibration import analyze, save_analysis
+from moeprune.data import open_data
+from moeprune.evaluation import environment, evaluate
+from moeprune.model import load, save
+from moeprune.pruning import prune
+from moeprune.runtime import Runtime
+from moeprune.sweep import Variant, sweep
+from moeprune.train import pairs_recipe, single_layer_recipe, train
+
+MODELS = {
+    "single": ("one Soft MoE layer of 128 experts, no residual", "digits", single_layer_recipe),
+    "vit": ("ViT with residuals, 2 Soft MoE layers of 64 experts", "pairs", pairs_recipe),
+}
+METHODS = {
+    "the paper's rule: input, none": ("input", "combine", "none"),
+    "random experts: static, none": ("static", "random", "none"),
+    "input, mean": ("input", "combine", "mean"),
+    "static, none": ("static", "combine", "none"),
+    "static, mean": ("static", "combine", "mean"),
+    "static, lstsq": ("static", "combine", "lstsq"),
+}
+KEEPS = (Fraction(1, 32), Fraction(1, 16), Fraction(1, 8))
+NO_EXPERTS = {
+    f"no experts at all: {compensate}": Variant(0, "static", "combine", compensate)
+    for compensate in ("none", "mean", "lstsq")
+}
+WRITTEN = {
+    "input-none-1-8": Variant(Fraction(1, 8), "input", "combine", "none"),
+    "input-mean-1-16": Variant(Fraction(1, 16), "input", "combine", "mean"),
+    "static-lstsq-1-8": Variant(Fraction(1, 8), "static", "combine", "lstsq"),
+    "static-lstsq-1-16": Variant(Fraction(1, 16), "static", "combine", "lstsq"),
+}
+
+
+def run_demo(
+    directory: Path, train_anew: bool = False, seed: int = 0, runtime: Runtime = Runtime()
+) -> dict[str, Any]:
+    """Write checkpoints, analyses and evaluations into the directory, and `summary.json`.
+
+    Args:
+        train_anew: train both models first (minutes) instead of taking the shipped ones.
+
+    Returns:
+        What `summary.json` holds: for each model its data and a row for each method and share.
+
+    Raises:
+        MoepruneError: the directory cannot be written, or scikit-learn is missing.
+    """
+    models = {name: _run_model(name, directory / name, train_anew, seed, runtime) for name in MODELS}
+    summary = {"schema_version": 1, "models": models, "environment": environment(runtime)}
+    checkpoint.write_text(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return {**summary, "directory": str(directory)}
+
+
+def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime: Runtime) -> dict[str, Any]:
+    title, data_name, recipe = MODELS[name]
+    directory.mkdir(parents=True, exist_ok=True)
+    if train_anew:
+        save(train(recipe(), seed, runtime.progress), directory / "full.safetensors")
+    else:
+        shipped = resources.files("moeprune") / "checkpoints" / f"{name}.safetensors"
+        checkpoint.write_bytes(directory / "full.safetensors", shipped.read_bytes())
+    full = load(directory / "full.safetensors")
+    calibration = open_data(data_name, full.input_format, "calibration")
+    test = open_data(data_name, full.input_format, "test")
+    analysis = analyze(full, calibration, runtime)
+    save_analysis(analysis, directory / "analysis.safetensors")
+    for file_name, variant in WRITTEN.items():
+        pruned = prune(
+            full,
+            analysis,
+            keep=variant.keep,
+            scope=variant.scope,
+            signal=variant.signal,
+            compensate=variant.compensate,
+            data=calibration,
+            seed=seed,
+            runtime=runtime,
+        )
+        path = directory / f"{file_name}.safetensors"
+        save(pruned, path)
+        result = evaluate(load(path), test, full, runtime)
+        result = {"checkpoint": path.name, "baseline": "full.safetensors", **result}
+        checkpoint.write_text(path.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
+    labels = {Variant(keep, *method): label for label, method in METHODS.items() for keep in KEEPS}
+    labels |= {variant: label for label, variant in NO_EXPERTS.items()}
+    rows = sweep(full, labels, analysis, test, seed, runtime)
+    for row, label in zip(rows, ["full model", *labels.values()], strict=True):
+        row["label"] = label
+    return {"title": title, "data": {"spec": test.spec, "samples": test.samples}, "rows": rows}

@@ -1,0 +1,174 @@
+"""How good, how large and how costly a model is, alone and against the full model."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeprune import __version__
+from moeprune.data import Dataset
+from moeprune.errors import MoepruneError
+from moeprune.flops import vit_flops
+from moeprune.intervals import mcnemar, paired_difference, wilson
+from moeprune.model import SoftMoEViT, dataset_for, plan_of, soft_moe_layers
+from moeprune.runtime import Runtime
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of every sample, on the CPU.
+
+    labels, predicted: (samples) int64. in_top5: (samples) bool. loss: mean cross-entropy in nats.
+    """
+
+    labels: Tensor
+    predicted: Tensor
+    in_top5: Tensor
+    loss: float
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether each sample is predicted right (samples) bool."""
+        return self.predicted == self.labels
+
+
+def predict(
+    models: Sequence[SoftMoEViT], data: Dataset, runtime: Runtime = Runtime(), what: str = "eval"
+) -> list[Predictions]:
+    """Predictions of each model, from one pass over labelled data.
+
+    Raises:
+        MoepruneError: the data has no labels, or a model computes NaN.
+    """
+    if not data.has_labels:
+        raise MoepruneError(
+            f"`{data.spec}` has no labels, eval needs them", "add an array `labels` with each sample's class"
+        )
+    device = runtime.torch_device
+    for model in models:
+        model.to(device).eval()
+    labels: list[Tensor] = []
+    predicted: list[list[Tensor]] = [[] for _ in models]
+    in_top5: list[list[Tensor]] = [[] for _ in models]
+    losses = torch.zeros(len(models), device=device)
+    losses = losses.to(torch.float64) if device.type != "mps" else losses
+    for inputs, batch_labels in runtime.batches(data, what):
+        assert batch_labels is not None
+        targets = batch_labels.to(device)
+        labels.append(batch_labels)
+        for index, model in enumerate(models):
+            logits = runtime.forward(model, inputs).float()
+            predicted[index].append(logits.argmax(1))
+            top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            in_top5[index].append((top5 == targets[:, None]).any(1))
+            losses[index] += F.cross_entropy(logits, targets, reduction="sum")
+    if not losses.isfinite().all():
+        raise MoepruneError(
+            f"a model computes NaN or infinite logits on `{data.spec}`", "try `--dtype float32`"
+        )
+    samples = torch.cat(labels)
+    return [
+        Predictions(samples, torch.cat(p).cpu(), torch.cat(t).cpu(), float(loss) / len(samples))
+        for p, t, loss in zip(predicted, in_top5, losses.tolist(), strict=True)
+    ]
+
+
+def evaluate(
+    model: SoftMoEViT,
+    data: Dataset | str,
+    baseline: SoftMoEViT | None = None,
+    runtime: Runtime = Runtime(),
+) -> dict[str, Any]:
+    """Evaluate a model on labelled data, and compare it with a baseline on the same inputs.
+
+    Returns:
+        JSON values: `schema_version`, `data`, `model`, and with a baseline `baseline_model` and
+        `difference`; accuracies as fractions, FLOPs per input, bytes of all tensors.
+
+    Raises:
+        MoepruneError: data that does not fit or has no labels.
+    """
+    data = dataset_for(model, data, split="test")
+    if baseline is not None and baseline.config.num_classes != model.config.num_classes:
+        raise MoepruneError(
+            f"the baseline has {baseline.config.num_classes} classes, the model {model.config.num_classes}",
+            "give the checkpoint that the model was pruned from",
+        )
+    models = [model] if baseline is None else [model, baseline]
+    predictions = predict(models, data, runtime)
+    described = [describe(*pair) for pair in zip(models, predictions, strict=True)]
+    difference = None
+    if baseline is not None:
+        difference = compare(described[0], described[1], predictions[0], predictions[1])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "data": {"spec": data.spec, "samples": data.samples, "fingerprint": data.fingerprint},
+        "model": described[0],
+        "baseline_model": described[1] if baseline is not None else None,
+        "difference": difference,
+        "environment": environment(runtime),
+    }
+
+
+def describe(model: SoftMoEViT, predictions: Predictions) -> dict[str, Any]:
+    """Accuracy, size and cost of a model as JSON values."""
+    correct, samples = int(predictions.correct.sum()), len(predictions.labels)
+    return {
+        "accuracy": correct / samples,
+        "accuracy_ci95": list(wilson(correct, samples)),
+        "top5_accuracy": float(predictions.in_top5.double().mean()),
+        "loss": predictions.loss,
+        **size_and_cost(model),
+    }
+
+
+def size_and_cost(model: SoftMoEViT) -> dict[str, Any]:
+    """Parameters, bytes, FLOPs per input and experts per input of a model as JSON values."""
+    tensors = model.state_dict().values()
+    layers = soft_moe_layers(model).values()
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "flops_per_input": vit_flops(model.config, plan_of(model)).to_json(),
+        "experts_per_input": float(sum(layer.num_running_experts for layer in layers)),
+    }
+
+
+def compare(
+    model: dict[str, Any], baseline: dict[str, Any], predictions: Predictions, reference: Predictions
+) -> dict[str, Any]:
+    """How a model differs from the baseline on the same inputs, as JSON values."""
+    right, reference_right = predictions.correct, reference.correct
+    both = int((right & reference_right).sum())
+    lost = int((~right & reference_right).sum())
+    won = int((right & ~reference_right).sum())
+    neither = len(right) - both - lost - won
+    return {
+        "accuracy_drop": baseline["accuracy"] - model["accuracy"],
+        "accuracy_drop_ci95": list(paired_difference(both, lost, won, neither)),
+        "flops_reduction": 1 - model["flops_per_input"]["total"] / baseline["flops_per_input"]["total"],
+        "size_reduction": 1 - model["bytes"] / baseline["bytes"],
+        "agreement": float((predictions.predicted == reference.predicted).double().mean()),
+        "mcnemar_p": mcnemar(lost, won),
+    }
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """Versions and settings that figures may depend on."""
+    device = runtime.torch_device
+    return {
+        "moeprune": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": runtime.dtype,
+        "batch_size": runtime.batch_size,
+    }

@@ -1,0 +1,313 @@
+"""What the commands show a person, made from the same JSON values that they give to a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as percent: `0.125` is `12.5 %`."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def points(difference: float) -> str:
+    """A difference of shares as percentage points, with its sign."""
+    return f"{100 * difference:+.2f} pt"
+
+
+def amount(value: float, unit: str = "") -> str:
+    """A number with a decimal prefix: `12345` is `12.3 k`."""
+    prefixes = iter(("", "k", "M", "G", "T", "P"))
+    prefix = next(prefixes)
+    while abs(value) >= 999.5 and (larger := next(prefixes, None)):
+        prefix, value = larger, value / 1000
+    digits = f"{value:.0f}" if not prefix and float(value).is_integer() else f"{value:.3g}"
+    return f"{digits} {prefix}{unit}".strip()
+
+
+def inspection(found: Mapping[str, Any]) -> RenderableType:
+    """The text of `moeprune inspect`."""
+    architecture, preprocessing = found["architecture"], found["preprocessing"]
+    height, width = architecture["image_size"]
+    facts = _facts()
+    facts.add_row(
+        "model",
+        f"{architecture['type']}, {len(architecture['blocks'])} blocks, d = {architecture['dim']},"
+        f" {architecture['num_classes']} classes",
+    )
+    facts.add_row("input", f"{architecture['in_channels']} × {height} × {width} (channels × height × width)")
+    facts.add_row(
+        "preprocessing", ", ".join(f"{key} {_plain(value)}" for key, value in preprocessing.items())
+    )
+    facts.add_row("parameters", f"{amount(found['parameters'])} ({amount(found['bytes'], 'B')})")
+    facts.add_row("FLOPs per input", _flops(found["flops_per_input"]))
+    for key in ("source", "provenance"):
+        for name, value in found[key].items():
+            facts.add_row(f"{key}: {name}", _plain(value))
+    layers = _table("layer", "experts", "slots", "hidden", "parameters", "plan")
+    for name, layer in found["layers"].items():
+        layers.add_row(
+            name,
+            str(layer["experts"]),
+            str(layer["slots_per_expert"]),
+            str(layer["hidden_dim"]),
+            amount(layer["parameters"]),
+            _plan(layer["plan"]),
+        )
+    return Group(Text(found["checkpoint"], style="bold"), facts, Text(), layers)
+
+
+def analysis(found: Mapping[str, Any]) -> RenderableType:
+    """The text of `moeprune analyze`."""
+    table = _table(
+        "layer", "experts", "mass of the best\n1/8 per input", "of a uniform\nrouter",
+        "experts with 50 / 90 / 99 %\nper input", "\nover all inputs", "unused\nexperts",
+    )  # fmt: skip
+    for name, layer in found["layers"].items():
+        table.add_row(
+            name,
+            str(layer["experts"]),
+            percent(layer["best_eighth_mass"]),
+            percent(layer["uniform_mass"]),
+            " / ".join(f"{count:.1f}" for count in layer["experts_for_mass_per_input"]),
+            " / ".join(str(count) for count in layer["experts_for_mass_overall"]),
+            str(len(layer["unused_experts"])),
+        )
+    verdicts = [Text(f"{name}: {verdict(layer)}") for name, layer in found["layers"].items()]
+    data = found["data"]
+    title = Text(f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)", style="bold")
+    return Group(title, table, Text(), *verdicts)
+
+
+def verdict(layer: Mapping[str, Any]) -> str:
+    """In plain words: whether the combine mass tells experts apart, and what to try.
+
+    Args:
+        layer: what moeprune.calibration.summarize returns.
+    """
+    n = layer["experts"]
+    if n == 1:
+        return "one expert: nothing to prune"
+    best, uniform = percent(layer["best_eighth_mass"], 0), percent(layer["uniform_mass"], 0)
+    for_input, overall = layer["experts_for_mass_per_input"][1], layer["experts_for_mass_overall"][1]
+    if not layer["informative"]:
+        return (
+            f"the combine signal says little: the best 1/8 hold {best} of an input's mass, a uniform router"
+            f" gives {uniform}. Compensate (`--compensate lstsq`), and compare with `random` in a sweep"
+        )
+    words = (
+        f"the combine signal is informative: the best 1/8 hold {best} of an input's mass"
+        f" (uniform: {uniform})."
+    )
+    if overall > 2 * for_input:
+        return (
+            f"{words} Inputs use different experts ({for_input:.0f} hold 90 % for one, {overall} for all):"
+            " scope `input` loses least; `static` wants `--compensate mean` or `lstsq`"
+        )
+    return f"{words} Inputs share their experts: try scope `static`"
+
+
+def pruning(found: Mapping[str, Any]) -> RenderableType:
+    """The text of `moeprune prune`."""
+    table = _facts()
+    full, pruned = found["full_model"], found["model"]
+    size, flops = pruned["bytes"], pruned["flops_per_input"]["total"]
+    table.add_row(
+        "size",
+        f"{amount(full['bytes'], 'B')} → {amount(size, 'B')} ({percent(size / full['bytes'])})",
+    )
+    full_flops = full["flops_per_input"]["total"]
+    table.add_row(
+        "FLOPs per input", f"{amount(full_flops)} → {amount(flops)} ({percent(flops / full_flops)})"
+    )
+    table.add_row("", _flops(pruned["flops_per_input"]))
+    for name, plan in found["plan"].items():
+        table.add_row(name, _plan(plan))
+    return Group(Text(found["checkpoint"], style="bold"), table)
+
+
+def evaluation(found: Mapping[str, Any]) -> RenderableType:
+    """The text of `moeprune eval`."""
+    model, baseline, difference = found["model"], found["baseline_model"], found["difference"]
+    data = found["data"]
+    title = f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)"
+    table = _table("", "model", *(["full model", "difference"] if baseline else []))
+    for label, text in _EVALUATION_ROWS.items():
+        row = [label, text(model)]
+        if baseline:
+            row += [text(baseline), _difference(label, model, baseline, difference)]
+        table.add_row(*row)
+    parts: list[RenderableType] = [Text(title, style="bold"), table]
+    if difference:
+        low, high = difference["accuracy_drop_ci95"]
+        parts.append(
+            Text(
+                f"\naccuracy drop {points(difference['accuracy_drop'])}"
+                f" (95 %: {points(low)} to {points(high)}; McNemar p = {difference['mcnemar_p']:.3g}),"
+                " same prediction as the full model on"
+                f" {percent(difference['agreement'], 2)}"
+            )
+        )
+    if found["gates"]:
+        parts += [Text(), gates(found["gates"])]
+    return Group(*parts)
+
+
+_EVALUATION_ROWS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "accuracy": lambda model: "{} ({} to {})".format(
+        percent(model["accuracy"], 2), *(f"{100 * bound:.1f}" for bound in model["accuracy_ci95"])
+    ),
+    "top-5 accuracy": lambda model: percent(model["top5_accuracy"], 2),
+    "loss": lambda model: f"{model['loss']:.4f}",
+    "experts per input": lambda model: f"{model['experts_per_input']:g}",
+    "parameters": lambda model: amount(model["parameters"]),
+    "size": lambda model: amount(model["bytes"], "B"),
+    "FLOPs per input": lambda model: amount(model["flops_per_input"]["total"]),
+    "  experts": lambda model: amount(model["flops_per_input"]["experts"]),
+    "  routing": lambda model: amount(model["flops_per_input"]["routing"]),
+    "  compensation": lambda model: amount(model["flops_per_input"]["compensation"]),
+    "  other": lambda model: amount(model["flops_per_input"]["other"]),
+}
+
+
+def _difference(
+    label: str, model: Mapping[str, Any], baseline: Mapping[str, Any], difference: Mapping[str, Any]
+) -> str:
+    if label == "accuracy":
+        return points(-difference["accuracy_drop"])
+    if label == "size":
+        return f"{-100 * difference['size_reduction']:+.1f} %"
+    if label == "FLOPs per input":
+        return f"{-100 * difference['flops_reduction']:+.1f} %"
+    if label == "top-5 accuracy":
+        return points(model["top5_accuracy"] - baseline["top5_accuracy"])
+    return ""
+
+
+def gates(results: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """A table of gates."""
+    table = _table("gate", "limit", "value", "")
+    for gate in results:
+        table.add_row(
+            gate["name"],
+            f"{gate['limit']:g}",
+            f"{gate['value']:.4g}",
+            Text("passed", style="green") if gate["passed"] else Text("FAILED", style="bold red"),
+        )
+    return table
+
+
+def sweep(found: Mapping[str, Any]) -> RenderableType:
+    """The text of `moeprune eval --sweep`: a row for each variant."""
+    table = _table(
+        "kept", "scope", "signal", "compensation", "accuracy", "of full", "same as full", "size", "FLOPs"
+    )
+    previous = None
+    for row in found["rows"]:
+        if row["keep"] != previous:
+            table.add_section()
+            previous = row["keep"]
+        accuracy = percent(row["accuracy"], 2)
+        if row["accuracy_sd"] is not None:
+            accuracy += f" ± {100 * row['accuracy_sd']:.1f}"
+        table.add_row(
+            row["keep"],
+            row["scope"] or "full model",
+            row["signal"] or "",
+            row["compensate"] or "",
+            accuracy,
+            percent(row["retained"]) if row["retained"] is not None else "",
+            percent(row["agreement"]),
+            percent(1 - row["difference"]["size_reduction"]),
+            percent(1 - row["difference"]["flops_reduction"]),
+        )
+    data = found["data"]
+    title = f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)"
+    note = "random: mean ± standard deviation of 10 draws. Size and FLOPs: of the whole model."
+    return Group(Text(title, style="bold"), table, Text(note))
+
+
+def demo(found: Mapping[str, Any]) -> RenderableType:
+    """The text of `moeprune demo`: for each model, methods in rows and kept shares in columns."""
+    parts: list[RenderableType] = []
+    for model in found["models"].values():
+        rows = model["rows"]
+        keeps = list(dict.fromkeys(row["keep"] for row in rows if row["keep"] not in ("0", "1")))
+        full = next(row for row in rows if row["keep"] == "1")
+        data = model["data"]
+        title = (
+            f"{model['title']}: full model {percent(full['accuracy'], 2)} on {data['spec']}"
+            f" ({data['samples']} samples)"
+        )
+        columns = [*(f"{keep} kept" for keep in keeps), f"size at {keeps[-1]}", f"FLOPs at {keeps[-1]}"]
+        table = _table("accuracy as a share of the full model's", *columns)
+        for label in dict.fromkeys(row["label"] for row in rows if row["keep"] not in ("0", "1")):
+            of_label = {row["keep"]: row for row in rows if row["label"] == label}
+            last = of_label[keeps[-1]]["difference"]
+            table.add_row(
+                label,
+                *(_retained(of_label[keep]) for keep in keeps),
+                percent(1 - last["size_reduction"]),
+                percent(1 - last["flops_reduction"]),
+            )
+        table.add_section()
+        for row in rows:
+            if row["keep"] == "0":
+                size, flops = row["difference"]["size_reduction"], row["difference"]["flops_reduction"]
+                cells = [_retained(row), *[""] * (len(keeps) - 1), percent(1 - size), percent(1 - flops)]
+                table.add_row(row["label"], *cells)
+        parts += [Text(title, style="bold"), table, Text()]
+    parts.append(Text(f"Checkpoints, analyses and evaluations are in {found['directory']}"))
+    return Group(*parts)
+
+
+def _retained(row: Mapping[str, Any]) -> str:
+    text = percent(row["retained"])
+    if row["accuracy_sd"] is not None:
+        text += f" ± {100 * row['accuracy_sd']:.0f}"
+    return text
+
+
+def _plan(plan: Mapping[str, Any] | None) -> str:
+    if plan is None:
+        return "dense"
+    text = (
+        f"{plan['scope']}, {plan['k']} of {plan['num_experts']} by {plan['signal']}, {plan['compensation']}"
+    )
+    if plan["kept"] is None:
+        return text
+    shown = ", ".join(str(expert) for expert in plan["kept"][:16])
+    return f"{text}: {shown}{', …' if len(plan['kept']) > 16 else ''}"
+
+
+def _flops(flops: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{name} {amount(flops[name])}" for name in flops if name != "total")
+    return f"{amount(flops['total'])} ({parts})"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(part) for part in value)
+    return "automatic" if value is None else str(value)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True, vertical="bottom")
+    return table
+
+
+def _facts() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
