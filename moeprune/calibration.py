@@ -99,7 +99,7 @@ def analyze(model: SoftMoEViT, data: Dataset | str, runtime: Runtime = Runtime()
     statistics = measure(model, list(layers), data, runtime, "analyze")
     provenance = {
         "checkpoint": {"fingerprint": fingerprint(model)},
-        "data": {"spec": data.spec, "samples": data.samples, "fingerprint": data.fingerprint},
+        "data": data.to_json(),
         "moeprune": __version__,
     }
     return Analysis(statistics, provenance)
@@ -336,10 +336,9 @@ def load_analysis(path: str | Path) -> Analysis:
     return Analysis(layers, provenance)
 
 
-def require_analysis_of(model: SoftMoEViT, analysis: Analysis) -> None:
-    """Raise a MoepruneError if the analysis was made for another checkpoint."""
-    found = analysis.provenance["checkpoint"]["fingerprint"]
-    expected = fingerprint(model)
+def require_analysis_of(model_fingerprint: str, analysis: Analysis) -> None:
+    """Raise a MoepruneError if the analysis was made for a checkpoint of another fingerprint."""
+    found, expected = analysis.provenance["checkpoint"]["fingerprint"], model_fingerprint
     if found != expected:
         raise MoepruneError(
             f"the analysis was made for another checkpoint (fingerprint {found[:12]}…, this one has"

@@ -344,7 +344,7 @@ def eval(
         variants = grid(keeps, scope or SCOPES, signal or SIGNALS, compensate or COMPENSATIONS)
         rows = run_sweep(model, variants, load_analysis(analysis), dataset, seed, runtime)
         found |= {
-            "data": {"spec": dataset.spec, "samples": dataset.samples, "fingerprint": dataset.fingerprint},
+            "data": dataset.to_json(),
             "rows": rows,
             "environment": evaluation.environment(runtime),
         }

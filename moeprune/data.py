@@ -14,12 +14,12 @@ checkpoint's preprocessing says. Arrays of floats are taken as they are.
 from __future__ import annotations
 
 import hashlib
-import random
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -27,17 +27,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moeprune.digits import SPLITS, digits, pairs
 from moeprune.errors import MoepruneError
+from moeprune.images import read_image
 from moeprune.preprocessing import InputFormat
 
-SPLITS = ("train", "calibration", "test")
-PAIRS_OF_SPLIT = 2000
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SPECS_HINT = (
     "give `digits`, `pairs` (each with `:train`, `:calibration` or `:test`), a `.npz` or"
     " `.safetensors` file with `inputs` and `labels`, or a folder of class folders of images"
 )
 
+T = TypeVar("T")
 Batch = tuple[Tensor, Tensor | None]
 """Inputs (b,c,H,W) in float32 and labels (b,) in int64, or None where the data has none."""
 
@@ -67,6 +68,10 @@ class Dataset:
         self.available = self.samples
         if self.limit is not None:
             self.samples = min(self.limit, self.samples)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a file or report says of the data, as JSON values."""
+        return {"spec": self.spec, "samples": self.samples, "fingerprint": self.fingerprint}
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """One pass over the samples in a fixed order; with a limit, over as many evenly spaced ones.
@@ -136,49 +141,18 @@ def chunks(indices: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
         yield indices[start : start + batch_size]
 
 
+def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending indices as runs of neighbours: the first of each and how many there are.
+
+    >>> list(runs([0, 1, 2, 7, 9, 10]))
+    [(0, 3), (7, 1), (9, 2)]
+    """
+    for _, group in itertools.groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        members = [index for _, index in group]
+        yield members[0], len(members)
+
+
 # --- built-in sets -----------------------------------------------------------------------------
-
-
-def digits(split: str) -> tuple[Tensor, Tensor]:
-    """One split of scikit-learn's digits: pixels (n,1,8,8) in 0…1 and labels (n,).
-
-    Stratified and fixed: of every ten images of a class, in the order of the data set, five are for
-    training, two for calibration and three for testing.
-
-    Raises:
-        MoepruneError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise MoepruneError(
-            "the data sets `digits` and `pairs` need scikit-learn", "pip install 'moeprune[demo]'"
-        ) from None
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16
-    labels = torch.from_numpy(bunch.target).to(torch.int64)
-    place_in_class = torch.empty_like(labels)
-    for digit in range(10):
-        place_in_class[labels == digit] = torch.arange(int((labels == digit).sum()))
-    tenth = place_in_class % 10
-    part = {"train": tenth < 5, "calibration": (tenth >= 5) & (tenth < 7), "test": tenth >= 7}[split]
-    return images[part], labels[part]
-
-
-def pairs(split: str) -> tuple[Tensor, Tensor]:
-    """2,000 pairs of digits of one split side by side: pixels (2000,1,8,16), labels 10·left + right.
-
-    Every class has 20 pairs; which images they are made of is drawn with a fixed seed.
-    """
-    images, labels = digits(split)
-    by_digit = [(labels == digit).nonzero().flatten().tolist() for digit in range(10)]
-    generator = random.Random(SPLITS.index(split))
-    classes = [i % 100 for i in range(PAIRS_OF_SPLIT)]
-    halves = []
-    for shown in ([c // 10 for c in classes], [c % 10 for c in classes]):
-        halves.append(images[[by_digit[s][int(generator.random() * len(by_digit[s]))] for s in shown]])
-    return torch.cat(halves, dim=3), torch.tensor(classes)
-
 
 BUILT_IN = {"digits": digits, "pairs": pairs}
 
@@ -249,10 +223,7 @@ def _from_safetensors(path: Path, input_format: InputFormat, limit: int | None) 
 
     def read(indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
         for chunk in chunks(indices, batch_size):
-            if isinstance(chunk, range):
-                array = inputs[chunk[0] : chunk[-1] + 1]
-            else:
-                array = torch.cat([inputs[i : i + 1] for i in chunk])
+            array = torch.cat([inputs[first : first + count] for first, count in runs(chunk)])
             batch_labels = None if labels is None else labels[list(chunk)]
             yield _to_inputs(spec, arrange(array), input_format).contiguous(), batch_labels
 
@@ -287,9 +258,9 @@ def _from_npz(path: Path, input_format: InputFormat, limit: int | None) -> Datas
                 start = member.tell()
                 for chunk in chunks(indices, batch_size):
                     buffer = bytearray()
-                    for index in chunk:
-                        member.seek(start + index * sample_bytes)
-                        buffer += member.read(sample_bytes)
+                    for first, count in runs(chunk):
+                        member.seek(start + first * sample_bytes)
+                        buffer += member.read(count * sample_bytes)
                     array = np.frombuffer(buffer, dtype).reshape(len(chunk), *shape[1:])
                     inputs = torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))
                     batch_labels = None if labels is None else labels[list(chunk)]
@@ -336,45 +307,22 @@ def _from_folder(path: Path, input_format: InputFormat, limit: int | None) -> Da
 
     def read(indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
         with ThreadPoolExecutor() as pool:
-            for chunk in chunks(indices, batch_size):
-                images = pool.map(lambda i: read_image(files[i][0], input_format), chunk)
-                pixels = torch.stack(list(images))
+
+            def start(chunk: Sequence[int]) -> tuple[Sequence[int], list[Future[Tensor]]]:
+                return chunk, [pool.submit(read_image, files[i][0], input_format) for i in chunk]
+
+            # The next batch is decoded while the model runs on this one.
+            for chunk, images in _one_ahead(start(chunk) for chunk in chunks(indices, batch_size)):
+                pixels = torch.stack([image.result() for image in images])
                 yield input_format.normalize(pixels), torch.tensor([files[i][1] for i in chunk])
 
     return Dataset(str(path), len(files), True, input_format.classes, read, limit)
 
 
-def read_image(path: Path, input_format: InputFormat) -> Tensor:
-    """An image, resized and cropped about its centre: pixels (c,H,W) in 0…1.
-
-    Raises:
-        MoepruneError: a file that is no image, or channels other than 1 (grey) or 3 (colour).
-    """
-    from PIL import Image
-
-    channels, height, width = input_format.shape
-    modes = {1: "L", 3: "RGB"}
-    if channels not in modes:
-        raise MoepruneError(f"the model takes {channels} channels, images have 1 (grey) or 3 (colour)")
-    try:
-        with Image.open(path) as file:
-            image = file.convert(modes[channels])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MoepruneError(f"`{path}` is no readable image ({error})", "repair or remove it") from None
-    preprocessing = input_format.preprocessing
-    shorter = min(image.size)
-    factor = max(width / image.width, height / image.height)
-    if preprocessing.resize is not None:
-        factor = preprocessing.resize / shorter
-    resized = (round(image.width * factor), round(image.height * factor))
-    if resized[0] < width or resized[1] < height:
-        raise MoepruneError(
-            f"`{path}` is {resized[0]}×{resized[1]} after `resize` {preprocessing.resize},"
-            f" smaller than the {width}×{height} that the model takes"
-        )
-    if resized != image.size:
-        image = image.resize(resized, Image.Resampling[preprocessing.interpolation.upper()])
-    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each handed out only when the next has been asked for."""
+    held = list(itertools.islice(items, 1))
+    for item in items:
+        held.append(item)
+        yield held.pop(0)
+    yield from held

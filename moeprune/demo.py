@@ -24,7 +24,7 @@ from moeprune.train import pairs_recipe, single_layer_recipe, train
 
 MODELS = {
     "single": ("one Soft MoE layer of 128 experts, no residual", "digits", single_layer_recipe),
-    "vit": ("ViT with residuals, 2 Soft MoE layers of 64 experts", "pairs", pairs_recipe),
+    "vit": ("ViT with residuals, 3 Soft MoE layers of 64 experts", "pairs", pairs_recipe),
 }
 METHODS = {
     "the paper's rule: input, none": ("input", "combine", "none"),

@@ -97,9 +97,9 @@ def evaluate(
         MoepruneError: data that does not fit or has no labels.
     """
     data = dataset_for(model, data, split="test")
-    if baseline is not None and baseline.config.num_classes != model.config.num_classes:
+    if baseline is not None and baseline.input_format != model.input_format:
         raise MoepruneError(
-            f"the baseline has {baseline.config.num_classes} classes, the model {model.config.num_classes}",
+            f"the baseline takes other inputs than the model: {baseline.input_format}, {model.input_format}",
             "give the checkpoint that the model was pruned from",
         )
     models = [model] if baseline is None else [model, baseline]
@@ -110,7 +110,7 @@ def evaluate(
         difference = compare(described[0], described[1], predictions[0], predictions[1])
     return {
         "schema_version": SCHEMA_VERSION,
-        "data": {"spec": data.spec, "samples": data.samples, "fingerprint": data.fingerprint},
+        "data": data.to_json(),
         "model": described[0],
         "baseline_model": described[1] if baseline is not None else None,
         "difference": difference,

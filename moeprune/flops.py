@@ -1,4 +1,4 @@
-"""FLOPs, parameters and bytes of a model, counted from its architecture and plan; no torch.
+"""FLOPs of a model, counted from its architecture and plan; no torch.
 
 1 multiply-add = 2 FLOPs. Matrix products are counted, as `torch.utils.flop_counter.FlopCounterMode`
 does; softmax, norms, activations, additions and sorting are left out.

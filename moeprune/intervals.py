@@ -23,7 +23,9 @@ def wilson(successes: float, trials: int, z: float = Z95) -> tuple[float, float]
     shrink = 1 + z * z / trials
     centre = (share + z * z / (2 * trials)) / shrink
     half = z * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2) / shrink
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == trials else min(1.0, centre + half)
+    return low, high
 
 
 def paired_difference(
@@ -63,7 +65,7 @@ def paired_difference(
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided p of McNemar's exact test: that two models that differ on these inputs are equally good.
 
-    >>> mcnemar(1, 5)
+    >>> round(mcnemar(1, 5), 5)
     0.21875
     """
     trials, fewer = only_first + only_second, min(only_first, only_second)
@@ -73,4 +75,4 @@ def mcnemar(only_first: int, only_second: int) -> float:
         math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1) - trials * math.log(2)
         for i in range(fewer + 1)
     )
-    return round(min(1.0, 2 * math.fsum(math.exp(log) for log in logs)), 12)
+    return min(1.0, 2 * math.fsum(math.exp(log) for log in logs))

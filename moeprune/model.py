@@ -51,8 +51,8 @@ class SoftMoEViT(nn.Module):
         patch_height, patch_width = config.patch_size
         self.patch_embed = nn.Linear(config.in_channels * patch_height * patch_width, config.dim)
         if config.class_token:
-            self.class_token = nn.Parameter(torch.empty(1, config.dim))
-        self.position = nn.Parameter(torch.empty(config.num_tokens, config.dim))
+            self.class_token = nn.Parameter(0.02 * torch.randn(1, config.dim))
+        self.position = nn.Parameter(0.02 * torch.randn(config.num_tokens, config.dim))
         self.blocks = nn.ModuleList(
             Block(config, block, plan.get(f"blocks.{index}.soft_moe"))
             for index, block in enumerate(config.blocks)

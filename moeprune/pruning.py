@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +78,9 @@ def prune(
         )
     if not calibrated:
         analysis = data = None
+    model_fingerprint = fingerprint(model)
     if analysis is not None:
-        require_analysis_of(model, analysis)
+        require_analysis_of(model_fingerprint, analysis)
     dataset = None
     if data is not None:
         dataset = dataset_for(model, data, "calibration")
@@ -101,7 +101,17 @@ def prune(
             correction = fit_correction(pruned, model, name, dataset, seed, runtime)
             layer.surrogate = layer.surrogate + correction.to(layer.surrogate)
         _require_data_of_analysis(analysis, dataset)
-    pruned.details = replace(model.details, provenance=_provenance(model, analysis, dataset, seed))
+    provenance = {
+        **model.details.provenance,
+        "pruned_from": {"fingerprint": model_fingerprint},
+        "seed": seed,
+        "moeprune": __version__,
+    }
+    if analysis is not None:
+        provenance["calibration"] = analysis.provenance["data"]
+    elif dataset is not None:
+        provenance["calibration"] = dataset.to_json()
+    pruned.details = replace(model.details, provenance=provenance)
     return pruned
 
 
@@ -145,7 +155,7 @@ def prune_layer(
         if plan.kept is not None:
             slot_mean = slot_mean[columns]
             slot_mean[: plan.k] = 0  # a kept slot has its own output
-        tensors["surrogate"] = slot_mean.to(layer.phi)
+        tensors["surrogate"] = slot_mean.to(layer.phi, copy=True)
     with torch.device("meta"):
         pruned = SoftMoE(layer.config, plan)
     pruned.load_state_dict(tensors, assign=True)
@@ -191,23 +201,3 @@ def _sharing_copy(model: SoftMoEViT) -> SoftMoEViT:
     """A copy of the modules with the same tensors: swapping a layer in one leaves the other alone."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared).eval()
-
-
-def _provenance(
-    model: SoftMoEViT, analysis: Analysis | None, data: Dataset | None, seed: int
-) -> dict[str, Any]:
-    provenance: dict[str, Any] = {
-        **model.details.provenance,
-        "pruned_from": {"fingerprint": fingerprint(model)},
-        "seed": seed,
-        "moeprune": __version__,
-    }
-    if data is not None:
-        provenance["calibration"] = {
-            "spec": data.spec,
-            "samples": data.samples,
-            "fingerprint": data.fingerprint,
-        }
-    elif analysis is not None:
-        provenance["calibration"] = analysis.provenance["data"]
-    return provenance

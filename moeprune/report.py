@@ -18,7 +18,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 def points(difference: float) -> str:
     """A difference of shares as percentage points, with its sign."""
-    return f"{100 * difference:+.2f} pt"
+    return f"{100 * difference + 0.0:+.2f} pt"
 
 
 def amount(value: float, unit: str = "") -> str:
@@ -110,7 +110,10 @@ def verdict(layer: Mapping[str, Any]) -> str:
             f"{words} Inputs use different experts ({for_input:.0f} hold 90 % for one, {overall} for all):"
             " scope `input` loses least; `static` wants `--compensate mean` or `lstsq`"
         )
-    return f"{words} Inputs share their experts: try scope `static`"
+    return (
+        f"{words} Inputs mostly share their experts ({for_input:.0f} hold 90 % for one, {overall} for all):"
+        " try scope `static` with `--compensate mean` or `lstsq`"
+    )
 
 
 def pruning(found: Mapping[str, Any]) -> RenderableType:
@@ -124,12 +127,12 @@ def pruning(found: Mapping[str, Any]) -> RenderableType:
     )
     full_flops = full["flops_per_input"]["total"]
     table.add_row(
-        "FLOPs per input", f"{amount(full_flops)} → {amount(flops)} ({percent(flops / full_flops)})"
+        "FLOPs per input",
+        f"{amount(full_flops)} → {_flops(pruned['flops_per_input'])}, {percent(flops / full_flops)}",
     )
-    table.add_row("", _flops(pruned["flops_per_input"]))
     for name, plan in found["plan"].items():
         table.add_row(name, _plan(plan))
-    return Group(Text(found["checkpoint"], style="bold"), table)
+    return Group(Text(f"wrote {found['checkpoint']}", style="bold"), table)
 
 
 def evaluation(found: Mapping[str, Any]) -> RenderableType:

@@ -78,7 +78,7 @@ class Runtime:
         if autocast is not None:
             precision = torch.autocast(inputs.device.type, autocast)
         with torch.inference_mode(), precision:
-            return model(inputs)
+            return model(inputs.to(next(model.parameters()).dtype))
 
 
 def _no_device(name: str) -> MoepruneError:

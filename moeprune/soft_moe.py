@@ -70,6 +70,8 @@ class SoftMoE(nn.Module):
             self.register_buffer("surrogate", torch.empty(routed, p, d))
         if plan is not None and plan.scope != "static" and plan.signal != "combine":
             self.register_buffer("score_weights", torch.empty(config.num_experts))
+        if plan is None:
+            self.reset_parameters()
         self.observer: Callable[[Observation], None] | None = None
 
     @property

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from moeprune import __version__
 from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.data import digits
+from moeprune.digits import digits
 from moeprune.model import Details, SoftMoEViT
 from moeprune.preprocessing import InputFormat, Preprocessing
 from moeprune.soft_moe import SoftMoE
@@ -52,10 +52,10 @@ def single_layer_config(num_experts: int = 128, hidden_units: int = 512) -> ViTC
 
 
 def pairs_config() -> ViTConfig:
-    """Four blocks with residuals on pairs of digits: 32 tokens, d=64, the last two Soft MoE of 64 experts."""
+    """Four blocks with residuals on pairs of digits: 32 tokens, d=64, the last three Soft MoE of 64 experts."""
     mlp = BlockConfig(mlp_dim=128)
     moe = BlockConfig(soft_moe=SoftMoEConfig(64, num_experts=64, slots_per_expert=2, hidden_dim=16))
-    return ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=(mlp, mlp, moe, moe))
+    return ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=(mlp, moe, moe, moe))
 
 
 def single_layer_recipe(num_experts: int = 128) -> Recipe:
@@ -69,7 +69,13 @@ def single_layer_recipe(num_experts: int = 128) -> Recipe:
 def pairs_recipe() -> Recipe:
     """The recipe of the vision transformer on pairs of digits."""
     return Recipe(
-        pairs_config(), 3000, learning_rate=2e-3, weight_decay=0.01, scale=8.0, noise=0.0, label_smoothing=0.0
+        pairs_config(),
+        3000,
+        learning_rate=2e-3,
+        weight_decay=0.01,
+        scale=16.0,
+        noise=0.2,
+        label_smoothing=0.0,
     )
 
 

@@ -1,0 +1,108 @@
+"""What the tests share: the shipped checkpoints, analyses of them, and the commands run in process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moeprune.cli import app
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+class Result(NamedTuple):
+    """How a command ended and what it wrote."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The models are so small that threads on busy cores cost more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., Result]:
+    """Run a command in process; arguments may be anything that has a string form."""
+
+    def run(*arguments: object) -> Result:
+        words = [str(argument) for argument in arguments]
+        result = CliRunner().invoke(app, words, prog_name="moeprune", catch_exceptions=False)
+        return Result(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_json(run: Callable[..., Result]) -> Callable[..., dict[str, Any]]:
+    """Run a command that succeeds and read its JSON."""
+
+    def run_json(*arguments: object) -> dict[str, Any]:
+        result = run(*arguments, "--output-format", "json")
+        assert result.code == 0, result.stderr
+        assert result.stderr == ""
+        return json.loads(result.stdout)
+
+    return run_json
+
+
+def _shipped(name: str) -> Iterator[Path]:
+    with resources.as_file(resources.files("moeprune") / "checkpoints" / f"{name}.safetensors") as path:
+        yield path
+
+
+@pytest.fixture(scope="session")
+def single() -> Iterator[Path]:
+    """The shipped checkpoint of one Soft MoE layer with 128 experts, for digits."""
+    yield from _shipped("single")
+
+
+@pytest.fixture(scope="session")
+def vit() -> Iterator[Path]:
+    """The shipped vision transformer with two Soft MoE layers of 64 experts, for pairs of digits."""
+    yield from _shipped("vit")
+
+
+@pytest.fixture(scope="session")
+def single_analysis(
+    single: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An analysis of `single` on all 360 calibration digits."""
+    path = tmp_path_factory.mktemp("single") / "analysis.safetensors"
+    result = run("analyze", single, "--data", "digits", "--batch-size", 128, "-o", path)
+    assert result.code == 0, result.stderr
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_analysis(
+    single: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An analysis of `single` on 60 calibration digits, for what only has to be fast."""
+    path = tmp_path_factory.mktemp("small") / "analysis.safetensors"
+    result = run("analyze", single, "--data", "digits", "--limit", 60, "-o", path)
+    assert result.code == 0, result.stderr
+    return path
+
+
+@pytest.fixture(scope="session")
+def vit_analysis(vit: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An analysis of `vit` on 100 calibration pairs."""
+    path = tmp_path_factory.mktemp("vit") / "analysis.safetensors"
+    result = run("analyze", vit, "--data", "pairs", "--limit", 100, "-o", path)
+    assert result.code == 0, result.stderr
+    return path

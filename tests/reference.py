@@ -1,0 +1,119 @@
+"""A Soft MoE layer written from its formulas in the plainest way, one input, expert and slot at a time.
+
+It shares no code with the package. Axes: b inputs, m tokens, d model width, n experts, p slots per
+expert, h hidden width of an expert.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+
+def reference_layer(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    router_norm: str,
+    dispatch_input: str,
+    kept: Sequence[Sequence[int]] | None = None,
+    compensation: str = "none",
+    surrogate: Tensor | None = None,
+    static_correction: bool = False,
+) -> Tensor:
+    """Y (b,m,d) in float64 for tokens x (b,m,d).
+
+    Args:
+        tensors: of the dense layer, by the names of its state dict.
+        kept: the experts that run, for each input; None: all of them.
+        compensation: `none` dropped experts give nothing, `renorm` the combine softmax is over the
+            kept ones alone, `mean` and `lstsq` dropped slots give their surrogate.
+        surrogate: (n,p,d), by the experts' index in the dense layer.
+        static_correction: the surrogate of a kept slot is added to its output.
+    """
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    n, p = tensors["phi"].shape[1:]
+    outputs = []
+    for i, one in enumerate(x.double()):
+        running = list(range(n)) if kept is None else list(kept[i])
+        logits, tokens = reference_router(one, tensors, router_norm, dispatch_input)
+        combine = reference_combine(logits, running if compensation == "renorm" else range(n))
+        y = torch.zeros_like(one)
+        for j in range(n):
+            for q in range(p):
+                if j in running:
+                    slot = reference_slot_output(logits[:, j, q], tokens, tensors, j)
+                    if static_correction and surrogate is not None:
+                        slot = slot + surrogate[j, q].double()
+                elif compensation in ("mean", "lstsq") and surrogate is not None:
+                    slot = surrogate[j, q].double()
+                else:
+                    continue
+                y = y + combine[:, j, q, None] * slot[None, :]
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
+def reference_router(
+    one: Tensor, tensors: Mapping[str, Tensor], router_norm: str, dispatch_input: str
+) -> tuple[Tensor, Tensor]:
+    """Logits L (m,n,p) of one input (m,d), and the tokens (m,d) that its slots average."""
+    phi = tensors["phi"]
+    n, p = phi.shape[1:]
+    normalized = _normalize(one, router_norm, tensors.get("input_gain"))
+    logits = one.new_zeros(len(one), n, p)
+    for j in range(n):
+        for q in range(p):
+            column = _normalize(phi[:, j, q], router_norm, tensors.get("phi_gain"))
+            if router_norm == "l2":
+                column = column * tensors["scale"]
+            logits[:, j, q] = normalized @ column
+    return logits, one if dispatch_input == "raw" else normalized
+
+
+def _normalize(vectors: Tensor, router_norm: str, gain: Tensor | None) -> Tensor:
+    """Vectors (...,d) as the router takes them."""
+    if router_norm == "l2":
+        return vectors / vectors.square().sum(-1, keepdim=True).sqrt()
+    if router_norm == "rms":
+        return vectors / vectors.square().mean(-1, keepdim=True).sqrt() * gain
+    return vectors
+
+
+def reference_combine(logits: Tensor, experts: Sequence[int]) -> Tensor:
+    """C (m,n,p): for each token a softmax over all slots of these experts, zero for the others."""
+    powers = (logits - logits.amax((1, 2), keepdim=True)).exp()
+    total = sum(powers[:, j, q] for j in experts for q in range(logits.shape[2]))
+    combine = torch.zeros_like(logits)
+    for j in experts:
+        combine[:, j] = powers[:, j] / total[:, None]
+    return combine
+
+
+def reference_slot_output(
+    slot_logits: Tensor, tokens: Tensor, tensors: Mapping[str, Tensor], j: int
+) -> Tensor:
+    """f (d): the MLP of expert j on the mean of the tokens weighted by the softmax of the logits (m)."""
+    weights = (slot_logits - slot_logits.max()).exp()
+    slot_input = (weights / weights.sum()) @ tokens
+    hidden = slot_input @ tensors["fc1_weight"][j] + tensors["fc1_bias"][j]
+    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    return tensors["fc2_weight"][j] @ hidden + tensors["fc2_bias"][j]
+
+
+def reference_mass(
+    x: Tensor, tensors: Mapping[str, Tensor], router_norm: str, dispatch_input: str
+) -> list[list[float]]:
+    """The share of each expert in the combine weights of each input: b rows of n numbers."""
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    masses = []
+    for one in x.double():
+        logits, _ = reference_router(one, tensors, router_norm, dispatch_input)
+        combine = reference_combine(logits, range(logits.shape[1]))
+        masses.append([float(combine[:, j].sum()) / len(one) for j in range(logits.shape[1])])
+    return masses
+
+
+def best_subset(scores: Sequence[float], k: int) -> tuple[int, ...]:
+    """The k experts of the greatest summed score, by trying all; of equal ones the first."""
+    return max(combinations(range(len(scores)), k), key=lambda experts: sum(scores[j] for j in experts))

@@ -1,0 +1,286 @@
+from dataclasses import fields, replace
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import moeprune
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.calibration import LayerStatistics, observe_layers
+from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.plan import LayerPlan
+from moeprune.pruning import prune_layer
+from moeprune.runtime import Runtime
+from moeprune.train import initialize
+
+CPU = Runtime(device="cpu")
+MODELS = ("single", "two_layers")
+FIELDS = [field.name for field in fields(LayerStatistics)]
+
+
+def two_layer_model(num_experts: int = 5) -> SoftMoEViT:
+    """Random weights; two Soft MoE layers of 2 slots an expert, the second behind attention."""
+    soft_moe = SoftMoEConfig(12, num_experts, slots_per_expert=2, hidden_dim=6)
+    blocks = (
+        BlockConfig(attention=False, soft_moe=soft_moe, residual=False),
+        BlockConfig(soft_moe=replace(soft_moe, router_norm="rms", dispatch_input="raw")),
+    )
+    model = SoftMoEViT(ViTConfig((8, 8), (4, 4), 1, 7, dim=12, num_heads=3, blocks=blocks))
+    initialize(model, 4.0, torch.Generator().manual_seed(0))
+    return model.requires_grad_(False).eval()
+
+
+def write_inputs(path, labels: list[int] | None, samples: int = 23) -> str:
+    arrays = {"inputs": np.random.default_rng(0).normal(size=(samples, 1, 8, 8)).astype(np.float32)}
+    if labels is not None:
+        arrays["labels"] = np.array(labels)
+    np.savez(path, **arrays)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> dict:
+    """By model: the model and its calibration data, 60 and 23 samples."""
+    single = moeprune.load(files("moeprune") / "checkpoints" / "single.safetensors")
+    random = two_layer_model()
+    path = write_inputs(tmp_path_factory.mktemp("data") / "a.npz", [(0, 2, 5)[i % 3] for i in range(23)])
+    return {
+        "single": (single, moeprune.open_data("digits:calibration", single.input_format, limit=60)),
+        "two_layers": (random, moeprune.open_data(path, random.input_format)),
+    }
+
+
+@pytest.fixture(scope="module")
+def analyses(cases) -> dict:
+    return {name: moeprune.analyze(model, data, CPU) for name, (model, data) in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def observations(cases) -> dict:
+    """By model and layer: C (m,n,p) and f (n,p,d) of each input, run alone; and the labels."""
+    return {name: observed_one_by_one(*case) for name, case in cases.items()}
+
+
+def observed_one_by_one(model, data) -> tuple[dict[str, list], list[int]]:
+    seen: dict[str, list] = {name: [] for name in soft_moe_layers(model)}
+    labels = []
+
+    def observe(name, observation):
+        seen[name].append(
+            (observation.combine_weights[0].double().numpy(), observation.slot_outputs[0].double().numpy())
+        )
+
+    for inputs, label in data.batches(1):
+        observe_layers(model, list(seen), observe, inputs, CPU)
+        labels.append(int(label))
+    return seen, labels
+
+
+def brute_force(samples: list, labels: list[int]) -> dict[str, np.ndarray]:
+    """The statistics of one layer as their definitions say, input by input in float64."""
+    (m, n, p), d = samples[0][0].shape, samples[0][1].shape[2]
+    count = len(samples)
+    masses = np.array([[C[:, j].sum() / m for j in range(n)] for C, _ in samples])
+    rank_frequency = np.zeros((n, n))
+    kept_mass = np.zeros(n)
+    experts_for_mass = np.zeros(3)
+    gram = np.zeros((n, n))
+    slot_mean = np.zeros((n, p, d))
+    variance = np.zeros(n)
+    for (C, f), mass in zip(samples, masses, strict=True):
+        order = sorted(range(n), key=lambda j: (-mass[j], j))
+        running = 0.0
+        needed: list[int | None] = [None, None, None]
+        for place, j in enumerate(order):
+            rank_frequency[place, j] += 1 / count
+            running += mass[j]
+            kept_mass[place] += running / count
+            for index, level in enumerate((0.5, 0.9, 0.99)):
+                if needed[index] is None and running >= level * mass.sum():
+                    needed[index] = place + 1
+        experts_for_mass += np.array(needed) / count
+        given = np.array([sum(np.outer(C[:, j, q], f[j, q]) for q in range(p)).ravel() for j in range(n)])
+        gram += given @ given.T / count
+    for j in range(n):
+        for q in range(p):
+            weight = [C[:, j, q].sum() for C, _ in samples]
+            slot_mean[j, q] = sum(w * f[j, q] for w, (_, f) in zip(weight, samples, strict=True)) / sum(
+                weight
+            )
+        weights = [(C[:, j, q].sum(), f[j, q] - slot_mean[j, q]) for C, f in samples for q in range(p)]
+        variance[j] = sum(w * (gap @ gap) for w, gap in weights) / sum(w for w, _ in weights)
+    class_mass = np.zeros((max(labels) + 1, n))
+    for label in set(labels):
+        class_mass[label] = masses[[i for i, found in enumerate(labels) if found == label]].mean(0)
+    return {
+        "mean_mass": masses.mean(0),
+        "max_mass": masses.max(0),
+        "rank_frequency": rank_frequency,
+        "kept_mass": kept_mass,
+        "experts_for_mass": experts_for_mass,
+        "class_mass": class_mass,
+        "slot_mean": slot_mean,
+        "deviation": np.sqrt(variance),
+        "gram": gram,
+    }
+
+
+def assert_equal_statistics(found: Tensor, wanted: np.ndarray, field: str, samples: list, tolerance: float):
+    """Ranks that differ by rounding alone may differ: a swap of two neighbours changes four cells."""
+    assert found.shape == wanted.shape
+    if field != "rank_frequency":
+        atol = tolerance * np.abs(wanted).max(initial=0)
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=tolerance, atol=atol)
+        return
+    ranked = [np.sort(C.sum((0, 2)))[::-1] for C, _ in samples]
+    ties = sum(int((mass[:-1] - mass[1:] < 1e-5 * mass[:-1]).sum()) for mass in ranked)
+    assert np.abs(found.numpy() - wanted).sum() < 4 * ties / len(samples) + 1e-4
+
+
+@pytest.fixture(scope="module")
+def expected(observations) -> dict:
+    return {
+        name: {layer: brute_force(samples, labels) for layer, samples in seen.items()}
+        for name, (seen, labels) in observations.items()
+    }
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics_equal_their_definitions(name, field, analyses, expected, observations):
+    assert list(analyses[name].layers) == list(expected[name])
+    for layer, statistics in analyses[name].layers.items():
+        found = getattr(statistics, field)
+        assert found.dtype == torch.float32
+        samples = observations[name][0][layer]
+        assert_equal_statistics(found, expected[name][layer][field], field, samples, 1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_masses_ranks_and_kept_mass_are_distributions(name, analyses):
+    for statistics in analyses[name].layers.values():
+        n = statistics.num_experts
+        assert float(statistics.mean_mass.sum()) == pytest.approx(1, abs=1e-5)
+        torch.testing.assert_close(statistics.rank_frequency.sum(0), torch.ones(n))
+        torch.testing.assert_close(statistics.rank_frequency.sum(1), torch.ones(n))
+        assert (statistics.kept_mass.diff() >= 0).all()
+        assert float(statistics.kept_mass[-1]) == pytest.approx(1, abs=1e-5)
+        steps = statistics.kept_mass.diff(prepend=torch.zeros(1))
+        assert (steps.diff() <= 1e-6).all()  # the r-th best expert holds no less than the next
+        for k in (1, n - 1):
+            assert float(statistics.top_k_frequency(k).sum()) == pytest.approx(k, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics_do_not_depend_on_the_batch_size(name, batch_size, cases, analyses, observations):
+    model, data = cases[name]
+    again = moeprune.analyze(model, data, Runtime(device="cpu", batch_size=batch_size))
+    for layer, statistics in analyses[name].layers.items():
+        for field in FIELDS:
+            found, wanted = getattr(again.layers[layer], field), getattr(statistics, field).numpy()
+            assert_equal_statistics(found, wanted, field, observations[name][0][layer], 1e-5)
+
+
+def test_gram_matrix_of_a_batch_in_parts_is_the_same(monkeypatch, cases, analyses):
+    monkeypatch.setattr("moeprune.calibration.GRAM_WORKSPACE", 1000)  # 5 inputs of 10 slots at once
+    parts = moeprune.analyze(*cases["two_layers"], CPU)
+    for layer, statistics in analyses["two_layers"].layers.items():
+        torch.testing.assert_close(parts.layers[layer].gram, statistics.gram, rtol=1e-5, atol=1e-6)
+
+
+def layer_inputs_and_outputs(model, layer, data) -> tuple[Tensor, Tensor]:
+    seen = []
+    handle = soft_moe_layers(model)[layer].register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
+    with torch.no_grad():
+        for inputs, _ in data.batches(64):
+            model(inputs)
+    handle.remove()
+    return torch.cat([x for x, _ in seen]), torch.cat([y for _, y in seen])
+
+
+@pytest.mark.parametrize("dropped_share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("name", MODELS)
+def test_gram_matrix_tells_the_error_of_every_static_plan(name, dropped_share, cases, analyses):
+    """E|Y - Y'|² when the set Z is dropped is the sum of G over Z×Z."""
+    model, data = cases[name]
+    for seed, (layer, statistics) in enumerate(analyses[name].layers.items()):
+        dense, n = soft_moe_layers(model)[layer], statistics.num_experts
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+        k = n - max(1, int(dropped_share * n))
+        dropped = order[k:]
+        scores = torch.ones(n).index_fill(0, torch.tensor(dropped), 0.0)
+        plan = LayerPlan("static", k, n, "combine", "none", tuple(range(k)))
+        x, y = layer_inputs_and_outputs(model, layer, data)
+        pruned = prune_layer(dense, plan, scores)
+        assert pruned.plan.dropped == tuple(sorted(dropped))
+        error = (y - pruned(x)).double().square().sum((1, 2)).mean()
+        predicted = statistics.gram.double()[dropped][:, dropped].sum()
+        assert float(predicted) == pytest.approx(float(error), rel=1e-4)
+
+
+def test_router_that_tells_no_experts_apart_gives_uniform_masses_and_ranks_by_index(cases):
+    model = two_layer_model(num_experts=8)
+    for layer in soft_moe_layers(model).values():
+        layer.phi.zero_()  # each mass is exactly 1/8
+    for statistics in moeprune.analyze(model, cases["two_layers"][1], CPU).layers.values():
+        assert torch.equal(statistics.mean_mass, torch.full((8,), 0.125))
+        assert torch.equal(statistics.max_mass, torch.full((8,), 0.125))
+        assert torch.equal(statistics.rank_frequency, torch.eye(8))
+        assert statistics.experts_for_mass.tolist() == [4, 8, 8]
+
+
+def test_without_labels_there_is_no_class_mass_and_the_rest_is_the_same(tmp_path, cases, analyses):
+    model, _ = cases["two_layers"]
+    unlabelled = moeprune.analyze(model, write_inputs(tmp_path / "b.npz", None), CPU)
+    for layer, statistics in analyses["two_layers"].layers.items():
+        without = unlabelled.layers[layer]
+        assert without.class_mass.shape == (0, 5)
+        for field in set(FIELDS) - {"class_mass"}:
+            assert torch.equal(getattr(without, field), getattr(statistics, field))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_analysis_file_round_trips_and_equal_analyses_give_equal_bytes(name, tmp_path, cases, analyses):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    moeprune.save_analysis(analyses[name], first)
+    loaded = moeprune.load_analysis(first)
+    assert loaded.provenance == analyses[name].provenance
+    assert list(loaded.layers) == list(analyses[name].layers)
+    for layer, statistics in analyses[name].layers.items():
+        for field in FIELDS:
+            assert torch.equal(getattr(loaded.layers[layer], field), getattr(statistics, field))
+    moeprune.save_analysis(moeprune.analyze(*cases[name], CPU), second)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_analysis_refuses_a_pruned_model(cases, analyses):
+    model, data = cases["single"]
+    pruned = moeprune.prune(model, analyses["single"], keep=4)
+    with pytest.raises(moeprune.MoepruneError, match="already pruned"):
+        moeprune.analyze(pruned, data, CPU)
+
+
+def test_nan_in_a_layer_is_an_error_that_names_it(cases):
+    model, data = two_layer_model(), cases["two_layers"][1]
+    model.blocks[1].soft_moe.fc1_bias[3] = torch.nan
+    with pytest.raises(moeprune.MoepruneError, match=r"blocks\.1\.soft_moe.*NaN"):
+        moeprune.analyze(model, data, CPU)
+
+
+def test_logits_of_the_single_layer_model_are_a_sum_over_experts(cases, observations):
+    """Without residual, with one slot per expert and mean pooling: b + sum over j of s_j/m · W·f_j."""
+    model, data = cases["single"]
+    weight, bias = model.head.weight.double().numpy(), model.head.bias.double().numpy()
+    logits = np.concatenate([model(inputs).double().numpy() for inputs, _ in data.batches(64)])
+    [samples] = observations["single"][0].values()
+    for row, (C, f) in zip(logits, samples, strict=True):
+        m, n, p = C.shape
+        assert p == 1
+        summed = bias.copy()
+        for j in range(n):
+            s = sum(C[t, j, 0] for t in range(m))
+            summed += s / m * (weight @ f[j, 0])
+        np.testing.assert_allclose(row, summed, rtol=1e-5, atol=1e-5 * np.abs(row).max())

@@ -1,0 +1,837 @@
+"""The commands on the shipped checkpoints: reports, files, gates, exit codes, repeatability."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner
+
+import moeprune
+from moeprune import cli
+from moeprune.model import SoftMoEViT
+from moeprune.plan import LayerPlan
+
+SCOPES = ("static", "input", "batch")
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq")
+EXPERT_TENSORS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+COMMANDS = ("inspect", "analyze", "prune", "eval", "demo")
+FLOPS_KEYS = {"total", "experts", "routing", "compensation", "other"}
+SIZE_KEYS = {"parameters", "bytes", "flops_per_input", "experts_per_input"}
+MODEL_KEYS = SIZE_KEYS | {"accuracy", "accuracy_ci95", "top5_accuracy", "loss"}
+DIFFERENCE_KEYS = {
+    "accuracy_drop", "accuracy_drop_ci95", "flops_reduction", "size_reduction", "agreement", "mcnemar_p",
+}  # fmt: skip
+EVAL_KEYS = {
+    "schema_version", "checkpoint", "baseline", "data", "model", "baseline_model", "difference", "gates",
+    "passed", "environment",
+}  # fmt: skip
+
+
+def read_header(path: Path) -> tuple[dict, dict]:
+    """The tensors of a safetensors file by name and its metadata, read without the library."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return header, header.pop("__metadata__")
+
+
+def tensor_bytes(path: Path, *suffixes: str) -> int:
+    """Bytes of the tensors of a safetensors file, or of those with one of these last names."""
+    header, _ = read_header(path)
+    spans = [
+        tensor["data_offsets"]
+        for name, tensor in header.items()
+        if not suffixes or name.rpartition(".")[2] in suffixes
+    ]
+    return sum(end - start for start, end in spans)
+
+
+def details(path: Path) -> dict:
+    """The JSON of the metadata key `moeprune`."""
+    return json.loads(read_header(path)[1]["moeprune"])
+
+
+@pytest.fixture(scope="module")
+def pruned(single, single_analysis, run, tmp_path_factory):
+    """`single` pruned to 1/8 without compensation: a file with a clear loss of accuracy."""
+    path = tmp_path_factory.mktemp("pruned") / "static-none.safetensors"
+    result = run("prune", single, "--analysis", single_analysis, "--keep", "1/8", "-o", path)
+    assert result.code == 0, result.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(pruned, single, run_json):
+    return run_json("eval", pruned, "--data", "digits", "--baseline", single, "--batch-size", 256)
+
+
+# --- inspect -----------------------------------------------------------------------------------
+
+
+def test_inspect_json_says_what_is_in_the_file(single, run_json):
+    found = run_json("inspect", single)
+    assert set(found) == {
+        "schema_version", "checkpoint", "architecture", "preprocessing", "layers", "source", "provenance",
+        *SIZE_KEYS,
+    }  # fmt: skip
+    assert found["schema_version"] == 1
+    assert found["checkpoint"] == str(single)
+    assert found["bytes"] == tensor_bytes(single)
+    assert found["parameters"] == tensor_bytes(single) // 4
+    assert found["experts_per_input"] == 128
+    layer = found["layers"]["blocks.0.soft_moe"]
+    header, _ = read_header(single)
+    shapes = [t["shape"] for name, t in header.items() if name.startswith("blocks.0.soft_moe.")]
+    assert layer == {
+        "experts": 128,
+        "slots_per_expert": 1,
+        "hidden_dim": 4,
+        "parameters": sum(math.prod(shape) for shape in shapes),
+        "plan": None,
+    }
+    assert found["architecture"] == details(single)["architecture"]
+    assert found["preprocessing"] == details(single)["preprocessing"]
+    assert found["provenance"] == details(single)["provenance"]
+
+
+def test_inspect_text_names_the_layers_and_their_sizes(vit, run):
+    result = run("inspect", vit)
+    assert (result.code, result.stderr) == (0, "")
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("blocks.")]
+    assert [row[:4] for row in rows] == [
+        ["blocks.2.soft_moe", "64", "2", "16"],
+        ["blocks.3.soft_moe", "64", "2", "16"],
+    ]
+    assert all(row[-1] == "dense" for row in rows)
+    assert "1 × 8 × 16" in result.stdout
+    assert "100 classes" in result.stdout
+
+
+def test_inspect_shows_the_plan_of_a_pruned_checkpoint(pruned, run, run_json):
+    plan = run_json("inspect", pruned)["layers"]["blocks.0.soft_moe"]["plan"]
+    assert plan == details(pruned)["plan"]["blocks.0.soft_moe"]
+    shown = ", ".join(str(expert) for expert in plan["kept"])
+    assert f"static, 16 of 128 by combine, none: {shown}" in run("inspect", pruned).stdout
+
+
+def test_inspect_never_cuts_the_list_of_kept_experts(single, run, tmp_path):
+    kept = tuple(range(112, 128))
+    plan = LayerPlan("static", 16, 128, "deviation", "renorm", kept)
+    model = SoftMoEViT(moeprune.load(single).config, {"blocks.0.soft_moe": plan})
+    path = tmp_path / "pruned.safetensors"
+    moeprune.save(model, path)
+    result = run("inspect", path)
+    assert result.code == 0, result.stderr
+    assert ",".join(str(expert) for expert in kept) in "".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("directory", ["[b]old", "[/b]", "a:fire:b"])
+def test_inspect_shows_paths_as_they_are(single, run, tmp_path, directory):
+    """Square brackets are no markup and colons no emoji."""
+    folder = tmp_path / directory / "0"
+    folder.mkdir(parents=True)
+    write_images(folder, 3)
+    pruned = tmp_path / "pruned.safetensors"
+    made = run("prune", single, "--data", folder.parent, "--keep", "1/8", "-o", pruned)
+    assert made.code == 0, made.stderr
+    result = run("inspect", pruned)
+    assert result.code == 0, result.stderr
+    assert directory in "".join(result.stdout.split())
+
+
+def write_images(folder: Path, count: int) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for index in range(count):
+        image.new("L", (8, 8), 30 * index).save(folder / f"{index}.png")
+
+
+# --- analyze -----------------------------------------------------------------------------------
+
+
+def test_analyze_json_summarizes_each_layer(vit, run_json, tmp_path):
+    path = tmp_path / "analysis.safetensors"
+    found = run_json("analyze", vit, "--data", "pairs", "--limit", 30, "-o", path)
+    assert set(found) == {"schema_version", "checkpoint", "analysis", "data", "layers"}
+    assert found["analysis"] == str(path)
+    assert (found["data"]["spec"], found["data"]["samples"]) == ("pairs:calibration", 30)
+    assert list(found["layers"]) == ["blocks.2.soft_moe", "blocks.3.soft_moe"]
+    for layer in found["layers"].values():
+        assert layer["experts"] == 64
+        assert layer["uniform_mass"] == 1 / 8
+        assert 1 / 8 < layer["best_eighth_mass"] < 1
+        few, many, most = layer["experts_for_mass_per_input"]
+        assert 1 <= few < many < most <= 64
+        assert layer["informative"] is (layer["best_eighth_mass"] >= 0.4)
+    written = details(path)
+    assert (written["kind"], written["format"]) == ("analysis", 1)
+    assert written["layers"] == list(found["layers"])
+    assert written["provenance"]["data"] == found["data"]
+
+
+def test_analyze_text_gives_a_verdict_for_each_layer(single, run, tmp_path):
+    path = tmp_path / "a.safetensors"
+    result = run("analyze", single, "--data", "digits", "--limit", 40, "-o", path)
+    assert (result.code, result.stderr) == (0, "")
+    assert f"{single} on digits:calibration (40 samples)" in result.stdout
+    assert "blocks.0.soft_moe: the combine signal is informative" in " ".join(result.stdout.split())
+
+
+def test_split_takes_the_place_of_the_default(single, run_json, tmp_path):
+    path = tmp_path / "a.safetensors"
+    found = run_json("analyze", single, "--data", "digits", "--split", "train", "--limit", 9, "-o", path)
+    assert found["data"]["spec"] == "digits:train"
+
+
+# --- prune -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("compensate", COMPENSATIONS)
+def test_a_pruned_file_evaluates_as_the_pruned_model_in_memory(
+    single, small_analysis, run_json, tmp_path, scope, compensate
+):
+    path = tmp_path / "pruned.safetensors"
+    made = run_json(
+        "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--scope", scope,
+        "--compensate", compensate, "-o", path,
+    )  # fmt: skip
+    plan = made["plan"]["blocks.0.soft_moe"]
+    assert (plan["scope"], plan["compensation"], plan["k"], plan["num_experts"]) == (
+        scope, compensate, 16, 128,
+    )  # fmt: skip
+    assert (plan["kept"] is not None) == (scope == "static")
+    assert made["checkpoint"] == str(path)
+    assert made["model"]["bytes"] == tensor_bytes(path)
+    assert made["full_model"]["bytes"] == tensor_bytes(single)
+    assert made["model"]["experts_per_input"] == 16
+    found = run_json("eval", path, "--data", "digits", "--baseline", single, "--limit", 150)
+
+    model = moeprune.load(single)
+    pruned = moeprune.prune(
+        model, moeprune.load_analysis(small_analysis), keep="1/8", scope=scope, compensate=compensate
+    )
+    data = moeprune.open_data("digits", model.input_format, limit=150)
+    in_memory = moeprune.evaluate(pruned, data, baseline=model)
+    assert found["model"] == in_memory["model"]
+    assert found["difference"] == in_memory["difference"]
+
+
+@pytest.mark.parametrize("compensate", COMPENSATIONS)
+def test_a_static_file_holds_an_eighth_of_the_experts(single, small_analysis, run, tmp_path, compensate):
+    path = tmp_path / "pruned.safetensors"
+    run(
+        "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--compensate", compensate,
+        "-o", path,
+    )  # fmt: skip
+    assert tensor_bytes(path, *EXPERT_TENSORS) * 8 == tensor_bytes(single, *EXPERT_TENSORS)
+
+
+def test_routed_scopes_need_no_calibration_without_compensation(single, run_json, tmp_path):
+    path = tmp_path / "pruned.safetensors"
+    made = run_json("prune", single, "--keep", 16, "--scope", "input", "-o", path)
+    assert tensor_bytes(path) == tensor_bytes(single)
+    assert made["model"]["flops_per_input"]["experts"] * 8 == made["full_model"]["flops_per_input"]["experts"]
+    assert "calibration" not in details(path)["provenance"]
+
+
+def test_prune_text_gives_sizes_and_kept_experts(single, small_analysis, run, tmp_path):
+    path = tmp_path / "pruned.safetensors"
+    result = run("prune", single, "--analysis", small_analysis, "--keep", "1/64", "-o", path)
+    assert (result.code, result.stderr) == (0, "")
+    first, second = details(path)["plan"]["blocks.0.soft_moe"]["kept"]
+    assert f"static, 2 of 128 by combine, none: {first}, {second}" in result.stdout
+    assert f"({100 * tensor_bytes(path) / tensor_bytes(single):.1f} %)" in result.stdout
+    assert str(path) in result.stdout
+
+
+def test_a_pruned_checkpoint_is_not_pruned_again(pruned, run, tmp_path):
+    result = run("prune", pruned, "--keep", "1/2", "--scope", "input", "-o", tmp_path / "x.safetensors")
+    assert result.code == 2
+    assert result.stderr.startswith("error: layers `blocks.0.soft_moe` are already pruned")
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_metadata_is_one_key_of_sorted_json_that_names_what_it_was_made_from(single, pruned, single_analysis):
+    _, metadata = read_header(pruned)
+    assert list(metadata) == ["moeprune"]
+    text = metadata["moeprune"]
+    found = json.loads(text)
+    assert text == json.dumps(found, sort_keys=True, separators=(",", ":"))
+    assert set(found) == {
+        "format", "kind", "architecture", "preprocessing", "source", "plan", "provenance",
+    }  # fmt: skip
+    assert found["architecture"] == details(single)["architecture"]
+    analysis = details(single_analysis)["provenance"]
+    assert found["provenance"]["pruned_from"] == analysis["checkpoint"]
+    assert found["provenance"]["calibration"] == analysis["data"]
+
+
+def test_provenance_names_the_data_that_was_measured(single, small_analysis, run, tmp_path):
+    """Where the analysis is enough, other data beside it changes nothing and must not be named."""
+    path = tmp_path / "pruned.safetensors"
+    result = run(
+        "prune", single, "--analysis", small_analysis, "--data", "digits:train", "--keep", "1/8",
+        "-o", path,
+    )  # fmt: skip
+    if result.code == 0:
+        made_from = details(small_analysis)["provenance"]["data"]
+        assert details(path)["provenance"]["calibration"] == made_from
+    else:
+        assert "digits:train" in result.stderr
+        assert "analysis" in result.stderr
+
+
+def test_preprocessing_given_to_prune_is_that_of_the_pruned_model(single, run, tmp_path):
+    path = tmp_path / "pruned.safetensors"
+    run("prune", single, "--keep", "1/8", "--scope", "input", "--preprocess", "mean=0.5", "-o", path)
+    assert details(path)["preprocessing"] == {**details(single)["preprocessing"], "mean": [0.5]}
+
+
+# --- eval --------------------------------------------------------------------------------------
+
+
+def test_eval_json_has_the_documented_keys(evaluated, pruned, single):
+    assert set(evaluated) == EVAL_KEYS
+    assert evaluated["schema_version"] == 1
+    assert (evaluated["checkpoint"], evaluated["baseline"]) == (str(pruned), str(single))
+    assert set(evaluated["data"]) == {"spec", "samples", "fingerprint"}
+    for model in ("model", "baseline_model"):
+        assert set(evaluated[model]) == MODEL_KEYS
+        flops = evaluated[model]["flops_per_input"]
+        assert set(flops) == FLOPS_KEYS
+        assert flops["total"] == sum(flops[part] for part in FLOPS_KEYS - {"total"})
+    assert set(evaluated["difference"]) == DIFFERENCE_KEYS
+    assert (evaluated["gates"], evaluated["passed"]) == ([], True)
+    assert {"moeprune", "torch", "python", "device", "dtype"} <= set(evaluated["environment"])
+
+
+def test_eval_without_baseline_has_the_same_keys(single, run_json):
+    found = run_json("eval", single, "--data", "digits", "--limit", 20)
+    assert set(found) == EVAL_KEYS
+    assert (found["baseline"], found["baseline_model"], found["difference"]) == (None, None, None)
+
+
+def test_eval_figures_equal_a_plain_loop(evaluated, single, pruned):
+    datasets = pytest.importorskip("sklearn.datasets")
+    bunch = datasets.load_digits()
+    place = dict.fromkeys(range(10), 0)
+    test = []
+    for index, digit in enumerate(bunch.target):
+        if place[digit] % 10 >= 7:
+            test.append(index)
+        place[digit] += 1
+    inputs = (torch.tensor(bunch.images[test])[:, None].float() / 16 - 0.3) / 0.375
+    labels = torch.tensor(bunch.target[test])
+    predicted = {}
+    for key, path in (("model", pruned), ("baseline_model", single)):
+        logits = moeprune.load(path)(inputs)
+        predicted[key] = logits.argmax(1)
+        top5 = (logits.argsort(1, descending=True)[:, :5] == labels[:, None]).any(1)
+        figures = evaluated[key]
+        assert figures["accuracy"] == (predicted[key] == labels).sum().item() / len(labels)
+        assert figures["top5_accuracy"] == top5.sum().item() / len(labels)
+        assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert figures["bytes"] == tensor_bytes(path)
+    same = (predicted["model"] == predicted["baseline_model"]).double().mean()
+    difference = evaluated["difference"]
+    assert evaluated["data"]["samples"] == len(labels) == 531
+    assert difference["agreement"] == pytest.approx(same.item())
+    drop = evaluated["baseline_model"]["accuracy"] - evaluated["model"]["accuracy"]
+    assert difference["accuracy_drop"] == drop > 0.05
+    assert difference["size_reduction"] == 1 - tensor_bytes(pruned) / tensor_bytes(single)
+
+
+def test_eval_text_shows_the_figures_of_the_json(evaluated, pruned, single, run):
+    result = run("eval", pruned, "--data", "digits", "--baseline", single, "--batch-size", 256)
+    assert (result.code, result.stderr) == (0, "")
+    for key in ("model", "baseline_model"):
+        assert f"{100 * evaluated[key]['accuracy']:.2f} %" in result.stdout
+        assert f"{evaluated[key]['loss']:.4f}" in result.stdout
+    assert f"accuracy drop {100 * evaluated['difference']['accuracy_drop']:+.2f} pt" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "section", "figure", "worse"),
+    [
+        ("--max-accuracy-drop", "difference", "accuracy_drop", -1e-9),
+        ("--min-accuracy", "model", "accuracy", 1e-9),
+        ("--min-flops-reduction", "difference", "flops_reduction", 1e-9),
+        ("--min-size-reduction", "difference", "size_reduction", 1e-9),
+        ("--min-agreement", "difference", "agreement", 1e-9),
+    ],
+)
+def test_a_gate_passes_at_its_limit_and_fails_beyond(
+    evaluated, pruned, single, run, option, section, figure, worse
+):
+    value = evaluated[section][figure]
+    for limit, passed in ((value, True), (value + worse, False)):
+        result = run(
+            "eval", pruned, "--data", "digits", "--baseline", single, "--batch-size", 256,
+            option, limit, "--output-format", "json",
+        )  # fmt: skip
+        found = json.loads(result.stdout)
+        name = option.removeprefix("--").replace("-", "_")
+        assert found["gates"] == [{"name": name, "limit": limit, "value": value, "passed": passed}]
+        assert found["passed"] is passed
+        assert result.code == (0 if passed else 1)
+        assert result.stderr == ""
+
+
+def test_one_failed_gate_of_two_fails_the_eval_and_text_says_which(single, run):
+    result = run(
+        "eval", single, "--data", "digits", "--limit", 50, "--baseline", single,
+        "--min-accuracy", 0.5, "--min-size-reduction", 0.5,
+    )  # fmt: skip
+    assert result.code == 1
+    rows = {line.split()[0]: line.split()[-1] for line in result.stdout.splitlines() if "min_" in line}
+    assert rows == {"min_accuracy": "passed", "min_size_reduction": "FAILED"}
+
+
+def test_accuracy_gate_needs_no_baseline(single, run):
+    assert run("eval", single, "--data", "digits", "--limit", 50, "--min-accuracy", 0.5).code == 0
+
+
+def test_a_failed_gate_still_writes_the_output_file(single, run, tmp_path):
+    path = tmp_path / "result.json"
+    result = run(
+        "eval", single, "--data", "digits", "--limit", 50, "--min-accuracy", 1, "--output-file", path,
+        "--output-format", "json",
+    )  # fmt: skip
+    assert (result.code, result.stdout) == (1, "")
+    assert json.loads(path.read_text())["passed"] is False
+
+
+@pytest.mark.parametrize("scope", ["static", "input"])
+@pytest.mark.parametrize("compensate", ["none", "renorm", "mean"])
+def test_batch_size_does_not_matter(single, small_analysis, run_json, tmp_path, scope, compensate):
+    path = tmp_path / "pruned.safetensors"
+    run_json(
+        "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--scope", scope,
+        "--compensate", compensate, "-o", path,
+    )  # fmt: skip
+    results = [
+        run_json("eval", path, "--data", "digits", "--limit", 100, "--batch-size", size)
+        for size in (1, 7, 100)
+    ]
+    assert len({result["model"]["accuracy"] for result in results}) == 1
+    assert len({result["data"]["fingerprint"] for result in results}) == 1
+    for result in results[1:]:
+        assert result["model"]["loss"] == pytest.approx(results[0]["model"]["loss"], abs=1e-5)
+
+
+def test_lstsq_reads_the_data_of_the_analysis_in_any_batch_size(single, small_analysis, run, tmp_path):
+    result = run(
+        "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--compensate", "lstsq",
+        "--batch-size", 7, "-o", tmp_path / "pruned.safetensors",
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+
+
+def test_limit_takes_so_many_samples(single, run_json):
+    found = run_json("eval", single, "--data", "digits:train", "--limit", 37)
+    assert (found["data"]["spec"], found["data"]["samples"]) == ("digits:train", 37)
+    everything = run_json("eval", single, "--data", "digits", "--limit", 10_000, "--batch-size", 256)
+    assert everything["data"]["samples"] == 531
+
+
+def test_bf16_is_about_as_accurate(single, run_json):
+    full = run_json("eval", single, "--data", "digits", "--limit", 150)
+    bf16 = run_json("eval", single, "--data", "digits", "--limit", 150, "--dtype", "bf16")
+    assert bf16["environment"]["dtype"] == "bf16"
+    assert bf16["model"]["loss"] != full["model"]["loss"]
+    assert bf16["model"]["accuracy"] == pytest.approx(full["model"]["accuracy"], abs=0.03)
+
+
+# --- eval --sweep ------------------------------------------------------------------------------
+
+
+def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, run_json):
+    found = run_json(
+        "eval", single, "--data", "digits", "--limit", 40, "--sweep", "1/8", "--analysis", small_analysis
+    )
+    assert set(found) == {"schema_version", "checkpoint", "data", "rows", "environment"}
+    rows = found["rows"]
+    keys = [(row["keep"], row["scope"], row["signal"], row["compensate"]) for row in rows]
+    every_way = product(["1/8"], SCOPES, ["combine", "deviation"], COMPENSATIONS)
+    random = [("1/8", "static", "random", compensate) for compensate in COMPENSATIONS]
+    no_experts = [("0", "static", "combine", compensate) for compensate in ("none", "mean", "lstsq")]
+    assert keys[0] == ("1", None, None, None)
+    assert len(keys) == len(set(keys))
+    assert set(keys[1:]) == {*every_way, *random, *no_experts}
+    assert (rows[0]["retained"], rows[0]["agreement"], rows[0]["difference"]["size_reduction"]) == (1, 1, 0)
+    for row, (keep, scope, signal, _) in zip(rows, keys, strict=True):
+        assert row["draws"] == (10 if signal == "random" else 1)
+        assert (row["accuracy_sd"] is None) == (signal != "random")
+        assert row["retained"] == row["accuracy"] / rows[0]["accuracy"]
+        running = {"1": 128, "1/8": 16, "0": 0}[keep]
+        assert row["model"]["experts_per_input"] == running
+        assert set(row["model"]) == MODEL_KEYS
+        assert set(row["difference"]) == DIFFERENCE_KEYS
+        if signal != "random":
+            assert row["accuracy"] == row["model"]["accuracy"]
+        if scope in ("input", "batch"):
+            assert row["difference"]["size_reduction"] <= 0
+    of = dict(zip(keys, rows, strict=True))
+    assert of["1/8", "static", "random", "none"]["accuracy_sd"] > 0
+    assert (
+        of["1/8", "static", "random", "none"]["accuracy"] < of["1/8", "static", "combine", "none"]["accuracy"]
+    )
+
+
+def test_sweep_is_restricted_by_options_and_keeps_its_controls(single, small_analysis, run_json):
+    found = run_json(
+        "eval", single, "--data", "digits", "--limit", 30, "--sweep", "1/16,8", "--analysis", small_analysis,
+        "--scope", "input", "--signal", "deviation", "--compensate", "none", "--compensate", "renorm",
+    )  # fmt: skip
+    keys = [(row["keep"], row["scope"], row["signal"], row["compensate"]) for row in found["rows"]]
+    assert keys == [
+        ("1", None, None, None),
+        ("1/16", "input", "deviation", "none"),
+        ("1/16", "input", "deviation", "renorm"),
+        ("1/16", "static", "random", "none"),
+        ("1/16", "static", "random", "renorm"),
+        ("8", "input", "deviation", "none"),
+        ("8", "input", "deviation", "renorm"),
+        ("8", "static", "random", "none"),
+        ("8", "static", "random", "renorm"),
+        ("0", "static", "combine", "none"),
+    ]
+    of = dict(zip(keys, found["rows"], strict=True))
+    for signal in ("deviation", "random"):
+        scope = "static" if signal == "random" else "input"
+        share, number = of["1/16", scope, signal, "none"], of["8", scope, signal, "none"]
+        assert {**share, "keep": "8"} == number  # 1/16 of 128
+
+
+def test_a_sweep_row_equals_prune_and_eval(single, small_analysis, run_json, tmp_path):
+    sweep = run_json(
+        "eval", single, "--data", "digits", "--limit", 60, "--sweep", "1/8", "--analysis", small_analysis,
+        "--scope", "static", "--signal", "combine", "--compensate", "lstsq",
+    )  # fmt: skip
+    path = tmp_path / "pruned.safetensors"
+    run_json(
+        "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--compensate", "lstsq", "-o", path
+    )
+    alone = run_json("eval", path, "--data", "digits", "--limit", 60, "--baseline", single)
+    [row] = [row for row in sweep["rows"] if row["keep"] == "1/8" and row["signal"] == "combine"]
+    assert row["model"] == alone["model"]
+    assert row["difference"] == alone["difference"]
+
+
+def test_sweep_text_has_a_line_for_each_row(single, small_analysis, run):
+    result = run(
+        "eval", single, "--data", "digits", "--limit", 30, "--sweep", "1/4", "--analysis", small_analysis,
+        "--scope", "static", "--signal", "combine", "--compensate", "none",
+    )  # fmt: skip
+    assert (result.code, result.stderr) == (0, "")
+    assert "full model" in result.stdout
+    lines = [line.split()[:4] for line in result.stdout.splitlines() if line.startswith(("1/4", "0"))]
+    assert lines == [
+        ["1/4", "static", "combine", "none"],
+        ["1/4", "static", "random", "none"],
+        ["0", "static", "combine", "none"],
+    ]
+
+
+# --- files and repeatability -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output_format", ["text", "json"])
+@pytest.mark.parametrize("command", ["inspect", "eval"])
+def test_output_file_gets_what_stdout_would(single, run, tmp_path, command, output_format):
+    call = [command, single, "--output-format", output_format]
+    if command == "eval":
+        call += ["--data", "digits", "--limit", 20]
+    path = tmp_path / "report"
+    result = run(*call, "--output-file", path)
+    assert (result.code, result.stdout, result.stderr) == (0, "", "")
+    assert path.read_text(encoding="utf-8") == run(*call).stdout
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report"]
+
+
+def test_force_replaces_outputs(single, run, tmp_path):
+    pruned, report = tmp_path / "pruned.safetensors", tmp_path / "report.json"
+    pruned.write_text("old")
+    report.write_text("old")
+    result = run(
+        "prune", single, "--keep", "1/8", "--scope", "input", "-o", pruned, "--force",
+        "--output-file", report, "--output-format", "json",
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    assert json.loads(report.read_text())["checkpoint"] == str(pruned)
+    assert details(pruned)["plan"]["blocks.0.soft_moe"]["scope"] == "input"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"pruned.safetensors", "report.json"}
+
+
+def test_a_checkpoint_can_be_replaced_by_its_pruned_self(single, run, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(single.read_bytes())
+    elsewhere = tmp_path / "pruned.safetensors"
+    for output in (elsewhere, path):
+        run("prune", path, "--keep", "1/8", "--scope", "input", "-o", output, "--force")
+    assert path.read_bytes() == elsewhere.read_bytes()
+
+
+def test_equal_analyses_give_equal_bytes(single, small_analysis, run, tmp_path):
+    path = tmp_path / "again.safetensors"
+    run("analyze", single, "--data", "digits", "--limit", 60, "-o", path)
+    assert path.read_bytes() == small_analysis.read_bytes()
+
+
+@pytest.mark.parametrize(("scope", "compensate"), [("static", "lstsq"), ("input", "mean"), ("batch", "none")])
+def test_equal_prunings_give_equal_bytes(single, small_analysis, run, tmp_path, scope, compensate):
+    paths = [tmp_path / name for name in ("one.safetensors", "two.safetensors")]
+    for path in paths:
+        run(
+            "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--scope", scope,
+            "--compensate", compensate, "-o", path,
+        )  # fmt: skip
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_random_experts_depend_on_the_seed_alone(vit, run, tmp_path, scope):
+    files = []
+    for index, seed in enumerate((3, 3, 4)):
+        path = tmp_path / f"{index}.safetensors"
+        result = run(
+            "prune", vit, "--keep", "1/8", "--scope", scope, "--signal", "random", "--seed", seed, "-o", path
+        )
+        assert result.code == 0, result.stderr
+        files.append(path)
+    first, again, other = (path.read_bytes() for path in files)
+    assert first == again
+    assert first != other
+    if scope == "static":
+        plans = [details(path)["plan"] for path in files]
+        kept = [{tuple(layer["kept"]) for layer in plan.values()} for plan in plans]
+        assert len(kept[0]) == 2  # each layer draws its own
+        assert kept[0].isdisjoint(kept[2])
+
+
+def test_equal_evals_print_equal_bytes(pruned, single, run):
+    call = ["eval", pruned, "--data", "digits", "--baseline", single, "--limit", 50]
+    for output_format in ("text", "json"):
+        first, second = (run(*call, "--output-format", output_format).stdout for _ in range(2))
+        assert first == second != ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_checkpoint_of_another_precision_runs_in_it(single, run_json, tmp_path, dtype):
+    path = tmp_path / "model.safetensors"
+    moeprune.save(moeprune.load(single).to(dtype), path)
+    found = run_json("eval", path, "--data", "digits", "--baseline", single, "--limit", 60)
+    assert found["model"]["bytes"] == tensor_bytes(single) * dtype.itemsize // 4
+    assert found["difference"]["agreement"] > 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_checkpoint_of_another_precision_is_pruned_in_it(single, run_json, tmp_path, dtype):
+    path, pruned = tmp_path / "model.safetensors", tmp_path / "pruned.safetensors"
+    moeprune.save(moeprune.load(single).to(dtype), path)
+    data = ["--data", "digits", "--limit", 60]
+    run_json("prune", path, "--keep", "1/8", "--compensate", "lstsq", "-o", pruned, *data)
+    kinds = {tensor["dtype"] for tensor in read_header(pruned)[0].values()}
+    assert kinds == {"BF16" if dtype == torch.bfloat16 else "F64"}
+    assert run_json("eval", pruned, *data, "--baseline", path)["difference"]["agreement"] > 0.8
+
+
+# --- text off a terminal -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", [{}, {"TERM": "dumb"}, {"GITHUB_ACTIONS": "true"}, {"NO_COLOR": "1"}])
+def test_text_has_no_escape_codes(single, run, monkeypatch, variable):
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    result = run("eval", single, "--data", "digits", "--limit", 20, "--min-accuracy", 0.1)
+    assert result.code == 0
+    assert "\x1b" not in result.stdout
+    assert "…" not in result.stdout
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_an_output_file_never_has_escape_codes(single, run, monkeypatch, tmp_path, variable):
+    monkeypatch.setenv(variable, "1")
+    path = tmp_path / "report.txt"
+    assert run("inspect", single, "--output-file", path).code == 0
+    assert "\x1b" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("charset", ["ascii", "latin-1", "cp1252"])
+def test_stdout_that_is_not_utf8_gets_text_all_the_same(single, tmp_path, charset):
+    words = ["prune", single, "--keep", "1/8", "--scope", "input", "-o", tmp_path / "pruned.safetensors"]
+    runner = CliRunner(charset=charset)
+    result = runner.invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    assert "blocks.0.soft_moe" in result.stdout
+
+
+# --- demo --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, tmp_path):
+    pytest.importorskip("sklearn")
+    output = tmp_path / "new" / "demo"
+    result = run("demo", "-o", output)
+    assert (result.code, result.stderr) == (0, "")
+    names = ["input-none-1-8", "input-mean-1-16", "static-lstsq-1-8", "static-lstsq-1-16"]
+    files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    expected = {"summary.json"}
+    for model in ("single", "vit"):
+        expected |= {f"{model}/full.safetensors", f"{model}/analysis.safetensors"}
+        expected |= {f"{model}/{name}.{suffix}" for name in names for suffix in ("safetensors", "json")}
+    assert files == expected
+    summary = json.loads((output / "summary.json").read_text())
+    assert set(summary) == {"schema_version", "models", "environment"}
+    assert set(summary["models"]) == {"single", "vit"}
+    for name, shipped in (("single", single), ("vit", vit)):
+        assert (output / name / "full.safetensors").read_bytes() == shipped.read_bytes()
+        rows = summary["models"][name]["rows"]
+        keys = [(row["keep"], row["scope"], row["signal"], row["compensate"]) for row in rows]
+        methods = [
+            ("input", "combine", "none"), ("static", "random", "none"), ("input", "combine", "mean"),
+            ("static", "combine", "none"), ("static", "combine", "mean"), ("static", "combine", "lstsq"),
+        ]  # fmt: skip
+        assert keys[0] == ("1", None, None, None)
+        assert set(keys[1:]) == {
+            *((keep, *method) for keep in ("1/32", "1/16", "1/8") for method in methods),
+            *(("0", "static", "combine", compensate) for compensate in ("none", "mean", "lstsq")),
+        }
+        assert len(keys) == len(set(keys))
+        of = dict(zip(keys, rows, strict=True))
+        for file in names:
+            found = json.loads((output / name / f"{file}.json").read_text())
+            assert set(found) == EVAL_KEYS
+            scope, compensate, share = file.split("-", 2)
+            row = of[share.replace("-", "/"), scope, "combine", compensate]
+            assert found["model"] == row["model"]
+            assert found["model"]["bytes"] == tensor_bytes(output / name / f"{file}.safetensors")
+        assert of["1/8", "static", "combine", "lstsq"]["retained"] > 0.98
+        assert of["1/8", "static", "random", "none"]["draws"] == 10
+    for title in (summary["models"]["single"]["title"], summary["models"]["vit"]["title"]):
+        assert title in result.stdout
+    again = run("demo", "-o", output)
+    assert again.code == 2
+    assert again.stderr.startswith(f"error: `{output}` is not empty")
+
+
+# --- the entry point ---------------------------------------------------------------------------
+
+
+def python(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, *(str(argument) for argument in arguments)]
+    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **variables}, timeout=60)
+
+
+def test_version():
+    result = python("-m", "moeprune", "--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"moeprune {moeprune.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)], ids=lambda c: " ".join(c))
+def test_help_answers_at_once(command):
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        result = python("-m", "moeprune", *command, "--help", TERM="dumb")
+        best = min(best, time.perf_counter() - start)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith("Usage: moeprune")
+        if best < 0.5:
+            break
+    assert best < 0.5
+
+
+def test_help_and_wrong_options_do_not_import_torch():
+    calls = [
+        *([command, "--help"] for command in COMMANDS),
+        ["--version"],
+        ["prune", "x", "--keep", "0", "-o", "y"],
+        ["prune", "x", "--keep", "1/8", "--scope", "some", "-o", "y"],
+        ["eval", "x", "--data", "y", "--min-accuracy", "7"],
+        ["eval", "x", "--data", "y", "--sweep", "1/8"],
+        ["inspect", "x", "--output-format", "yaml"],
+        ["inspect"],
+    ]
+    program = f"""
+import sys
+from moeprune.cli import app
+for call in {calls!r}:
+    try:
+        app(call)
+    except SystemExit as end:
+        print(end.code, "torch" in sys.modules)
+"""
+    result = python("-c", program)
+    ends = [line for line in result.stdout.splitlines() if line.endswith(("True", "False"))]
+    assert ends == ["0 False"] * 6 + ["2 False"] * 6
+
+
+@pytest.mark.parametrize("variable", [{"TERM": "dumb"}, {"GITHUB_ACTIONS": "true"}, {"NO_COLOR": "1"}])
+def test_help_and_usage_errors_have_no_escape_codes(variable):
+    shown = python("-m", "moeprune", "prune", "--help", **variable)
+    assert shown.returncode == 0
+    assert "--compensate" in shown.stdout
+    wrong = python("-m", "moeprune", "prune", "--nonsense", **variable)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "--nonsense" in wrong.stderr
+    assert "\x1b" not in shown.stdout + wrong.stderr
+
+
+def test_the_entry_point_tells_a_failed_gate_from_a_wrong_call(single):
+    gate = python(
+        "-m", "moeprune", "eval", single, "--data", "digits", "--limit", 20, "--min-accuracy", 1,
+        "--split", "test", "--preprocess", "mean=5", GITHUB_ACTIONS="true", TERM="dumb",
+    )  # fmt: skip
+    assert (gate.returncode, gate.stderr) == (1, "")
+    assert "FAILED" in gate.stdout
+    assert "\x1b" not in gate.stdout
+    wrong = python("-m", "moeprune", "eval", single, "--data", "digits", "--min-accuracy", 7)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("error: `--min-accuracy 7.0` is outside 0…1\n")
+
+
+def test_a_reader_that_stops_reading_gets_no_traceback(single):
+    command = [sys.executable, "-m", "moeprune", "inspect", str(single)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (2, b"")
+
+
+def test_what_nobody_expected_exits_with_2_and_a_traceback(capsys):
+    """Under Typer an uncaught exception would exit with 1, as a failed gate does."""
+
+    def explode() -> None:
+        raise ZeroDivisionError("boom")
+
+    explode = cli.command(explode)
+    cli.app.registered_commands.pop()
+    with pytest.raises(cli.typer.Exit) as end:
+        explode()
+    assert end.value.exit_code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "ZeroDivisionError: boom" in captured.err
+    assert captured.err.rstrip().splitlines()[-1].startswith("error: moeprune failed")
+
+
+def test_shares_are_rounded_to_the_nearest_number_of_experts(single, run_json, tmp_path):
+    for index, (keep, k) in enumerate({"1/8": 16, "0.1": 13, "16": 16, "1/1000": 1, "1": 1}.items()):
+        path = tmp_path / f"{index}.safetensors"
+        made = run_json("prune", single, "--keep", keep, "--scope", "input", "-o", path)
+        assert made["plan"]["blocks.0.soft_moe"]["k"] == k, Fraction(keep)

@@ -1,0 +1,299 @@
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import moeprune
+from moeprune.calibration import observe_layers
+from moeprune.compensation import (
+    LAMBDAS,
+    NormalEquations,
+    correctable_weights,
+    fit_correction,
+    solve_held_out,
+)
+from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.runtime import Runtime
+from moeprune.soft_moe import Observation
+from tests.reference import reference_layer
+from tests.test_calibration import two_layer_model, write_inputs
+
+CPU = Runtime(device="cpu")
+
+
+# --- the regression ----------------------------------------------------------------------------
+
+
+def halves(regressors: np.ndarray, targets: np.ndarray) -> list[NormalEquations]:
+    """The normal equations of the even and of the odd rows."""
+    equations = []
+    for half in (0, 1):
+        R, T = torch.from_numpy(regressors[half::2]), torch.from_numpy(targets[half::2])
+        one = NormalEquations(R.shape[1], T.shape[1], torch.device("cpu"))
+        one.add(R[None, :7], T[None, :7])
+        one.add(R[None, 7:], T[None, 7:])
+        equations.append(one)
+    return equations
+
+
+def column_scale(R: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(R, axis=0)
+    return np.maximum(norms, 0.01 * norms.max())
+
+
+def direct_ridge(R: np.ndarray, T: np.ndarray, ridge: float, scale: np.ndarray) -> np.ndarray:
+    """argmin over V of |T - R·V|² + ridge·|scale·V|², by least squares on the rows themselves."""
+    rows = np.vstack([R / scale, np.sqrt(ridge) * np.eye(R.shape[1])])
+    goals = np.vstack([T, np.zeros((R.shape[1], T.shape[1]))])
+    return np.linalg.lstsq(rows, goals, rcond=None)[0] / scale[:, None]
+
+
+def problem(rows: int, slots: int, dim: int, noise: float, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Regressors of very different strength, coefficients, and noisy targets."""
+    rng = np.random.default_rng(seed)
+    R = rng.normal(size=(rows, slots)) * 10.0 ** rng.uniform(-1, 1, size=slots)
+    V = rng.normal(size=(slots, dim))
+    return R, V, R @ V + noise * rng.normal(size=(rows, dim))
+
+
+def test_noiseless_linear_targets_are_recovered():
+    R, V, T = problem(rows=200, slots=8, dim=3, noise=0)
+    assert np.abs(solve_held_out(*halves(R, T)).numpy() - V).max() < 1e-4
+
+
+def test_noise_is_not_fitted():
+    R, _, _ = problem(rows=100, slots=30, dim=5, noise=0)
+    T = np.random.default_rng(1).normal(size=(100, 5))
+    fitted = R @ solve_held_out(*halves(R, T)).numpy()
+    overfitted = R @ np.linalg.lstsq(R, T, rcond=None)[0]
+    assert np.linalg.norm(overfitted) > 0.4 * np.linalg.norm(T)
+    assert np.linalg.norm(fitted) < 0.02 * np.linalg.norm(T)
+
+
+def test_nothing_is_added_where_every_ridge_does_harm():
+    """What one half says of the targets is the opposite of what the other says, and stronger."""
+    R = np.repeat(problem(rows=50, slots=6, dim=2, noise=0)[0], 2, axis=0)
+    T = R @ np.ones((6, 2)) * np.tile([1.0, -0.5], 50)[:, None]
+    assert torch.equal(solve_held_out(*halves(R, T)), torch.zeros(6, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("noise", [6.0, 10.0, 14.0])
+def test_ridge_and_its_strength_equal_those_of_a_direct_solution(noise):
+    R, _, T = problem(rows=80, slots=30, dim=4, noise=noise)
+    scale = column_scale(R)
+    errors = []
+    for ridge in LAMBDAS:
+        error = 0.0
+        for half in (0, 1):
+            V = direct_ridge(R[half::2], T[half::2], ridge / 2, scale)
+            error += np.square(T[1 - half :: 2] - R[1 - half :: 2] @ V).sum()
+        errors.append(error)
+    best = LAMBDAS[int(np.argmin(errors))]
+    assert LAMBDAS[0] < best < LAMBDAS[-1]
+    assert sorted(errors)[1] > errors[LAMBDAS.index(best)] * (1 + 1e-6)
+    expected = direct_ridge(R, T, best, scale)
+    np.testing.assert_allclose(solve_held_out(*halves(R, T)).numpy(), expected, rtol=1e-7, atol=1e-9)
+
+
+def test_order_of_the_halves_does_not_matter():
+    R, _, T = problem(rows=120, slots=20, dim=4, noise=10)
+    first, second = halves(R, T)
+    torch.testing.assert_close(solve_held_out(first, second), solve_held_out(second, first))
+
+
+def test_slot_without_any_weight_gets_nothing_and_changes_nothing():
+    R, _, T = problem(rows=100, slots=6, dim=3, noise=1)
+    with_empty = np.insert(R, 2, 0.0, axis=1)
+    found = solve_held_out(*halves(with_empty, T)).numpy()
+    assert not found[2].any()
+    np.testing.assert_allclose(np.delete(found, 2, axis=0), solve_held_out(*halves(R, T)).numpy(), rtol=1e-9)
+
+
+def test_only_slots_that_did_not_run_for_their_input_are_regressors():
+    C = torch.rand(2, 3, 4, 2, generator=torch.Generator().manual_seed(0)) + 0.1
+    observation = Observation(
+        C, torch.zeros(2, 2, 2, 5), torch.tensor([[0, 2], [1, 3]]), torch.zeros(2, 3, 5)
+    )
+    expected = C.clone()
+    expected[0, :, [0, 2]] = 0
+    expected[1, :, [1, 3]] = 0
+    assert torch.equal(correctable_weights(observation), expected.flatten(2))
+    assert torch.equal(correctable_weights(observation._replace(chosen=None)), C.flatten(2))
+
+
+# --- models ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    model = moeprune.load(files("moeprune") / "checkpoints" / "single.safetensors")
+    data = moeprune.open_data("digits:calibration", model.input_format, limit=200)
+    return model, data, moeprune.analyze(model, data, CPU)
+
+
+def observed(model, name, data) -> Observation:
+    """One layer's observations of all inputs."""
+    seen: list[Observation] = []
+    for inputs, _ in data.batches(64):
+        observe_layers(model, [name], lambda _, observation: seen.append(observation), inputs, CPU)
+    return Observation(
+        torch.cat([one.combine_weights for one in seen]),
+        torch.cat([one.slot_outputs for one in seen]),
+        None if seen[0].chosen is None else torch.cat([one.chosen for one in seen]),
+        torch.cat([one.output for one in seen]),
+    )
+
+
+def layer_outputs(model: SoftMoEViT, name: str, data) -> Tensor:
+    seen = []
+    handle = soft_moe_layers(model)[name].register_forward_hook(lambda _, args, y: seen.append(y))
+    with torch.no_grad():
+        for inputs, _ in data.batches(64):
+            model(inputs)
+    handle.remove()
+    return torch.cat(seen).double()
+
+
+def output_error(pruned: SoftMoEViT, full: SoftMoEViT, name: str, data) -> float:
+    """Mean squared change of a layer's output, as a share of the output's own square."""
+    expected = layer_outputs(full, name, data)
+    return float((layer_outputs(pruned, name, data) - expected).square().sum() / expected.square().sum())
+
+
+@pytest.mark.parametrize("scope", ["static", "input", "batch"])
+def test_lstsq_leaves_less_error_than_mean_and_mean_less_than_none(scope, calibrated):
+    model, data, analysis = calibrated
+    errors = {}
+    for compensate in ("none", "mean", "lstsq"):
+        pruned = moeprune.prune(
+            model, analysis, keep="1/16", scope=scope, compensate=compensate, data=data, runtime=CPU
+        )
+        errors[compensate] = output_error(pruned, model, "blocks.0.soft_moe", data)
+    assert errors["lstsq"] < errors["mean"] < errors["none"]
+
+
+def test_lstsq_repairs_what_earlier_pruned_layers_broke():
+    model = moeprune.load(files("moeprune") / "checkpoints" / "vit.safetensors")
+    data = moeprune.open_data("pairs:calibration", model.input_format, limit=300)
+    last, runtime = list(soft_moe_layers(model))[-1], Runtime(device="cpu", batch_size=150)
+    errors = []
+    for compensate in ("mean", "lstsq"):
+        pruned = moeprune.prune(model, keep="1/8", compensate=compensate, data=data, runtime=runtime)
+        errors.append(output_error(pruned, model, last, data))
+    mean, lstsq = errors
+    assert lstsq < mean
+
+
+def two_pruned_layers(tmp_path, scope) -> tuple[SoftMoEViT, SoftMoEViT, object]:
+    """An unpruned model, a pruned one whose last layer has much to correct, and their data."""
+    full = two_layer_model()
+    data = moeprune.open_data(write_inputs(tmp_path / "a.npz", None, samples=90), full.input_format)
+    pruned = moeprune.prune(full, keep=1, scope=scope, compensate="mean", data=data, runtime=CPU)
+    layer = pruned.blocks[1].soft_moe
+    layer.surrogate = torch.zeros_like(layer.surrogate)
+    return full, pruned, data
+
+
+@pytest.mark.parametrize("scope", ["static", "input"])
+def test_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(scope, tmp_path):
+    """The layer before it is pruned too: the targets hold what that one broke."""
+    full, pruned, data = two_pruned_layers(tmp_path, scope)
+    name = "blocks.1.soft_moe"
+    correction = fit_correction(pruned, full, name, data, seed=0, runtime=CPU).flatten(0, 1).double().numpy()
+    before, target = observed(pruned, name, data), observed(full, name, data).output
+    assert output_error(pruned, full, "blocks.0.soft_moe", data) > 0.01
+    weights = before.combine_weights.clone()
+    if scope == "input":
+        for i, experts in enumerate(before.chosen.tolist()):
+            weights[i, :, experts] = 0
+    R = weights.flatten(2).flatten(0, 1).double().numpy()
+    T = (target - before.output).flatten(0, 1).double().numpy()
+    scale = column_scale(R)
+    ridges = [direct_ridge(R, T, ridge, scale) for ridge in LAMBDAS]
+    distances = [np.linalg.norm(R @ (V - correction)) / np.linalg.norm(R @ V) for V in ridges]
+    assert np.linalg.norm(R @ correction) > 0.1 * np.linalg.norm(T)
+    assert min(distances) < 1e-4
+
+
+def test_correction_does_not_depend_on_the_batch_size(tmp_path):
+    full, pruned, data = two_pruned_layers(tmp_path, "static")
+    alone, together = (
+        fit_correction(pruned, full, "blocks.1.soft_moe", data, 0, Runtime(device="cpu", batch_size=size))
+        for size in (1, 64)
+    )
+    assert float((alone - together).norm() / together.norm()) < 1e-3
+
+
+def test_surrogates_of_a_layer_are_its_means_behind_the_pruned_layers_before_it(tmp_path):
+    full = two_layer_model()
+    data = moeprune.open_data(write_inputs(tmp_path / "a.npz", None), full.input_format)
+    pruned = moeprune.prune(full, keep=1, scope="input", compensate="mean", data=data, runtime=CPU)
+    means = {}
+    for what, first in (("pruned", pruned.blocks[0].soft_moe), ("full", full.blocks[0].soft_moe)):
+        model = two_layer_model()  # its last layer is dense
+        model.set_submodule("blocks.0.soft_moe", first)
+        seen = observed(model, "blocks.1.soft_moe", data)
+        weight = seen.combine_weights.double().sum(1)[..., None]
+        means[what] = (weight * seen.slot_outputs).sum(0) / weight.sum(0)
+    found = pruned.blocks[1].soft_moe.surrogate.double()
+    torch.testing.assert_close(found, means["pruned"], rtol=1e-5, atol=1e-6)
+    assert float((found - means["full"]).abs().max()) > 1e-3
+
+
+def test_scope_input_corrects_only_dropped_columns(calibrated):
+    """With one set for all inputs (signal random) the surrogates of the kept experts stay the means."""
+    model, data, analysis = calibrated
+    pruned = moeprune.prune(
+        model, analysis, keep=96, scope="input", signal="random", compensate="lstsq", data=data, runtime=CPU
+    )
+    [(name, layer)] = soft_moe_layers(pruned).items()
+    chosen = observed(pruned, name, data).chosen
+    kept = chosen[0].tolist()
+    assert (chosen == chosen[0]).all()
+    mean = analysis.layers[name].slot_mean
+    assert torch.equal(layer.surrogate[kept], mean[kept])
+    dropped = sorted(set(range(128)) - set(kept))
+    assert ((layer.surrogate - mean)[dropped].abs().amax((1, 2)) > 0).all()
+
+
+def test_scope_input_with_lstsq_equals_the_masked_formulas(calibrated):
+    model, data, analysis = calibrated
+    pruned = moeprune.prune(
+        model, analysis, keep=8, scope="input", compensate="lstsq", data=data, runtime=CPU
+    )
+    [(name, layer)] = soft_moe_layers(pruned).items()
+    inputs = next(iter(data.batches(3)))[0]
+    seen = []
+    handle = layer.register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
+    pruned(inputs)
+    handle.remove()
+    [(x, y)] = seen
+    kept = observed(pruned, name, data).chosen[:3].tolist()
+    dense = soft_moe_layers(model)[name].state_dict()
+    expected = reference_layer(x, dense, "l2", "normalized", kept, "lstsq", layer.surrogate)
+    assert float((y - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_static_lstsq_may_correct_kept_slots_and_mean_does_not(calibrated):
+    model, data, analysis = calibrated
+    for compensate, corrects in (("mean", False), ("lstsq", True)):
+        pruned = moeprune.prune(model, analysis, keep=8, compensate=compensate, data=data, runtime=CPU)
+        [layer] = soft_moe_layers(pruned).values()
+        assert bool(layer.surrogate[:8].any()) == corrects
+
+
+def test_lstsq_reads_the_data_of_the_analysis_where_none_is_given(calibrated):
+    model, data, analysis = calibrated
+    given = moeprune.prune(model, analysis, keep=8, compensate="lstsq", data=data, runtime=CPU)
+    found = moeprune.prune(model, analysis, keep=8, compensate="lstsq", runtime=CPU)
+    for name, tensor in given.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
+
+
+def test_lstsq_refuses_other_data_than_that_of_the_analysis(calibrated):
+    model, _, analysis = calibrated
+    other = moeprune.open_data("digits:calibration", model.input_format, limit=64)
+    with pytest.raises(moeprune.MoepruneError, match="not the data of the analysis"):
+        moeprune.prune(model, analysis, keep=8, compensate="lstsq", data=other, runtime=CPU)

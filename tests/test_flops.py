@@ -1,0 +1,113 @@
+from dataclasses import replace
+from fractions import Fraction
+from itertools import product
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import moeprune
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.flops import Flops, soft_moe_flops, vit_flops
+from moeprune.model import SoftMoEViT, plan_of
+from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan
+from moeprune.pruning import prune_layer
+from moeprune.soft_moe import SoftMoE
+from moeprune.train import initialize, pairs_config, single_layer_config
+
+MOE = SoftMoEConfig(12, num_experts=6, slots_per_expert=2, hidden_dim=5)
+ATTENTION_AND_MLP = BlockConfig(mlp_dim=20)
+ATTENTION_AND_MOE = BlockConfig(soft_moe=MOE)
+MOE_ALONE = BlockConfig(attention=False, soft_moe=MOE, residual=False)
+SMALL = ViTConfig((8, 12), (4, 2), 3, 7, dim=12, num_heads=3, blocks=(ATTENTION_AND_MLP, ATTENTION_AND_MOE))
+CONFIGS = {
+    "single": single_layer_config(),
+    "vit": pairs_config(),
+    "small": SMALL,
+    "class_token": replace(SMALL, class_token=True),
+    "token_pooling": replace(SMALL, class_token=True, pooling="token"),
+    "no_attention": replace(SMALL, blocks=(MOE_ALONE, BlockConfig(attention=False, mlp_dim=9), MOE_ALONE)),
+    "no_final_norm": replace(SMALL, final_norm=False),
+    "other_routers": replace(
+        SMALL,
+        blocks=(
+            BlockConfig(soft_moe=replace(MOE, router_norm="none", dispatch_input="raw")),
+            BlockConfig(soft_moe=replace(MOE, router_norm="rms", dispatch_input="raw", num_experts=1)),
+        ),
+    ),
+}
+
+
+def random_model(config: ViTConfig) -> SoftMoEViT:
+    model = SoftMoEViT(config)
+    initialize(model, 4.0, torch.Generator().manual_seed(0))
+    return model.requires_grad_(False).eval()
+
+
+def counted(module: torch.nn.Module, x: torch.Tensor) -> int:
+    """What torch counts; attention as matrix products, for the fused one is not counted on CPUs."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        module(x)
+    return counter.get_total_flops()
+
+
+def images(config: ViTConfig, b: int) -> torch.Tensor:
+    return torch.randn(b, config.in_channels, *config.image_size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flops_of_a_dense_model_equal_what_torch_counts(name, b):
+    config = CONFIGS[name]
+    assert counted(random_model(config), images(config, b)) == b * vit_flops(config).total
+
+
+@pytest.mark.parametrize("name", ["vit", "class_token", "no_attention"])
+@pytest.mark.parametrize("keep", [1, Fraction(1, 2)])
+def test_flops_of_a_static_renorm_model_equal_what_torch_counts(name, keep):
+    model = random_model(CONFIGS[name])
+    pruned = moeprune.prune(model, keep=keep, signal="random", compensate="renorm")
+    flops = vit_flops(model.config, plan_of(pruned))
+    assert flops.total < vit_flops(model.config).total
+    assert counted(pruned, images(model.config, 2)) == 2 * flops.total
+
+
+PLANS = [
+    (scope, compensation, k)
+    for scope, compensation, k in product(SCOPES, COMPENSATIONS, (0, 1, 4, 6))
+    if k or compensation != "renorm"
+]
+
+
+@pytest.mark.parametrize(("scope", "compensation", "k"), PLANS)
+def test_flops_of_a_pruned_layer_equal_what_torch_counts(scope, compensation, k):
+    layer = SoftMoE(MOE)
+    layer.reset_parameters(torch.Generator().manual_seed(0))
+    is_static = scope == "static"
+    plan = LayerPlan(scope, k, 6, "combine", compensation, tuple(range(k)) if is_static else None)
+    pruned = prune_layer(layer, plan, torch.arange(6.0) if is_static else None, torch.ones(6, 2, 12))
+    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
+    assert counted(pruned, x) == 2 * soft_moe_flops(MOE, 9, pruned.plan).total
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        # 12 slots: logits, dispatch, combine of 9·12·12 multiply-adds each; 2·12·5 of each slot's expert
+        (None, Flops(experts=2880, routing=7776)),
+        (LayerPlan("input", 2, 6, "combine", "none"), Flops(experts=960, routing=2592 + 2 * 864)),
+        (LayerPlan("static", 2, 6, "combine", "renorm", (0, 3)), Flops(experts=960, routing=3 * 864)),
+        (
+            LayerPlan("static", 2, 6, "combine", "lstsq", (0, 3)),
+            Flops(experts=960, routing=2592 + 2 * 864, compensation=4 * 432),
+        ),
+        (
+            LayerPlan("batch", 2, 6, "combine", "mean"),
+            Flops(experts=960, routing=2592 + 2 * 864, compensation=2592),
+        ),
+        (LayerPlan("batch", 6, 6, "combine", "mean"), Flops(experts=2880, routing=7776)),
+    ],
+)
+def test_flops_are_split_by_what_they_are_for(plan, expected):
+    assert soft_moe_flops(MOE, 9, plan) == expected

@@ -1,0 +1,419 @@
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from moeprune.architecture import SoftMoEConfig
+from moeprune.plan import LayerPlan
+from moeprune.pruning import prune_layer
+from moeprune.scores import top_k
+from moeprune.soft_moe import (
+    Observation,
+    SoftMoE,
+    _grouped_linear,
+    _grouped_linear_on_device,
+)
+from tests.reference import (
+    best_subset,
+    reference_combine,
+    reference_layer,
+    reference_mass,
+    reference_router,
+    reference_slot_output,
+)
+
+B, M, D, N, H = 4, 7, 10, 5, 6
+ROUTERS = list(product(("none", "l2", "rms"), ("raw", "normalized")))
+TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq")
+
+
+def dense_layer(router_norm="l2", dispatch_input="normalized", p=2, dtype=torch.float64, n=N, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    layer = SoftMoE(SoftMoEConfig(D, n, p, H, router_norm, dispatch_input)).to(dtype)
+    layer.reset_parameters(generator, scale=4.0)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.endswith("gain"):
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return layer.requires_grad_(False).eval()
+
+
+def inputs(b=B, dtype=torch.float64, seed=1) -> Tensor:
+    return torch.randn(b, M, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def surrogates(p=2, n=N, seed=2) -> Tensor:
+    return torch.randn(n, p, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def expert_scores(n=N, seed=3) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed))
+
+
+def pruned_layer(dense, scope, k, compensation="none", signal="combine", scores=None, slot_mean=None):
+    n = dense.config.num_experts
+    kept = tuple(range(k)) if scope == "static" else None
+    return prune_layer(dense, LayerPlan(scope, k, n, signal, compensation, kept), scores, slot_mean)
+
+
+def router(layer) -> tuple[str, str]:
+    return layer.config.router_norm, layer.config.dispatch_input
+
+
+def observe(layer, x) -> Observation:
+    seen = []
+    layer.observer = seen.append
+    layer(x)
+    layer.observer = None
+    return seen[0]
+
+
+def expected_sets(dense, x, scope, k, weights=None, use_mass=True) -> list[tuple[int, ...]]:
+    """The best k experts of each input by the summed mass of all subsets."""
+    n = dense.config.num_experts
+    weights = [1.0] * n if weights is None else weights.tolist()
+    masses = reference_mass(x, dense.state_dict(), *router(dense)) if use_mass else [[1.0] * n] * len(x)
+    scores = [[m * w for m, w in zip(row, weights, strict=True)] for row in masses]
+    if scope == "batch":
+        scores = [[sum(column) for column in zip(*scores, strict=True)]] * len(x)
+    return [best_subset(row, k) for row in scores]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+# --- dense -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("p", [1, 3])
+@pytest.mark.parametrize(("router_norm", "dispatch_input"), ROUTERS)
+def test_dense_layer_equals_the_formulas(router_norm, dispatch_input, p, dtype, tolerance):
+    layer, x = dense_layer(router_norm, dispatch_input, p, dtype), inputs(dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert relative_error(y, reference_layer(x, layer.state_dict(), router_norm, dispatch_input)) < tolerance
+
+
+@pytest.mark.parametrize(("router_norm", "dispatch_input"), ROUTERS)
+def test_observation_of_a_dense_layer_holds_combine_weights_and_slot_outputs(router_norm, dispatch_input):
+    layer, x = dense_layer(router_norm, dispatch_input, p=3), inputs(b=2)
+    tensors = layer.state_dict()
+    observation = observe(layer, x)
+    assert observation.chosen is None
+    assert torch.equal(observation.output, layer(x))
+    for i, one in enumerate(x):
+        logits, tokens = reference_router(one, tensors, router_norm, dispatch_input)
+        combine = reference_combine(logits, range(N))
+        assert relative_error(observation.combine_weights[i], combine) < 1e-10
+        for j, q in product(range(N), range(3)):
+            slot = reference_slot_output(logits[:, j, q], tokens, tensors, j)
+            assert relative_error(observation.slot_outputs[i, j, q], slot) < 1e-10
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-4])
+def test_extreme_router_scales_equal_the_formulas(scale):
+    layer, x = dense_layer(), inputs()
+    layer.scale.fill_(scale)
+    assert relative_error(layer(x), reference_layer(x, layer.state_dict(), "l2", "normalized")) < 1e-10
+
+
+@pytest.mark.parametrize("router_norm", ["none", "l2", "rms"])
+def test_a_token_of_zeros_computes_finite_numbers(router_norm):
+    layer, x = dense_layer(router_norm), inputs()
+    x[1, 2] = 0
+    assert layer(x).isfinite().all()
+
+
+# --- pruned ------------------------------------------------------------------------------------
+
+PRUNED_SHAPES = [
+    ("l2", "normalized", 1, torch.float64, 1e-10),
+    ("rms", "raw", 3, torch.float64, 1e-10),
+    ("none", "raw", 2, torch.float32, 1e-5),
+]
+
+
+@pytest.mark.parametrize("k", [1, 2, N])
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize("scope", ["input", "batch"])
+@pytest.mark.parametrize(("router_norm", "dispatch_input", "p", "dtype", "tolerance"), PRUNED_SHAPES)
+def test_routed_layer_equals_the_masked_formulas(
+    router_norm, dispatch_input, p, dtype, tolerance, scope, compensation, k
+):
+    dense, x, u = dense_layer(router_norm, dispatch_input, p, dtype), inputs(dtype=dtype), surrogates(p)
+    layer = pruned_layer(dense, scope, k, compensation, slot_mean=u)
+    kept = expected_sets(dense, x, scope, k)
+    expected = reference_layer(x, dense.state_dict(), *router(dense), kept, compensation, u)
+    assert relative_error(layer(x), expected) < tolerance
+
+
+@pytest.mark.parametrize("k", [1, 2, N])
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize(("router_norm", "dispatch_input", "p", "dtype", "tolerance"), PRUNED_SHAPES)
+def test_static_layer_equals_the_masked_formulas(
+    router_norm, dispatch_input, p, dtype, tolerance, compensation, k
+):
+    dense, x, u, scores = (
+        dense_layer(router_norm, dispatch_input, p, dtype),
+        inputs(dtype=dtype),
+        surrogates(p),
+        expert_scores(),
+    )
+    given = u.clone()
+    layer = pruned_layer(dense, "static", k, compensation, scores=scores, slot_mean=u)
+    kept = best_subset(scores.tolist(), k)
+    assert layer.plan.kept == kept
+    assert torch.equal(u, given)
+    expected = reference_layer(x, dense.state_dict(), *router(dense), [kept] * B, compensation, u)
+    assert relative_error(layer(x), expected) < tolerance
+
+
+def test_static_surrogate_of_a_kept_slot_is_added_to_its_output():
+    dense, x, u, scores = dense_layer(), inputs(), surrogates(), expert_scores()
+    layer = pruned_layer(dense, "static", 2, "lstsq", scores=scores, slot_mean=u)
+    kept = best_subset(scores.tolist(), 2)
+    layer.surrogate = u[[*kept, *(j for j in range(N) if j not in kept)]]
+    expected = reference_layer(
+        x, dense.state_dict(), *router(dense), [kept] * B, "lstsq", u, static_correction=True
+    )
+    assert relative_error(layer(x), expected) < 1e-10
+
+
+@pytest.mark.parametrize(("compensation", "routed"), [("none", N), ("renorm", 2), ("mean", N), ("lstsq", N)])
+def test_state_dict_of_a_static_layer_holds_only_the_kept_experts(compensation, routed):
+    dense, scores = dense_layer(), expert_scores()
+    layer = pruned_layer(dense, "static", 2, compensation, scores=scores, slot_mean=surrogates())
+    kept = list(best_subset(scores.tolist(), 2))
+    tensors = layer.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {
+        "phi": (D, routed, 2),
+        "scale": (1,),
+        "fc1_weight": (2, D, H),
+        "fc1_bias": (2, H),
+        "fc2_weight": (2, D, H),
+        "fc2_bias": (2, D),
+    }
+    if compensation in ("mean", "lstsq"):
+        expected["surrogate"] = (N, 2, D)
+    assert shapes == expected
+    for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"):
+        assert torch.equal(tensors[name], dense.state_dict()[name][kept])
+
+
+@pytest.mark.parametrize("scope", ["static", "input", "batch"])
+@pytest.mark.parametrize("compensation", ["none", "mean", "lstsq"])
+def test_layer_without_kept_experts_gives_its_surrogates_alone(scope, compensation):
+    dense, x, u = dense_layer(), inputs(), surrogates()
+    scores = expert_scores() if scope == "static" else None
+    layer = pruned_layer(dense, scope, 0, compensation, scores=scores, slot_mean=u)
+    y = layer(x)
+    if compensation == "none":
+        assert torch.equal(y, torch.zeros_like(x))
+    else:
+        combine = torch.stack(
+            [
+                reference_combine(reference_router(one, dense.state_dict(), *router(dense))[0], range(N))
+                for one in x
+            ]
+        )
+        assert relative_error(y, torch.einsum("bmnp,npd->bmd", combine, u)) < 1e-10
+
+
+# --- which experts run -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("signal", ["combine", "deviation", "random"])
+@pytest.mark.parametrize("scope", ["input", "batch"])
+def test_chosen_experts_are_the_best_subset_of_all(scope, signal, k):
+    dense, x, scores = dense_layer(n=6), inputs(b=6), expert_scores(n=6)
+    weights = None if signal == "combine" else scores
+    layer = pruned_layer(dense, scope, k, signal=signal, scores=weights)
+    expected = expected_sets(dense, x, scope, k, weights, use_mass=signal != "random")
+    assert [tuple(row) for row in observe(layer, x).chosen.tolist()] == expected
+
+
+def test_inputs_choose_different_experts_and_a_batch_shares_one_set():
+    dense, x = dense_layer(n=6), inputs(b=6)
+    own = {tuple(row) for row in observe(pruned_layer(dense, "input", 2), x).chosen.tolist()}
+    shared = {tuple(row) for row in observe(pruned_layer(dense, "batch", 2), x).chosen.tolist()}
+    assert len(own) > 1
+    assert len(shared) == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "k", "expected"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], 2, [0, 1]),
+        ([0.0, 2.0, 1.0, 1.0], 2, [1, 2]),
+        ([3.0, 1.0, 3.0, 3.0], 2, [0, 2]),
+        ([1.0, 2.0, 3.0, 3.0], 3, [1, 2, 3]),
+        ([5.0, 4.0], 0, []),
+    ],
+)
+def test_best_k_break_ties_to_the_lower_index_and_ascend(scores, k, expected):
+    assert top_k(torch.tensor(scores), k).tolist() == expected
+
+
+@pytest.mark.parametrize("k", [1, 7, 150, 299, 300])
+def test_best_k_of_many_rows_with_and_without_ties_are_those_of_a_stable_sort(k):
+    generator = torch.Generator().manual_seed(6)
+    scores = torch.stack(
+        [
+            torch.rand(300, generator=generator),
+            torch.randint(3, (300,), generator=generator) / 2,
+            torch.zeros(300),
+        ]
+    )
+    expected = [sorted(sorted(range(300), key=lambda j: (-row[j], j))[:k]) for row in scores.tolist()]
+    assert top_k(scores, k).tolist() == expected
+    for row, experts in zip(scores, expected, strict=True):
+        assert top_k(row, k).tolist() == experts
+
+
+@pytest.mark.parametrize("scope", ["input", "batch"])
+def test_experts_of_equal_mass_tie_to_the_lower_index(scope):
+    dense = dense_layer(n=8)
+    dense.phi.zero_()  # all combine weights are exactly 1/16
+    chosen = observe(pruned_layer(dense, scope, 3), inputs(b=2)).chosen
+    assert chosen.tolist() == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("scope", ["input", "batch"])
+def test_weights_of_experts_that_no_input_chose_are_not_used(scope):
+    dense, x = dense_layer(n=6), inputs(b=2)
+    layer = pruned_layer(dense, scope, 2)
+    before, chosen = layer(x), observe(layer, x).chosen
+    unused = sorted(set(range(6)) - set(chosen.flatten().tolist()))
+    assert unused
+    for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"):
+        getattr(layer, name)[unused] = torch.nan
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+def test_scope_input_does_not_depend_on_how_inputs_are_batched(compensation):
+    dense, x = dense_layer(), inputs(b=6)
+    layer = pruned_layer(dense, "input", 2, compensation, slot_mean=surrogates())
+    together, alone = observe(layer, x), [observe(layer, one[None]) for one in x]
+    assert torch.equal(together.chosen, torch.cat([one.chosen for one in alone]))
+    assert relative_error(together.output, torch.cat([one.output for one in alone])) < 1e-12
+
+
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+def test_scope_batch_on_one_input_is_scope_input(compensation):
+    dense, x = dense_layer(), inputs(b=1)
+    by_input, by_batch = (
+        pruned_layer(dense, scope, 2, compensation, slot_mean=surrogates()) for scope in ("input", "batch")
+    )
+    assert torch.equal(by_input(x), by_batch(x))
+
+
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize("scope", ["static", "input", "batch"])
+def test_layer_that_keeps_all_experts_equals_the_dense_one(scope, compensation):
+    dense, x = dense_layer(p=3), inputs()
+    scores = expert_scores() if scope == "static" else None
+    layer = pruned_layer(dense, scope, N, compensation, scores=scores, slot_mean=surrogates(3))
+    assert relative_error(layer(x), dense(x)) < 1e-12
+
+
+# --- gradients and precision -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scope", "compensation"),
+    [
+        (None, "none"),
+        ("static", "renorm"),
+        ("static", "mean"),
+        ("input", "none"),
+        ("input", "mean"),
+        ("batch", "renorm"),
+    ],
+)
+def test_calls_with_and_without_gradients_agree_and_gradients_are_those_of_the_formulas(scope, compensation):
+    dense, u, scores = dense_layer(), surrogates(), expert_scores() if scope == "static" else None
+    layer = dense if scope is None else pruned_layer(dense, scope, 2, compensation, "combine", scores, u)
+    x, x_reference = inputs().requires_grad_(), inputs().requires_grad_()
+    if scope is None:
+        kept = None
+    elif scope == "static":
+        kept = [best_subset(scores.tolist(), 2)] * B
+    else:
+        kept = expected_sets(dense, x.detach(), scope, 2)
+    y = layer(x)
+    y.square().sum().backward()
+    expected = reference_layer(x_reference, dense.state_dict(), *router(dense), kept, compensation, u)
+    expected.square().sum().backward()
+    assert relative_error(x.grad, x_reference.grad) < 1e-8
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(layer(x), y)
+
+
+def test_only_experts_that_ran_get_gradients():
+    dense, x = dense_layer(n=6), inputs(b=2)
+    layer = pruned_layer(dense, "input", 2).requires_grad_()
+    layer(x).square().sum().backward()
+    with_gradient = {j for j in range(6) if layer.fc1_weight.grad[j].abs().sum() > 0}
+    assert with_gradient == set(observe(layer, x).chosen.flatten().tolist())
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2, 4], [0, 0, 0, 9], [9, 0, 0, 0], [1, 1, 1, 1], [0, 5, 0, 0]])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_matrix_product_equals_a_product_for_each_expert(counts, transposed):
+    """Both layouts of the weights: that of the first and that of the second matrix of an MLP."""
+    generator = torch.Generator().manual_seed(4)
+    n, wide, narrow = len(counts), 8, 12
+    rows = torch.randn(sum(counts), wide, generator=generator)
+    shape = (n, narrow, wide) if transposed else (n, wide, narrow)
+    weight = torch.randn(shape, generator=generator)
+    weight = weight.mT if transposed else weight
+    bias = torch.randn(n, narrow, generator=generator)
+    expert_of_row = [j for j, count in enumerate(counts) for _ in range(count)]
+    expected = torch.stack(
+        [
+            row.double() @ weight[j].double() + bias[j].double()
+            for row, j in zip(rows, expert_of_row, strict=True)
+        ]
+    )
+    for multiply in (_grouped_linear, _grouped_linear_on_device):
+        found = multiply(rows, torch.tensor(counts), weight, bias)
+        assert found.dtype == torch.float32
+        assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2, 4], [0, 0, 0, 9]])
+def test_grouped_matrix_product_runs_in_the_autocast_precision(counts):
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(9, 8, generator=generator)
+    weight, bias = torch.randn(4, 8, 16, generator=generator), torch.randn(4, 16, generator=generator)
+    exact = _grouped_linear(rows, torch.tensor(counts), weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        loop = _grouped_linear(rows, torch.tensor(counts), weight, bias)
+        grouped = _grouped_linear_on_device(rows, torch.tensor(counts), weight, bias)
+    assert loop.dtype == grouped.dtype == torch.bfloat16
+    assert relative_error(loop, exact) < 0.02
+    assert relative_error(grouped, exact) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("scope", "compensation"), [(None, "none"), *product(("static", "input", "batch"), COMPENSATIONS)]
+)
+def test_bfloat16_autocast_stays_near_float32(scope, compensation):
+    dense, x, u = dense_layer(dtype=torch.float32), inputs(dtype=torch.float32), surrogates()
+    scores = expert_scores() if scope == "static" else None
+    layer = dense if scope is None else pruned_layer(dense, scope, 2, compensation, "combine", scores, u)
+    exact = observe(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = observe(layer, x)
+    assert rough.combine_weights.dtype == torch.float32
+    if exact.chosen is not None:
+        assert torch.equal(rough.chosen, exact.chosen)
+    assert 1e-5 < relative_error(rough.output, exact.output) < 0.03
