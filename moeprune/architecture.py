@@ -54,6 +54,7 @@ class BlockConfig:
     residual: bool = True
 
     def __post_init__(self) -> None:
+        _require_bool(self, "attention", "residual")
         if (self.mlp_dim is None) == (self.soft_moe is None):
             raise MoepruneError("a block has either `mlp_dim` or `soft_moe`, never both or none")
         if self.mlp_dim is not None:
@@ -80,6 +81,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "in_channels", "num_classes", "dim", "num_heads")
+        _require_bool(self, "class_token", "final_norm")
         _require_choice(self, "pooling", POOLINGS)
         for size, patch in zip(self.image_size, self.patch_size, strict=True):
             if patch < 1 or size < patch or size % patch:
@@ -178,6 +180,12 @@ def _require_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             raise MoepruneError(f"`{name}` is {value!r}, expected a whole number of at least 1")
+
+
+def _require_bool(config: Any, *names: str) -> None:
+    for name in names:
+        if type(getattr(config, name)) is not bool:
+            raise MoepruneError(f"`{name}` is {getattr(config, name)!r}, expected true or false")
 
 
 def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from torch import Tensor
 from moeprune.errors import MoepruneError
 
 METADATA_KEY = "moeprune"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+temporaries: set[Path] = set()
+"""Files that are being written; Ctrl-C removes them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def read(path: str | Path) -> TensorFile:
         MoepruneError: it is missing, empty, truncated, or no safetensors file.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long)
         raise MoepruneError(f"no file `{path}`")
     if path.is_dir():
         raise MoepruneError(f"`{path}` is a folder, expected a safetensors file")
@@ -105,6 +109,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise MoepruneError(f"cannot write `{path}` ({error.strerror})") from None
     os.close(descriptor)
     temporary = Path(name)
+    temporaries.add(temporary)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -117,6 +122,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise MoepruneError(f"cannot write `{path}` ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+        temporaries.discard(temporary)
 
 
 def require_format(metadata: Mapping[str, Any], known: int, path: str | Path) -> None:
@@ -140,8 +146,16 @@ def require_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     problems += [
         f"`{name}` has the type {found[name].dtype}, expected floats"
         for name in sorted(set(found) & set(expected))
-        if not found[name].is_floating_point()
+        if found[name].dtype not in FLOATS
     ]
+    types = Counter(tensor.dtype for tensor in found.values() if tensor.dtype in FLOATS)
+    if len(types) > 1:
+        [(usual, _)] = types.most_common(1)
+        problems += [
+            f"`{name}` has the type {tensor.dtype}, others {usual}"
+            for name, tensor in sorted(found.items())
+            if tensor.dtype in FLOATS and tensor.dtype != usual
+        ]
     if problems:
         raise MoepruneError(f"`{path}` does not fit its own architecture: {'; '.join(problems)}")
 

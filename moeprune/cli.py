@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import sys
@@ -44,8 +45,8 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint (
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto takes CUDA if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, or bf16 under autocast.")]
 BatchSize = Annotated[int, typer.Option(help="Inputs a forward pass.")]
-Limit = Annotated[int | None, typer.Option(help="Take only so many samples, evenly spaced.", min=1)]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+Limit = Annotated[int | None, typer.Option(help="Take only so many samples, drawn with a fixed seed.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 Split = Annotated[str | None, typer.Option(help="Split of a built-in data set: train, calibration or test.")]
 Preprocess = Annotated[
     list[str] | None,
@@ -160,13 +161,16 @@ def analyze(
     """Run calibration data through an unpruned checkpoint: what each expert matters to each input."""
     _check_report(output_format, output_file, force)
     _check_output(output, force)
+    if output_file is not None and os.path.realpath(output_file) == os.path.realpath(output):
+        raise MoepruneError(f"`--output-file` and `--output` are both `{output}`", "give another path")
     from moeprune import calibration, report
+    from moeprune.statistics import summarize
 
     model = _load(checkpoint, preprocess)
     runtime = _runtime(device, dtype, batch_size)
     analysis = calibration.analyze(model, _open(data, model, split or "calibration", limit), runtime)
     calibration.save_analysis(analysis, output)
-    layers = {name: calibration.summarize(statistics) for name, statistics in analysis.layers.items()}
+    layers = {name: summarize(statistics) for name, statistics in analysis.layers.items()}
     for name, layer in layers.items():
         if layer["experts"] == 1:
             _warn(
@@ -223,9 +227,13 @@ def prune(
     """Write a checkpoint that runs only the experts that matter."""
     _check_report(output_format, output_file, force)
     _check_output(output, force)
+    if output_file is not None and os.path.realpath(output_file) == os.path.realpath(output):
+        raise MoepruneError(f"`--output-file` and `--output` are both `{output}`", "give another path")
     _check_choice("--scope", scope, SCOPES)
     _check_choice("--signal", signal, SIGNALS)
     _check_choice("--compensate", compensate, COMPENSATIONS)
+    if data is None and (split is not None or limit is not None):
+        raise MoepruneError("`--split` and `--limit` go with `--data`", "give the data that they are of")
     kept = parse_keep(keep)
     from moeprune import pruning, report
     from moeprune.calibration import load_analysis
@@ -342,7 +350,8 @@ def eval(
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
     if analysis is not None:
         variants = grid(keeps, scope or SCOPES, signal or SIGNALS, compensate or COMPENSATIONS)
-        rows = run_sweep(model, variants, load_analysis(analysis), dataset, seed, runtime)
+        results = run_sweep(model, variants, load_analysis(analysis), dataset, seed, runtime)
+        rows = [row for row, _ in results]
         found |= {
             "data": dataset.to_json(),
             "rows": rows,
@@ -428,9 +437,15 @@ def _check_report(output_format: str, output_file: Path | None, force: bool) -> 
 
 def _check_output(path: Path, force: bool) -> None:
     """Refuse an output path before any work is done for it."""
+    try:
+        exists, is_file = path.exists(), path.is_file()
+    except OSError as error:
+        raise MoepruneError(f"cannot write `{path}` ({error.strerror})") from None
     if path.is_dir():
         raise MoepruneError(f"`{path}` is a directory, expected a file to write")
-    if path.exists() and not force:
+    if exists and not is_file:
+        raise MoepruneError(f"`{path}` is no regular file, expected one to write")
+    if exists and not force:
         raise MoepruneError(f"`{path}` exists", "give another path, or `--force` to replace it")
     if not path.parent.is_dir():
         raise MoepruneError(f"no directory `{path.parent}` for `{path}`", "make it first")
@@ -456,12 +471,19 @@ def _emit(
     else:
         on_terminal = output_file is None and sys.stdout.isatty()
         console = Console(
-            width=None if on_terminal else TEXT_WIDTH, no_color=not on_terminal, highlight=False
+            width=None if on_terminal else TEXT_WIDTH,
+            force_terminal=on_terminal,
+            no_color=None if on_terminal else True,
+            highlight=False,
+            markup=False,
+            emoji=False,
         )
         with console.capture() as capture:
             console.print(render(found))
         text = "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
     if output_file is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8
         sys.stdout.write(text)
         sys.stdout.flush()
     else:

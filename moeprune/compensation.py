@@ -19,11 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeprune.calibration import observe_layers, wide_dtype
+from moeprune.calibration import observe_layers
 from moeprune.data import Dataset
 from moeprune.model import SoftMoEViT, soft_moe_layers
 from moeprune.runtime import Runtime
 from moeprune.soft_moe import Observation
+from moeprune.statistics import wide_dtype
 
 LAMBDAS = [10.0**exponent for exponent in range(-6, 3)]
 WEAKEST = 0.01

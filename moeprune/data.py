@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,6 +41,8 @@ SPECS_HINT = (
     " `.safetensors` file with `inputs` and `labels`, or a folder of class folders of images"
 )
 
+DAMAGES = (BadZipFile, EOFError, NotImplementedError, OSError, ValueError, zlib.error)
+"""What reading a damaged or unusual .npz raises."""
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor | None]
 """Inputs (b,c,H,W) in float32 and labels (b,) in int64, or None where the data has none."""
@@ -74,7 +79,7 @@ class Dataset:
         return {"spec": self.spec, "samples": self.samples, "fingerprint": self.fingerprint}
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """One pass over the samples in a fixed order; with a limit, over as many evenly spaced ones.
+        """One pass over the samples in a fixed order; with a limit, over as many drawn with a fixed seed.
 
         Raises:
             MoepruneError: NaN or infinite inputs, labels outside the classes, or what reading the
@@ -82,8 +87,9 @@ class Dataset:
         """
         indices: Sequence[int] = range(self.available)
         if self.samples < self.available:
-            indices = [i * self.available // self.samples for i in range(self.samples)]
-        digest, seen = hashlib.sha256(), 0
+            # Not evenly spaced: a set whose classes take turns would lose some of them.
+            indices = sorted(random.Random(0).sample(indices, self.samples))
+        digests, seen = (hashlib.sha256(), hashlib.sha256()), 0
         for inputs, labels in self.read(indices, batch_size):
             finite = inputs.flatten(1).isfinite().all(dim=1)
             if not finite.all():
@@ -95,12 +101,13 @@ class Dataset:
                     f"sample {indices[seen + place]} of `{self.spec}` has the label {int(labels[place])},"
                     f" the model has {self.classes} classes (0 to {self.classes - 1})"
                 )
-            for tensor in (inputs, labels):
+            for digest, tensor in zip(digests, (inputs, labels), strict=True):
                 if tensor is not None:
                     digest.update(tensor.contiguous().numpy().data)
             seen += len(inputs)
             yield inputs, labels
-        self.fingerprint = digest.hexdigest()
+        both = b"".join(digest.digest() for digest in digests)  # apart, so that batches leave no trace
+        self.fingerprint = hashlib.sha256(both).hexdigest()
 
 
 def open_data(
@@ -110,13 +117,15 @@ def open_data(
 
     Args:
         split: the split of a built-in set whose spec names none; `test` if this is None too.
-        limit: take as many evenly spaced samples.
+        limit: take as many samples, drawn with a fixed seed.
 
     Raises:
         MoepruneError: an unknown spec or split, a file or folder that is missing, is not what it
             says, or does not fit the model.
     """
     name, _, spec_split = spec.partition(":")
+    if split is not None and split not in SPLITS:
+        raise MoepruneError(f"`--split {split}` is unknown", f"splits are {', '.join(SPLITS)}")
     if name in BUILT_IN:
         split = spec_split or split or "test"
         if split not in SPLITS:
@@ -124,7 +133,7 @@ def open_data(
         pixels, labels = BUILT_IN[name](split)
         return _from_tensors(f"{name}:{split}", pixels, labels, input_format, limit)
     path = Path(spec)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long)
         raise MoepruneError(f"no data `{spec}`", SPECS_HINT)
     if path.is_dir():
         return _from_folder(path, input_format, limit)
@@ -217,7 +226,7 @@ def _from_safetensors(path: Path, input_format: InputFormat, limit: int | None) 
     arrange = _arranger(spec, shape, input_format)
     labels = file.get_tensor("labels") if "labels" in names else None
     if labels is not None:
-        integers = not labels.is_floating_point() and not labels.is_complex()
+        integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
         _check_labels(spec, tuple(labels.shape), shape[0], integers)
         labels = labels.to(torch.int64)
 
@@ -239,16 +248,18 @@ def _from_npz(path: Path, input_format: InputFormat, limit: int | None) -> Datas
                 raise MoepruneError(f"no `inputs` in `{spec}`, found {sorted(names)}", SPECS_HINT)
             with archive.open("inputs.npy") as member:
                 shape, dtype = _npy_header(member, spec)
+            arrange = _arranger(spec, shape, input_format)
             labels = None
             if "labels.npy" in names:
                 with archive.open("labels.npy") as member:
                     labels_shape, labels_dtype = _npy_header(member, spec)
                     _check_labels(spec, labels_shape, shape[0], labels_dtype.kind in "iu")
                     raw = np.frombuffer(member.read(), labels_dtype)
+                if raw.size and raw.max() > np.iinfo(np.int64).max:
+                    raise MoepruneError(f"`labels` of `{spec}` go up to {raw.max()}")
                 labels = torch.from_numpy(raw.astype(np.int64))
-    except (BadZipFile, OSError, ValueError) as error:
+    except DAMAGES as error:
         raise MoepruneError(f"`{spec}` is no readable .npz file ({error})") from None
-    arrange = _arranger(spec, shape, input_format)
     sample_bytes = dtype.itemsize * int(np.prod(shape[1:]))
 
     def read(indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
@@ -265,7 +276,7 @@ def _from_npz(path: Path, input_format: InputFormat, limit: int | None) -> Datas
                     inputs = torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))
                     batch_labels = None if labels is None else labels[list(chunk)]
                     yield _to_inputs(spec, arrange(inputs), input_format).contiguous(), batch_labels
-        except (BadZipFile, OSError, ValueError) as error:
+        except DAMAGES as error:
             raise MoepruneError(f"`{spec}` is damaged ({error})") from None
 
     return Dataset(spec, shape[0], labels is not None, input_format.classes, read, limit)
@@ -281,6 +292,10 @@ def _npy_header(member: Any, spec: str) -> tuple[tuple[int, ...], np.dtype]:
         raise MoepruneError(f"`{spec}` has an array in Fortran order", "save it with np.ascontiguousarray")
     if dtype.hasobject:
         raise MoepruneError(f"`{spec}` has an array of Python objects", "save it as numbers")
+    try:
+        torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))
+    except TypeError:
+        raise MoepruneError(f"`inputs` or `labels` of `{spec}` are {dtype}", "save it as numbers") from None
     return shape, dtype
 
 

@@ -99,7 +99,7 @@ def evaluate(
     data = dataset_for(model, data, split="test")
     if baseline is not None and baseline.input_format != model.input_format:
         raise MoepruneError(
-            f"the baseline takes other inputs than the model: {baseline.input_format}, {model.input_format}",
+            f"the baseline takes {baseline.input_format.in_words}, the model {model.input_format.in_words}",
             "give the checkpoint that the model was pruned from",
         )
     models = [model] if baseline is None else [model, baseline]

@@ -215,8 +215,11 @@ def load_skeleton(path: str | Path) -> SoftMoEViT:
 
 def _skeleton(file: checkpoint.TensorFile) -> SoftMoEViT:
     config, plan, details = read_description(file.metadata, file.path, len(file.tensors))
-    with torch.device("meta"):
-        model = SoftMoEViT(config, plan, details)
+    try:
+        with torch.device("meta"):
+            model = SoftMoEViT(config, plan, details)
+    except (RuntimeError, OverflowError, TypeError, ValueError):
+        raise MoepruneError(f"`{file.path}`: no model can be built of its architecture") from None
     checkpoint.require_tensors(file.tensors, model.state_dict(), file.path)
     return model
 
@@ -252,5 +255,8 @@ def read_description(
         expected = config.soft_moe_layers.get(name)
         if expected is None or expected.num_experts != layer.num_experts:
             raise MoepruneError(f"`{path}`: the plan of layer `{name}` does not fit the architecture")
+    for key in ("source", "provenance"):
+        if not isinstance(metadata.get(key, {}), dict):
+            raise MoepruneError(f"`{path}`: `{key}` is no object")
     details = Details(preprocessing, metadata.get("source", {}), metadata.get("provenance", {}))
     return config, plan, details

@@ -138,7 +138,7 @@ def parse_keep(text: str, option: str = "--keep") -> Fraction | int:
     return value
 
 
-def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str) -> int:
+def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str, option: str = "--keep") -> int:
     """k for a layer of num_experts experts: a share is rounded to the nearest, at least 1.
 
     Raises:
@@ -151,7 +151,7 @@ def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str) -> int:
         return max(1, int(keep * num_experts + Fraction(1, 2)))
     if keep > num_experts:
         raise MoepruneError(
-            f"`--keep {keep}` is more than the {num_experts} experts of layer `{layer}`",
+            f"`{option} {keep}` is more than the {num_experts} experts of layer `{layer}`",
             f"give at most {num_experts}, or a share such as 1/8",
         )
     return keep

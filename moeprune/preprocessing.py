@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def preprocessing_from_json(value: Any) -> Preprocessing:
         made = Preprocessing(**values)
         numbers = [*made.mean, *made.std]
         fits = (
-            all(isinstance(number, int | float) for number in numbers)
+            all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
             and all(std > 0 for std in made.std)
             and (made.resize is None or (type(made.resize) is int and made.resize > 0))
             and made.interpolation in INTERPOLATIONS
@@ -95,6 +96,16 @@ class InputFormat:
     def shape(self) -> tuple[int, int, int]:
         """Of one input: (c,H,W)."""
         return self.channels, self.height, self.width
+
+    @property
+    def in_words(self) -> str:
+        """Such as `3×224×224 in 1000 classes, normalised with mean 0.5 and std 0.5`."""
+        mean, std = (
+            ", ".join(str(value) for value in values)
+            for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        size = "×".join(str(side) for side in self.shape)
+        return f"{size} in {self.classes} classes, normalised with mean {mean} and std {std}"
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Pixels in 0…1 (b,c,H,W) minus mean, divided by std."""

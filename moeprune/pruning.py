@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moeprune import __version__
-from moeprune.calibration import Analysis, LayerStatistics, measure, require_analysis_of
+from moeprune.calibration import Analysis, measure, require_analysis_of, require_finite
 from moeprune.compensation import fit_correction
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
@@ -19,6 +19,7 @@ from moeprune.plan import LayerPlan, experts_to_keep, parse_keep
 from moeprune.runtime import Runtime
 from moeprune.scores import random_scores, top_k
 from moeprune.soft_moe import SoftMoE
+from moeprune.statistics import LayerMoments, MomentsAccumulator
 
 
 def prune(
@@ -80,7 +81,7 @@ def prune(
         analysis = data = None
     model_fingerprint = fingerprint(model)
     if analysis is not None:
-        require_analysis_of(model_fingerprint, analysis)
+        require_analysis_of(model, model_fingerprint, analysis)
     dataset = None
     if data is not None:
         dataset = dataset_for(model, data, "calibration")
@@ -89,11 +90,13 @@ def prune(
 
     pruned = _sharing_copy(model)
     for index, (name, plan) in enumerate(plans.items()):
-        statistics = None
+        statistics: LayerMoments | None = None
         if analysis is not None and (index == 0 or dataset is None):
             statistics = analysis.layers[name]
         elif dataset is not None:
-            statistics = measure(pruned, [name], dataset, runtime, f"measure {name}")[name]
+            measured = measure(pruned, [name], dataset, runtime, f"measure {name}", MomentsAccumulator)
+            statistics = measured[name].result()
+            require_finite({name: statistics}, dataset)
         scores = _expert_scores(plan, statistics, seed, index)
         layer = prune_layer(layers[name], plan, scores, None if statistics is None else statistics.slot_mean)
         pruned.set_submodule(name, layer)
@@ -163,7 +166,7 @@ def prune_layer(
 
 
 def _expert_scores(
-    plan: LayerPlan, statistics: LayerStatistics | None, seed: int, layer_index: int
+    plan: LayerPlan, statistics: LayerMoments | None, seed: int, layer_index: int
 ) -> Tensor | None:
     if plan.signal == "random":
         return random_scores(plan.num_experts, seed, layer_index)

@@ -51,6 +51,7 @@ def inspection(found: Mapping[str, Any]) -> RenderableType:
         for name, value in found[key].items():
             facts.add_row(f"{key}: {name}", _plain(value))
     layers = _table("layer", "experts", "slots", "hidden", "parameters", "plan")
+    layers.columns[-1].no_wrap = False
     for name, layer in found["layers"].items():
         layers.add_row(
             name,
@@ -89,7 +90,7 @@ def verdict(layer: Mapping[str, Any]) -> str:
     """In plain words: whether the combine mass tells experts apart, and what to try.
 
     Args:
-        layer: what moeprune.calibration.summarize returns.
+        layer: what moeprune.statistics.summarize returns.
     """
     n = layer["experts"]
     if n == 1:

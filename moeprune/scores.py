@@ -59,5 +59,5 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 def random_scores(num_experts: int, seed: int, layer_index: int) -> Tensor:
     """The scores of the signal `random`: (n,), a fixed order for this seed and layer."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer_index)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer_index) % 2**63)
     return torch.randperm(num_experts, generator=generator).to(torch.float32)

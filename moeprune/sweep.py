@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import product
@@ -14,7 +14,8 @@ from tqdm import tqdm
 from moeprune.calibration import Analysis
 from moeprune.data import Dataset
 from moeprune.evaluation import Predictions, compare, describe, predict
-from moeprune.model import SoftMoEViT
+from moeprune.model import SoftMoEViT, require_soft_moe_layers
+from moeprune.plan import experts_to_keep
 from moeprune.pruning import calibration_data, prune
 from moeprune.runtime import Runtime
 
@@ -63,36 +64,35 @@ def sweep(
     data: Dataset,
     seed: int = 0,
     runtime: Runtime = Runtime(),
-) -> list[dict[str, Any]]:
-    """Prune the model in each way and evaluate it on labelled data.
+) -> Iterator[tuple[dict[str, Any], SoftMoEViT]]:
+    """Prune the model in each way and evaluate it on labelled data, one after the other.
 
     Args:
+        model: unpruned.
+        variants: what to try.
         analysis: of the model; its data is read again to measure layers behind pruned ones.
         data: what the results are evaluated on.
         seed: of the signal `random`, which is drawn RANDOM_DRAWS times with seeds from this on.
+        runtime: where and how models run.
 
-    Returns:
-        A row of JSON values for the full model and one for each variant: `keep`, `scope`, `signal`,
-        `compensate`, `accuracy` and `agreement` (means over the draws), `accuracy_sd` (over the
-        draws; None for one), `retained` (accuracy as a share of the full model's), and the figures of
-        moeprune.evaluation.evaluate for the last draw.
+    Yields:
+        A row of JSON values and the model that it is about: first the full one, then one for each
+        variant (the last of its draws). A row holds `keep`, `scope`, `signal`, `compensate`;
+        `accuracy` and `agreement` (means over the draws), `accuracy_sd` (over the draws; None for
+        one), `retained` (accuracy as a share of the full model's), `draws`; and `model` and
+        `difference` as in moeprune.evaluation.evaluate, of the model that comes with it.
     """
+    todo = list(variants)
+    for variant, (name, layer) in product(todo, require_soft_moe_layers(model).items()):
+        experts_to_keep(variant.keep, layer.config.num_experts, name, "--sweep")
     calibration = calibration_data(model, analysis)
     [full] = predict([model], data, runtime)
     described = describe(model, full)
-    rows = [
-        _row(
-            {"keep": "1", "scope": None, "signal": None, "compensate": None},
-            [(described, full)],
-            described,
-            full,
-        )
-    ]
-    todo = list(variants)
+    unpruned = dict.fromkeys(("keep", "scope", "signal", "compensate")) | {"keep": "1"}
+    yield _row(unpruned, [(described, full)], described, full), model
     for variant in tqdm(todo, desc="sweep", unit="variant", disable=None if runtime.progress else True):
-        draws = RANDOM_DRAWS if variant.signal == "random" else 1
         results = []
-        for draw in range(draws):
+        for draw in range(RANDOM_DRAWS if variant.signal == "random" else 1):
             pruned = prune(
                 model,
                 analysis,
@@ -106,12 +106,11 @@ def sweep(
             )
             [predictions] = predict([pruned], data, runtime)
             results.append((describe(pruned, predictions), predictions))
-        rows.append(_row(variant.to_json(), results, described, full))
-    return rows
+        yield _row(variant.to_json(), results, described, full), pruned
 
 
 def _row(
-    variant: dict[str, str | None],
+    variant: Mapping[str, str | None],
     results: list[tuple[dict[str, Any], Predictions]],
     full: dict[str, Any],
     full_predictions: Predictions,

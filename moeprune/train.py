@@ -52,7 +52,7 @@ def single_layer_config(num_experts: int = 128, hidden_units: int = 512) -> ViTC
 
 
 def pairs_config() -> ViTConfig:
-    """Four blocks with residuals on pairs of digits: 32 tokens, d=64, the last three Soft MoE of 64 experts."""
+    """Four blocks with residuals on pairs of digits, 32 tokens, d=64; the last three have 64 experts."""
     mlp = BlockConfig(mlp_dim=128)
     moe = BlockConfig(soft_moe=SoftMoEConfig(64, num_experts=64, slots_per_expert=2, hidden_dim=16))
     return ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=(mlp, moe, moe, moe))

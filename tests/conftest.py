@@ -73,7 +73,7 @@ def single() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def vit() -> Iterator[Path]:
-    """The shipped vision transformer with two Soft MoE layers of 64 experts, for pairs of digits."""
+    """The shipped vision transformer with several Soft MoE layers, for pairs of digits."""
     yield from _shipped("vit")
 
 
@@ -81,7 +81,7 @@ def vit() -> Iterator[Path]:
 def single_analysis(
     single: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """An analysis of `single` on all 360 calibration digits."""
+    """An analysis of `single` on all calibration digits."""
     path = tmp_path_factory.mktemp("single") / "analysis.safetensors"
     result = run("analyze", single, "--data", "digits", "--batch-size", 128, "-o", path)
     assert result.code == 0, result.stderr

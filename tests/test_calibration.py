@@ -8,11 +8,12 @@ from torch import Tensor
 
 import moeprune
 from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.calibration import LayerStatistics, observe_layers
+from moeprune.calibration import observe_layers
 from moeprune.model import SoftMoEViT, soft_moe_layers
 from moeprune.plan import LayerPlan
 from moeprune.pruning import prune_layer
 from moeprune.runtime import Runtime
+from moeprune.statistics import LayerStatistics
 from moeprune.train import initialize
 
 CPU = Runtime(device="cpu")
@@ -185,7 +186,7 @@ def test_statistics_do_not_depend_on_the_batch_size(name, batch_size, cases, ana
 
 
 def test_gram_matrix_of_a_batch_in_parts_is_the_same(monkeypatch, cases, analyses):
-    monkeypatch.setattr("moeprune.calibration.GRAM_WORKSPACE", 1000)  # 5 inputs of 10 slots at once
+    monkeypatch.setattr("moeprune.statistics.GRAM_WORKSPACE", 1000)  # 5 inputs of 10 slots at once
     parts = moeprune.analyze(*cases["two_layers"], CPU)
     for layer, statistics in analyses["two_layers"].layers.items():
         torch.testing.assert_close(parts.layers[layer].gram, statistics.gram, rtol=1e-5, atol=1e-6)

@@ -131,7 +131,7 @@ def test_interrupted_demo_leaves_whole_files_only(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="watches what a process loads")
-@pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_python"])
+@pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_python", "_check_build"])
 def test_interrupted_imports_are_an_interrupt_too(single, tmp_path, library):
     """Libraries swallow a KeyboardInterrupt while they are imported, or make an ImportError of it."""
     words = ["analyze", single, "--data", "digits", "--batch-size", "1", "-o", tmp_path / "output"]

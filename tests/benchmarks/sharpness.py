@@ -14,7 +14,7 @@ import dataclasses
 from fractions import Fraction
 
 import moeprune
-from moeprune.calibration import INFORMATIVE_MASS, summarize
+from moeprune.statistics import INFORMATIVE_MASS, summarize
 from moeprune.sweep import Variant, sweep
 from moeprune.train import single_layer_recipe, train
 
@@ -42,7 +42,7 @@ def main() -> None:
             analysis = moeprune.analyze(model, calibration)
             [layer] = (summarize(statistics) for statistics in analysis.layers.values())
             test = moeprune.open_data("digits:test", model.input_format)
-            full, *rows = sweep(model, VARIANTS.values(), analysis, test)
+            full, *rows = (row for row, _ in sweep(model, VARIANTS.values(), analysis, test))
             trained, mass = float(model.get_parameter("blocks.0.soft_moe.scale")), layer["best_eighth_mass"]
             print(
                 f"{num_experts:4} {scale:6g} {trained:8.2f} {mass:12.3f} {full['accuracy']:6.3f}",

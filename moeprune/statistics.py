@@ -1,0 +1,215 @@
+"""Running statistics of a Soft MoE layer: sums over inputs that do not grow with their number.
+
+Axes: b inputs, m tokens, d model width, n experts, p slots per expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeprune.scores import combine_mass, rank
+from moeprune.soft_moe import Observation
+
+MASS_LEVELS = (0.5, 0.9, 0.99)
+INFORMATIVE_MASS = 0.4
+"""Below this mass of the best n/8 experts, keeping them was no better than keeping random ones on
+the digits (tests/benchmarks/sharpness.py)."""
+GRAM_WORKSPACE = 2**24
+"""Numbers at most in the two matrices over slots that the Gram matrix of some inputs needs."""
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """What pruning a layer takes: its experts' means over calibration inputs, in float32 on the CPU.
+
+    mean_mass: the mean combine mass of each expert (n).
+    slot_mean: mu, the mean output of each slot weighted by its combine mass (n,p,d).
+    deviation: sigma, the root mean square of |f - mu| with the same weights (n).
+    """
+
+    mean_mass: Tensor
+    slot_mean: Tensor
+    deviation: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts, n."""
+        return len(self.mean_mass)
+
+
+@dataclass(frozen=True)
+class LayerStatistics(LayerMoments):
+    """The moments, and what a person or a planner wants to know beside them.
+
+    max_mass: the maximum over inputs of each expert's combine mass (n).
+    rank_frequency: row r, column j: share of inputs whose r-th best expert is j (n,n). The sum of
+        the first k rows is how often an expert is among the best k.
+    kept_mass: entry k-1: mean mass of the best k experts of an input (n).
+    experts_for_mass: mean number of an input's experts that hold each of MASS_LEVELS (3).
+    class_mass: mean mass of each expert over the inputs of a class (classes,n); no rows without
+        labels.
+    gram: G_jl = E sum over p, q of (CᵀC)_jp,lq · <f_jp, f_lq> (n,n). With R_j = sum over p of
+        C_jp f_jp this is E <R_j, R_l>, so that the expected squared error of the layer's output when
+        the set Z is dropped is exactly the sum of G over Z×Z.
+    """
+
+    max_mass: Tensor
+    rank_frequency: Tensor
+    kept_mass: Tensor
+    experts_for_mass: Tensor
+    class_mass: Tensor
+    gram: Tensor
+
+    def top_k_frequency(self, k: int) -> Tensor:
+        """How often each expert is among the best k of an input: shares (n)."""
+        return self.rank_frequency[:k].sum(0)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest float that sums over a data set can be kept in on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class MomentsAccumulator:
+    """Sums up the moments of the layer that a router's phi (d,n,p) belongs to."""
+
+    def __init__(self, phi: Tensor):
+        d, n, p = phi.shape
+        self.dtype = wide_dtype(phi.device)
+        self.samples = 0
+        self.mass = self._zeros(phi, n)
+        self.slot_mass = self._zeros(phi, n, p)
+        self.weighted_outputs = self._zeros(phi, n, p, d)
+        self.weighted_squares = self._zeros(phi, n, p)
+
+    def _zeros(self, phi: Tensor, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=phi.device, dtype=self.dtype)
+
+    def add(self, observation: Observation, labels: Tensor | None) -> None:
+        """Add the inputs of one forward pass."""
+        slot_mass = observation.combine_weights.sum(1, dtype=torch.float32)  # (b,n,p)
+        slot_outputs = observation.slot_outputs.float()
+        weighted = slot_mass[..., None] * slot_outputs  # (b,n,p,d)
+        self.samples += len(slot_mass)
+        self.mass += combine_mass(observation.combine_weights).sum(0, dtype=self.dtype)
+        self.slot_mass += slot_mass.sum(0, dtype=self.dtype)
+        self.weighted_outputs += weighted.sum(0, dtype=self.dtype)
+        self.weighted_squares += (weighted * slot_outputs).sum(-1).sum(0, dtype=self.dtype)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The fields of LayerMoments."""
+        # A slot without any mass (it underflowed) has no mean; zero is as good as any.
+        slot_mass = self.slot_mass.clamp_min(torch.finfo(self.dtype).tiny)
+        slot_mean = self.weighted_outputs / slot_mass[..., None]
+        spread = self.weighted_squares - self.slot_mass * slot_mean.square().sum(-1)
+        variance = spread.sum(1).clamp_min(0) / slot_mass.sum(1)
+        return {
+            "mean_mass": self.mass / self.samples,
+            "slot_mean": slot_mean,
+            "deviation": variance.sqrt(),
+        }
+
+    def result(self) -> LayerMoments:
+        """The moments of all inputs so far."""
+        return LayerMoments(**_on_cpu(self.moments()))
+
+
+class StatisticsAccumulator(MomentsAccumulator):
+    """Sums up all statistics of a layer."""
+
+    def __init__(self, phi: Tensor):
+        super().__init__(phi)
+        n = phi.shape[1]
+        self.max_mass = self._zeros(phi, n)
+        self.rank_counts = torch.zeros(n * n, device=phi.device, dtype=torch.int64)
+        self.kept_mass = self._zeros(phi, n)
+        self.experts_for_mass = self._zeros(phi, len(MASS_LEVELS))
+        self.class_mass = self._zeros(phi, 0, n)
+        self.class_samples = torch.zeros(0, device=phi.device, dtype=torch.int64)
+        self.gram = self._zeros(phi, n, n)
+
+    def add(self, observation: Observation, labels: Tensor | None) -> None:
+        """Add the inputs of one forward pass, and their classes (b) if they have any."""
+        super().add(observation, labels)
+        mass = combine_mass(observation.combine_weights).to(self.dtype)  # (b,n)
+        self.max_mass = torch.maximum(self.max_mass, mass.amax(0))
+        self._add_ranks(mass)
+        if labels is not None:
+            self._add_classes(mass, labels)
+        self._add_gram(observation.combine_weights.float(), observation.slot_outputs.float())
+
+    def _add_ranks(self, mass: Tensor) -> None:
+        n = mass.shape[1]
+        order = rank(mass)
+        cells = (torch.arange(n, device=mass.device) * n + order).flatten()
+        self.rank_counts.scatter_add_(0, cells, torch.ones_like(cells))
+        best = mass.gather(1, order).cumsum(1)  # of the best k, k = 1…n
+        self.kept_mass += best.sum(0)
+        for index, level in enumerate(MASS_LEVELS):
+            missing = (best < level * best[:, -1:]).sum(1)
+            self.experts_for_mass[index] += (missing + 1).sum()
+
+    def _add_classes(self, mass: Tensor, labels: Tensor) -> None:
+        new = int(labels.max()) + 1 - len(self.class_mass)
+        if new > 0:
+            self.class_mass = torch.cat([self.class_mass, self.class_mass.new_zeros(new, mass.shape[1])])
+            self.class_samples = torch.cat([self.class_samples, self.class_samples.new_zeros(new)])
+        labels = labels.to(mass.device)
+        self.class_mass.index_add_(0, labels, mass)
+        self.class_samples.index_add_(0, labels, torch.ones_like(labels))
+
+    def _add_gram(self, combine_weights: Tensor, slot_outputs: Tensor) -> None:
+        _, _, n, p = combine_weights.shape
+        step = max(1, GRAM_WORKSPACE // (2 * (n * p) ** 2))
+        weights, outputs = combine_weights.flatten(2).split(step), slot_outputs.flatten(1, 2).split(step)
+        for c, f in zip(weights, outputs, strict=True):
+            slots = ((c.mT @ c) * (f @ f.mT)).sum(0, dtype=self.dtype)  # (n·p,n·p)
+            self.gram += slots.view(n, p, n, p).sum((1, 3))
+
+    def result(self) -> LayerStatistics:
+        """The statistics of all inputs so far."""
+        n = len(self.mass)
+        sums = {
+            "rank_frequency": self.rank_counts.view(n, n),
+            "kept_mass": self.kept_mass,
+            "experts_for_mass": self.experts_for_mass,
+            "gram": self.gram,
+        }
+        fields = {name: total / self.samples for name, total in sums.items()}
+        fields["max_mass"] = self.max_mass
+        fields["class_mass"] = self.class_mass / self.class_samples.clamp_min(1)[:, None]
+        return LayerStatistics(**_on_cpu(self.moments() | fields))
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", torch.float32) for name, tensor in tensors.items()}
+
+
+def summarize(statistics: LayerStatistics) -> dict[str, Any]:
+    """What a person wants to know of a layer, as JSON values.
+
+    Returns:
+        `experts`; `best_eighth_mass`: the mean mass of an input's best n/8 experts, and
+        `uniform_mass`: what they would hold if the router told experts apart for no input;
+        `experts_for_mass_per_input` and `experts_for_mass_overall`: how many experts hold 50, 90 and
+        99 % of one input's mass (mean), and of the mass of all inputs; `unused_experts`: those that
+        never hold a tenth of a fair share 1/n; `informative`: whether the mass is concentrated enough
+        for the signal `combine` to tell experts apart (see INFORMATIVE_MASS).
+    """
+    n = statistics.num_experts
+    eighth = max(1, n // 8)
+    overall = statistics.mean_mass.double().sort(descending=True).values.cumsum(0)
+    best_eighth_mass = float(statistics.kept_mass[eighth - 1])
+    return {
+        "experts": n,
+        "best_eighth_mass": best_eighth_mass,
+        "uniform_mass": eighth / n,
+        "experts_for_mass_per_input": statistics.experts_for_mass.tolist(),
+        "experts_for_mass_overall": [int((overall < level * overall[-1]).sum()) + 1 for level in MASS_LEVELS],
+        "unused_experts": (statistics.max_mass < 0.1 / n).nonzero().flatten().tolist(),
+        "informative": best_eighth_mass >= INFORMATIVE_MASS,
+    }

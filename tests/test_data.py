@@ -1,0 +1,493 @@
+"""Data sets: fixed splits, the same batches from every kind of file, and streams that stay small."""
+
+from __future__ import annotations
+
+import hashlib
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import save_file
+from torch import Tensor
+
+import moeprune
+from moeprune.preprocessing import InputFormat, Preprocessing
+
+GREY = InputFormat(1, 8, 8, classes=10)
+COLOUR = InputFormat(3, 8, 8, classes=10)
+WIDE = InputFormat(1, 8, 16, classes=100)
+NORMALIZED = Preprocessing(mean=(0.25,), std=(0.5,))
+SPLITS = ("train", "calibration", "test")
+SAMPLES = 23
+
+
+def collect(spec: object, form: InputFormat, batch_size: int = 7, **options) -> tuple[Tensor, Tensor | None]:
+    """All inputs and labels of one pass."""
+    dataset = moeprune.open_data(str(spec), form, **options)
+    batches = list(dataset.batches(batch_size))
+    assert all(len(inputs) == batch_size for inputs, _ in batches[:-1])
+    assert all(inputs.dtype == torch.float32 for inputs, _ in batches)
+    inputs = torch.cat([inputs for inputs, _ in batches])
+    assert len(inputs) == dataset.samples
+    if not dataset.has_labels:
+        assert all(labels is None for _, labels in batches)
+        return inputs, None
+    labels = torch.cat([labels for _, labels in batches])
+    assert labels.dtype == torch.int64
+    return inputs, labels
+
+
+def pixels(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def arrays() -> dict[str, np.ndarray]:
+    """Grey images and labels that are not in the order of the classes."""
+    return {"inputs": pixels((SAMPLES, 1, 8, 8)), "labels": (np.arange(SAMPLES) * 7) % 10}
+
+
+def expected(inputs: np.ndarray, form: InputFormat) -> Tensor:
+    """Pixels (n,c,H,W) in 0…255 as the model's inputs."""
+    mean, std = (np.array(getattr(form.preprocessing, key))[:, None, None] for key in ("mean", "std"))
+    return torch.from_numpy(((inputs / 255 - mean) / std).astype(np.float32))
+
+
+def as_npz(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    np.savez(path / "data.npz", **arrays)
+    return path / "data.npz"
+
+
+def as_compressed_npz(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    np.savez_compressed(path / "data.npz", **arrays)
+    return path / "data.npz"
+
+
+def as_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    save_arrays(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, path / "data.safetensors"
+    )
+    return path / "data.safetensors"
+
+
+ARRAY_FILES = [as_npz, as_compressed_npz, as_safetensors]
+
+
+def write_folder(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    """One folder a class, file names in the order of the arrays; grey (n,1,H,W) or colour (n,3,H,W)."""
+    image = pytest.importorskip("PIL.Image")
+    for label in range(10):
+        (path / "images" / f"class{label}").mkdir(parents=True)
+    for index, (array, label) in enumerate(zip(arrays["inputs"], arrays["labels"], strict=True)):
+        picture = image.fromarray(array[0] if len(array) == 1 else np.moveaxis(array, 0, 2))
+        picture.save(path / "images" / f"class{label}" / f"{index:03}.png")
+    return path / "images"
+
+
+# --- built-in sets -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> dict[str, tuple[Tensor, Tensor]]:
+    pytest.importorskip("sklearn")
+    return {split: collect("digits", GREY, 100, split=split) for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, tuple[Tensor, Tensor]]:
+    pytest.importorskip("sklearn")
+    return {split: collect(f"pairs:{split}", WIDE, 500) for split in SPLITS}
+
+
+def test_splits_of_digits_are_a_partition_of_the_whole_set(digits):
+    bunch = pytest.importorskip("sklearn.datasets").load_digits()
+    whole = {(image.tobytes(), int(label)) for image, label in zip(bunch.images, bunch.target, strict=True)}
+    assert len(whole) == 1797  # no image is there twice
+    parts = [
+        {
+            (image.tobytes(), int(label))
+            for image, label in zip((16 * x[:, 0]).double().numpy(), y, strict=True)
+        }
+        for x, y in digits.values()
+    ]
+    assert sum(len(part) for part in parts) == 1797
+    assert set().union(*parts) == whole
+
+
+def test_splits_of_digits_are_stratified(digits):
+    whole = sum(labels.bincount(minlength=10) for _, labels in digits.values())
+    for split, share in (("train", 0.5), ("calibration", 0.2), ("test", 0.3)):
+        counts = digits[split][1].bincount(minlength=10)
+        assert ((counts - share * whole).abs() <= 3).all()
+
+
+def test_pairs_are_made_of_digits_of_the_same_split(digits, pairs):
+    label_of = {
+        split: {image.numpy().tobytes(): int(label) for image, label in zip(*digits[split], strict=True)}
+        for split in SPLITS
+    }
+    for split, (inputs, labels) in pairs.items():
+        assert inputs.shape == (2000, 1, 8, 16)
+        assert (labels.bincount(minlength=100) == 20).all()
+        for image, label in zip(inputs, labels.tolist(), strict=True):
+            left, right = (half.contiguous().numpy().tobytes() for half in image.chunk(2, dim=2))
+            assert 10 * label_of[split][left] + label_of[split][right] == label
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "start"),
+    [
+        ("digits", "train", "fb75e2f822ae7452"),
+        ("digits", "calibration", "03bbff44a515c4fd"),
+        ("digits", "test", "795d4af52c955450"),
+        ("pairs", "train", "6bca4c2a35e4550f"),
+        ("pairs", "calibration", "26e93a7fcea1ce39"),
+        ("pairs", "test", "4a20d65925cdd459"),
+    ],
+)
+def test_built_in_sets_never_change(request, name, split, start):
+    """Published figures depend on them."""
+    inputs, labels = request.getfixturevalue(name)[split]
+    digest = hashlib.sha256((16 * inputs).to(torch.uint8).numpy().tobytes())
+    digest.update(labels.to(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest().startswith(start)
+
+
+def test_the_split_of_a_spec_goes_before_the_option(digits):
+    inputs, _ = collect("digits:calibration", GREY, split="test")
+    assert torch.equal(inputs, digits["calibration"][0])
+    inputs, _ = collect("digits", GREY)
+    assert torch.equal(inputs, digits["test"][0])
+
+
+def test_built_in_sets_are_normalised(digits):
+    inputs, _ = collect("digits", replace(GREY, preprocessing=NORMALIZED))
+    assert torch.equal(inputs, (digits["test"][0] - 0.25) / 0.5)
+
+
+# --- array files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ARRAY_FILES)
+@pytest.mark.parametrize("batch_size", [1, 7, SAMPLES, 64])
+@pytest.mark.parametrize("limit", [None, 1, 5, 22, 100])
+def test_array_files_give_the_arrays(tmp_path, arrays, write, batch_size, limit):
+    form = replace(GREY, preprocessing=NORMALIZED)
+    inputs, labels = collect(write(tmp_path, arrays), form, batch_size, limit=limit)
+    taken = list(range(SAMPLES))
+    if limit is not None and limit < SAMPLES:
+        taken = drawn(tmp_path, limit)
+    torch.testing.assert_close(inputs, expected(arrays["inputs"][taken], form), rtol=0, atol=1e-6)
+    assert labels.tolist() == arrays["labels"][taken].tolist()
+
+
+def drawn(tmp_path, limit, samples=SAMPLES):
+    """Which of so many samples a limit takes."""
+    inputs = np.broadcast_to(np.arange(samples, dtype=np.float32)[:, None, None, None], (samples, 1, 8, 8))
+    numbered = tmp_path / "numbered"
+    numbered.mkdir(exist_ok=True)
+    taken, _ = collect(as_npz(numbered, {"inputs": inputs}), GREY, limit=limit)
+    return taken[:, 0, 0, 0].int().tolist()
+
+
+@pytest.mark.parametrize("limit", [1, 50, 99])
+def test_a_limit_takes_different_samples_in_order_and_always_the_same(tmp_path, limit):
+    taken = drawn(tmp_path, limit, 100)
+    assert len(taken) == limit
+    assert taken == sorted(set(taken))
+    assert taken == drawn(tmp_path, limit, 100)
+
+
+def test_a_limit_keeps_classes_that_take_turns(tmp_path):
+    odd = sum(index % 2 for index in drawn(tmp_path, 500, 1000))
+    assert 200 < odd < 300
+
+
+@pytest.mark.parametrize("write", ARRAY_FILES)
+def test_floats_are_taken_as_they_are(tmp_path, write):
+    """Whatever mean and standard deviation: only pixels are normalised."""
+    values = np.random.default_rng(1).normal(size=(SAMPLES, 1, 8, 8))
+    form = replace(GREY, preprocessing=NORMALIZED)
+    for dtype in (np.float16, np.float32, np.float64):
+        inputs, _ = collect(write(tmp_path, {"inputs": values.astype(dtype)}), form)
+        assert torch.equal(inputs, torch.from_numpy(values.astype(dtype).astype(np.float32)))
+
+
+def test_bfloat16_inputs(tmp_path):
+    values = torch.randn(SAMPLES, 1, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_file({"inputs": values}, tmp_path / "data.safetensors")
+    assert torch.equal(collect(tmp_path / "data.safetensors", GREY)[0], values.float())
+
+
+def test_big_endian_arrays(tmp_path, arrays):
+    values = (arrays["inputs"] / 255).astype(">f4")
+    path = as_npz(tmp_path, {"inputs": values, "labels": arrays["labels"].astype(">i2")})
+    inputs, labels = collect(path, GREY)
+    assert torch.equal(inputs, torch.from_numpy(values.astype("<f4")))
+    assert labels.tolist() == arrays["labels"].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i2", "i4", "i8", "u1"])
+@pytest.mark.parametrize("write", ARRAY_FILES)
+def test_labels_may_be_any_integers(tmp_path, arrays, write, dtype):
+    path = write(tmp_path, {**arrays, "labels": arrays["labels"].astype(dtype)})
+    assert collect(path, GREY)[1].tolist() == arrays["labels"].tolist()
+
+
+LAYOUTS: list[tuple[str, InputFormat, Callable[[np.ndarray], np.ndarray]]] = [
+    ("grey NCHW", GREY, lambda x: x),
+    ("grey NHWC", GREY, lambda x: np.moveaxis(x, 1, 3)),
+    ("grey NHW", GREY, lambda x: x[:, 0]),
+    ("wide NHWC", WIDE, lambda x: np.moveaxis(x, 1, 3)),
+    ("wide NHW", WIDE, lambda x: x[:, 0]),
+    ("colour NCHW", COLOUR, lambda x: x),
+    ("colour NHWC", COLOUR, lambda x: np.moveaxis(x, 1, 3)),
+]
+
+
+@pytest.mark.parametrize("write", ARRAY_FILES)
+@pytest.mark.parametrize(
+    ("form", "arrange"), [case[1:] for case in LAYOUTS], ids=[case[0] for case in LAYOUTS]
+)
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_layouts(tmp_path, write, form, arrange, kind):
+    images = pixels((SAMPLES, *form.shape))
+    stored = images if kind == np.uint8 else (images / 255).astype(kind)
+    inputs, _ = collect(write(tmp_path, {"inputs": np.ascontiguousarray(arrange(stored))}), form)
+    torch.testing.assert_close(inputs, expected(images, form), rtol=0, atol=1e-6)
+
+
+def test_mean_and_deviation_of_each_channel(tmp_path):
+    form = replace(COLOUR, preprocessing=Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0)))
+    images = pixels((SAMPLES, 3, 8, 8))
+    inputs, _ = collect(as_npz(tmp_path, {"inputs": images}), form)
+    for channel, (mean, std) in enumerate(((0.1, 0.5), (0.2, 1.0), (0.3, 2.0))):
+        by_hand = (images[:, channel] / 255 - mean) / std
+        np.testing.assert_allclose(inputs[:, channel], by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize("write", ARRAY_FILES)
+def test_other_arrays_in_the_file_do_not_matter(tmp_path, arrays, write):
+    path = write(tmp_path, {**arrays, "names": np.arange(5), "features": np.zeros(3)})
+    assert collect(path, GREY)[1].tolist() == arrays["labels"].tolist()
+
+
+# --- fingerprints ------------------------------------------------------------------------------
+
+
+def fingerprint(spec: object, form: InputFormat = GREY, batch_size: int = 7, **options) -> str:
+    dataset = moeprune.open_data(str(spec), form, **options)
+    assert dataset.fingerprint is None
+    for _ in dataset.batches(batch_size):
+        assert dataset.fingerprint is None
+    assert len(dataset.fingerprint) == 64
+    return dataset.fingerprint
+
+
+def test_equal_data_has_equal_fingerprints_in_every_kind_of_file(tmp_path, arrays):
+    in_order = np.argsort(arrays["labels"], kind="stable")  # as folders have them
+    arrays = {name: array[in_order] for name, array in arrays.items()}
+    found = {fingerprint(write(tmp_path, arrays)) for write in ARRAY_FILES}
+    channels_last = tmp_path / "channels-last"
+    channels_last.mkdir()
+    found.add(fingerprint(as_npz(channels_last, {**arrays, "inputs": arrays["inputs"][:, 0]})))
+    found.add(fingerprint(write_folder(tmp_path, arrays)))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_a_fingerprint_does_not_depend_on_the_batch_size(tmp_path, arrays, batch_size):
+    path = as_npz(tmp_path, arrays)
+    assert fingerprint(path, batch_size=batch_size) == fingerprint(path, batch_size=7)
+
+
+def test_different_data_has_different_fingerprints(tmp_path, arrays):
+    path = as_npz(tmp_path, arrays)
+    one_pixel, one_label = arrays["inputs"].copy(), arrays["labels"].copy()
+    one_pixel[5, 0, 2, 3] ^= 1
+    one_label[5] ^= 1
+    found = {
+        fingerprint(path),
+        fingerprint(path, limit=20),
+        fingerprint(path, replace(GREY, preprocessing=NORMALIZED)),
+        fingerprint(as_npz(tmp_path, {**arrays, "inputs": one_pixel})),
+        fingerprint(as_npz(tmp_path, {**arrays, "labels": one_label})),
+        fingerprint(as_npz(tmp_path, {name: array[::-1] for name, array in arrays.items()})),
+        fingerprint(as_npz(tmp_path, {"inputs": arrays["inputs"]})),
+    }
+    assert len(found) == 7
+
+
+def test_a_second_pass_gives_the_same(tmp_path, arrays):
+    dataset = moeprune.open_data(str(as_npz(tmp_path, arrays)), GREY)
+    first, second = (torch.cat([inputs for inputs, _ in dataset.batches(size)]) for size in (4, 9))
+    assert torch.equal(first, second)
+
+
+# --- image folders -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_folder_gives_the_images_class_by_class(tmp_path, arrays, batch_size, limit):
+    form = replace(GREY, preprocessing=NORMALIZED)
+    inputs, labels = collect(write_folder(tmp_path, arrays), form, batch_size, limit=limit)
+    taken = np.argsort(arrays["labels"], kind="stable")
+    if limit is not None:
+        taken = taken[drawn(tmp_path, limit)]
+    torch.testing.assert_close(inputs, expected(arrays["inputs"][taken], form), rtol=0, atol=1e-6)
+    assert labels.tolist() == arrays["labels"][taken].tolist()
+
+
+def test_other_files_in_a_folder_do_not_matter(tmp_path, arrays):
+    folder = write_folder(tmp_path, arrays)
+    before = collect(folder, GREY)
+    (folder / "readme.txt").write_text("two lines\n")
+    (folder / "class3" / "notes.csv").write_text("1,2\n")
+    (folder / "class3" / "000.png.part").write_bytes(b"")
+    after = collect(folder, GREY)
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+
+
+def test_suffixes_in_capitals_and_jpeg(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "a").mkdir()
+    image.new("L", (8, 8), 51).save(tmp_path / "a" / "one.PNG")
+    image.new("L", (8, 8), 102).save(tmp_path / "a" / "two.JPG")
+    image.new("L", (8, 8), 153).save(tmp_path / "a" / "x.jpeg")
+    inputs, _ = collect(tmp_path, GREY)
+    torch.testing.assert_close(inputs[:, 0, 4, 4], torch.tensor([0.2, 0.4, 0.6]))
+
+
+def save_picture(path: Path, size: tuple[int, int], mode: str = "RGB") -> Path:
+    """A folder with one picture without symmetries, of this width and height."""
+    image = pytest.importorskip("PIL.Image")
+    (path / "a").mkdir()
+    width, height = size
+    array = pixels((height, width, 3) if mode == "RGB" else (height, width), seed=3)
+    image.fromarray(array).save(path / "a" / "picture.png")
+    return path
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(
+    ("size", "resize", "resized", "box"),
+    [
+        ((20, 14), 10, (14, 10), (3, 1, 11, 9)),  # the shorter side becomes 10
+        ((14, 20), 10, (10, 14), (1, 3, 9, 11)),
+        ((20, 14), None, (11, 8), (1, 0, 9, 8)),  # as small as covers 8×8
+        ((14, 20), None, (8, 11), (0, 1, 8, 9)),
+        ((5, 4), None, (10, 8), (1, 0, 9, 8)),  # and as large
+        ((20, 14), 14, (20, 14), (6, 3, 14, 11)),  # only cropped
+        ((16, 16), 8, (8, 8), (0, 0, 8, 8)),  # only resized
+    ],
+)
+def test_resize_and_crop_equal_pillow_by_hand(tmp_path, size, resize, resized, box, interpolation):
+    image = pytest.importorskip("PIL.Image")
+    folder = save_picture(tmp_path, size)
+    form = replace(COLOUR, preprocessing=Preprocessing(resize=resize, interpolation=interpolation))
+    inputs, _ = collect(folder, form)
+    resampling = image.Resampling[interpolation.upper()]
+    with image.open(folder / "a" / "picture.png") as picture:
+        by_hand = np.asarray(picture.convert("RGB").resize(resized, resampling).crop(box))
+    torch.testing.assert_close(inputs, expected(np.moveaxis(by_hand, 2, 0)[None], form), rtol=0, atol=1e-6)
+
+
+def test_a_wide_model_crops_to_its_own_shape(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    folder = save_picture(tmp_path, (40, 30), mode="L")
+    inputs, _ = collect(folder, WIDE)
+    with image.open(folder / "a" / "picture.png") as picture:
+        by_hand = np.asarray(picture.resize((16, 12), image.Resampling.BILINEAR).crop((0, 2, 16, 10)))
+    torch.testing.assert_close(inputs, expected(by_hand[None, None], WIDE), rtol=0, atol=1e-6)
+
+
+def test_a_colour_model_sees_grey_in_all_channels_and_a_grey_one_the_luma(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    grey, colour = tmp_path / "grey", tmp_path / "colour"
+    for folder in (grey, colour):
+        folder.mkdir()
+    save_picture(grey, (8, 8), mode="L")
+    save_picture(colour, (8, 8))
+    inputs, _ = collect(grey, COLOUR)
+    assert inputs.shape == (1, 3, 8, 8)
+    one_channel, _ = collect(grey, GREY)
+    assert torch.equal(inputs, one_channel.expand(1, 3, 8, 8))
+    inputs, _ = collect(colour, GREY)
+    with image.open(colour / "a" / "picture.png") as picture:
+        red, green, blue = np.moveaxis(np.asarray(picture, dtype=np.float64), 2, 0)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R 601
+    np.testing.assert_allclose(255 * inputs[0, 0], luma, atol=1)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "1", "I;16", "LA", "CMYK"])
+def test_images_of_other_modes_are_converted(tmp_path, mode):
+    """A white image stays white, whatever its file stores."""
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "a").mkdir()
+    white = {"RGBA": (255,) * 4, "LA": (255, 255), "CMYK": (0,) * 4, "I;16": 65535, "1": 1, "P": 255}[mode]
+    picture = image.new("L", (8, 8), 255).convert("P") if mode == "P" else image.new(mode, (8, 8), white)
+    picture.save(tmp_path / "a" / ("x.jpg" if mode == "CMYK" else "x.png"))
+    for form in (GREY, COLOUR):
+        inputs, _ = collect(tmp_path, form)
+        torch.testing.assert_close(inputs, torch.ones(1, *form.shape), rtol=0, atol=0.01)
+
+
+# --- preprocessing -----------------------------------------------------------------------------
+
+
+def test_settings_replace_those_of_the_checkpoint():
+    start = Preprocessing(resize=20, mean=(0.5,), std=(0.5,))
+    assert start.updated(["mean=0.1,0.2,0.3", "interpolation=nearest"]) == Preprocessing(
+        resize=20, interpolation="nearest", mean=(0.1, 0.2, 0.3), std=(0.5,)
+    )
+    assert start.updated(["resize=9", "resize=12"]).resize == 12
+    assert start.updated([]) == start
+
+
+def test_preprocess_option_changes_what_the_model_sees(single, run_json, tmp_path, arrays):
+    path = as_npz(tmp_path, arrays)
+    model = moeprune.load(single)
+    form = replace(model.input_format, preprocessing=Preprocessing(mean=(0.1,), std=(0.2,)))
+    found = run_json("eval", single, "--data", path, "--preprocess", "mean=0.1", "--preprocess", "std=0.2")
+    assert found["data"]["fingerprint"] == fingerprint(path, form)
+    own = run_json("eval", single, "--data", path)
+    assert own["data"]["fingerprint"] == fingerprint(path, model.input_format)
+    labels = torch.from_numpy(arrays["labels"])
+    logits = model(expected(arrays["inputs"], form))
+    assert found["model"]["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert found["model"]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [as_npz, as_compressed_npz])
+@pytest.mark.parametrize("limit", [None, 700])
+def test_reading_takes_no_more_memory_for_more_samples(tmp_path, write, limit):
+    form = InputFormat(3, 64, 64, classes=10)
+    samples, batch_size = 1000, 20
+    sample_bytes = 4 * 3 * 64 * 64  # 49 kB, the file has 49 MB
+    inputs = np.zeros((samples, 3, 64, 64), np.float32)
+    inputs[:, 0, 0, 0] = np.arange(samples)
+    path = write(tmp_path, {"inputs": inputs})
+    del inputs
+    dataset = moeprune.open_data(str(path), form, limit=limit)
+    seen = 0
+    tracemalloc.start()
+    try:
+        for batch, _ in dataset.batches(batch_size):
+            assert batch[0, 0, 0, 0] >= seen
+            seen += len(batch)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert seen == (limit or samples)
+    assert peak < 6 * batch_size * sample_bytes  # 6 MB
