@@ -161,8 +161,7 @@ def analyze(
     """Run calibration data through an unpruned checkpoint: what each expert matters to each input."""
     _check_report(output_format, output_file, force)
     _check_output(output, force)
-    if output_file is not None and os.path.realpath(output_file) == os.path.realpath(output):
-        raise MoepruneError(f"`--output-file` and `--output` are both `{output}`", "give another path")
+    _check_apart(output, output_file)
     from moeprune import calibration, report
     from moeprune.statistics import summarize
 
@@ -227,8 +226,7 @@ def prune(
     """Write a checkpoint that runs only the experts that matter."""
     _check_report(output_format, output_file, force)
     _check_output(output, force)
-    if output_file is not None and os.path.realpath(output_file) == os.path.realpath(output):
-        raise MoepruneError(f"`--output-file` and `--output` are both `{output}`", "give another path")
+    _check_apart(output, output_file)
     _check_choice("--scope", scope, SCOPES)
     _check_choice("--signal", signal, SIGNALS)
     _check_choice("--compensate", compensate, COMPENSATIONS)
@@ -451,6 +449,11 @@ def _check_output(path: Path, force: bool) -> None:
         raise MoepruneError(f"no directory `{path.parent}` for `{path}`", "make it first")
     if not os.access(path.parent, os.W_OK):
         raise MoepruneError(f"cannot write into `{path.parent}`", "check its permissions")
+
+
+def _check_apart(output: Path, output_file: Path | None) -> None:
+    if output_file is not None and os.path.realpath(output_file) == os.path.realpath(output):
+        raise MoepruneError(f"`--output-file` and `--output` are both `{output}`", "give another path")
 
 
 def _warn(message: str) -> None:

@@ -62,9 +62,10 @@ def fit_correction(
             observe_layers(model, [name], observe, inputs, runtime)
         targets = observed["full"].output.float() - observed["pruned"].output.float()
         regressors = correctable_weights(observed["pruned"])
-        half = half_of[seen : seen + len(inputs)].to(device)
+        half = half_of[seen : seen + len(inputs)]
         for index, equations in enumerate(halves):
-            equations.add(regressors[half == index], targets[half == index])
+            members = (half == index).nonzero().flatten().to(device)
+            equations.add(regressors[members], targets[members])
         seen += len(inputs)
     return solve_held_out(*halves).view(n, p, d).to("cpu", torch.float32)
 

@@ -99,8 +99,9 @@ def verdict(layer: Mapping[str, Any]) -> str:
     for_input, overall = layer["experts_for_mass_per_input"][1], layer["experts_for_mass_overall"][1]
     if not layer["informative"]:
         return (
-            f"the combine signal says little: the best 1/8 hold {best} of an input's mass, a uniform router"
-            f" gives {uniform}. Compensate (`--compensate lstsq`), and compare with `random` in a sweep"
+            f"the combine signal is weak: the best 1/8 hold {best} of an input's mass (uniform: {uniform}),"
+            " so that dropping the others costs much. Compensate (`--compensate lstsq`), and compare with"
+            " `random` and no experts at all in a sweep"
         )
     words = (
         f"the combine signal is informative: the best 1/8 hold {best} of an input's mass"

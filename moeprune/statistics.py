@@ -15,9 +15,10 @@ from moeprune.scores import combine_mass, rank
 from moeprune.soft_moe import Observation
 
 MASS_LEVELS = (0.5, 0.9, 0.99)
-INFORMATIVE_MASS = 0.4
-"""Below this mass of the best n/8 experts, keeping them was no better than keeping random ones on
-the digits (tests/benchmarks/sharpness.py)."""
+INFORMATIVE_MASS = 0.5
+"""Mass of an input's best n/8 experts from which on the signal `combine` is called informative: below
+it, the paper's rule kept at most three quarters of the accuracy on the digits
+(tests/benchmarks/sharpness.py)."""
 GRAM_WORKSPACE = 2**24
 """Numbers at most in the two matrices over slots that the Gram matrix of some inputs needs."""
 

@@ -181,7 +181,7 @@ def test_analyze_json_summarizes_each_layer(vit, run_json, tmp_path):
         assert 1 / 8 < layer["best_eighth_mass"] < 1
         few, many, most = layer["experts_for_mass_per_input"]
         assert 1 <= few < many < most <= 64
-        assert layer["informative"] is (layer["best_eighth_mass"] >= 0.4)
+        assert layer["informative"] is (layer["best_eighth_mass"] >= 0.5)
     written = details(path)
     assert (written["kind"], written["format"]) == ("analysis", 1)
     assert written["layers"] == list(found["layers"])
@@ -435,7 +435,7 @@ def test_accuracy_gate_needs_no_baseline(single, run):
 def test_a_failed_gate_still_writes_the_output_file(single, run, tmp_path):
     path = tmp_path / "result.json"
     result = run(
-        "eval", single, "--data", "digits", "--limit", 50, "--min-accuracy", 1, "--output-file", path,
+        "eval", single, "--data", "digits", "--min-accuracy", 1, "--output-file", path,
         "--output-format", "json",
     )  # fmt: skip
     assert (result.code, result.stdout) == (1, "")

@@ -1,0 +1,91 @@
+"""The README's commands and code do what it says."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import moeprune
+from moeprune.digits import digits
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(text):
+    """The arguments of each moeprune command in a text."""
+    return [shlex.split(line)[1:] for line in re.findall(r"moeprune [a-z]+ .*", text)]
+
+
+def without_numbers(text):
+    """Its words, line by line: another CPU may round a last digit otherwise."""
+    return [
+        re.sub(r"[+-]?\d+(\.\d+)?(e-\d+)?", "0", line).split() for line in text.splitlines() if line.strip()
+    ]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, single):
+    """What the README's commands read, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.safetensors").write_bytes(single.read_bytes())
+    for name in ("calibration", "test"):
+        pixels, labels = (tensor.numpy() for tensor in digits(name))
+        pixels = np.round(pixels * 255).astype(np.uint8)
+        np.savez(f"{name}.npz", inputs=pixels, labels=labels)
+        for index, label in enumerate(labels):
+            folder = Path(name, str(label))
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[index, 0]).save(folder / f"{index}.png")
+    return tmp_path
+
+
+def test_transcript_at_the_top(workplace, run):
+    transcript = blocks("console")[0]
+    printed = dict(re.findall(r"^\$ moeprune (.*)\n((?:(?!\$ ).*\n)*)", transcript, flags=re.MULTILINE))
+    assert [line.split()[0] for line in printed] == ["analyze", "prune", "eval"]
+    for line, expected in printed.items():
+        result = run(*shlex.split(line))
+        assert (result.code, result.stderr) == (0, "")
+        if expected:
+            assert without_numbers(result.stdout) == without_numbers(expected)
+
+
+def test_commands_for_a_checkpoint_of_ones_own(workplace, run):
+    [block] = [block for block in blocks("sh") if "inspect" in block]
+    for arguments in commands(block):
+        result = run(*arguments)
+        assert (result.code, result.stderr) == (0, ""), arguments
+
+
+def test_ci_recipe(workplace, run):
+    [recipe] = blocks("yaml")
+    steps = commands(recipe)
+    assert [step[0] for step in steps] == ["analyze", "prune", "eval"]
+    for step in steps:
+        result = run(*step)
+        assert (result.code, result.stderr) == (0, ""), step
+    result = run(*steps[-1], "--min-size-reduction", 0.99, "--force")
+    assert result.code == 1
+
+
+def test_python_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("python"):
+        exec(block, {})
+    assert moeprune.load("model.safetensors").config.soft_moe_layers
+
+
+@pytest.mark.slow
+def test_demo_prints_what_the_readme_shows(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    result = run("demo")
+    assert result.code == 0
+    [shown] = blocks("text")
+    assert without_numbers(result.stdout) == without_numbers(shown)
