@@ -37,7 +37,7 @@ def retained(num_experts: int, seed: int) -> dict[tuple[str, Fraction], float]:
 def plot(means: dict[tuple[str, Fraction], list[float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot(
         xlabel="experts n (512 hidden units in all)", ylabel="share of the full accuracy"
     )
@@ -49,7 +49,7 @@ def plot(means: dict[tuple[str, Fraction], list[float]], path: Path) -> None:
     axes.set_xticks(EXPERTS, [str(n) for n in EXPERTS])
     axes.set_ylim(0, 1.05)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=150)
 
 
