@@ -7,18 +7,19 @@ from typing import Any
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C exits with 130 from the first import on."""
-    signal.signal(signal.SIGINT, _exit_at_once)
+    """Run the command line; Ctrl-C exits with 130 from the first import on, SIGTERM with 143."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, _exit_at_once)
     from moeprune.cli import app
 
     app(prog_name="moeprune")
 
 
-def _exit_at_once(*_: Any) -> None:
+def _exit_at_once(signal_number: int, _: Any) -> None:
     """Libraries swallow a KeyboardInterrupt while they are imported, or make an ImportError of it."""
     for path in tuple(getattr(sys.modules.get("moeprune.checkpoint"), "temporaries", ())):
         path.unlink(missing_ok=True)
-    os._exit(130)
+    os._exit(128 + signal_number)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from moeprune import __version__, checkpoint
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
-from moeprune.model import SoftMoEViT, dataset_for, fingerprint, require_soft_moe_layers, soft_moe_layers
+from moeprune.model import (
+    SoftMoEViT,
+    dataset_for,
+    fingerprint,
+    private_copy,
+    require_soft_moe_layers,
+    soft_moe_layers,
+)
 from moeprune.runtime import Runtime
 from moeprune.soft_moe import Observation
 from moeprune.statistics import LayerMoments, LayerStatistics, MomentsAccumulator, StatisticsAccumulator
@@ -41,11 +48,12 @@ def analyze(model: SoftMoEViT, data: Dataset | str, runtime: Runtime = Runtime()
     """Statistics of every Soft MoE layer of an unpruned model, from one pass over the data.
 
     Memory does not depend on the number of samples, nor the result on the batch size (beyond
-    rounding). The model is moved to the runtime's device.
+    rounding).
 
     Raises:
         MoepruneError: no Soft MoE layer, a pruned one, or data that does not fit the model.
     """
+    model = private_copy(model)
     layers = require_soft_moe_layers(model)
     if pruned := [name for name, layer in layers.items() if layer.plan is not None]:
         raise MoepruneError(
@@ -75,14 +83,14 @@ def measure(
     """Accumulated over the data: what the named layers compute, in one pass as far as the last of them.
 
     Args:
-        model: is moved to the runtime's device.
+        model: a private copy; it is moved to the runtime's device.
         names: of dense layers.
         data: labels are not needed.
         runtime: where and how the model runs.
         what: the progress bar's title.
         accumulator: makes one for a layer's phi.
     """
-    model.to(runtime.torch_device).eval()
+    model.to(runtime.torch_device)
     layers = soft_moe_layers(model)
     accumulators = {name: accumulator(layers[name].phi) for name in names}
     for inputs, labels in runtime.batches(data, what):

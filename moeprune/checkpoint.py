@@ -61,7 +61,7 @@ def read(path: str | Path) -> TensorFile:
         return TensorFile(path, tensors, None)
     try:
         parsed = json.loads(metadata)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` is no JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` is no JSON object")
@@ -148,16 +148,22 @@ def require_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         for name in sorted(set(found) & set(expected))
         if found[name].dtype not in FLOATS
     ]
-    types = Counter(tensor.dtype for tensor in found.values() if tensor.dtype in FLOATS)
-    if len(types) > 1:
-        [(usual, _)] = types.most_common(1)
-        problems += [
-            f"`{name}` has the type {tensor.dtype}, others {usual}"
-            for name, tensor in sorted(found.items())
-            if tensor.dtype in FLOATS and tensor.dtype != usual
-        ]
     if problems:
         raise MoepruneError(f"`{path}` does not fit its own architecture: {'; '.join(problems)}")
+
+
+def require_one_type(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise a MoepruneError that names the tensors whose type is not that of most of them.
+
+    Scores (`score_weights`) are float32 beside weights of any type.
+    """
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith("score_weights")}
+    [(usual, _)] = Counter(tensor.dtype for tensor in weights.values()).most_common(1)
+    if odd := [f"`{name}` is {t.dtype}" for name, t in sorted(weights.items()) if t.dtype != usual]:
+        raise MoepruneError(
+            f"`{path}` has tensors of several types: {', '.join(odd)}, the others are {usual}",
+            "convert the model to one type, for example with `model.float()`",
+        )
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from moeprune.gate import check_limits, judge
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Group
 
     from moeprune.data import Dataset
     from moeprune.model import SoftMoEViT
@@ -43,8 +44,10 @@ app = typer.Typer(
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint (.safetensors).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto takes CUDA if there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, or bf16 under autocast.")]
-BatchSize = Annotated[int, typer.Option(help="Inputs a forward pass.")]
+Dtype = Annotated[str, typer.Option(help="float32: in the precision of the weights. bf16: under autocast.")]
+BatchSize = Annotated[
+    int, typer.Option(help="Inputs of a forward pass; with scope batch also the batch that shares experts.")
+]
 Limit = Annotated[int | None, typer.Option(help="Take only so many samples, drawn with a fixed seed.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 Split = Annotated[str | None, typer.Option(help="Split of a built-in data set: train, calibration or test.")]
@@ -68,12 +71,12 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
             code = function(*args, **kwargs) or 0
         except MoepruneError as error:
             _fail(f"error: {error}\n")
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
         except BrokenPipeError:
             sys.stdout = None  # nobody reads it any more
             raise typer.Exit(2) from None
-        except Exception:
+        except Exception as error:
+            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+                _fail(f"error: out of memory ({error})\n\nhint: give a smaller `--batch-size`\n")
             _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")
         raise typer.Exit(code)
 
@@ -165,9 +168,9 @@ def analyze(
     from moeprune import calibration, report
     from moeprune.statistics import summarize
 
-    model = _load(checkpoint, preprocess)
     runtime = _runtime(device, dtype, batch_size)
-    analysis = calibration.analyze(model, _open(data, model, split or "calibration", limit), runtime)
+    model = _load(checkpoint, preprocess)
+    analysis = calibration.analyze(model, _open(data, model, split, "calibration", limit), runtime)
     calibration.save_analysis(analysis, output)
     layers = {name: summarize(statistics) for name, statistics in analysis.layers.items()}
     for name, layer in layers.items():
@@ -239,6 +242,7 @@ def prune(
     from moeprune.model import plan_of, save
     from moeprune.plan import plan_to_json
 
+    runtime = _runtime(device, dtype, batch_size)
     model = _load(checkpoint, preprocess)
     pruned = pruning.prune(
         model,
@@ -247,9 +251,9 @@ def prune(
         scope=scope,
         signal=signal,
         compensate=compensate,
-        data=None if data is None else _open(data, model, split or "calibration", limit),
+        data=None if data is None else _open(data, model, split, "calibration", limit),
         seed=seed,
-        runtime=_runtime(device, dtype, batch_size),
+        runtime=runtime,
     )
     save(pruned, output)
     found = {
@@ -342,9 +346,9 @@ def eval(
     from moeprune.sweep import grid
     from moeprune.sweep import sweep as run_sweep
 
-    model = _load(checkpoint, preprocess)
-    dataset = _open(data, model, split or "test", limit)
     runtime = _runtime(device, dtype, batch_size)
+    model = _load(checkpoint, preprocess)
+    dataset = _open(data, model, split, "test", limit)
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
     if analysis is not None:
         variants = grid(keeps, scope or SCOPES, signal or SIGNALS, compensate or COMPENSATIONS)
@@ -408,10 +412,15 @@ def _load(path: Path, preprocess: list[str] | None) -> SoftMoEViT:
     return model
 
 
-def _open(spec: str, model: SoftMoEViT, split: str, limit: int | None) -> Dataset:
-    from moeprune.data import open_data
+def _open(spec: str, model: SoftMoEViT, split: str | None, default_split: str, limit: int | None) -> Dataset:
+    from moeprune.data import BUILT_IN
+    from moeprune.model import dataset_for
 
-    return open_data(spec, model.input_format, split, limit)
+    if split is not None and spec not in BUILT_IN:
+        raise MoepruneError(
+            f"`--split {split}` does not go with `{spec}`", f"it picks a split of {' or '.join(BUILT_IN)}"
+        )
+    return dataset_for(model, spec, split or default_split, limit)
 
 
 def _runtime(device: str, dtype: str, batch_size: int) -> Runtime:
@@ -462,19 +471,22 @@ def _warn(message: str) -> None:
 
 def _emit(
     found: Mapping[str, Any],
-    render: Callable[[Mapping[str, Any]], RenderableType],
+    render: Callable[[Mapping[str, Any]], Group],
     output_format: str,
     output_file: Path | None,
 ) -> None:
     """The report as text or JSON, to a file or to stdout."""
     from rich.console import Console
+    from rich.table import Table
 
     if output_format == "json":
         text = json.dumps(found, indent=2) + "\n"
     else:
         on_terminal = output_file is None and sys.stdout.isatty()
+        text_width = shutil.get_terminal_size().columns if on_terminal else TEXT_WIDTH
         console = Console(
-            width=None if on_terminal else TEXT_WIDTH,
+            width=text_width,
+            height=25,  # without it Rich takes no width on a dumb terminal
             force_terminal=on_terminal,
             no_color=None if on_terminal else True,
             highlight=False,
@@ -482,7 +494,10 @@ def _emit(
             emoji=False,
         )
         with console.capture() as capture:
-            console.print(render(found))
+            for part in render(found).renderables:
+                # A table is never cut: on a narrower terminal its lines wrap.
+                console.width = max(text_width, TEXT_WIDTH) if isinstance(part, Table) else text_width
+                console.print(part)
         text = "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
     if output_file is None:
         if isinstance(sys.stdout, io.TextIOWrapper):

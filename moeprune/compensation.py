@@ -10,8 +10,9 @@ pruned layers before this one broke. `lstsq` solves
 
 where R is C with the columns that may carry a correction (dropped slots; for a static set all), and
 its columns are scaled to unit power (those weaker than WEAKEST times the strongest as if they had
-that: their coefficients would be huge, and all noise). lambda is the one with the least error on
-held-out inputs; lambda → infinity leaves V = 0, which is `mean`.
+that: their coefficients would be huge, and all noise). Of the lambdas whose error on held-out inputs
+is least, up to GAIN_KEPT of what there is to gain, the strongest is taken: it makes for coefficients
+that are smaller by orders of magnitude. lambda → infinity leaves V = 0, which is `mean`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moeprune.statistics import wide_dtype
 
 LAMBDAS = [10.0**exponent for exponent in range(-6, 3)]
 WEAKEST = 0.01
+GAIN_KEPT = 0.99
 
 
 def fit_correction(
@@ -37,15 +39,15 @@ def fit_correction(
 
     Args:
         pruned: with the layer and those before it pruned, the layer's surrogate being `mean`.
-        full: the unpruned model.
+        full: the unpruned model. Both are private copies and moved to the runtime's device.
         seed: draws the two halves of the data on which lambda is chosen.
 
     Returns:
         (n,p,d) in float32 on the CPU, in the order of phi's columns.
     """
     device = runtime.torch_device
-    pruned.to(device).eval()
-    full.to(device).eval()
+    pruned.to(device)
+    full.to(device)
     layer = soft_moe_layers(pruned)[name]
     d, n, p = layer.phi.shape
     halves = [NormalEquations(n * p, d, device) for _ in range(2)]
@@ -90,7 +92,7 @@ class NormalEquations:
 
     def add(self, regressors: Tensor, targets: Tensor) -> None:
         """Add inputs: regressors (b,m,S) and targets (b,m,d)."""
-        rows, goals = regressors.flatten(0, 1), targets.flatten(0, 1)
+        rows, goals = regressors.flatten(0, 1).to(self.power), targets.flatten(0, 1).to(self.power)
         self.power += rows.mT @ rows
         self.cross += rows.mT @ goals
 
@@ -99,28 +101,28 @@ def solve_held_out(first: NormalEquations, second: NormalEquations) -> Tensor:
     """V (S,d) of the ridge regression on both halves, lambda chosen by fitting one half and
     measuring the error on the other, both ways.
     """
-    a, b = (_on_cpu(half) for half in (first, second))
-    scale = (a[0] + b[0]).diagonal().sqrt()
+    halves = [
+        (half.power.to("cpu", torch.float64), half.cross.to("cpu", torch.float64)) for half in (first, second)
+    ]
+    power, cross = (a + b for a, b in zip(*halves, strict=True))
+    scale = power.diagonal().sqrt()
     scale = scale.clamp_min(WEAKEST * float(scale.max())).clamp_min(torch.finfo(scale.dtype).tiny)
-
-    def scaled(half: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return half[0] / (scale[:, None] * scale), half[1] / scale[:, None]
-
-    errors = torch.zeros(len(LAMBDAS) + 1, dtype=torch.float64)  # the last one is of V = 0
-    for fitted, held_out in ((scaled(a), scaled(b)), (scaled(b), scaled(a))):
-        values, vectors = torch.linalg.eigh(fitted[0])
-        cross, power = vectors.mT @ fitted[1], vectors.mT @ held_out[0] @ vectors
-        held_out_cross = vectors.mT @ held_out[1]
+    (power1, cross1), (power2, cross2), (power, cross) = (
+        (p / (scale[:, None] * scale), c / scale[:, None]) for p, c in (*halves, (power, cross))
+    )
+    gains = torch.zeros(len(LAMBDAS), dtype=torch.float64)  # over V = 0, on the inputs not fitted
+    for fitted, fitted_cross, held_out, held_out_cross in (
+        (power1, cross1, power2, cross2),
+        (power2, cross2, power1, cross1),
+    ):
+        values, vectors = torch.linalg.eigh(fitted)
+        rotated, rotated_cross = vectors.mT @ held_out @ vectors, vectors.mT @ held_out_cross
         for index, ridge in enumerate(LAMBDAS):
-            solution = cross / (values.clamp_min(0) + ridge / 2)[:, None]
-            errors[index] += (solution * (power @ solution - 2 * held_out_cross)).sum()
-    best = int(errors.argmin())
-    if best == len(LAMBDAS):
-        return torch.zeros_like(a[1])
-    power, cross = scaled((a[0] + b[0], a[1] + b[1]))
+            solution = (vectors.mT @ fitted_cross) / (values.clamp_min(0) + ridge / 2)[:, None]
+            gains[index] += (solution * (2 * rotated_cross - rotated @ solution)).sum()
+    best = float(gains.max())
+    if not best > 0:
+        return torch.zeros_like(cross)
+    strongest = int((gains >= GAIN_KEPT * best).nonzero().max())
     identity = torch.eye(len(power), dtype=power.dtype)
-    return torch.linalg.solve(power + LAMBDAS[best] * identity, cross) / scale[:, None]
-
-
-def _on_cpu(half: NormalEquations) -> tuple[Tensor, Tensor]:
-    return half.power.to("cpu", torch.float64), half.cross.to("cpu", torch.float64)
+    return torch.linalg.solve(power + LAMBDAS[strongest] * identity, cross) / scale[:, None]

@@ -5,7 +5,8 @@ A spec is one of
     digits, digits:train, digits:calibration, digits:test     1,797 grey images of 8×8, 10 classes
     pairs, pairs:train, pairs:calibration, pairs:test         two of them side by side, 100 classes
     FILE.npz, FILE.safetensors                                arrays `inputs` and, for eval, `labels`
-    DIRECTORY                                                 one folder of PNG/JPEG images a class
+    DIRECTORY                                                 one folder of PNG/JPEG images a class, or
+                                                              images without labels
 
 Pixels (the built-in sets, images, and arrays of uint8) are scaled to 0…1 and then normalised as the
 checkpoint's preprocessing says. Arrays of floats are taken as they are.
@@ -307,12 +308,18 @@ def _from_folder(path: Path, input_format: InputFormat, limit: int | None) -> Da
         import PIL  # noqa: F401
     except ImportError:
         raise MoepruneError("folders of images need Pillow", "pip install 'moeprune[images]'") from None
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    if classes and len(classes) != input_format.classes:
+        raise MoepruneError(
+            f"`{path}` has {len(classes)} class folders, the model {input_format.classes} classes:"
+            " the labels would be wrong",
+            "make a folder for every class (it may be empty), or put unlabelled images into one flat folder",
+        )
     files = [
         (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((path / name).iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
+        for label, folder in enumerate(path / name for name in classes or ["."])
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."
     ]
     if not files:
         raise MoepruneError(
@@ -329,9 +336,10 @@ def _from_folder(path: Path, input_format: InputFormat, limit: int | None) -> Da
             # The next batch is decoded while the model runs on this one.
             for chunk, images in _one_ahead(start(chunk) for chunk in chunks(indices, batch_size)):
                 pixels = torch.stack([image.result() for image in images])
-                yield input_format.normalize(pixels), torch.tensor([files[i][1] for i in chunk])
+                labels = torch.tensor([files[i][1] for i in chunk]) if classes else None
+                yield input_format.normalize(pixels), labels
 
-    return Dataset(str(path), len(files), True, input_format.classes, read, limit)
+    return Dataset(str(path), len(files), bool(classes), input_format.classes, read, limit)
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:

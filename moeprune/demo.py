@@ -88,18 +88,19 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
     labels |= {Variant(keep, *method): label for label, method in METHODS.items() for keep in KEEPS}
     labels |= {variant: label for label, variant in NO_EXPERTS.items()}
     variants = [variant for variant in labels if variant is not None]
+    _evaluate(directory / "full.safetensors", full, test, runtime)
     rows = []
     results = sweep(full, variants, analysis, test, seed, runtime)
     for (variant, label), (row, model) in zip(labels.items(), results, strict=True):
         rows.append({"label": label, **row})
         if variant in FILES:
-            _write(model, directory / FILES[variant], full, test, runtime)
+            save(model, directory / FILES[variant])
+            _evaluate(directory / FILES[variant], full, test, runtime)
     return {"title": title, "data": {"spec": test.spec, "samples": test.samples}, "rows": rows}
 
 
-def _write(model: SoftMoEViT, path: Path, full: SoftMoEViT, test: Dataset, runtime: Runtime) -> None:
-    """The checkpoint, and beside it the evaluation of what is in the file."""
-    save(model, path)
+def _evaluate(path: Path, full: SoftMoEViT, test: Dataset, runtime: Runtime) -> None:
+    """Write the evaluation of what is in a file beside it."""
     result = {"checkpoint": path.name, "baseline": "full.safetensors"}
     result |= evaluate(load(path), test, full, runtime) | {"gates": [], "passed": True}
     checkpoint.write_text(path.with_suffix(".json"), json.dumps(result, indent=2) + "\n")

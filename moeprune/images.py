@@ -25,7 +25,10 @@ def read_image(path: Path, input_format: InputFormat) -> Tensor:
     if channels not in modes:
         raise MoepruneError(f"the model takes {channels} channels, images have 1 (grey) or 3 (colour)")
     try:
-        with Image.open(path) as file:
+        # Only these decoders: others run programs (EPS) or are seldom tested.
+        with Image.open(path, formats=("PNG", "JPEG")) as file:
+            if file.mode.startswith(("I", "F")):
+                raise MoepruneError(f"`{path}` has more than 8 bits a channel", "convert it to 8 bits")
             image = file.convert(modes[channels])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MoepruneError(f"`{path}` is no readable image ({error})", "repair or remove it") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,17 @@ def require_soft_moe_layers(model: nn.Module) -> dict[str, SoftMoE]:
     return layers
 
 
+def private_copy(model: SoftMoEViT) -> SoftMoEViT:
+    """A copy in eval mode that can be observed, moved and altered without a trace in the model.
+
+    Its parameters are its own but lie in the same memory: nothing is copied until one of the two is
+    moved or converted. To train either of them in place, `copy.deepcopy` it first.
+    """
+    memory: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
+    memory |= {id(buffer): buffer.detach() for buffer in model.buffers()}
+    return copy.deepcopy(model, memory).eval()
+
+
 def plan_of(model: nn.Module) -> Plan:
     """The plans of the pruned layers of a model."""
     return {name: layer.plan for name, layer in soft_moe_layers(model).items() if layer.plan is not None}
@@ -168,8 +180,11 @@ def save(model: SoftMoEViT, path: str | Path) -> None:
     """Write a checkpoint: equal models give equal bytes.
 
     Raises:
-        MoepruneError: the path cannot be written.
+        MoepruneError: the path cannot be written, or weights are NaN, infinite or of several types.
     """
+    tensors = model.state_dict()
+    checkpoint.check_finite(tensors, path)
+    checkpoint.require_one_type(tensors, path)
     metadata = {
         "format": FORMAT,
         "kind": "checkpoint",
@@ -179,7 +194,7 @@ def save(model: SoftMoEViT, path: str | Path) -> None:
         "plan": plan_to_json(plan_of(model)),
         "provenance": model.details.provenance,
     }
-    checkpoint.write(path, model.state_dict(), metadata)
+    checkpoint.write(path, tensors, metadata)
 
 
 def load(path: str | Path) -> SoftMoEViT:
@@ -215,12 +230,15 @@ def load_skeleton(path: str | Path) -> SoftMoEViT:
 
 def _skeleton(file: checkpoint.TensorFile) -> SoftMoEViT:
     config, plan, details = read_description(file.metadata, file.path, len(file.tensors))
+    if len(config.blocks) > len(file.tensors):
+        raise MoepruneError(f"`{file.path}`: {len(config.blocks)} blocks, but {len(file.tensors)} tensors")
     try:
         with torch.device("meta"):
             model = SoftMoEViT(config, plan, details)
     except (RuntimeError, OverflowError, TypeError, ValueError):
         raise MoepruneError(f"`{file.path}`: no model can be built of its architecture") from None
     checkpoint.require_tensors(file.tensors, model.state_dict(), file.path)
+    checkpoint.require_one_type(file.tensors, file.path)
     return model
 
 

@@ -139,7 +139,7 @@ def parse_keep(text: str, option: str = "--keep") -> Fraction | int:
 
 
 def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str, option: str = "--keep") -> int:
-    """k for a layer of num_experts experts: a share is rounded to the nearest, at least 1.
+    """k for a layer of num_experts experts: a share above 0 is rounded to the nearest, at least 1.
 
     Raises:
         MoepruneError: more experts asked for than the layer has.
@@ -147,6 +147,8 @@ def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str, option: 
     >>> experts_to_keep(Fraction(1, 8), 128, "blocks.0.soft_moe")
     16
     """
+    if keep == 0:
+        return 0
     if isinstance(keep, Fraction):
         return max(1, int(keep * num_experts + Fraction(1, 2)))
     if keep > num_experts:

@@ -71,7 +71,7 @@ def preprocessing_from_json(value: Any) -> Preprocessing:
             and (made.resize is None or (type(made.resize) is int and made.resize > 0))
             and made.interpolation in INTERPOLATIONS
         )
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise MoepruneError(f"preprocessing: {error}") from None
     if not fits:
         raise MoepruneError(

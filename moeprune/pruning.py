@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,14 @@ from moeprune.calibration import Analysis, measure, require_analysis_of, require
 from moeprune.compensation import fit_correction
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
-from moeprune.model import SoftMoEViT, dataset_for, fingerprint, require_soft_moe_layers
+from moeprune.model import (
+    SoftMoEViT,
+    dataset_for,
+    fingerprint,
+    private_copy,
+    require_soft_moe_layers,
+    soft_moe_layers,
+)
 from moeprune.plan import LayerPlan, experts_to_keep, parse_keep
 from moeprune.runtime import Runtime
 from moeprune.scores import random_scores, top_k
@@ -26,7 +34,7 @@ def prune(
     model: SoftMoEViT,
     analysis: Analysis | None = None,
     *,
-    keep: str | int | Fraction,
+    keep: str | float | Fraction,
     scope: str = "static",
     signal: str = "combine",
     compensate: str = "none",
@@ -34,24 +42,73 @@ def prune(
     seed: int = 0,
     runtime: Runtime = Runtime(),
 ) -> SoftMoEViT:
-    """A model in which every Soft MoE layer runs k of its experts; it shares what it can with `model`.
+    """A model in which every Soft MoE layer runs k of its experts.
 
-    Layers are pruned in the order of the data flow. With data, each is measured behind the already
-    pruned ones before it; without, its statistics are those of the analysis, of the unpruned model.
+    Layers are pruned in the order of the data flow, and all that is calibrated in a layer is measured
+    behind the already pruned ones before it. For the first layer that is what the analysis says.
 
     Args:
-        model: unpruned; it stays as it is.
-        analysis: of this model; may be None with data or where nothing calibrated is used.
-        keep: the share of experts to keep (`"1/8"`, a Fraction) or their number.
-        scope, signal, compensate: see moeprune.plan.LayerPlan.
-        data: calibration data, or its spec; beside an analysis, the data of that. `lstsq` reads the
-            analysis's own where it is None. Labels are not used.
+        model: unpruned; it stays as it is. What pruning does not change lies in the same memory.
+        analysis: of this model; may be None with data, or where nothing calibrated is used.
+        keep: the share of experts to keep (`"1/8"`, 0.125, a Fraction) or their number (`"16"`, 16).
+        scope: see moeprune.plan.LayerPlan, as for signal and compensate.
+        signal: ranks the experts.
+        compensate: what stands in for dropped experts.
+        data: calibration data, or its spec; beside an analysis the same data. Where it is None, the
+            analysis's own is opened again if layers behind the first, or `lstsq`, need it. Labels are
+            not used.
         seed: draws the experts of the signal `random`, and the halves of the data for `lstsq`.
+        runtime: where and how models run over the data; also where the result lies, if any do.
 
     Raises:
         MoepruneError: the model is pruned already, the analysis is another model's or other data's,
             or something calibrated is asked for without an analysis or data.
     """
+    plans = _plans(model, keep, scope, signal, compensate)
+    calibrated = is_calibrated(scope, signal, compensate)
+    if calibrated and analysis is None and data is None:
+        raise MoepruneError(
+            f"scope {scope} with signal {signal} and compensation {compensate} needs calibration",
+            "give an analysis (`--analysis`) or calibration data (`--data`)",
+        )
+    model_fingerprint = fingerprint(model)
+    if not calibrated:
+        analysis = dataset = None
+    else:
+        if analysis is not None:
+            require_analysis_of(model, model_fingerprint, analysis)
+        dataset = _calibration_data(model, analysis, data, needed=compensate == "lstsq" or len(plans) > 1)
+
+    full = private_copy(model)
+    if dataset is not None:
+        full.to(runtime.torch_device)
+    pruned = private_copy(full)
+    dense_layers = soft_moe_layers(full)
+    for index, (name, plan) in enumerate(plans.items()):
+        moments: LayerMoments | None = None
+        if analysis is not None and index == 0:
+            moments = analysis.layers[name]
+        elif dataset is not None:
+            measured = measure(pruned, [name], dataset, runtime, f"measure {name}", MomentsAccumulator)
+            moments = measured[name].result()
+            require_finite({name: moments}, dataset)
+        scores = _expert_scores(plan, moments, seed, index)
+        layer = prune_layer(dense_layers[name], plan, scores, None if moments is None else moments.slot_mean)
+        pruned.set_submodule(name, layer)
+        if compensate == "lstsq" and plan.has_surrogate and dataset is not None:
+            correction = fit_correction(pruned, full, name, dataset, seed, runtime)
+            layer.surrogate += correction.to(layer.surrogate)
+        _require_data_of_analysis(analysis, dataset)
+    provenance = _provenance(analysis, dataset, scope, runtime)
+    provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}
+    pruned.details = replace(model.details, provenance={**model.details.provenance, **provenance})
+    return pruned
+
+
+def _plans(
+    model: SoftMoEViT, keep: str | float | Fraction, scope: str, signal: str, compensate: str
+) -> dict[str, LayerPlan]:
+    """A plan for each layer, with the first k experts where they are yet to be chosen."""
     layers = require_soft_moe_layers(model)
     if pruned_layers := [name for name, layer in layers.items() if layer.plan is not None]:
         raise MoepruneError(
@@ -60,62 +117,15 @@ def prune(
         )
     if isinstance(keep, str):
         keep = parse_keep(keep)
-    plans = {
-        name: LayerPlan(
-            scope=scope,
-            k=(k := experts_to_keep(keep, layer.config.num_experts, name)),
-            num_experts=layer.config.num_experts,
-            signal=signal,
-            compensation=compensate,
-            kept=tuple(range(k)) if scope == "static" else None,  # until they are chosen
-        )
-        for name, layer in layers.items()
-    }
-    calibrated = is_calibrated(scope, signal, compensate)
-    if calibrated and analysis is None and data is None:
-        raise MoepruneError(
-            f"scope {scope} with signal {signal} and compensation {compensate} needs calibration",
-            "give an analysis (`--analysis`) or calibration data (`--data`)",
-        )
-    if not calibrated:
-        analysis = data = None
-    model_fingerprint = fingerprint(model)
-    if analysis is not None:
-        require_analysis_of(model, model_fingerprint, analysis)
-    dataset = None
-    if data is not None:
-        dataset = dataset_for(model, data, "calibration")
-    elif compensate == "lstsq" and analysis is not None:
-        dataset = calibration_data(model, analysis)
-
-    pruned = _sharing_copy(model)
-    for index, (name, plan) in enumerate(plans.items()):
-        statistics: LayerMoments | None = None
-        if analysis is not None and (index == 0 or dataset is None):
-            statistics = analysis.layers[name]
-        elif dataset is not None:
-            measured = measure(pruned, [name], dataset, runtime, f"measure {name}", MomentsAccumulator)
-            statistics = measured[name].result()
-            require_finite({name: statistics}, dataset)
-        scores = _expert_scores(plan, statistics, seed, index)
-        layer = prune_layer(layers[name], plan, scores, None if statistics is None else statistics.slot_mean)
-        pruned.set_submodule(name, layer)
-        if compensate == "lstsq" and plan.has_surrogate and dataset is not None:
-            correction = fit_correction(pruned, model, name, dataset, seed, runtime)
-            layer.surrogate = layer.surrogate + correction.to(layer.surrogate)
-        _require_data_of_analysis(analysis, dataset)
-    provenance = {
-        **model.details.provenance,
-        "pruned_from": {"fingerprint": model_fingerprint},
-        "seed": seed,
-        "moeprune": __version__,
-    }
-    if analysis is not None:
-        provenance["calibration"] = analysis.provenance["data"]
-    elif dataset is not None:
-        provenance["calibration"] = dataset.to_json()
-    pruned.details = replace(model.details, provenance=provenance)
-    return pruned
+    elif isinstance(keep, float):
+        keep = parse_keep(str(Fraction(keep)), "keep")
+    plans = {}
+    for name, layer in layers.items():
+        n = layer.config.num_experts
+        k = experts_to_keep(keep, n, name)
+        kept = tuple(range(k)) if scope == "static" else None
+        plans[name] = LayerPlan(scope, k, n, signal, compensate, kept)
+    return plans
 
 
 def is_calibrated(scope: str, signal: str, compensate: str) -> bool:
@@ -152,7 +162,7 @@ def prune_layer(
         for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"):
             tensors[name] = tensors[name][kept.to(device)]
     elif scores is not None:
-        tensors["score_weights"] = scores.to(layer.phi)
+        tensors["score_weights"] = scores.to(device, torch.float32)
     if plan.has_surrogate:
         assert slot_mean is not None
         if plan.kept is not None:
@@ -185,14 +195,32 @@ def calibration_data(model: SoftMoEViT, analysis: Analysis) -> Dataset:
         MoepruneError: it is not there any more.
     """
     made_from = analysis.provenance["data"]
-    return dataset_for(model, made_from["spec"], "calibration", made_from["samples"])
+    try:
+        return dataset_for(model, made_from["spec"], "calibration", made_from["samples"])
+    except MoepruneError as error:
+        raise MoepruneError(
+            f"cannot read the analysis's own data again: {error.message}",
+            "say with `--data` where it is now, or run `moeprune analyze` again",
+        ) from None
+
+
+def _calibration_data(
+    model: SoftMoEViT, analysis: Analysis | None, data: Dataset | str | None, needed: bool
+) -> Dataset | None:
+    """The data to measure layers on, opened; None where the analysis has all that is needed."""
+    if data is None:
+        return calibration_data(model, analysis) if needed and analysis is not None else None
+    dataset = dataset_for(model, data, "calibration")
+    _require_data_of_analysis(analysis, dataset)
+    return dataset if needed or analysis is None else None
 
 
 def _require_data_of_analysis(analysis: Analysis | None, data: Dataset | None) -> None:
-    if analysis is None or data is None or data.fingerprint is None:
+    """Raise a MoepruneError if the data is not that of the analysis, as far as is known before a pass."""
+    if analysis is None or data is None:
         return
     made_from = analysis.provenance["data"]
-    if data.fingerprint != made_from["fingerprint"]:
+    if data.samples != made_from["samples"] or data.fingerprint not in (None, made_from["fingerprint"]):
         raise MoepruneError(
             f"`{data.spec}` ({data.samples} samples) is not the data of the analysis"
             f" (`{made_from['spec']}`, {made_from['samples']} samples), or has changed since",
@@ -200,7 +228,16 @@ def _require_data_of_analysis(analysis: Analysis | None, data: Dataset | None) -
         )
 
 
-def _sharing_copy(model: SoftMoEViT) -> SoftMoEViT:
-    """A copy of the modules with the same tensors: swapping a layer in one leaves the other alone."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared).eval()
+def _provenance(
+    analysis: Analysis | None, data: Dataset | None, scope: str, runtime: Runtime
+) -> dict[str, Any]:
+    """What the result was calibrated on, without paths that would make equal runs differ."""
+    provenance: dict[str, Any] = {"moeprune": __version__}
+    used = data.to_json() if analysis is None and data is not None else None
+    if analysis is not None:
+        used = analysis.provenance["data"]
+    if used is not None:
+        provenance["calibration"] = {**used, "spec": Path(used["spec"]).name}
+        if scope == "batch":
+            provenance["calibration"]["batch_size"] = runtime.batch_size
+    return provenance

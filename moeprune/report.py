@@ -31,7 +31,7 @@ def amount(value: float, unit: str = "") -> str:
     return f"{digits} {prefix}{unit}".strip()
 
 
-def inspection(found: Mapping[str, Any]) -> RenderableType:
+def inspection(found: Mapping[str, Any]) -> Group:
     """The text of `moeprune inspect`."""
     architecture, preprocessing = found["architecture"], found["preprocessing"]
     height, width = architecture["image_size"]
@@ -51,23 +51,29 @@ def inspection(found: Mapping[str, Any]) -> RenderableType:
         for name, value in found[key].items():
             facts.add_row(f"{key}: {name}", _plain(value))
     layers = _table("layer", "experts", "slots", "hidden", "parameters", "plan")
-    layers.columns[-1].no_wrap = False
+    kept = _facts()
     for name, layer in found["layers"].items():
+        plan = layer["plan"]
         layers.add_row(
             name,
             str(layer["experts"]),
             str(layer["slots_per_expert"]),
             str(layer["hidden_dim"]),
             amount(layer["parameters"]),
-            _plan(layer["plan"]),
+            "dense" if plan is None else _plan(plan),
         )
-    return Group(Text(found["checkpoint"], style="bold"), facts, Text(), layers)
+        if plan is not None and plan["kept"] is not None:
+            kept.add_row(f"kept in {name}", _plain(plan["kept"]))
+    parts: list[RenderableType] = [Text(found["checkpoint"], style="bold"), facts, Text(), layers]
+    if kept.rows:
+        parts += [Text(), kept]
+    return Group(*parts)
 
 
-def analysis(found: Mapping[str, Any]) -> RenderableType:
+def analysis(found: Mapping[str, Any]) -> Group:
     """The text of `moeprune analyze`."""
     table = _table(
-        "layer", "experts", "mass of the best\n1/8 per input", "of a uniform\nrouter",
+        "layer", "experts", "mass of the best 1/8\nper input", "\none set for all", "\nuniform router",
         "experts with 50 / 90 / 99 %\nper input", "\nover all inputs", "unused\nexperts",
     )  # fmt: skip
     for name, layer in found["layers"].items():
@@ -75,6 +81,7 @@ def analysis(found: Mapping[str, Any]) -> RenderableType:
             name,
             str(layer["experts"]),
             percent(layer["best_eighth_mass"]),
+            percent(layer["static_eighth_mass"]),
             percent(layer["uniform_mass"]),
             " / ".join(f"{count:.1f}" for count in layer["experts_for_mass_per_input"]),
             " / ".join(str(count) for count in layer["experts_for_mass_overall"]),
@@ -95,30 +102,23 @@ def verdict(layer: Mapping[str, Any]) -> str:
     n = layer["experts"]
     if n == 1:
         return "one expert: nothing to prune"
-    best, uniform = percent(layer["best_eighth_mass"], 0), percent(layer["uniform_mass"], 0)
-    for_input, overall = layer["experts_for_mass_per_input"][1], layer["experts_for_mass_overall"][1]
+    best, static, uniform = (
+        percent(layer[key], 0) for key in ("best_eighth_mass", "static_eighth_mass", "uniform_mass")
+    )
     if not layer["informative"]:
         return (
             f"the combine signal is weak: the best 1/8 hold {best} of an input's mass (uniform: {uniform}),"
             " so that dropping the others costs much. Compensate (`--compensate lstsq`), and compare with"
             " `random` and no experts at all in a sweep"
         )
-    words = (
-        f"the combine signal is informative: the best 1/8 hold {best} of an input's mass"
-        f" (uniform: {uniform})."
-    )
-    if overall > 2 * for_input:
-        return (
-            f"{words} Inputs use different experts ({for_input:.0f} hold 90 % for one, {overall} for all):"
-            " scope `input` loses least; `static` wants `--compensate mean` or `lstsq`"
-        )
     return (
-        f"{words} Inputs mostly share their experts ({for_input:.0f} hold 90 % for one, {overall} for all):"
-        " try scope `static` with `--compensate mean` or `lstsq`"
+        f"the combine signal is informative: the best 1/8 of each input hold {best} of its mass, one set for"
+        f" all inputs {static}, a uniform router's {uniform}. Without compensation scope `input` loses"
+        " least; `static` with `--compensate mean` or `lstsq` comes close to it, and shrinks the file"
     )
 
 
-def pruning(found: Mapping[str, Any]) -> RenderableType:
+def pruning(found: Mapping[str, Any]) -> Group:
     """The text of `moeprune prune`."""
     table = _facts()
     full, pruned = found["full_model"], found["model"]
@@ -133,17 +133,18 @@ def pruning(found: Mapping[str, Any]) -> RenderableType:
         f"{amount(full_flops)} → {_flops(pruned['flops_per_input'])}, {percent(flops / full_flops)}",
     )
     for name, plan in found["plan"].items():
-        table.add_row(name, _plan(plan))
+        kept = f": {_plain(plan['kept'])}" if plan["kept"] is not None else ""
+        table.add_row(name, _plan(plan) + kept)
     return Group(Text(f"wrote {found['checkpoint']}", style="bold"), table)
 
 
-def evaluation(found: Mapping[str, Any]) -> RenderableType:
+def evaluation(found: Mapping[str, Any]) -> Group:
     """The text of `moeprune eval`."""
     model, baseline, difference = found["model"], found["baseline_model"], found["difference"]
     data = found["data"]
     title = f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)"
     table = _table("", "model", *(["full model", "difference"] if baseline else []))
-    for label, text in _EVALUATION_ROWS.items():
+    for label, text in _EVALUATION_ROWS:
         row = [label, text(model)]
         if baseline:
             row += [text(baseline), _difference(label, model, baseline, difference)]
@@ -164,21 +165,32 @@ def evaluation(found: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-_EVALUATION_ROWS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "accuracy": lambda model: "{} ({} to {})".format(
-        percent(model["accuracy"], 2), *(f"{100 * bound:.1f}" for bound in model["accuracy_ci95"])
+Row = tuple[str, Callable[[Mapping[str, Any]], str]]
+
+
+def _parts(figure: str, unit: str = "") -> list[Row]:
+    def text(part: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda model: amount(model[figure][part], unit)
+
+    return [(f"  {part}", text(part)) for part in ("experts", "routing", "compensation", "other")]
+
+
+_EVALUATION_ROWS: list[Row] = [
+    (
+        "accuracy",
+        lambda model: "{} ({} to {})".format(
+            percent(model["accuracy"], 2), *(f"{100 * bound:.1f}" for bound in model["accuracy_ci95"])
+        ),
     ),
-    "top-5 accuracy": lambda model: percent(model["top5_accuracy"], 2),
-    "loss": lambda model: f"{model['loss']:.4f}",
-    "experts per input": lambda model: f"{model['experts_per_input']:g}",
-    "parameters": lambda model: amount(model["parameters"]),
-    "size": lambda model: amount(model["bytes"], "B"),
-    "FLOPs per input": lambda model: amount(model["flops_per_input"]["total"]),
-    "  experts": lambda model: amount(model["flops_per_input"]["experts"]),
-    "  routing": lambda model: amount(model["flops_per_input"]["routing"]),
-    "  compensation": lambda model: amount(model["flops_per_input"]["compensation"]),
-    "  other": lambda model: amount(model["flops_per_input"]["other"]),
-}
+    ("top-5 accuracy", lambda model: percent(model["top5_accuracy"], 2)),
+    ("loss", lambda model: f"{model['loss']:.4f}"),
+    ("experts per input", lambda model: f"{model['experts_per_input']:g}"),
+    ("parameters", lambda model: amount(model["parameters"])),
+    ("size", lambda model: amount(model["bytes"], "B")),
+    *_parts("bytes_by_part", "B"),
+    ("FLOPs per input", lambda model: amount(model["flops_per_input"]["total"])),
+    *_parts("flops_per_input"),
+]
 
 
 def _difference(
@@ -208,7 +220,7 @@ def gates(results: Iterable[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
-def sweep(found: Mapping[str, Any]) -> RenderableType:
+def sweep(found: Mapping[str, Any]) -> Group:
     """The text of `moeprune eval --sweep`: a row for each variant."""
     table = _table(
         "kept", "scope", "signal", "compensation", "accuracy", "of full", "same as full", "size", "FLOPs"
@@ -234,11 +246,12 @@ def sweep(found: Mapping[str, Any]) -> RenderableType:
         )
     data = found["data"]
     title = f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)"
-    note = "random: mean ± standard deviation of 10 draws. Size and FLOPs: of the whole model."
+    draws = max(row["draws"] for row in found["rows"])
+    note = f"random: mean ± standard deviation of {draws} draws. Size and FLOPs: of the whole model."
     return Group(Text(title, style="bold"), table, Text(note))
 
 
-def demo(found: Mapping[str, Any]) -> RenderableType:
+def demo(found: Mapping[str, Any]) -> Group:
     """The text of `moeprune demo`: for each model, methods in rows and kept shares in columns."""
     parts: list[RenderableType] = []
     for model in found["models"].values():
@@ -250,8 +263,8 @@ def demo(found: Mapping[str, Any]) -> RenderableType:
             f"{model['title']}: full model {percent(full['accuracy'], 2)} on {data['spec']}"
             f" ({data['samples']} samples)"
         )
-        columns = [*(f"{keep} kept" for keep in keeps), f"size at {keeps[-1]}", f"FLOPs at {keeps[-1]}"]
-        table = _table("accuracy as a share of the full model's", *columns)
+        columns = [*(f"{keep}\nkept" for keep in keeps), f"size\nat {keeps[-1]}", f"FLOPs\nat {keeps[-1]}"]
+        table = _table("accuracy as a share\nof the full model's", *columns)
         for label in dict.fromkeys(row["label"] for row in rows if row["keep"] not in ("0", "1")):
             of_label = {row["keep"]: row for row in rows if row["label"] == label}
             last = of_label[keeps[-1]]["difference"]
@@ -275,20 +288,14 @@ def demo(found: Mapping[str, Any]) -> RenderableType:
 def _retained(row: Mapping[str, Any]) -> str:
     text = percent(row["retained"])
     if row["accuracy_sd"] is not None:
-        text += f" ± {100 * row['accuracy_sd']:.0f}"
+        text += f" ± {100 * row['accuracy_sd'] * row['retained'] / row['accuracy']:.0f}"
     return text
 
 
-def _plan(plan: Mapping[str, Any] | None) -> str:
-    if plan is None:
-        return "dense"
-    text = (
+def _plan(plan: Mapping[str, Any]) -> str:
+    return (
         f"{plan['scope']}, {plan['k']} of {plan['num_experts']} by {plan['signal']}, {plan['compensation']}"
     )
-    if plan["kept"] is None:
-        return text
-    shown = ", ".join(str(expert) for expert in plan["kept"][:16])
-    return f"{text}: {shown}{', …' if len(plan['kept']) > 16 else ''}"
 
 
 def _flops(flops: Mapping[str, int]) -> str:
@@ -301,7 +308,8 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_plain(part) for part in value)
-    return "automatic" if value is None else str(value)
+    text = "automatic" if value is None else str(value)
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _table(*columns: str) -> Table:

@@ -67,17 +67,23 @@ class SoftMoE(nn.Module):
         self.fc2_weight = nn.Parameter(torch.empty(stored, d, h))
         self.fc2_bias = nn.Parameter(torch.empty(stored, d))
         if plan is not None and plan.has_surrogate:
-            self.register_buffer("surrogate", torch.empty(routed, p, d))
+            self.register_buffer("surrogate", torch.zeros(routed, p, d))
         if plan is not None and plan.scope != "static" and plan.signal != "combine":
-            self.register_buffer("score_weights", torch.empty(config.num_experts))
-        if plan is None:
-            self.reset_parameters()
+            self.register_buffer("score_weights", torch.ones(config.num_experts))
+        self.reset_parameters()
         self.observer: Callable[[Observation], None] | None = None
 
     @property
     def num_running_experts(self) -> int:
         """Experts that run for each input."""
         return self.plan.k if self.plan else self.config.num_experts
+
+    @staticmethod
+    def part_of(name: str) -> str:
+        """What a tensor of the layer serves: `experts`, `compensation` or `routing`."""
+        if name.startswith("fc"):
+            return "experts"
+        return "compensation" if name == "surrogate" else "routing"
 
     def reset_parameters(self, generator: torch.Generator | None = None, scale: float = 1.0) -> None:
         """Draw initial weights; scale is where the learned scale of `l2` routing starts."""
@@ -111,19 +117,20 @@ class SoftMoE(nn.Module):
         phi = self.phi.flatten(1)  # (d,n·p)
         normalized = x
         if self.config.router_norm == "l2":
-            normalized = F.normalize(x, dim=-1)
-            phi = F.normalize(phi, dim=0) * self.scale
+            normalized = _unit(x, dim=-1)
+            phi = _unit(phi, dim=0) * self.scale
         elif self.config.router_norm == "rms":
             root_d = math.sqrt(self.config.dim)
-            normalized = F.normalize(x, dim=-1) * (root_d * self.input_gain)
-            phi = F.normalize(phi, dim=0) * (root_d * self.phi_gain)[:, None]
+            normalized = _unit(x, dim=-1) * (root_d * self.input_gain)
+            phi = _unit(phi, dim=0) * (root_d * self.phi_gain)[:, None]
         router_logits = (normalized @ phi).unflatten(-1, self.phi.shape[1:])
         return router_logits, x if self.config.dispatch_input == "raw" else normalized
 
     def score(self, combine_weights: Tensor) -> Tensor:
         """Scores (b,n) of the plan's signal: the higher, the more the expert matters."""
         mass = combine_mass(combine_weights)
-        if self.plan is None or self.plan.signal == "combine":
+        assert self.plan is not None
+        if self.plan.signal == "combine":
             return mass
         if self.plan.signal == "deviation":
             return mass * self.score_weights
@@ -181,7 +188,8 @@ class SoftMoE(nn.Module):
         self, combine_weights: Tensor, slot_outputs: Tensor, chosen: Tensor | None, output: Tensor
     ) -> Tensor:
         if self.observer is not None:
-            self.observer(Observation(combine_weights, slot_outputs, chosen, output))
+            with torch.autocast(output.device.type, enabled=False):  # statistics are never narrower
+                self.observer(Observation(combine_weights, slot_outputs, chosen, output))
         return output
 
     def _run_experts_of_inputs(self, slot_inputs: Tensor, chosen: Tensor) -> Tensor:
@@ -192,11 +200,22 @@ class SoftMoE(nn.Module):
         counts = torch.zeros(self.config.num_experts, dtype=torch.int64, device=chosen.device)
         counts.scatter_add_(0, chosen.flatten(), torch.full_like(chosen.flatten(), p))
         rows = slot_inputs.reshape(b * k, p, d)[order].view(b * k * p, d)
-        hidden = F.gelu(_grouped_linear(rows, counts, self.fc1_weight, self.fc1_bias))
-        rows = _grouped_linear(hidden, counts, self.fc2_weight.mT, self.fc2_bias)
+        if _has_grouped_kernel(self.fc1_weight):
+            hidden = F.gelu(_grouped_linear_on_device(rows, counts, self.fc1_weight, self.fc1_bias))
+            rows = _grouped_linear_on_device(hidden, counts, self.fc2_weight.mT, self.fc2_bias)
+        else:
+            rows_of_expert = counts.tolist()
+            hidden = F.gelu(_grouped_linear(rows, rows_of_expert, self.fc1_weight, self.fc1_bias))
+            rows = _grouped_linear(hidden, rows_of_expert, self.fc2_weight.mT, self.fc2_bias)
         outputs = torch.empty_like(rows).view(b * k, p, d)
         outputs[order] = rows.view(b * k, p, d)
         return outputs.view(b, k, p, d)
+
+
+def _unit(x: Tensor, dim: int) -> Tensor:
+    """Scaled to unit length, computed in float32 or better: in float16 a zero token would be 0/0."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.normalize(x.to(wide), dim=dim).to(x.dtype)
 
 
 def _softmax(logits: Tensor, dim: int) -> Tensor:
@@ -215,18 +234,27 @@ def _combine(combine_weights: Tensor, slot_outputs: Tensor) -> Tensor:
     return combine_weights.flatten(2).to(slot_outputs.dtype) @ slot_outputs.flatten(-3, -2)
 
 
-def _grouped_linear(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _has_grouped_kernel(weight: Tensor) -> bool:
+    """Whether torch has a grouped matrix product for these weights that needs no word from the host:
+    on CUDA, in bfloat16, with rows of whole 16 bytes.
+    """
+    if not weight.is_cuda:
+        return False
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else weight.dtype
+    return dtype == torch.bfloat16 and all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:])
+
+
+def _grouped_linear(rows: Tensor, counts: list[int], weight: Tensor, bias: Tensor) -> Tensor:
     """rows @ weight[e] + bias[e], where the first counts[0] rows belong to expert 0, and so on.
 
     Args:
         rows: (r,in), sorted by expert.
-        counts: rows of each expert (n,).
+        counts: rows of each expert, n of them.
         weight: (n,in,out).
         bias: (n,out).
     """
-    if rows.is_cuda and all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:]):
-        return _grouped_linear_on_device(rows, counts, weight, bias)
-    groups = rows.split(counts.tolist())
+    groups = rows.split(counts)
     used = [(expert, group) for expert, group in enumerate(groups) if len(group)]
     if not used:
         return rows.new_empty(0, weight.shape[2])
@@ -234,7 +262,7 @@ def _grouped_linear(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor) 
 
 
 def _grouped_linear_on_device(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same as one grouped matrix product: the counts never leave the device."""
+    """The same as one grouped matrix product; the counts (n,) stay on the device."""
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)

@@ -194,8 +194,9 @@ def summarize(statistics: LayerStatistics) -> dict[str, Any]:
     """What a person wants to know of a layer, as JSON values.
 
     Returns:
-        `experts`; `best_eighth_mass`: the mean mass of an input's best n/8 experts, and
-        `uniform_mass`: what they would hold if the router told experts apart for no input;
+        `experts`; `best_eighth_mass`: the mean mass of an input's best n/8 experts,
+        `static_eighth_mass`: that of the n/8 experts that are best over all inputs, and
+        `uniform_mass`: what they would hold if the router told no experts apart;
         `experts_for_mass_per_input` and `experts_for_mass_overall`: how many experts hold 50, 90 and
         99 % of one input's mass (mean), and of the mass of all inputs; `unused_experts`: those that
         never hold a tenth of a fair share 1/n; `informative`: whether the mass is concentrated enough
@@ -208,6 +209,7 @@ def summarize(statistics: LayerStatistics) -> dict[str, Any]:
     return {
         "experts": n,
         "best_eighth_mass": best_eighth_mass,
+        "static_eighth_mass": float(overall[eighth - 1]),
         "uniform_mass": eighth / n,
         "experts_for_mass_per_input": statistics.experts_for_mass.tolist(),
         "experts_for_mass_overall": [int((overall < level * overall[-1]).sum()) + 1 for level in MASS_LEVELS],

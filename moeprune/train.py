@@ -31,6 +31,8 @@ class Recipe:
     steps: batches of batch_size images.
     scale: where the router's scale starts; the sharper the router, the more the combine mass says
         about an expert.
+    position: standard deviation of the first position embeddings; the more tokens differ, the fewer
+        experts a sharp router leaves unused.
     noise: standard deviation of what is added to normalised pixels.
     """
 
@@ -39,6 +41,7 @@ class Recipe:
     learning_rate: float
     weight_decay: float
     scale: float
+    position: float
     noise: float
     label_smoothing: float
     batch_size: int = 128
@@ -60,9 +63,15 @@ def pairs_config() -> ViTConfig:
 
 def single_layer_recipe(num_experts: int = 128) -> Recipe:
     """The recipe of the single-layer model; its experts share 512 hidden units, however many they are."""
-    config = single_layer_config(num_experts)
     return Recipe(
-        config, 1500, learning_rate=3e-3, weight_decay=0.1, scale=8.0, noise=0.3, label_smoothing=0.05
+        single_layer_config(num_experts),
+        steps=1500,
+        learning_rate=3e-3,
+        weight_decay=0.1,
+        scale=5.0,
+        position=1.0,
+        noise=0.3,
+        label_smoothing=0.05,
     )
 
 
@@ -70,16 +79,17 @@ def pairs_recipe() -> Recipe:
     """The recipe of the vision transformer on pairs of digits."""
     return Recipe(
         pairs_config(),
-        3000,
+        steps=3000,
         learning_rate=2e-3,
         weight_decay=0.01,
         scale=16.0,
+        position=0.1,
         noise=0.2,
         label_smoothing=0.0,
     )
 
 
-def initialize(model: SoftMoEViT, scale: float, generator: torch.Generator) -> None:
+def initialize(model: SoftMoEViT, scale: float, position: float, generator: torch.Generator) -> None:
     """Draw initial weights, all from one generator."""
     with torch.no_grad():
         for module in model.modules():
@@ -88,7 +98,7 @@ def initialize(model: SoftMoEViT, scale: float, generator: torch.Generator) -> N
             elif isinstance(module, nn.Linear):
                 module.weight.normal_(std=1 / math.sqrt(module.in_features), generator=generator)
                 module.bias.zero_()
-        model.position.normal_(std=0.1, generator=generator)
+        model.position.normal_(std=position, generator=generator)
         if model.config.class_token:
             model.class_token.normal_(std=0.1, generator=generator)
 
@@ -101,7 +111,7 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
     model = SoftMoEViT(
         recipe.config, details=Details(PREPROCESSING, {"library": "moeprune"}, {"training": trained})
     )
-    initialize(model, recipe.scale, generator)
+    initialize(model, recipe.scale, recipe.position, generator)
     no_decay = [p for name, p in model.named_parameters() if p.ndim <= 1]
     decay = [p for name, p in model.named_parameters() if p.ndim > 1]
     groups = [

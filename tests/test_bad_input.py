@@ -154,6 +154,8 @@ class Workshop:
         image = pytest.importorskip("PIL.Image")
         path = self.path("")
         path.mkdir()
+        for label in range(10 if files else 0):
+            (path / str(label)).mkdir()
         for name in files:
             target = path / name.replace("!", "")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +164,17 @@ class Workshop:
             else:
                 image.new("L", size, 100).save(target)
         return path
+
+    def flat_folder(self) -> Path:
+        folder = self.folder()
+        pytest.importorskip("PIL.Image").new("L", (8, 8), 100).save(folder / "a.png")
+        return folder
+
+    def deep_image(self) -> Path:
+        folder = self.folder("0/a.png")
+        image = pytest.importorskip("PIL.Image")
+        image.fromarray(np.full((8, 8), 3000, np.uint16)).save(folder / "0" / "a.png")
+        return folder
 
     def cut_image(self) -> Path:
         folder = self.folder("0/a.png", "1/broken.png", size=(64, 64))
@@ -584,10 +597,15 @@ DATA: list[Case] = [
         for start in starts
     ),
     ("an empty folder", lambda w: w.evaluating(w.folder()), ("no images", "made1")),
-    ("empty class folders", lambda w: w.evaluating(
+    ("empty class folders", lambda w: w.evaluating(w.folder("0/!a.txt")), ("no images", "made1", "10")),
+    ("images without class folders", lambda w: w.evaluating(w.flat_folder()), ("made1", "no labels")),
+    ("fewer class folders than classes", lambda w: w.evaluating(
         [(made := w.folder()), (made / "0").mkdir(), (made / "1").mkdir()][0]
-    ), ("no images", "made1", "2")),
-    ("images without class folders", lambda w: w.evaluating(w.folder("a.png")), ("no images", "made1")),
+    ), ("2 class folders", "made1", "10 classes")),
+    ("a program in an image's clothes", lambda w: w.evaluating(
+        [(made := w.folder("0/a.png")), (made / "0" / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")][0]
+    ), ("a.png", "no readable image")),
+    ("an image of 16 bits", lambda w: w.evaluating(w.deep_image()), ("a.png", "8 bits")),
     ("only files of other kinds", lambda w: w.evaluating(w.folder("0/!a.txt", "0/!b.gif")), ("no images",)),
     ("a file that is no image", lambda w: w.evaluating(w.folder("0/a.png", "1/!b.png")), ("b.png",)),
     ("an image cut off", lambda w: w.evaluating(w.cut_image()), ("broken.png",)),
@@ -598,8 +616,8 @@ DATA: list[Case] = [
         w.folder("0/a.png", size=(20, 30)), "--preprocess", "resize=6"
     ), ("a.png", "resize", "6×9")),
     ("more class folders than classes", lambda w: w.evaluating(
-        w.folder(*(f"{index:02}/a.png" for index in range(12)))
-    ), ("sample 10", "label 10")),
+        w.folder("11/a.png", "12/a.png")
+    ), ("12 class folders", "10 classes")),
 ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def two_layer_model(num_experts: int = 5) -> SoftMoEViT:
         BlockConfig(soft_moe=replace(soft_moe, router_norm="rms", dispatch_input="raw")),
     )
     model = SoftMoEViT(ViTConfig((8, 8), (4, 4), 1, 7, dim=12, num_heads=3, blocks=blocks))
-    initialize(model, 4.0, torch.Generator().manual_seed(0))
+    initialize(model, 4.0, 0.1, torch.Generator().manual_seed(0))
     return model.requires_grad_(False).eval()
 
 

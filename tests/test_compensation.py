@@ -8,6 +8,7 @@ from torch import Tensor
 import moeprune
 from moeprune.calibration import observe_layers
 from moeprune.compensation import (
+    GAIN_KEPT,
     LAMBDAS,
     NormalEquations,
     correctable_weights,
@@ -58,9 +59,10 @@ def problem(rows: int, slots: int, dim: int, noise: float, seed: int = 0) -> tup
     return R, V, R @ V + noise * rng.normal(size=(rows, dim))
 
 
-def test_noiseless_linear_targets_are_recovered():
-    R, V, T = problem(rows=200, slots=8, dim=3, noise=0)
-    assert np.abs(solve_held_out(*halves(R, T)).numpy() - V).max() < 1e-4
+def test_noiseless_linear_targets_are_met_but_for_what_a_stronger_ridge_may_cost():
+    R, _, T = problem(rows=200, slots=8, dim=3, noise=0)
+    missed = np.square(R @ solve_held_out(*halves(R, T)).numpy() - T).sum() / np.square(T).sum()
+    assert missed < 1.5 * (1 - GAIN_KEPT)
 
 
 def test_noise_is_not_fitted():
@@ -83,17 +85,18 @@ def test_nothing_is_added_where_every_ridge_does_harm():
 def test_ridge_and_its_strength_equal_those_of_a_direct_solution(noise):
     R, _, T = problem(rows=80, slots=30, dim=4, noise=noise)
     scale = column_scale(R)
-    errors = []
+    gains = []
     for ridge in LAMBDAS:
         error = 0.0
         for half in (0, 1):
             V = direct_ridge(R[half::2], T[half::2], ridge / 2, scale)
             error += np.square(T[1 - half :: 2] - R[1 - half :: 2] @ V).sum()
-        errors.append(error)
-    best = LAMBDAS[int(np.argmin(errors))]
-    assert LAMBDAS[0] < best < LAMBDAS[-1]
-    assert sorted(errors)[1] > errors[LAMBDAS.index(best)] * (1 + 1e-6)
-    expected = direct_ridge(R, T, best, scale)
+        gains.append(np.square(T).sum() - error)
+    enough = GAIN_KEPT * max(gains)
+    strongest = max(ridge for ridge, gain in zip(LAMBDAS, gains, strict=True) if gain >= enough)
+    assert LAMBDAS[0] < strongest < LAMBDAS[-1]
+    assert max(gains) > 0
+    expected = direct_ridge(R, T, strongest, scale)
     np.testing.assert_allclose(solve_held_out(*halves(R, T)).numpy(), expected, rtol=1e-7, atol=1e-9)
 
 

@@ -41,7 +41,7 @@ CONFIGS = {
 
 def random_model(config: ViTConfig) -> SoftMoEViT:
     model = SoftMoEViT(config)
-    initialize(model, 4.0, torch.Generator().manual_seed(0))
+    initialize(model, 4.0, 0.1, torch.Generator().manual_seed(0))
     return model.requires_grad_(False).eval()
 
 

@@ -383,8 +383,11 @@ def test_grouped_matrix_product_equals_a_product_for_each_expert(counts, transpo
             for row, j in zip(rows, expert_of_row, strict=True)
         ]
     )
-    for multiply in (_grouped_linear, _grouped_linear_on_device):
-        found = multiply(rows, torch.tensor(counts), weight, bias)
+    products = (
+        _grouped_linear(rows, counts, weight, bias),
+        _grouped_linear_on_device(rows, torch.tensor(counts), weight, bias),
+    )
+    for found in products:
         assert found.dtype == torch.float32
         assert relative_error(found, expected) < 1e-5
 
@@ -394,9 +397,9 @@ def test_grouped_matrix_product_runs_in_the_autocast_precision(counts):
     generator = torch.Generator().manual_seed(5)
     rows = torch.randn(9, 8, generator=generator)
     weight, bias = torch.randn(4, 8, 16, generator=generator), torch.randn(4, 16, generator=generator)
-    exact = _grouped_linear(rows, torch.tensor(counts), weight, bias)
+    exact = _grouped_linear(rows, counts, weight, bias)
     with torch.autocast("cpu", torch.bfloat16):
-        loop = _grouped_linear(rows, torch.tensor(counts), weight, bias)
+        loop = _grouped_linear(rows, counts, weight, bias)
         grouped = _grouped_linear_on_device(rows, torch.tensor(counts), weight, bias)
     assert loop.dtype == grouped.dtype == torch.bfloat16
     assert relative_error(loop, exact) < 0.02
