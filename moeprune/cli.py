@@ -112,7 +112,10 @@ def inspect(
     output_file: OutputFile = None,
     force: Force = False,
 ) -> None:
-    """Show what is in a checkpoint: layers, experts, parameters, FLOPs, plan, provenance."""
+    """Show what is in a checkpoint.
+
+    Layers, experts, parameters, size, FLOPs, plan and provenance, from the file's header alone.
+    """
     _check_report(output_format, output_file, force)
     from moeprune import report
     from moeprune.evaluation import size_and_cost
@@ -161,7 +164,10 @@ def analyze(
     output_file: OutputFile = None,
     force: Force = False,
 ) -> None:
-    """Run calibration data through an unpruned checkpoint: what each expert matters to each input."""
+    """Measure what each expert matters to each input.
+
+    Runs calibration data through an unpruned checkpoint, once.
+    """
     _check_report(output_format, output_file, force)
     _check_output(output, force)
     _check_apart(output, output_file)
@@ -226,7 +232,7 @@ def prune(
     output_file: OutputFile = None,
     force: Force = False,
 ) -> None:
-    """Write a checkpoint that runs only the experts that matter."""
+    """Write a checkpoint that runs few experts."""
     _check_report(output_format, output_file, force)
     _check_output(output, force)
     _check_apart(output, output_file)
@@ -309,7 +315,11 @@ def eval(
     output_file: OutputFile = None,
     force: Force = False,
 ) -> int:
-    """Accuracy, size and FLOPs of a checkpoint, compared with the full model and judged by gates."""
+    """Report accuracy, size and FLOPs, and judge them.
+
+    Compares a checkpoint with the full model (--baseline); a gate that fails makes exit code 1. With
+    --sweep, prunes a full model in many ways and evaluates each.
+    """
     _check_report(output_format, output_file, force)
     limits = {
         "max_accuracy_drop": max_accuracy_drop,
@@ -385,7 +395,10 @@ def demo(
     output_file: OutputFile = None,
     force: Force = False,
 ) -> None:
-    """Analyze, prune and evaluate two real checkpoints on scikit-learn's digits, in under a minute."""
+    """Show the whole story on two real checkpoints.
+
+    Analyzes, prunes and evaluates them on scikit-learn's digits, in under a minute on two cores.
+    """
     _check_report(output_format, output_file, force)
     if output.exists() and not output.is_dir():
         raise MoepruneError(f"`{output}` is a file, expected a directory", "give another with `-o`")

@@ -307,7 +307,9 @@ def _from_folder(path: Path, input_format: InputFormat, limit: int | None) -> Da
     try:
         import PIL  # noqa: F401
     except ImportError:
-        raise MoepruneError("folders of images need Pillow", "pip install 'moeprune[images]'") from None
+        raise MoepruneError(
+            "folders of images need Pillow", "install it, or moeprune's extra `images`"
+        ) from None
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
     if classes and len(classes) != input_format.classes:
         raise MoepruneError(

@@ -26,7 +26,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise MoepruneError(
-            "the data sets `digits` and `pairs` need scikit-learn", "pip install 'moeprune[demo]'"
+            "the data sets `digits` and `pairs` need scikit-learn", "install it, or moeprune's extra `demo`"
         ) from None
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16

@@ -48,6 +48,7 @@ def workplace(tmp_path, monkeypatch, single):
 def test_transcript_at_the_top(workplace, run):
     transcript = blocks("console")[0]
     printed = dict(re.findall(r"^\$ moeprune (.*)\n((?:(?!\$ ).*\n)*)", transcript, flags=re.MULTILINE))
+    assert "moeprune/checkpoints/single.safetensors model.safetensors" in transcript
     assert [line.split()[0] for line in printed] == ["analyze", "prune", "eval"]
     for line, expected in printed.items():
         result = run(*shlex.split(line))
