@@ -34,7 +34,7 @@ TEXT_WIDTH = 160
 app = typer.Typer(
     help="Inference-time expert pruning of Soft Mixture-of-Experts models.",
     epilog="Exit codes: 0 passed, 1 a gate failed, 2 anything wrong with the call, the input or the"
-    " program, 130 interrupted.",
+    " program, 130 interrupted, 143 terminated.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -749,6 +749,12 @@ OPTIONS: list[Case] = [
         "--scope", "input", "--signal", "deviation"
     ), ("deviation", "--analysis")),
     ("mean without calibration", lambda w: w.pruning("--scope", "batch", "--compensate", "mean"), ("mean",)),
+    ("data of another split than the analysis's", lambda w: w.pruning(
+        "--analysis", w.analysis, "--data", "digits:train"
+    ), ("digits:train", "not the data of the analysis")),
+    ("two splits", lambda w: w.evaluating("digits:train", "--split", "test"), ("--split test", "digits")),
+    ("a split of a file", lambda w: w.evaluating(w.npz(), "--split", "test"), ("--split test",)),
+    ("a limit without data", lambda w: w.pruning("--analysis", w.analysis, "--limit", 9), ("--limit",)),
     ("lstsq without calibration", lambda w: w.pruning(
         "--scope", "input", "--compensate", "lstsq"
     ), ("lstsq", "--analysis", "--data")),

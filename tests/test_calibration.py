@@ -285,3 +285,17 @@ def test_logits_of_the_single_layer_model_are_a_sum_over_experts(cases, observat
             s = sum(C[t, j, 0] for t in range(m))
             summed += s / m * (weight @ f[j, 0])
         np.testing.assert_allclose(row, summed, rtol=1e-5, atol=1e-5 * np.abs(row).max())
+
+
+def test_statistics_are_taken_outside_of_autocast(single):
+    """Else the products of the Gram matrix would be rounded to bfloat16."""
+    model = moeprune.load(single)
+    inputs, _ = next(moeprune.open_data("digits", model.input_format).batches(4))
+    [name] = soft_moe_layers(model)
+    seen = []
+
+    def observe(_, observation):
+        seen.append((observation.slot_outputs.dtype, (observation.output.float() @ torch.eye(32)).dtype))
+
+    observe_layers(model, [name], observe, inputs, Runtime(device="cpu", dtype="bf16"))
+    assert seen == [(torch.bfloat16, torch.float32)]

@@ -933,3 +933,16 @@ def test_an_analysis_and_other_uses_of_the_model_do_not_disturb_each_other(singl
     first, second = (future.result().layers["blocks.0.soft_moe"] for future in analyses)
     assert torch.equal(first.gram, second.gram)
     torch.testing.assert_close(again.result().layers["blocks.0.soft_moe"].gram, alone.gram)
+
+
+@pytest.mark.parametrize("keep", ["16", 16, 0.125, "0.125", Fraction(1, 8)])
+def test_a_share_or_a_number_of_experts_may_be_kept(single, keep):
+    model = moeprune.load(single)
+    [layer] = soft_moe_layers(moeprune.prune(model, keep=keep, scope="input")).values()
+    assert layer.plan.k == 16
+
+
+@pytest.mark.parametrize("keep", [0, Fraction(0)])
+def test_no_expert_at_all_is_a_control_of_the_python_api(single, keep):
+    [layer] = soft_moe_layers(moeprune.prune(moeprune.load(single), keep=keep, scope="input")).values()
+    assert layer.plan.k == 0

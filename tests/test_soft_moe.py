@@ -121,9 +121,10 @@ def test_extreme_router_scales_equal_the_formulas(scale):
     assert relative_error(layer(x), reference_layer(x, layer.state_dict(), "l2", "normalized")) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("router_norm", ["none", "l2", "rms"])
-def test_a_token_of_zeros_computes_finite_numbers(router_norm):
-    layer, x = dense_layer(router_norm), inputs()
+def test_a_token_of_zeros_computes_finite_numbers(router_norm, dtype):
+    layer, x = dense_layer(router_norm).to(dtype), inputs().to(dtype)
     x[1, 2] = 0
     assert layer(x).isfinite().all()
 
