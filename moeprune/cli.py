@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import io
-import json
-import os
-import shutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,18 +14,13 @@ import typer
 from moeprune import __version__
 from moeprune.errors import MoepruneError
 from moeprune.gate import check_limits, judge
+from moeprune.output import check_apart, check_choice, check_output, check_report, emit, warn
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
     from moeprune.data import Dataset
     from moeprune.model import SoftMoEViT
     from moeprune.runtime import Runtime
-
-FORMATS = ("text", "json")
-TEXT_WIDTH = 160
-"""Columns of text that goes to a file or a pipe: wide enough for every table."""
 
 app = typer.Typer(
     help="Inference-time expert pruning of Soft Mixture-of-Experts models.",
@@ -116,7 +107,7 @@ def inspect(
 
     Layers, experts, parameters, size, FLOPs, plan and provenance, from the file's header alone.
     """
-    _check_report(output_format, output_file, force)
+    check_report(output_format, output_file, force)
     from moeprune import report
     from moeprune.evaluation import size_and_cost
     from moeprune.model import load_skeleton, plan_of, soft_moe_layers
@@ -144,7 +135,7 @@ def inspect(
         "source": model.details.source,
         "provenance": model.details.provenance,
     }
-    _emit(found, report.inspection, output_format, output_file)
+    emit(found, report.inspection, output_format, output_file)
 
 
 @command
@@ -168,9 +159,9 @@ def analyze(
 
     Runs calibration data through an unpruned checkpoint, once.
     """
-    _check_report(output_format, output_file, force)
-    _check_output(output, force)
-    _check_apart(output, output_file)
+    check_report(output_format, output_file, force)
+    check_output(output, force)
+    check_apart(output, output_file)
     from moeprune import calibration, report
     from moeprune.statistics import summarize
 
@@ -181,7 +172,7 @@ def analyze(
     layers = {name: summarize(statistics) for name, statistics in analysis.layers.items()}
     for name, layer in layers.items():
         if layer["experts"] == 1:
-            _warn(
+            warn(
                 f"layer `{name}` has one expert: nothing to prune. A Soft MoE of one expert cannot even"
                 " represent some simple convex functions, however large the expert is (Chung et al. 2024,"
                 " Theorem 1): train with many small experts"
@@ -193,7 +184,7 @@ def analyze(
         "data": analysis.provenance["data"],
         "layers": layers,
     }
-    _emit(found, report.analysis, output_format, output_file)
+    emit(found, report.analysis, output_format, output_file)
 
 
 @command
@@ -233,12 +224,12 @@ def prune(
     force: Force = False,
 ) -> None:
     """Write a checkpoint that runs few experts."""
-    _check_report(output_format, output_file, force)
-    _check_output(output, force)
-    _check_apart(output, output_file)
-    _check_choice("--scope", scope, SCOPES)
-    _check_choice("--signal", signal, SIGNALS)
-    _check_choice("--compensate", compensate, COMPENSATIONS)
+    check_report(output_format, output_file, force)
+    check_output(output, force)
+    check_apart(output, output_file)
+    check_choice("--scope", scope, SCOPES)
+    check_choice("--signal", signal, SIGNALS)
+    check_choice("--compensate", compensate, COMPENSATIONS)
     if data is None and (split is not None or limit is not None):
         raise MoepruneError("`--split` and `--limit` go with `--data`", "give the data that they are of")
     kept = parse_keep(keep)
@@ -269,7 +260,7 @@ def prune(
         "model": size_and_cost(pruned),
         "full_model": size_and_cost(model),
     }
-    _emit(found, report.pruning, output_format, output_file)
+    emit(found, report.pruning, output_format, output_file)
 
 
 @command
@@ -320,7 +311,7 @@ def eval(
     Compares a checkpoint with the full model (--baseline); a gate that fails makes exit code 1. With
     --sweep, prunes a full model in many ways and evaluates each.
     """
-    _check_report(output_format, output_file, force)
+    check_report(output_format, output_file, force)
     limits = {
         "max_accuracy_drop": max_accuracy_drop,
         "min_accuracy": min_accuracy,
@@ -350,7 +341,7 @@ def eval(
             ("--compensate", compensate, COMPENSATIONS),
         ):
             for value in values or ():
-                _check_choice(option, value, choices)
+                check_choice(option, value, choices)
     from moeprune import evaluation, report
     from moeprune.calibration import load_analysis
     from moeprune.sweep import grid
@@ -369,14 +360,14 @@ def eval(
             "rows": rows,
             "environment": evaluation.environment(runtime),
         }
-        _emit(found, report.sweep, output_format, output_file)
+        emit(found, report.sweep, output_format, output_file)
         return 0
     full = None if baseline is None else _load(baseline, preprocess)
     found["baseline"] = None if baseline is None else str(baseline)
     found |= evaluation.evaluate(model, dataset, full, runtime)
     found["gates"] = judge(found, limits)
     found["passed"] = all(gate["passed"] for gate in found["gates"])
-    _emit(found, report.evaluation, output_format, output_file)
+    emit(found, report.evaluation, output_format, output_file)
     return 0 if found["passed"] else 1
 
 
@@ -399,7 +390,7 @@ def demo(
 
     Analyzes, prunes and evaluates them on scikit-learn's digits, in under a minute on two cores.
     """
-    _check_report(output_format, output_file, force)
+    check_report(output_format, output_file, force)
     if output.exists() and not output.is_dir():
         raise MoepruneError(f"`{output}` is a file, expected a directory", "give another with `-o`")
     if output.is_dir() and any(output.iterdir()) and not force:
@@ -410,7 +401,7 @@ def demo(
     from moeprune.demo import run_demo
 
     found = run_demo(output, train, seed, _runtime(device, "float32", 256))
-    _emit(found, report.demo, output_format, output_file)
+    emit(found, report.demo, output_format, output_file)
 
 
 def _load(path: Path, preprocess: list[str] | None) -> SoftMoEViT:
@@ -442,82 +433,3 @@ def _runtime(device: str, dtype: str, batch_size: int) -> Runtime:
     runtime = Runtime(device, dtype, batch_size, progress=True)
     _ = runtime.torch_device  # a missing device is told before any work
     return runtime
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise MoepruneError(f"`{option} {value}` is unknown", f"give one of {', '.join(choices)}")
-
-
-def _check_report(output_format: str, output_file: Path | None, force: bool) -> None:
-    _check_choice("--output-format", output_format, FORMATS)
-    if output_file is not None:
-        _check_output(output_file, force)
-
-
-def _check_output(path: Path, force: bool) -> None:
-    """Refuse an output path before any work is done for it."""
-    try:
-        exists, is_file = path.exists(), path.is_file()
-    except OSError as error:
-        raise MoepruneError(f"cannot write `{path}` ({error.strerror})") from None
-    if path.is_dir():
-        raise MoepruneError(f"`{path}` is a directory, expected a file to write")
-    if exists and not is_file:
-        raise MoepruneError(f"`{path}` is no regular file, expected one to write")
-    if exists and not force:
-        raise MoepruneError(f"`{path}` exists", "give another path, or `--force` to replace it")
-    if not path.parent.is_dir():
-        raise MoepruneError(f"no directory `{path.parent}` for `{path}`", "make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise MoepruneError(f"cannot write into `{path.parent}`", "check its permissions")
-
-
-def _check_apart(output: Path, output_file: Path | None) -> None:
-    if output_file is not None and os.path.realpath(output_file) == os.path.realpath(output):
-        raise MoepruneError(f"`--output-file` and `--output` are both `{output}`", "give another path")
-
-
-def _warn(message: str) -> None:
-    sys.stderr.write(f"warning: {message}\n")
-
-
-def _emit(
-    found: Mapping[str, Any],
-    render: Callable[[Mapping[str, Any]], Group],
-    output_format: str,
-    output_file: Path | None,
-) -> None:
-    """The report as text or JSON, to a file or to stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if output_format == "json":
-        text = json.dumps(found, indent=2) + "\n"
-    else:
-        on_terminal = output_file is None and sys.stdout.isatty()
-        text_width = shutil.get_terminal_size().columns if on_terminal else TEXT_WIDTH
-        console = Console(
-            width=text_width,
-            height=25,  # without it Rich takes no width on a dumb terminal
-            force_terminal=on_terminal,
-            no_color=None if on_terminal else True,
-            highlight=False,
-            markup=False,
-            emoji=False,
-        )
-        with console.capture() as capture:
-            for part in render(found).renderables:
-                # A table is never cut: on a narrower terminal its lines wrap.
-                console.width = max(text_width, TEXT_WIDTH) if isinstance(part, Table) else text_width
-                console.print(part)
-        text = "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
-    if output_file is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    else:
-        from moeprune.checkpoint import write_text
-
-        write_text(output_file, text)

@@ -22,9 +22,9 @@ def combine_mass(combine_weights: Tensor) -> Tensor:
         Masses (b,n), in float32 or better.
     """
     dtype = torch.promote_types(combine_weights.dtype, torch.float32)
-    slot_mass = combine_weights.sum(dim=1, dtype=dtype)  # (b,n,p); both axes at once is 20 times slower
-    mass = slot_mass.sum(dim=-1) if slot_mass.shape[-1] > 1 else slot_mass.squeeze(-1)
-    return mass / combine_weights.shape[1]
+    if combine_weights.shape[-1] == 1:
+        return combine_weights.mean(dim=(1, 3), dtype=dtype)
+    return combine_weights.mean(dim=1, dtype=dtype).sum(dim=-1)  # both at once is 20 times slower
 
 
 def rank(scores: Tensor) -> Tensor:

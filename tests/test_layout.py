@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 LEVELS = (
     ("errors", "intervals", "scores", "report"),
     ("architecture", "plan", "gate", "checkpoint", "preprocessing", "digits"),
-    ("flops", "soft_moe", "images"),
+    ("flops", "soft_moe", "images", "output"),
     ("data", "statistics"),
     ("model", "runtime"),
     ("calibration", "evaluation", "train"),
@@ -121,8 +121,8 @@ def users_of(library: str) -> set[str]:
 
 def test_libraries_are_used_where_they_belong():
     assert users_of("typer") == {"cli"}
-    assert users_of("rich") == {"report", "cli"}
-    assert "rich" not in libraries("cli", lazy=False)
+    assert users_of("rich") == {"report", "output"}
+    assert "rich" not in libraries("output", lazy=False)
     assert users_of("sklearn") == {"digits"}
     assert "sklearn" not in libraries("digits", lazy=False)
     assert users_of("PIL") <= {"data", "images"}

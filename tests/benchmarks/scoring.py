@@ -58,7 +58,7 @@ def main() -> None:
     for name, data in (("single", "digits:test"), ("vit", "pairs:test")):
         model = moeprune.load(Path(str(resources.files("moeprune"))) / "checkpoints" / f"{name}.safetensors")
         dataset = moeprune.open_data(data, model.input_format)
-        cases += [(name, model, next(dataset.batches(batch))[0]) for batch in (1, 32, 256)]
+        cases += [(name, model, next(dataset.batches(batch))[0]) for batch in (1, 64, 256)]
     layer = SoftMoE(SoftMoEConfig(384, 128, 1, 1536))
     cases += [("ViT-S layer, n = 128", layer, torch.randn(batch, 196, 384)) for batch in (1, 8, 32)]
     print(f"{'model':22} {'batch':>5} {'forward':>11} {'scoring':>8} {'choosing':>9}")
