@@ -22,7 +22,7 @@ from moeprune.model import (
     dataset_for,
     fingerprint,
     private_copy,
-    require_soft_moe_layers,
+    require_dense_layers,
     soft_moe_layers,
 )
 from moeprune.runtime import Runtime
@@ -54,12 +54,7 @@ def analyze(model: SoftMoEViT, data: Dataset | str, runtime: Runtime = Runtime()
         MoepruneError: no Soft MoE layer, a pruned one, or data that does not fit the model.
     """
     model = private_copy(model)
-    layers = require_soft_moe_layers(model)
-    if pruned := [name for name, layer in layers.items() if layer.plan is not None]:
-        raise MoepruneError(
-            f"layers {', '.join(f'`{name}`' for name in pruned)} are already pruned",
-            "analyze the unpruned checkpoint",
-        )
+    layers = require_dense_layers(model, "analyze the unpruned checkpoint")
     data = dataset_for(model, data, split="calibration")
     accumulators = measure(model, list(layers), data, runtime, "analyze", StatisticsAccumulator)
     statistics = {name: accumulator.result() for name, accumulator in accumulators.items()}

@@ -145,6 +145,14 @@ def require_soft_moe_layers(model: nn.Module) -> dict[str, SoftMoE]:
     return layers
 
 
+def require_dense_layers(model: nn.Module, hint: str) -> dict[str, SoftMoE]:
+    """The Soft MoE layers, or a MoepruneError where there is none or one is pruned already."""
+    layers = require_soft_moe_layers(model)
+    if pruned := [f"`{name}`" for name, layer in layers.items() if layer.plan is not None]:
+        raise MoepruneError(f"layers {', '.join(pruned)} are already pruned", hint)
+    return layers
+
+
 def private_copy(model: SoftMoEViT) -> SoftMoEViT:
     """A copy in eval mode that can be observed, moved and altered without a trace in the model.
 

@@ -20,7 +20,7 @@ from moeprune.model import (
     dataset_for,
     fingerprint,
     private_copy,
-    require_soft_moe_layers,
+    require_dense_layers,
     soft_moe_layers,
 )
 from moeprune.plan import LayerPlan, experts_to_keep, parse_keep
@@ -109,12 +109,9 @@ def _plans(
     model: SoftMoEViT, keep: str | float | Fraction, scope: str, signal: str, compensate: str
 ) -> dict[str, LayerPlan]:
     """A plan for each layer, with the first k experts where they are yet to be chosen."""
-    layers = require_soft_moe_layers(model)
-    if pruned_layers := [name for name, layer in layers.items() if layer.plan is not None]:
-        raise MoepruneError(
-            f"layers {', '.join(f'`{name}`' for name in pruned_layers)} are already pruned",
-            "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning",
-        )
+    layers = require_dense_layers(
+        model, "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
+    )
     if isinstance(keep, str):
         keep = parse_keep(keep)
     elif isinstance(keep, float):
@@ -233,9 +230,11 @@ def _provenance(
 ) -> dict[str, Any]:
     """What the result was calibrated on, without paths that would make equal runs differ."""
     provenance: dict[str, Any] = {"moeprune": __version__}
-    used = data.to_json() if analysis is None and data is not None else None
+    used = None
     if analysis is not None:
         used = analysis.provenance["data"]
+    elif data is not None:
+        used = data.to_json()
     if used is not None:
         provenance["calibration"] = {**used, "spec": Path(used["spec"]).name}
         if scope == "batch":
