@@ -25,7 +25,11 @@ from torch import Tensor, nn
 
 from moeprune.architecture import SoftMoEConfig
 from moeprune.plan import LayerPlan
-from moeprune.scores import combine_mass, top_k
+from moeprune.routed import Experts, choose, kernels_for, run_chosen, run_experts
+from moeprune.scores import combine_mass
+
+FEW_ROWS = 128
+"""Rows an expert, up to which the grouped kernel beats a batched product where there is such a kernel."""
 
 
 class Observation(NamedTuple):
@@ -78,6 +82,11 @@ class SoftMoE(nn.Module):
         """Experts that run for each input."""
         return self.plan.k if self.plan else self.config.num_experts
 
+    @property
+    def experts(self) -> Experts:
+        """The weights of the experts that are stored."""
+        return Experts(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+
     @staticmethod
     def part_of(name: str) -> str:
         """What a tensor of the layer serves: `experts`, `compensation` or `routing`."""
@@ -107,22 +116,23 @@ class SoftMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (b,m,d) in, tokens (b,m,d) out."""
         router_logits, tokens = self.route(x)
-        combine_weights = _softmax(router_logits.flatten(2), dim=2).view_as(router_logits)
-        if self.plan is None or self.plan.scope == "static":
-            return self._run_stored(tokens, router_logits, combine_weights)
-        return self._run_chosen(tokens, router_logits, combine_weights)
+        routed = self.plan is not None and self.plan.scope != "static"
+        dtype = router_logits.dtype
+        if routed or self.observer is not None:  # scores and statistics are never narrower
+            dtype = torch.promote_types(dtype, torch.float32)
+        combine_weights = router_logits.flatten(2).softmax(2, dtype=dtype).view_as(router_logits)
+        run = self._run_chosen if routed else self._run_stored
+        return run(tokens, router_logits, combine_weights)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits (b,m,n,p) of the tokens x (b,m,d), and the tokens that are dispatched."""
-        phi = self.phi.flatten(1)  # (d,n·p)
-        normalized = x
+        phi, normalized = self.phi.flatten(1), x  # (d,n·p)
         if self.config.router_norm == "l2":
-            normalized = _unit(x, dim=-1)
-            phi = _unit(phi, dim=0) * self.scale
+            normalized, phi = _unit(x, -1), _unit(phi, 0, factor=self.scale)
         elif self.config.router_norm == "rms":
             root_d = math.sqrt(self.config.dim)
-            normalized = _unit(x, dim=-1) * (root_d * self.input_gain)
-            phi = _unit(phi, dim=0) * (root_d * self.phi_gain)[:, None]
+            normalized = _unit(x, -1, gain=root_d * self.input_gain)
+            phi = _unit(phi, 0, gain=root_d * self.phi_gain)
         router_logits = (normalized @ phi).unflatten(-1, self.phi.shape[1:])
         return router_logits, x if self.config.dispatch_input == "raw" else normalized
 
@@ -139,8 +149,8 @@ class SoftMoE(nn.Module):
     def _run_stored(self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor) -> Tensor:
         """Dense or static: every expert that has weights runs on all inputs."""
         stored = self.fc1_weight.shape[0]
-        dispatch_weights = _softmax(router_logits[:, :, :stored], dim=1)
-        slot_outputs = self._run_experts(_slot_inputs(dispatch_weights, tokens))
+        slot_inputs = _dispatch_weights(router_logits, stored) @ tokens
+        slot_outputs = self._run_experts(slot_inputs.unflatten(1, (stored, self.config.slots_per_expert)))
         if self.plan is not None and self.plan.has_surrogate:
             kept, dropped = self.surrogate.to(slot_outputs.dtype).split(
                 [stored, self.surrogate.shape[0] - stored]
@@ -156,32 +166,29 @@ class SoftMoE(nn.Module):
     def _run_experts(self, slot_inputs: Tensor) -> Tensor:  # (b,e,p,d) -> (b,e,p,d)
         """Expert j on slots j, for all experts at once."""
         b, e, p, d = slot_inputs.shape
+        if 0 < b * p <= FEW_ROWS and e and kernels_for(slot_inputs, *self.experts):
+            return run_experts(slot_inputs, _every_expert(slot_inputs, e), self.experts)
         rows = slot_inputs.transpose(0, 1).reshape(e, b * p, d)
         hidden = F.gelu(torch.baddbmm(self.fc1_bias[:, None], rows, self.fc1_weight))
         rows = torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight.mT)
         return rows.view(e, b, p, d).transpose(0, 1)
 
     def _run_chosen(self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor) -> Tensor:
-        """Routed: each input, or the batch as one, runs its k best experts (b,k) and no others."""
+        """Routed: each input, or the batch as one, runs its k best experts and no others."""
         assert self.plan is not None
         scores = self.score(combine_weights)
         if self.plan.scope == "batch":
             scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
-        chosen = top_k(scores, self.plan.k)
-        index = chosen[:, None, :, None].expand(-1, *router_logits.shape[1:2], -1, router_logits.shape[3])
-        chosen_logits = router_logits.gather(2, index)  # (b,m,k,p)
-        if self.plan.compensation == "renorm":
-            chosen_combine = _softmax(chosen_logits.flatten(2), dim=2).view_as(chosen_logits)
-        else:
-            chosen_combine = combine_weights.gather(2, index)
-        slot_inputs = _slot_inputs(_softmax(chosen_logits, dim=1), tokens)
-        slot_outputs = self._run_experts_of_inputs(slot_inputs, chosen)
-        if self.plan.has_surrogate:
-            # The surrogates of all slots, corrected where a slot has its real output.
-            output = _combine(combine_weights, self.surrogate)
-            output = output + _combine(chosen_combine, slot_outputs - self.surrogate[chosen])
-        else:
-            output = _combine(chosen_combine, slot_outputs)
+        chosen = choose(scores, self.plan.k)
+        output, slot_outputs = run_chosen(
+            tokens,
+            router_logits,
+            combine_weights,
+            chosen,
+            self.experts,
+            renorm=self.plan.compensation == "renorm",
+            surrogate=self.surrogate if self.plan.has_surrogate else None,
+        )
         return self._observed(combine_weights, slot_outputs, chosen, output)
 
     def _observed(
@@ -192,80 +199,35 @@ class SoftMoE(nn.Module):
                 self.observer(Observation(combine_weights, slot_outputs, chosen, output))
         return output
 
-    def _run_experts_of_inputs(self, slot_inputs: Tensor, chosen: Tensor) -> Tensor:
-        """Expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): rows sorted by expert, each
-        expert's weights used in place and once."""
-        b, k, p, d = slot_inputs.shape
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.zeros(self.config.num_experts, dtype=torch.int64, device=chosen.device)
-        counts.scatter_add_(0, chosen.flatten(), torch.full_like(chosen.flatten(), p))
-        rows = slot_inputs.reshape(b * k, p, d)[order].view(b * k * p, d)
-        if _has_grouped_kernel(self.fc1_weight):
-            hidden = F.gelu(_grouped_linear_on_device(rows, counts, self.fc1_weight, self.fc1_bias))
-            rows = _grouped_linear_on_device(hidden, counts, self.fc2_weight.mT, self.fc2_bias)
-        else:
-            rows_of_expert = counts.tolist()
-            hidden = F.gelu(_grouped_linear(rows, rows_of_expert, self.fc1_weight, self.fc1_bias))
-            rows = _grouped_linear(hidden, rows_of_expert, self.fc2_weight.mT, self.fc2_bias)
-        outputs = torch.empty_like(rows).view(b * k, p, d)
-        outputs[order] = rows.view(b * k, p, d)
-        return outputs.view(b, k, p, d)
 
-
-def _unit(x: Tensor, dim: int) -> Tensor:
-    """Scaled to unit length, computed in float32 or better: in float16 a zero token would be 0/0."""
+def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    """Vectors along dim, -1 or 0, scaled to unit length, then times a gain for each of their elements
+    and a factor; computed in float32 or better: in float16 a zero token would be 0/0.
+    """
+    given = [tensor for tensor in (x, gain, factor) if tensor is not None]
+    if kernels := kernels_for(*given):
+        return kernels.unit(x, dim, gain, factor)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.normalize(x.to(wide), dim=dim).to(x.dtype)
+    unit = F.normalize(x.to(wide), dim=dim).to(x.dtype)
+    if gain is not None:
+        unit = unit * (gain if dim == -1 else gain[:, None])
+    return unit if factor is None else unit * factor
 
 
-def _softmax(logits: Tensor, dim: int) -> Tensor:
-    """Softmax in float32 or better, whatever the precision of the logits."""
-    return logits.softmax(dim, dtype=torch.promote_types(logits.dtype, torch.float32))
+def _dispatch_weights(router_logits: Tensor, stored: int) -> Tensor:
+    """Dᵀ (b,e·p,m) for the slots of the first e experts."""
+    if stored and (kernels := kernels_for(router_logits)):
+        every = _every_expert(router_logits, stored)
+        return kernels.slot_weights(router_logits, every, None, router_logits.dtype)[0]
+    wide = torch.promote_types(router_logits.dtype, torch.float32)
+    return router_logits[:, :, :stored].softmax(1, dtype=wide).flatten(2).mT.to(router_logits.dtype)
 
 
-def _slot_inputs(dispatch_weights: Tensor, tokens: Tensor) -> Tensor:
-    """Dᵀ·X: (b,m,e,p), (b,m,d) -> (b,e,p,d)."""
-    weights = dispatch_weights.flatten(2).mT.to(tokens.dtype)
-    return (weights @ tokens).unflatten(1, dispatch_weights.shape[2:])
+def _every_expert(inputs: Tensor, num_experts: int) -> Tensor:
+    """The same experts, 0 to e - 1, for each of b inputs: (b,e)."""
+    return torch.arange(num_experts, device=inputs.device).expand(len(inputs), -1)
 
 
 def _combine(combine_weights: Tensor, slot_outputs: Tensor) -> Tensor:
-    """C·f: (b,m,e,p), (b,e,p,d) or (e,p,d) -> (b,m,d)."""
-    return combine_weights.flatten(2).to(slot_outputs.dtype) @ slot_outputs.flatten(-3, -2)
-
-
-def _has_grouped_kernel(weight: Tensor) -> bool:
-    """Whether torch has a grouped matrix product for these weights that needs no word from the host:
-    on CUDA, in bfloat16, with rows of whole 16 bytes.
-    """
-    if not weight.is_cuda:
-        return False
-    autocast = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if autocast else weight.dtype
-    return dtype == torch.bfloat16 and all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:])
-
-
-def _grouped_linear(rows: Tensor, counts: list[int], weight: Tensor, bias: Tensor) -> Tensor:
-    """rows @ weight[e] + bias[e], where the first counts[0] rows belong to expert 0, and so on.
-
-    Args:
-        rows: (r,in), sorted by expert.
-        counts: rows of each expert, n of them.
-        weight: (n,in,out).
-        bias: (n,out).
-    """
-    groups = rows.split(counts)
-    used = [(expert, group) for expert, group in enumerate(groups) if len(group)]
-    if not used:
-        return rows.new_empty(0, weight.shape[2])
-    return torch.cat([torch.addmm(bias[expert], group, weight[expert]) for expert, group in used])
-
-
-def _grouped_linear_on_device(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same as one grouped matrix product; the counts (n,) stay on the device."""
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
-    offsets = counts.cumsum(0, dtype=torch.int32)
-    biases = bias.repeat_interleave(counts, dim=0, output_size=len(rows))
-    return F.grouped_mm(rows, weight, offs=offsets) + biases
+    """C·f: (b,m,e,p), (b,e,p,d) -> (b,m,d)."""
+    return combine_weights.flatten(2).to(slot_outputs.dtype) @ slot_outputs.flatten(1, 2)

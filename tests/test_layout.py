@@ -16,8 +16,8 @@ PACKAGE = Path(moeprune.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 
 LEVELS = (
-    ("errors", "intervals", "scores", "report"),
-    ("architecture", "plan", "gate", "checkpoint", "preprocessing", "digits"),
+    ("errors", "intervals", "scores", "report", "kernels"),
+    ("architecture", "plan", "gate", "checkpoint", "preprocessing", "digits", "routed"),
     ("flops", "soft_moe", "images", "output"),
     ("data", "statistics"),
     ("model", "runtime"),
@@ -125,12 +125,14 @@ def test_libraries_are_used_where_they_belong():
     assert "rich" not in libraries("output", lazy=False)
     assert users_of("sklearn") == {"digits"}
     assert "sklearn" not in libraries("digits", lazy=False)
+    assert users_of("triton") == {"kernels"}
+    assert "kernels" not in imported_modules("routed", lazy=False)
     assert users_of("PIL") <= {"data", "images"}
     assert "PIL" not in libraries("data", lazy=False) | libraries("images", lazy=False)
 
 
 def test_the_package_imports_its_dependencies_only():
-    known = {"torch", "numpy", "typer", "safetensors", "rich", "tqdm", "sklearn", "PIL", "moeprune"}
+    known = {"torch", "numpy", "typer", "safetensors", "rich", "tqdm", "sklearn", "PIL", "triton", "moeprune"}
     for module in MODULES:
         assert libraries(module) <= known | sys.stdlib_module_names, module
 

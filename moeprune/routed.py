@@ -1,0 +1,161 @@
+"""Routed execution: each input runs its k best experts, and no others.
+
+    scores (b,n)          -> chosen (b,k)                       choose
+    logits, chosen        -> dispatch (b,s,m), combine (b,m,s)  slot_weights
+    dispatch · tokens     -> slot inputs (b,k,p,d)
+    slot inputs, chosen   -> slot outputs (b,k,p,d)             run_experts
+    combine · outputs     -> tokens (b,m,d)
+
+Logits and combine weights of all experts are there beforehand: they are cheap, and they choose the
+experts. From there on only the slots of chosen experts are dispatched, computed and combined. The rows
+of all inputs are grouped by expert, so that each expert's weights are used where they lie, and once.
+
+On the CPU that is a loop over views of the stacked weights. On a GPU it is the kernels of
+moeprune.kernels, which need no word from the host; the loop, which needs one a layer, serves there too
+where gradients are wanted, in float64, and without Triton.
+
+Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert;
+k experts run for an input, with s = k·p slots in the order of `chosen`.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeprune.scores import top_k
+
+
+class Experts(NamedTuple):
+    """The stacked MLPs of all experts, h contiguous in both weights."""
+
+    fc1_weight: Tensor  # (n,d,h)
+    fc1_bias: Tensor  # (n,h)
+    fc2_weight: Tensor  # (n,d,h)
+    fc2_bias: Tensor  # (n,d)
+
+
+def run_chosen(
+    tokens: Tensor,
+    router_logits: Tensor,
+    combine_weights: Tensor,
+    chosen: Tensor,
+    experts: Experts,
+    renorm: bool,
+    surrogate: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output tokens (b,m,d), and the outputs (b,k,p,d) of the chosen experts' slots.
+
+    Args:
+        tokens: those that are dispatched (b,m,d).
+        router_logits: L (b,m,n,p).
+        combine_weights: C (b,m,n,p).
+        chosen: experts to run (b,k), ascending.
+        experts: all of them.
+        renorm: the combine softmax is over the chosen slots alone.
+        surrogate: what stands in for the slots that do not run (n,p,d), or None for zero.
+    """
+    dispatch, combine = slot_weights(router_logits, None if renorm else combine_weights, chosen)
+    slot_inputs = (dispatch @ tokens).unflatten(1, (chosen.shape[1], router_logits.shape[3]))
+    slot_outputs = run_experts(slot_inputs, chosen, experts)
+    if surrogate is None:
+        return combine @ slot_outputs.flatten(1, 2), slot_outputs
+    # The surrogates of all slots, corrected where a slot has its real output.
+    output = combine_weights.flatten(2).to(combine.dtype) @ surrogate.flatten(0, 1)
+    corrections = (slot_outputs - surrogate[chosen]).flatten(1, 2)
+    return torch.baddbmm(output, combine, corrections), slot_outputs
+
+
+def choose(scores: Tensor, k: int) -> Tensor:
+    """The k best experts of each input, ascending (b,k), for scores (b,n); see `top_k`."""
+    kernels = kernels_for(scores)
+    return kernels.choose(scores, k) if kernels and k else top_k(scores, k)
+
+
+def slot_weights(
+    router_logits: Tensor, combine_weights: Tensor | None, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Dispatch weights Dᵀ (b,s,m) and combine weights (b,m,s) of the chosen experts' slots, in the type
+    of the logits; softmaxes are computed in float32 or better.
+
+    Args:
+        router_logits: L (b,m,n,p).
+        combine_weights: C (b,m,n,p); None for a softmax over the chosen slots alone.
+        chosen: expert indices (b,k).
+    """
+    kernels, dtype = kernels_for(router_logits), router_logits.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    if kernels and chosen.shape[1]:
+        if combine_weights is not None:
+            return kernels.slot_weights(router_logits, chosen, combine_weights, dtype)
+        dispatch, chosen_logits = kernels.slot_weights(router_logits, chosen, router_logits, wide)
+        return dispatch, chosen_logits.softmax(2).to(dtype)
+    index = chosen[:, None, :, None].expand(-1, *router_logits.shape[1:2], -1, router_logits.shape[3])
+    chosen_logits = router_logits.gather(2, index).flatten(2)  # (b,m,s)
+    dispatch = chosen_logits.softmax(1, dtype=wide).mT
+    if combine_weights is None:
+        combine = chosen_logits.softmax(2, dtype=wide)
+    else:
+        combine = combine_weights.gather(2, index).flatten(2)
+    return dispatch.to(dtype), combine.to(dtype)
+
+
+def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
+    """Expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): outputs (b,k,p,d)."""
+    kernels = kernels_for(slot_inputs, *experts)
+    if kernels and chosen.shape[1]:
+        rows = slot_inputs.flatten(0, 1)
+        pairs, counts = kernels.group_by_expert(chosen, len(experts.fc1_weight))
+        hidden = kernels.grouped_linear(rows, pairs, counts, experts.fc1_weight, experts.fc1_bias, gelu=True)
+        rows = kernels.grouped_linear(hidden, pairs, counts, experts.fc2_weight.mT, experts.fc2_bias)
+        return rows.view_as(slot_inputs)
+    b, k, p, d = slot_inputs.shape
+    order = chosen.flatten().argsort(stable=True)
+    counts = chosen.flatten().bincount(minlength=len(experts.fc1_weight))
+    rows_of_expert = [p * count for count in counts.tolist()]
+    rows = slot_inputs.reshape(b * k, p, d)[order].view(b * k * p, d)
+    hidden = F.gelu(grouped_linear(rows, rows_of_expert, experts.fc1_weight, experts.fc1_bias))
+    rows = grouped_linear(hidden, rows_of_expert, experts.fc2_weight.mT, experts.fc2_bias)
+    outputs = torch.empty_like(rows).view(b * k, p, d)
+    outputs[order] = rows.view(b * k, p, d)
+    return outputs.view(b, k, p, d)
+
+
+def grouped_linear(rows: Tensor, rows_of_expert: list[int], weight: Tensor, bias: Tensor) -> Tensor:
+    """rows @ weight[e] + bias[e], where the first rows_of_expert[0] rows belong to expert 0, and so on.
+
+    Args:
+        rows: (r,in), sorted by expert.
+        rows_of_expert: how many each expert has, n numbers.
+        weight: (n,in,out).
+        bias: (n,out).
+    """
+    groups = rows.split(rows_of_expert)
+    used = [(expert, group) for expert, group in enumerate(groups) if len(group)]
+    if not used:
+        return rows.new_empty(0, weight.shape[2])
+    return torch.cat([torch.addmm(bias[expert], group, weight[expert]) for expert, group in used])
+
+
+def kernels_for(*tensors: Tensor) -> ModuleType | None:
+    """The module moeprune.kernels where it can compute with these tensors, else None."""
+    if not tensors[0].is_cuda:
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    kernels = _kernels()
+    return kernels if kernels and all(tensor.dtype in kernels.DTYPES for tensor in tensors) else None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from moeprune import kernels
+    except ImportError:  # no Triton for this platform
+        return None
+    return kernels

@@ -1,0 +1,284 @@
+"""The GPU kernels: on a GPU where there is one, else on the CPU through Triton's interpreter."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moeprune import routed, soft_moe
+from moeprune.scores import top_k
+from tests.reference import best_subset, reference_layer
+from tests.test_soft_moe import (
+    COMPENSATIONS,
+    ROUTERS,
+    D,
+    N,
+    dense_layer,
+    expected_sets,
+    expert_scores,
+    inputs,
+    observe,
+    pruned_layer,
+    relative_error,
+    router,
+    surrogates,
+)
+
+kernels = pytest.importorskip("moeprune.kernels", reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALVES = [
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bfloat16 product"),
+    ),
+]
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+PRUNINGS = list(product(("static", "input", "batch"), COMPENSATIONS))
+ROUGH = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def _through_kernels(monkeypatch):
+    """Layers compute with the kernels: on a GPU by themselves."""
+    if DEVICE == "cpu":
+        for module in (routed, soft_moe):
+            monkeypatch.setattr(module, "kernels_for", lambda *tensors: kernels)
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def chosen_experts(b, n, k, seed=0):
+    scores = torch.rand(b, n, generator=torch.Generator().manual_seed(seed))
+    return top_k(scores, k).to(DEVICE)
+
+
+# --- each kernel -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 2), (16, 16), (37, 1), (130, 17)])
+def test_choose_is_top_k_with_its_ties(n, k):
+    random_scores = torch.rand(6, n, generator=torch.Generator().manual_seed(1))
+    scores = torch.cat([random_scores, (random_scores * 3).round(), torch.zeros(1, n)]).to(DEVICE)
+    assert torch.equal(kernels.choose(scores, k).cpu(), top_k(scores.cpu(), k))
+    shared = scores[:1].expand(4, n)
+    assert torch.equal(kernels.choose(shared, k).cpu(), top_k(shared.cpu(), k))
+
+
+def test_choose_stays_inside_its_output_when_scores_are_nan():
+    scores = torch.tensor([[torch.nan, 1.0, torch.nan, 0.0, 2.0], [torch.nan] * 5], device=DEVICE)
+    chosen = kernels.choose(scores, 2)
+    assert chosen.shape == (2, 2)
+    assert ((chosen >= 0) & (chosen < 5)).all()
+
+
+@pytest.mark.parametrize(("b", "n", "k"), [(1, 5, 2), (7, 5, 2), (3, 4, 4), (300, 6, 5)])
+def test_pairs_are_grouped_by_expert(b, n, k):
+    chosen = chosen_experts(b, n, k)
+    pairs, counts = kernels.group_by_expert(chosen, n)
+    for expert in range(n):
+        expected = (chosen.flatten() == expert).nonzero().flatten()
+        assert counts[expert] == len(expected)
+        assert torch.equal(pairs[expert, : len(expected)].long(), expected)
+
+
+@pytest.mark.parametrize(
+    ("b", "n", "k", "p", "width_in", "width_out"),
+    [(1, 5, 2, 1, 17, 33), (6, 5, 2, 3, 20, 70), (9, 3, 2, 4, 64, 16), (40, 2, 1, 1, 130, 8)],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_grouped_product_equals_a_product_for_each_row(b, n, k, p, width_in, width_out, transposed, gelu):
+    chosen, rows = chosen_experts(b, n, k), random(b * k, p, width_in)
+    weight = random(n, width_out, width_in, seed=1).mT if transposed else random(n, width_in, width_out)
+    bias = random(n, width_out, seed=2)
+    expected = torch.stack(
+        [
+            row.double() @ weight[j].double() + bias[j].double()
+            for row, j in zip(rows, chosen.flatten().tolist(), strict=True)
+        ]
+    )
+    found = kernels.grouped_linear(rows, *kernels.group_by_expert(chosen, n), weight, bias, gelu)
+    assert relative_error(found, F.gelu(expected) if gelu else expected) < 1e-5
+
+
+def test_grouped_product_reads_no_expert_that_has_no_row():
+    chosen = torch.tensor([[0, 3], [0, 4]], device=DEVICE)
+    rows, weight, bias = random(4, 2, 8), random(6, 8, 16), random(6, 16)
+    groups = kernels.group_by_expert(chosen, 6)
+    before = kernels.grouped_linear(rows, *groups, weight, bias)
+    weight[[1, 2, 5]] = bias[[1, 2, 5]] = torch.nan
+    assert torch.equal(kernels.grouped_linear(rows, *groups, weight, bias), before)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_grouped_product_converts_weights_to_the_type_of_the_rows(dtype):
+    chosen, rows = chosen_experts(5, 4, 2), random(10, 1, 32, dtype=dtype)
+    weight, bias = random(4, 32, 24, seed=1), random(4, 24, seed=2)
+    groups = kernels.group_by_expert(chosen, 4)
+    found = kernels.grouped_linear(rows, *groups, weight, bias)
+    assert found.dtype == dtype
+    exact = kernels.grouped_linear(rows.float(), *groups, weight, bias)
+    assert 1e-5 < relative_error(found, exact) < ROUGH[dtype]
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((2, 7, 10), -1), ((10, 37), 0), ((1, 1, 1), -1)])
+@pytest.mark.parametrize("with_gain", [False, True])
+@pytest.mark.parametrize("with_factor", [False, True])
+def test_unit_vectors(shape, dim, with_gain, with_factor):
+    x = random(*shape)
+    x.select(1 if dim == 0 else -2, 0).zero_()  # a vector of zeros stays one
+    gain = random(shape[dim], seed=1) if with_gain else None
+    factor = random(1, seed=2) if with_factor else None
+    expected = F.normalize(x.double(), dim=dim)
+    if gain is not None:
+        expected = expected * (gain if dim == -1 else gain[:, None])
+    if factor is not None:
+        expected = expected * factor
+    assert (kernels.unit(x, dim, gain, factor) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("m", "p", "k"), [(1, 1, 1), (7, 3, 2), (33, 1, 5), (7, 12, 2)])
+def test_slot_weights_are_softmaxes_and_columns_of_the_chosen(m, p, k):
+    b, n = 3, 6
+    logits, source, chosen = random(b, m, n, p), random(b, m, n, p, seed=1), chosen_experts(b, n, k)
+    dispatch, combine = kernels.slot_weights(logits, chosen, source, torch.float32)
+    for i, j, q in product(range(b), range(k), range(p)):
+        column = logits[i, :, chosen[i, j], q].double()
+        assert relative_error(dispatch[i, j * p + q], column.softmax(0)) < 1e-6
+        assert torch.equal(combine[i, :, j * p + q], source[i, :, chosen[i, j], q])
+
+
+# --- whole layers ------------------------------------------------------------------------------
+
+
+def layer_inputs(dtype=torch.float32):
+    return inputs(dtype=dtype).to(DEVICE)
+
+
+@pytest.mark.usefixtures("_through_kernels")
+@pytest.mark.parametrize("p", [1, 3])
+@pytest.mark.parametrize(("router_norm", "dispatch_input"), ROUTERS)
+def test_dense_layer_equals_the_formulas(router_norm, dispatch_input, p):
+    layer, x = dense_layer(router_norm, dispatch_input, p, torch.float32).to(DEVICE), layer_inputs()
+    expected = reference_layer(x.cpu(), layer.cpu().state_dict(), router_norm, dispatch_input)
+    assert relative_error(layer.to(DEVICE)(x).cpu(), expected) < 1e-5
+
+
+@pytest.mark.usefixtures("_through_kernels")
+@pytest.mark.parametrize("k", [1, 2, N])
+@pytest.mark.parametrize("p", [1, 3])
+@pytest.mark.parametrize(("scope", "compensation"), PRUNINGS)
+def test_pruned_layer_equals_the_masked_formulas(scope, compensation, p, k):
+    dense, x, u = dense_layer(p=p, dtype=torch.float32), layer_inputs(), surrogates(p)
+    scores = expert_scores() if scope == "static" else None
+    layer = pruned_layer(dense, scope, k, compensation, scores=scores, slot_mean=u).to(DEVICE)
+    kept = (
+        [best_subset(scores.tolist(), k)] * len(x)
+        if scope == "static"
+        else expected_sets(dense, x.cpu(), scope, k)
+    )
+    expected = reference_layer(x.cpu(), dense.state_dict(), *router(dense), kept, compensation, u)
+    assert relative_error(layer(x).cpu(), expected) < 1e-5
+
+
+@pytest.mark.usefixtures("_through_kernels")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("scope", [None, "static", "input", "batch"])
+def test_half_precision_stays_near_float32(scope, dtype):
+    dense, x = dense_layer(dtype=torch.float32), layer_inputs()
+    scores = expert_scores() if scope == "static" else None
+    layer = dense if scope is None else pruned_layer(dense, scope, 2, "mean", "combine", scores, surrogates())
+    exact = observe(layer.to(DEVICE), x)
+    rough = observe(layer.to(dtype), x.to(dtype))
+    assert rough.output.dtype == dtype
+    assert rough.combine_weights.dtype == torch.float32
+    if exact.chosen is not None:
+        assert torch.equal(rough.chosen, exact.chosen)
+    assert relative_error(rough.output, exact.output) < ROUGH[dtype]
+
+
+@pytest.mark.usefixtures("_through_kernels")
+@pytest.mark.parametrize("scope", ["input", "batch"])
+def test_layer_without_experts_runs(scope):
+    layer = pruned_layer(dense_layer(dtype=torch.float32), scope, 0, "mean", slot_mean=surrogates())
+    x = layer_inputs()
+    assert relative_error(layer.to(DEVICE)(x).cpu(), layer.cpu()(x.cpu())) < 1e-5
+
+
+# --- when they are used ------------------------------------------------------------------------
+
+
+def test_tensors_on_the_cpu_take_no_kernels():
+    assert routed.kernels_for(torch.zeros(1)) is None
+
+
+@on_gpu
+def test_tensors_on_the_gpu_take_kernels_where_these_can_compute():
+    x = torch.zeros(1, device="cuda")
+    assert routed.kernels_for(x, x.bfloat16()) is kernels
+    assert routed.kernels_for(x, x.double()) is None
+    assert routed.kernels_for(x.requires_grad_()) is None
+    with torch.no_grad():
+        assert routed.kernels_for(x) is kernels
+
+
+@on_gpu
+@pytest.mark.parametrize(("scope", "compensation"), [(None, "none"), *PRUNINGS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_forward_pass_waits_for_nothing_and_a_graph_can_hold_it(scope, compensation, dtype):
+    dense = dense_layer(p=3, dtype=torch.float32)
+    scores = expert_scores() if scope == "static" else None
+    layer = dense
+    if scope is not None:
+        layer = pruned_layer(dense, scope, 2, compensation, scores=scores, slot_mean=surrogates(3))
+    layer = layer.to("cuda", dtype)
+    x = layer_inputs(dtype)
+    with torch.inference_mode():
+        layer(x)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for seed in (5, 6):
+            other = inputs(seed=seed).to("cuda", dtype)
+            x.copy_(other)
+            graph.replay()
+            assert torch.equal(y, layer(other))
+
+
+@on_gpu
+@pytest.mark.parametrize(("scope", "compensation"), PRUNINGS)
+@pytest.mark.parametrize("p", [1, 3])
+def test_float64_on_the_gpu_equals_the_masked_formulas(scope, compensation, p):
+    dense, x, u = dense_layer(p=p), inputs(), surrogates(p)
+    scores = expert_scores() if scope == "static" else None
+    layer = pruned_layer(dense, scope, 2, compensation, scores=scores, slot_mean=u).to("cuda")
+    kept = (
+        [best_subset(scores.tolist(), 2)] * len(x) if scope == "static" else expected_sets(dense, x, scope, 2)
+    )
+    expected = reference_layer(x, dense.state_dict(), *router(dense), kept, compensation, u)
+    assert relative_error(layer(x.cuda()).cpu(), expected) < 1e-10
+
+
+@on_gpu
+@pytest.mark.parametrize("scope", ["input", "batch"])
+def test_gradients_on_the_gpu_equal_those_on_the_cpu(scope):
+    layer, x = pruned_layer(dense_layer(), scope, 2, "mean", slot_mean=surrogates()), inputs()
+    gradients = []
+    for device in ("cpu", "cuda"):
+        moved = x.detach().to(device).requires_grad_()
+        layer.to(device)(moved).square().sum().backward()
+        gradients.append(moved.grad.cpu())
+    assert relative_error(*gradients) < 1e-10
+
+
+def test_width_of_the_layers_here_is_no_multiple_of_a_block():
+    assert D % 16
