@@ -151,16 +151,14 @@ class SoftMoE(nn.Module):
         stored = self.fc1_weight.shape[0]
         slot_inputs = _dispatch_weights(router_logits, stored) @ tokens
         slot_outputs = self._run_experts(slot_inputs.unflatten(1, (stored, self.config.slots_per_expert)))
+        weights = combine_weights.to(slot_outputs.dtype)
+        of_stored, of_dropped = (part.flatten(2) for part in weights.tensor_split([stored], dim=2))
         if self.plan is not None and self.plan.has_surrogate:
-            kept, dropped = self.surrogate.to(slot_outputs.dtype).split(
-                [stored, self.surrogate.shape[0] - stored]
-            )
-            all_outputs = torch.cat(
-                [slot_outputs + kept, dropped.expand(len(slot_outputs), -1, -1, -1)], dim=1
-            )
-            output = _combine(combine_weights, all_outputs)
+            kept, dropped = self.surrogate.to(slot_outputs.dtype).tensor_split([stored])
+            output = of_dropped @ dropped.flatten(0, 1)
+            output = torch.baddbmm(output, of_stored, (slot_outputs + kept).flatten(1, 2))
         else:
-            output = _combine(combine_weights[:, :, :stored], slot_outputs)
+            output = of_stored @ slot_outputs.flatten(1, 2)
         return self._observed(combine_weights, slot_outputs, None, output)
 
     def _run_experts(self, slot_inputs: Tensor) -> Tensor:  # (b,e,p,d) -> (b,e,p,d)
@@ -226,8 +224,3 @@ def _dispatch_weights(router_logits: Tensor, stored: int) -> Tensor:
 def _every_expert(inputs: Tensor, num_experts: int) -> Tensor:
     """The same experts, 0 to e - 1, for each of b inputs: (b,e)."""
     return torch.arange(num_experts, device=inputs.device).expand(len(inputs), -1)
-
-
-def _combine(combine_weights: Tensor, slot_outputs: Tensor) -> Tensor:
-    """C·f: (b,m,e,p), (b,e,p,d) -> (b,m,d)."""
-    return combine_weights.flatten(2).to(slot_outputs.dtype) @ slot_outputs.flatten(1, 2)
