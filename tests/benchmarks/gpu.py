@@ -1,0 +1,131 @@
+"""How much faster pruned layers are than dense ones on a GPU, and how near to what it can do at best.
+
+    python tests/benchmarks/gpu.py [float32]
+
+Layers of the sizes of ViT-S, -B and -L with random weights in bfloat16 (or float32), 196 tokens, 128
+slots in all, 1/8 of the experts: `static` with `renorm`, `input` and `batch` with `none`. Times are of
+CUDA graphs, which leave out what launching kernels from Python costs, with a cold cache; `eager` is the
+same call without a graph. Repetitions of all variants are interleaved; figures are medians.
+
+`of roofline` is the share of the time that is left if all is perfect: the bytes of the weights that are
+touched and of the tokens at the card's own copy speed, or the FLOPs at that of a large matrix product,
+whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moeprune.architecture import SoftMoEConfig
+from moeprune.flops import soft_moe_flops
+from moeprune.plan import LayerPlan
+from moeprune.pruning import prune_layer
+from moeprune.soft_moe import Observation, SoftMoE
+
+TOKENS, SLOTS = 196, 128
+SIZES = {"ViT-S": (384, 1536), "ViT-B": (768, 3072), "ViT-L": (1024, 4096)}
+EXPERTS = (128, 32)
+BATCHES = (1, 8, 64, 256)
+REPETITIONS = 15
+
+
+def microseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median time of each call on the GPU, the cache being emptied before each."""
+    cold = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for repetition in range(-2, REPETITIONS):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cold.zero_()
+            start.record()
+            call()
+            end.record()
+            if repetition >= 0:
+                events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        name: statistics.median(1e3 * start.elapsed_time(end) for start, end in pairs)
+        for name, pairs in events.items()
+    }
+
+
+def graph_of(layer: SoftMoE, x: Tensor) -> torch.cuda.CUDAGraph:
+    """A forward pass as a CUDA graph."""
+    layer(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(x)
+    return graph
+
+
+def ceilings(dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes and FLOPs per microsecond that this card reaches."""
+    source = torch.randn(1 << 29, device="cuda").to(dtype)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
+    took = microseconds({"copy": lambda: target.copy_(source), "product": lambda: a @ b})
+    return 2 * source.nbytes / took["copy"], 2 * 8192**3 / took["product"]
+
+
+def roofline(layer: SoftMoE, x: Tensor, ceiling: tuple[float, float]) -> float:
+    """The microseconds of a perfect forward pass."""
+    seen: list[Observation] = []
+    layer.observer = seen.append
+    layer(x)
+    layer.observer = None
+    chosen, config = seen[0].chosen, layer.config
+    touched = layer.fc1_weight.shape[0] if chosen is None else len(chosen.unique())
+    size = 2 * touched * config.dim * config.hidden_dim * x.element_size() + 2 * x.nbytes
+    flops = len(x) * soft_moe_flops(config, TOKENS, layer.plan).total
+    return max(size / ceiling[0], flops / ceiling[1])
+
+
+@torch.inference_mode()
+def main() -> None:
+    dtype = torch.float32 if "float32" in sys.argv else torch.bfloat16
+    ceiling = ceilings(dtype)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dtype}")
+    print(f"copy {ceiling[0] / 1e6:.2f} TB/s, matrix product {ceiling[1] / 1e6:.0f} TFLOP/s\n")
+    print(
+        "| layer | n | b | dense, µs | static | input | batch | of roofline: dense | static | input", end=""
+    )
+    print(" | batch | eager: dense, µs | static | input | batch |")
+    print("|---|" + "---:|" * 14)
+    for size, (d, h) in SIZES.items():
+        for n in EXPERTS:
+            k, config = n // 8, SoftMoEConfig(d, n, SLOTS // n, h)
+            dense = SoftMoE(config).cuda().to(dtype).requires_grad_(False).eval()
+            static = LayerPlan("static", k, n, "combine", "renorm", tuple(range(k)))
+            layers = {
+                "dense": dense,
+                "static": prune_layer(dense, static, torch.rand(n)),
+                "input": prune_layer(dense, LayerPlan("input", k, n, "combine", "none"), None),
+                "batch": prune_layer(dense, LayerPlan("batch", k, n, "combine", "none"), None),
+            }
+            for b in BATCHES:
+                x = torch.randn(b, TOKENS, d, device="cuda").to(dtype)
+                took = microseconds({name: graph_of(layer, x).replay for name, layer in layers.items()})
+                eager = microseconds(
+                    {name: lambda layer=layer, x=x: layer(x) for name, layer in layers.items()}
+                )  # type: ignore[misc]
+                line = f"| {size} | {n} | {b} | {took['dense']:.0f}"
+                line += "".join(
+                    f" | {took['dense'] / took[name]:.1f}×" for name in ("static", "input", "batch")
+                )
+                for name, layer in layers.items():
+                    line += f" | {100 * roofline(layer, x, ceiling) / took[name]:.0f} %"
+                line += f" | {eager['dense']:.0f}"
+                line += "".join(
+                    f" | {eager['dense'] / eager[name]:.1f}×" for name in ("static", "input", "batch")
+                )
+                print(f"{line} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
