@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeprune.errors import MoepruneError
+from moeprune.files import replacing
 
 METADATA_KEY = "moeprune"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-temporaries: set[Path] = set()
-"""Files that are being written; Ctrl-C removes them."""
 
 
 @dataclass(frozen=True)
@@ -76,53 +73,11 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={METADATA_KEY: text})
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8.
-
-    Raises:
-        MoepruneError: the path cannot be written.
-    """
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file.
-
-    Raises:
-        MoepruneError: the path cannot be written.
-    """
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside the target, renamed to it at the end, or removed if anything fails."""
-    path = Path(path)
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as error:
-        raise MoepruneError(f"cannot write `{path}` ({error.strerror})") from None
-    os.close(descriptor)
-    temporary = Path(name)
-    temporaries.add(temporary)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+        with replacing(path) as temporary:
+            save_file(contiguous, temporary, metadata={METADATA_KEY: text})
+    except SafetensorError as error:
         raise MoepruneError(f"cannot write `{path}` ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-        temporaries.discard(temporary)
 
 
 def require_format(metadata: Mapping[str, Any], known: int, path: str | Path) -> None:
