@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moeprune import __version__, checkpoint
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
+from moeprune.header import require_format
 from moeprune.model import (
     SoftMoEViT,
     dataset_for,
@@ -173,10 +174,10 @@ def load_analysis(path: str | Path) -> Analysis:
         MoepruneError: it is missing, damaged, no analysis, or of an unknown format.
     """
     file = checkpoint.read(path)
-    metadata = file.metadata or {}
+    metadata = file.header.metadata or {}
     if metadata.get("kind") != "analysis":
         raise MoepruneError(f"`{path}` is no analysis", "write one with `moeprune analyze`")
-    checkpoint.require_format(metadata, FORMAT, path)
+    require_format(metadata, FORMAT, path)
     try:
         layers = {
             name: LayerStatistics(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,53 +15,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeprune.errors import MoepruneError
-
-METADATA_KEY = "moeprune"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-temporaries: set[Path] = set()
-"""Files that are being written; Ctrl-C removes them."""
+from moeprune.files import replacing
+from moeprune.header import METADATA_KEY, Header, TensorInfo, read_header, unreadable
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file: its tensors, memory-mapped, and the JSON of its key `moeprune`, if any."""
+    """A safetensors file: its header, and its tensors by name, memory-mapped."""
 
-    path: Path
+    header: Header
     tensors: dict[str, Tensor]
-    metadata: dict[str, Any] | None
 
 
 def read(path: str | Path) -> TensorFile:
     """Open a safetensors file.
 
     Raises:
-        MoepruneError: it is missing, empty, truncated, or no safetensors file.
+        MoepruneError: it is missing, empty, truncated, or no safetensors file, or its metadata
+            `moeprune` is damaged.
     """
-    path = Path(path)
-    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long)
-        raise MoepruneError(f"no file `{path}`")
-    if path.is_dir():
-        raise MoepruneError(f"`{path}` is a folder, expected a safetensors file")
-    if path.stat().st_size == 0:
-        raise MoepruneError(f"`{path}` is empty", "write it again")
+    header = read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            return TensorFile(header, {name: file.get_tensor(name) for name in header.tensors})
     except (SafetensorError, OSError) as error:
-        raise MoepruneError(
-            f"`{path}` is no safetensors file, or a truncated one ({error})",
-            "a file cut off by a full disk or a broken transfer must be written again",
-        ) from None
-    if metadata is None:
-        return TensorFile(path, tensors, None)
-    try:
-        parsed = json.loads(metadata)
-    except (ValueError, RecursionError) as error:
-        raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` is no JSON ({error})") from None
-    if not isinstance(parsed, dict):
-        raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` is no JSON object")
-    return TensorFile(path, tensors, parsed)
+        raise unreadable(header.path, error) from None
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -76,94 +50,16 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={METADATA_KEY: text})
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8.
-
-    Raises:
-        MoepruneError: the path cannot be written.
-    """
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file.
-
-    Raises:
-        MoepruneError: the path cannot be written.
-    """
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside the target, renamed to it at the end, or removed if anything fails."""
-    path = Path(path)
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as error:
-        raise MoepruneError(f"cannot write `{path}` ({error.strerror})") from None
-    os.close(descriptor)
-    temporary = Path(name)
-    temporaries.add(temporary)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+        with replacing(path) as temporary:
+            save_file(contiguous, temporary, metadata={METADATA_KEY: text})
+    except SafetensorError as error:
         raise MoepruneError(f"cannot write `{path}` ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-        temporaries.discard(temporary)
 
 
-def require_format(metadata: Mapping[str, Any], known: int, path: str | Path) -> None:
-    """Raise a MoepruneError if the metadata's `format` is not the one that this moeprune reads."""
-    if metadata.get("format") != known:
-        raise MoepruneError(
-            f"`{path}` has format {metadata.get('format')!r}, this moeprune reads {known}",
-            "use the moeprune that wrote it, or write it again",
-        )
-
-
-def require_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise a MoepruneError that lists all missing and unexpected tensors and all wrong shapes."""
-    problems = [f"missing `{name}`" for name in sorted(set(expected) - set(found))]
-    problems += [f"unexpected `{name}`" for name in sorted(set(found) - set(expected))]
-    problems += [
-        f"`{name}` is {list(found[name].shape)}, expected {list(expected[name].shape)}"
-        for name in sorted(set(found) & set(expected))
-        if found[name].shape != expected[name].shape
-    ]
-    problems += [
-        f"`{name}` has the type {found[name].dtype}, expected floats"
-        for name in sorted(set(found) & set(expected))
-        if found[name].dtype not in FLOATS
-    ]
-    if problems:
-        raise MoepruneError(f"`{path}` does not fit its own architecture: {'; '.join(problems)}")
-
-
-def require_one_type(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise a MoepruneError that names the tensors whose type is not that of most of them.
-
-    Scores (`score_weights`) are float32 beside weights of any type.
-    """
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith("score_weights")}
-    [(usual, _)] = Counter(tensor.dtype for tensor in weights.values()).most_common(1)
-    if odd := [f"`{name}` is {t.dtype}" for name, t in sorted(weights.items()) if t.dtype != usual]:
-        raise MoepruneError(
-            f"`{path}` has tensors of several types: {', '.join(odd)}, the others are {usual}",
-            "convert the model to one type, for example with `model.float()`",
-        )
+def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """The tensors without their values."""
+    return {name: TensorInfo(str(t.dtype), tuple(t.shape), t.nbytes) for name, t in tensors.items()}
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:

@@ -109,31 +109,33 @@ def inspect(
     """
     check_report(output_format, output_file, force)
     from moeprune import report
-    from moeprune.evaluation import size_and_cost
-    from moeprune.model import load_skeleton, plan_of, soft_moe_layers
+    from moeprune.description import read_description
+    from moeprune.header import read_header
     from moeprune.plan import plan_to_json
+    from moeprune.size import size_and_cost
 
-    model = load_skeleton(checkpoint)
-    plans = plan_to_json(plan_of(model))
+    header = read_header(checkpoint)
+    config, plan, details = read_description(header)
+    plans = plan_to_json(plan)
     layers = {
         name: {
-            "experts": layer.config.num_experts,
-            "slots_per_expert": layer.config.slots_per_expert,
-            "hidden_dim": layer.config.hidden_dim,
-            "parameters": sum(tensor.numel() for tensor in layer.state_dict().values()),
+            "experts": layer.num_experts,
+            "slots_per_expert": layer.slots_per_expert,
+            "hidden_dim": layer.hidden_dim,
+            "parameters": sum(t.numel for key, t in header.tensors.items() if key.startswith(f"{name}.")),
             "plan": plans.get(name),
         }
-        for name, layer in soft_moe_layers(model).items()
+        for name, layer in config.soft_moe_layers.items()
     }
     found = {
         "schema_version": 1,
         "checkpoint": str(checkpoint),
-        "architecture": model.config.to_json(),
-        "preprocessing": model.details.preprocessing.to_json(),
+        "architecture": config.to_json(),
+        "preprocessing": details.preprocessing.to_json(),
         "layers": layers,
-        **size_and_cost(model),
-        "source": model.details.source,
-        "provenance": model.details.provenance,
+        **size_and_cost(config, plan, header.tensors),
+        "source": details.source,
+        "provenance": details.provenance,
     }
     emit(found, report.inspection, output_format, output_file)
 

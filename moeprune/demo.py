@@ -12,11 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from moeprune import checkpoint
 from moeprune.calibration import analyze, save_analysis
 from moeprune.data import Dataset, open_data
 from moeprune.errors import MoepruneError
 from moeprune.evaluation import environment, evaluate
+from moeprune.files import write_bytes, write_text
 from moeprune.model import SoftMoEViT, load, save
 from moeprune.runtime import Runtime
 from moeprune.sweep import Variant, sweep
@@ -64,7 +64,7 @@ def run_demo(
     """
     models = {name: _run_model(name, directory / name, train_anew, seed, runtime) for name in MODELS}
     summary = {"schema_version": 1, "models": models, "environment": environment(runtime)}
-    checkpoint.write_text(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
     return {**summary, "directory": str(directory)}
 
 
@@ -78,7 +78,7 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
         save(train(recipe(), seed, runtime.progress), directory / "full.safetensors")
     else:
         shipped = resources.files("moeprune") / "checkpoints" / f"{name}.safetensors"
-        checkpoint.write_bytes(directory / "full.safetensors", shipped.read_bytes())
+        write_bytes(directory / "full.safetensors", shipped.read_bytes())
     full = load(directory / "full.safetensors")
     calibration = open_data(data_name, full.input_format, "calibration", CALIBRATION_INPUTS)
     test = open_data(data_name, full.input_format, "test")
@@ -103,4 +103,4 @@ def _evaluate(path: Path, full: SoftMoEViT, test: Dataset, runtime: Runtime) -> 
     """Write the evaluation of what is in a file beside it."""
     result = {"checkpoint": path.name, "baseline": "full.safetensors"}
     result |= evaluate(load(path), test, full, runtime) | {"gates": [], "passed": True}
-    checkpoint.write_text(path.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(result, indent=2) + "\n")

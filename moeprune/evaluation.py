@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeprune import __version__
+from moeprune import __version__, size
+from moeprune.checkpoint import tensor_infos
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
-from moeprune.flops import vit_flops
 from moeprune.intervals import mcnemar, paired_difference, wilson
-from moeprune.model import SoftMoEViT, dataset_for, plan_of, private_copy, soft_moe_layers
+from moeprune.model import SoftMoEViT, dataset_for, plan_of, private_copy
 from moeprune.runtime import Runtime
 from moeprune.statistics import wide_dtype
 
@@ -130,27 +130,8 @@ def describe(model: SoftMoEViT, predictions: Predictions) -> dict[str, Any]:
 
 
 def size_and_cost(model: SoftMoEViT) -> dict[str, Any]:
-    """Parameters, bytes, FLOPs per input and experts per input of a model as JSON values.
-
-    Bytes and FLOPs are split into experts, routing, compensation and other.
-    """
-    layers = soft_moe_layers(model).values()
-    total = _bytes(model.state_dict())
-    parts = {"experts": 0, "routing": 0, "compensation": 0}
-    for layer in layers:
-        for name, tensor in layer.state_dict().items():
-            parts[layer.part_of(name)] += _bytes({name: tensor})
-    return {
-        "parameters": sum(tensor.numel() for tensor in model.state_dict().values()),
-        "bytes": total,
-        "bytes_by_part": {**parts, "other": total - sum(parts.values())},
-        "flops_per_input": vit_flops(model.config, plan_of(model)).to_json(),
-        "experts_per_input": float(sum(layer.num_running_experts for layer in layers)),
-    }
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    """Parameters, bytes, FLOPs and experts per input of a model as JSON values (moeprune.size)."""
+    return size.size_and_cost(model.config, plan_of(model), tensor_infos(model.state_dict()))
 
 
 def compare(

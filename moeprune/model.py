@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeprune import checkpoint
-from moeprune.architecture import BlockConfig, ViTConfig, vit_from_json
+from moeprune.architecture import BlockConfig, ViTConfig
 from moeprune.data import Dataset, open_data
+from moeprune.description import FORMAT, Details, read_description
 from moeprune.errors import MoepruneError
-from moeprune.plan import LayerPlan, Plan, plan_from_json, plan_to_json
-from moeprune.preprocessing import InputFormat, Preprocessing, preprocessing_from_json
+from moeprune.plan import LayerPlan, Plan, plan_to_json
+from moeprune.preprocessing import InputFormat
 from moeprune.soft_moe import SoftMoE
-
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Details:
-    """What a checkpoint says beside its tensors, architecture and plan.
-
-    source: where the weights came from: `library`, `version`, and for converted files `sha256`.
-    provenance: how they were made: training, or calibration data, seed and versions.
-    """
-
-    preprocessing: Preprocessing = Preprocessing()
-    source: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+from moeprune.tensors import require_one_type
 
 
 class SoftMoEViT(nn.Module):
@@ -192,7 +177,7 @@ def save(model: SoftMoEViT, path: str | Path) -> None:
     """
     tensors = model.state_dict()
     checkpoint.check_finite(tensors, path)
-    checkpoint.require_one_type(tensors, path)
+    require_one_type(checkpoint.tensor_infos(tensors), path)
     metadata = {
         "format": FORMAT,
         "kind": "checkpoint",
@@ -215,74 +200,9 @@ def load(path: str | Path) -> SoftMoEViT:
             lacks tensors or has others, or has NaN or infinite values.
     """
     file = checkpoint.read(path)
-    model = _skeleton(file)
+    description = read_description(file.header)
     checkpoint.check_finite(file.tensors, path)
+    with torch.device("meta"):
+        model = SoftMoEViT(*description)
     model.load_state_dict(file.tensors, assign=True)
     return model.requires_grad_(False).eval()
-
-
-def load_skeleton(path: str | Path) -> SoftMoEViT:
-    """The model of a checkpoint without its weights, from the file's header alone.
-
-    Its tensors have shapes and types but no values (torch's device `meta`).
-
-    Raises:
-        MoepruneError: as `load`, but values are not looked at.
-    """
-    file = checkpoint.read(path)
-    model = _skeleton(file)
-    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in file.tensors.items()}
-    model.load_state_dict(empty, assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def _skeleton(file: checkpoint.TensorFile) -> SoftMoEViT:
-    config, plan, details = read_description(file.metadata, file.path, len(file.tensors))
-    if len(config.blocks) > len(file.tensors):
-        raise MoepruneError(f"`{file.path}`: {len(config.blocks)} blocks, but {len(file.tensors)} tensors")
-    try:
-        with torch.device("meta"):
-            model = SoftMoEViT(config, plan, details)
-    except (RuntimeError, OverflowError, TypeError, ValueError):
-        raise MoepruneError(f"`{file.path}`: no model can be built of its architecture") from None
-    checkpoint.require_tensors(file.tensors, model.state_dict(), file.path)
-    checkpoint.require_one_type(file.tensors, file.path)
-    return model
-
-
-def read_description(
-    metadata: dict[str, Any] | None, path: str | Path, num_tensors: int
-) -> tuple[ViTConfig, Plan, Details]:
-    """Architecture, plan and details from a checkpoint's metadata.
-
-    Raises:
-        MoepruneError: it is no checkpoint of moeprune, or of an unknown format, or damaged.
-    """
-    if metadata is None:
-        raise MoepruneError(
-            f"no Soft MoE layers in `{path}` (none of its {num_tensors} tensors matches a known layout,"
-            " and it has no metadata `moeprune`)",
-            "give a checkpoint that moeprune wrote: `moeprune.save(model, path)` or `moeprune prune`",
-        )
-    if metadata.get("kind") != "checkpoint":
-        raise MoepruneError(
-            f"`{path}` is no checkpoint but of kind {metadata.get('kind')!r}", "give the model's own file"
-        )
-    checkpoint.require_format(metadata, FORMAT, path)
-    try:
-        config = vit_from_json(metadata.get("architecture"))
-        plan = plan_from_json(metadata.get("plan", {}))
-        preprocessing = preprocessing_from_json(metadata.get("preprocessing", {}))
-    except MoepruneError as error:
-        raise MoepruneError(f"`{path}`: {error.message}", error.hint) from None
-    if not config.soft_moe_layers:
-        raise MoepruneError(f"no Soft MoE layers in `{path}`", "there is nothing to prune in it")
-    for name, layer in plan.items():
-        expected = config.soft_moe_layers.get(name)
-        if expected is None or expected.num_experts != layer.num_experts:
-            raise MoepruneError(f"`{path}`: the plan of layer `{name}` does not fit the architecture")
-    for key in ("source", "provenance"):
-        if not isinstance(metadata.get(key, {}), dict):
-            raise MoepruneError(f"`{path}`: `{key}` is no object")
-    details = Details(preprocessing, metadata.get("source", {}), metadata.get("provenance", {}))
-    return config, plan, details

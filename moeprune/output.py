@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeprune.errors import MoepruneError
+from moeprune.files import write_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -99,6 +100,4 @@ def emit(
         sys.stdout.write(text)
         sys.stdout.flush()
     else:
-        from moeprune.checkpoint import write_text
-
         write_text(output_file, text)

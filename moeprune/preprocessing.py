@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moeprune.errors import MoepruneError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -115,6 +115,6 @@ class InputFormat:
                 raise MoepruneError(
                     f"preprocessing: `{name}` has {len(values)} values for {self.channels} channels"
                 )
-        mean = torch.tensor(self.preprocessing.mean)[:, None, None]
-        std = torch.tensor(self.preprocessing.std)[:, None, None]
+        mean = pixels.new_tensor(self.preprocessing.mean)[:, None, None]
+        std = pixels.new_tensor(self.preprocessing.std)[:, None, None]
         return (pixels - mean) / std

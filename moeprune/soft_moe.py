@@ -78,21 +78,9 @@ class SoftMoE(nn.Module):
         self.observer: Callable[[Observation], None] | None = None
 
     @property
-    def num_running_experts(self) -> int:
-        """Experts that run for each input."""
-        return self.plan.k if self.plan else self.config.num_experts
-
-    @property
     def experts(self) -> Experts:
         """The weights of the experts that are stored."""
         return Experts(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
-
-    @staticmethod
-    def part_of(name: str) -> str:
-        """What a tensor of the layer serves: `experts`, `compensation` or `routing`."""
-        if name.startswith("fc"):
-            return "experts"
-        return "compensation" if name == "surrogate" else "routing"
 
     def reset_parameters(self, generator: torch.Generator | None = None, scale: float = 1.0) -> None:
         """Draw initial weights; scale is where the learned scale of `l2` routing starts."""

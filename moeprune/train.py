@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from moeprune import __version__
 from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.description import Details
 from moeprune.digits import digits
-from moeprune.model import Details, SoftMoEViT
+from moeprune.model import SoftMoEViT
 from moeprune.preprocessing import InputFormat, Preprocessing
 from moeprune.soft_moe import SoftMoE
 

@@ -69,6 +69,10 @@ class Workshop:
         path.write_bytes(content)
         return path
 
+    def header(self, text: bytes, length: int | None = None) -> Path:
+        """A safetensors file of this header."""
+        return self.file((len(text) if length is None else length).to_bytes(8, "little") + text)
+
     def tensors(self, source: Path | None = None) -> dict[str, torch.Tensor]:
         return load_file(source or self.single)
 
@@ -259,6 +263,15 @@ UNREADABLE: list[tuple[str, Callable[[Workshop], Path], tuple[str, ...]]] = [
     ("text", lambda w: w.file(b"# a model\n" * 100), ("made1.safetensors",)),
     ("a pickle", lambda w: w.file(pickle.dumps(Bomb(w.marker))), ("made1.safetensors",)),
     ("a directory", lambda w: w.out, ("out", "folder")),
+    ("a deep header", lambda w: w.header(b"[" * 100_000), ("made1.safetensors", "truncated")),
+    ("an endless header", lambda w: w.header(b"{}", 2**64 - 1), ("made1.safetensors", "truncated")),
+    (
+        "a size beyond those of torch",
+        lambda w: w.header(
+            b'{"x": {"dtype": "F32", "shape": [0, 9223372036854775808], "data_offsets": [0, 0]}}'
+        ),
+        ("made1.safetensors", "truncated"),
+    ),
     ("trailing bytes", lambda w: w.file(w.single.read_bytes() + b"\0"), ("made1.safetensors",)),
     *(
         (
@@ -324,7 +337,14 @@ NO_CHECKPOINT: list[tuple[str, Callable[[Workshop], Path], tuple[str, ...]]] = [
     ("half a head", lambda w: w.with_architecture(num_heads=0.5), ("`num_heads`", "0.5")),
     ("no classes", lambda w: w.with_architecture(num_classes=0), ("`num_classes`",)),
     ("other classes", lambda w: w.with_architecture(num_classes=9), ("`head.weight`", "[10, 32]", "[9, 32]")),
-    ("huge", lambda w: w.with_architecture(num_classes=10**30), ("made1.safetensors",)),
+    ("huge", lambda w: w.with_architecture(num_classes=10**30), ("made1.safetensors", "no model")),
+    (
+        "too many digits to print",
+        lambda w: w.with_architecture(
+            in_channels=10**4000, patch_size=[10**4000, 2], image_size=[10**4000, 8]
+        ),
+        ("made1.safetensors", "no model"),
+    ),
     ("class token is text", lambda w: w.with_architecture(class_token="yes"), ("`class_token`",)),
     ("final norm is text", lambda w: w.with_architecture(final_norm=""), ("`final_norm`",)),
     ("residual is text", lambda w: w.with_block(residual="no"), ("`residual`",)),

@@ -22,10 +22,12 @@ from typer.testing import CliRunner
 
 import moeprune
 from moeprune import cli
+from moeprune.architecture import vit_from_json
 from moeprune.evaluation import Predictions, compare
 from moeprune.gate import judge
 from moeprune.model import SoftMoEViT, soft_moe_layers
 from moeprune.plan import LayerPlan
+from moeprune.tensors import tensor_shapes
 
 SCOPES = ("static", "input", "batch")
 COMPENSATIONS = ("none", "renorm", "mean", "lstsq")
@@ -136,6 +138,11 @@ def test_inspect_shows_the_plan_of_a_pruned_checkpoint(pruned, run, run_json):
     printed = run("inspect", pruned).stdout
     assert "static, 16 of 128 by combine, none" in printed
     assert f"kept in blocks.0.soft_moe  {shown}" in printed
+
+
+def test_inspect_and_eval_tell_the_same_sizes(pruned, evaluated, run_json):
+    found = run_json("inspect", pruned)
+    assert {key: found[key] for key in SIZE_KEYS} == {key: evaluated["model"][key] for key in SIZE_KEYS}
 
 
 def test_inspect_never_cuts_the_list_of_kept_experts(single, run, tmp_path):
@@ -818,6 +825,55 @@ for call in {calls!r}:
     result = python("-c", program)
     ends = [line for line in result.stdout.splitlines() if line.endswith(("True", "False"))]
     assert ends == ["0 False"] * 6 + ["2 False"] * 6
+
+
+def test_inspect_imports_neither_torch_nor_numpy(single, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(single.read_bytes()[:-1])
+    calls = [
+        ["inspect", str(single)],
+        ["inspect", str(single), "--output-format", "json"],
+        ["inspect", str(single), "--output-file", str(tmp_path / "report")],
+        ["inspect", str(broken)],
+    ]
+    program = f"""
+import sys
+from moeprune.cli import app
+for call in {calls!r}:
+    try:
+        app(call)
+    except SystemExit as end:
+        print("ended:", end.code, *({{"torch", "numpy", "safetensors"}} & set(sys.modules)))
+"""
+    result = python("-c", program)
+    ends = [line for line in result.stdout.splitlines() if line.startswith("ended:")]
+    assert ends == ["ended: 0"] * 3 + ["ended: 2"]
+
+
+def test_a_checkpoint_of_2_gb_is_inspected_in_2_seconds(single, tmp_path):
+    """The file has a hole in the place of its values: they are not read."""
+    metadata = details(single)
+    metadata["architecture"]["blocks"][0]["soft_moe"]["hidden_dim"] = 60_000
+    header = {"__metadata__": {"moeprune": json.dumps(metadata)}}
+    size = 0
+    for name, shape in tensor_shapes(vit_from_json(metadata["architecture"]), {}).items():
+        start, size = size, size + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, size]}
+    text = json.dumps(header).encode()
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size)
+    assert size > 1.9e9
+    for _ in range(3):
+        start = time.perf_counter()
+        result = python("-m", "moeprune", "inspect", path)
+        seconds = time.perf_counter() - start
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "2 GB" in result.stdout
+        if seconds < 2:
+            break
+    assert seconds < 2
 
 
 @pytest.mark.parametrize("variable", [{"TERM": "dumb"}, {"GITHUB_ACTIONS": "true"}, {"NO_COLOR": "1"}])

@@ -1,0 +1,79 @@
+"""What a checkpoint says about its model, read from its header alone and checked; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeprune.architecture import ViTConfig, vit_from_json
+from moeprune.errors import MoepruneError
+from moeprune.header import Header, is_too_large, require_format
+from moeprune.plan import Plan, plan_from_json
+from moeprune.preprocessing import Preprocessing, preprocessing_from_json
+from moeprune.tensors import require_one_type, require_tensors, tensor_shapes
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a checkpoint says beside its tensors, architecture and plan.
+
+    source: where the weights came from: `library`, `version`, and for converted files `sha256`.
+    provenance: how they were made: training, or calibration data, seed and versions.
+    """
+
+    preprocessing: Preprocessing = Preprocessing()
+    source: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def read_description(header: Header) -> tuple[ViTConfig, Plan, Details]:
+    """The architecture, plan and details of a checkpoint, which its tensors fit.
+
+    Raises:
+        MoepruneError: the file is no checkpoint of moeprune, or of an unknown format, or damaged, or
+            has no Soft MoE layer, or lacks tensors, or has others or such of several types.
+    """
+    path = header.path
+    config, plan, details = _read_metadata(header)
+    if len(config.blocks) > len(header.tensors):
+        raise MoepruneError(f"`{path}`: {len(config.blocks)} blocks, but {len(header.tensors)} tensors")
+    shapes = tensor_shapes(config, plan)
+    if any(is_too_large(shape) for shape in shapes.values()):
+        raise MoepruneError(f"`{path}`: no model can be built of its architecture")
+    require_tensors(header.tensors, shapes, path)
+    require_one_type(header.tensors, path)
+    return config, plan, details
+
+
+def _read_metadata(header: Header) -> tuple[ViTConfig, Plan, Details]:
+    path, metadata = header.path, header.metadata
+    if metadata is None:
+        raise MoepruneError(
+            f"no Soft MoE layers in `{path}` (none of its {len(header.tensors)} tensors matches a known"
+            " layout, and it has no metadata `moeprune`)",
+            "give a checkpoint that moeprune wrote: `moeprune.save(model, path)` or `moeprune prune`",
+        )
+    if metadata.get("kind") != "checkpoint":
+        raise MoepruneError(
+            f"`{path}` is no checkpoint but of kind {metadata.get('kind')!r}", "give the model's own file"
+        )
+    require_format(metadata, FORMAT, path)
+    try:
+        config = vit_from_json(metadata.get("architecture"))
+        plan = plan_from_json(metadata.get("plan", {}))
+        preprocessing = preprocessing_from_json(metadata.get("preprocessing", {}))
+    except MoepruneError as error:
+        raise MoepruneError(f"`{path}`: {error.message}", error.hint) from None
+    if not config.soft_moe_layers:
+        raise MoepruneError(f"no Soft MoE layers in `{path}`", "there is nothing to prune in it")
+    for name, layer in plan.items():
+        expected = config.soft_moe_layers.get(name)
+        if expected is None or expected.num_experts != layer.num_experts:
+            raise MoepruneError(f"`{path}`: the plan of layer `{name}` does not fit the architecture")
+    for key in ("source", "provenance"):
+        if not isinstance(metadata.get(key, {}), dict):
+            raise MoepruneError(f"`{path}`: `{key}` is no object")
+    details = Details(preprocessing, metadata.get("source", {}), metadata.get("provenance", {}))
+    return config, plan, details

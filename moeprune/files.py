@@ -1,0 +1,63 @@
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from moeprune.errors import MoepruneError
+
+temporaries: set[Path] = set()
+"""Files that are being written; Ctrl-C removes them."""
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8.
+
+    Raises:
+        MoepruneError: the path cannot be written.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file.
+
+    Raises:
+        MoepruneError: the path cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside the target, renamed to it at the end, or removed if anything fails.
+
+    Raises:
+        MoepruneError: the path cannot be written.
+    """
+    path = Path(path)
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise MoepruneError(f"cannot write `{path}` ({error.strerror})") from None
+    os.close(descriptor)
+    temporary = Path(name)
+    temporaries.add(temporary)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise MoepruneError(f"cannot write `{path}` ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+        temporaries.discard(temporary)

@@ -1,0 +1,114 @@
+"""The tensors that a model of an architecture and a plan has: their names and shapes, without torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from moeprune.architecture import SoftMoEConfig, ViTConfig
+from moeprune.errors import MoepruneError
+from moeprune.header import TensorInfo
+from moeprune.plan import LayerPlan, Plan
+
+Shapes = dict[str, tuple[int, ...]]
+FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
+
+
+def tensor_shapes(config: ViTConfig, plan: Plan) -> Shapes:
+    """The shape of each tensor of a model by its name in the model's `state_dict`."""
+    d, (patch_height, patch_width) = config.dim, config.patch_size
+    shapes = _linear("patch_embed", config.in_channels * patch_height * patch_width, d)
+    if config.class_token:
+        shapes["class_token"] = (1, d)
+    shapes["position"] = (config.num_tokens, d)
+    for index, block in enumerate(config.blocks):
+        name = f"blocks.{index}"
+        if block.attention:
+            shapes |= _norm(f"{name}.norm1", d)
+            shapes |= _linear(f"{name}.attention.qkv", d, 3 * d)
+            shapes |= _linear(f"{name}.attention.proj", d, d)
+        shapes |= _norm(f"{name}.norm2", d)
+        if block.mlp_dim is not None:
+            shapes |= _linear(f"{name}.mlp.0", d, block.mlp_dim)
+            shapes |= _linear(f"{name}.mlp.2", block.mlp_dim, d)
+        if block.soft_moe is not None:
+            layer = f"{name}.soft_moe"
+            of_layer = soft_moe_shapes(block.soft_moe, plan.get(layer))
+            shapes |= {f"{layer}.{tensor}": shape for tensor, shape in of_layer.items()}
+    if config.final_norm:
+        shapes |= _norm("norm", d)
+    return shapes | _linear("head", d, config.num_classes)
+
+
+def soft_moe_shapes(config: SoftMoEConfig, plan: LayerPlan | None) -> Shapes:
+    """The shape of each tensor of one Soft MoE layer by its name in the layer."""
+    d, p, h = config.dim, config.slots_per_expert, config.hidden_dim
+    routed = plan.routed_experts if plan else config.num_experts
+    stored = plan.stored_experts if plan else config.num_experts
+    shapes: Shapes = {
+        "phi": (d, routed, p),
+        "fc1_weight": (stored, d, h),
+        "fc1_bias": (stored, h),
+        "fc2_weight": (stored, d, h),
+        "fc2_bias": (stored, d),
+    }
+    if config.router_norm == "l2":
+        shapes["scale"] = (1,)
+    elif config.router_norm == "rms":
+        shapes |= {"input_gain": (d,), "phi_gain": (d,)}
+    if plan is not None and plan.has_surrogate:
+        shapes["surrogate"] = (routed, p, d)
+    if plan is not None and plan.scope != "static" and plan.signal != "combine":
+        shapes["score_weights"] = (config.num_experts,)
+    return shapes
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def part_of(name: str) -> str:
+    """What a tensor of a model serves: `experts`, `routing`, `compensation` or `other`."""
+    module, _, tensor = name.rpartition(".")
+    if not module.endswith(".soft_moe"):
+        return "other"
+    if tensor.startswith("fc"):
+        return "experts"
+    return "compensation" if tensor == "surrogate" else "routing"
+
+
+def require_tensors(found: Mapping[str, TensorInfo], expected: Shapes, path: str | Path) -> None:
+    """Raise a MoepruneError that lists all missing and unexpected tensors, wrong shapes and types."""
+    problems = [f"missing `{name}`" for name in sorted(set(expected) - set(found))]
+    problems += [f"unexpected `{name}`" for name in sorted(set(found) - set(expected))]
+    problems += [
+        f"`{name}` is {list(found[name].shape)}, expected {list(expected[name])}"
+        for name in sorted(set(found) & set(expected))
+        if found[name].shape != expected[name]
+    ]
+    problems += [
+        f"`{name}` has the type {found[name].dtype}, expected floats"
+        for name in sorted(set(found) & set(expected))
+        if found[name].dtype not in FLOATS
+    ]
+    if problems:
+        raise MoepruneError(f"`{path}` does not fit its own architecture: {'; '.join(problems)}")
+
+
+def require_one_type(tensors: Mapping[str, TensorInfo], path: str | Path) -> None:
+    """Raise a MoepruneError that names the tensors whose type is not that of most of them.
+
+    Scores (`score_weights`) are float32 beside weights of any type.
+    """
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith("score_weights")}
+    [(usual, _)] = Counter(tensor.dtype for tensor in weights.values()).most_common(1)
+    if odd := [f"`{name}` is {t.dtype}" for name, t in sorted(weights.items()) if t.dtype != usual]:
+        raise MoepruneError(
+            f"`{path}` has tensors of several types: {', '.join(odd)}, the others are {usual}",
+            "convert the model to one type, for example with `model.float()`",
+        )

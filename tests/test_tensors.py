@@ -1,0 +1,109 @@
+"""The tensors that a model has, against the models themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from moeprune.architecture import ROUTER_NORMS, BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.checkpoint import tensor_infos
+from moeprune.evaluation import size_and_cost
+from moeprune.header import read_header
+from moeprune.model import SoftMoEViT, plan_of, save, soft_moe_layers
+from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, LayerPlan
+from moeprune.size import size_and_cost as size_and_cost_of_tensors
+from moeprune.tensors import part_of, tensor_shapes
+from moeprune.train import pairs_config, single_layer_config
+
+MOE = SoftMoEConfig(dim=12, num_experts=5, slots_per_expert=2, hidden_dim=7)
+MIXED = ViTConfig(
+    image_size=(8, 12),
+    patch_size=(4, 2),
+    in_channels=3,
+    num_classes=11,
+    dim=12,
+    num_heads=3,
+    blocks=(
+        BlockConfig(mlp_dim=20),
+        BlockConfig(soft_moe=MOE),
+        BlockConfig(attention=False, mlp_dim=9, residual=False),
+        BlockConfig(attention=False, soft_moe=replace(MOE, num_experts=1, slots_per_expert=1)),
+    ),
+)
+FIRST, SECOND = MIXED.soft_moe_layers
+PLANS = [
+    LayerPlan(scope, k, 5, signal, compensation, tuple(range(5 - k, 5)) if scope == "static" else None)
+    for scope, signal, compensation, k in product(SCOPES, SIGNALS, COMPENSATIONS, (0, 1, 3, 5))
+    if k or compensation != "renorm"
+]
+
+
+def with_router(config: ViTConfig, router_norm: str) -> ViTConfig:
+    def changed(block: BlockConfig) -> BlockConfig:
+        moe = block.soft_moe
+        return block if moe is None else replace(block, soft_moe=replace(moe, router_norm=router_norm))
+
+    return replace(config, blocks=tuple(map(changed, config.blocks)))
+
+
+def check_shapes(config: ViTConfig, plan: dict[str, LayerPlan]) -> None:
+    with torch.device("meta"):
+        model = SoftMoEViT(config, plan)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert tensor_shapes(config, plan) == expected
+
+
+@pytest.mark.parametrize(("class_token", "pooling"), [(False, "mean"), (True, "mean"), (True, "token")])
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("router_norm", ROUTER_NORMS)
+def test_shapes_of_dense_models(router_norm, final_norm, class_token, pooling):
+    config = replace(MIXED, final_norm=final_norm, class_token=class_token, pooling=pooling)
+    check_shapes(with_router(config, router_norm), {})
+
+
+@pytest.mark.parametrize("config", [single_layer_config(), pairs_config()], ids=["single", "vit"])
+def test_shapes_of_the_shipped_models(config):
+    check_shapes(config, {})
+
+
+@pytest.mark.parametrize("router_norm", ROUTER_NORMS)
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.scope}-{p.signal}-{p.compensation}-{p.k}")
+def test_shapes_of_pruned_models(plan, router_norm):
+    config = with_router(MIXED, router_norm)
+    check_shapes(config, {FIRST: plan})
+    kept = (0,) if plan.scope == "static" else None
+    check_shapes(config, {FIRST: plan, SECOND: replace(plan, k=1, num_experts=1, kept=kept)})
+
+
+def test_what_tensors_serve():
+    plan = LayerPlan("input", 2, 5, "deviation", "mean")
+    parts: dict[str, set[str]] = {}
+    for name in tensor_shapes(with_router(MIXED, "rms"), {FIRST: plan}):
+        parts.setdefault(part_of(name), set()).add(name)
+    other = parts.pop("other")
+    assert not any("soft_moe" in name for name in other)
+    assert {"position", "head.weight", "blocks.0.mlp.0.weight", "blocks.1.norm2.bias"} <= other
+    layer_parts = {part: {n.removeprefix(f"{FIRST}.") for n in names} for part, names in parts.items()}
+    second = {f"{SECOND}.{name}" for name in ("phi", "input_gain", "phi_gain")}
+    assert layer_parts["routing"] == {"phi", "input_gain", "phi_gain", "score_weights"} | second
+    assert layer_parts["compensation"] == {"surrogate"}
+    weights = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    assert layer_parts["experts"] == {*weights, *(f"{SECOND}.{name}" for name in weights)}
+
+
+@pytest.mark.parametrize("plan", [None, *PLANS[::7]], ids=str)
+def test_a_model_and_its_file_are_of_one_size(plan, tmp_path):
+    model = SoftMoEViT(MIXED, {} if plan is None else {FIRST: plan}).half()
+    save(model, tmp_path / "x.safetensors")
+    tensors = read_header(tmp_path / "x.safetensors").tensors
+    assert tensors == tensor_infos(model.state_dict())
+    size = size_and_cost(model)
+    assert size == size_and_cost_of_tensors(model.config, plan_of(model), tensors)
+    assert size["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
+    assert size["bytes"] == sum(size["bytes_by_part"].values()) == 2 * size["parameters"]
+    stored = sum(len(layer.fc1_weight) for layer in soft_moe_layers(model).values())
+    assert size["bytes_by_part"]["experts"] == 2 * stored * (12 * 7 + 7 + 7 * 12 + 12)
+    assert size["experts_per_input"] == 1 + (5 if plan is None else plan.k)
