@@ -66,13 +66,22 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
             sys.stdout = None  # nobody reads it any more
             raise typer.Exit(2) from None
         except Exception as error:
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            if _is_out_of_memory(error):
                 _fail(f"error: out of memory ({error})\n\nhint: give a smaller `--batch-size`\n")
             _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")
         raise typer.Exit(code)
 
     app.command(function.__name__)(run)
     return run
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's own, torch's on a device, or torch's on the CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _fail(message: str) -> NoReturn:
