@@ -66,13 +66,23 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
             sys.stdout = None  # nobody reads it any more
             raise typer.Exit(2) from None
         except Exception as error:
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-                _fail(f"error: out of memory ({error})\n\nhint: give a smaller `--batch-size`\n")
+            if _is_out_of_memory(error):
+                sizes = "`--batch-size`" + (" or `--latency-batch`" if kwargs.get("latency") else "")
+                _fail(f"error: out of memory ({error})\n\nhint: give a smaller {sizes}\n")
             _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")
         raise typer.Exit(code)
 
     app.command(function.__name__)(run)
     return run
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's own, torch's on a device, or torch's on the CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _fail(message: str) -> NoReturn:
@@ -297,6 +307,22 @@ def eval(
     min_agreement: Annotated[
         float | None, typer.Option(help="Gate: share of inputs with the baseline's prediction.")
     ] = None,
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency", help="Time forward passes too; with --baseline, in turn with the full model's."
+        ),
+    ] = False,
+    latency_batch: Annotated[
+        list[int] | None,
+        typer.Option(help="With --latency: inputs of a forward pass (repeatable).", show_default="1, 8, 32"),
+    ] = None,
+    min_speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate, with --latency: times as fast as the baseline, at all batch sizes (the worst counts)."
+        ),
+    ] = None,
     split: Split = None,
     preprocess: Preprocess = None,
     limit: Limit = None,
@@ -308,7 +334,7 @@ def eval(
     output_file: OutputFile = None,
     force: Force = False,
 ) -> int:
-    """Report accuracy, size and FLOPs, and judge them.
+    """Report accuracy, size, FLOPs and latency, and judge them.
 
     Compares a checkpoint with the full model (--baseline); a gate that fails makes exit code 1. With
     --sweep, prunes a full model in many ways and evaluates each.
@@ -320,19 +346,23 @@ def eval(
         "min_flops_reduction": min_flops_reduction,
         "min_size_reduction": min_size_reduction,
         "min_agreement": min_agreement,
+        "min_speedup": min_speedup,
     }
+    if latency_batch and not latency:
+        raise MoepruneError("`--latency-batch` goes with `--latency`", "add `--latency`")
     sweep_only = {"--analysis": analysis, "--scope": scope, "--signal": signal, "--compensate": compensate}
     if sweep is None:
         for option, given in sweep_only.items():
             if given:
                 raise MoepruneError(f"`{option}` goes with `--sweep`", "add `--sweep 1/16,1/8,1/4`")
-        check_limits(limits, has_baseline=baseline is not None)
+        check_limits(limits, has_baseline=baseline is not None, has_latency=latency)
         keeps = []
     else:
-        if baseline is not None or any(limit is not None for limit in limits.values()):
+        if baseline is not None or latency or any(limit is not None for limit in limits.values()):
             raise MoepruneError(
-                "`--sweep` prunes the full model in many ways: it takes no `--baseline` and no gates",
-                "give the gates to an eval of the checkpoint that you choose",
+                "`--sweep` prunes the full model in many ways: it takes no `--baseline`, no `--latency` and"
+                " no gates",
+                "give them to an eval of the checkpoint that you choose",
             )
         if analysis is None:
             raise MoepruneError("`--sweep` needs `--analysis`", "write one with `moeprune analyze`")
@@ -346,9 +376,12 @@ def eval(
                 check_choice(option, value, choices)
     from moeprune import evaluation, report
     from moeprune.calibration import load_analysis
+    from moeprune.latency import BATCH_SIZES, check_batch_sizes
     from moeprune.sweep import grid
     from moeprune.sweep import sweep as run_sweep
 
+    latency_batches = latency_batch or BATCH_SIZES
+    check_batch_sizes(latency_batches)
     runtime = _runtime(device, dtype, batch_size)
     model = _load(checkpoint, preprocess)
     dataset = _open(data, model, split, "test", limit)
@@ -366,7 +399,7 @@ def eval(
         return 0
     full = None if baseline is None else _load(baseline, preprocess)
     found["baseline"] = None if baseline is None else str(baseline)
-    found |= evaluation.evaluate(model, dataset, full, runtime)
+    found |= evaluation.evaluate(model, dataset, full, runtime, latency_batches if latency else None)
     found["gates"] = judge(found, limits)
     found["passed"] = all(gate["passed"] for gate in found["gates"])
     emit(found, report.evaluation, output_format, output_file)

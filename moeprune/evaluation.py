@@ -16,6 +16,7 @@ from moeprune.checkpoint import tensor_infos
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.intervals import mcnemar, paired_difference, wilson
+from moeprune.latency import check_batch_sizes, measure_latency
 from moeprune.model import SoftMoEViT, dataset_for, plan_of, private_copy
 from moeprune.runtime import Runtime
 from moeprune.statistics import wide_dtype
@@ -85,16 +86,22 @@ def evaluate(
     data: Dataset | str,
     baseline: SoftMoEViT | None = None,
     runtime: Runtime = Runtime(),
+    latency_batches: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on labelled data, and compare it with a baseline on the same inputs.
 
+    Args:
+        latency_batches: batch sizes at which latency is measured too; None: it is not.
+
     Returns:
         JSON values: `schema_version`, `data`, `model`, and with a baseline `baseline_model` and
-        `difference`; accuracies as fractions, FLOPs per input, bytes of all tensors.
+        `difference`; accuracies as fractions, FLOPs per input, bytes of all tensors. `latency` is
+        what moeprune.latency.measure_latency returns, or None.
 
     Raises:
-        MoepruneError: data that does not fit or has no labels.
+        MoepruneError: data that does not fit or has no labels, or a batch size below 1.
     """
+    check_batch_sizes(latency_batches or ())
     data = dataset_for(model, data, split="test")
     if baseline is not None and baseline.input_format != model.input_format:
         raise MoepruneError(
@@ -107,12 +114,16 @@ def evaluate(
     difference = None
     if baseline is not None:
         difference = compare(described[0], described[1], predictions[0], predictions[1])
+    latency = None
+    if latency_batches is not None:
+        latency = measure_latency(model, data, baseline, latency_batches, runtime)
     return {
         "schema_version": SCHEMA_VERSION,
         "data": data.to_json(),
         "model": described[0],
         "baseline_model": described[1] if baseline is not None else None,
         "difference": difference,
+        "latency": latency,
         "environment": environment(runtime),
     }
 

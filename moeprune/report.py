@@ -160,6 +160,8 @@ def evaluation(found: Mapping[str, Any]) -> Group:
                 f" {percent(difference['agreement'], 2)}"
             )
         )
+    if found["latency"]:
+        parts += [Text(), *_latency(found["latency"], found["environment"]["device"])]
     if found["gates"]:
         parts += [Text(), gates(found["gates"])]
     return Group(*parts)
@@ -207,17 +209,50 @@ def _difference(
     return ""
 
 
+def _latency(latency: Mapping[str, Any], device: str) -> list[RenderableType]:
+    threads = latency["threads"]
+    where = device if device != "cpu" else f"cpu with {threads} thread{'s' if threads > 1 else ''}"
+    rows = [_latency_row(batch) for batch in latency["batches"]]
+    table = _table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    return [Text(f"latency on {where}: median (middle half) of the repetitions"), table]
+
+
+def _latency_row(batch: Mapping[str, Any]) -> dict[str, str]:
+    row = {"batch": str(batch["batch_size"])}
+    if batch["speedup"] is not None:
+        low, high = batch["speedup_iqr"]
+        row["speed-up"] = f"{batch['speedup']:.2f}× ({low:.2f} to {high:.2f})"
+    row["model"] = _seconds(batch["model_seconds"], batch["model_seconds_iqr"])
+    if batch["baseline_seconds"] is not None:
+        row["full model"] = _seconds(batch["baseline_seconds"], batch["baseline_seconds_iqr"])
+    return row | {"repetitions": str(batch["repetitions"])}
+
+
+def _seconds(median: float, quartiles: Iterable[float]) -> str:
+    """The three in the unit of the median: `1.23 ms (1.2 to 1.31)`."""
+    scale, unit = next(
+        (pair for pair in ((1, "s"), (1e-3, "ms")) if median >= 0.9995 * pair[0]), (1e-6, "µs")
+    )
+    middle, low, high = (f"{float(f'{value / scale:.3g}'):g}" for value in (median, *quartiles))
+    return f"{middle} {unit} ({low} to {high})"
+
+
 def gates(results: Iterable[Mapping[str, Any]]) -> RenderableType:
     """A table of gates."""
     table = _table("gate", "limit", "value", "")
     for gate in results:
         table.add_row(
-            gate["name"],
+            gate["name"] + _GATE_NOTES.get(gate["name"], ""),
             f"{gate['limit']:g}",
             f"{gate['value']:.4g}",
             Text("passed", style="green") if gate["passed"] else Text("FAILED", style="bold red"),
         )
     return table
+
+
+_GATE_NOTES = {"min_speedup": " (lowest of all batch sizes)"}
 
 
 def sweep(found: Mapping[str, Any]) -> Group:

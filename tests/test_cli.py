@@ -40,8 +40,8 @@ DIFFERENCE_KEYS = {
     "accuracy_drop", "accuracy_drop_ci95", "flops_reduction", "size_reduction", "agreement", "mcnemar_p",
 }  # fmt: skip
 EVAL_KEYS = {
-    "schema_version", "checkpoint", "baseline", "data", "model", "baseline_model", "difference", "gates",
-    "passed", "environment",
+    "schema_version", "checkpoint", "baseline", "data", "model", "baseline_model", "difference", "latency",
+    "gates", "passed", "environment",
 }  # fmt: skip
 
 

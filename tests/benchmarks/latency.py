@@ -2,30 +2,29 @@
 
     python tests/benchmarks/latency.py
 
-Scope `input`, 1/8 of the experts, on the CPU with one thread and random weights. Repetitions of all
-variants are interleaved; the ratios are medians over repetitions.
+Scope `input`, 1/8 of the experts, on the CPU with one thread, random weights and random inputs.
+Repetitions of all variants are interleaved; the ratios are medians over repetitions.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moeprune.architecture import SoftMoEConfig
+from moeprune.latency import interleaved
 from moeprune.plan import LayerPlan
 from moeprune.pruning import prune_layer
 from moeprune.soft_moe import SoftMoE
 
-REPETITIONS = 15
 LAYERS = {
     "ViT-S layer, n = 128, p = 1": (SoftMoEConfig(384, 128, 1, 1536), (1, 8, 32)),
     "ViT-B layer, n = 32, p = 4": (SoftMoEConfig(768, 32, 4, 3072), (32,)),
 }
 TOKENS = 196
+INPUTS = 4
 
 
 def peer(config: SoftMoEConfig) -> nn.Module | None:
@@ -40,19 +39,6 @@ def peer(config: SoftMoEConfig) -> nn.Module | None:
         return nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, d))
 
     return SoftMoELayerWrapper(config.dim, config.num_experts, config.slots_per_expert, expert).eval()
-
-
-def interleaved(functions: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
-    """Seconds of each function, each repetition running all of them in turn."""
-    for function in functions.values():
-        function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(REPETITIONS):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
@@ -75,14 +61,9 @@ def main() -> None:
             "peer": peer(config),
         }
         for batch in batches:
-            tokens = torch.randn(batch, TOKENS, config.dim)
-            seconds = interleaved(
-                {
-                    which: lambda layer=layer, tokens=tokens: layer(tokens)  # type: ignore[misc]
-                    for which, layer in layers.items()
-                    if layer is not None
-                }
-            )
+            tokens = [torch.randn(batch, TOKENS, config.dim) for _ in range(INPUTS)]
+            there = {which: layer for which, layer in layers.items() if layer is not None}
+            seconds = interleaved(there, tokens)
             line = f"{name:28} {batch:5}"
             for which in ("dense", "routed", "mean"):
                 line += f" {1e3 * statistics.median(seconds[which]):7.1f} ms"

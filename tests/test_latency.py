@@ -1,0 +1,394 @@
+"""Latency: how calls are timed and summarized, and what `eval --latency` makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import moeprune
+from moeprune import latency
+from moeprune.latency import interleaved, ready_batches, seconds_of_call, summarize_latency
+
+CPU = torch.device("cpu")
+BATCH_KEYS = {
+    "batch_size", "repetitions", "speedup", "speedup_iqr", "model_seconds", "model_seconds_iqr",
+    "baseline_seconds", "baseline_seconds_iqr",
+}  # fmt: skip
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Real measurements, but short ones."""
+    monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0.02)
+    monkeypatch.setattr(latency, "MEASURED_SECONDS", 0.1)
+
+
+class Calls(list):
+    """Functions that note their name and input, and a timer that says each call took so many seconds."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.now = 0.0
+        self.seconds = seconds
+
+    def function(self, name):
+        return lambda x: self.append((name, x))
+
+    def seconds_of(self, call):
+        call()
+        self.now += self.seconds
+        return self.seconds
+
+
+def timed(calls: Calls, names: str, inputs: range = range(1)) -> dict[str, list[float]]:
+    return interleaved({name: calls.function(name) for name in names}, inputs, calls.seconds_of)
+
+
+# --- interleaving ------------------------------------------------------------------------------
+
+
+def test_repetitions_call_all_on_the_same_input_in_alternating_order(monkeypatch):
+    monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0)
+    calls = Calls(seconds=10.0)
+    assert timed(calls, "abc", range(5)) == {name: [10.0] * 7 for name in "abc"}
+    warm_up, measured = calls[: 2 * 3], calls[2 * 3 :]
+    assert warm_up == [(name, x) for x in range(2) for name in "abc"]
+    expected = [
+        (name, repetition % 5) for repetition in range(7) for name in ("cba" if repetition % 2 else "abc")
+    ]
+    assert measured == expected
+
+
+@pytest.mark.parametrize(("seconds", "repetitions"), [(1e-6, 200), (0.0625, 16), (0.125, 8), (10.0, 7)])
+def test_repetitions_go_on_until_the_budget_is_used(monkeypatch, seconds, repetitions):
+    """Two seconds for both functions together, but never fewer than 7 repetitions nor more than 200."""
+    monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0)
+    found = timed(Calls(seconds), "ab")
+    assert [len(found[name]) for name in "ab"] == [repetitions] * 2
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(1 / 64, 7), (10.0, 2)])
+def test_warm_up_lasts_for_two_calls_and_a_fifth_of_a_second(monkeypatch, seconds, rounds):
+    calls = Calls(seconds)
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: calls.now))
+    found = timed(calls, "ab", range(3))
+    warm_up = len(calls) - sum(len(values) for values in found.values())
+    assert warm_up == 2 * rounds
+    assert calls[:warm_up] == [(name, index % 3) for index in range(rounds) for name in "ab"]
+
+
+# --- timing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_what_is_much_faster_is_reported_so(device, brief):
+    if not (device == "cpu" or getattr(torch, device).is_available()):
+        pytest.skip(f"no {device} here")
+    sizes = (16, 480 if device == "cpu" else 4096)  # at least 27,000 times the FLOPs
+    inputs = [torch.randn(4, size, size, device=device) for size in sizes]
+    small, large = inputs
+    seconds = interleaved({"small": lambda _: small @ small, "large": lambda _: large @ large}, inputs)
+    summary = summarize_latency(seconds["small"], seconds["large"])
+    assert summary["speedup_iqr"][0] > 3
+    assert summary["model_seconds"] > 0
+
+
+class Machine(list):
+    """Stands in for torch.cuda, torch.mps and the clock, and notes what is asked of them in which order."""
+
+    def __init__(self):
+        super().__init__()
+        self.cuda = SimpleNamespace(
+            Event=self.event,
+            synchronize=self.synchronize,
+            current_stream=lambda device: f"stream of {device}",
+        )
+        self.mps = SimpleNamespace(synchronize=lambda: self.synchronize("mps"))
+
+    def synchronize(self, device):
+        self.append(f"wait for {device}")
+
+    def event(self, enable_timing):
+        assert enable_timing
+        event = SimpleNamespace(
+            record=lambda stream: self.append(f"record on {stream}"),
+            synchronize=lambda: self.append("wait for event"),
+            elapsed_time=lambda end: 1500.0 if end is not event else 0.0,
+        )
+        return event
+
+    def perf_counter(self):
+        self.append("clock")
+        return 2.5 * self.count("clock")
+
+
+@pytest.mark.parametrize(
+    ("device", "seconds", "expected"),
+    [
+        ("cpu", 2.5, ["clock", "call", "clock"]),
+        ("mps", 2.5, ["wait for mps", "clock", "call", "wait for mps", "clock"]),
+        ("cuda:1", 1.5, [
+            "wait for cuda:1", "record on stream of cuda:1", "call", "record on stream of cuda:1",
+            "wait for event",
+        ]),
+    ],
+)  # fmt: skip
+def test_a_call_is_timed_from_an_idle_device_to_the_end_of_its_work(monkeypatch, device, seconds, expected):
+    machine = Machine()
+    monkeypatch.setattr(latency, "torch", machine)
+    monkeypatch.setattr(latency, "time", machine)
+    assert seconds_of_call(lambda: machine.append("call"), torch.device(device)) == seconds
+    assert machine == expected
+
+
+# --- summary -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repetitions", [7, 8, 57, 200])
+def test_summary_holds_medians_and_quartiles(repetitions):
+    generator = np.random.default_rng(repetitions)
+    model, baseline = generator.lognormal(size=(2, repetitions))
+    found = summarize_latency(list(model), list(baseline))
+    assert found.pop("repetitions") == repetitions
+    for name, values in {
+        "speedup": baseline / model, "model_seconds": model, "baseline_seconds": baseline,
+    }.items():  # fmt: skip
+        assert found.pop(name) == pytest.approx(np.median(values))
+        assert found.pop(f"{name}_iqr") == pytest.approx(list(np.quantile(values, [0.25, 0.75])))
+    assert found == {}
+
+
+def test_speedup_is_the_median_of_ratios_within_repetitions():
+    """While other programs slow down both, each repetition still tells the ratio."""
+    found = summarize_latency([1, 2, 4, 8, 16], [2, 4, 8, 16, 100])
+    assert (found["speedup"], found["speedup_iqr"]) == (2, [2, 2])
+    assert (found["model_seconds"], found["baseline_seconds"]) == (4, 8)
+
+
+def test_summary_without_a_baseline_compares_nothing():
+    assert summarize_latency([3, 1, 2]) == {
+        "repetitions": 3, "speedup": None, "speedup_iqr": None, "model_seconds": 2,
+        "model_seconds_iqr": [1.5, 2.5], "baseline_seconds": None, "baseline_seconds_iqr": None,
+    }  # fmt: skip
+
+
+# --- inputs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "samples", "batches"),
+    [(1, 531, 8), (32, 531, 8), (32, 20, 8), (8, 8, 8), (3, 1, 8), (64, 531, 4), (300, 531, 2), (500, 40, 2)],
+)
+def test_inputs_are_those_of_the_data_in_order_and_from_the_first_again(single, batch_size, samples, batches):
+    data = moeprune.open_data("digits", moeprune.load(single).input_format, limit=samples)
+    everything = torch.cat([inputs for inputs, _ in data.batches(64)])
+    found = ready_batches(data, batch_size, CPU)
+    assert [len(batch) for batch in found] == [batch_size] * batches
+    rows = torch.cat(found)
+    assert all(torch.equal(row, everything[place % samples]) for place, row in enumerate(rows))
+
+
+# --- eval --latency ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def routed(single, run, tmp_path_factory):
+    """`single` where each input runs 1/8 of the experts."""
+    path = tmp_path_factory.mktemp("routed") / "routed.safetensors"
+    assert run("prune", single, "--keep", "1/8", "--scope", "input", "-o", path).code == 0
+    return path
+
+
+@pytest.fixture
+def call(routed, single):
+    """An eval of `routed` against `single` with latency, on few samples."""
+    return ["eval", routed, "--data", "digits", "--limit", 40, "--baseline", single, "--latency"]
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Makes every measurement give the seconds that are put in here, by batch size."""
+    seconds: dict[int, dict[str, list[float]]] = {}
+    monkeypatch.setattr(
+        latency,
+        "interleaved",
+        lambda functions, inputs: {name: seconds[len(inputs[0])][name] for name in functions},
+    )
+    return seconds
+
+
+def test_json_has_a_latency_for_each_batch_size_and_all_else_is_as_without(call, run_json, brief):
+    found, without = run_json(*call), run_json(*call[:-1])
+    measured = found.pop("latency")
+    assert without.pop("latency") is None
+    assert found == without
+    assert set(measured) == {"threads", "batches"}
+    assert measured["threads"] == torch.get_num_threads()
+    assert [batch["batch_size"] for batch in measured["batches"]] == [1, 8, 32]
+    for batch in measured["batches"]:
+        assert set(batch) == BATCH_KEYS
+        assert 7 <= batch["repetitions"] <= 200
+        for figure in ("speedup", "model_seconds", "baseline_seconds"):
+            low, high = batch[f"{figure}_iqr"]
+            assert 0 < low <= batch[figure] <= high
+
+
+def test_batch_sizes_and_no_baseline(routed, run_json, brief):
+    sizes = ("--latency-batch", 5, "--latency-batch", 2)
+    found = run_json("eval", routed, "--data", "digits", "--limit", 40, "--latency", *sizes)
+    assert [batch["batch_size"] for batch in found["latency"]["batches"]] == [5, 2]
+    for batch in found["latency"]["batches"]:
+        assert set(batch) == BATCH_KEYS
+        assert batch["model_seconds"] > 0
+        assert {key for key, value in batch.items() if value is None} == {
+            "speedup", "speedup_iqr", "baseline_seconds", "baseline_seconds_iqr",
+        }  # fmt: skip
+
+
+def test_model_and_baseline_are_timed_as_the_runtime_runs_them(routed, single, monkeypatch):
+    models = {"model": moeprune.load(routed), "baseline": moeprune.load(single).double()}
+    outputs = {}
+
+    def spy(functions, inputs):
+        outputs.update({name: function(inputs[1]) for name, function in functions.items()})
+        for name, output in outputs.items():
+            assert torch.equal(output, runtime.forward(models[name], inputs[1]))
+        return {name: [1.0, 1.0] for name in functions}
+
+    monkeypatch.setattr(latency, "interleaved", spy)
+    runtime = moeprune.Runtime("cpu", "bf16", batch_size=3)
+    data = moeprune.open_data("digits", models["model"].input_format, limit=40)
+    found = moeprune.evaluate(models["model"], data, models["baseline"], runtime, latency_batches=(4,))
+    assert found["latency"]["batches"][0]["speedup"] == 1
+    assert list(outputs) == ["model", "baseline"]
+    assert all(output.shape == (4, 10) for output in outputs.values())
+
+
+def test_text_shows_the_ratio_first(call, run, known):
+    known[1] = {"model": [0.0004, 0.0005, 0.0006], "baseline": [0.001, 0.001, 0.0012]}
+    known[8] = {"model": [0.9994, 0.9996, 1.5], "baseline": [0.123, 0.1234, 0.1227]}
+    result = run(*call, "--latency-batch", 8, "--latency-batch", 1)
+    assert (result.code, result.stderr) == (0, "")
+    text = result.stdout[result.stdout.index("latency on ") :]
+    rows = [re.split(r"  +", line) for line in text.splitlines()[1:]]
+    assert rows[0] == ["batch", "speed-up", "model", "full model", "repetitions"]
+    assert rows[2:] == [
+        ["8", "0.12× (0.10 to 0.12)", "1 s (1 to 1.25)", "123 ms (123 to 123)", "3"],
+        ["1", "2.00× (2.00 to 2.25)", "500 µs (450 to 550)", "1 ms (1 to 1.1)", "3"],
+    ]
+
+
+def test_text_without_baseline_has_no_ratio(routed, run, known):
+    known[1] = {"model": [2.0, 3.0, 4.0]}
+    words = ("--latency", "--latency-batch", 1)
+    text = run("eval", routed, "--data", "digits", "--limit", 40, *words).stdout
+    rows = [re.split(r"  +", line) for line in text[text.index("latency on") :].splitlines()[1:]]
+    assert rows[0] == ["batch", "model", "repetitions"]
+    assert rows[2:] == [["1", "3 s (2.5 to 3.5)", "3"]]
+
+
+def test_text_without_latency_does_not_speak_of_it(call, run):
+    assert "latency" not in run(*call[:-1]).stdout
+
+
+# --- the gate ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "passed"), [(1.5, True), (1.5001, False), (0.5, True), (1.9, False)])
+def test_gate_judges_the_worst_batch_size(call, run, known, limit, passed):
+    known[1] = {"model": [1.0] * 3, "baseline": [2.0] * 3}
+    known[8] = {"model": [1.0] * 3, "baseline": [1.5] * 3}
+    known[32] = {"model": [1.0] * 3, "baseline": [1.75] * 3}
+    result = run(*call, "--min-speedup", limit, "--output-format", "json")
+    found = json.loads(result.stdout)
+    assert found["gates"] == [{"name": "min_speedup", "limit": limit, "value": 1.5, "passed": passed}]
+    assert found["passed"] is passed
+    assert result.code == (0 if passed else 1)
+    text = run(*call, "--min-speedup", limit)
+    assert text.code == result.code
+    [row] = [re.split(r"  +", line) for line in text.stdout.splitlines() if line.startswith("min_speedup")]
+    assert row[0] == "min_speedup (lowest of all batch sizes)"
+    assert row[-1] == ("passed" if passed else "FAILED")
+
+
+def test_gate_on_real_times(call, run, brief):
+    calls = [*call, "--latency-batch", 1]
+    assert run(*calls, "--min-speedup", 0.001).code == 0
+    assert run(*calls, "--min-speedup", 1000).code == 1
+
+
+# --- what is wrong -----------------------------------------------------------------------------
+
+SWEEP = ("--sweep", "1/8", "--analysis", "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["--latency-batch", 8], ("`--latency-batch`", "`--latency`")),
+        (["--latency", "--latency-batch", 0], ("`--latency-batch 0`", "below 1")),
+        (["--latency", "--latency-batch", 8, "--latency-batch", -1], ("`--latency-batch -1`", "below 1")),
+        ([*SWEEP, "--latency"], ("`--sweep`", "`--latency`")),
+        ([*SWEEP, "--min-speedup", 2], ("`--sweep`", "gates")),
+        (["--latency", "--min-speedup", 2], ("`--min-speedup`", "`--baseline`")),
+        (["--baseline", "b.safetensors", "--min-speedup", 2], ("`--min-speedup`", "`--latency`")),
+        *(
+            (["--baseline", "b", "--latency", "--min-speedup", limit], (f"`--min-speedup {limit}`", "ratio"))
+            for limit in ("0.0", "-1.0", "nan", "inf")
+        ),
+    ],
+)
+def test_usage_errors_come_before_any_work(run, words, fragments):
+    """There is no such checkpoint, but nobody has looked yet."""
+    result = run("eval", "none.safetensors", "--data", "digits", *words)
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert "\n\nhint: " in result.stderr
+    for fragment in fragments:
+        assert fragment in result.stderr
+
+
+@pytest.mark.parametrize("word", ["few", "1.5", ""])
+def test_a_batch_size_is_a_number(run, word):
+    result = run("eval", "none.safetensors", "--data", "digits", "--latency", "--latency-batch", word)
+    assert (result.code, result.stdout) == (2, "")
+    assert "--latency-batch" in result.stderr
+
+
+def test_a_batch_size_below_1_is_refused_in_python_too(single):
+    with pytest.raises(moeprune.MoepruneError, match="below 1"):
+        moeprune.evaluate(moeprune.load(single), "digits", latency_batches=(1, 0))
+
+
+def too_much(*_):
+    torch.empty(2**50)
+
+
+def no_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("measure", [too_much, no_memory])
+def test_out_of_memory_asks_for_smaller_batches(call, run, monkeypatch, measure):
+    monkeypatch.setattr(latency, "interleaved", measure)
+    result = run(*call)
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: out of memory")
+    assert result.stderr.endswith("\n\nhint: give a smaller `--batch-size` or `--latency-batch`\n")
+
+
+def test_out_of_memory_without_latency_does_not_speak_of_it(call, run, monkeypatch):
+    monkeypatch.setattr("moeprune.evaluation.predict", no_memory)
+    result = run(*call[:-1])
+    assert result.code == 2
+    assert result.stderr.endswith("\n\nhint: give a smaller `--batch-size`\n")
+
+
+def test_help_names_the_batch_sizes_that_are_measured(run):
+    shown = " ".join(run("eval", "--help").stdout.split())
+    assert f"[default: {latency.BATCH_SIZES}]" in shown
