@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from torch import Tensor
 from moeprune.errors import MoepruneError
 from moeprune.files import replacing
 from moeprune.header import METADATA_KEY, Header, TensorInfo, read_header, unreadable
+
+BLOCK = 1 << 20
+"""Bytes that are read at once where a file is read in blocks."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,43 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise a MoepruneError that names every tensor with NaN or infinite values."""
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
-        raise MoepruneError(
-            f"`{path}` has NaN or infinite values in {', '.join(f'`{name}`' for name in bad)}",
-            "the training diverged or the file is damaged; use an earlier checkpoint",
-        )
+        raise _not_finite(bad, path)
+
+
+def check_finite_in_file(header: Header) -> None:
+    """The same for the float tensors of a file, read in blocks: no page of a memory map is touched."""
+    block = bytearray(BLOCK)
+    bad = []
+    try:
+        with header.path.open("rb", buffering=0) as file:
+            for name in sorted(header.tensors, key=header.offsets.__getitem__):
+                file.seek(header.offsets[name])
+                if not _reads_finite(file, header.tensors[name], memoryview(block)):
+                    bad.append(name)
+    except OSError as error:
+        raise unreadable(header.path, error) from None
+    if bad:
+        raise _not_finite(sorted(bad), header.path)
+
+
+def _reads_finite(file: io.FileIO, info: TensorInfo, block: memoryview) -> bool:
+    dtype = getattr(torch, info.dtype.removeprefix("torch."))
+    remaining = info.nbytes
+    while remaining:
+        size = min(remaining, len(block))
+        if file.readinto(block[:size]) != size:
+            raise OSError("the file became shorter while it was read")
+        if not torch.frombuffer(block[:size], dtype=dtype).isfinite().all():
+            return False
+        remaining -= size
+    return True
+
+
+def _not_finite(names: list[str], path: str | Path) -> MoepruneError:
+    return MoepruneError(
+        f"`{path}` has NaN or infinite values in {', '.join(f'`{name}`' for name in names)}",
+        "the training diverged or the file is damaged; use an earlier checkpoint",
+    )
 
 
 def fingerprint(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> str:

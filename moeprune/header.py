@@ -63,10 +63,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds: its tensors by name, and the JSON of its key `moeprune`, if any."""
+    """What a safetensors file holds: its tensors by name, where the bytes of each start in the file, and
+    the JSON of its key `moeprune`, if any.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
+    offsets: dict[str, int]
     metadata: dict[str, Any] | None
 
 
@@ -86,12 +89,12 @@ def read_header(path: str | Path) -> Header:
         raise MoepruneError(f"`{path}` is empty", "write it again")
     try:
         with path.open("rb") as file:
-            tensors, metadata = _parse(file)
+            tensors, offsets, metadata = _parse(file)
     except OSError as error:
         raise unreadable(path, error) from None
     except ValueError as error:
         raise unreadable(path, f"Error while deserializing header: {error}") from None
-    return Header(path, tensors, None if metadata is None else _parse_metadata(path, metadata))
+    return Header(path, tensors, offsets, None if metadata is None else _parse_metadata(path, metadata))
 
 
 def unreadable(path: Path, reason: object) -> MoepruneError:
@@ -121,9 +124,10 @@ def is_too_large(shape: Iterable[int]) -> bool:
     return False
 
 
-def _parse(file: BinaryIO) -> tuple[dict[str, TensorInfo], str | None]:
-    """The tensors and the text of the key `moeprune`, or a ValueError."""
+def _parse(file: BinaryIO) -> tuple[dict[str, TensorInfo], dict[str, int], str | None]:
+    """The tensors, their offsets, and the text of the key `moeprune`, or a ValueError."""
     header, data_size = _parse_json(file)
+    data_start = file.tell()
     metadata = header.pop("__metadata__", None)
     if metadata is None:
         metadata = {}
@@ -139,7 +143,9 @@ def _parse(file: BinaryIO) -> tuple[dict[str, TensorInfo], str | None]:
         position = end
     if position != data_size:
         raise ValueError("incomplete metadata, file not fully covered")
-    return {name: tensor for name, (_, _, tensor) in entries.items()}, metadata.get(METADATA_KEY)
+    tensors = {name: tensor for name, (_, _, tensor) in entries.items()}
+    offsets = {name: data_start + start for name, (start, _, _) in entries.items()}
+    return tensors, offsets, metadata.get(METADATA_KEY)
 
 
 def _parse_json(file: BinaryIO) -> tuple[dict[str, Any], int]:

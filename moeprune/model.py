@@ -201,7 +201,7 @@ def load(path: str | Path) -> SoftMoEViT:
     """
     file = checkpoint.read(path)
     description = read_description(file.header)
-    checkpoint.check_finite(file.tensors, path)
+    checkpoint.check_finite_in_file(file.header)
     with torch.device("meta"):
         model = SoftMoEViT(*description)
     model.load_state_dict(file.tensors, assign=True)

@@ -1,0 +1,90 @@
+"""How much of a routed checkpoint a process holds in memory, against the experts that inputs chose.
+
+    python tests/benchmarks/memory.py
+
+Writes a checkpoint of 1 GB (two Soft MoE layers of 128 experts, scope `input`, 1/8) into a temporary
+folder, loads it in a process of its own and runs one input after another through it, on the CPU. The
+weights are mapped from the file; `resident` is how many bytes of that map are in the process's memory.
+Linux only (it reads /proc).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import moeprune
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.soft_moe import Observation
+
+MOE = SoftMoEConfig(dim=384, num_experts=128, slots_per_expert=1, hidden_dim=1280)
+INPUTS = 12
+
+
+def resident(path: str) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    is_mapping, total = False, 0
+    with Path("/proc/self/smaps").open() as maps:
+        for line in maps:
+            if not line.split()[0].endswith(":"):
+                is_mapping = line.rstrip().endswith(path)
+            elif is_mapping and line.startswith("Rss:"):
+                total += 1024 * int(line.split()[1])
+    return total
+
+
+@torch.inference_mode()
+def measure(path: str) -> None:
+    """Print a row for each input."""
+    model = moeprune.load(path)
+    layers = soft_moe_layers(model)
+    chosen: dict[str, set[int]] = {name: set() for name in layers}
+
+    def observer(name: str) -> None:
+        def observe(observation: Observation) -> None:
+            assert observation.chosen is not None
+            chosen[name].update(observation.chosen.flatten().tolist())
+
+        layers[name].observer = observe
+
+    for name in layers:
+        observer(name)
+    expert = 2 * MOE.dim * MOE.hidden_dim * 4
+    size = Path(path).stat().st_size
+    print(
+        f"checkpoint {size / 1e6:.0f} MB, of which {len(layers) * MOE.num_experts * expert / 1e6:.0f} experts"
+    )
+    print(f"{'inputs':>6} {'different experts':>18} {'their weights':>14} {'resident':>10}")
+    generator = torch.Generator().manual_seed(0)
+    for count in range(INPUTS + 1):
+        if count:
+            model(torch.randn(1, 3, 224, 224, generator=generator))
+        distinct = sum(map(len, chosen.values()))
+        print(
+            f"{count:6} {distinct:18} {distinct * expert / 1e6:11.0f} MB {resident(path) / 1e6:7.0f} MB",
+            flush=True,
+        )
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        measure(sys.argv[1])
+        return
+    torch.manual_seed(0)
+    blocks = (BlockConfig(mlp_dim=1536), *(BlockConfig(soft_moe=MOE),) * 2)
+    model = SoftMoEViT(ViTConfig((224, 224), (16, 16), 3, 1000, MOE.dim, 6, blocks))
+    for layer in soft_moe_layers(model).values():
+        layer.scale.data.fill_(16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder).resolve() / "routed.safetensors"
+        moeprune.save(moeprune.prune(model, keep="1/8", scope="input"), path)
+        subprocess.run([sys.executable, __file__, path], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What a model holds in memory: of a mapped checkpoint the pages that are used, and activations."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import moeprune
+from moeprune import checkpoint
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.errors import MoepruneError
+from moeprune.model import SoftMoEViT
+from moeprune.plan import LayerPlan
+from moeprune.pruning import prune_layer
+from moeprune.soft_moe import SoftMoE
+
+MIB = 1 << 20
+RESIDENT = """
+import json, sys
+import torch
+import moeprune
+from moeprune.model import soft_moe_layers
+
+def resident():
+    mapped, total = False, 0
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            if not line.split()[0].endswith(":"):
+                mapped = line.rstrip().endswith(sys.argv[1])
+            elif mapped and line.startswith("Rss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+model = moeprune.load(sys.argv[1])
+[layer] = soft_moe_layers(model).values()
+seen, rows = [], [(0, resident())]
+layer.observer = lambda observation: seen.append(observation.chosen)
+torch.manual_seed(0)
+with torch.inference_mode():
+    for _ in range(6):
+        model(torch.randn(1, 3, 32, 32))
+        rows.append((len(torch.cat(seen).unique()), resident()))
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_routed_model_holds_only_the_experts_that_inputs_chose(tmp_path):
+    config = SoftMoEConfig(256, 64, 1, 1024)
+    block = BlockConfig(soft_moe=config)
+    model = SoftMoEViT(ViTConfig((32, 32), (8, 8), 3, 10, 256, 4, (block,)))
+    model.blocks[0].soft_moe.scale.data.fill_(8)
+    path = tmp_path / "model.safetensors"
+    moeprune.save(moeprune.prune(model, keep=2, scope="input"), path)
+    ran = subprocess.run(
+        [sys.executable, "-c", RESIDENT, path], capture_output=True, text=True, check=True, timeout=100
+    )
+    rows = json.loads(ran.stdout)
+    expert = 2 * config.dim * config.hidden_dim * 4
+    rest = path.stat().st_size - config.num_experts * expert
+    for distinct, resident in rows:
+        # An expert lies in two places; what the system maps at once may be 2 MiB.
+        assert distinct * expert <= resident <= distinct * (expert + 2 * 2 * MIB) + rest + 2 * MIB
+    assert 4 < rows[-1][0] < config.num_experts // 2
+
+
+def test_values_that_are_not_finite_are_found_without_the_map(tmp_path):
+    model = SoftMoEViT(ViTConfig((8, 8), (4, 4), 1, 10, 300, 1, (BlockConfig(mlp_dim=2000),) * 1))
+    weight = model.blocks[0].mlp[0].weight
+    assert weight.nbytes > 2 * MIB  # several blocks of the file
+    path = tmp_path / "model.safetensors"
+    for at in (0, MIB // 4 - 1, MIB // 4, weight.numel() - 1):
+        with torch.no_grad():
+            before = weight.view(-1)[at].clone()
+            weight.view(-1)[at] = torch.nan
+            checkpoint.write(path, model.state_dict(), {})
+            weight.view(-1)[at] = before
+        with pytest.raises(MoepruneError, match=r"NaN or infinite values in `blocks\.0\.mlp\.0\.weight`"):
+            checkpoint.check_finite_in_file(checkpoint.read(path).header)
+    checkpoint.write(path, model.state_dict(), {})
+    checkpoint.check_finite_in_file(checkpoint.read(path).header)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in given and storage not in self.known:
+                    self.known.add(storage)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return found
+
+    def _freed(self, nbytes):
+        self.live -= nbytes
+
+
+def peak_bytes(layer, x) -> int:
+    with torch.no_grad(), PeakBytes() as peak:
+        layer(x)
+    return peak.peak
+
+
+def test_peak_bytes_counts_what_lives_at_once():
+    x = torch.zeros(1000)
+    with PeakBytes() as peak:
+        for _ in range(3):
+            y = (x + 1) * 2
+            del y
+    assert peak.peak == 8000
+
+
+@pytest.mark.parametrize("compensation", ["none", "renorm", "mean"])
+def test_activations_of_a_routed_layer_are_no_more_than_the_dense_layers(compensation):
+    config = SoftMoEConfig(384, 128, 1, 1536)  # of a ViT-S
+    dense, x = SoftMoE(config).eval(), torch.randn(32, 196, 384)
+    full = peak_bytes(dense, x)
+    means = torch.zeros(128, 1, 384)
+    for scope in ("input", "batch"):
+        routed = prune_layer(dense, LayerPlan(scope, 16, 128, "combine", compensation), None, means)
+        assert peak_bytes(routed, x) <= full
+    kept = tuple(range(16))
+    static = prune_layer(
+        dense, LayerPlan("static", 16, 128, "combine", compensation, kept), torch.rand(128), means
+    )
+    assert peak_bytes(static, x) <= full
