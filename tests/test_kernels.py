@@ -255,6 +255,23 @@ def test_a_forward_pass_waits_for_nothing_and_a_graph_can_hold_it(scope, compens
 
 
 @on_gpu
+@pytest.mark.parametrize(("scope", "compensation"), [(None, "none"), *PRUNINGS])
+def test_autocast_on_the_gpu_stays_near_float32(scope, compensation):
+    dense, x, u = dense_layer(dtype=torch.float32), layer_inputs(), surrogates()
+    scores = expert_scores() if scope == "static" else None
+    layer = dense if scope is None else pruned_layer(dense, scope, 2, compensation, "combine", scores, u)
+    exact = observe(layer.to("cuda"), x)
+    with torch.autocast("cuda", torch.bfloat16):
+        rough = observe(layer, x)
+        unobserved = layer(x)
+    assert rough.combine_weights.dtype == torch.float32
+    if exact.chosen is not None:
+        assert torch.equal(rough.chosen, exact.chosen)
+    assert 1e-5 < relative_error(rough.output, exact.output) < 0.03
+    assert torch.equal(unobserved, rough.output)
+
+
+@on_gpu
 @pytest.mark.parametrize(("scope", "compensation"), PRUNINGS)
 @pytest.mark.parametrize("p", [1, 3])
 def test_float64_on_the_gpu_equals_the_masked_formulas(scope, compensation, p):

@@ -1,76 +1,161 @@
-"""How much faster a routed layer is than a dense one, and than that of the library `soft-moe`, if installed.
+"""How much faster pruned layers and models are than dense ones on the CPU, and than those of peers.
 
     python tests/benchmarks/latency.py
 
-Scope `input`, 1/8 of the experts, on the CPU with one thread, random weights and random inputs.
-Repetitions of all variants are interleaved; the ratios are medians over repetitions.
+One thread, random weights, 1/8 of the experts: `static` with `renorm` and with `mean`, `input` with
+`none` and with `mean`, `batch` with `none`. Repetitions of all variants are interleaved; ratios are
+medians over repetitions. In brackets: the time as a multiple of the ideal, which is the dense layer's
+time times the share of FLOPs that is left. Where the work is bound by computing (a batch of 8 or
+more) it cannot be below 1; such a run was disturbed, and is done again.
+
+The peers are the same layer of `soft-moe` and `soft-moe-pytorch`, and the whole ViT-S of `soft-moe`,
+where these libraries are installed.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from moeprune.architecture import SoftMoEConfig
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.flops import soft_moe_flops
 from moeprune.latency import interleaved
+from moeprune.model import SoftMoEViT
 from moeprune.plan import LayerPlan
-from moeprune.pruning import prune_layer
+from moeprune.pruning import prune, prune_layer
 from moeprune.soft_moe import SoftMoE
 
-LAYERS = {
-    "ViT-S layer, n = 128, p = 1": (SoftMoEConfig(384, 128, 1, 1536), (1, 8, 32)),
-    "ViT-B layer, n = 32, p = 4": (SoftMoEConfig(768, 32, 4, 3072), (32,)),
-}
 TOKENS = 196
 INPUTS = 4
+ATTEMPTS = 3
+LAYERS = {
+    "ViT-S, n 128, p 1": (SoftMoEConfig(384, 128, 1, 1536), (1, 8, 32)),
+    "ViT-B, n 32, p 4": (SoftMoEConfig(768, 32, 4, 3072), (1, 8, 32)),
+}
+VIT_S_BATCHES = (1, 8)
+PRUNED = (("static", "renorm"), ("static", "mean"), ("input", "none"), ("input", "mean"), ("batch", "none"))
+VARIANTS = tuple(map(", ".join, PRUNED))
+
+Seconds = dict[str, list[float]]
 
 
-def peer(config: SoftMoEConfig) -> nn.Module | None:
-    """The same layer of bwconrad's soft-moe, or None where it is not installed."""
-    try:
-        from soft_moe.soft_moe import SoftMoELayerWrapper
-    except ImportError:
-        return None
+def bwconrad(config: SoftMoEConfig) -> nn.Module:
+    """The same layer of soft-moe; ImportError where that is not installed."""
+    from soft_moe.soft_moe import SoftMoELayerWrapper
 
     def expert() -> nn.Module:
         d, h = config.dim, config.hidden_dim
         return nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, d))
 
-    return SoftMoELayerWrapper(config.dim, config.num_experts, config.slots_per_expert, expert).eval()
+    return SoftMoELayerWrapper(config.dim, config.num_experts, config.slots_per_expert, expert)
 
 
-def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
+def lucidrains(config: SoftMoEConfig) -> nn.Module:
+    """The same layer of soft-moe-pytorch; ImportError where that is not installed."""
+    from soft_moe_pytorch import SoftMoE as PeerSoftMoE
+
+    return PeerSoftMoE(
+        config.dim,
+        num_experts=config.num_experts,
+        num_slots=config.slots_per_expert,
+        expert_mult=config.hidden_dim // config.dim,
+    )
+
+
+def bwconrad_vit_s(config: ViTConfig) -> nn.Module:
+    """The whole ViT-S of soft-moe; ImportError where that is not installed."""
+    from soft_moe import soft_moe_vit_small
+
+    return soft_moe_vit_small(num_classes=config.num_classes)
+
+
+def installed(peers: dict[str, Callable[[], nn.Module]]) -> dict[str, nn.Module]:
+    """Those that can be built."""
+    found = {}
+    for name, build in peers.items():
+        try:
+            found[name] = build().eval()
+        except ImportError:
+            continue
+    return found
+
+
+def ratio(seconds: Seconds, slow: str, fast: str) -> float:
+    """How many times as fast one is as the other."""
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+
+
+def print_rows(name: str, batch: int, seconds: Seconds, of_ideal: float | None = None) -> None:
+    """Markdown rows: what pruned variants gain over the dense one, and what all gain over each peer."""
+    milliseconds = 1e3 * statistics.median(seconds["dense"])
+    for base in ("dense", *(which for which in seconds if which not in ("dense", *VARIANTS))):
+        cells = [name, str(batch), f"dense, {milliseconds:.1f} ms" if base == "dense" else base]
+        cells.append("" if base == "dense" else f"{ratio(seconds, base, 'dense'):.2f}×")
+        for which in VARIANTS:
+            cell = f"{ratio(seconds, base, which):.2f}×" if which in seconds else ""
+            if which == "static, renorm" and base == "dense" and of_ideal is not None:
+                cell += f" ({of_ideal:.2f})"
+            cells.append(cell)
+        print("|", " | ".join(cells), "|", flush=True)
+
+
+def measure_layer(name: str, config: SoftMoEConfig, batches: tuple[int, ...]) -> None:
+    """Print the lines of one layer."""
+    n, k = config.num_experts, config.num_experts // 8
+    dense = SoftMoE(config).eval()
+    means, scores = torch.randn(n, config.slots_per_expert, config.dim), torch.rand(n)
+    layers: dict[str, nn.Module] = {"dense": dense}
+    for scope, compensation in PRUNED:
+        kept = tuple(range(k)) if scope == "static" else None
+        plan = LayerPlan(scope, k, n, "combine", compensation, kept)
+        layers[f"{scope}, {compensation}"] = prune_layer(
+            dense, plan, scores if scope == "static" else None, means
+        )
+    layers |= installed(
+        {"soft-moe": lambda: bwconrad(config), "soft-moe-pytorch": lambda: lucidrains(config)}
+    )
+    static = LayerPlan("static", k, n, "combine", "renorm", tuple(range(k)))
+    share = soft_moe_flops(config, TOKENS, static).total / soft_moe_flops(config, TOKENS).total
+    for batch in batches:
+        inputs = [torch.randn(batch, TOKENS, config.dim) for _ in range(INPUTS)]
+        for _ in range(ATTEMPTS):
+            seconds = interleaved(layers, inputs)
+            of_ideal = 1 / (share * ratio(seconds, "dense", "static, renorm"))
+            if batch < 8 or of_ideal >= 1:
+                break
+        print_rows(name, batch, seconds, of_ideal)
+
+
+def measure_vit_s() -> None:
+    """Print the lines of a whole ViT-S whose last 6 of 12 blocks have a Soft MoE."""
+    mlp = BlockConfig(mlp_dim=1536)
+    moe = BlockConfig(soft_moe=SoftMoEConfig(384, 128, 1, 1536))
+    config = ViTConfig(
+        (224, 224), (16, 16), 3, 1000, 384, 6, (mlp,) * 6 + (moe,) * 6, class_token=True, pooling="token"
+    )
+    dense = SoftMoEViT(config).eval()
+    models: dict[str, nn.Module] = {
+        "dense": dense,
+        "input, none": prune(dense, keep="1/8", scope="input"),
+        "static, renorm": prune(dense, keep="1/8", signal="random", compensate="renorm"),
+    }
+    models |= installed({"soft-moe": lambda: bwconrad_vit_s(config)})
+    for batch in VIT_S_BATCHES:
+        inputs = [torch.randn(batch, 3, 224, 224) for _ in range(INPUTS)]
+        print_rows("whole ViT-S", batch, interleaved(models, inputs))
 
 
 @torch.inference_mode()
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{'layer':28} {'batch':>5} {'dense':>10} {'routed':>10} {'+ mean':>10}", end=" ")
-    print(f"{'dense/routed':>13} {'dense/mean':>11} {'peer/dense':>11} {'peer/routed':>12}")
+    print("|", " | ".join(["", "b", "over", "dense", *VARIANTS]), "|")
+    print("|---|--:|---|" + "--:|" * (1 + len(VARIANTS)))
     for name, (config, batches) in LAYERS.items():
-        n, k = config.num_experts, config.num_experts // 8
-        dense = SoftMoE(config).eval()
-        means = torch.randn(n, config.slots_per_expert, config.dim)
-        layers: dict[str, nn.Module | None] = {
-            "dense": dense,
-            "routed": prune_layer(dense, LayerPlan("input", k, n, "combine", "none"), None),
-            "mean": prune_layer(dense, LayerPlan("input", k, n, "combine", "mean"), None, means),
-            "peer": peer(config),
-        }
-        for batch in batches:
-            tokens = [torch.randn(batch, TOKENS, config.dim) for _ in range(INPUTS)]
-            there = {which: layer for which, layer in layers.items() if layer is not None}
-            seconds = interleaved(there, tokens)
-            line = f"{name:28} {batch:5}"
-            for which in ("dense", "routed", "mean"):
-                line += f" {1e3 * statistics.median(seconds[which]):7.1f} ms"
-            line += f" {ratio(seconds, 'dense', 'routed'):12.2f}× {ratio(seconds, 'dense', 'mean'):10.2f}×"
-            if "peer" in seconds:
-                line += f" {ratio(seconds, 'peer', 'dense'):10.2f}× {ratio(seconds, 'peer', 'routed'):11.2f}×"
-            print(line, flush=True)
+        measure_layer(name, config, batches)
+    measure_vit_s()
 
 
 if __name__ == "__main__":
