@@ -58,7 +58,7 @@ def prune(
             analysis's own is opened again if layers behind the first, or `lstsq`, need it. Labels are
             not used.
         seed: draws the experts of the signal `random`, and the halves of the data for `lstsq`.
-        runtime: where and how models run over the data; also where the result lies, if any do.
+        runtime: where and how models run over the data; the result lies where the model does.
 
     Raises:
         MoepruneError: the model is pruned already, the analysis is another model's or other data's,
@@ -102,7 +102,7 @@ def prune(
     provenance = _provenance(analysis, dataset, scope, runtime)
     provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}
     pruned.details = replace(model.details, provenance={**model.details.provenance, **provenance})
-    return pruned
+    return pruned.to(next(model.parameters()).device)
 
 
 def _plans(
