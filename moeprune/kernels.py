@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PAIRS_AT_ONCE = 1024
-SLOTS_AT_ONCE = 8
+TILE = 16384
+"""Numbers that a program holds at once where it may choose."""
 
 
 def unit(x: Tensor, dim: int, gain: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -30,11 +30,12 @@ def unit(x: Tensor, dim: int, gain: Tensor | None, factor: Tensor | None) -> Ten
     length = x.shape[dim]
     vectors = x.numel() // length
     strides = (length, 1) if dim == -1 else (1, vectors)
-    at_once = 1 if dim == -1 else 16
+    padded = triton.next_power_of_2(length)
+    at_once = 1 if dim == -1 else max(1, min(16, TILE // padded))
     _unit[(triton.cdiv(vectors, at_once),)](
         x, gain, factor, unit, vectors, length, *strides,
         WITH_GAIN=gain is not None, WITH_FACTOR=factor is not None,
-        VECTORS=at_once, LENGTH=triton.next_power_of_2(length),
+        VECTORS=at_once, LENGTH=padded,
     )  # fmt: skip
     return unit
 
@@ -103,9 +104,11 @@ def slot_weights(
     combine = None
     if combine_source is not None:
         combine = combine_source.new_empty(b, m, slots, dtype=combine_dtype)
-    _slot_weights[(triton.cdiv(slots, SLOTS_AT_ONCE), b)](
+    padded = triton.next_power_of_2(m)
+    at_once = max(1, min(8, TILE // padded))
+    _slot_weights[(triton.cdiv(slots, at_once), b)](
         router_logits, chosen, combine_source, dispatch, combine, m, n * p, p, slots, *chosen.stride(),
-        M=triton.next_power_of_2(m), SLOTS=SLOTS_AT_ONCE, WITH_COMBINE=combine is not None,
+        M=padded, SLOTS=at_once, WITH_COMBINE=combine is not None,
     )  # fmt: skip
     return dispatch, combine
 
@@ -140,7 +143,7 @@ def group_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     pairs = torch.empty(num_experts, b, dtype=torch.int32, device=chosen.device)
     counts = torch.empty(num_experts, dtype=torch.int32, device=chosen.device)
     chosen = chosen.contiguous()
-    at_once = min(PAIRS_AT_ONCE, max(16, triton.next_power_of_2(b * k)))
+    at_once = min(1024, max(16, triton.next_power_of_2(b * k)))
     _group_by_expert[(num_experts,)](chosen, pairs, counts, b, b * k, AT_ONCE=at_once)
     return pairs, counts
 

@@ -125,7 +125,7 @@ def test_grouped_product_converts_weights_to_the_type_of_the_rows(dtype):
     assert 1e-5 < relative_error(found, exact) < ROUGH[dtype]
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((2, 7, 10), -1), ((10, 37), 0), ((1, 1, 1), -1)])
+@pytest.mark.parametrize(("shape", "dim"), [((2, 7, 10), -1), ((10, 37), 0), ((1, 1, 1), -1), ((9000, 3), 0)])
 @pytest.mark.parametrize("with_gain", [False, True])
 @pytest.mark.parametrize("with_factor", [False, True])
 def test_unit_vectors(shape, dim, with_gain, with_factor):
@@ -141,7 +141,7 @@ def test_unit_vectors(shape, dim, with_gain, with_factor):
     assert (kernels.unit(x, dim, gain, factor) - expected).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize(("m", "p", "k"), [(1, 1, 1), (7, 3, 2), (33, 1, 5), (7, 12, 2)])
+@pytest.mark.parametrize(("m", "p", "k"), [(1, 1, 1), (7, 3, 2), (33, 1, 5), (7, 12, 2), (20000, 1, 2)])
 def test_slot_weights_are_softmaxes_and_columns_of_the_chosen(m, p, k):
     b, n = 3, 6
     logits, source, chosen = random(b, m, n, p), random(b, m, n, p, seed=1), chosen_experts(b, n, k)
