@@ -12,8 +12,9 @@ from typing import Any
 
 from moeprune.errors import MoepruneError
 
-ROUTER_NORMS = ("none", "l2", "rms")
+ROUTER_NORMS = ("none", "l2", "rms", "layer")
 DISPATCH_INPUTS = ("raw", "normalized")
+EXPERTS = ("mlp", "geglu", "linear")
 POOLINGS = ("mean", "token")
 
 
@@ -23,21 +24,46 @@ class SoftMoEConfig:
 
     router_norm says what the router does to the tokens X and to phi before it multiplies them:
         `none` nothing; `l2` both to unit length, phi then times a learned scale;
-        `rms` both to root mean square 1, each then times a learned gain of width d.
+        `rms` both to root mean square 1, `layer` both to mean 0 and variance 1 (as a LayerNorm),
+        each then times a learned gain of width d.
     dispatch_input says which X the slots average: the `raw` one or the `normalized` one.
+    expert says what an expert is: an `mlp` (linear, GELU, linear); a `geglu`, whose first linear has
+        twice the hidden width, one half of it times the GELU of the other; or one `linear`, which has
+        no hidden width.
+    out_dim is the width of the output; None: that of the input.
     """
 
     dim: int
     num_experts: int
     slots_per_expert: int
-    hidden_dim: int
+    hidden_dim: int | None
     router_norm: str = "l2"
     dispatch_input: str = "normalized"
+    expert: str = "mlp"
+    out_dim: int | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, "dim", "num_experts", "slots_per_expert", "hidden_dim")
+        _require_positive(self, "dim", "num_experts", "slots_per_expert", "output_width", "expert_width")
         _require_choice(self, "router_norm", ROUTER_NORMS)
         _require_choice(self, "dispatch_input", DISPATCH_INPUTS)
+        _require_choice(self, "expert", EXPERTS)
+        if self.expert == "linear" and self.hidden_dim is not None:
+            raise MoepruneError(f"`hidden_dim` is {self.hidden_dim!r}, expected null for a linear expert")
+
+    @property
+    def output_width(self) -> int:
+        """Width of the output tokens."""
+        return self.dim if self.out_dim is None else self.out_dim
+
+    @property
+    def expert_width(self) -> int:
+        """Width of what an expert's last linear takes."""
+        return self.dim if self.expert == "linear" else self.hidden_dim  # type: ignore[return-value]
+
+    @property
+    def first_width(self) -> int:
+        """Width of what an expert's first of two linears gives."""
+        return self.expert_width * (2 if self.expert == "geglu" else 1)
 
 
 @dataclass(frozen=True)
@@ -94,10 +120,9 @@ class ViTConfig:
         if self.pooling == "token" and not self.class_token:
             raise MoepruneError("`pooling` token needs `class_token` true")
         for block in self.blocks:
-            if block.soft_moe is not None and block.soft_moe.dim != self.dim:
-                raise MoepruneError(
-                    f"a Soft MoE of `dim` {block.soft_moe.dim} stands in a model of `dim` {self.dim}"
-                )
+            for width in (block.soft_moe.dim, block.soft_moe.output_width) if block.soft_moe else ():
+                if width != self.dim:
+                    raise MoepruneError(f"a Soft MoE of `dim` {width} stands in a model of `dim` {self.dim}")
 
     @property
     def num_patches(self) -> int:
@@ -121,7 +146,11 @@ class ViTConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The config as JSON values; `vit_from_json` reads it back."""
-        return {"type": "vit", **asdict(self)}
+        values = asdict(self)
+        for block in values["blocks"]:
+            if block["soft_moe"] is not None:
+                block["soft_moe"] = _without_new_defaults(block["soft_moe"], expert="mlp", out_dim=None)
+        return {"type": "vit", **values}
 
 
 def vit_from_json(value: Any) -> ViTConfig:
@@ -155,6 +184,11 @@ def _block_from_json(value: Any, index: int) -> BlockConfig:
         soft_moe = _mapping(values["soft_moe"], f"{where}.soft_moe")
         values["soft_moe"] = _build(SoftMoEConfig, soft_moe, f"{where}.soft_moe")
     return _build(BlockConfig, values, where)
+
+
+def _without_new_defaults(values: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Without keys that came later and have their default: the JSON of older models stays as it was."""
+    return {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from moeprune.model import (
     soft_moe_layers,
 )
 from moeprune.runtime import Runtime
-from moeprune.soft_moe import Observation
+from moeprune.soft_moe import Observation, SoftMoE
 from moeprune.statistics import LayerMoments, LayerStatistics, MomentsAccumulator, StatisticsAccumulator
 
 FORMAT = 1
@@ -74,7 +74,7 @@ def measure(
     data: Dataset,
     runtime: Runtime,
     what: str,
-    accumulator: Callable[[Tensor], A],
+    accumulator: Callable[[SoftMoE], A],
 ) -> dict[str, A]:
     """Accumulated over the data: what the named layers compute, in one pass as far as the last of them.
 
@@ -84,11 +84,11 @@ def measure(
         data: labels are not needed.
         runtime: where and how the model runs.
         what: the progress bar's title.
-        accumulator: makes one for a layer's phi.
+        accumulator: makes one for a layer.
     """
     model.to(runtime.torch_device)
     layers = soft_moe_layers(model)
-    accumulators = {name: accumulator(layers[name].phi) for name in names}
+    accumulators = {name: accumulator(layers[name]) for name in names}
     for inputs, labels in runtime.batches(data, what):
 
         def observe(name: str, observation: Observation, labels: Tensor | None = labels) -> None:
@@ -228,10 +228,10 @@ def require_analysis_of(model: SoftMoEViT, model_fingerprint: str, analysis: Ana
             "run `moeprune analyze` on this checkpoint",
         )
     for name, layer in soft_moe_layers(model).items():
-        d, n, p = layer.phi.shape
+        expected_shape = list(layer.slot_shape)
         shape = list(analysis.layers[name].slot_mean.shape) if name in analysis.layers else None
-        if shape != [n, p, d]:
+        if shape != expected_shape:
             raise MoepruneError(
-                f"the analysis does not fit: `{name}.slot_mean` is {shape}, expected {[n, p, d]}",
+                f"the analysis does not fit: `{name}.slot_mean` is {shape}, expected {expected_shape}",
                 "write it again with `moeprune analyze`",
             )

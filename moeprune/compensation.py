@@ -49,7 +49,7 @@ def fit_correction(
     pruned.to(device)
     full.to(device)
     layer = soft_moe_layers(pruned)[name]
-    d, n, p = layer.phi.shape
+    n, p, d = layer.slot_shape
     halves = [NormalEquations(n * p, d, device) for _ in range(2)]
     generator = torch.Generator().manual_seed(seed)
     half_of = torch.randperm(data.samples, generator=generator) % 2

@@ -41,19 +41,21 @@ class Flops:
 def soft_moe_flops(config: SoftMoEConfig, tokens: int, plan: LayerPlan | None = None) -> Flops:
     """FLOPs of one Soft MoE layer on one input of m tokens.
 
-    Logits cost 2·m·d·n·p, dispatch and combine 2·m·d·k·p each, the MLPs 4·k·p·d·h. Of the
-    surrogates, scope `static` multiplies those of the dropped slots, the others those of all.
+    Logits cost 2·m·d·n·p, dispatch 2·m·d·k·p and combine 2·m·o·k·p with o the width of the output, an
+    expert of two linears 2·p·(d·f + h·o) with f the width after the first, one of one linear 2·p·d·o.
+    Of the surrogates, scope `static` multiplies those of the dropped slots, the others those of all.
     """
-    d, n, p, h = config.dim, config.num_experts, config.slots_per_expert, config.hidden_dim
+    d, n, p, out = config.dim, config.num_experts, config.slots_per_expert, config.output_width
     k = plan.k if plan else n
     routed = plan.routed_experts if plan else n
     surrogates = 0
     if plan and plan.has_surrogate:
         surrogates = n - k if plan.scope == "static" else n
+    first = d * config.first_width if config.expert != "linear" else 0
     return Flops(
-        experts=4 * k * p * d * h,
-        routing=2 * tokens * d * p * (routed + 2 * k),
-        compensation=2 * tokens * d * p * surrogates,
+        experts=2 * k * p * (first + config.expert_width * out),
+        routing=2 * tokens * p * (d * routed + (d + out) * k),
+        compensation=2 * tokens * out * p * surrogates,
     )
 
 

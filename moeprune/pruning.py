@@ -156,8 +156,9 @@ def prune_layer(
             else torch.cat([kept, torch.tensor(plan.dropped, dtype=torch.int64)])
         )
         tensors["phi"] = tensors["phi"][:, columns.to(device)]
-        for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"):
-            tensors[name] = tensors[name][kept.to(device)]
+        for name in tensors:
+            if name.startswith("fc"):
+                tensors[name] = tensors[name][kept.to(device)]
     elif scores is not None:
         tensors["score_weights"] = scores.to(device, torch.float32)
     if plan.has_surrogate:

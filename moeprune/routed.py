@@ -32,12 +32,24 @@ from moeprune.scores import top_k
 
 
 class Experts(NamedTuple):
-    """The stacked MLPs of all experts, h contiguous in both weights."""
+    """The stacked weights of all experts, h contiguous in both; d is the width of the output in fc2."""
 
-    fc1_weight: Tensor  # (n,d,h)
-    fc1_bias: Tensor  # (n,h)
+    fc1_weight: Tensor | None  # (n,d,h), or (n,d,2·h) with a gate; None where an expert is one linear
+    fc1_bias: Tensor | None
     fc2_weight: Tensor  # (n,d,h)
     fc2_bias: Tensor  # (n,d)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether half of what the first linear gives is a gate for the other half."""
+        return self.fc1_weight is not None and self.fc1_weight.shape[2] == 2 * self.fc2_weight.shape[2]
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """What the second linear takes (…,h), from what the first one gives."""
+        if not self.is_gated:
+            return F.gelu(hidden)
+        values, gate = hidden.chunk(2, dim=-1)
+        return values * F.gelu(gate)
 
 
 def run_chosen(
@@ -106,24 +118,30 @@ def slot_weights(
 
 
 def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
-    """Expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): outputs (b,k,p,d)."""
+    """Expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): outputs (b,k,p,d), d that of the output."""
     kernels = kernels_for(slot_inputs, *experts)
+    n, width = experts.fc2_bias.shape
     if kernels and chosen.shape[1]:
         rows = slot_inputs.flatten(0, 1)
-        pairs, counts = kernels.group_by_expert(chosen, len(experts.fc1_weight))
-        hidden = kernels.grouped_linear(rows, pairs, counts, experts.fc1_weight, experts.fc1_bias, gelu=True)
-        rows = kernels.grouped_linear(hidden, pairs, counts, experts.fc2_weight.mT, experts.fc2_bias)
-        return rows.view_as(slot_inputs)
+        pairs, counts = kernels.group_by_expert(chosen, n)
+        if experts.fc1_weight is not None:
+            fuse = not experts.is_gated
+            rows = kernels.grouped_linear(
+                rows, pairs, counts, experts.fc1_weight, experts.fc1_bias, gelu=fuse
+            )
+            rows = rows if fuse else experts.activate(rows)
+        rows = kernels.grouped_linear(rows, pairs, counts, experts.fc2_weight.mT, experts.fc2_bias)
+        return rows.view(*slot_inputs.shape[:-1], width)
     b, k, p, d = slot_inputs.shape
     order = chosen.flatten().argsort(stable=True)
-    counts = chosen.flatten().bincount(minlength=len(experts.fc1_weight))
-    rows_of_expert = [p * count for count in counts.tolist()]
+    rows_of_expert = [p * count for count in chosen.flatten().bincount(minlength=n).tolist()]
     rows = slot_inputs.reshape(b * k, p, d)[order].view(b * k * p, d)
-    hidden = F.gelu(grouped_linear(rows, rows_of_expert, experts.fc1_weight, experts.fc1_bias))
-    rows = grouped_linear(hidden, rows_of_expert, experts.fc2_weight.mT, experts.fc2_bias)
-    outputs = torch.empty_like(rows).view(b * k, p, d)
-    outputs[order] = rows.view(b * k, p, d)
-    return outputs.view(b, k, p, d)
+    if experts.fc1_weight is not None and experts.fc1_bias is not None:
+        rows = experts.activate(grouped_linear(rows, rows_of_expert, experts.fc1_weight, experts.fc1_bias))
+    rows = grouped_linear(rows, rows_of_expert, experts.fc2_weight.mT, experts.fc2_bias)
+    outputs = torch.empty_like(rows).view(b * k, p, width)
+    outputs[order] = rows.view(b * k, p, width)
+    return outputs.view(b, k, p, width)
 
 
 def grouped_linear(rows: Tensor, rows_of_expert: list[int], weight: Tensor, bias: Tensor) -> Tensor:
@@ -142,8 +160,9 @@ def grouped_linear(rows: Tensor, rows_of_expert: list[int], weight: Tensor, bias
     return torch.cat([torch.addmm(bias[expert], group, weight[expert]) for expert, group in used])
 
 
-def kernels_for(*tensors: Tensor) -> ModuleType | None:
+def kernels_for(*given: Tensor | None) -> ModuleType | None:
     """The module moeprune.kernels where it can compute with these tensors, else None."""
+    tensors = [tensor for tensor in given if tensor is not None]
     if not tensors[0].is_cuda:
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def combine_mass(combine_weights: Tensor) -> Tensor:
+def combine_mass(combine_weights: Tensor, mask: Tensor | None = None) -> Tensor:
     """The mass of each expert in the combine matrix: s_j / m with s_j = sum over tokens and slots.
 
     Chung et al. 2024 (arXiv 2409.00879), Algorithm 1, divided by m so that the masses of one
@@ -17,11 +17,15 @@ def combine_mass(combine_weights: Tensor) -> Tensor:
 
     Args:
         combine_weights: C (b,m,n,p).
+        mask: tokens that count (b,m) bool; None: all.
 
     Returns:
         Masses (b,n), in float32 or better.
     """
     dtype = torch.promote_types(combine_weights.dtype, torch.float32)
+    if mask is not None:
+        tokens = mask.sum(1).clamp_min(1)[:, None]
+        return (combine_weights * mask[:, :, None, None]).sum((1, 3), dtype=dtype) / tokens
     if combine_weights.shape[-1] == 1:
         return combine_weights.mean(dim=(1, 3), dtype=dtype)
     return combine_weights.mean(dim=1, dtype=dtype).sum(dim=-1)  # both at once is 20 times slower

@@ -6,7 +6,7 @@ expert; k experts are kept. The maths (Puigcerver et al. 2023, arXiv 2308.00951,
     L = X·phi               router logits     (b,m,n,p)
     D = softmax of L over m                   each slot is a weighted mean of tokens
     C = softmax of L over (n,p)               each token is a weighted mean of slot outputs
-    Y = C · f(Dᵀ·X)                           f_j is the MLP of expert j
+    Y = C · f(Dᵀ·X)                           f_j is expert j
 
 With only some experts kept, Y = sum over kept slots of C·f plus, with a surrogate, the sum over
 dropped slots of C·u, where u is a constant vector per slot. A static surrogate may also add a
@@ -35,10 +35,11 @@ FEW_ROWS = 128
 class Observation(NamedTuple):
     """What one forward pass of a layer computed; e experts ran, all inputs' or each input's own."""
 
-    combine_weights: Tensor  # C (b,m,n,p), in the order of phi's columns
+    combine_weights: Tensor  # C (b,m,n,p), in the order of phi's columns; zero for padded tokens
+    mass: Tensor  # of each expert in C (b,n), over the tokens that are not padded
     slot_outputs: Tensor  # f (b,e,p,d), without surrogate
     chosen: Tensor | None  # experts that ran (b,e), or None where the first e of phi's columns did
-    output: Tensor  # Y (b,m,d)
+    output: Tensor  # Y (b,m,d); zero for padded tokens
 
 
 class SoftMoE(nn.Module):
@@ -56,26 +57,34 @@ class SoftMoE(nn.Module):
         super().__init__()
         self.config = config
         self.plan = plan
-        d, p, h = config.dim, config.slots_per_expert, config.hidden_dim
+        d, p, out = config.dim, config.slots_per_expert, config.output_width
         routed = plan.routed_experts if plan else config.num_experts
         stored = plan.stored_experts if plan else config.num_experts
         self.phi = nn.Parameter(torch.empty(d, routed, p))
         if config.router_norm == "l2":
             self.scale = nn.Parameter(torch.empty(1))
-        elif config.router_norm == "rms":
+        elif config.router_norm in ("rms", "layer"):
             self.input_gain = nn.Parameter(torch.empty(d))
             self.phi_gain = nn.Parameter(torch.empty(d))
         # h is the contiguous axis of both weights: the fastest layout for one row as for many.
-        self.fc1_weight = nn.Parameter(torch.empty(stored, d, h))
-        self.fc1_bias = nn.Parameter(torch.empty(stored, h))
-        self.fc2_weight = nn.Parameter(torch.empty(stored, d, h))
-        self.fc2_bias = nn.Parameter(torch.empty(stored, d))
+        self.fc1_weight = self.fc1_bias = None
+        if config.expert != "linear":
+            self.fc1_weight = nn.Parameter(torch.empty(stored, d, config.first_width))
+            self.fc1_bias = nn.Parameter(torch.empty(stored, config.first_width))
+        self.fc2_weight = nn.Parameter(torch.empty(stored, out, config.expert_width))
+        self.fc2_bias = nn.Parameter(torch.empty(stored, out))
         if plan is not None and plan.has_surrogate:
-            self.register_buffer("surrogate", torch.zeros(routed, p, d))
+            self.register_buffer("surrogate", torch.zeros(routed, p, out))
         if plan is not None and plan.scope != "static" and plan.signal != "combine":
             self.register_buffer("score_weights", torch.ones(config.num_experts))
         self.reset_parameters()
         self.observer: Callable[[Observation], None] | None = None
+
+    @property
+    def slot_shape(self) -> tuple[int, int, int]:
+        """(n,p,d) of the outputs of all slots that have router logits."""
+        _, routed, p = self.phi.shape
+        return routed, p, self.config.output_width
 
     @property
     def experts(self) -> Experts:
@@ -84,12 +93,12 @@ class SoftMoE(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None, scale: float = 1.0) -> None:
         """Draw initial weights; scale is where the learned scale of `l2` routing starts."""
-        d, h = self.config.dim, self.config.hidden_dim
+        d, h = self.config.dim, self.config.expert_width
         with torch.no_grad():
             self.phi.normal_(std=1 / math.sqrt(d), generator=generator)
             if self.config.router_norm == "l2":
                 self.scale.fill_(scale)
-            elif self.config.router_norm == "rms":
+            elif self.config.router_norm in ("rms", "layer"):
                 self.input_gain.fill_(1)
                 self.phi_gain.fill_(1)
             for parameter, fan_in in (
@@ -98,19 +107,46 @@ class SoftMoE(nn.Module):
                 (self.fc2_weight, h),
                 (self.fc2_bias, h),
             ):
+                if parameter is None:
+                    continue
                 bound = 1 / math.sqrt(fan_in)
                 parameter.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (b,m,d) in, tokens (b,m,d) out."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (b,m,d) in, tokens (b,m,d) out; or images (b,d,height,width), or one token each (b,d).
+
+        Args:
+            x: the tokens.
+            mask: which tokens are real (b,m) bool; the others, padding, are neither dispatched nor
+                counted in scores.
+        """
+        if x.ndim == 4:
+            return self.forward(x.flatten(2).mT, mask).mT.unflatten(2, x.shape[2:])
+        if x.ndim == 2:
+            return self.forward(x[:, None], mask)[:, 0]
         router_logits, tokens = self.route(x)
-        routed = self.plan is not None and self.plan.scope != "static"
+        if mask is not None:
+            lowest = torch.finfo(router_logits.dtype).min
+            router_logits = router_logits.masked_fill(~mask[:, :, None, None], lowest)
+        is_routed = self.plan is not None and self.plan.scope != "static"
+        needs_mass = is_routed or self.observer is not None
         dtype = router_logits.dtype
-        if routed or self.observer is not None:  # scores and statistics are never narrower
+        if needs_mass:  # scores and statistics are never narrower
             dtype = torch.promote_types(dtype, torch.float32)
         combine_weights = router_logits.flatten(2).softmax(2, dtype=dtype).view_as(router_logits)
-        run = self._run_chosen if routed else self._run_stored
-        return run(tokens, router_logits, combine_weights)
+        mass = combine_mass(combine_weights, mask) if needs_mass else None
+        chosen = self.choose(mass) if is_routed and mass is not None else None
+        if chosen is not None:
+            output, slot_outputs = self._run_chosen(tokens, router_logits, combine_weights, chosen)
+        else:
+            output, slot_outputs = self._run_stored(tokens, router_logits, combine_weights)
+        if self.observer is not None and mass is not None:
+            seen, shown = combine_weights, output
+            if mask is not None:
+                seen, shown = seen * mask[:, :, None, None], shown * mask[:, :, None]
+            with torch.autocast(output.device.type, enabled=False):  # statistics are never narrower
+                self.observer(Observation(seen, mass, slot_outputs, chosen, shown))
+        return output
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits (b,m,n,p) of the tokens x (b,m,d), and the tokens that are dispatched."""
@@ -121,22 +157,30 @@ class SoftMoE(nn.Module):
             root_d = math.sqrt(self.config.dim)
             normalized = _unit(x, -1, gain=root_d * self.input_gain)
             phi = _unit(phi, 0, gain=root_d * self.phi_gain)
+        elif self.config.router_norm == "layer":
+            width = (self.config.dim,)
+            normalized = F.layer_norm(x, width, self.input_gain)
+            phi = F.layer_norm(phi.mT, width, self.phi_gain).mT
         router_logits = (normalized @ phi).unflatten(-1, self.phi.shape[1:])
         return router_logits, x if self.config.dispatch_input == "raw" else normalized
 
-    def score(self, combine_weights: Tensor) -> Tensor:
-        """Scores (b,n) of the plan's signal: the higher, the more the expert matters."""
-        mass = combine_mass(combine_weights)
+    def choose(self, mass: Tensor) -> Tensor:
+        """The k experts (b,k) that run for each input, by the plan's signal and the combine mass (b,n)."""
         assert self.plan is not None
-        if self.plan.signal == "combine":
-            return mass
+        scores = mass
         if self.plan.signal == "deviation":
-            return mass * self.score_weights
-        return self.score_weights.expand_as(mass)  # random
+            scores = mass * self.score_weights
+        elif self.plan.signal == "random":
+            scores = self.score_weights.expand_as(mass)
+        if self.plan.scope == "batch":
+            scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
+        return choose(scores, self.plan.k)
 
-    def _run_stored(self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor) -> Tensor:
+    def _run_stored(
+        self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Dense or static: every expert that has weights runs on all inputs."""
-        stored = self.fc1_weight.shape[0]
+        stored = len(self.fc2_weight)
         slot_inputs = _dispatch_weights(router_logits, stored) @ tokens
         slot_outputs = self._run_experts(slot_inputs.unflatten(1, (stored, self.config.slots_per_expert)))
         weights = combine_weights.to(slot_outputs.dtype)
@@ -147,26 +191,26 @@ class SoftMoE(nn.Module):
             output = torch.baddbmm(output, of_stored, (slot_outputs + kept).flatten(1, 2))
         else:
             output = of_stored @ slot_outputs.flatten(1, 2)
-        return self._observed(combine_weights, slot_outputs, None, output)
+        return output, slot_outputs
 
-    def _run_experts(self, slot_inputs: Tensor) -> Tensor:  # (b,e,p,d) -> (b,e,p,d)
-        """Expert j on slots j, for all experts at once."""
+    def _run_experts(self, slot_inputs: Tensor) -> Tensor:
+        """Expert j on slots j, for all experts at once: (b,e,p,d) to (b,e,p,d of the output)."""
         b, e, p, d = slot_inputs.shape
         if 0 < b * p <= FEW_ROWS and e and kernels_for(slot_inputs, *self.experts):
             return run_experts(slot_inputs, _every_expert(slot_inputs, e), self.experts)
         rows = slot_inputs.transpose(0, 1).reshape(e, b * p, d)
-        hidden = F.gelu(torch.baddbmm(self.fc1_bias[:, None], rows, self.fc1_weight))
-        rows = torch.baddbmm(self.fc2_bias[:, None], hidden, self.fc2_weight.mT)
-        return rows.view(e, b, p, d).transpose(0, 1)
+        if self.fc1_weight is not None and self.fc1_bias is not None:
+            hidden = torch.baddbmm(self.fc1_bias[:, None], rows, self.fc1_weight)
+            rows = self.experts.activate(hidden)
+        rows = torch.baddbmm(self.fc2_bias[:, None], rows, self.fc2_weight.mT)
+        return rows.view(e, b, p, self.config.output_width).transpose(0, 1)
 
-    def _run_chosen(self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor) -> Tensor:
-        """Routed: each input, or the batch as one, runs its k best experts and no others."""
+    def _run_chosen(
+        self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor, chosen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Routed: each input runs its k chosen experts and no others."""
         assert self.plan is not None
-        scores = self.score(combine_weights)
-        if self.plan.scope == "batch":
-            scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
-        chosen = choose(scores, self.plan.k)
-        output, slot_outputs = run_chosen(
+        return run_chosen(
             tokens,
             router_logits,
             combine_weights,
@@ -175,15 +219,6 @@ class SoftMoE(nn.Module):
             renorm=self.plan.compensation == "renorm",
             surrogate=self.surrogate if self.plan.has_surrogate else None,
         )
-        return self._observed(combine_weights, slot_outputs, chosen, output)
-
-    def _observed(
-        self, combine_weights: Tensor, slot_outputs: Tensor, chosen: Tensor | None, output: Tensor
-    ) -> Tensor:
-        if self.observer is not None:
-            with torch.autocast(output.device.type, enabled=False):  # statistics are never narrower
-                self.observer(Observation(combine_weights, slot_outputs, chosen, output))
-        return output
 
 
 def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None = None) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeprune.scores import combine_mass, rank
-from moeprune.soft_moe import Observation
+from moeprune.scores import rank
+from moeprune.soft_moe import Observation, SoftMoE
 
 MASS_LEVELS = (0.5, 0.9, 0.99)
 INFORMATIVE_MASS = 0.45
@@ -76,19 +76,20 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 class MomentsAccumulator:
-    """Sums up the moments of the layer that a router's phi (d,n,p) belongs to."""
+    """Sums up the moments of a dense layer."""
 
-    def __init__(self, phi: Tensor):
-        d, n, p = phi.shape
-        self.dtype = wide_dtype(phi.device)
+    def __init__(self, layer: SoftMoE):
+        n, p, d = layer.slot_shape
+        self.device = layer.phi.device
+        self.dtype = wide_dtype(self.device)
         self.samples = 0
-        self.mass = self._zeros(phi, n)
-        self.slot_mass = self._zeros(phi, n, p)
-        self.weighted_outputs = self._zeros(phi, n, p, d)
-        self.weighted_squares = self._zeros(phi, n, p)
+        self.mass = self._zeros(n)
+        self.slot_mass = self._zeros(n, p)
+        self.weighted_outputs = self._zeros(n, p, d)
+        self.weighted_squares = self._zeros(n, p)
 
-    def _zeros(self, phi: Tensor, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=phi.device, dtype=self.dtype)
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
 
     def add(self, observation: Observation, labels: Tensor | None) -> None:
         """Add the inputs of one forward pass."""
@@ -96,7 +97,7 @@ class MomentsAccumulator:
         slot_outputs = observation.slot_outputs.float()
         weighted = slot_mass[..., None] * slot_outputs  # (b,n,p,d)
         self.samples += len(slot_mass)
-        self.mass += combine_mass(observation.combine_weights).sum(0, dtype=self.dtype)
+        self.mass += observation.mass.sum(0, dtype=self.dtype)
         self.slot_mass += slot_mass.sum(0, dtype=self.dtype)
         self.weighted_outputs += weighted.sum(0, dtype=self.dtype)
         self.weighted_squares += (weighted * slot_outputs).sum(-1).sum(0, dtype=self.dtype)
@@ -122,21 +123,21 @@ class MomentsAccumulator:
 class StatisticsAccumulator(MomentsAccumulator):
     """Sums up all statistics of a layer."""
 
-    def __init__(self, phi: Tensor):
-        super().__init__(phi)
-        n = phi.shape[1]
-        self.max_mass = self._zeros(phi, n)
-        self.rank_counts = torch.zeros(n * n, device=phi.device, dtype=torch.int64)
-        self.kept_mass = self._zeros(phi, n)
-        self.experts_for_mass = self._zeros(phi, len(MASS_LEVELS))
-        self.class_mass = self._zeros(phi, 0, n)
-        self.class_samples = torch.zeros(0, device=phi.device, dtype=torch.int64)
-        self.gram = self._zeros(phi, n, n)
+    def __init__(self, layer: SoftMoE):
+        super().__init__(layer)
+        n = layer.config.num_experts
+        self.max_mass = self._zeros(n)
+        self.rank_counts = torch.zeros(n * n, device=self.device, dtype=torch.int64)
+        self.kept_mass = self._zeros(n)
+        self.experts_for_mass = self._zeros(len(MASS_LEVELS))
+        self.class_mass = self._zeros(0, n)
+        self.class_samples = torch.zeros(0, device=self.device, dtype=torch.int64)
+        self.gram = self._zeros(n, n)
 
     def add(self, observation: Observation, labels: Tensor | None) -> None:
         """Add the inputs of one forward pass, and their classes (b) if they have any."""
         super().add(observation, labels)
-        mass = combine_mass(observation.combine_weights).to(self.dtype)  # (b,n)
+        mass = observation.mass.to(self.dtype)  # (b,n)
         self.max_mass = torch.maximum(self.max_mass, mass.amax(0))
         self._add_ranks(mass)
         if labels is not None:

@@ -43,22 +43,22 @@ def tensor_shapes(config: ViTConfig, plan: Plan) -> Shapes:
 
 def soft_moe_shapes(config: SoftMoEConfig, plan: LayerPlan | None) -> Shapes:
     """The shape of each tensor of one Soft MoE layer by its name in the layer."""
-    d, p, h = config.dim, config.slots_per_expert, config.hidden_dim
+    d, p, out = config.dim, config.slots_per_expert, config.output_width
     routed = plan.routed_experts if plan else config.num_experts
     stored = plan.stored_experts if plan else config.num_experts
     shapes: Shapes = {
         "phi": (d, routed, p),
-        "fc1_weight": (stored, d, h),
-        "fc1_bias": (stored, h),
-        "fc2_weight": (stored, d, h),
-        "fc2_bias": (stored, d),
+        "fc2_weight": (stored, out, config.expert_width),
+        "fc2_bias": (stored, out),
     }
+    if config.expert != "linear":
+        shapes |= {"fc1_weight": (stored, d, config.first_width), "fc1_bias": (stored, config.first_width)}
     if config.router_norm == "l2":
         shapes["scale"] = (1,)
-    elif config.router_norm == "rms":
+    elif config.router_norm in ("rms", "layer"):
         shapes |= {"input_gain": (d,), "phi_gain": (d,)}
     if plan is not None and plan.has_surrogate:
-        shapes["surrogate"] = (routed, p, d)
+        shapes["surrogate"] = (routed, p, out)
     if plan is not None and plan.scope != "static" and plan.signal != "combine":
         shapes["score_weights"] = (config.num_experts,)
     return shapes

@@ -34,11 +34,12 @@ def reference_layer(
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     n, p = tensors["phi"].shape[1:]
     outputs = []
+    width = tensors["fc2_bias"].shape[1]
     for i, one in enumerate(x.double()):
         running = list(range(n)) if kept is None else list(kept[i])
         logits, tokens = reference_router(one, tensors, router_norm, dispatch_input)
         combine = reference_combine(logits, running if compensation == "renorm" else range(n))
-        y = torch.zeros_like(one)
+        y = one.new_zeros(len(one), width)
         for j in range(n):
             for q in range(p):
                 if j in running:
@@ -75,6 +76,9 @@ def _normalize(vectors: Tensor, router_norm: str, gain: Tensor | None) -> Tensor
     """Vectors (...,d) as the router takes them."""
     if router_norm == "l2":
         return vectors / vectors.square().sum(-1, keepdim=True).sqrt()
+    if router_norm == "layer":
+        centred = vectors - vectors.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
     if router_norm == "rms":
         return vectors / vectors.square().mean(-1, keepdim=True).sqrt() * gain
     return vectors
@@ -93,11 +97,16 @@ def reference_combine(logits: Tensor, experts: Sequence[int]) -> Tensor:
 def reference_slot_output(
     slot_logits: Tensor, tokens: Tensor, tensors: Mapping[str, Tensor], j: int
 ) -> Tensor:
-    """f (d): the MLP of expert j on the mean of the tokens weighted by the softmax of the logits (m)."""
+    """f (d): expert j on the mean of the tokens weighted by the softmax of the logits (m)."""
     weights = (slot_logits - slot_logits.max()).exp()
     slot_input = (weights / weights.sum()) @ tokens
-    hidden = slot_input @ tensors["fc1_weight"][j] + tensors["fc1_bias"][j]
-    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    hidden = slot_input
+    if "fc1_weight" in tensors:
+        hidden = hidden @ tensors["fc1_weight"][j] + tensors["fc1_bias"][j]
+        h = tensors["fc2_weight"].shape[2]
+        gate = hidden[len(hidden) - h :]  # all of it, or the second half
+        activated = gate * (1 + torch.erf(gate / 2**0.5)) / 2
+        hidden = activated if len(hidden) == h else hidden[:h] * activated
     return tensors["fc2_weight"][j] @ hidden + tensors["fc2_bias"][j]
 
 

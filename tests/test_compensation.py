@@ -17,6 +17,7 @@ from moeprune.compensation import (
 )
 from moeprune.model import SoftMoEViT, soft_moe_layers
 from moeprune.runtime import Runtime
+from moeprune.scores import combine_mass
 from moeprune.soft_moe import Observation
 from tests.reference import reference_layer
 from tests.test_calibration import two_layer_model, write_inputs
@@ -117,7 +118,7 @@ def test_slot_without_any_weight_gets_nothing_and_changes_nothing():
 def test_only_slots_that_did_not_run_for_their_input_are_regressors():
     C = torch.rand(2, 3, 4, 2, generator=torch.Generator().manual_seed(0)) + 0.1
     observation = Observation(
-        C, torch.zeros(2, 2, 2, 5), torch.tensor([[0, 2], [1, 3]]), torch.zeros(2, 3, 5)
+        C, combine_mass(C), torch.zeros(2, 2, 2, 5), torch.tensor([[0, 2], [1, 3]]), torch.zeros(2, 3, 5)
     )
     expected = C.clone()
     expected[0, :, [0, 2]] = 0
@@ -143,6 +144,7 @@ def observed(model, name, data) -> Observation:
         observe_layers(model, [name], lambda _, observation: seen.append(observation), inputs, CPU)
     return Observation(
         torch.cat([one.combine_weights for one in seen]),
+        torch.cat([one.mass for one in seen]),
         torch.cat([one.slot_outputs for one in seen]),
         None if seen[0].chosen is None else torch.cat([one.chosen for one in seen]),
         torch.cat([one.output for one in seen]),

@@ -36,6 +36,13 @@ CONFIGS = {
             BlockConfig(soft_moe=replace(MOE, router_norm="rms", dispatch_input="raw", num_experts=1)),
         ),
     ),
+    "other_experts": replace(
+        SMALL,
+        blocks=(
+            BlockConfig(soft_moe=replace(MOE, expert="geglu", router_norm="layer")),
+            BlockConfig(soft_moe=replace(MOE, expert="linear", hidden_dim=None)),
+        ),
+    ),
 }
 
 
@@ -80,15 +87,23 @@ PLANS = [
 ]
 
 
+KINDS = [
+    MOE,
+    replace(MOE, expert="geglu", out_dim=7),
+    replace(MOE, expert="linear", hidden_dim=None, out_dim=9),
+]
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config.expert)
 @pytest.mark.parametrize(("scope", "compensation", "k"), PLANS)
-def test_flops_of_a_pruned_layer_equal_what_torch_counts(scope, compensation, k):
-    layer = SoftMoE(MOE)
+def test_flops_of_a_pruned_layer_equal_what_torch_counts(scope, compensation, k, config):
+    layer = SoftMoE(config)
     layer.reset_parameters(torch.Generator().manual_seed(0))
     is_static = scope == "static"
     plan = LayerPlan(scope, k, 6, "combine", compensation, tuple(range(k)) if is_static else None)
-    pruned = prune_layer(layer, plan, torch.arange(6.0) if is_static else None, torch.ones(6, 2, 12))
+    pruned = prune_layer(layer, plan, torch.arange(6.0) if is_static else None, torch.ones(layer.slot_shape))
     x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
-    assert counted(pruned, x) == 2 * soft_moe_flops(MOE, 9, pruned.plan).total
+    assert counted(pruned, x) == 2 * soft_moe_flops(config, 9, pruned.plan).total
 
 
 @pytest.mark.parametrize(

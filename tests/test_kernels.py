@@ -11,6 +11,7 @@ from moeprune.scores import top_k
 from tests.reference import best_subset, reference_layer
 from tests.test_soft_moe import (
     COMPENSATIONS,
+    KINDS,
     ROUTERS,
     D,
     N,
@@ -183,6 +184,19 @@ def test_pruned_layer_equals_the_masked_formulas(scope, compensation, p, k):
     )
     expected = reference_layer(x.cpu(), dense.state_dict(), *router(dense), kept, compensation, u)
     assert relative_error(layer(x).cpu(), expected) < 1e-5
+
+
+@pytest.mark.usefixtures("_through_kernels")
+@pytest.mark.parametrize(("expert", "out_dim"), KINDS)
+@pytest.mark.parametrize("scope", [None, "input"])
+def test_layer_of_every_kind_of_expert_equals_the_formulas(scope, expert, out_dim):
+    dense, x = dense_layer("layer", dtype=torch.float32, expert=expert, out_dim=out_dim), layer_inputs()
+    u = surrogates(width=out_dim or D)
+    layer = dense if scope is None else pruned_layer(dense, scope, 2, "mean", slot_mean=u)
+    kept = None if scope is None else expected_sets(dense, x.cpu(), scope, 2)
+    tensors = {name: tensor.cpu() for name, tensor in dense.state_dict().items()}
+    expected = reference_layer(x.cpu(), tensors, *router(dense), kept, "mean", u)
+    assert relative_error(layer.to(DEVICE)(x).cpu(), expected) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")

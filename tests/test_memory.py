@@ -44,7 +44,7 @@ seen, rows = [], [(0, resident())]
 layer.observer = lambda observation: seen.append(observation.chosen)
 torch.manual_seed(0)
 with torch.inference_mode():
-    for _ in range(6):
+    for _ in range(3):
         model(torch.randn(1, 3, 32, 32))
         rows.append((len(torch.cat(seen).unique()), resident()))
 print(json.dumps(rows))
@@ -66,9 +66,10 @@ def test_routed_model_holds_only_the_experts_that_inputs_chose(tmp_path):
     expert = 2 * config.dim * config.hidden_dim * 4
     rest = path.stat().st_size - config.num_experts * expert
     for distinct, resident in rows:
-        # An expert lies in two places; what the system maps at once may be 2 MiB.
-        assert distinct * expert <= resident <= distinct * (expert + 2 * 2 * MIB) + rest + 2 * MIB
-    assert 4 < rows[-1][0] < config.num_experts // 2
+        # An expert lies in two places, in each of which what the system maps at once, 2 MiB perhaps,
+        # may begin before it and end after it.
+        assert distinct * expert <= resident <= distinct * (expert + 2 * 2 * 2 * MIB) + rest + 4 * MIB
+    assert 3 < rows[-1][0] < config.num_experts // 2
 
 
 def test_values_that_are_not_finite_are_found_without_the_map(tmp_path):

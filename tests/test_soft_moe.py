@@ -20,14 +20,25 @@ from tests.reference import (
 )
 
 B, M, D, N, H = 4, 7, 10, 5, 6
-ROUTERS = list(product(("none", "l2", "rms"), ("raw", "normalized")))
+ROUTERS = list(product(("none", "l2", "rms", "layer"), ("raw", "normalized")))
+KINDS = [("mlp", None), ("geglu", None), ("linear", None), ("mlp", 7), ("linear", 13)]
 TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 COMPENSATIONS = ("none", "renorm", "mean", "lstsq")
 
 
-def dense_layer(router_norm="l2", dispatch_input="normalized", p=2, dtype=torch.float64, n=N, seed=0):
+def dense_layer(
+    router_norm="l2",
+    dispatch_input="normalized",
+    p=2,
+    dtype=torch.float64,
+    n=N,
+    seed=0,
+    expert="mlp",
+    out_dim=None,
+):
     generator = torch.Generator().manual_seed(seed)
-    layer = SoftMoE(SoftMoEConfig(D, n, p, H, router_norm, dispatch_input)).to(dtype)
+    hidden = None if expert == "linear" else H
+    layer = SoftMoE(SoftMoEConfig(D, n, p, hidden, router_norm, dispatch_input, expert, out_dim)).to(dtype)
     layer.reset_parameters(generator, scale=4.0)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -40,8 +51,8 @@ def inputs(b=B, dtype=torch.float64, seed=1) -> Tensor:
     return torch.randn(b, M, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def surrogates(p=2, n=N, seed=2) -> Tensor:
-    return torch.randn(n, p, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def surrogates(p=2, n=N, seed=2, width=D) -> Tensor:
+    return torch.randn(n, p, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def expert_scores(n=N, seed=3) -> Tensor:
@@ -118,11 +129,57 @@ def test_extreme_router_scales_equal_the_formulas(scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("router_norm", ["none", "l2", "rms"])
+@pytest.mark.parametrize("router_norm", ["none", "l2", "rms", "layer"])
 def test_a_token_of_zeros_computes_finite_numbers(router_norm, dtype):
     layer, x = dense_layer(router_norm).to(dtype), inputs().to(dtype)
     x[1, 2] = 0
     assert layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize(("expert", "out_dim"), KINDS)
+def test_dense_layer_of_every_kind_of_expert_equals_the_formulas(expert, out_dim, dtype, tolerance):
+    layer, x = dense_layer(dtype=dtype, expert=expert, out_dim=out_dim), inputs(dtype=dtype)
+    expected = reference_layer(x, layer.state_dict(), "l2", "normalized")
+    assert layer(x).shape == (B, M, out_dim or D)
+    assert relative_error(layer(x), expected) < tolerance
+
+
+@pytest.mark.parametrize(("scope", "compensation"), [(None, "none"), ("static", "mean"), ("input", "mean")])
+def test_images_and_single_tokens_are_taken_as_tokens(scope, compensation):
+    dense, u, scores = dense_layer(), surrogates(), expert_scores() if scope == "static" else None
+    layer = dense if scope is None else pruned_layer(dense, scope, 2, compensation, "combine", scores, u)
+    x = torch.randn(B, 2, 3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    expected = layer(x.flatten(1, 2))
+    assert (
+        relative_error(layer(x.permute(0, 3, 1, 2)), expected.unflatten(1, (2, 3)).permute(0, 3, 1, 2)) == 0
+    )
+    assert relative_error(layer(x[:, 0, 0]), layer(x[:, 0, :1])[:, 0]) == 0
+
+
+@pytest.mark.parametrize("scope", [None, "static", "input", "batch"])
+def test_padding_changes_nothing_for_real_tokens(scope):
+    """Inputs of 7 and 4 tokens in one padded batch give what each gives alone."""
+    dense, u, scores = dense_layer(), surrogates(), expert_scores() if scope == "static" else None
+    layer = dense if scope is None else pruned_layer(dense, scope, 2, "mean", "combine", scores, u)
+    x = inputs(b=2)
+    mask = torch.ones(2, M, dtype=torch.bool)
+    mask[1, 4:] = False
+    seen = []
+    layer.observer = seen.append
+    together = layer(x, mask)
+    layer.observer = None
+    if scope != "batch":  # there one input's choice depends on the other
+        assert relative_error(together[:1], layer(x[:1])) < 1e-12
+        assert relative_error(together[1:, :4], layer(x[1:, :4])) < 1e-12
+    alone = [observe(layer, x[:1]), observe(layer, x[1:, :4])]
+    assert relative_error(seen[0].mass, torch.cat([one.mass for one in alone])) < 1e-12
+    assert relative_error(seen[0].combine_weights[1, :4], alone[1].combine_weights[0]) < 1e-12
+    assert not seen[0].combine_weights[1, 4:].any()
+    assert not seen[0].output[1, 4:].any()
+    if scope == "batch":
+        scores = torch.cat([one.mass for one in alone]).sum(0)
+        assert seen[0].chosen[0].tolist() == top_k(scores, 2).tolist()
 
 
 # --- pruned ------------------------------------------------------------------------------------
@@ -146,6 +203,23 @@ def test_routed_layer_equals_the_masked_formulas(
     kept = expected_sets(dense, x, scope, k)
     expected = reference_layer(x, dense.state_dict(), *router(dense), kept, compensation, u)
     assert relative_error(layer(x), expected) < tolerance
+
+
+@pytest.mark.parametrize(("expert", "out_dim"), KINDS)
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize("scope", ["static", "input", "batch"])
+def test_pruned_layer_of_every_kind_of_expert_equals_the_masked_formulas(
+    scope, compensation, expert, out_dim
+):
+    dense, x = dense_layer("layer", expert=expert, out_dim=out_dim), inputs()
+    u, scores = surrogates(width=out_dim or D), expert_scores() if scope == "static" else None
+    layer = pruned_layer(dense, scope, 2, compensation, scores=scores, slot_mean=u)
+    if scope == "static":
+        kept = [best_subset(scores.tolist(), 2)] * B
+    else:
+        kept = expected_sets(dense, x, scope, 2)
+    expected = reference_layer(x, dense.state_dict(), *router(dense), kept, compensation, u)
+    assert relative_error(layer(x), expected) < 1e-10
 
 
 @pytest.mark.parametrize("k", [1, 2, N])

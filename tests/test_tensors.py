@@ -15,7 +15,8 @@ from moeprune.header import read_header
 from moeprune.model import SoftMoEViT, plan_of, save, soft_moe_layers
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, LayerPlan
 from moeprune.size import size_and_cost as size_and_cost_of_tensors
-from moeprune.tensors import part_of, tensor_shapes
+from moeprune.soft_moe import SoftMoE
+from moeprune.tensors import part_of, soft_moe_shapes, tensor_shapes
 from moeprune.train import pairs_config, single_layer_config
 
 MOE = SoftMoEConfig(dim=12, num_experts=5, slots_per_expert=2, hidden_dim=7)
@@ -47,6 +48,24 @@ def with_router(config: ViTConfig, router_norm: str) -> ViTConfig:
         return block if moe is None else replace(block, soft_moe=replace(moe, router_norm=router_norm))
 
     return replace(config, blocks=tuple(map(changed, config.blocks)))
+
+
+KINDS = [
+    {"expert": "geglu"},
+    {"expert": "linear", "hidden_dim": None},
+    {"expert": "linear", "hidden_dim": None, "out_dim": 9},
+    {"out_dim": 3},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plan", [None, *PLANS], ids=str)
+def test_shapes_of_layers_of_every_kind(plan, kind):
+    config = replace(MOE, **kind)
+    with torch.device("meta"):
+        layer = SoftMoE(config, plan)
+    expected = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    assert soft_moe_shapes(config, plan) == expected
 
 
 def check_shapes(config: ViTConfig, plan: dict[str, LayerPlan]) -> None:

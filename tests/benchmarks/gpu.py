@@ -81,7 +81,7 @@ def roofline(layer: SoftMoE, x: Tensor, ceiling: tuple[float, float]) -> float:
     layer(x)
     layer.observer = None
     chosen, config = seen[0].chosen, layer.config
-    touched = layer.fc1_weight.shape[0] if chosen is None else len(chosen.unique())
+    touched = len(layer.fc2_weight) if chosen is None else len(chosen.unique())
     size = 2 * touched * config.dim * config.hidden_dim * x.element_size() + 2 * x.nbytes
     flops = len(x) * soft_moe_flops(config, TOKENS, layer.plan).total
     return max(size / ceiling[0], flops / ceiling[1])
