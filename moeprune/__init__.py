@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeprune.adopted import adopt
     from moeprune.calibration import analyze, load_analysis, save_analysis
     from moeprune.data import open_data
     from moeprune.errors import MoepruneError
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MoepruneError",
     "Runtime",
+    "adopt",
     "analyze",
     "evaluate",
     "load",
@@ -32,6 +34,7 @@ __all__ = [
 _HOMES = {
     "MoepruneError": "errors",
     "Runtime": "runtime",
+    "adopt": "adopted",
     "analyze": "calibration",
     "evaluate": "evaluation",
     "load": "model",

@@ -226,3 +226,72 @@ def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in choices:
         raise MoepruneError(f"`{name}` is {value!r}, expected one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class AdoptedLayer:
+    """A Soft MoE layer that took the place of another library's.
+
+    soft_moe: what it is. library: whose it was. tokens: m, of an input of the model's input_shape.
+    """
+
+    soft_moe: SoftMoEConfig
+    library: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """A model of the user's own code whose Soft MoE layers were adopted.
+
+    factory: `package.module:function` that builds the model as it was before, or None if it is not
+        known. arguments: keyword arguments of the factory, JSON values.
+    input_shape: of one input (c,H,W). num_classes: of its output.
+    layers: the adopted layers by name, in the order of the data flow.
+    other_flops: FLOPs of one input outside of them.
+    """
+
+    factory: str | None
+    arguments: dict[str, Any]
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    layers: dict[str, AdoptedLayer]
+    other_flops: int
+
+    @property
+    def soft_moe_layers(self) -> dict[str, SoftMoEConfig]:
+        """The Soft MoE layers by name, in the order of the data flow."""
+        return {name: layer.soft_moe for name, layer in self.layers.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as JSON values; `module_from_json` reads it back."""
+        return {"type": "module", **asdict(self), "input_shape": list(self.input_shape)}
+
+
+def module_from_json(value: Any) -> ModuleConfig:
+    """Read a ModuleConfig from JSON values.
+
+    Raises:
+        MoepruneError: an unknown or missing key, or a value that does not fit.
+    """
+    values = _mapping(value, "architecture")
+    values.pop("type", None)
+    factory, arguments = values.get("factory"), _mapping(values.get("arguments"), "architecture: arguments")
+    if not (factory is None or isinstance(factory, str)) or not all(isinstance(k, str) for k in arguments):
+        raise MoepruneError("architecture: `factory` or `arguments` are damaged")
+    shape = values.get("input_shape")
+    if not (isinstance(shape, list) and len(shape) == 3 and all(type(s) is int and s > 0 for s in shape)):
+        raise MoepruneError(f"architecture: `input_shape` is {shape!r}, expected [channels, height, width]")
+    values["input_shape"] = tuple(shape)
+    for key in ("num_classes", "other_flops"):
+        if type(values.get(key)) is not int or values[key] < 0:
+            raise MoepruneError(f"architecture: `{key}` is {values.get(key)!r}, expected a whole number")
+    layers = {}
+    for name, layer in _mapping(values.get("layers"), "architecture: layers").items():
+        where = f"architecture: layers: {name}"
+        parts = _mapping(layer, where)
+        parts["soft_moe"] = _build(SoftMoEConfig, _mapping(parts.get("soft_moe"), where), where)
+        layers[name] = _build(AdoptedLayer, parts, where)
+        _require_positive(layers[name], "tokens")
+    values["layers"] = layers
+    return _build(ModuleConfig, values, "architecture")

@@ -19,7 +19,7 @@ from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.header import require_format
 from moeprune.model import (
-    SoftMoEViT,
+    Model,
     dataset_for,
     fingerprint,
     private_copy,
@@ -45,7 +45,7 @@ class Analysis:
     provenance: dict[str, Any]
 
 
-def analyze(model: SoftMoEViT, data: Dataset | str, runtime: Runtime = Runtime()) -> Analysis:
+def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> Analysis:
     """Statistics of every Soft MoE layer of an unpruned model, from one pass over the data.
 
     Memory does not depend on the number of samples, nor the result on the batch size (beyond
@@ -69,7 +69,7 @@ def analyze(model: SoftMoEViT, data: Dataset | str, runtime: Runtime = Runtime()
 
 
 def measure(
-    model: SoftMoEViT,
+    model: Model,
     names: Sequence[str],
     data: Dataset,
     runtime: Runtime,
@@ -218,7 +218,7 @@ def _require_consistent(layer: LayerStatistics, name: str, path: str | Path) -> 
             )
 
 
-def require_analysis_of(model: SoftMoEViT, model_fingerprint: str, analysis: Analysis) -> None:
+def require_analysis_of(model: Model, model_fingerprint: str, analysis: Analysis) -> None:
     """Raise a MoepruneError if the analysis was made for a checkpoint of another fingerprint, or damaged."""
     found, expected = analysis.provenance["checkpoint"]["fingerprint"], model_fingerprint
     if found != expected:

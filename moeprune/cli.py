@@ -19,7 +19,7 @@ from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep
 
 if TYPE_CHECKING:
     from moeprune.data import Dataset
-    from moeprune.model import SoftMoEViT
+    from moeprune.model import Model
     from moeprune.runtime import Runtime
 
 app = typer.Typer(
@@ -439,7 +439,7 @@ def demo(
     emit(found, report.demo, output_format, output_file)
 
 
-def _load(path: Path, preprocess: list[str] | None) -> SoftMoEViT:
+def _load(path: Path, preprocess: list[str] | None) -> Model:
     from dataclasses import replace
 
     from moeprune.model import load
@@ -451,7 +451,7 @@ def _load(path: Path, preprocess: list[str] | None) -> SoftMoEViT:
     return model
 
 
-def _open(spec: str, model: SoftMoEViT, split: str | None, default_split: str, limit: int | None) -> Dataset:
+def _open(spec: str, model: Model, split: str | None, default_split: str, limit: int | None) -> Dataset:
     from moeprune.data import BUILT_IN
     from moeprune.model import dataset_for
 

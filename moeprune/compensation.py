@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moeprune.calibration import observe_layers
 from moeprune.data import Dataset
-from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.model import Model, soft_moe_layers
 from moeprune.runtime import Runtime
 from moeprune.soft_moe import Observation
 from moeprune.statistics import wide_dtype
@@ -33,7 +33,7 @@ GAIN_KEPT = 0.95
 
 
 def fit_correction(
-    pruned: SoftMoEViT, full: SoftMoEViT, name: str, data: Dataset, seed: int, runtime: Runtime
+    pruned: Model, full: Model, name: str, data: Dataset, seed: int, runtime: Runtime
 ) -> Tensor:
     """V: what to add to the surrogates of layer `name` of the pruned model, by one pass over data.
 

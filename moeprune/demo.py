@@ -17,7 +17,7 @@ from moeprune.data import Dataset, open_data
 from moeprune.errors import MoepruneError
 from moeprune.evaluation import environment, evaluate
 from moeprune.files import write_bytes, write_text
-from moeprune.model import SoftMoEViT, load, save
+from moeprune.model import Model, load, save
 from moeprune.runtime import Runtime
 from moeprune.sweep import Variant, sweep
 from moeprune.train import pairs_recipe, single_layer_recipe, train
@@ -99,7 +99,7 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
     return {"title": title, "data": {"spec": test.spec, "samples": test.samples}, "rows": rows}
 
 
-def _evaluate(path: Path, full: SoftMoEViT, test: Dataset, runtime: Runtime) -> None:
+def _evaluate(path: Path, full: Model, test: Dataset, runtime: Runtime) -> None:
     """Write the evaluation of what is in a file beside it."""
     result = {"checkpoint": path.name, "baseline": "full.safetensors"}
     result |= evaluate(load(path), test, full, runtime) | {"gates": [], "passed": True}

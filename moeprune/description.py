@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeprune.architecture import ViTConfig, vit_from_json
+from moeprune.architecture import ModuleConfig, ViTConfig, module_from_json, vit_from_json
 from moeprune.errors import MoepruneError
 from moeprune.header import Header, is_too_large, require_format
 from moeprune.plan import Plan, plan_from_json
 from moeprune.preprocessing import Preprocessing, preprocessing_from_json
-from moeprune.tensors import require_one_type, require_tensors, tensor_shapes
+from moeprune.tensors import layer_shapes, require_one_type, require_tensors, tensor_shapes
 
 FORMAT = 1
 
@@ -28,8 +28,10 @@ class Details:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def read_description(header: Header) -> tuple[ViTConfig, Plan, Details]:
+def read_description(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Details]:
     """The architecture, plan and details of a checkpoint, which its tensors fit.
+
+    Of a model of the user's own code, only the tensors of Soft MoE layers are known beforehand.
 
     Raises:
         MoepruneError: the file is no checkpoint of moeprune, or of an unknown format, or damaged, or
@@ -37,17 +39,22 @@ def read_description(header: Header) -> tuple[ViTConfig, Plan, Details]:
     """
     path = header.path
     config, plan, details = _read_metadata(header)
-    if len(config.blocks) > len(header.tensors):
-        raise MoepruneError(f"`{path}`: {len(config.blocks)} blocks, but {len(header.tensors)} tensors")
-    shapes = tensor_shapes(config, plan)
+    found = header.tensors
+    if isinstance(config, ViTConfig):
+        if len(config.blocks) > len(found):
+            raise MoepruneError(f"`{path}`: {len(config.blocks)} blocks, but {len(found)} tensors")
+        shapes = tensor_shapes(config, plan)
+    else:
+        shapes = layer_shapes(config, plan)
+        found = {name: tensor for name, tensor in found.items() if name.rpartition(".")[0] in config.layers}
     if any(is_too_large(shape) for shape in shapes.values()):
         raise MoepruneError(f"`{path}`: no model can be built of its architecture")
-    require_tensors(header.tensors, shapes, path)
-    require_one_type(header.tensors, path)
+    require_tensors(found, shapes, path)
+    require_one_type(found, path)
     return config, plan, details
 
 
-def _read_metadata(header: Header) -> tuple[ViTConfig, Plan, Details]:
+def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Details]:
     path, metadata = header.path, header.metadata
     if metadata is None:
         raise MoepruneError(
@@ -61,7 +68,9 @@ def _read_metadata(header: Header) -> tuple[ViTConfig, Plan, Details]:
         )
     require_format(metadata, FORMAT, path)
     try:
-        config = vit_from_json(metadata.get("architecture"))
+        architecture = metadata.get("architecture")
+        is_module = isinstance(architecture, dict) and architecture.get("type") == "module"
+        config = module_from_json(architecture) if is_module else vit_from_json(architecture)
         plan = plan_from_json(metadata.get("plan", {}))
         preprocessing = preprocessing_from_json(metadata.get("preprocessing", {}))
     except MoepruneError as error:

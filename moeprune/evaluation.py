@@ -17,7 +17,7 @@ from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.intervals import mcnemar, paired_difference, wilson
 from moeprune.latency import check_batch_sizes, measure_latency
-from moeprune.model import SoftMoEViT, dataset_for, plan_of, private_copy
+from moeprune.model import Model, dataset_for, plan_of, private_copy
 from moeprune.runtime import Runtime
 from moeprune.statistics import wide_dtype
 
@@ -43,7 +43,7 @@ class Predictions:
 
 
 def predict(
-    models: Sequence[SoftMoEViT], data: Dataset, runtime: Runtime = Runtime(), what: str = "eval"
+    models: Sequence[Model], data: Dataset, runtime: Runtime = Runtime(), what: str = "eval"
 ) -> list[Predictions]:
     """Predictions of each model, from one pass over labelled data.
 
@@ -82,9 +82,9 @@ def predict(
 
 
 def evaluate(
-    model: SoftMoEViT,
+    model: Model,
     data: Dataset | str,
-    baseline: SoftMoEViT | None = None,
+    baseline: Model | None = None,
     runtime: Runtime = Runtime(),
     latency_batches: Sequence[int] | None = None,
 ) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def evaluate(
     }
 
 
-def describe(model: SoftMoEViT, predictions: Predictions) -> dict[str, Any]:
+def describe(model: Model, predictions: Predictions) -> dict[str, Any]:
     """Accuracy, size and cost of a model as JSON values."""
     correct, samples = int(predictions.correct.sum()), len(predictions.labels)
     return {
@@ -140,7 +140,7 @@ def describe(model: SoftMoEViT, predictions: Predictions) -> dict[str, Any]:
     }
 
 
-def size_and_cost(model: SoftMoEViT) -> dict[str, Any]:
+def size_and_cost(model: Model) -> dict[str, Any]:
     """Parameters, bytes, FLOPs and experts per input of a model as JSON values (moeprune.size)."""
     return size.size_and_cost(model.config, plan_of(model), tensor_infos(model.state_dict()))
 

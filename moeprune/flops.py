@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.architecture import BlockConfig, ModuleConfig, SoftMoEConfig, ViTConfig
 from moeprune.plan import LayerPlan, Plan
 
 
@@ -57,6 +57,16 @@ def soft_moe_flops(config: SoftMoEConfig, tokens: int, plan: LayerPlan | None = 
         routing=2 * tokens * p * (d * routed + (d + out) * k),
         compensation=2 * tokens * out * p * surrogates,
     )
+
+
+def model_flops(config: ViTConfig | ModuleConfig, plan: Plan) -> Flops:
+    """FLOPs of a whole model on one input."""
+    if isinstance(config, ViTConfig):
+        return vit_flops(config, plan)
+    flops = Flops(other=config.other_flops)
+    for name, layer in config.layers.items():
+        flops += soft_moe_flops(layer.soft_moe, layer.tokens, plan.get(name))
+    return flops
 
 
 def vit_flops(config: ViTConfig, plan: Plan | None = None) -> Flops:

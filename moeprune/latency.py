@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
-from moeprune.model import SoftMoEViT, private_copy
+from moeprune.model import Model, private_copy
 from moeprune.runtime import Runtime
 
 BATCH_SIZES = (1, 8, 32)
@@ -37,9 +37,9 @@ def check_batch_sizes(batch_sizes: Iterable[int]) -> None:
 
 
 def measure_latency(
-    model: SoftMoEViT,
+    model: Model,
     data: Dataset,
-    baseline: SoftMoEViT | None = None,
+    baseline: Model | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     runtime: Runtime = Runtime(),
 ) -> dict[str, Any]:

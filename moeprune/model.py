@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeprune import checkpoint
-from moeprune.architecture import BlockConfig, ViTConfig
+from moeprune import adopted, checkpoint
+from moeprune.adopted import AdoptedModel
+from moeprune.architecture import BlockConfig, ModuleConfig, ViTConfig
 from moeprune.data import Dataset, open_data
 from moeprune.description import FORMAT, Details, read_description
 from moeprune.errors import MoepruneError
@@ -117,8 +119,14 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+Model = SoftMoEViT | AdoptedModel
+M = TypeVar("M", bound=nn.Module)
+
+
 def soft_moe_layers(model: nn.Module) -> dict[str, SoftMoE]:
     """The Soft MoE layers of a model by name, in the order of the data flow."""
+    if isinstance(model, AdoptedModel):
+        return {name: adopted.layer_of(model, name) for name in model.config.layers}
     return {name: module for name, module in model.named_modules() if isinstance(module, SoftMoE)}
 
 
@@ -138,7 +146,7 @@ def require_dense_layers(model: nn.Module, hint: str) -> dict[str, SoftMoE]:
     return layers
 
 
-def private_copy(model: SoftMoEViT) -> SoftMoEViT:
+def private_copy(model: M) -> M:
     """A copy in eval mode that can be observed, moved and altered without a trace in the model.
 
     Its parameters are its own but lie in the same memory: nothing is copied until one of the two is
@@ -154,7 +162,7 @@ def plan_of(model: nn.Module) -> Plan:
     return {name: layer.plan for name, layer in soft_moe_layers(model).items() if layer.plan is not None}
 
 
-def dataset_for(model: SoftMoEViT, data: Dataset | str, split: str, limit: int | None = None) -> Dataset:
+def dataset_for(model: Model, data: Dataset | str, split: str, limit: int | None = None) -> Dataset:
     """The data set itself, or the one that a spec names, opened for the model.
 
     Args:
@@ -164,12 +172,12 @@ def dataset_for(model: SoftMoEViT, data: Dataset | str, split: str, limit: int |
     return open_data(data, model.input_format, split, limit) if isinstance(data, str) else data
 
 
-def fingerprint(model: SoftMoEViT) -> str:
+def fingerprint(model: Model) -> str:
     """SHA-256 of the architecture and all tensors."""
     return checkpoint.fingerprint(model.state_dict(), model.config.to_json())
 
 
-def save(model: SoftMoEViT, path: str | Path) -> None:
+def save(model: Model, path: str | Path) -> None:
     """Write a checkpoint: equal models give equal bytes.
 
     Raises:
@@ -177,7 +185,9 @@ def save(model: SoftMoEViT, path: str | Path) -> None:
     """
     tensors = model.state_dict()
     checkpoint.check_finite(tensors, path)
-    require_one_type(checkpoint.tensor_infos(tensors), path)
+    of_layers = {name: t for name, t in tensors.items() if name.rpartition(".")[0] in soft_moe_layers(model)}
+    of_one_type = of_layers if isinstance(model, AdoptedModel) else tensors
+    require_one_type(checkpoint.tensor_infos(of_one_type), path)
     metadata = {
         "format": FORMAT,
         "kind": "checkpoint",
@@ -190,19 +200,51 @@ def save(model: SoftMoEViT, path: str | Path) -> None:
     checkpoint.write(path, tensors, metadata)
 
 
-def load(path: str | Path) -> SoftMoEViT:
+def load(path: str | Path, factory: str | None = None) -> Model:
     """Load a checkpoint that moeprune wrote, pruned or not: a model in eval mode on the CPU.
 
     The weights are memory-mapped from the file.
 
+    Args:
+        path: of the checkpoint.
+        factory: `package.module:function` that builds the model, where it is of the user's own code.
+            The checkpoint names it too, but only a caller can tell that it may be run.
+
     Raises:
         MoepruneError: the file is missing, damaged, of an unknown format, has no Soft MoE layer,
-            lacks tensors or has others, or has NaN or infinite values.
+            lacks tensors or has others, or has NaN or infinite values; or the factory is missing or
+            another one than the checkpoint names.
     """
     file = checkpoint.read(path)
-    description = read_description(file.header)
-    checkpoint.check_finite_in_file(file.header)
-    with torch.device("meta"):
-        model = SoftMoEViT(*description)
-    model.load_state_dict(file.tensors, assign=True)
+    config, plan, details = read_description(file.header)
+    model: Model
+    if isinstance(config, ModuleConfig):
+        require_factory(config, factory, path)
+        checkpoint.check_finite_in_file(file.header)
+        model = adopted.skeleton(config, plan, details)
+        adopted.load_strictly(model, file.tensors, path)
+    else:
+        if factory is not None:
+            raise MoepruneError(
+                f"`{path}` is no model of your own code: it needs no `--model`", "leave `--model` out"
+            )
+        checkpoint.check_finite_in_file(file.header)
+        with torch.device("meta"):
+            model = SoftMoEViT(config, plan, details)
+        model.load_state_dict(file.tensors, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def require_factory(config: ModuleConfig, factory: str | None, path: str | Path) -> None:
+    """Raise a MoepruneError unless the factory is the one that a checkpoint names."""
+    if config.factory is None:
+        raise MoepruneError(
+            f"`{path}` does not say which factory builds its model",
+            "adopt it again and say: `moeprune.adopt(model, input_shape, factory)`",
+        )
+    if factory != config.factory:
+        given = "none is given" if factory is None else f"given is `{factory}`"
+        raise MoepruneError(
+            f"the model of `{path}` is built by the factory `{config.factory}`, {given}",
+            f"if you trust that code, add `--model {config.factory}`",
+        )

@@ -16,7 +16,7 @@ from moeprune.compensation import fit_correction
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.model import (
-    SoftMoEViT,
+    Model,
     dataset_for,
     fingerprint,
     private_copy,
@@ -31,7 +31,7 @@ from moeprune.statistics import LayerMoments, MomentsAccumulator
 
 
 def prune(
-    model: SoftMoEViT,
+    model: Model,
     analysis: Analysis | None = None,
     *,
     keep: str | float | Fraction,
@@ -41,7 +41,7 @@ def prune(
     data: Dataset | str | None = None,
     seed: int = 0,
     runtime: Runtime = Runtime(),
-) -> SoftMoEViT:
+) -> Model:
     """A model in which every Soft MoE layer runs k of its experts.
 
     Layers are pruned in the order of the data flow, and all that is calibrated in a layer is measured
@@ -106,7 +106,7 @@ def prune(
 
 
 def _plans(
-    model: SoftMoEViT, keep: str | float | Fraction, scope: str, signal: str, compensate: str
+    model: Model, keep: str | float | Fraction, scope: str, signal: str, compensate: str
 ) -> dict[str, LayerPlan]:
     """A plan for each layer, with the first k experts where they are yet to be chosen."""
     layers = require_dense_layers(
@@ -186,7 +186,7 @@ def _expert_scores(
     return statistics.mean_mass
 
 
-def calibration_data(model: SoftMoEViT, analysis: Analysis) -> Dataset:
+def calibration_data(model: Model, analysis: Analysis) -> Dataset:
     """The data that an analysis was made from, opened again.
 
     Raises:
@@ -203,7 +203,7 @@ def calibration_data(model: SoftMoEViT, analysis: Analysis) -> Dataset:
 
 
 def _calibration_data(
-    model: SoftMoEViT, analysis: Analysis | None, data: Dataset | str | None, needed: bool
+    model: Model, analysis: Analysis | None, data: Dataset | str | None, needed: bool
 ) -> Dataset | None:
     """The data to measure layers on, opened; None where the analysis has all that is needed."""
     if data is None:

@@ -5,27 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moeprune.architecture import ViTConfig
-from moeprune.flops import vit_flops
+from moeprune.architecture import ModuleConfig, ViTConfig
+from moeprune.flops import model_flops
 from moeprune.header import TensorInfo
 from moeprune.plan import Plan
 from moeprune.tensors import part_of
 
 
-def size_and_cost(config: ViTConfig, plan: Plan, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+def size_and_cost(
+    config: ViTConfig | ModuleConfig, plan: Plan, tensors: Mapping[str, TensorInfo]
+) -> dict[str, Any]:
     """Parameters, bytes, FLOPs per input and experts per input of a model as JSON values.
 
     Bytes and FLOPs are split into experts, routing, compensation and other.
     """
     parts = {"experts": 0, "routing": 0, "compensation": 0, "other": 0}
     for name, tensor in tensors.items():
-        parts[part_of(name)] += tensor.nbytes
+        parts[part_of(name, config.soft_moe_layers)] += tensor.nbytes
     running = {name: layer.num_experts for name, layer in config.soft_moe_layers.items()}
     running |= {name: layer.k for name, layer in plan.items()}
     return {
         "parameters": sum(tensor.numel for tensor in tensors.values()),
         "bytes": sum(parts.values()),
         "bytes_by_part": parts,
-        "flops_per_input": vit_flops(config, plan).to_json(),
+        "flops_per_input": model_flops(config, plan).to_json(),
         "experts_per_input": float(sum(running.values())),
     }

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from moeprune.calibration import Analysis
 from moeprune.data import Dataset
 from moeprune.evaluation import Predictions, compare, describe, predict
-from moeprune.model import SoftMoEViT, require_soft_moe_layers
+from moeprune.model import Model, require_soft_moe_layers
 from moeprune.plan import experts_to_keep
 from moeprune.pruning import calibration_data, prune
 from moeprune.runtime import Runtime
@@ -58,13 +58,13 @@ def grid(
 
 
 def sweep(
-    model: SoftMoEViT,
+    model: Model,
     variants: Iterable[Variant],
     analysis: Analysis,
     data: Dataset,
     seed: int = 0,
     runtime: Runtime = Runtime(),
-) -> Iterator[tuple[dict[str, Any], SoftMoEViT]]:
+) -> Iterator[tuple[dict[str, Any], Model]]:
     """Prune the model in each way and evaluate it on labelled data, one after the other.
 
     Args:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
-from moeprune.architecture import SoftMoEConfig, ViTConfig
+from moeprune.architecture import ModuleConfig, SoftMoEConfig, ViTConfig
 from moeprune.errors import MoepruneError
 from moeprune.header import TensorInfo
 from moeprune.plan import LayerPlan, Plan
@@ -41,6 +41,15 @@ def tensor_shapes(config: ViTConfig, plan: Plan) -> Shapes:
     return shapes | _linear("head", d, config.num_classes)
 
 
+def layer_shapes(config: ViTConfig | ModuleConfig, plan: Plan) -> Shapes:
+    """The shape of each tensor of the Soft MoE layers alone, by its name in the model."""
+    return {
+        f"{name}.{tensor}": shape
+        for name, layer in config.soft_moe_layers.items()
+        for tensor, shape in soft_moe_shapes(layer, plan.get(name)).items()
+    }
+
+
 def soft_moe_shapes(config: SoftMoEConfig, plan: LayerPlan | None) -> Shapes:
     """The shape of each tensor of one Soft MoE layer by its name in the layer."""
     d, p, out = config.dim, config.slots_per_expert, config.output_width
@@ -72,10 +81,12 @@ def _norm(name: str, width: int) -> Shapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def part_of(name: str) -> str:
-    """What a tensor of a model serves: `experts`, `routing`, `compensation` or `other`."""
+def part_of(name: str, layers: Container[str]) -> str:
+    """What a tensor of a model with these Soft MoE layers serves: `experts`, `routing`, `compensation`
+    or `other`.
+    """
     module, _, tensor = name.rpartition(".")
-    if not module.endswith(".soft_moe"):
+    if module not in layers:
         return "other"
     if tensor.startswith("fc"):
         return "experts"

@@ -1,0 +1,1 @@
+"""The libraries whose Soft MoE checkpoints and layers are known, a file each."""

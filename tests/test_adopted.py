@@ -1,0 +1,328 @@
+"""Models of the user's own code with Soft MoE layers of other libraries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moeprune
+from moeprune import adopted
+from moeprune.adopted import AdoptedModel, adopt
+from moeprune.checkpoint import read
+from moeprune.data import Dataset
+from moeprune.errors import MoepruneError
+from moeprune.model import soft_moe_layers
+from moeprune.pruning import prune
+from moeprune.runtime import Runtime
+from tests.test_soft_moe import relative_error
+
+lucidrains = pytest.importorskip("soft_moe_pytorch")
+fkodom = pytest.importorskip("soft_mixture_of_experts.vit")
+
+SHAPE, CLASSES, D = (3, 8, 8), 5, 12
+CPU = Runtime("cpu")
+
+
+class Tower(nn.Module):
+    """Patches, then Soft MoE layers with residuals on tokens, on an image, and on one token."""
+
+    def __init__(self, layer: Callable[[], nn.Module]):
+        super().__init__()
+        self.embed = nn.Conv2d(3, D, 2, 2)
+        self.norm = nn.BatchNorm2d(D)  # has an integer buffer
+        self.late = layer()  # runs after the other two
+        self.layers = nn.ModuleList([layer(), layer()])
+        self.head = nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = self.norm(self.embed(x))
+        image = image + self.layers[0](image)
+        tokens = image.flatten(2).mT
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device)
+        mask[:, 12:] = False
+        tokens = tokens + self.layers[1](tokens, mask)
+        token = tokens[:, :12].mean(1)
+        return self.head(token + self.late(token))
+
+
+def tower(geglu=False, use_layernorm=False, num_experts=4) -> nn.Module:
+    return Tower(
+        lambda: lucidrains.SoftMoE(
+            D, num_slots=2, num_experts=num_experts, expert_mult=2, geglu=geglu, use_layernorm=use_layernorm
+        )
+    )
+
+
+def encoder(num_experts=4) -> nn.Module:
+    return fkodom.SoftMoEViT(
+        num_classes=CLASSES, image_size=8, patch_size=4, d_model=D, dim_feedforward=16, nhead=2,
+        num_encoder_layers=2, num_experts=num_experts, slots_per_expert=2,
+    )  # fmt: skip
+
+
+FACTORIES = {
+    **{
+        f"tower-{geglu}-{norm}": (tower, {"geglu": geglu, "use_layernorm": norm})
+        for geglu, norm in product((False, True), repeat=2)
+    },
+    "encoder": (encoder, {}),
+}
+
+
+@pytest.fixture(params=FACTORIES)
+def case(request):
+    return FACTORIES[request.param]
+
+
+def randomized(model: nn.Module, seed=0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gamma" in name:
+                parameter.uniform_(0.5, 3, generator=generator)
+            else:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def images(count=6, seed=1, dtype=torch.float64) -> Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def dataset(count=20) -> Dataset:
+    inputs, labels = images(count, 3, torch.float32), torch.arange(count) % CLASSES
+
+    def pick(indices, batch_size):
+        for start in range(0, len(indices), batch_size):
+            chosen = list(indices[start : start + batch_size])
+            yield inputs[chosen], labels[chosen]
+
+    return Dataset("memory", count, True, CLASSES, pick, None)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_adopted_models_compute_what_their_libraries_do(case, dtype, tolerance):
+    factory, arguments = case
+    theirs = randomized(factory(**arguments)).to(dtype)
+    with torch.no_grad():
+        expected = theirs(images(dtype=dtype))
+    model = adopt(theirs, SHAPE)
+    assert relative_error(model(images(dtype=dtype)), expected) < tolerance
+    assert not any(adopted.library_of(m) for m in model.modules() if any(
+        library.recognises(m) for library in adopted.LIBRARIES
+    ))  # fmt: skip
+
+
+def test_layers_are_named_in_the_order_in_which_they_run():
+    model = adopt(randomized(tower()), SHAPE)
+    assert list(soft_moe_layers(model)) == ["module.layers.0", "module.layers.1", "module.late"]
+    assert [layer.tokens for layer in model.config.layers.values()] == [16, 16, 1]
+
+
+def test_statically_pruned_models_compute_what_the_library_does_with_fewer_experts(case):
+    factory, arguments = case
+    theirs = randomized(factory(**arguments)).double()
+    model = adopt(theirs, SHAPE)
+    pruned = prune(model, keep=2, signal="random", compensate="renorm")
+    smaller = factory(**arguments, num_experts=2).double().eval()
+    tensors = adopted.library_tensors(pruned, factory(**arguments))
+    smaller.load_state_dict(tensors, strict=True)
+    assert relative_error(smaller(images()), pruned(images())) < 1e-9
+
+
+def test_tensors_go_back_as_they_came(case):
+    factory, arguments = case
+    theirs = randomized(factory(**arguments))
+    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    tensors = adopted.library_tensors(adopt(theirs, SHAPE), factory(**arguments))
+    assert set(tensors) == set(before)
+    for name, tensor in before.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("compensate", ["none", "renorm", "mean", "lstsq"])
+@pytest.mark.parametrize("scope", ["static", "input", "batch"])
+@pytest.mark.parametrize("factory", [tower, encoder])
+def test_adopted_models_are_analyzed_pruned_and_evaluated(factory, scope, compensate):
+    model = adopt(randomized(factory()), SHAPE)
+    before = model(images(dtype=torch.float32))
+    data = dataset()
+    analysis = moeprune.analyze(model, data, CPU)
+    pruned = prune(model, analysis, keep=2, scope=scope, compensate=compensate, data=data, runtime=CPU)
+    found = moeprune.evaluate(pruned, data, model, CPU)
+    assert torch.equal(model(images(dtype=torch.float32)), before)
+    assert found["model"]["experts_per_input"] == 2 * len(model.config.layers)
+    assert found["difference"]["flops_reduction"] > 0 or compensate in ("mean", "lstsq")
+    assert (found["difference"]["size_reduction"] > 0) == (scope == "static")
+
+
+def test_flops_of_an_adopted_model_equal_what_torch_counts():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from moeprune.evaluation import size_and_cost
+
+    theirs = randomized(encoder())
+    model = adopt(theirs, SHAPE)
+    pruned = prune(model, keep=2, signal="random", compensate="renorm")
+    for one in (model, pruned):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            one(images(1, dtype=torch.float32))
+        assert size_and_cost(one)["flops_per_input"]["total"] == counter.get_total_flops()
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The factories above as a module that can be imported by name."""
+    module = type(sys)("user_models")
+    module.tower, module.encoder, module.broken, module.none = tower, encoder, lambda: 1 / 0, lambda: None
+    monkeypatch.setitem(sys.modules, "user_models", module)
+    monkeypatch.chdir(tmp_path)
+    return "user_models"
+
+
+@pytest.mark.parametrize("compensate", ["renorm", "mean"])
+@pytest.mark.parametrize("scope", ["static", "input"])
+def test_saved_models_are_loaded_with_their_factory_again(package, tmp_path, scope, compensate):
+    arguments = {"geglu": True, "use_layernorm": True}
+    model = adopt(randomized(tower(**arguments)), SHAPE, f"{package}:tower", arguments)
+    pruned = prune(model, keep=2, scope=scope, compensate=compensate, data=dataset(), runtime=CPU)
+    for which, one in {"full": model, "pruned": pruned}.items():
+        path = tmp_path / f"{which}.safetensors"
+        moeprune.save(one, path)
+        loaded = moeprune.load(path, f"{package}:tower")
+        assert isinstance(loaded, AdoptedModel)
+        assert torch.equal(loaded(images(dtype=torch.float32)), one(images(dtype=torch.float32)))
+        again = tmp_path / "again.safetensors"
+        moeprune.save(loaded, again)
+        assert again.read_bytes() == path.read_bytes()
+        assert "module.norm.num_batches_tracked" in read(path).tensors
+
+
+@pytest.mark.parametrize("given", [None, "user_models:encoder"])
+def test_loading_says_which_factory_is_needed(package, tmp_path, given):
+    path = tmp_path / "model.safetensors"
+    moeprune.save(adopt(randomized(tower()), SHAPE, f"{package}:tower"), path)
+    with pytest.raises(MoepruneError, match=r"user_models:tower.*(none is given|given is `user_models:enc)"):
+        moeprune.load(path, given)
+
+
+def test_a_factory_that_changed_is_an_error_that_lists_all_differences(package, tmp_path):
+    path = tmp_path / "model.safetensors"
+    model = adopt(randomized(tower()), SHAPE, f"{package}:tower")
+    model.module.extra = nn.Linear(2, 2)
+    del model.module.head
+    moeprune.save(model, path)
+    expected = (
+        r"missing `module\.head\.bias`; missing `module\.head\.weight`;"
+        r" unexpected `module\.extra\.bias`; unexpected `module\.extra\.weight`"
+    )
+    with pytest.raises(MoepruneError, match=expected):
+        moeprune.load(path, f"{package}:tower")
+
+
+def test_keys_of_old_releases_are_read():
+    theirs = randomized(tower())
+    expected = theirs(images(dtype=torch.float32))
+    old = {name.replace("experts.experts.", "experts."): t for name, t in theirs.state_dict().items()}
+    fresh = tower()
+    adopted.load_foreign(fresh, old, "old.pt")
+    assert torch.equal(fresh.eval()(images(dtype=torch.float32)), expected)
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def test_dynamic_slots_are_refused_with_the_reason():
+    model = Tower(lambda: lucidrains.DynamicSlotsSoftMoE(D, num_experts=4))
+    with pytest.raises(MoepruneError, match="DynamicSlotsSoftMoE: its slots are made anew from each input"):
+        adopt(model, SHAPE)
+
+
+def test_experts_of_another_kind_are_refused_by_what_they_are():
+    model = tower()
+    model.late.experts.experts[2][1] = nn.ReLU()
+    with pytest.raises(MoepruneError, match=r"late\.experts\.2` is made of .*ReLU.*: expected two linears"):
+        adopt(model, SHAPE)
+
+
+def test_a_beta_that_is_not_zero_is_refused():
+    model = tower(use_layernorm=True)
+    model.late.norm.beta += 1
+    with pytest.raises(MoepruneError, match="layer `late` has a `beta`"):
+        adopt(model, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(3, 3), "no Soft MoE layer of a known library in Linear"),
+        (nn.Sequential(nn.Flatten(), lucidrains.SoftMoE(192, num_slots=1)), None),
+        (nn.Sequential(lucidrains.SoftMoE(3, num_slots=1)), r"gives \[1, 3, 8, 8\] for one input"),
+        (nn.Sequential(lucidrains.SoftMoE(4, num_slots=1)), "fails on an input of shape"),
+    ],
+)
+def test_models_that_do_not_fit(model, message):
+    if message is None:
+        assert adopt(model, SHAPE).config.num_classes == 192
+        return
+    with pytest.raises(MoepruneError, match=message):
+        adopt(model, SHAPE)
+
+
+def test_a_layer_that_runs_twice_is_refused():
+    model = tower()
+    model.late = model.layers[0]
+    with pytest.raises(MoepruneError, match=r"`late` and `layers\.0` are one"):
+        adopt(model, SHAPE)
+    model = tower()
+    head = model.head
+    model.head = nn.Sequential(nn.Identity(), head)
+    model.head.forward = lambda x: head(x + model.late(x))
+    with pytest.raises(MoepruneError, match="`late` runs more than once"):
+        adopt(model, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("nonsense", "is no factory"),
+        ("no_such_package:f", "ModuleNotFoundError"),
+        ("user_models:missing", "AttributeError"),
+        ("user_models:broken", "ZeroDivisionError"),
+        ("user_models:none", "builds a NoneType"),
+    ],
+)
+def test_factories_that_fail(package, factory, message):
+    with pytest.raises(MoepruneError, match=message):
+        adopted.build(factory, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["x"], "no KEY=VALUE"),
+        (["1x=2"], "no KEY=VALUE"),
+        (["x=1", "x=2"], "given twice"),
+        (["x={1}"], "JSON"),
+    ],
+)
+def test_arguments_that_do_not_fit(given, message):
+    with pytest.raises(MoepruneError, match=message):
+        adopted.parse_arguments(given)
+
+
+def test_what_other_libraries_cannot_express_is_refused():
+    model = adopt(randomized(tower()), SHAPE)
+    for scope, compensate in (("input", "none"), ("static", "none"), ("static", "mean")):
+        pruned = prune(model, keep=2, scope=scope, compensate=compensate, data=dataset(), runtime=CPU)
+        with pytest.raises(MoepruneError, match=f"scope {scope} and compensation {compensate}"):
+            adopted.library_tensors(pruned, tower())
