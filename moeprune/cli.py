@@ -42,6 +42,14 @@ BatchSize = Annotated[
 Limit = Annotated[int | None, typer.Option(help="Take only so many samples, drawn with a fixed seed.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 Split = Annotated[str | None, typer.Option(help="Split of a built-in data set: train, calibration or test.")]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="Builds the model, where the checkpoint is one of your own code. That code is run.",
+    ),
+]
 Preprocess = Annotated[
     list[str] | None,
     typer.Option(
@@ -157,6 +165,7 @@ def analyze(
         str, typer.Option(help="Calibration data: digits, pairs, a .npz, a .safetensors, or a folder.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The analysis to write (.safetensors).")],
+    model: Factory = None,
     split: Split = None,
     preprocess: Preprocess = None,
     limit: Limit = None,
@@ -178,8 +187,8 @@ def analyze(
     from moeprune.statistics import summarize
 
     runtime = _runtime(device, dtype, batch_size)
-    model = _load(checkpoint, preprocess)
-    analysis = calibration.analyze(model, _open(data, model, split, "calibration", limit), runtime)
+    loaded = _load(checkpoint, model, preprocess)
+    analysis = calibration.analyze(loaded, _open(data, loaded, split, "calibration", limit), runtime)
     calibration.save_analysis(analysis, output)
     layers = {name: summarize(statistics) for name, statistics in analysis.layers.items()}
     for name, layer in layers.items():
@@ -224,6 +233,7 @@ def prune(
             " analysis's own data if this is not given."
         ),
     ] = None,
+    model: Factory = None,
     split: Split = None,
     preprocess: Preprocess = None,
     limit: Limit = None,
@@ -252,15 +262,15 @@ def prune(
     from moeprune.plan import plan_to_json
 
     runtime = _runtime(device, dtype, batch_size)
-    model = _load(checkpoint, preprocess)
+    full = _load(checkpoint, model, preprocess)
     pruned = pruning.prune(
-        model,
+        full,
         None if analysis is None else load_analysis(analysis),
         keep=kept,
         scope=scope,
         signal=signal,
         compensate=compensate,
-        data=None if data is None else _open(data, model, split, "calibration", limit),
+        data=None if data is None else _open(data, full, split, "calibration", limit),
         seed=seed,
         runtime=runtime,
     )
@@ -270,7 +280,7 @@ def prune(
         "checkpoint": str(output),
         "plan": plan_to_json(plan_of(pruned)),
         "model": size_and_cost(pruned),
-        "full_model": size_and_cost(model),
+        "full_model": size_and_cost(full),
     }
     emit(found, report.pruning, output_format, output_file)
 
@@ -323,6 +333,7 @@ def eval(
             help="Gate, with --latency: times as fast as the baseline, at all batch sizes (the worst counts)."
         ),
     ] = None,
+    model: Factory = None,
     split: Split = None,
     preprocess: Preprocess = None,
     limit: Limit = None,
@@ -383,12 +394,12 @@ def eval(
     latency_batches = latency_batch or BATCH_SIZES
     check_batch_sizes(latency_batches)
     runtime = _runtime(device, dtype, batch_size)
-    model = _load(checkpoint, preprocess)
-    dataset = _open(data, model, split, "test", limit)
+    loaded = _load(checkpoint, model, preprocess)
+    dataset = _open(data, loaded, split, "test", limit)
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
     if analysis is not None:
         variants = grid(keeps, scope or SCOPES, signal or SIGNALS, compensate or COMPENSATIONS)
-        results = run_sweep(model, variants, load_analysis(analysis), dataset, seed, runtime)
+        results = run_sweep(loaded, variants, load_analysis(analysis), dataset, seed, runtime)
         rows = [row for row, _ in results]
         found |= {
             "data": dataset.to_json(),
@@ -397,9 +408,9 @@ def eval(
         }
         emit(found, report.sweep, output_format, output_file)
         return 0
-    full = None if baseline is None else _load(baseline, preprocess)
+    full = None if baseline is None else _load(baseline, model, preprocess)
     found["baseline"] = None if baseline is None else str(baseline)
-    found |= evaluation.evaluate(model, dataset, full, runtime, latency_batches if latency else None)
+    found |= evaluation.evaluate(loaded, dataset, full, runtime, latency_batches if latency else None)
     found["gates"] = judge(found, limits)
     found["passed"] = all(gate["passed"] for gate in found["gates"])
     emit(found, report.evaluation, output_format, output_file)
@@ -439,12 +450,12 @@ def demo(
     emit(found, report.demo, output_format, output_file)
 
 
-def _load(path: Path, preprocess: list[str] | None) -> Model:
+def _load(path: Path, factory: str | None, preprocess: list[str] | None) -> Model:
     from dataclasses import replace
 
     from moeprune.model import load
 
-    model = load(path)
+    model = load(path, factory)
     if preprocess:
         updated = model.details.preprocessing.updated(preprocess)
         model.details = replace(model.details, preprocessing=updated)

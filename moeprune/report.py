@@ -34,14 +34,16 @@ def amount(value: float, unit: str = "") -> str:
 def inspection(found: Mapping[str, Any]) -> Group:
     """The text of `moeprune inspect`."""
     architecture, preprocessing = found["architecture"], found["preprocessing"]
-    height, width = architecture["image_size"]
     facts = _facts()
-    facts.add_row(
-        "model",
-        f"{architecture['type']}, {len(architecture['blocks'])} blocks, d = {architecture['dim']},"
-        f" {architecture['num_classes']} classes",
-    )
-    facts.add_row("input", f"{architecture['in_channels']} × {height} × {width} (channels × height × width)")
+    if architecture["type"] == "module":
+        arguments = ", ".join(f"{key}={value!r}" for key, value in architecture["arguments"].items())
+        kind = _plain(f"{architecture['factory']}({arguments})")
+        shape = architecture["input_shape"]
+    else:
+        kind = f"{architecture['type']}, {len(architecture['blocks'])} blocks, d = {architecture['dim']}"
+        shape = [architecture["in_channels"], *architecture["image_size"]]
+    facts.add_row("model", f"{kind}, {architecture['num_classes']} classes")
+    facts.add_row("input", f"{' × '.join(map(str, shape))} (channels × height × width)")
     facts.add_row(
         "preprocessing", ", ".join(f"{key} {_plain(value)}" for key, value in preprocessing.items())
     )
@@ -58,7 +60,7 @@ def inspection(found: Mapping[str, Any]) -> Group:
             name,
             str(layer["experts"]),
             str(layer["slots_per_expert"]),
-            str(layer["hidden_dim"]),
+            "" if layer["hidden_dim"] is None else str(layer["hidden_dim"]),
             amount(layer["parameters"]),
             "dense" if plan is None else _plan(plan),
         )
