@@ -1,0 +1,730 @@
+"""Foreign checkpoints: what is read, what is refused and why, and that nothing in a file is ever run."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moeprune.errors import MoepruneError
+from moeprune.state_dict import PREFIXES, STATE_DICT_KEYS, StateDict, read_state_dict
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about what people still have in files
+MIB = 1 << 20
+FORMATS = ("safetensors", "shards", "zip", "legacy")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MARKER = "MOEPRUNE_TEST_MARKER"
+"""The environment variable that names the file which code in a pickle would leave behind."""
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, function: Any = os.system):
+        self.function = function
+
+    def __reduce__(self):
+        if self.function is os.system:
+            return os.system, (f'touch "${MARKER}"',)
+        return self.function, (f"open(__import__('os').environ[{MARKER!r}], 'w')",)
+
+
+class Config:
+    """An object as training code puts it beside the weights."""
+
+
+class Rebuild:
+    """A pickle that calls a function which the loader allows, with arguments of one's choice."""
+
+    def __init__(self, function: Any, *arguments: Any):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs(tmp_path_factory, monkeypatch):
+    marker = tmp_path_factory.mktemp("marker") / "ran"
+    monkeypatch.setenv(MARKER, str(marker))
+    yield
+    assert not marker.exists()
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "blocks.0.weight": torch.randn(3, 5, generator=generator).to(dtype),
+        "blocks.0.bias": torch.randn(3, generator=generator).to(dtype),
+        "steps": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 2, dtype=dtype),
+    }
+
+
+def save(folder: Path, form: str, found: Any, name: str = "model.weights") -> Path:
+    """Write in one of the formats; the suffix says nothing."""
+    path = folder / name
+    if form == "safetensors":
+        save_file(found, path)
+    elif form == "shards":
+        return save_shards(folder, found)
+    else:
+        torch.save(found, path, _use_new_zipfile_serialization=form == "zip")
+    return path
+
+
+def save_shards(folder: Path, found: dict[str, torch.Tensor], **changes: Any) -> Path:
+    """Two shards and their index; `changes` replace entries of the index."""
+    names = list(found)
+    shards = {
+        "model-00001-of-00002.safetensors": names[: len(names) // 2],
+        "model-00002-of-00002.safetensors": names[len(names) // 2 :],
+    }
+    for shard, held in shards.items():
+        save_file({name: found[name].contiguous() for name in held}, folder / shard)
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in found.values())},
+        "weight_map": {name: shard for shard, held in shards.items() for name in held},
+    }
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index | changes))
+    return path
+
+
+def refused(path: Path, *fragments: str, key: str | None = None) -> str:
+    with pytest.raises(MoepruneError) as caught:
+        read_state_dict(path, key)
+    text = str(caught.value)
+    assert path.name in text
+    for fragment in fragments:
+        assert fragment in text
+    return text
+
+
+def equal(found: StateDict, expected: dict[str, torch.Tensor]) -> None:
+    assert list(found.tensors) == list(expected) or set(found.tensors) == set(expected)
+    for name, tensor in expected.items():
+        got = found.tensors[name]
+        assert type(got) is torch.Tensor
+        assert not got.requires_grad
+        assert got.dtype == tensor.dtype
+        assert torch.equal(got, tensor)
+
+
+# What is read
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_and_type(tmp_path, form, dtype):
+    expected = tensors(dtype)
+    path = save(tmp_path, form, expected)
+    found = read_state_dict(path)
+    equal(found, expected)
+    assert (found.path, found.key, found.prefix) == (path, None, "")
+    assert found.files[0] == path
+    found.check_finite()
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize("key", STATE_DICT_KEYS)
+def test_training_checkpoints(tmp_path, form, key):
+    expected = tensors()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    rest = {
+        "epoch": 3,
+        "best": 0.9,
+        "best_tensor": torch.tensor(0.9),
+        "args": {"lr": 0.1},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": None,
+        "losses": [1.0, float("nan")],
+    }
+    found = read_state_dict(save(tmp_path, form, {key: OrderedDict(expected), **rest}))
+    equal(found, expected)
+    assert found.key == key
+    inner = next(other for other in STATE_DICT_KEYS if other != key)
+    path = save(tmp_path, form, {key: {inner: expected, "epoch": 1}, **rest})
+    for chosen in (None, key, f"{key}.{inner}"):
+        found = read_state_dict(path, chosen)
+        equal(found, expected)
+        assert found.key == f"{key}.{inner}"
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_of_several_state_dicts_one_is_chosen_by_key(tmp_path, form):
+    model, ema = tensors(), {"weight": torch.ones(2)}
+    nested = {"state_dict": model, "state_dict_ema": ema}
+    for found, names in (
+        ({"model": model, "model_ema": ema}, ("model", "model_ema")),
+        ({"model": nested, "epoch": 2}, ("model.state_dict", "model.state_dict_ema")),
+    ):
+        path = save(tmp_path, form, found)
+        refused(path, "several state dicts", *(f"`{name}`" for name in names), f"--key {names[1]}")
+        equal(read_state_dict(path, names[0]), model)
+        equal(read_state_dict(path, names[1]), ema)
+    refused(path, "`model.state_dict`", key="model")
+    path = save(tmp_path, form, {"generator": model, "discriminator": ema})
+    refused(path, "no state dict", "`generator`, `discriminator`", "--key")
+    assert read_state_dict(path, "discriminator").key == "discriminator"
+    refused(path, "no key `model`", "`generator`", key="model")
+    refused(path, "no key `generator.model`", "leave the key away", key="generator.model")
+
+
+def test_a_key_means_nothing_to_safetensors(tmp_path):
+    for form in ("safetensors", "shards"):
+        refused(save(tmp_path, form, tensors()), "no key `model`", "safetensors", key="model")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "prefix", [*PREFIXES, "module._orig_mod.", "_orig_mod.module.model.", "model.model."]
+)
+def test_prefixes_of_all_names_are_taken_off(tmp_path, form, prefix):
+    expected = tensors()
+    wrapped = {prefix + name: tensor for name, tensor in expected.items()}
+    found = read_state_dict(save(tmp_path, form, wrapped))
+    equal(found, expected)
+    assert found.prefix == prefix
+    wrapped["head"] = torch.ones(1)
+    found = read_state_dict(save(tmp_path, form, wrapped))
+    equal(found, wrapped)
+    assert found.prefix == ""
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_tied_views_and_parameters(tmp_path, form):
+    weight = torch.nn.Parameter(torch.randn(4, 6))
+    with torch.no_grad():
+        transposed, part = weight.t(), weight[1:3, ::2]
+    found = read_state_dict(save(tmp_path, form, {"a": weight, "b": weight, "t": transposed, "p": part}))
+    equal(found, {"a": weight.detach(), "b": weight.detach(), "t": transposed, "p": part})
+    assert found.tensors["a"].data_ptr() == found.tensors["b"].data_ptr() == found.tensors["t"].data_ptr()
+    assert not found.tensors["t"].is_contiguous()
+    found.check_finite()
+
+
+def test_real_modules_as_people_save_them(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    compiled = torch.nn.Module()
+    compiled._orig_mod = model
+    parallel = torch.nn.Module()
+    parallel.module = compiled
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save({"state_dict": parallel.state_dict(), "epoch": 1}, path)
+    found = read_state_dict(path)
+    assert found.prefix == "module._orig_mod."
+    model.load_state_dict(found.tensors, strict=True)
+    # An average of weights counts itself beside them: names with and without the prefix.
+    average = torch.optim.swa_utils.AveragedModel(model)
+    torch.save(average.state_dict(), path)
+    assert read_state_dict(path).prefix == ""
+
+
+def test_shards_are_found_through_their_folder(tmp_path):
+    path = save_shards(tmp_path, tensors())
+    equal(read_state_dict(tmp_path), tensors())
+    assert list(read_state_dict(tmp_path).tensors) == list(tensors())
+    assert read_state_dict(tmp_path).path == tmp_path
+    (tmp_path / "other.safetensors.index.json").write_text("{}")
+    refused(tmp_path, "several indexes", path.name, "other.safetensors.index.json")
+    path.unlink()
+    (tmp_path / "other.safetensors.index.json").unlink()
+    refused(tmp_path, "without an index", "`model-00001-of-00002.safetensors`")
+    (tmp_path / "none").mkdir()
+    refused(tmp_path / "none", "without an index")
+
+
+def test_links_to_shards_are_followed(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for file in (save_shards(tmp_path / "blobs", tensors()), *(tmp_path / "blobs").glob("*.safetensors")):
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    equal(read_state_dict(tmp_path / "snapshot"), tensors())
+
+
+def test_sha256(tmp_path):
+    path = save(tmp_path, "zip", tensors())
+    assert read_state_dict(path).sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
+    index = save_shards(tmp_path, tensors())
+    found = read_state_dict(index)
+    assert [file.name for file in found.files] == [index.name, *sorted(f.name for f in found.files[1:])]
+    lines = "".join(
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
+        for file in sorted(found.files, key=lambda file: file.name)
+    )
+    assert found.sha256() == read_state_dict(tmp_path).sha256() == hashlib.sha256(lines.encode()).hexdigest()
+    found.files[1].unlink()
+    with pytest.raises(MoepruneError, match="cannot read"):
+        found.sha256()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_values_that_are_not_finite_are_named(tmp_path, form):
+    found = tensors() | {"big": torch.zeros(MIB), "worse": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    found["big"][-1] = torch.inf
+    found["worse"][1, 0] = torch.nan
+    state = read_state_dict(save(tmp_path, form, found))
+    with pytest.raises(MoepruneError, match="NaN or infinite values in `big`, `worse`\n"):
+        state.check_finite()
+
+
+SYSTEM_MEMORY = """
+import json, sys
+import torch
+from moeprune.state_dict import read_state_dict
+
+def kilobytes(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name + ":"))
+
+warm = read_state_dict(sys.argv[1])
+before = kilobytes("RssAnon"), kilobytes("VmRSS")
+found = read_state_dict(sys.argv[2])
+read = kilobytes("RssAnon"), kilobytes("VmRSS")
+total = sum(float(tensor.sum()) for tensor in found.tensors.values())
+summed = kilobytes("RssAnon"), kilobytes("VmRSS")
+found.check_finite()
+print(json.dumps([before, read, summed, (kilobytes("RssAnon"), kilobytes("VmRSS")), total]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("form", ["safetensors", "shards", "zip"])
+def test_weights_are_mapped_not_copied(tmp_path, form):
+    large = {f"w{i}": torch.ones(4 * MIB) for i in range(4)}
+    (tmp_path / "small").mkdir()
+    small = save(tmp_path / "small", form, tensors())
+    path = save(tmp_path, form, large)
+    ran = subprocess.run(
+        [sys.executable, "-c", SYSTEM_MEMORY, small, path],
+        capture_output=True, text=True, check=True, timeout=100,
+    )  # fmt: skip
+    before, read, summed, checked, total = json.loads(ran.stdout)
+    assert total == 16 * MIB
+    assert read[1] - before[1] < 4096  # of 64 MiB of weights
+    assert summed[0] - before[0] < 4096
+    assert summed[1] - read[1] > 60 * 1024  # the pages of the file
+    assert checked[0] - before[0] < 8192
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("make", "fragment"),
+    [
+        (lambda: 3, "`odd` is of type int"),
+        (lambda: None, "`odd` is of type NoneType"),
+        (lambda: {"weight": 1}, "`odd` is of type dict"),
+        (lambda: torch.ones(2).storage(), "`odd` is of type TypedStorage"),
+        (lambda: torch.ones(2, device="meta"), "`odd` has no values (device meta)"),
+        (lambda: torch.eye(3).to_sparse(), "`odd` is sparse (torch.sparse_coo)"),
+        (lambda: torch.eye(3).to_sparse_csr(), "`odd` is sparse (torch.sparse_csr)"),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+            "`odd` is quantized (torch.qint8)",
+        ),
+        (lambda: torch.ones(2, dtype=torch.complex64), "`odd` has the type torch.complex64"),
+        (
+            lambda: torch.zeros(1).expand(10**12),
+            "`odd` has the shape [1000000000000], larger than the whole file",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_entries_that_are_no_plain_tensors_are_named(tmp_path, form, make, fragment):
+    entry = make()
+    path = save(tmp_path, form, tensors() | {"odd": entry, "another": "text"})
+    refused(path, fragment, "`another` is of type str", "state_dict()")
+    path = save(tmp_path, form, {"epoch": 1, "model": tensors() | {"odd": entry}})
+    refused(path, "under `model`", fragment)
+
+
+def test_entries_that_only_the_zip_format_holds_are_named(tmp_path):
+    refused(save(tmp_path, "zip", tensors() | {3: torch.ones(1)}), "`3` has a name of type int")
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    refused(save(tmp_path, "zip", tensors() | {"odd": nested}), "`odd` is a nested tensor")
+    small = torch.ones(2).to(torch.float8_e4m3fn)
+    refused(save(tmp_path, "zip", tensors() | {"odd": small}), "`odd` has the type torch.float8_e4m3fn")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards"])
+def test_types_of_safetensors_that_are_no_weights_are_named(tmp_path, form):
+    found = tensors() | {"odd": torch.ones(4).to(torch.float8_e5m2)}
+    refused(save(tmp_path, form, found), "`odd` has the type torch.float8_e5m2")
+
+
+def test_a_type_that_torch_lacks_is_named(tmp_path):
+    header = b'{"x": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0")
+    refused(path, "`x` has the type F6_E2M3")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        (torch.ones(3), ("holds a Tensor", "expected a dict")),
+        ([torch.ones(3)], ("holds a list",)),
+        ({}, ("no state dict", "no entries")),
+        ({"model": {}, "epoch": 3}, ("no state dict", "`model`, `epoch`", "`state_dict`")),
+        ({"model": {"a": {"state_dict": tensors()}}}, ("no state dict",)),
+    ],
+    ids=["a tensor", "a list", "nothing", "an empty model", "too deep"],
+)
+def test_files_without_a_state_dict(tmp_path, form, content, fragments):
+    refused(save(tmp_path, form, content), *fragments)
+
+
+def test_a_safetensors_file_without_tensors(tmp_path):
+    refused(save(tmp_path, "safetensors", {}), "no tensors")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("thing", "wanted"),
+    [
+        (Bomb(), f"{os.system.__module__}.system"),
+        (Bomb(eval), "eval"),
+        (Bomb(exec), "exec"),
+        (argparse.Namespace(lr=0.1), "argparse.Namespace"),
+        (Config(), ".Config"),
+        (np.float64(0.9), "core.multiarray.scalar"),
+        (Path("run"), "pathlib"),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("where", ["alone", "beside", "within", "in the optimizer"])
+def test_pickles_that_need_code_are_refused(tmp_path, form, thing, wanted, where):
+    content = {
+        "alone": thing,
+        "beside": {"model": tensors(), "args": thing},
+        "within": {"model": tensors() | {"odd": thing}},
+        "in the optimizer": {"optimizer": {"state": [thing]}, "state_dict": tensors()},
+    }[where]
+    text = refused(save(tmp_path, form, content), wanted, "without running code", "weights_only=False")
+    assert "`args`" in text
+    assert "torch.save(found['state_dict'], NEW)" in text
+    assert "\x1b" not in text
+
+
+def test_the_bombs_would_go_off(tmp_path):
+    """Loaded with code, each leaves its marker; else the tests above would show nothing."""
+    marker = Path(os.environ[MARKER])
+    for form in ("zip", "legacy"):
+        for function in (os.system, eval, exec):
+            torch.load(save(tmp_path, form, {"a": Bomb(function)}), weights_only=False)
+            marker.unlink()
+    pickle.loads(pickle.dumps(Bomb()))
+    marker.unlink()
+
+
+def test_other_pickles_and_archives_are_refused_by_name(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps({"a": Bomb()}))
+    refused(path, "a pickle that `torch.save` did not write", "weights_only=False")
+    path.write_bytes(pickle.dumps(tensors()))
+    refused(path, "a pickle that `torch.save` did not write")
+    for form in ("zip", "legacy"):
+        torch.save(tensors(), path, pickle_protocol=4, _use_new_zipfile_serialization=form == "zip")
+        refused(path, "without running code", "Unsupported operand")
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
+    refused(path, "TorchScript", "torch.jit.load")
+    with tarfile.open(path, "w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            content = pickle.dumps(Bomb())
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    refused(path, "tar archive", "without running code")
+    np.savez(path.with_suffix(".npz"), a=np.ones(2))
+    refused(path.with_suffix(".npz"), "zip file that `torch.save` did not write", "data.pkl")
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    """Its weights could not be mapped, and a few bytes could grow to fill the memory."""
+    path, packed = save(tmp_path, "zip", tensors()), tmp_path / "packed.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    refused(packed, "compressed")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("size", "stride"), [((10**15,), (1,)), ((10**15,), (0,)), ((1000,), (1,)), ((-3,), (1,)), ((2,), (-1,))]
+)
+def test_tensors_that_claim_more_than_the_file_has(tmp_path, form, size, stride):
+    storage = torch.zeros(4).storage()
+    claim = Rebuild(torch._utils._rebuild_tensor_v2, storage, 0, size, stride, False, OrderedDict())
+    refused(save(tmp_path, form, {"a": claim}))
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_tensors_made_of_nothing(tmp_path, form):
+    """Allowed calls that make large tensors without any bytes in the file."""
+    refused(save(tmp_path, form, {"a": Rebuild(torch.FloatTensor, 10**9)}))
+    refused(save(tmp_path, form, {"a": Rebuild(torch.FloatTensor, 10**16)}))
+
+
+def test_attributes_that_a_file_gives_to_tensors_and_dicts_change_nothing(tmp_path):
+    weight = torch.ones(3)
+    weight.isfinite = weight.detach = weight.reshape = "not callable"
+    attributes = dict.fromkeys(("items", "keys", "values", "get", "__iter__"), 3)
+    found = Rebuild(OrderedDict)
+    found.call = OrderedDict, (), attributes, None, iter({"a": weight}.items())
+    path = save(tmp_path, "zip", found)
+    loaded = torch.load(path, weights_only=True)
+    assert loaded.items == 3
+    assert loaded["a"].detach == "not callable"
+    state = read_state_dict(path)
+    equal(state, {"a": torch.ones(3)})
+    state.check_finite()
+
+
+# Files that cannot be read
+
+
+def test_paths_that_are_no_files(tmp_path):
+    refused(tmp_path / "none.pt", "no file")
+    refused(tmp_path / ("x" * 300), "cannot read")
+    refused(tmp_path / "a\0b", "cannot read")
+    empty = tmp_path / "empty.pt"
+    empty.touch()
+    refused(empty, "empty")
+    link = tmp_path / "link.pt"
+    link.symlink_to(link)
+    refused(link, "cannot read")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    refused(tmp_path / "pipe.pt", "no regular file")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_files_without_permission(tmp_path, form, monkeypatch):
+    path = save(tmp_path, form, tensors())
+    if os.geteuid() == 0:  # who may read everything
+
+        def denied(self, *arguments):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr(Path, "open", denied)
+    path.chmod(0)
+    refused(path, "cannot read", "Permission denied")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin", ".index.json"])
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>404</html>", "<!DOCTYPE html>"),
+        (np.random.default_rng(0).bytes(5000), "it starts with"),
+        (b"\x80", "pickle"),
+        (b"PK\x03\x04", "truncated or damaged"),
+        (b"[1, 2]", "it starts with"),
+        (b"{}", "no index"),
+        (b'{"weight_map": ', "JSON"),
+        (b'{"a": ' + b"[" * 100_000, "JSON"),
+        (b'{"a": ' + b"1" * 5000, "JSON"),
+        (b"{\xff", "JSON"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
+)
+def test_garbage(tmp_path, suffix, content, fragment):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    refused(path, fragment)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_truncated_files(tmp_path, form):
+    path = save(tmp_path, form, tensors())
+    if form == "shards":
+        path = tmp_path / "model-00001-of-00002.safetensors"
+    whole = path.read_bytes()
+    for share in (0, 1, 8, 9, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:share])
+        refused(path)
+        if form == "shards":
+            with pytest.raises(MoepruneError, match=path.name):
+                read_state_dict(tmp_path)
+
+
+# Shards
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def test_all_that_is_wrong_with_shards_is_listed(tmp_path):
+    found = {name: torch.ones(2) for name in "abcdef"}
+    map_ = {"a": FIRST, "b": SECOND, "c": FIRST, "d": SECOND, "e": SECOND, "x": FIRST}
+    path = save_shards(tmp_path, found, weight_map=map_, metadata={"total_size": 47})
+    save_file({name: torch.ones(2) for name in "defc"}, tmp_path / SECOND)
+    refused(
+        path,
+        f"`b` is in `{FIRST}`, expected in `{SECOND}`",
+        f"duplicate `c` in `{FIRST}`, `{SECOND}`",
+        f"unexpected `f` in `{SECOND}`",
+        f"missing `x` in `{FIRST}`",
+        "`total_size` is 47, expected 56",
+    )
+
+
+def test_an_index_may_lack_the_size(tmp_path):
+    for metadata in (
+        {},
+        None,
+        {"format": "pt"},
+        {"total_size": float(sum(t.nbytes for t in tensors().values()))},
+    ):
+        equal(read_state_dict(save_shards(tmp_path, tensors(), metadata=metadata)), tensors())
+
+
+def test_missing_shards_are_listed(tmp_path):
+    path = save_shards(tmp_path, tensors(), weight_map={"a": FIRST, "b": "gone.safetensors", "c": "lost"})
+    refused(path, "missing", "`gone.safetensors`, `lost`")
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "", "..\\a", "C:\\a", "C:a",
+     "a\0b", "a/", "//host/a", "\ud800"],
+)  # fmt: skip
+def test_shards_lie_beside_the_index(tmp_path, shard):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(tensors(), tmp_path / "secret.safetensors")
+    path = save_shards(folder, tensors(), weight_map=dict.fromkeys(tensors(), shard))
+    refused(path, "do not lie beside it")
+
+
+@pytest.mark.parametrize(
+    "weight_map", [None, [], {}, "text", {"a": 1}, {"a": None}, {"a": [FIRST]}], ids=lambda value: repr(value)
+)
+def test_an_index_without_a_map(tmp_path, weight_map):
+    refused(save_shards(tmp_path, tensors(), weight_map=weight_map), "no index", "weight_map")
+
+
+def test_duplicates_in_the_index_itself_are_named(tmp_path):
+    path = save_shards(tmp_path, {"a": torch.ones(1), "b": torch.ones(1)})
+    path.write_text(f'{{"weight_map": {{"a": "{FIRST}", "b": "{SECOND}", "a": "{SECOND}"}}}}')
+    refused(path, "duplicate `a`")
+
+
+def test_shards_of_another_format_are_refused(tmp_path):
+    path = save_shards(tmp_path, tensors())
+    for form in ("zip", "legacy"):
+        save(tmp_path, form, tensors(), FIRST)
+        refused(path, f"{FIRST}` is no safetensors file")
+    (tmp_path / FIRST).unlink()
+    (tmp_path / FIRST).mkdir()
+    with pytest.raises(MoepruneError, match=FIRST):
+        read_state_dict(path)
+
+
+# Anything at all
+
+
+def mutated(whole: bytes, chance: random.Random) -> bytes:
+    """A part of the bytes, or all with some of them changed, put in or left out."""
+    content = bytearray(whole)
+    if chance.random() < 0.3:
+        return bytes(content[: chance.randrange(len(content))])
+    for _ in range(chance.choice((1, 1, 2, 5, 50))):
+        at = chance.randrange(len(content))
+        match chance.randrange(4):
+            case 0:
+                content[at] = chance.randrange(256)
+            case 1:
+                content[at] ^= 1 << chance.randrange(8)
+            case 2:
+                content[at:at] = chance.randbytes(chance.randrange(1, 5))
+            case 3:
+                del content[at : at + chance.randrange(1, 9)]
+    return bytes(content)
+
+
+def with_pickle(path: Path, content: bytes) -> None:
+    """Put another pickle in a file of `torch.save`, so that all checksums are right."""
+    with zipfile.ZipFile(path) as source:
+        records = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
+        for name, record in records.items():
+            target.writestr(name, content if name.endswith("/data.pkl") else record)
+
+
+def check_read_or_refused(path: Path) -> bool:
+    """Whether a file of unknown content was read."""
+    try:
+        state = read_state_dict(path)
+        assert isinstance(state, StateDict)
+        assert all(type(tensor) is torch.Tensor for tensor in state.tensors.values())
+        assert len(state.sha256()) == 64
+        state.check_finite()
+    except MoepruneError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("form", "bomb"), [*((form, False) for form in FORMATS), ("zip", True), ("legacy", True)]
+)
+def test_damaged_files_are_read_or_refused(tmp_path, form, bomb):
+    chance = random.Random(form)
+    if form in ("safetensors", "shards"):
+        path = save(tmp_path, form, tensors())
+        changed = [path] if form == "safetensors" else sorted(read_state_dict(path).files)
+    else:
+        beside = {"args": Bomb()} if bomb else {"optimizer": {"state": [1, "a"]}}
+        path = save(tmp_path, form, {"model": tensors(), "epoch": 3, **beside})
+        changed = [path]
+    for file in changed:
+        whole = file.read_bytes()
+        for _ in range(240 // len(changed)):
+            file.write_bytes(mutated(whole, chance))
+            check_read_or_refused(path)
+        file.write_bytes(whole)
+    assert check_read_or_refused(path) == (not bomb)
+
+
+@pytest.mark.parametrize("bomb", [False, True])
+def test_damaged_pickles_in_sound_archives_are_read_or_refused(tmp_path, bomb):
+    chance = random.Random(0)
+    beside = {"args": Bomb()} if bomb else {"optimizer": {"state": [1, "a"]}}
+    path = save(tmp_path, "zip", {"model": tensors(), "epoch": 3, **beside})
+    with zipfile.ZipFile(path) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        whole = archive.read(name)
+    outcomes = set()
+    for _ in range(240):
+        with_pickle(path, mutated(whole, chance))
+        outcomes.add(check_read_or_refused(path))
+    assert False in outcomes
+    assert bomb or True in outcomes
