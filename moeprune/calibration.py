@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moeprune import __version__, checkpoint
+from moeprune.architecture import SoftMoEConfig
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.header import require_format
@@ -218,17 +219,25 @@ def _require_consistent(layer: LayerStatistics, name: str, path: str | Path) -> 
             )
 
 
-def require_analysis_of(model: Model, model_fingerprint: str, analysis: Analysis) -> None:
-    """Raise a MoepruneError if the analysis was made for a checkpoint of another fingerprint, or damaged."""
-    found, expected = analysis.provenance["checkpoint"]["fingerprint"], model_fingerprint
-    if found != expected:
+def require_analysis_of(
+    layers: Mapping[str, SoftMoEConfig], fingerprint: str, analysis: Analysis | None
+) -> None:
+    """Raise a MoepruneError if the analysis was made for a checkpoint of another fingerprint, or damaged.
+
+    Args:
+        layers: of the unpruned checkpoint. fingerprint: of the same. analysis: None is right for any.
+    """
+    if analysis is None:
+        return
+    found = analysis.provenance["checkpoint"]["fingerprint"]
+    if found != fingerprint:
         raise MoepruneError(
             f"the analysis was made for another checkpoint (fingerprint {found[:12]}…, this one has"
-            f" {expected[:12]}…)",
+            f" {fingerprint[:12]}…)",
             "run `moeprune analyze` on this checkpoint",
         )
-    for name, layer in soft_moe_layers(model).items():
-        expected_shape = list(layer.slot_shape)
+    for name, layer in layers.items():
+        expected_shape = [layer.num_experts, layer.slots_per_expert, layer.output_width]
         shape = list(analysis.layers[name].slot_mean.shape) if name in analysis.layers else None
         if shape != expected_shape:
             raise MoepruneError(

@@ -68,9 +68,16 @@ def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise a MoepruneError that names every tensor with NaN or infinite values."""
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
-        raise _not_finite(bad, path)
+        raise not_finite(bad, path)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has no NaN and nothing infinite: its least and greatest value tell, and fast."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def check_finite_in_file(header: Header) -> None:
@@ -86,7 +93,7 @@ def check_finite_in_file(header: Header) -> None:
     except OSError as error:
         raise unreadable(header.path, error) from None
     if bad:
-        raise _not_finite(sorted(bad), header.path)
+        raise not_finite(sorted(bad), header.path)
 
 
 def _reads_finite(file: io.FileIO, info: TensorInfo, block: memoryview) -> bool:
@@ -96,13 +103,14 @@ def _reads_finite(file: io.FileIO, info: TensorInfo, block: memoryview) -> bool:
         size = min(remaining, len(block))
         if file.readinto(block[:size]) != size:
             raise OSError("the file became shorter while it was read")
-        if not torch.frombuffer(block[:size], dtype=dtype).isfinite().all():
+        if not is_finite(torch.frombuffer(block[:size], dtype=dtype)):
             return False
         remaining -= size
     return True
 
 
-def _not_finite(names: list[str], path: str | Path) -> MoepruneError:
+def not_finite(names: list[str], path: str | Path) -> MoepruneError:
+    """The error of tensors with NaN or infinite values."""
     return MoepruneError(
         f"`{path}` has NaN or infinite values in {', '.join(f'`{name}`' for name in names)}",
         "the training diverged or the file is damaged; use an earlier checkpoint",
@@ -111,9 +119,18 @@ def _not_finite(names: list[str], path: str | Path) -> MoepruneError:
 
 def fingerprint(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> str:
     """SHA-256 of an architecture and its tensors: names, types, shapes and bytes."""
-    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    digests = {}
+    for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous().flatten()
-        digest.update(data.view(torch.uint8).numpy().data)
+        digests[name] = hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
+    return combined_fingerprint(tensor_infos(tensors), digests, architecture)
+
+
+def combined_fingerprint(
+    infos: Mapping[str, TensorInfo], digests: Mapping[str, str], architecture: Mapping[str, Any]
+) -> str:
+    """The same from the SHA-256 of each tensor's bytes."""
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for name, info in sorted(infos.items()):
+        digest.update(f"{name} {info.dtype} {list(info.shape)} {digests[name]}".encode())
     return digest.hexdigest()

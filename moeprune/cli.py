@@ -233,6 +233,14 @@ def prune(
             " analysis's own data if this is not given."
         ),
     ] = None,
+    one_shot: Annotated[
+        bool,
+        typer.Option(
+            "--one-shot",
+            help="Take all layers from the analysis, without a pass over data that measures each behind the"
+            " already pruned ones.",
+        ),
+    ] = False,
     model: Factory = None,
     split: Split = None,
     preprocess: Preprocess = None,
@@ -252,35 +260,59 @@ def prune(
     check_choice("--scope", scope, SCOPES)
     check_choice("--signal", signal, SIGNALS)
     check_choice("--compensate", compensate, COMPENSATIONS)
+    if one_shot and data is not None:
+        raise MoepruneError("`--one-shot` reads no data", "leave `--data` or `--one-shot` out")
     if data is None and (split is not None or limit is not None):
         raise MoepruneError("`--split` and `--limit` go with `--data`", "give the data that they are of")
     kept = parse_keep(keep)
     from moeprune import pruning, report
     from moeprune.calibration import load_analysis
-    from moeprune.evaluation import size_and_cost
-    from moeprune.model import plan_of, save
+    from moeprune.description import read_description
+    from moeprune.header import read_header
+    from moeprune.model import save
     from moeprune.plan import plan_to_json
+    from moeprune.size import size_and_cost
 
     runtime = _runtime(device, dtype, batch_size)
-    full = _load(checkpoint, model, preprocess)
-    pruned = pruning.prune(
-        full,
-        None if analysis is None else load_analysis(analysis),
-        keep=kept,
-        scope=scope,
-        signal=signal,
-        compensate=compensate,
-        data=None if data is None else _open(data, full, split, "calibration", limit),
-        seed=seed,
-        runtime=runtime,
-    )
-    save(pruned, output)
+    full = read_header(checkpoint)
+    config, plan, details = read_description(full)
+    full_size = size_and_cost(config, plan, full.tensors)
+    measured = None if analysis is None else load_analysis(analysis)
+    num_layers = len(config.soft_moe_layers)
+    if scope == "static" and data is None and pruning.needs_no_pass(num_layers, signal, compensate, one_shot):
+        pruning.prune_file(
+            checkpoint,
+            output,
+            measured,
+            keep=kept,
+            signal=signal,
+            compensate=compensate,
+            preprocessing=details.preprocessing.updated(preprocess or []),
+            seed=seed,
+        )
+    else:
+        dense = _load(checkpoint, model, preprocess)
+        pruned = pruning.prune(
+            dense,
+            measured,
+            keep=kept,
+            scope=scope,
+            signal=signal,
+            compensate=compensate,
+            data=None if data is None else _open(data, dense, split, "calibration", limit),
+            one_shot=one_shot,
+            seed=seed,
+            runtime=runtime,
+        )
+        save(pruned, output)
+    header = read_header(output)
+    config, plan, _ = read_description(header)
     found = {
         "schema_version": 1,
         "checkpoint": str(output),
-        "plan": plan_to_json(plan_of(pruned)),
-        "model": size_and_cost(pruned),
-        "full_model": size_and_cost(full),
+        "plan": plan_to_json(plan),
+        "model": size_and_cost(config, plan, header.tensors),
+        "full_model": full_size,
     }
     emit(found, report.pruning, output_format, output_file)
 

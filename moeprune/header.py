@@ -47,6 +47,18 @@ DTYPES = {
 """The name in torch and the bits of an element, by the name in a file."""
 
 
+ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3",
+    "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
+"""Types in the order in which the library writes their tensors."""
+
+
+def name_in_file(dtype: str) -> str:
+    """The name of a type in files: `torch.float32` is `F32`."""
+    return next(name for name, (name_in_torch, _) in DTYPES.items() if name_in_torch == dtype)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor without its values: dtype is the name in torch, nbytes the size of all elements."""

@@ -197,6 +197,8 @@ def save(model: Model, path: str | Path) -> None:
         "plan": plan_to_json(plan_of(model)),
         "provenance": model.details.provenance,
     }
+    if not metadata["plan"]:  # what analyses refer to
+        metadata["fingerprint"] = fingerprint(model)
     checkpoint.write(path, tensors, metadata)
 
 

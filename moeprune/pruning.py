@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,10 +12,18 @@ import torch
 from torch import Tensor
 
 from moeprune import __version__
-from moeprune.calibration import Analysis, measure, require_analysis_of, require_finite
+from moeprune.architecture import SoftMoEConfig
+from moeprune.calibration import (
+    Analysis,
+    measure,
+    require_analysis_of,
+    require_finite,
+)
 from moeprune.compensation import fit_correction
 from moeprune.data import Dataset
+from moeprune.description import read_description
 from moeprune.errors import MoepruneError
+from moeprune.header import read_header
 from moeprune.model import (
     Model,
     dataset_for,
@@ -23,11 +32,15 @@ from moeprune.model import (
     require_dense_layers,
     soft_moe_layers,
 )
-from moeprune.plan import LayerPlan, experts_to_keep, parse_keep
+from moeprune.plan import LayerPlan, experts_to_keep, parse_keep, plan_to_json
+from moeprune.preprocessing import Preprocessing
 from moeprune.runtime import Runtime
 from moeprune.scores import random_scores, top_k
 from moeprune.soft_moe import SoftMoE
 from moeprune.statistics import LayerMoments, MomentsAccumulator
+from moeprune.streaming import Copied, Entry, file_fingerprint, read_tensor, write_from
+
+ALREADY_PRUNED = "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
 
 
 def prune(
@@ -39,6 +52,7 @@ def prune(
     signal: str = "combine",
     compensate: str = "none",
     data: Dataset | str | None = None,
+    one_shot: bool = False,
     seed: int = 0,
     runtime: Runtime = Runtime(),
 ) -> Model:
@@ -57,6 +71,8 @@ def prune(
         data: calibration data, or its spec; beside an analysis the same data. Where it is None, the
             analysis's own is opened again if layers behind the first, or `lstsq`, need it. Labels are
             not used.
+        one_shot: take all layers' statistics from the analysis, without measuring any layer behind the
+            pruned ones before it.
         seed: draws the experts of the signal `random`, and the halves of the data for `lstsq`.
         runtime: where and how models run over the data; the result lies where the model does.
 
@@ -64,20 +80,24 @@ def prune(
         MoepruneError: the model is pruned already, the analysis is another model's or other data's,
             or something calibrated is asked for without an analysis or data.
     """
-    plans = _plans(model, keep, scope, signal, compensate)
+    dense = require_dense_layers(model, ALREADY_PRUNED)
+    configs = {name: layer.config for name, layer in dense.items()}
+    plans = _plans(configs, keep, scope, signal, compensate)
     calibrated = is_calibrated(scope, signal, compensate)
     if calibrated and analysis is None and data is None:
         raise MoepruneError(
             f"scope {scope} with signal {signal} and compensation {compensate} needs calibration",
             "give an analysis (`--analysis`) or calibration data (`--data`)",
         )
+    if one_shot:
+        require_one_shot(analysis, compensate)
     model_fingerprint = fingerprint(model)
     if not calibrated:
         analysis = dataset = None
     else:
-        if analysis is not None:
-            require_analysis_of(model, model_fingerprint, analysis)
-        dataset = _calibration_data(model, analysis, data, needed=compensate == "lstsq" or len(plans) > 1)
+        require_analysis_of(configs, model_fingerprint, analysis)
+        needed = compensate == "lstsq" or (len(plans) > 1 and not one_shot)
+        dataset = _calibration_data(model, analysis, data, needed)
 
     full = private_copy(model)
     if dataset is not None:
@@ -86,7 +106,7 @@ def prune(
     dense_layers = soft_moe_layers(full)
     for index, (name, plan) in enumerate(plans.items()):
         moments: LayerMoments | None = None
-        if analysis is not None and index == 0:
+        if analysis is not None and (index == 0 or one_shot):
             moments = analysis.layers[name]
         elif dataset is not None:
             measured = measure(pruned, [name], dataset, runtime, f"measure {name}", MomentsAccumulator)
@@ -105,20 +125,105 @@ def prune(
     return pruned.to(next(model.parameters()).device)
 
 
+def prune_file(
+    source: str | Path,
+    target: str | Path,
+    analysis: Analysis | None = None,
+    *,
+    keep: str | float | Fraction,
+    signal: str = "combine",
+    compensate: str = "none",
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+) -> None:
+    """Prune a checkpoint statically in one shot, from file to file: the memory it takes is small.
+
+    Writes what `moeprune.save(prune(load(source), ..., one_shot=True), target)` writes. No model is
+    built, so that the factory of a model of the user's own code is not needed.
+
+    Args:
+        source: an unpruned checkpoint.
+        target: the file to write.
+        analysis: of this checkpoint; may be None where nothing calibrated is used.
+        keep: as in `prune`, like signal and seed.
+        signal: ranks the experts.
+        compensate: anything but `lstsq`.
+        preprocessing: takes the place of the checkpoint's.
+        seed: draws the experts of the signal `random`.
+
+    Raises:
+        MoepruneError: the checkpoint is damaged or pruned already, the analysis is another one's, the
+            target cannot be written, or values are NaN or infinite.
+    """
+    header = read_header(source)
+    config, plan, details = read_description(header)
+    if plan:
+        pruned = ", ".join(f"`{name}`" for name in plan)
+        raise MoepruneError(f"layers {pruned} are already pruned", ALREADY_PRUNED)
+    plans = _plans(config.soft_moe_layers, keep, "static", signal, compensate)
+    source_fingerprint = file_fingerprint(header)
+    if is_calibrated("static", signal, compensate):
+        require_one_shot(analysis, compensate)
+        require_analysis_of(config.soft_moe_layers, source_fingerprint, analysis)
+    else:
+        analysis = None
+    entries: dict[str, Entry] = {name: Copied(name) for name in header.tensors}
+    for index, (name, layer_plan) in enumerate(plans.items()):
+        moments = None if analysis is None else analysis.layers[name]
+        scores = _expert_scores(layer_plan, moments, seed, index)
+        assert scores is not None
+        chosen = choose_kept(layer_plan, scores)
+        plans[name] = chosen
+        phi = read_tensor(header, f"{name}.phi")
+        entries[f"{name}.phi"] = phi[:, _columns(chosen)]
+        for tensor in header.tensors:
+            if tensor.startswith(f"{name}.fc"):
+                entries[tensor] = Copied(tensor, chosen.kept)
+        if chosen.has_surrogate:
+            assert moments is not None
+            entries[f"{name}.surrogate"] = _static_surrogate(chosen, moments.slot_mean).to(phi)
+    provenance = _provenance(analysis, None, "static", Runtime())
+    provenance |= {"pruned_from": {"fingerprint": source_fingerprint}, "seed": seed}
+    assert header.metadata is not None
+    metadata = {key: value for key, value in header.metadata.items() if key != "fingerprint"} | {
+        "plan": plan_to_json(plans),
+        "provenance": {**details.provenance, **provenance},
+    }
+    if preprocessing is not None:
+        metadata["preprocessing"] = preprocessing.to_json()
+    write_from(header, Path(target), entries, metadata)
+
+
+def needs_no_pass(num_layers: int, signal: str, compensate: str, one_shot: bool) -> bool:
+    """Whether static pruning takes nothing but an analysis: no layer is measured behind pruned ones."""
+    return compensate != "lstsq" and (
+        one_shot or num_layers == 1 or not is_calibrated("static", signal, compensate)
+    )
+
+
+def require_one_shot(analysis: Analysis | None, compensate: str) -> None:
+    """Raise a MoepruneError if something is asked for that one shot cannot give."""
+    if compensate == "lstsq":
+        raise MoepruneError("`lstsq` is fitted to data, not in one shot", "give another `--compensate`")
+    if analysis is None:
+        raise MoepruneError("pruning in one shot needs an analysis", "write one with `moeprune analyze`")
+
+
 def _plans(
-    model: Model, keep: str | float | Fraction, scope: str, signal: str, compensate: str
+    layers: Mapping[str, SoftMoEConfig],
+    keep: str | float | Fraction,
+    scope: str,
+    signal: str,
+    compensate: str,
 ) -> dict[str, LayerPlan]:
     """A plan for each layer, with the first k experts where they are yet to be chosen."""
-    layers = require_dense_layers(
-        model, "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
-    )
     if isinstance(keep, str):
         keep = parse_keep(keep)
     elif isinstance(keep, float):
         keep = parse_keep(str(Fraction(keep)), "keep")
     plans = {}
-    for name, layer in layers.items():
-        n = layer.config.num_experts
+    for name, config in layers.items():
+        n = config.num_experts
         k = experts_to_keep(keep, n, name)
         kept = tuple(range(k)) if scope == "static" else None
         plans[name] = LayerPlan(scope, k, n, signal, compensate, kept)
@@ -148,29 +253,40 @@ def prune_layer(
     device = layer.phi.device
     if plan.scope == "static":
         assert scores is not None
-        kept = top_k(scores, plan.k)
-        plan = replace(plan, kept=tuple(kept.tolist()))
-        columns = (
-            kept
-            if plan.compensation == "renorm"
-            else torch.cat([kept, torch.tensor(plan.dropped, dtype=torch.int64)])
-        )
-        tensors["phi"] = tensors["phi"][:, columns.to(device)]
+        plan = choose_kept(plan, scores)
+        tensors["phi"] = tensors["phi"][:, _columns(plan).to(device)]
         for name in tensors:
             if name.startswith("fc"):
-                tensors[name] = tensors[name][kept.to(device)]
+                tensors[name] = tensors[name][torch.tensor(plan.kept, dtype=torch.int64, device=device)]
     elif scores is not None:
         tensors["score_weights"] = scores.to(device, torch.float32)
     if plan.has_surrogate:
         assert slot_mean is not None
-        if plan.kept is not None:
-            slot_mean = slot_mean[columns]
-            slot_mean[: plan.k] = 0  # a kept slot has its own output
+        if plan.scope == "static":
+            slot_mean = _static_surrogate(plan, slot_mean)
         tensors["surrogate"] = slot_mean.to(layer.phi, copy=True)
     with torch.device("meta"):
         pruned = SoftMoE(layer.config, plan)
     pruned.load_state_dict(tensors, assign=True)
     return pruned.requires_grad_(False).eval()
+
+
+def choose_kept(plan: LayerPlan, scores: Tensor) -> LayerPlan:
+    """The static plan that keeps the k experts of the highest scores (n)."""
+    return replace(plan, kept=tuple(top_k(scores, plan.k).tolist()))
+
+
+def _columns(plan: LayerPlan) -> Tensor:
+    """The experts whose columns phi has, in their order: kept ones first."""
+    kept = plan.kept or ()
+    return torch.tensor(kept if plan.compensation == "renorm" else kept + plan.dropped, dtype=torch.int64)
+
+
+def _static_surrogate(plan: LayerPlan, slot_mean: Tensor) -> Tensor:
+    """mu (n,p,d) in the order of phi's columns, zero for kept slots, which have their own outputs."""
+    surrogate = slot_mean[_columns(plan)]
+    surrogate[: plan.k] = 0
+    return surrogate
 
 
 def _expert_scores(

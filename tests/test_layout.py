@@ -19,7 +19,7 @@ LEVELS = (
     ("errors", "intervals", "scores", "report", "kernels"),
     ("architecture", "plan", "gate", "files", "header", "preprocessing", "digits", "routed"),
     ("flops", "tensors", "soft_moe", "checkpoint", "images", "output"),
-    ("size", "description", "data", "statistics", "state_dict"),
+    ("size", "description", "data", "statistics", "state_dict", "streaming"),
     ("adopted", "runtime"),
     ("model",),
     ("calibration", "latency", "train"),

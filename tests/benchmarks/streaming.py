@@ -1,0 +1,83 @@
+"""How long static pruning from file to file takes, as a multiple of `cp`, and how much memory.
+
+    python tests/benchmarks/streaming.py
+
+Writes a checkpoint of 2 GB into a temporary folder (three Soft MoE layers of 128 experts), prunes it to
+1/8, 1/2 and all of the experts, and copies what came out with `cp`, both until the bytes are on the
+disk. Medians of 5 interleaved repetitions; the memory is the peak above what the imports take, in a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import moeprune
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.model import SoftMoEViT
+from moeprune.pruning import prune_file
+
+REPETITIONS = 5
+KEEPS = ("1/8", "1/2", "1/1")
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def copy(source: Path, target: Path) -> None:
+    """`cp`, and then wait for the disk."""
+    subprocess.run(["cp", source, target], check=True)
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def peak(path: Path, target: Path, keep: str) -> None:
+    """Print the peak memory above the imports, in MB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    prune_file(path, target, keep=keep, signal="random")
+    print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6:.0f}")
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        peak(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path, target, copied = (Path(folder) / f"{name}.safetensors" for name in ("full", "pruned", "copied"))
+        torch.manual_seed(0)
+        moe = BlockConfig(soft_moe=SoftMoEConfig(384, 128, 1, 1680))
+        model = SoftMoEViT(ViTConfig((224, 224), (16, 16), 3, 1000, 384, 6, (moe,) * 3))
+        moeprune.save(model, path)
+        del model
+        print(f"checkpoint of {path.stat().st_size / 1e9:.2f} GB")
+        for keep in KEEPS:
+            pruning, copying = [], []
+            for _ in range(REPETITIONS):
+                pruning.append(seconds(lambda: prune_file(path, target, keep=keep, signal="random")))  # noqa: B023
+                copying.append(seconds(lambda: copy(target, copied)))
+            ratio = statistics.median(a / b for a, b in zip(pruning, copying, strict=True))
+            ran = subprocess.run(
+                [sys.executable, __file__, path, target, keep], capture_output=True, text=True, check=True
+            )
+            print(
+                f"keep {keep}: {target.stat().st_size / 1e9:.2f} GB in {statistics.median(pruning):.2f} s,"
+                f" {ratio:.2f} times `cp`; peak memory above the imports {ran.stdout.strip()} MB",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Static pruning from file to file gives the bytes that pruning in memory gives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import moeprune
+from moeprune import checkpoint, streaming
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.calibration import load_analysis
+from moeprune.errors import MoepruneError
+from moeprune.header import read_header
+from moeprune.model import SoftMoEViT
+from moeprune.pruning import prune, prune_file
+from moeprune.runtime import Runtime
+from moeprune.streaming import Copied, file_fingerprint, write_from
+
+CHOICES = list(product(("combine", "deviation", "random"), ("none", "renorm", "mean"), ("1", "1/8", "1/1")))
+
+
+@pytest.mark.parametrize(("signal", "compensate", "keep"), CHOICES)
+@pytest.mark.parametrize("which", ["single", "vit"])
+def test_bytes_are_those_of_pruning_in_memory(which, signal, compensate, keep, request, tmp_path):
+    path = request.getfixturevalue(which)
+    analysis = load_analysis(request.getfixturevalue(f"{which}_analysis"))
+    choice = {"keep": keep, "signal": signal, "compensate": compensate, "seed": 3}
+    expected, found = tmp_path / "expected.safetensors", tmp_path / "found.safetensors"
+    moeprune.save(prune(moeprune.load(path), analysis, one_shot=True, **choice), expected)
+    prune_file(path, found, analysis, **choice)
+    assert found.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types(dtype, single, single_analysis, tmp_path):
+    path, expected, found = (tmp_path / f"{name}.safetensors" for name in ("model", "expected", "found"))
+    moeprune.save(moeprune.load(single).to(dtype), path)
+    analysis = moeprune.analyze(moeprune.load(path), "digits:calibration", Runtime("cpu"))
+    moeprune.save(prune(moeprune.load(path), analysis, keep="1/8", compensate="mean"), expected)
+    prune_file(path, found, analysis, keep="1/8", compensate="mean")
+    assert found.read_bytes() == expected.read_bytes()
+
+
+def test_command_in_one_shot_needs_no_data(run, vit, vit_analysis, tmp_path):
+    expected, found = tmp_path / "expected.safetensors", tmp_path / "found.safetensors"
+    moeprune.save(prune(moeprune.load(vit), load_analysis(vit_analysis), keep="1/8", one_shot=True), expected)
+    result = run("prune", vit, "--analysis", vit_analysis, "--keep", "1/8", "--one-shot", "-o", found)
+    assert (result.code, result.stderr) == (0, "")
+    assert found.read_bytes() == expected.read_bytes()
+    again = run(
+        "prune", vit, "--analysis", vit_analysis, "--keep", "1/8", "-o", tmp_path / "measured.safetensors"
+    )
+    assert again.code == 0
+    assert (tmp_path / "measured.safetensors").read_bytes() != expected.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compensate", "lstsq"], "`lstsq` is fitted to data"),
+        (["--data", "pairs"], "`--one-shot` reads no data"),
+        (["--scope", "input", "--compensate", "lstsq"], "`lstsq` is fitted to data"),
+    ],
+)
+def test_what_one_shot_cannot_give(options, message, run, vit, vit_analysis, tmp_path):
+    target = tmp_path / "p.safetensors"
+    result = run("prune", vit, "--analysis", vit_analysis, "--keep", 4, "--one-shot", *options, "-o", target)
+    assert result.code == 2
+    assert message in result.stderr
+    assert not target.exists()
+
+
+def test_one_shot_without_an_analysis(run, vit, tmp_path):
+    result = run("prune", vit, "--keep", 4, "--one-shot", "-o", tmp_path / "p.safetensors")
+    assert result.code == 2
+    assert "needs an analysis" in result.stderr
+
+
+def test_fingerprint_stands_in_the_file_and_is_that_of_the_model(single, single_analysis, tmp_path):
+    from moeprune.model import fingerprint
+
+    header, model = read_header(single), moeprune.load(single)
+    assert header.metadata["fingerprint"] == fingerprint(model) == file_fingerprint(header)
+    del header.metadata["fingerprint"]
+    assert file_fingerprint(header) == fingerprint(model)
+    target = tmp_path / "pruned.safetensors"
+    prune_file(single, target, load_analysis(single_analysis), keep="1/8", compensate="mean")
+    assert "fingerprint" not in read_header(target).metadata
+
+
+def test_layout_of_a_file_is_the_librarys(tmp_path):
+    """Types, sizes, empty tensors, scalars and names of all kinds."""
+    tensors = {
+        "b": torch.randn(3, 2).half(), "a": torch.randn(2, 2), "c": torch.zeros(0, 2), "é": torch.arange(3),
+        "flag": torch.tensor([True, False]), "scalar": torch.tensor(1.5), "d": torch.randn(4).double(),
+        "bf": torch.randn(5).bfloat16(), "int": torch.arange(4, dtype=torch.int32), "u": torch.ones(1).byte(),
+    }  # fmt: skip
+    old, new, again = (tmp_path / f"{name}.safetensors" for name in ("old", "new", "again"))
+    checkpoint.write(old, tensors, {"architecture": {"ü": 1}, "x": 'é\n\u2028"\\'})
+    header = read_header(old)
+    write_from(header, new, {name: Copied(name) for name in tensors}, header.metadata)
+    written = read_header(new)
+    save_file(tensors, again, {"moeprune": checkpoint.json.dumps(
+        written.metadata, sort_keys=True, separators=(",", ":")
+    )})  # fmt: skip
+    assert new.read_bytes() == again.read_bytes()
+    for name, tensor in checkpoint.read(new).tensors.items():
+        assert torch.equal(tensor, tensors[name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_leave_no_file(value, single, tmp_path):
+    model = moeprune.load(single)
+    layer = model.blocks[0].soft_moe
+    layer.fc1_weight = torch.nn.Parameter(layer.fc1_weight.clone(), False)
+    layer.fc1_weight[-1, 0, 0] = value
+    path, target = tmp_path / "model.safetensors", tmp_path / "pruned.safetensors"
+    good = read_header(single)
+    checkpoint.write(path, model.state_dict(), good.metadata)
+    with pytest.raises(MoepruneError, match=r"NaN or infinite values in `blocks\.0\.soft_moe\.fc1_weight`"):
+        prune_file(path, target, keep="1/1", signal="random")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
+
+
+def test_tensors_of_many_blocks(monkeypatch, single, single_analysis, tmp_path):
+    analysis = load_analysis(single_analysis)
+    expected, found = tmp_path / "expected.safetensors", tmp_path / "found.safetensors"
+    prune_file(single, expected, analysis, keep="1/8")
+    monkeypatch.setattr(streaming, "BLOCK", 64)
+    prune_file(single, found, analysis, keep="1/8")
+    assert found.read_bytes() == expected.read_bytes()
+
+
+PEAK = """
+import resource, sys
+import moeprune
+from moeprune.pruning import prune_file
+
+prune_file(sys.argv[1], sys.argv[2] + "small", keep=1, signal="random")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prune_file(sys.argv[1], sys.argv[2], keep="1/2", signal="random")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in kilobytes")
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    moe = BlockConfig(soft_moe=SoftMoEConfig(256, 64, 1, 1024))
+    model = SoftMoEViT(ViTConfig((16, 16), (8, 8), 3, 10, 256, 4, (moe, moe)))
+    path = tmp_path / "model.safetensors"
+    moeprune.save(model, path)
+    assert path.stat().st_size > 256 << 20
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK, path, tmp_path / "pruned.safetensors"],
+        capture_output=True, text=True, check=True, timeout=100,
+    )  # fmt: skip
+    assert int(ran.stdout) < 16  # MiB
