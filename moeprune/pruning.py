@@ -85,12 +85,9 @@ def prune(
     plans = _plans(configs, keep, scope, signal, compensate)
     calibrated = is_calibrated(scope, signal, compensate)
     if calibrated and analysis is None and data is None:
-        raise MoepruneError(
-            f"scope {scope} with signal {signal} and compensation {compensate} needs calibration",
-            "give an analysis (`--analysis`) or calibration data (`--data`)",
-        )
+        raise _not_calibrated(scope, signal, compensate)
     if one_shot:
-        require_one_shot(analysis, compensate)
+        _require_one_shot(compensate)
     model_fingerprint = fingerprint(model)
     if not calibrated:
         analysis = dataset = None
@@ -163,7 +160,9 @@ def prune_file(
     plans = _plans(config.soft_moe_layers, keep, "static", signal, compensate)
     source_fingerprint = file_fingerprint(header)
     if is_calibrated("static", signal, compensate):
-        require_one_shot(analysis, compensate)
+        _require_one_shot(compensate)
+        if analysis is None:
+            raise _not_calibrated("static", signal, compensate)
         require_analysis_of(config.soft_moe_layers, source_fingerprint, analysis)
     else:
         analysis = None
@@ -201,12 +200,16 @@ def needs_no_pass(num_layers: int, signal: str, compensate: str, one_shot: bool)
     )
 
 
-def require_one_shot(analysis: Analysis | None, compensate: str) -> None:
-    """Raise a MoepruneError if something is asked for that one shot cannot give."""
+def _require_one_shot(compensate: str) -> None:
     if compensate == "lstsq":
         raise MoepruneError("`lstsq` is fitted to data, not in one shot", "give another `--compensate`")
-    if analysis is None:
-        raise MoepruneError("pruning in one shot needs an analysis", "write one with `moeprune analyze`")
+
+
+def _not_calibrated(scope: str, signal: str, compensate: str) -> MoepruneError:
+    return MoepruneError(
+        f"scope {scope} with signal {signal} and compensation {compensate} needs calibration",
+        "give an analysis (`--analysis`) or calibration data (`--data`)",
+    )
 
 
 def _plans(

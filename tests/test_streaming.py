@@ -78,7 +78,7 @@ def test_what_one_shot_cannot_give(options, message, run, vit, vit_analysis, tmp
 def test_one_shot_without_an_analysis(run, vit, tmp_path):
     result = run("prune", vit, "--keep", 4, "--one-shot", "-o", tmp_path / "p.safetensors")
     assert result.code == 2
-    assert "needs an analysis" in result.stderr
+    assert "needs calibration" in result.stderr
 
 
 def test_fingerprint_stands_in_the_file_and_is_that_of_the_model(single, single_analysis, tmp_path):
