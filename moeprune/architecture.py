@@ -7,14 +7,19 @@ h hidden width of an expert.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from moeprune.errors import MoepruneError
 
 ROUTER_NORMS = ("none", "l2", "rms")
 DISPATCH_INPUTS = ("raw", "normalized")
-POOLINGS = ("mean", "token")
+POOLINGS = ("mean", "token", "none")
+
+
+def _later(default: Any) -> Any:
+    """A field that came after the first release, with the default that says what was so before."""
+    return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,16 @@ class BlockConfig:
 class ViTConfig:
     """A vision transformer in which some blocks have a Soft MoE; images (b,c,H,W) in, logits out.
 
-    pooling is over the patch tokens (`mean`) or takes the class token (`token`).
+    num_classes: 0 where there is no head, so that pooled features come out.
+    pooling: over the patch tokens (`mean`), or takes the class token (`token`); with `none` every
+        token, the class token too, gives logits.
+    class_position: whether the class token has a row of its own in the position embedding.
+    embedding_norm: a norm follows the position embedding, and patches are embedded without a bias.
+    final_norm, head_norm: a norm before and one after the pooling.
+    qk_norm: queries and keys are normalised, each head by itself.
+    qkv_bias: queries, keys and values have a bias.
+    layer_scale: learned factors scale what attention and the MLP or Soft MoE give, channel by channel.
+    norm_eps: of every norm.
     """
 
     image_size: tuple[int, int]
@@ -78,11 +92,22 @@ class ViTConfig:
     class_token: bool = False
     pooling: str = "mean"
     final_norm: bool = True
+    class_position: bool = _later(True)
+    embedding_norm: bool = _later(False)
+    head_norm: bool = _later(False)
+    qk_norm: bool = _later(False)
+    qkv_bias: bool = _later(True)
+    layer_scale: bool = _later(False)
+    norm_eps: float = _later(1e-5)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "in_channels", "num_classes", "dim", "num_heads")
-        _require_bool(self, "class_token", "final_norm")
+        _require_positive(self, "in_channels", "dim", "num_heads")
+        if self.num_classes != 0:
+            _require_positive(self, "num_classes")
+        _require_bool(self, *(f.name for f in fields(self) if f.type == "bool"))
         _require_choice(self, "pooling", POOLINGS)
+        if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
+            raise MoepruneError(f"`norm_eps` is {self.norm_eps!r}, expected a number in 0…1")
         for size, patch in zip(self.image_size, self.patch_size, strict=True):
             if patch < 1 or size < patch or size % patch:
                 raise MoepruneError(
@@ -93,6 +118,8 @@ class ViTConfig:
             raise MoepruneError(f"`dim` {self.dim} is not a multiple of `num_heads` {self.num_heads}")
         if self.pooling == "token" and not self.class_token:
             raise MoepruneError("`pooling` token needs `class_token` true")
+        if not self.class_position and not self.class_token:
+            raise MoepruneError("`class_position` false needs `class_token` true")
         for block in self.blocks:
             if block.soft_moe is not None and block.soft_moe.dim != self.dim:
                 raise MoepruneError(
@@ -111,6 +138,11 @@ class ViTConfig:
         return self.num_patches + self.class_token
 
     @property
+    def num_positions(self) -> int:
+        """Rows of the position embedding."""
+        return self.num_patches + (self.class_token and self.class_position)
+
+    @property
     def soft_moe_layers(self) -> dict[str, SoftMoEConfig]:
         """The Soft MoE layers by name, in the order of the data flow."""
         return {
@@ -120,8 +152,14 @@ class ViTConfig:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The config as JSON values; `vit_from_json` reads it back."""
-        return {"type": "vit", **asdict(self)}
+        """The config as JSON values; `vit_from_json` reads it back.
+
+        Fields that came later are left out where they say what went without saying before: what is
+        written of older models, and their fingerprints, stay as they were.
+        """
+        later = {f.name: f.default for f in fields(self) if f.metadata.get("later")}
+        values = {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
+        return {"type": "vit", **values}
 
 
 def vit_from_json(value: Any) -> ViTConfig:
@@ -164,7 +202,7 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    known = {field.name for field in fields(cls)}
+    known = {f.name for f in fields(cls)}
     if unknown := sorted(set(values) - known):
         raise MoepruneError(f"{where}: unknown keys {unknown}, expected {sorted(known)}")
     try:
