@@ -46,17 +46,21 @@ def read(path: str | Path) -> TensorFile:
         raise unreadable(header.path, error) from None
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> None:
     """Write a safetensors file: equal tensors and metadata give equal bytes.
+
+    Args:
+        metadata: for the key `moeprune`, or None for a file that is not to be moeprune's own.
 
     Raises:
         MoepruneError: the path cannot be written.
     """
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
+    texts = {"format": "pt"} if metadata is None else {METADATA_KEY: text}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with replacing(path) as temporary:
-            save_file(contiguous, temporary, metadata={METADATA_KEY: text})
+            save_file(contiguous, temporary, metadata=texts)
     except SafetensorError as error:
         raise MoepruneError(f"cannot write `{path}` ({error})") from None
 

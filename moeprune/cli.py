@@ -407,6 +407,65 @@ def eval(
 
 
 @command
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A checkpoint of a known library, or of moeprune (.safetensors, .pt, ...)."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The checkpoint to write; by its suffix as safetensors or .pt."),
+    ],
+    to: Annotated[
+        str, typer.Option(help="What to write: moeprune, or the library that is to load it.")
+    ] = "moeprune",
+    source: Annotated[
+        str | None, typer.Option(help="The library that wrote the file, where its tensors do not tell.")
+    ] = None,
+    source_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the tensors cannot tell, as the library's constructor takes it, such as num_heads=6"
+            " (repeatable).",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    preprocess: Preprocess = None,
+    output_format: OutputFormat = "text",
+    output_file: OutputFile = None,
+    force: Force = False,
+) -> None:
+    """Take a checkpoint of another library, or give one back.
+
+    Proves on random images that the library's own model computes the same, where it is installed.
+    """
+    check_report(output_format, output_file, force)
+    check_output(output, force)
+    check_apart(output, output_file)
+    from moeprune.sources import SOURCES
+    from moeprune.sources.given import parse_settings
+
+    check_choice("--to", to, ("moeprune", *SOURCES))
+    if source is not None:
+        check_choice("--source", source, tuple(SOURCES))
+    arguments = parse_settings(source_arg or ())
+    from moeprune import conversion, report
+    from moeprune.evaluation import size_and_cost
+
+    converted = conversion.convert(checkpoint, output, to, source, arguments, preprocess)
+    found = {
+        "schema_version": 1,
+        "checkpoint": str(checkpoint),
+        "output": str(output),
+        **converted.to_json(),
+        "model": size_and_cost(converted.model),
+    }
+    emit(found, report.conversion, output_format, output_file)
+
+
+@command
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write into.")] = Path(
         "moeprune-demo"
