@@ -227,6 +227,23 @@ def parse_arguments(given: Iterable[str]) -> dict[str, Any]:
         raise MoepruneError(f"`--model-arg`: {error}", "give numbers, texts, lists and the like") from None
 
 
+def parse_shape(text: str | None) -> tuple[int, int, int]:
+    """The shape of one input from a text such as `3,224,224`.
+
+    Raises:
+        MoepruneError: there is none, or it is another.
+    """
+    sides = (text or "").split(",")
+    if text is None or len(sides) != 3 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        found = "none is given" if text is None else f"given is `{text}`"
+        raise MoepruneError(
+            f"a model of your own code needs the shape of one input, {found}",
+            "give channels, height and width: `--input-shape 3,224,224`",
+        )
+    channels, height, width = map(int, sides)
+    return channels, height, width
+
+
 def skeleton(config: ModuleConfig, plan: Plan, details: Details) -> AdoptedModel:
     """The model of a checkpoint, built anew by its factory, whose weights are yet to be loaded.
 

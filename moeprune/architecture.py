@@ -7,7 +7,7 @@ h hidden width of an expert.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from moeprune.errors import MoepruneError
@@ -15,7 +15,31 @@ from moeprune.errors import MoepruneError
 ROUTER_NORMS = ("none", "l2", "rms", "layer")
 DISPATCH_INPUTS = ("raw", "normalized")
 EXPERTS = ("mlp", "geglu", "linear")
-POOLINGS = ("mean", "token")
+POOLINGS = ("mean", "token", "none")
+
+
+def _later(default: Any) -> Any:
+    """A field that came after the first release, with the default that says what was so before."""
+    return field(default=default, metadata={"later": True})
+
+
+def _to_json(config: Any) -> dict[str, Any]:
+    """A config as JSON values, without fields that came later and have their default.
+
+    What is written of older models, and their fingerprints, stay as they were.
+    """
+    values = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if not (f.metadata.get("later") and getattr(config, f.name) == f.default)
+    }
+    return {name: _json_value(value) for name, value in values.items()}
+
+
+def _json_value(value: Any) -> Any:
+    if is_dataclass(value):
+        return _to_json(value)
+    return [_json_value(part) for part in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -39,8 +63,8 @@ class SoftMoEConfig:
     hidden_dim: int | None
     router_norm: str = "l2"
     dispatch_input: str = "normalized"
-    expert: str = "mlp"
-    out_dim: int | None = None
+    expert: str = _later("mlp")
+    out_dim: int | None = _later(None)
 
     def __post_init__(self) -> None:
         _require_positive(self, "dim", "num_experts", "slots_per_expert", "output_width", "expert_width")
@@ -91,7 +115,16 @@ class BlockConfig:
 class ViTConfig:
     """A vision transformer in which some blocks have a Soft MoE; images (b,c,H,W) in, logits out.
 
-    pooling is over the patch tokens (`mean`) or takes the class token (`token`).
+    num_classes: 0 where there is no head, so that pooled features come out.
+    pooling: over the patch tokens (`mean`), or takes the class token (`token`); with `none` every
+        token, the class token too, gives logits.
+    class_position: whether the class token has a row of its own in the position embedding.
+    embedding_norm: a norm follows the position embedding, and patches are embedded without a bias.
+    final_norm, head_norm: a norm before and one after the pooling.
+    qk_norm: queries and keys are normalised, each head by itself.
+    qkv_bias: queries, keys and values have a bias.
+    layer_scale: learned factors scale what attention and the MLP or Soft MoE give, channel by channel.
+    norm_eps: of every norm.
     """
 
     image_size: tuple[int, int]
@@ -104,11 +137,22 @@ class ViTConfig:
     class_token: bool = False
     pooling: str = "mean"
     final_norm: bool = True
+    class_position: bool = _later(True)
+    embedding_norm: bool = _later(False)
+    head_norm: bool = _later(False)
+    qk_norm: bool = _later(False)
+    qkv_bias: bool = _later(True)
+    layer_scale: bool = _later(False)
+    norm_eps: float = _later(1e-5)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "in_channels", "num_classes", "dim", "num_heads")
-        _require_bool(self, "class_token", "final_norm")
+        _require_positive(self, "in_channels", "dim", "num_heads")
+        if self.num_classes != 0:
+            _require_positive(self, "num_classes")
+        _require_bool(self, *(f.name for f in fields(self) if f.type == "bool"))
         _require_choice(self, "pooling", POOLINGS)
+        if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
+            raise MoepruneError(f"`norm_eps` is {self.norm_eps!r}, expected a number in 0…1")
         for size, patch in zip(self.image_size, self.patch_size, strict=True):
             if patch < 1 or size < patch or size % patch:
                 raise MoepruneError(
@@ -119,6 +163,8 @@ class ViTConfig:
             raise MoepruneError(f"`dim` {self.dim} is not a multiple of `num_heads` {self.num_heads}")
         if self.pooling == "token" and not self.class_token:
             raise MoepruneError("`pooling` token needs `class_token` true")
+        if not self.class_position and not self.class_token:
+            raise MoepruneError("`class_position` false needs `class_token` true")
         for block in self.blocks:
             for width in (block.soft_moe.dim, block.soft_moe.output_width) if block.soft_moe else ():
                 if width != self.dim:
@@ -136,6 +182,11 @@ class ViTConfig:
         return self.num_patches + self.class_token
 
     @property
+    def num_positions(self) -> int:
+        """Rows of the position embedding."""
+        return self.num_patches + (self.class_token and self.class_position)
+
+    @property
     def soft_moe_layers(self) -> dict[str, SoftMoEConfig]:
         """The Soft MoE layers by name, in the order of the data flow."""
         return {
@@ -146,11 +197,7 @@ class ViTConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The config as JSON values; `vit_from_json` reads it back."""
-        values = asdict(self)
-        for block in values["blocks"]:
-            if block["soft_moe"] is not None:
-                block["soft_moe"] = _without_new_defaults(block["soft_moe"], expert="mlp", out_dim=None)
-        return {"type": "vit", **values}
+        return {"type": "vit", **_to_json(self)}
 
 
 def vit_from_json(value: Any) -> ViTConfig:
@@ -186,11 +233,6 @@ def _block_from_json(value: Any, index: int) -> BlockConfig:
     return _build(BlockConfig, values, where)
 
 
-def _without_new_defaults(values: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """Without keys that came later and have their default: the JSON of older models stays as it was."""
-    return {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
-
-
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise MoepruneError(f"{where}: found {type(value).__name__}, expected an object")
@@ -198,7 +240,7 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    known = {field.name for field in fields(cls)}
+    known = {f.name for f in fields(cls)}
     if unknown := sorted(set(values) - known):
         raise MoepruneError(f"{where}: unknown keys {unknown}, expected {sorted(known)}")
     try:
@@ -265,7 +307,8 @@ class ModuleConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The config as JSON values; `module_from_json` reads it back."""
-        return {"type": "module", **asdict(self), "input_shape": list(self.input_shape)}
+        layers = {name: asdict(layer) for name, layer in self.layers.items()}
+        return {"type": "module", **_to_json(self), "layers": layers}
 
 
 def module_from_json(value: Any) -> ModuleConfig:

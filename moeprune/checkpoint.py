@@ -19,6 +19,9 @@ from moeprune.errors import MoepruneError
 from moeprune.files import replacing
 from moeprune.header import METADATA_KEY, Header, TensorInfo, read_header, unreadable
 
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+"""Of files that are written with torch.save, and not as safetensors."""
+
 BLOCK = 1 << 20
 """Bytes that are read at once where a file is read in blocks."""
 
@@ -46,19 +49,36 @@ def read(path: str | Path) -> TensorFile:
         raise unreadable(header.path, error) from None
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> None:
     """Write a safetensors file: equal tensors and metadata give equal bytes.
+
+    Args:
+        metadata: for the key `moeprune`, or None for a file that is not to be moeprune's own.
 
     Raises:
         MoepruneError: the path cannot be written.
     """
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
+    texts = {"format": "pt"} if metadata is None else {METADATA_KEY: text}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with replacing(path) as temporary:
-            save_file(contiguous, temporary, metadata={METADATA_KEY: text})
+            save_file(contiguous, temporary, metadata=texts)
     except SafetensorError as error:
         raise MoepruneError(f"cannot write `{path}` ({error})") from None
+
+
+def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors for other programs: by torch.save with a suffix .pt, .pth or .bin, else as safetensors.
+
+    Raises:
+        MoepruneError: the path cannot be written.
+    """
+    if Path(path).suffix not in TORCH_SUFFIXES:
+        write(path, tensors, None)
+        return
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(dict(tensors), file)  # by a path, its name would be in the bytes
 
 
 def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:

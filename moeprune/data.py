@@ -54,7 +54,7 @@ class Dataset:
     """A data set that is read in batches and never as a whole.
 
     spec: as the user gave it, with its split. samples: how many there are.
-    classes: of the model; labels lie below it.
+    classes: of the model; labels lie below it. 0 where the model has no head: labels are not looked at.
     read: batches of the samples at these ascending indices.
     limit: samples to take at most.
     fingerprint: SHA-256 of all inputs and labels as the model gets them; known after a whole pass.
@@ -96,7 +96,11 @@ class Dataset:
             if not finite.all():
                 bad = indices[seen + int(finite.logical_not().nonzero()[0])]
                 raise MoepruneError(f"sample {bad} of `{self.spec}` has NaN or infinite values")
-            if labels is not None and not (fits := (labels >= 0) & (labels < self.classes)).all():
+            if (
+                labels is not None
+                and self.classes
+                and not (fits := (labels >= 0) & (labels < self.classes)).all()
+            ):
                 place = int(fits.logical_not().nonzero()[0])
                 raise MoepruneError(
                     f"sample {indices[seen + place]} of `{self.spec}` has the label {int(labels[place])},"
@@ -311,7 +315,7 @@ def _from_folder(path: Path, input_format: InputFormat, limit: int | None) -> Da
             "folders of images need Pillow", "install it, or moeprune's extra `images`"
         ) from None
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    if classes and len(classes) != input_format.classes:
+    if classes and len(classes) != input_format.classes and input_format.classes:
         raise MoepruneError(
             f"`{path}` has {len(classes)} class folders, the model {input_format.classes} classes:"
             " the labels would be wrong",

@@ -10,6 +10,7 @@ from moeprune.errors import MoepruneError
 from moeprune.header import Header, is_too_large, require_format
 from moeprune.plan import Plan, plan_from_json
 from moeprune.preprocessing import Preprocessing, preprocessing_from_json
+from moeprune.sources import not_ours
 from moeprune.tensors import layer_shapes, require_one_type, require_tensors, tensor_shapes
 
 FORMAT = 1
@@ -57,11 +58,7 @@ def read_description(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, De
 def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Details]:
     path, metadata = header.path, header.metadata
     if metadata is None:
-        raise MoepruneError(
-            f"no Soft MoE layers in `{path}` (none of its {len(header.tensors)} tensors matches a known"
-            " layout, and it has no metadata `moeprune`)",
-            "give a checkpoint that moeprune wrote: `moeprune.save(model, path)` or `moeprune prune`",
-        )
+        raise not_ours(header.tensors, str(path))
     if metadata.get("kind") != "checkpoint":
         raise MoepruneError(
             f"`{path}` is no checkpoint but of kind {metadata.get('kind')!r}", "give the model's own file"

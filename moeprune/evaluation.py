@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeprune import __version__, size
+from moeprune.architecture import ViTConfig
 from moeprune.checkpoint import tensor_infos
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
@@ -48,8 +49,10 @@ def predict(
     """Predictions of each model, from one pass over labelled data.
 
     Raises:
-        MoepruneError: the data has no labels, or a model computes NaN.
+        MoepruneError: the data has no labels, or a model computes NaN or no logits for an image.
     """
+    for model in models:
+        _require_logits_of_images(model)
     if not data.has_labels:
         raise MoepruneError(
             f"`{data.spec}` has no labels, eval needs them", "add an array `labels` with each sample's class"
@@ -138,6 +141,20 @@ def describe(model: Model, predictions: Predictions) -> dict[str, Any]:
         "loss": predictions.loss,
         **size_and_cost(model),
     }
+
+
+def _require_logits_of_images(model: Model) -> None:
+    config = model.config
+    if config.num_classes == 0:
+        raise MoepruneError(
+            "the model has no head: it gives features, not logits", "there is nothing to evaluate"
+        )
+    if isinstance(config, ViTConfig) and config.pooling == "none":
+        raise MoepruneError(
+            f"the model gives logits for each of its {config.num_tokens} tokens, not for an image"
+            " (`pooling` none)",
+            "analyze and prune work on it; eval needs a model that pools",
+        )
 
 
 def size_and_cost(model: Model) -> dict[str, Any]:

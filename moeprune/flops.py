@@ -75,7 +75,8 @@ def vit_flops(config: ViTConfig, plan: Plan | None = None) -> Flops:
     m, d = config.num_tokens, config.dim
     patch_height, patch_width = config.patch_size
     pixels = config.in_channels * patch_height * patch_width
-    flops = Flops(other=2 * config.num_patches * pixels * d + 2 * d * config.num_classes)
+    heads = m if config.pooling == "none" else 1
+    flops = Flops(other=2 * config.num_patches * pixels * d + 2 * heads * d * config.num_classes)
     for index, block in enumerate(config.blocks):
         flops += Flops(other=_block_other(block, m, d))
         if block.soft_moe is not None:

@@ -105,8 +105,24 @@ def read_header(path: str | Path) -> Header:
     except OSError as error:
         raise unreadable(path, error) from None
     except ValueError as error:
+        if is_pickle(path):
+            raise MoepruneError(
+                f"`{path}` is a file of torch.save, or another pickle, expected a safetensors file",
+                f"convert it first: `moeprune convert {path} -o converted.safetensors`",
+            ) from None
         raise unreadable(path, f"Error while deserializing header: {error}") from None
     return Header(path, tensors, offsets, None if metadata is None else _parse_metadata(path, metadata))
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file starts as a zip archive of torch.save or a pickle does, and is no safetensors file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError:
+        return False
+    is_length = start[4:] == bytes(4)  # of the header of a safetensors file
+    return not is_length and (start.startswith(b"PK\3\4") or (start[:1] == b"\x80" and start[1:2] < b"\6"))
 
 
 def unreadable(path: Path, reason: object) -> MoepruneError:

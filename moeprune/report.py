@@ -257,6 +257,34 @@ def gates(results: Iterable[Mapping[str, Any]]) -> RenderableType:
 _GATE_NOTES = {"min_speedup": " (lowest of all batch sizes)"}
 
 
+def conversion(found: Mapping[str, Any]) -> Group:
+    """The text of `moeprune convert`."""
+    facts = _facts()
+    facts.add_row("from", f"{found['checkpoint']} ({found['from']})")
+    facts.add_row("to", found["to"])
+    facts.add_row("model", f"{amount(found['model']['parameters'])} parameters")
+    if found["arguments"]:
+        facts.add_row("built with", _assignments(found["arguments"]))
+    if found["defaults"]:
+        facts.add_row("taken from the library's defaults", _assignments(found["defaults"]))
+    if found["dropped"]:
+        facts.add_row("left out", f"{_plain(found['dropped'])} (the model does not use them)")
+    parity = found["parity"]
+    if parity is not None:
+        facts.add_row(
+            "parity",
+            f"logits of {parity['images']} random images differ by at most"
+            f" {parity['max_relative_difference']:.1e} of the largest one ({parity['dtype']})",
+        )
+    else:
+        facts.add_row("parity", f"not measured: {found['parity_skipped']}")
+    return Group(Text(f"wrote {found['output']}", style="bold"), facts)
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
 def sweep(found: Mapping[str, Any]) -> Group:
     """The text of `moeprune eval --sweep`: a row for each variant."""
     table = _table(

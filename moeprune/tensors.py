@@ -18,17 +18,27 @@ FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 def tensor_shapes(config: ViTConfig, plan: Plan) -> Shapes:
     """The shape of each tensor of a model by its name in the model's `state_dict`."""
     d, (patch_height, patch_width) = config.dim, config.patch_size
-    shapes = _linear("patch_embed", config.in_channels * patch_height * patch_width, d)
+    pixels = config.in_channels * patch_height * patch_width
+    shapes = _linear("patch_embed", pixels, d, bias=not config.embedding_norm)
     if config.class_token:
         shapes["class_token"] = (1, d)
-    shapes["position"] = (config.num_tokens, d)
+    shapes["position"] = (config.num_positions, d)
+    if config.embedding_norm:
+        shapes |= _norm("embedding_norm", d)
     for index, block in enumerate(config.blocks):
         name = f"blocks.{index}"
         if block.attention:
             shapes |= _norm(f"{name}.norm1", d)
-            shapes |= _linear(f"{name}.attention.qkv", d, 3 * d)
+            shapes |= _linear(f"{name}.attention.qkv", d, 3 * d, bias=config.qkv_bias)
             shapes |= _linear(f"{name}.attention.proj", d, d)
+            if config.qk_norm:
+                shapes |= _norm(f"{name}.attention.q_norm", d // config.num_heads)
+                shapes |= _norm(f"{name}.attention.k_norm", d // config.num_heads)
+            if config.layer_scale:
+                shapes[f"{name}.attention_scale"] = (d,)
         shapes |= _norm(f"{name}.norm2", d)
+        if config.layer_scale:
+            shapes[f"{name}.mixer_scale"] = (d,)
         if block.mlp_dim is not None:
             shapes |= _linear(f"{name}.mlp.0", d, block.mlp_dim)
             shapes |= _linear(f"{name}.mlp.2", block.mlp_dim, d)
@@ -38,7 +48,9 @@ def tensor_shapes(config: ViTConfig, plan: Plan) -> Shapes:
             shapes |= {f"{layer}.{tensor}": shape for tensor, shape in of_layer.items()}
     if config.final_norm:
         shapes |= _norm("norm", d)
-    return shapes | _linear("head", d, config.num_classes)
+    if config.head_norm:
+        shapes |= _norm("head_norm", d)
+    return shapes | (_linear("head", d, config.num_classes) if config.num_classes else {})
 
 
 def layer_shapes(config: ViTConfig | ModuleConfig, plan: Plan) -> Shapes:
@@ -73,8 +85,9 @@ def soft_moe_shapes(config: SoftMoEConfig, plan: LayerPlan | None) -> Shapes:
     return shapes
 
 
-def _linear(name: str, inputs: int, outputs: int) -> Shapes:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Shapes:
+    weight: Shapes = {f"{name}.weight": (outputs, inputs)}
+    return weight | {f"{name}.bias": (outputs,)} if bias else weight
 
 
 def _norm(name: str, width: int) -> Shapes:

@@ -98,7 +98,8 @@ def initialize(model: SoftMoEViT, scale: float, position: float, generator: torc
                 module.reset_parameters(generator, scale)
             elif isinstance(module, nn.Linear):
                 module.weight.normal_(std=1 / math.sqrt(module.in_features), generator=generator)
-                module.bias.zero_()
+                if module.bias is not None:
+                    module.bias.zero_()
         model.position.normal_(std=position, generator=generator)
         if model.config.class_token:
             model.class_token.normal_(std=0.1, generator=generator)

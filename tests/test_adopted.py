@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import moeprune
@@ -326,3 +327,85 @@ def test_what_other_libraries_cannot_express_is_refused():
         pruned = prune(model, keep=2, scope=scope, compensate=compensate, data=dataset(), runtime=CPU)
         with pytest.raises(MoepruneError, match=f"scope {scope} and compensation {compensate}"):
             adopted.library_tensors(pruned, tower())
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(package, tmp_path):
+    """A training checkpoint of a tower, and what its model computes."""
+    theirs = randomized(tower(geglu=True))
+    path = tmp_path / "trained.pt"
+    weights = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"epoch": 3, "model": weights}, path)
+    with torch.no_grad():
+        return path, theirs(images(dtype=torch.float32))
+
+
+MODEL = ("--model", "user_models:tower")
+BUILT = (*MODEL, "--model-arg", "geglu=True", "--input-shape", "3,8,8")
+
+
+def test_commands_from_the_users_file_to_the_users_file(trained, run, run_json, tmp_path):
+    path, expected = trained
+    x = images(40, dtype=torch.float32)
+    save_file({"inputs": x, "labels": torch.arange(40) % CLASSES}, "data.safetensors")
+    found = run_json("convert", path, *BUILT, "-o", "full.safetensors")
+    assert found["from"] == "soft-moe-pytorch"
+    assert found["source"]["library"] == "soft-moe-pytorch"
+    assert found["arguments"] == {"geglu": True}
+    assert found["parity"]["max_relative_difference"] < 1e-9
+    full = moeprune.load("full.safetensors", MODEL[1])
+    assert relative_error(full(images(dtype=torch.float32)), expected) < 1e-5
+    shown = run("inspect", "full.safetensors")
+    assert shown.code == 0
+    assert "user_models:tower(geglu=True)" in shown.stdout
+    for words in (
+        ("analyze", "full.safetensors", "--data", "data.safetensors", *MODEL, "-o", "analysis.safetensors"),
+        ("prune", "full.safetensors", *MODEL, "--analysis", "analysis.safetensors", "--keep", 2,
+         "--compensate", "lstsq", "-o", "lstsq.safetensors"),
+        ("prune", "full.safetensors", "--analysis", "analysis.safetensors", "--keep", 2, "--one-shot",
+         "--compensate", "renorm", "-o", "renorm.safetensors"),
+        ("eval", "lstsq.safetensors", "--data", "data.safetensors", "--baseline", "full.safetensors", *MODEL),
+        ("convert", "renorm.safetensors", "--to", "soft-moe-pytorch", *MODEL, "-o", "small.pt"),
+    ):  # fmt: skip
+        result = run(*words)
+        assert (result.code, result.stderr) == (0, ""), words
+    smaller = tower(geglu=True, num_experts=2)
+    smaller.load_state_dict(torch.load("small.pt", weights_only=True), strict=True)
+    pruned = moeprune.load("renorm.safetensors", MODEL[1])
+    assert relative_error(smaller.eval()(x).detach(), pruned(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("convert", "trained.pt", *BUILT[:4], "-o", "o.safetensors"), "--input-shape 3,224,224"),
+        (("convert", "trained.pt", *BUILT[:5], "3,8", "-o", "o.safetensors"), "given is `3,8`"),
+        (("convert", "trained.pt", *MODEL, *BUILT[-2:], "-o", "o.safetensors"), "`layers.0.experts"),
+        (("convert", "trained.pt", *BUILT[:5], "1,8,8", "-o", "o.safetensors"), "fails on an input of shape"),
+        (("convert", "trained.pt", "--input-shape", "3,8,8", "-o", "o.safetensors"), "go with `--model`"),
+        (("convert", "trained.pt", *BUILT, "--source", "soft-moe", "-o", "o.safetensors"), "do not go with"),
+        (("convert", "trained.pt", *BUILT, "--key", "ema", "-o", "o.safetensors"), "ema"),
+        (("convert", "full.safetensors", *BUILT, "-o", "o.safetensors"), "file that your own code wrote"),
+        (("convert", "full.safetensors", *MODEL, "--to", "soft-moe", "-o", "o.pt"), "not of `soft-moe`"),
+        (("convert", "full.safetensors", "--to", "soft-moe-pytorch", "-o", "o.pt"), "user_models:tower"),
+        (("eval", "full.safetensors", "--data", "digits"), "add `--model user_models:tower`"),
+        (("analyze", "full.safetensors", "--data", "digits", *MODEL, "-o", "o.st"), "the model takes"),
+    ],
+)  # fmt: skip
+def test_calls_that_are_wrong_leave_nothing_behind(words, message, trained, run, tmp_path):
+    assert run("convert", trained[0], *BUILT, "-o", "full.safetensors").code == 0
+    before = sorted(p.name for p in tmp_path.iterdir())
+    result = run(*words)
+    assert result.code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_factory_does_not_go_with_a_model_of_ours(run, single):
+    result = run("eval", single, "--data", "digits", "--model", "user_models:tower")
+    assert result.code == 2
+    assert "needs no `--model`" in result.stderr

@@ -307,7 +307,7 @@ def test_files_that_cannot_be_read(workshop, command, make, fragments):
 
 
 NO_CHECKPOINT: list[tuple[str, Callable[[Workshop], Path], tuple[str, ...]]] = [
-    ("no metadata", lambda w: w.save(w.tensors(), None), ("made1.safetensors", "no Soft MoE layers")),
+    ("no metadata", lambda w: w.save(w.tensors(), None), ("made1.safetensors", "lost its metadata")),
     ("metadata is no JSON", lambda w: w.save(w.tensors(), "{format: 1}"), ("`moeprune`", "JSON")),
     ("metadata is a list", lambda w: w.save(w.tensors(), []), ("`moeprune`", "JSON object")),
     ("an analysis", lambda w: w.analysis, ("analysis",)),
@@ -335,7 +335,11 @@ NO_CHECKPOINT: list[tuple[str, Callable[[Workshop], Path], tuple[str, ...]]] = [
     ("patches of size 0", lambda w: w.with_architecture(patch_size=[0, 2]), ("`patch_size`",)),
     ("heads", lambda w: w.with_architecture(num_heads=3), ("`num_heads` 3",)),
     ("half a head", lambda w: w.with_architecture(num_heads=0.5), ("`num_heads`", "0.5")),
-    ("no classes", lambda w: w.with_architecture(num_classes=0), ("`num_classes`",)),
+    ("no classes", lambda w: w.with_architecture(num_classes=0), ("unexpected `head.weight`",)),
+    ("fewer than none", lambda w: w.with_architecture(num_classes=-1), ("`num_classes`",)),
+    ("an odd eps", lambda w: w.with_architecture(norm_eps="1e-6"), ("`norm_eps` is '1e-6'",)),
+    ("no flag", lambda w: w.with_architecture(layer_scale=1), ("`layer_scale` is 1",)),
+    ("no class token", lambda w: w.with_architecture(class_position=False), ("`class_token` true",)),
     ("other classes", lambda w: w.with_architecture(num_classes=9), ("`head.weight`", "[10, 32]", "[9, 32]")),
     ("huge", lambda w: w.with_architecture(num_classes=10**30), ("made1.safetensors", "no model")),
     (

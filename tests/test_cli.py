@@ -32,7 +32,7 @@ from moeprune.tensors import tensor_shapes
 SCOPES = ("static", "input", "batch")
 COMPENSATIONS = ("none", "renorm", "mean", "lstsq")
 EXPERT_TENSORS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-COMMANDS = ("inspect", "analyze", "prune", "eval", "demo")
+COMMANDS = ("inspect", "analyze", "prune", "eval", "convert", "demo")
 FLOPS_KEYS = {"total", "experts", "routing", "compensation", "other"}
 SIZE_KEYS = {"parameters", "bytes", "bytes_by_part", "flops_per_input", "experts_per_input"}
 MODEL_KEYS = SIZE_KEYS | {"accuracy", "accuracy_ci95", "top5_accuracy", "loss"}
@@ -812,6 +812,9 @@ def test_help_and_wrong_options_do_not_import_torch():
         ["eval", "x", "--data", "y", "--sweep", "1/8"],
         ["inspect", "x", "--output-format", "yaml"],
         ["inspect"],
+        ["convert", "x", "-o", "y", "--to", "nothing"],
+        ["convert", "x", "-o", "y", "--source", "nothing"],
+        ["convert", "x", "-o", "y", "--source-arg", "nothing"],
     ]
     program = f"""
 import sys
@@ -824,7 +827,7 @@ for call in {calls!r}:
 """
     result = python("-c", program)
     ends = [line for line in result.stdout.splitlines() if line.endswith(("True", "False"))]
-    assert ends == ["0 False"] * 6 + ["2 False"] * 6
+    assert ends == ["0 False"] * (len(COMMANDS) + 1) + ["2 False"] * 9
 
 
 def test_inspect_imports_neither_torch_nor_numpy(single, tmp_path):

@@ -29,6 +29,10 @@ CONFIGS = {
     "token_pooling": replace(SMALL, class_token=True, pooling="token"),
     "no_attention": replace(SMALL, blocks=(MOE_ALONE, BlockConfig(attention=False, mlp_dim=9), MOE_ALONE)),
     "no_final_norm": replace(SMALL, final_norm=False),
+    "every_token": replace(SMALL, class_token=True, class_position=False, pooling="none"),
+    "headless": replace(SMALL, num_classes=0),
+    "more_norms": replace(SMALL, embedding_norm=True, head_norm=True, qk_norm=True, layer_scale=True),
+    "no_qkv_bias": replace(SMALL, qkv_bias=False),
     "other_routers": replace(
         SMALL,
         blocks=(

@@ -16,14 +16,39 @@ PACKAGE = Path(moeprune.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 
 LEVELS = (
-    ("errors", "intervals", "scores", "report", "kernels"),
-    ("architecture", "plan", "gate", "files", "header", "preprocessing", "digits", "routed"),
-    ("flops", "tensors", "soft_moe", "checkpoint", "images", "output"),
-    ("size", "description", "data", "statistics", "state_dict", "streaming"),
-    ("adopted", "runtime"),
+    ("errors", "intervals", "scores", "report", "kernels", "sources.lookalikes"),
+    (
+        "architecture",
+        "plan",
+        "gate",
+        "files",
+        "header",
+        "preprocessing",
+        "digits",
+        "routed",
+        "sources.given",
+        "sources.modules",
+    ),
+    (
+        "flops",
+        "tensors",
+        "soft_moe",
+        "checkpoint",
+        "images",
+        "output",
+        "sources.interface",
+        "sources.bwconrad_layer",
+        "sources.lucidrains",
+        "sources.fkodom",
+    ),
+    ("size", "data", "statistics", "sources.checks", "state_dict", "streaming"),
+    ("runtime", "sources.bwconrad"),
+    ("sources",),
+    ("description",),
+    ("adopted",),
     ("model",),
-    ("calibration", "latency", "train"),
-    ("compensation", "evaluation"),
+    ("calibration", "latency", "train", "parity"),
+    ("compensation", "evaluation", "conversion", "adoption"),
     ("pruning",),
     ("sweep",),
     ("demo",),
@@ -34,14 +59,18 @@ LEVELS = (
 
 WITHOUT_TORCH = {
     "errors", "plan", "gate", "flops", "intervals", "architecture", "report", "files", "header",
-    "preprocessing", "output", "tensors", "size", "description", "__init__",
+    "preprocessing", "output", "tensors", "size", "description", "__init__", "sources",
 }  # fmt: skip
 TOP_LEVEL = {"moeprune", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+MODULES = sorted(FILES)
 
 
 def tree(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
 
 
 def imports(module: str, lazy: bool = True) -> Iterator[str]:
@@ -67,8 +96,15 @@ def imports(module: str, lazy: bool = True) -> Iterator[str]:
 
 def imported_modules(module: str, lazy: bool = True) -> set[str]:
     """The modules of the package that a module imports."""
-    parts = [name.split(".") for name in imports(module, lazy)]
-    return {part[1] for part in parts if part[0] == "moeprune" and len(part) > 1 and part[1] in MODULES}
+    names = [name.removeprefix("moeprune.") for name in imports(module, lazy) if name.startswith("moeprune.")]
+    return {found for name in names if (found := module_of(name)) is not None}
+
+
+def module_of(name: str) -> str | None:
+    """The module that a dotted name stands in, without the package's own name."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 def libraries(module: str, lazy: bool = True) -> set[str]:
@@ -139,7 +175,15 @@ def test_libraries_are_used_where_they_belong():
 def test_the_package_imports_its_dependencies_only():
     known = {"torch", "numpy", "typer", "safetensors", "rich", "tqdm", "sklearn", "PIL", "triton", "moeprune"}
     for module in MODULES:
-        assert libraries(module) <= known | sys.stdlib_module_names, module
+        own = {"sources.bwconrad": {"soft_moe"}}.get(module, set())
+        assert libraries(module) <= known | own | sys.stdlib_module_names, module
+        assert not libraries(module, lazy=False) & own, module
+
+
+def test_only_the_file_of_a_library_knows_its_name():
+    of_libraries = {"sources.bwconrad"}
+    for module in MODULES:
+        assert not imported_modules(module) & of_libraries or module == "sources", module
 
 
 def test_the_repository_holds_little_at_its_top():

@@ -89,7 +89,8 @@ def expected_sets(dense, x, scope, k, weights=None, use_mass=True) -> list[tuple
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 # --- dense -------------------------------------------------------------------------------------

@@ -83,6 +83,23 @@ def test_shapes_of_dense_models(router_norm, final_norm, class_token, pooling):
     check_shapes(with_router(config, router_norm), {})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"class_token": True, "class_position": False, "pooling": "none"},
+        {"embedding_norm": True},
+        {"head_norm": True, "final_norm": False},
+        {"qk_norm": True},
+        {"qkv_bias": False},
+        {"layer_scale": True},
+        {"num_classes": 0},
+    ],
+    ids=str,
+)
+def test_shapes_of_models_with_options(options):
+    check_shapes(replace(MIXED, **options), {})
+
+
 @pytest.mark.parametrize("config", [single_layer_config(), pairs_config()], ids=["single", "vit"])
 def test_shapes_of_the_shipped_models(config):
     check_shapes(config, {})

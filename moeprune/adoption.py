@@ -1,0 +1,139 @@
+"""Checkpoints of models of the user's own code: into models with our layers, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeprune.adopted import AdoptedModel, adopt, build, library_tensors, load_foreign
+from moeprune.checkpoint import write_state_dict
+from moeprune.description import Details
+from moeprune.errors import MoepruneError
+from moeprune.header import is_pickle, read_header
+from moeprune.model import load, private_copy, save
+from moeprune.parity import IMAGES, Parity, require_parity
+from moeprune.state_dict import read_state_dict
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A model of the user's own code, and where its checkpoint comes from or goes to."""
+
+    model: AdoptedModel
+    source: str
+    target: str
+    parity: Parity
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, with the keys of moeprune.conversion.Converted."""
+        config = self.model.config
+        return {
+            "from": self.source,
+            "to": self.target,
+            "source": self.model.details.source,
+            "arguments": config.arguments,
+            "defaults": {},
+            "dropped": [],
+            **self.parity.to_json(),
+        }
+
+
+def adopt_file(
+    path: str | Path,
+    output: str | Path,
+    factory: str,
+    arguments: Mapping[str, Any],
+    input_shape: tuple[int, int, int],
+    key: str | None = None,
+    preprocess: list[str] | None = None,
+) -> Adopted:
+    """Load a checkpoint into the model that a factory builds, adopt its layers, and write it as ours.
+
+    Args:
+        path: of the checkpoint that the user's code wrote.
+        output: the file to write.
+        factory: `package.module:function`. Its code is run.
+        arguments: keyword arguments of the factory.
+        input_shape: of one input (c,H,W).
+        key: which entry of a training checkpoint to take.
+        preprocess: settings to write into the checkpoint, as `--preprocess` takes them.
+
+    Returns:
+        The model, and how far it computes what the user's own does.
+
+    Raises:
+        MoepruneError: whatever is wrong with the file, the factory or the model: nothing is written then.
+    """
+    found = read_state_dict(path, key)
+    found.check_finite()
+    module = build(factory, arguments)
+    load_foreign(module, found.tensors, path)
+    own = copy.deepcopy(module).eval()
+    details = Details(source={"library": "", "sha256": found.sha256()})
+    model = adopt(module, input_shape, factory, arguments, details)
+    libraries = sorted({layer.library for layer in model.config.layers.values()})
+    origin = {"library": ", ".join(libraries), "version": ", ".join(map(metadata.version, libraries))}
+    details = replace(details, source={**details.source, **origin})
+    if preprocess:
+        details = replace(details, preprocessing=details.preprocessing.updated(preprocess))
+    model.details = details
+    parity = require_parity(_compare(model, own), f"the model of `{factory}`", path)
+    save(model, output)
+    return Adopted(model, origin["library"], "moeprune", parity)
+
+
+def give_back(path: str | Path, output: str | Path, to: str, factory: str | None) -> Adopted:
+    """Write a checkpoint of ours as the state dict of the user's own model.
+
+    Args:
+        path: of a checkpoint that `adopt_file` wrote, unpruned or statically pruned with `renorm`.
+        output: the file to write; with a suffix .pt, .pth or .bin by torch.save, else as safetensors.
+        to: the library that its layers are of.
+        factory: that the checkpoint names. Its code is run.
+
+    Raises:
+        MoepruneError: the checkpoint is none of such a model, or the library cannot express it.
+    """
+    model = load(path, factory)
+    assert isinstance(model, AdoptedModel)
+    libraries = {layer.library for layer in model.config.layers.values()}
+    if to not in libraries:
+        raise MoepruneError(
+            f"the layers of `{path}` are of {', '.join(sorted(libraries))}, not of `{to}`",
+            f"give `--to {min(libraries)}`",
+        )
+    assert model.config.factory is not None
+    module = build(model.config.factory, model.config.arguments)
+    write_state_dict(output, library_tensors(model, module))
+    skipped = "the tensors were checked when the model was taken in"
+    return Adopted(model, "moeprune", to, Parity(skipped=skipped))
+
+
+def is_own_model(path: str | Path) -> bool:
+    """Whether a file is a checkpoint of ours, of a model of the user's own code."""
+    if is_pickle(Path(path)) or Path(path).is_dir():
+        return False
+    header = read_header(path)
+    metadata_of_ours = header.metadata or {}
+    architecture = metadata_of_ours.get("architecture")
+    return isinstance(architecture, dict) and architecture.get("type") == "module"
+
+
+def _compare(model: AdoptedModel, own: nn.Module) -> Parity:
+    """How far our model and the user's own are apart on random inputs, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(IMAGES, *model.config.input_shape, generator=generator, dtype=torch.float64)
+    with torch.inference_mode():
+        expected: Tensor = own.double()(inputs)
+        logits = private_copy(model).double()(inputs)
+    largest = float(expected.abs().max())
+    if largest == 0:
+        return Parity(skipped="all logits are zero: there is nothing to compare")
+    return Parity(float((logits - expected).abs().max()) / largest, "float64")
