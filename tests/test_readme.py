@@ -2,14 +2,18 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 import moeprune
 from moeprune.digits import digits
+from tests import peers
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -89,3 +93,53 @@ def test_demo_prints_what_the_readme_shows(tmp_path, monkeypatch, run):
     assert result.code == 0
     [shown] = blocks("text")
     assert without_numbers(result.stdout) == without_numbers(shown)
+
+
+def test_commands_for_soft_moe(workplace, run):
+    if not peers.has("soft_moe"):
+        pytest.skip("soft-moe is not installed")
+    from soft_moe.vision_transformer import SoftMoEVisionTransformer
+
+    model = SoftMoEVisionTransformer(
+        num_experts=8, img_size=16, patch_size=8, num_classes=10, embed_dim=24, depth=2, num_heads=6,
+        moe_layer_index=1,
+    )  # fmt: skip
+    torch.save(model.state_dict(), "model.pt")
+    Path("model.safetensors").unlink()
+    [block] = [block for block in blocks("sh") if "--source-arg" in block]
+    to_ours, to_theirs = commands(block)
+    assert run(*to_ours).code == 0
+    choice = ("--signal", "random", "--keep", "1/4", "--compensate", "renorm")
+    assert run("prune", "model.safetensors", *choice, "-o", "pruned.safetensors").code == 0
+    assert run(*to_theirs).code == 0
+    smaller = SoftMoEVisionTransformer(
+        num_experts=2, img_size=16, patch_size=8, num_classes=10, embed_dim=24, depth=2, num_heads=6,
+        moe_layer_index=1,
+    )  # fmt: skip
+    smaller.load_state_dict(torch.load("pruned.pt", weights_only=True), strict=True)
+
+
+def test_commands_for_a_model_of_ones_own_code(workplace, run, monkeypatch):
+    soft_moe_pytorch = pytest.importorskip("soft_moe_pytorch")
+
+    def build(depth):
+        return nn.Sequential(
+            nn.Conv2d(3, 12, 56, 56),
+            *(soft_moe_pytorch.SoftMoE(12, num_experts=8, num_slots=1) for _ in range(depth)),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
+        )  # fmt: skip
+
+    module = type(sys)("mypackage.models")
+    module.build = build
+    monkeypatch.setitem(sys.modules, "mypackage", type(sys)("mypackage"))
+    monkeypatch.setitem(sys.modules, "mypackage.models", module)
+    torch.save({"state_dict": build(depth=4).state_dict()}, "model.pt")
+    Path("model.safetensors").unlink()
+    [block] = [block for block in blocks("sh") if "--model-arg" in block]
+    to_ours, analyze, to_theirs = commands(block)
+    assert run(*to_ours).code == 0
+    assert run(*analyze, "--limit", 20).code == 0
+    choice = ("--analysis", "analysis.safetensors", "--keep", "1/4", "--compensate", "renorm", "--one-shot")
+    assert run("prune", "model.safetensors", *choice, "-o", "pruned.safetensors").code == 0
+    assert run(*to_theirs).code == 0
+    assert len(torch.load("pruned.pt", weights_only=True)["1.slot_embeds"]) == 2
