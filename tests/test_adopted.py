@@ -339,6 +339,7 @@ def trained(package, tmp_path):
     path = tmp_path / "trained.pt"
     weights = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
     torch.save({"epoch": 3, "model": weights}, path)
+    torch.save(encoder().state_dict(), "encoder.pt")
     with torch.no_grad():
         return path, theirs(images(dtype=torch.float32))
 
@@ -386,6 +387,8 @@ def test_commands_from_the_users_file_to_the_users_file(trained, run, run_json, 
         (("convert", "trained.pt", *MODEL, *BUILT[-2:], "-o", "o.safetensors"), "`layers.0.experts"),
         (("convert", "trained.pt", *BUILT[:5], "1,8,8", "-o", "o.safetensors"), "fails on an input of shape"),
         (("convert", "trained.pt", "--input-shape", "3,8,8", "-o", "o.safetensors"), "go with `--model`"),
+        (("convert", "trained.pt", "-o", "o.safetensors"), "`late.slot_embeds` is of a layer of"),
+        (("convert", "encoder.pt", "-o", "o.safetensors"), "is of a layer of soft-mixture-of-exp"),
         (("convert", "trained.pt", *BUILT, "--source", "soft-moe", "-o", "o.safetensors"), "do not go with"),
         (("convert", "trained.pt", *BUILT, "--key", "ema", "-o", "o.safetensors"), "ema"),
         (("convert", "full.safetensors", *BUILT, "-o", "o.safetensors"), "file that your own code wrote"),

@@ -11,7 +11,7 @@ SOURCES: dict[str, Source] = {source.name: source for source in (SoftMoEPackage(
 """By name on the command line."""
 
 LAYER_LIBRARIES = ("soft-moe-pytorch", "soft-mixture-of-experts")
-"""Those that have layers, or models that are built by the user's own code only."""
+"""Those whose layers stand in models that only the user's own code builds."""
 
 
 def pick_source(tensors: Tensors, path: str, name: str | None = None) -> Source:

@@ -11,6 +11,10 @@ _X_TRANSFORMERS = re.compile(r"(^|\.)attn_layers\.layers\.\d+\.\d+\.")
 _VIT_BLOCK = re.compile(r"(^|\.)blocks\.\d+\.attn\.qkv\.weight$")
 _OURS = re.compile(r"(^|\.)soft_moe\.phi$")
 _PHI = re.compile(r"(^|\.)phi$")
+_LAYERS = {
+    "soft-moe-pytorch": re.compile(r"(^|\.)(slot_embeds|to_slot_embeds\.0\.weight)$"),
+    "soft-mixture-of-experts": re.compile(r"(^|\.)moe\.experts\.weight$"),
+}
 
 
 def lookalike(names: Iterable[str]) -> str | None:
@@ -18,10 +22,16 @@ def lookalike(names: Iterable[str]) -> str | None:
     names = sorted(names)
     if ours := _first(_OURS, names):
         return f"`{ours}` is of a checkpoint of moeprune that has lost its metadata `moeprune`"
+    for library, pattern in _LAYERS.items():
+        if tensor := _first(pattern, names):
+            return (
+                f"`{tensor}` is of a layer of {library} inside a model that its tensors do not tell: say what"
+                " builds it with `--model package.module:function` and `--input-shape`"
+            )
     if phi := _first(_PHI, names):
         return (
-            f"`{phi}` may be a Soft MoE layer inside a model that moeprune does not know, or in a file that"
-            " lacks part of its model"
+            f"`{phi}` may be a Soft MoE layer inside a model that moeprune does not know (say what builds it"
+            " with `--model package.module:function`), or in a file that lacks part of its model"
         )
     router, experts = _first(_ROUTER, names), _first(_EXPERT, names)
     if router and experts:
