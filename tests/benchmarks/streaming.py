@@ -66,6 +66,9 @@ def main() -> None:
         for keep in KEEPS:
             pruning, copying = [], []
             for _ in range(REPETITIONS):
+                for file in (target, copied):
+                    file.unlink(missing_ok=True)
+                os.sync()
                 pruning.append(seconds(lambda: prune_file(path, target, keep=keep, signal="random")))  # noqa: B023
                 copying.append(seconds(lambda: copy(target, copied)))
             ratio = statistics.median(a / b for a, b in zip(pruning, copying, strict=True))
