@@ -199,7 +199,8 @@ def load_analysis(path: str | Path) -> Analysis:
         )
     for name, layer in layers.items():
         _require_consistent(layer, name, path)
-    checkpoint.check_finite(file.tensors, path)
+    for name, layer in layers.items():
+        checkpoint.check_finite({f"{name}.{f.name}": getattr(layer, f.name) for f in fields(layer)}, path)
     return Analysis(layers, provenance)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,15 @@ def read(path: str | Path) -> TensorFile:
             return TensorFile(header, {name: file.get_tensor(name) for name in header.tensors})
     except (SafetensorError, OSError) as error:
         raise unreadable(header.path, error) from None
+
+
+def version_of(path: str | Path) -> tuple[int, ...] | None:
+    """What tells one version of a file from the next; None where there is none."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 (Path.stat too raises where a name is too long)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> None:
@@ -105,7 +115,7 @@ def check_finite_in_file(header: Header) -> None:
     block = bytearray(BLOCK)
     bad = []
     try:
-        with header.path.open("rb", buffering=0) as file:
+        with header.path.open("rb") as file:
             for name in sorted(header.tensors, key=header.offsets.__getitem__):
                 file.seek(header.offsets[name])
                 if not _reads_finite(file, header.tensors[name], memoryview(block)):
@@ -116,7 +126,7 @@ def check_finite_in_file(header: Header) -> None:
         raise not_finite(sorted(bad), header.path)
 
 
-def _reads_finite(file: io.FileIO, info: TensorInfo, block: memoryview) -> bool:
+def _reads_finite(file: io.BufferedReader, info: TensorInfo, block: memoryview) -> bool:
     dtype = getattr(torch, info.dtype.removeprefix("torch."))
     remaining = info.nbytes
     while remaining:

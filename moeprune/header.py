@@ -1,7 +1,7 @@
 """The header of a safetensors file: which tensors it has, without their values and without torch.
 
-The library `safetensors` imports numpy or torch whenever it opens a file, this reader neither; it
-checks as strictly: the tensors cover the file exactly, so that a truncated file is found out.
+The library `safetensors` imports numpy or torch whenever it opens a file, this reader neither. Like the
+library it checks that the tensors cover the file exactly, so that a truncated file is found out.
 """
 
 from __future__ import annotations
@@ -187,12 +187,18 @@ def _parse_json(file: BinaryIO) -> tuple[dict[str, Any], int]:
     if length > file_size - 8:
         raise ValueError("invalid header length")
     try:
-        header = json.loads(file.read(length).decode(), object_pairs_hook=_parse_object)
+        header = json.loads(
+            file.read(length).decode(), object_pairs_hook=_parse_object, parse_constant=_refuse_constant
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"invalid JSON in header: {error}") from None
     if not isinstance(header, dict):
         raise ValueError("invalid JSON in header: expected an object")
     return header, file_size - 8 - length
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"`{name}` is no JSON")
 
 
 def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

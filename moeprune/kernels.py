@@ -80,7 +80,7 @@ def _choose(scores, chosen, n, k, input_stride, expert_stride, N: tl.constexpr):
         wins = (other[None, :] > score[:, None]) | (
             (other[None, :] == score[:, None]) & (rival[None, :] < expert[:, None])
         )
-        better += tl.sum((wins & (rival < n)[None, :]).to(tl.int32), 1)
+        better += tl.sum(wins.to(tl.int32), 1)
     is_chosen = (better < k) & (expert < n)
     place = tl.cumsum(is_chosen.to(tl.int32), 0) - 1
     out = chosen + tl.program_id(0).to(tl.int64) * k + place
@@ -106,7 +106,7 @@ def slot_weights(
         combine = combine_source.new_empty(b, m, slots, dtype=combine_dtype)
     padded = triton.next_power_of_2(m)
     at_once = max(1, min(8, TILE // padded))
-    _slot_weights[(triton.cdiv(slots, at_once), b)](
+    _slot_weights[(b, triton.cdiv(slots, at_once))](
         router_logits, chosen, combine_source, dispatch, combine, m, n * p, p, slots, *chosen.stride(),
         M=padded, SLOTS=at_once, WITH_COMBINE=combine is not None,
     )  # fmt: skip
@@ -118,22 +118,22 @@ def _slot_weights(
     router_logits, chosen, combine_source, dispatch, combine, m, columns, p, slots,
     input_stride, expert_stride, M: tl.constexpr, SLOTS: tl.constexpr, WITH_COMBINE: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     is_slot = slot < slots
-    expert = tl.load(chosen + b * input_stride + (slot // p) * expert_stride, mask=is_slot, other=0)
+    expert = tl.load(chosen + row * input_stride + (slot // p) * expert_stride, mask=is_slot, other=0)
     token = tl.arange(0, M)
     mask = (token < m)[:, None] & is_slot[None, :]
-    at = (b * m + token[:, None]) * columns + (expert * p + slot % p)[None, :]
+    at = (row * m + token[:, None]) * columns + (expert * p + slot % p)[None, :]
     logits = tl.load(router_logits + at, mask=mask, other=-float("inf")).to(tl.float32)
-    logits = tl.where(is_slot[None, :], logits, 0.0)
+    logits = tl.where(is_slot[None, :], logits, 0.0)  # else -inf - -inf
     powers = tl.exp(logits - tl.max(logits, 0)[None, :])
     weights = powers / tl.sum(powers, 0)[None, :]
-    dispatch_at = dispatch + (b * slots + slot[None, :]) * m + token[:, None]
+    dispatch_at = dispatch + (row * slots + slot[None, :]) * m + token[:, None]
     tl.store(dispatch_at, weights.to(dispatch.dtype.element_ty), mask=mask)
     if WITH_COMBINE:
         values = tl.load(combine_source + at, mask=mask, other=0.0)
-        combine_at = combine + (b * m + token[:, None]) * slots + slot[None, :]
+        combine_at = combine + (row * m + token[:, None]) * slots + slot[None, :]
         tl.store(combine_at, values.to(combine.dtype.element_ty), mask=mask)
 
 
@@ -180,7 +180,7 @@ def grouped_linear(
     n, _, num_out = weight.shape
     block_rows, block_out, block_in, warps, stages = _blocks(num_pairs * p / min(n, num_pairs), rows.dtype)
     outputs = rows.new_empty(num_pairs, p, num_out)
-    most_tiles = min(num_pairs, num_pairs * p // block_rows + min(n, num_pairs))
+    most_tiles = num_pairs * p // block_rows + min(n, num_pairs)
     _grouped_linear[(triton.cdiv(num_out, block_out), max(most_tiles, 1))](
         rows, pairs, counts, weight, bias, outputs, n, pairs.shape[1], p, num_in, num_out, *weight.stride(),
         N=triton.next_power_of_2(n), GELU=gelu, PRECISION=_precision(),

@@ -23,16 +23,18 @@ WARM_UP_CALLS, WARM_UP_SECONDS = 2, 0.2
 """Warm-up ends when each function was called so often, and so much time is over."""
 MIN_REPETITIONS, MAX_REPETITIONS, MEASURED_SECONDS = 7, 200, 2.0
 """Repetitions end when all calls together took so long, within these bounds."""
+MOST_INPUTS = 1_000_000
 READY_BATCHES, READY_INPUTS = 8, 256
 """Most batches, and inputs in all of them, that lie ready on the device; never fewer than two batches."""
 
 
 def check_batch_sizes(batch_sizes: Iterable[int]) -> None:
-    """Raise a MoepruneError if a batch size is below 1."""
+    """Raise a MoepruneError if a batch size is below 1 or absurd."""
     for batch_size in batch_sizes:
-        if batch_size < 1:
+        if not 1 <= batch_size <= MOST_INPUTS:
             raise MoepruneError(
-                f"`--latency-batch {batch_size}` is below 1", "give how many inputs come at once, such as 8"
+                f"`--latency-batch {batch_size}` is not within 1 and {MOST_INPUTS}",
+                "give how many inputs come at once, such as 8",
             )
 
 

@@ -247,6 +247,7 @@ def load(path: str | Path, factory: str | None = None) -> Model:
             lacks tensors or has others, or has NaN or infinite values; or the factory is missing or
             another one than the checkpoint names.
     """
+    version = checkpoint.version_of(path)
     file = checkpoint.read(path)
     config, plan, details = read_description(file.header)
     model: Model
@@ -264,6 +265,8 @@ def load(path: str | Path, factory: str | None = None) -> Model:
         with torch.device("meta"):
             model = SoftMoEViT(config, plan, details)
         model.load_state_dict(file.tensors, assign=True)
+    if checkpoint.version_of(path) != version:
+        raise MoepruneError(f"`{path}` was replaced while it was read", "try again")
     return model.requires_grad_(False).eval()
 
 

@@ -153,11 +153,11 @@ def grouped_linear(rows: Tensor, rows_of_expert: list[int], weight: Tensor, bias
         weight: (n,in,out).
         bias: (n,out).
     """
-    groups = rows.split(rows_of_expert)
-    used = [(expert, group) for expert, group in enumerate(groups) if len(group)]
+    used = [expert for expert, count in enumerate(rows_of_expert) if count]
     if not used:
         return rows.new_empty(0, weight.shape[2])
-    return torch.cat([torch.addmm(bias[expert], group, weight[expert]) for expert, group in used])
+    groups = rows.split([rows_of_expert[expert] for expert in used])
+    return torch.cat([torch.addmm(bias[j], group, weight[j]) for j, group in zip(used, groups, strict=True)])
 
 
 def kernels_for(*given: Tensor | None) -> ModuleType | None:

@@ -120,10 +120,16 @@ class SoftMoE(nn.Module):
             mask: which tokens are real (b,m) bool; the others, padding, are neither dispatched nor
                 counted in scores.
         """
+        if not x.is_cuda:
+            return self._forward(x, mask)
+        with torch.cuda.device_of(x):  # where kernels are launched
+            return self._forward(x, mask)
+
+    def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if x.ndim == 4:
-            return self.forward(x.flatten(2).mT, mask).mT.unflatten(2, x.shape[2:])
+            return self._forward(x.flatten(2).mT, mask).mT.unflatten(2, x.shape[2:])
         if x.ndim == 2:
-            return self.forward(x[:, None], mask)[:, 0]
+            return self._forward(x[:, None], mask)[:, 0]
         router_logits, tokens = self.route(x)
         if mask is not None:
             lowest = torch.finfo(router_logits.dtype).min

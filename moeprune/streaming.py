@@ -51,8 +51,8 @@ def write_from(header: Header, path: Path, entries: dict[str, Entry], metadata: 
     bad = []
     with (
         replacing(path) as temporary,
-        header.path.open("rb", buffering=0) as old,
-        temporary.open("wb", buffering=0) as new,
+        header.path.open("rb") as old,
+        temporary.open("wb") as new,
     ):
         new.write(_encode(infos, metadata))
         for name, info in infos.items():
@@ -74,7 +74,7 @@ def file_fingerprint(header: Header) -> str:
     if isinstance(written, str):
         return written
     digests = {}
-    with header.path.open("rb", buffering=0) as file:
+    with header.path.open("rb") as file:
         for name in header.tensors:
             digest = hashlib.sha256()
             for block in _blocks(header, file, Copied(name)):
@@ -102,7 +102,7 @@ def _info(header: Header, entry: Entry) -> TensorInfo:
     return TensorInfo(source.dtype, (len(entry.rows), *source.shape[1:]), len(entry.rows) * row_bytes)
 
 
-def _blocks(header: Header, old: io.FileIO, entry: Entry) -> Iterator[bytearray | memoryview]:
+def _blocks(header: Header, old: io.BufferedReader, entry: Entry) -> Iterator[bytearray | memoryview]:
     """The bytes of a new tensor, a block at a time."""
     if isinstance(entry, Tensor):
         if entry.numel():

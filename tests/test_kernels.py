@@ -1,12 +1,15 @@
 """The GPU kernels: on a GPU where there is one, else on the CPU through Triton's interpreter."""
 
+import sys
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import moeprune
 from moeprune import routed, soft_moe
+from moeprune.runtime import Runtime
 from moeprune.scores import top_k
 from tests.reference import best_subset, reference_layer
 from tests.test_soft_moe import (
@@ -88,7 +91,15 @@ def test_pairs_are_grouped_by_expert(b, n, k):
 
 @pytest.mark.parametrize(
     ("b", "n", "k", "p", "width_in", "width_out"),
-    [(1, 5, 2, 1, 17, 33), (6, 5, 2, 3, 20, 70), (9, 3, 2, 4, 64, 16), (40, 2, 1, 1, 130, 8)],
+    [
+        (1, 5, 2, 1, 17, 33),
+        (6, 5, 2, 3, 20, 70),
+        (9, 3, 2, 4, 64, 16),
+        (40, 2, 1, 1, 130, 8),
+        (1, 5, 2, 17, 8, 8),
+        (2, 8, 8, 33, 8, 8),
+        (1, 4, 1, 100, 8, 8),
+    ],
 )
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("gelu", [False, True])
@@ -186,6 +197,17 @@ def test_pruned_layer_equals_the_masked_formulas(scope, compensation, p, k):
 
 
 @pytest.mark.usefixtures("_through_kernels")
+@pytest.mark.parametrize("scope", [None, "input"])
+def test_layer_of_many_slots_per_expert_equals_the_formulas(scope):
+    dense, x = dense_layer(p=20, dtype=torch.float32), layer_inputs()[:1]
+    layer = dense if scope is None else pruned_layer(dense, scope, 2)
+    kept = None if scope is None else expected_sets(dense, x.cpu(), scope, 2)
+    tensors = {name: tensor.cpu() for name, tensor in dense.state_dict().items()}
+    expected = reference_layer(x.cpu(), tensors, *router(dense), kept)
+    assert relative_error(layer.to(DEVICE)(x).cpu(), expected) < 1e-5
+
+
+@pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize(("expert", "out_dim"), KINDS)
 @pytest.mark.parametrize("scope", [None, "input"])
 def test_layer_of_every_kind_of_expert_equals_the_formulas(scope, expert, out_dim):
@@ -223,6 +245,19 @@ def test_layer_without_experts_runs(scope):
 
 
 # --- when they are used ------------------------------------------------------------------------
+
+
+def test_without_triton_there_are_no_kernels(monkeypatch):
+    routed._kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "moeprune.kernels", None)
+    monkeypatch.delattr("moeprune.kernels")
+    assert routed._kernels() is None
+    routed._kernels.cache_clear()
+
+
+def test_vectors_that_are_not_contiguous():
+    x = random(6, 10, 4).transpose(1, 2)
+    assert (kernels.unit(x, -1, None, None) - F.normalize(x.double(), dim=-1)).abs().max() < 1e-6
 
 
 def test_tensors_on_the_cpu_take_no_kernels():
@@ -296,6 +331,13 @@ def test_float64_on_the_gpu_equals_the_masked_formulas(scope, compensation, p):
     )
     expected = reference_layer(x, dense.state_dict(), *router(dense), kept, compensation, u)
     assert relative_error(layer(x.cuda()).cpu(), expected) < 1e-10
+
+
+@on_gpu
+def test_a_model_that_the_gpu_measured_lies_where_it_was(single):
+    model = moeprune.load(single)
+    pruned = moeprune.prune(model, keep="1/8", data="digits:calibration", runtime=Runtime("cuda"))
+    assert {tensor.device.type for tensor in pruned.state_dict().values()} == {"cpu"}
 
 
 @on_gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -16,6 +17,7 @@ import moeprune
 from moeprune import checkpoint
 from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
 from moeprune.errors import MoepruneError
+from moeprune.header import read_header
 from moeprune.model import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning import prune_layer
@@ -53,6 +55,7 @@ print(json.dumps(rows))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_routed_model_holds_only_the_experts_that_inputs_chose(tmp_path):
+    torch.manual_seed(0)
     config = SoftMoEConfig(256, 64, 1, 1024)
     block = BlockConfig(soft_moe=config)
     model = SoftMoEViT(ViTConfig((32, 32), (8, 8), 3, 10, 256, 4, (block,)))
@@ -87,6 +90,29 @@ def test_values_that_are_not_finite_are_found_without_the_map(tmp_path):
             checkpoint.check_finite_in_file(checkpoint.read(path).header)
     checkpoint.write(path, model.state_dict(), {})
     checkpoint.check_finite_in_file(checkpoint.read(path).header)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint.write(path, {"x": torch.zeros(1000)}, {})
+    header = read_header(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(MoepruneError, match="became shorter"):
+        checkpoint.check_finite_in_file(header)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path, single, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(single.read_bytes())
+
+    def check(header, check=checkpoint.check_finite_in_file):
+        check(header)
+        shutil.copy(single, tmp_path / "other")
+        (tmp_path / "other").replace(path)
+
+    monkeypatch.setattr(checkpoint, "check_finite_in_file", check)
+    with pytest.raises(MoepruneError, match="was replaced while it was read"):
+        moeprune.load(path)
 
 
 class PeakBytes(TorchDispatchMode):
@@ -126,6 +152,16 @@ def test_peak_bytes_counts_what_lives_at_once():
             y = (x + 1) * 2
             del y
     assert peak.peak == 8000
+
+
+@pytest.mark.parametrize("scope", ["static", "input"])
+def test_weights_are_used_where_they_lie(scope):
+    """Nothing as large as one expert is made."""
+    config = SoftMoEConfig(64, 4, 1, 2048)
+    kept = (0, 1) if scope == "static" else None
+    scores = torch.rand(4) if kept else None
+    layer = prune_layer(SoftMoE(config).eval(), LayerPlan(scope, 2, 4, "combine", "none", kept), scores)
+    assert peak_bytes(layer, torch.randn(1, 8, 64)) < layer.fc1_weight[0].nbytes / 4
 
 
 @pytest.mark.parametrize("compensation", ["none", "renorm", "mean"])

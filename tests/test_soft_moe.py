@@ -429,6 +429,17 @@ def test_calls_with_and_without_gradients_agree_and_gradients_are_those_of_the_f
             assert torch.equal(layer(x), y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scope", [None, "static", "input", "batch"])
+def test_watching_a_layer_changes_nothing(scope, dtype):
+    """Choices between experts that differ little are made in float32, watched or not."""
+    dense, scores = dense_layer(n=40), expert_scores(40) if scope == "static" else None
+    layer = dense if scope is None else pruned_layer(dense, scope, 20, scores=scores)
+    layer.to(dtype)
+    x = inputs(b=8).to(dtype)
+    assert torch.equal(layer(x), observe(layer, x).output)
+
+
 def test_only_experts_that_ran_get_gradients():
     dense, x = dense_layer(n=6), inputs(b=2)
     layer = pruned_layer(dense, "input", 2).requires_grad_()

@@ -35,14 +35,21 @@ BATCHES = (1, 8, 64, 256)
 REPETITIONS = 15
 
 
-def microseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median time of each call on the GPU, the cache being emptied before each."""
+def microseconds(calls: dict[str, Callable[[], object]], from_idle: bool = False) -> dict[str, float]:
+    """Median time of each call on the GPU, the cache being emptied before each.
+
+    Args:
+        calls: by name.
+        from_idle: the GPU has nothing else to do while the host launches the call's kernels.
+    """
     cold = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for repetition in range(-2, REPETITIONS):
         for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             cold.zero_()
+            if from_idle:
+                torch.cuda.synchronize()
             start.record()
             call()
             end.record()
@@ -89,7 +96,7 @@ def roofline(layer: SoftMoE, x: Tensor, ceiling: tuple[float, float]) -> float:
 
 @torch.inference_mode()
 def main() -> None:
-    dtype = torch.float32 if "float32" in sys.argv else torch.bfloat16
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[(sys.argv[1:] or ["bfloat16"])[0]]
     ceiling = ceilings(dtype)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dtype}")
     print(f"copy {ceiling[0] / 1e6:.2f} TB/s, matrix product {ceiling[1] / 1e6:.0f} TFLOP/s\n")
@@ -121,7 +128,9 @@ def main() -> None:
             for b in BATCHES:
                 x = torch.randn(b, TOKENS, d, device="cuda").to(dtype)
                 took = microseconds({name: graph_of(layer, x).replay for name, layer in layers.items()})
-                eager = microseconds({name: partial(layer, x) for name, layer in layers.items()})
+                eager = microseconds(
+                    {name: partial(layer, x) for name, layer in layers.items()}, from_idle=True
+                )
                 cells = [size, str(n), str(b), f"{took['dense']:.0f}"]
                 cells += [f"{took['dense'] / took[name]:.1f}×" for name in pruned]
                 cells += [
