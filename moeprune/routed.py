@@ -10,7 +10,8 @@ Logits and combine weights of all experts are there beforehand: they are cheap, 
 experts. From there on only the slots of chosen experts are dispatched, computed and combined. The rows
 of all inputs are grouped by expert, so that each expert's weights are used where they lie, and once.
 
-On the CPU that is a loop over views of the stacked weights. On a GPU it is the kernels of
+On the CPU that is a loop over views of the stacked weights (or, where all that is chosen is small, a
+product of gathered copies, which saves the loop). On a GPU it is the kernels of
 moeprune.kernels, which need no word from the host; the loop, which needs one a layer, serves there too
 where gradients are wanted, in float64, and without Triton.
 
@@ -29,6 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeprune.scores import top_k
+
+GATHERED = 2 << 20
+"""Bytes of chosen experts' weights up to which copying them is faster than a loop over experts."""
 
 
 class Experts(NamedTuple):
@@ -133,6 +137,10 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts) -> Tensor
         rows = kernels.grouped_linear(rows, pairs, counts, experts.fc2_weight.mT, experts.fc2_bias)
         return rows.view(*slot_inputs.shape[:-1], width)
     b, k, p, d = slot_inputs.shape
+    bytes_of_one = sum(weight[0].nbytes for weight in experts if weight is not None) if n else 0
+    if 0 < chosen.numel() * bytes_of_one <= GATHERED:
+        rows = _run_gathered(slot_inputs.flatten(0, 1), chosen.flatten(), experts)
+        return rows.view(b, k, p, width)
     order = chosen.flatten().argsort(stable=True)
     rows_of_expert = [p * count for count in chosen.flatten().bincount(minlength=n).tolist()]
     rows = slot_inputs.reshape(b * k, p, d)[order].view(b * k * p, d)
@@ -142,6 +150,14 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts) -> Tensor
     outputs = torch.empty_like(rows).view(b * k, p, width)
     outputs[order] = rows.view(b * k, p, width)
     return outputs.view(b, k, p, width)
+
+
+def _run_gathered(rows: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
+    """Expert chosen[i] (r) on rows[i] (r,p,d), with a copy of its weights: outputs (r,p,d)."""
+    if experts.fc1_weight is not None and experts.fc1_bias is not None:
+        hidden = torch.baddbmm(experts.fc1_bias[chosen][:, None], rows, experts.fc1_weight[chosen])
+        rows = experts.activate(hidden)
+    return torch.baddbmm(experts.fc2_bias[chosen][:, None], rows, experts.fc2_weight[chosen].mT)
 
 
 def grouped_linear(rows: Tensor, rows_of_expert: list[int], weight: Tensor, bias: Tensor) -> Tensor:

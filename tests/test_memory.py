@@ -157,7 +157,7 @@ def test_peak_bytes_counts_what_lives_at_once():
 @pytest.mark.parametrize("scope", ["static", "input"])
 def test_weights_are_used_where_they_lie(scope):
     """Nothing as large as one expert is made."""
-    config = SoftMoEConfig(64, 4, 1, 2048)
+    config = SoftMoEConfig(64, 4, 1, 8192)
     kept = (0, 1) if scope == "static" else None
     scores = torch.rand(4) if kept else None
     layer = prune_layer(SoftMoE(config).eval(), LayerPlan(scope, 2, 4, "combine", "none", kept), scores)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeprune import routed
 from moeprune.architecture import SoftMoEConfig
 from moeprune.plan import LayerPlan
 from moeprune.pruning import prune_layer
@@ -185,6 +186,14 @@ def test_padding_changes_nothing_for_real_tokens(scope):
 
 # --- pruned ------------------------------------------------------------------------------------
 
+
+@pytest.fixture(params=["gathered", "in place"])
+def _both_ways(request, monkeypatch):
+    """Experts run on gathered copies of their weights, and in a loop over views."""
+    if request.param == "in place":
+        monkeypatch.setattr(routed, "GATHERED", 0)
+
+
 PRUNED_SHAPES = [
     ("l2", "normalized", 1, torch.float64, 1e-10),
     ("rms", "raw", 3, torch.float64, 1e-10),
@@ -192,6 +201,7 @@ PRUNED_SHAPES = [
 ]
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("k", [1, 2, N])
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize("scope", ["input", "batch"])
@@ -206,6 +216,7 @@ def test_routed_layer_equals_the_masked_formulas(
     assert relative_error(layer(x), expected) < tolerance
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize(("expert", "out_dim"), KINDS)
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize("scope", ["static", "input", "batch"])
@@ -356,6 +367,7 @@ def test_experts_of_equal_mass_tie_to_the_lower_index(scope):
     assert chosen.tolist() == [[0, 1, 2]] * 2
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("scope", ["input", "batch"])
 def test_weights_of_experts_that_no_input_chose_are_not_used(scope):
     dense, x = dense_layer(n=6), inputs(b=2)
@@ -368,6 +380,7 @@ def test_weights_of_experts_that_no_input_chose_are_not_used(scope):
     assert torch.equal(layer(x), before)
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 def test_scope_input_does_not_depend_on_how_inputs_are_batched(compensation):
     dense, x = dense_layer(), inputs(b=6)
@@ -398,6 +411,7 @@ def test_layer_that_keeps_all_experts_equals_the_dense_one(scope, compensation):
 # --- gradients and precision -------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize(
     ("scope", "compensation"),
     [
@@ -440,6 +454,7 @@ def test_watching_a_layer_changes_nothing(scope, dtype):
     assert torch.equal(layer(x), observe(layer, x).output)
 
 
+@pytest.mark.usefixtures("_both_ways")
 def test_only_experts_that_ran_get_gradients():
     dense, x = dense_layer(n=6), inputs(b=2)
     layer = pruned_layer(dense, "input", 2).requires_grad_()
@@ -481,6 +496,7 @@ def test_grouped_matrix_product_runs_in_the_autocast_precision(counts):
     assert relative_error(rough, exact) < 0.02
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize(
     ("scope", "compensation"), [(None, "none"), *product(("static", "input", "batch"), COMPENSATIONS)]
 )
