@@ -113,6 +113,7 @@ def test_interrupted_work_leaves_files_as_they_were(single, data, data_analysis,
     assert output.read_bytes() == b"old"
 
 
+@pytest.mark.slow
 def test_interrupted_demo_leaves_whole_files_only(tmp_path):
     pytest.importorskip("sklearn")
     output = tmp_path / "demo"
@@ -130,6 +131,7 @@ def test_interrupted_demo_leaves_whole_files_only(tmp_path):
             (moeprune.load_analysis if path.stem == "analysis" else moeprune.load)(path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="watches what a process loads")
 @pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_python", "_check_build"])
 def test_interrupted_imports_are_an_interrupt_too(single, tmp_path, library):

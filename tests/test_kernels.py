@@ -181,7 +181,7 @@ def test_dense_layer_equals_the_formulas(router_norm, dispatch_input, p):
 
 
 @pytest.mark.usefixtures("_through_kernels")
-@pytest.mark.parametrize(("k", "p"), [(1, 3), (2, 1), (N, 3)])
+@pytest.mark.parametrize(("k", "p"), [(1, 3), (N, 1)])
 @pytest.mark.parametrize(("scope", "compensation"), PRUNINGS)
 def test_pruned_layer_equals_the_masked_formulas(scope, compensation, p, k):
     dense, x, u = dense_layer(p=p, dtype=torch.float32), layer_inputs(), surrogates(p)

@@ -53,6 +53,7 @@ print(json.dumps(rows))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_routed_model_holds_only_the_experts_that_inputs_chose(tmp_path):
     torch.manual_seed(0)

@@ -307,6 +307,7 @@ print(json.dumps([before, read, summed, (kilobytes("RssAnon"), kilobytes("VmRSS"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("form", ["safetensors", "shards", "zip"])
 def test_weights_are_mapped_not_copied(tmp_path, form):

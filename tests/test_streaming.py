@@ -148,6 +148,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in kilobytes")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     moe = BlockConfig(soft_moe=SoftMoEConfig(256, 64, 1, 1024))

@@ -59,7 +59,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("plan", [None, *PLANS], ids=str)
+@pytest.mark.parametrize("plan", [None, *PLANS[::5]], ids=str)
 def test_shapes_of_layers_of_every_kind(plan, kind):
     config = replace(MOE, **kind)
     with torch.device("meta"):
