@@ -24,6 +24,7 @@ from moeprune.plan import LayerPlan, Plan
 from moeprune.preprocessing import InputFormat
 from moeprune.soft_moe import SoftMoE
 from moeprune.sources import bwconrad_layer, fkodom, lucidrains
+from moeprune.tensors import differences
 
 LIBRARIES: tuple[ModuleType, ...] = (bwconrad_layer, lucidrains, fkodom)
 
@@ -90,7 +91,7 @@ def adopt(
         )
     tokens, total, classes = _probe(module, libraries, input_shape)
     layers = {
-        f"module.{name}".rstrip("."): AdoptedLayer(_layer(module, name).config, libraries[name].LIBRARY, m)
+        f"module.{name}".rstrip("."): AdoptedLayer(layer_of(module, name).config, libraries[name].LIBRARY, m)
         for name, m in tokens.items()
     }
     own = sum(soft_moe_flops(layer.soft_moe, layer.tokens).total for layer in layers.values())
@@ -114,12 +115,8 @@ def _known_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, part) for part, name in found.items()]
 
 
-def layer_of(model: AdoptedModel, name: str) -> SoftMoE:
-    """The layer of a name in the model's config."""
-    return _layer(model, name)
-
-
-def _layer(module: nn.Module, name: str) -> SoftMoE:
+def layer_of(module: nn.Module, name: str) -> SoftMoE:
+    """Our layer of this name in a module."""
     layer = module.get_submodule(name)
     assert isinstance(layer, SoftMoE)
     return layer
@@ -147,7 +144,7 @@ def _probe(
 
         return seen
 
-    handles = [_layer(module, name).register_forward_hook(hook(name)) for name in names]
+    handles = [layer_of(module, name).register_forward_hook(hook(name)) for name in names]
     like = next(iter(module.parameters()))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *input_shape, generator=generator).to(like)
@@ -272,14 +269,10 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: str | 
     Raises:
         MoepruneError: tensors are missing, unexpected or of other shapes; all are listed.
     """
-    expected = module.state_dict()
-    problems = [f"missing `{name}`" for name in sorted(set(expected) - set(tensors))]
-    problems += [f"unexpected `{name}`" for name in sorted(set(tensors) - set(expected))]
-    problems += [
-        f"`{name}` is {list(tensors[name].shape)}, expected {list(expected[name].shape)}"
-        for name in sorted(set(tensors) & set(expected))
-        if tensors[name].shape != expected[name].shape
-    ]
+    problems = differences(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: tensor.shape for name, tensor in module.state_dict().items()},
+    )
     if problems:
         raise MoepruneError(
             f"`{path}` does not fit the model that its factory builds: {'; '.join(problems)}",
@@ -309,7 +302,7 @@ def library_tensors(model: AdoptedModel, module: nn.Module) -> dict[str, Tensor]
     found = {name.removeprefix("module."): tensor for name, tensor in model.module.state_dict().items()}
     for name in model.config.layers:
         path = name.removeprefix("module").removeprefix(".")
-        ours = _layer(model.module, path)
+        ours = layer_of(model.module, path)
         require_expressible(ours.plan, name)
         tensors = {key: found.pop(f"{path}.{key}".lstrip(".")) for key in ours.state_dict()}
         theirs = module.get_submodule(path)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from moeprune.adopted import AdoptedModel, adopt, build, library_tensors, load_foreign
 from moeprune.checkpoint import write_state_dict
@@ -18,7 +17,8 @@ from moeprune.description import Details
 from moeprune.errors import MoepruneError
 from moeprune.header import is_pickle, read_header
 from moeprune.model import load, private_copy, save
-from moeprune.parity import IMAGES, Parity, require_parity
+from moeprune.parity import Parity, difference, require_parity
+from moeprune.preprocessing import Preprocessing
 from moeprune.state_dict import read_state_dict
 
 
@@ -76,15 +76,16 @@ def adopt_file(
     module = build(factory, arguments)
     load_foreign(module, found.tensors, path)
     own = copy.deepcopy(module).eval()
-    details = Details(source={"library": "", "sha256": found.sha256()})
-    model = adopt(module, input_shape, factory, arguments, details)
+    model = adopt(module, input_shape, factory, arguments)
     libraries = sorted({layer.library for layer in model.config.layers.values()})
-    origin = {"library": ", ".join(libraries), "version": ", ".join(map(metadata.version, libraries))}
-    details = replace(details, source={**details.source, **origin})
-    if preprocess:
-        details = replace(details, preprocessing=details.preprocessing.updated(preprocess))
-    model.details = details
-    parity = require_parity(_compare(model, own), f"the model of `{factory}`", path)
+    origin = {
+        "library": ", ".join(libraries),
+        "version": ", ".join(map(metadata.version, libraries)),
+        "sha256": found.sha256(),
+    }
+    model.details = Details(Preprocessing().updated(preprocess or []), source=origin)
+    parity = difference(private_copy(model).double(), own.double(), input_shape, torch.float64)
+    require_parity(parity, f"the model of `{factory}`", path)
     save(model, output)
     return Adopted(model, origin["library"], "moeprune", parity)
 
@@ -124,16 +125,3 @@ def is_own_model(path: str | Path) -> bool:
     metadata_of_ours = header.metadata or {}
     architecture = metadata_of_ours.get("architecture")
     return isinstance(architecture, dict) and architecture.get("type") == "module"
-
-
-def _compare(model: AdoptedModel, own: nn.Module) -> Parity:
-    """How far our model and the user's own are apart on random inputs, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(IMAGES, *model.config.input_shape, generator=generator, dtype=torch.float64)
-    with torch.inference_mode():
-        expected: Tensor = own.double()(inputs)
-        logits = private_copy(model).double()(inputs)
-    largest = float(expected.abs().max())
-    if largest == 0:
-        return Parity(skipped="all logits are zero: there is nothing to compare")
-    return Parity(float((logits - expected).abs().max()) / largest, "float64")

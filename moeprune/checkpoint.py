@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,13 @@ def is_finite(tensor: Tensor) -> bool:
 
 def check_finite_in_file(header: Header) -> None:
     """The same for the float tensors of a file, read in blocks: no page of a memory map is touched."""
-    block = bytearray(BLOCK)
     bad = []
     try:
         with header.path.open("rb") as file:
             for name in sorted(header.tensors, key=header.offsets.__getitem__):
-                file.seek(header.offsets[name])
-                if not _reads_finite(file, header.tensors[name], memoryview(block)):
+                dtype = torch_dtype(header.tensors[name])
+                blocks = read_blocks(file, header.offsets[name], header.tensors[name].nbytes)
+                if not all(is_finite(torch.frombuffer(block, dtype=dtype)) for block in blocks):
                     bad.append(name)
     except OSError as error:
         raise unreadable(header.path, error) from None
@@ -126,17 +126,25 @@ def check_finite_in_file(header: Header) -> None:
         raise not_finite(sorted(bad), header.path)
 
 
-def _reads_finite(file: io.BufferedReader, info: TensorInfo, block: memoryview) -> bool:
-    dtype = getattr(torch, info.dtype.removeprefix("torch."))
-    remaining = info.nbytes
-    while remaining:
-        size = min(remaining, len(block))
-        if file.readinto(block[:size]) != size:
+def read_blocks(file: io.BufferedReader, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """The bytes of a file from an offset on, in blocks; each is overwritten by the next.
+
+    Raises:
+        OSError: the file is shorter.
+    """
+    buffer = memoryview(bytearray(min(BLOCK, nbytes)))
+    file.seek(offset)
+    while nbytes:
+        block = buffer[: min(nbytes, len(buffer))]
+        if file.readinto(block) != len(block):
             raise OSError("the file became shorter while it was read")
-        if not is_finite(torch.frombuffer(block[:size], dtype=dtype)):
-            return False
-        remaining -= size
-    return True
+        yield block
+        nbytes -= len(block)
+
+
+def torch_dtype(info: TensorInfo) -> torch.dtype:
+    """The type of a tensor, as torch knows it."""
+    return getattr(torch, info.dtype.removeprefix("torch."))
 
 
 def not_finite(names: list[str], path: str | Path) -> MoepruneError:

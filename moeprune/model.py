@@ -215,9 +215,10 @@ def save(model: Model, path: str | Path) -> None:
     """
     tensors = model.state_dict()
     checkpoint.check_finite(tensors, path)
-    of_layers = {name: t for name, t in tensors.items() if name.rpartition(".")[0] in soft_moe_layers(model)}
-    of_one_type = of_layers if isinstance(model, AdoptedModel) else tensors
-    require_one_type(checkpoint.tensor_infos(of_one_type), path)
+    infos = checkpoint.tensor_infos(tensors)
+    if isinstance(model, AdoptedModel):  # the user's own part may be of several
+        infos = {name: info for name, info in infos.items() if name.rpartition(".")[0] in model.config.layers}
+    require_one_type(infos, path)
     metadata = {
         "format": FORMAT,
         "kind": "checkpoint",

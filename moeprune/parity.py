@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError
 from moeprune.model import SoftMoEViT, plan_of, private_copy
@@ -72,12 +72,15 @@ def compare(model: SoftMoEViT, library: Source, tensors: Mapping[str, Tensor]) -
             f"the installed `{library.distribution}` does not load these tensors ({error})",
             "install the version that wrote the file",
         ) from None
-    ours = private_copy(model).to(dtype)
+    return difference(private_copy(model).to(dtype), theirs.eval(), model.input_format.shape, dtype)
+
+
+def difference(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Parity:
+    """How far two models, in a type, are apart on random images of a shape (c,H,W)."""
     generator = torch.Generator().manual_seed(0)
-    shape = (IMAGES, *model.input_format.shape)
-    images = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    images = torch.randn(IMAGES, *shape, generator=generator, dtype=torch.float64).to(dtype)
     with torch.inference_mode():
-        logits, expected = ours(images), theirs.eval()(images)
+        logits, expected = ours(images), theirs(images)
     largest = float(expected.abs().max())
     if largest == 0:
         return Parity(skipped="all logits are zero: there is nothing to compare")

@@ -84,10 +84,7 @@ class StateDict:
     def check_finite(self) -> None:
         """Raise a MoepruneError that names every tensor with NaN or infinite values, read in blocks."""
         if bad := [name for name, tensor in self.tensors.items() if not _is_finite(tensor)]:
-            raise MoepruneError(
-                f"`{self.path}` has NaN or infinite values in {_quoted(bad)}",
-                "the training diverged or the file is damaged; use an earlier checkpoint",
-            )
+            raise checkpoint.not_finite(bad, self.path)
 
 
 def read_state_dict(path: str | Path, key: str | None = None) -> StateDict:
@@ -376,10 +373,7 @@ def _common_prefix(names: Iterable[str]) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return True
-    blocks = tensor.reshape(-1).split(checkpoint.BLOCK // tensor.element_size())
-    return all(bool(block.isfinite().all()) for block in blocks)
+    return all(map(checkpoint.is_finite, tensor.reshape(-1).split(checkpoint.BLOCK // tensor.element_size())))
 
 
 # Safetensors files and shards

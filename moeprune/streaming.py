@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeprune.checkpoint import BLOCK, combined_fingerprint, is_finite, not_finite
-from moeprune.errors import MoepruneError
+from moeprune.checkpoint import combined_fingerprint, is_finite, not_finite, read_blocks, torch_dtype
 from moeprune.files import replacing
-from moeprune.header import METADATA_KEY, ORDER, Header, TensorInfo, name_in_file
+from moeprune.header import METADATA_KEY, ORDER, Header, TensorInfo, name_in_file, unreadable
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ def write_from(header: Header, path: Path, entries: dict[str, Entry], metadata: 
     ):
         new.write(_encode(infos, metadata))
         for name, info in infos.items():
-            dtype = getattr(torch, info.dtype.removeprefix("torch."))
-            finite = True
+            dtype, finite = torch_dtype(info), True
             for block in _blocks(header, old, entries[name]):
                 finite = finite and is_finite(torch.frombuffer(block, dtype=dtype))
                 new.write(block)
@@ -89,7 +87,7 @@ def read_tensor(header: Header, name: str) -> Tensor:
     with header.path.open("rb") as file:
         file.seek(header.offsets[name])
         data = bytearray(file.read(info.nbytes))
-    return torch.frombuffer(data, dtype=getattr(torch, info.dtype.removeprefix("torch."))).view(info.shape)
+    return torch.frombuffer(data, dtype=torch_dtype(info)).view(info.shape)
 
 
 def _info(header: Header, entry: Entry) -> TensorInfo:
@@ -109,17 +107,12 @@ def _blocks(header: Header, old: io.BufferedReader, entry: Entry) -> Iterator[by
             yield memoryview(bytearray(entry.contiguous().flatten().view(torch.uint8).numpy().tobytes()))
         return
     info, offset = header.tensors[entry.source], header.offsets[entry.source]
-    row_bytes = info.nbytes // info.shape[0] if entry.rows is not None else info.nbytes
-    buffer = memoryview(bytearray(BLOCK))
-    for row in (0,) if entry.rows is None else entry.rows:
-        old.seek(offset + row * row_bytes)
-        remaining = row_bytes
-        while remaining:
-            block = buffer[: min(remaining, BLOCK)]
-            if old.readinto(block) != len(block):
-                raise MoepruneError(f"`{header.path}` became shorter while it was read", "write it again")
-            yield block
-            remaining -= len(block)
+    row_bytes = info.nbytes if entry.rows is None else info.nbytes // info.shape[0]
+    try:
+        for row in (0,) if entry.rows is None else entry.rows:
+            yield from read_blocks(old, offset + row * row_bytes, row_bytes)
+    except OSError as error:
+        raise unreadable(header.path, error) from None
 
 
 def _encode(infos: dict[str, TensorInfo], metadata: dict[str, Any]) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from moeprune.architecture import ModuleConfig, SoftMoEConfig, ViTConfig
@@ -106,15 +106,23 @@ def part_of(name: str, layers: Container[str]) -> str:
     return "compensation" if tensor == "surrogate" else "routing"
 
 
+def differences(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:
+    """In words, what is missing, unexpected, or of another shape; sorted by name within each."""
+    both = sorted(set(found) & set(expected))
+    return [
+        *(f"missing `{name}`" for name in sorted(set(expected) - set(found))),
+        *(f"unexpected `{name}`" for name in sorted(set(found) - set(expected))),
+        *(
+            f"`{name}` is {list(found[name])}, expected {list(expected[name])}"
+            for name in both
+            if tuple(found[name]) != tuple(expected[name])
+        ),
+    ]
+
+
 def require_tensors(found: Mapping[str, TensorInfo], expected: Shapes, path: str | Path) -> None:
     """Raise a MoepruneError that lists all missing and unexpected tensors, wrong shapes and types."""
-    problems = [f"missing `{name}`" for name in sorted(set(expected) - set(found))]
-    problems += [f"unexpected `{name}`" for name in sorted(set(found) - set(expected))]
-    problems += [
-        f"`{name}` is {list(found[name].shape)}, expected {list(expected[name])}"
-        for name in sorted(set(found) & set(expected))
-        if found[name].shape != expected[name]
-    ]
+    problems = differences({name: info.shape for name, info in found.items()}, expected)
     problems += [
         f"`{name}` has the type {found[name].dtype}, expected floats"
         for name in sorted(set(found) & set(expected))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import moeprune
-from moeprune import checkpoint, streaming
+from moeprune import checkpoint
 from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
 from moeprune.calibration import load_analysis
 from moeprune.errors import MoepruneError
@@ -131,7 +131,7 @@ def test_tensors_of_many_blocks(monkeypatch, single, single_analysis, tmp_path):
     analysis = load_analysis(single_analysis)
     expected, found = tmp_path / "expected.safetensors", tmp_path / "found.safetensors"
     prune_file(single, expected, analysis, keep="1/8")
-    monkeypatch.setattr(streaming, "BLOCK", 64)
+    monkeypatch.setattr(checkpoint, "BLOCK", 64)
     prune_file(single, found, analysis, keep="1/8")
     assert found.read_bytes() == expected.read_bytes()
 
