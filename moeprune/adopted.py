@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -57,12 +58,13 @@ def adopt(
     factory: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     details: Details = Details(),
+    source: str | None = None,
 ) -> AdoptedModel:
     """The model with every Soft MoE layer of a known library replaced by ours, in eval mode.
 
     Layers of soft-moe, soft-moe-pytorch and soft-mixture-of-experts are known. The module itself is
-    changed: its layers are ours from then on. One random input runs through it, to find out in which
-    order the layers run, on how many tokens, and what the rest of the model costs.
+    changed: its layers are ours from then on. A random input runs through it, to find out in which order
+    the layers run, on how many tokens, and what the rest of the model costs.
 
     Args:
         module: gives logits (b,classes) for inputs (b,c,H,W).
@@ -70,26 +72,33 @@ def adopt(
         factory: `package.module:function` that builds the module; needed to load a saved checkpoint.
         arguments: keyword arguments of the factory, JSON values.
         details: what its checkpoint says beside that.
+        source: the library and release that the model was trained with, such as
+            `soft-mixture-of-experts==0.1.0`, where that is not the installed one.
 
     Raises:
         MoepruneError: no layer is known, one of them cannot be expressed or does not run exactly once,
             or the output is something else.
     """
     module.requires_grad_(False).eval()
-    libraries = {}
-    for name, layer in _known_layers(module):
-        libraries[name] = library_of(layer)
-        config, tensors = libraries[name].describe(layer, name)
-        with torch.device("meta"):
-            ours = SoftMoE(config)
-        ours.load_state_dict({key: tensor.detach() for key, tensor in tensors.items()}, assign=True)
-        module = _replaced(module, name, ours.requires_grad_(False).eval())
+    libraries = {name: library_of(layer) for name, layer in _known_layers(module)}
     if not libraries:
         raise MoepruneError(
             f"no Soft MoE layer of a known library in {type(module).__name__}",
             f"known are those of {', '.join(library.LIBRARY for library in LIBRARIES)}",
         )
-    tokens, total, classes = _probe(module, libraries, input_shape)
+    named, version = parse_source(source)
+    if named is not None and named not in {library.LIBRARY for library in libraries.values()}:
+        found = sorted({library.LIBRARY for library in libraries.values()})
+        raise MoepruneError(f"the layers of the model are of {', '.join(found)}, not of `{named}`")
+    tokens = _tokens(module, libraries, input_shape)
+    for name, library in libraries.items():
+        layer_version = version if named == library.LIBRARY else None
+        config, tensors = library.describe(module.get_submodule(name), name, tokens[name], layer_version)
+        with torch.device("meta"):
+            ours = SoftMoE(config)
+        ours.load_state_dict({key: tensor.detach() for key, tensor in tensors.items()}, assign=True)
+        module = _replaced(module, name, ours.requires_grad_(False).eval())
+    total, classes = _flops(module, input_shape)
     layers = {
         f"module.{name}".rstrip("."): AdoptedLayer(layer_of(module, name).config, libraries[name].LIBRARY, m)
         for name, m in tokens.items()
@@ -130,10 +139,8 @@ def _replaced(module: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     return module
 
 
-def _probe(
-    module: nn.Module, names: Iterable[str], input_shape: tuple[int, int, int]
-) -> tuple[dict[str, int], int, int]:
-    """Tokens of each layer, in the order in which they run; FLOPs of one input; classes."""
+def _tokens(module: nn.Module, names: Iterable[str], input_shape: tuple[int, int, int]) -> dict[str, int]:
+    """Tokens of each layer, in the order in which they run."""
     tokens: dict[str, int] = {}
 
     def hook(name: str) -> Any:
@@ -144,13 +151,32 @@ def _probe(
 
         return seen
 
-    handles = [layer_of(module, name).register_forward_hook(hook(name)) for name in names]
+    handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        _run(module, input_shape)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if idle := sorted(set(names) - set(tokens)):
+        raise MoepruneError(f"layers {', '.join(f'`{name}`' for name in idle)} do not run")
+    return tokens
+
+
+def _flops(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """FLOPs of one input, and the classes of its logits."""
+    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+        classes = _run(module, input_shape).shape[1]
+    return flops.get_total_flops(), classes
+
+
+@torch.no_grad()
+def _run(module: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
+    """Logits (1,classes) of one random input."""
     like = next(iter(module.parameters()))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *input_shape, generator=generator).to(like)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-            output = module(x)
+        output = module(x)
     except MoepruneError:
         raise
     except Exception as error:  # the user's code may raise anything
@@ -159,18 +185,13 @@ def _probe(
             f" {type(error).__name__}: {error}",
             "check the shape of one input, channels × height × width",
         ) from None
-    finally:
-        for handle in handles:
-            handle.remove()
     if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == 1):
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise MoepruneError(
             f"the {type(module).__name__} gives {found} for one input, expected logits [1, classes]",
             "give a factory whose model returns its logits",
         )
-    if idle := sorted(set(names) - set(tokens)):
-        raise MoepruneError(f"layers {', '.join(f'`{name}`' for name in idle)} do not run")
-    return tokens, flops.get_total_flops(), output.shape[1]
+    return output
 
 
 def build(factory: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -222,6 +243,23 @@ def parse_arguments(given: Iterable[str]) -> dict[str, Any]:
         return dict(json.loads(json.dumps(arguments)))
     except (TypeError, ValueError) as error:
         raise MoepruneError(f"`--model-arg`: {error}", "give numbers, texts, lists and the like") from None
+
+
+def parse_source(text: str | None) -> tuple[str | None, str | None]:
+    """Library and version of a text such as `soft-mixture-of-experts==0.1.0`; either may be None.
+
+    Raises:
+        MoepruneError: no library of that name is known, or that is no version.
+    """
+    if text is None:
+        return None, None
+    name, equals, version = text.partition("==")
+    known = [library.LIBRARY for library in LIBRARIES]
+    if name not in known:
+        raise MoepruneError(f"`--source {text}` is unknown", f"with `--model` give one of {', '.join(known)}")
+    if equals and not re.fullmatch(r"\d+(\.\d+)+", version):
+        raise MoepruneError(f"`--source {text}` names no release", f"give for example `{name}==0.1.0`")
+    return name, version or None
 
 
 def parse_shape(text: str | None) -> tuple[int, int, int]:

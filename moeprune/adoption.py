@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moeprune.adopted import AdoptedModel, adopt, build, library_tensors, load_foreign
+from moeprune.adopted import AdoptedModel, adopt, build, library_tensors, load_foreign, parse_source
 from moeprune.checkpoint import write_state_dict
 from moeprune.description import Details
 from moeprune.errors import MoepruneError
 from moeprune.header import is_pickle, read_header
-from moeprune.model import load, private_copy, save
+from moeprune.model import load, save
 from moeprune.parity import Parity, difference, require_parity
 from moeprune.preprocessing import Preprocessing
+from moeprune.sources.modules import installed_version
 from moeprune.state_dict import read_state_dict
 
 
@@ -53,6 +50,7 @@ def adopt_file(
     input_shape: tuple[int, int, int],
     key: str | None = None,
     preprocess: list[str] | None = None,
+    source: str | None = None,
 ) -> Adopted:
     """Load a checkpoint into the model that a factory builds, adopt its layers, and write it as ours.
 
@@ -64,6 +62,7 @@ def adopt_file(
         input_shape: of one input (c,H,W).
         key: which entry of a training checkpoint to take.
         preprocess: settings to write into the checkpoint, as `--preprocess` takes them.
+        source: see moeprune.adopted.adopt.
 
     Returns:
         The model, and how far it computes what the user's own does.
@@ -75,17 +74,25 @@ def adopt_file(
     found.check_finite()
     module = build(factory, arguments)
     load_foreign(module, found.tensors, path)
-    own = copy.deepcopy(module).eval()
-    model = adopt(module, input_shape, factory, arguments)
-    libraries = sorted({layer.library for layer in model.config.layers.values()})
+    own = build(factory, arguments)
+    load_foreign(own, found.tensors, path)
+    model = adopt(module, input_shape, factory, arguments, source=source)
+    libraries = {layer.library for layer in model.config.layers.values()}
+    installed = {library: installed_version(library) or "unknown" for library in sorted(libraries)}
+    named, version = parse_source(source)
+    versions = installed if named is None or version is None else {**installed, named: version}
     origin = {
-        "library": ", ".join(libraries),
-        "version": ", ".join(map(metadata.version, libraries)),
+        "library": ", ".join(versions),
+        "version": ", ".join(versions.values()),
         "sha256": found.sha256(),
     }
     model.details = Details(Preprocessing().updated(preprocess or []), source=origin)
-    parity = difference(private_copy(model).double(), own.double(), input_shape, torch.float64)
-    require_parity(parity, f"the model of `{factory}`", path)
+    if versions != installed:
+        assert named is not None
+        parity = Parity(skipped=f"`{named}` {installed[named]} is installed, not {version}")
+    else:
+        parity = difference(model, own, input_shape)
+        require_parity(parity, f"the model of `{factory}`", path)
     save(model, output)
     return Adopted(model, origin["library"], "moeprune", parity)
 

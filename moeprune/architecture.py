@@ -14,6 +14,7 @@ from moeprune.errors import MoepruneError
 
 ROUTER_NORMS = ("none", "l2", "rms", "layer")
 DISPATCH_INPUTS = ("raw", "normalized")
+DISPATCH_OVER = ("tokens", "batch")
 EXPERTS = ("mlp", "geglu", "linear")
 POOLINGS = ("mean", "token", "none")
 
@@ -55,6 +56,11 @@ class SoftMoEConfig:
         twice the hidden width, one half of it times the GELU of the other; or one `linear`, which has
         no hidden width.
     out_dim is the width of the output; None: that of the input.
+    dynamic_slots says that there is no phi: an input's tokens, n consecutive ones at a time, are averaged
+        and projected, once for each expert, to what stands for a column of phi, for this input alone. An
+        input of m tokens has m/n slots per expert, rounded up.
+    dispatch_over says what the dispatch softmax runs over: an input's `tokens`, or (a mistake that models
+        were trained with) the `batch`, so that what an input gives depends on the others.
     """
 
     dim: int
@@ -65,12 +71,16 @@ class SoftMoEConfig:
     dispatch_input: str = "normalized"
     expert: str = _later("mlp")
     out_dim: int | None = _later(None)
+    dynamic_slots: bool = _later(False)
+    dispatch_over: str = _later("tokens")
 
     def __post_init__(self) -> None:
         _require_positive(self, "dim", "num_experts", "slots_per_expert", "output_width", "expert_width")
         _require_choice(self, "router_norm", ROUTER_NORMS)
         _require_choice(self, "dispatch_input", DISPATCH_INPUTS)
         _require_choice(self, "expert", EXPERTS)
+        _require_choice(self, "dispatch_over", DISPATCH_OVER)
+        _require_bool(self, "dynamic_slots")
         if self.expert == "linear" and self.hidden_dim is not None:
             raise MoepruneError(f"`hidden_dim` is {self.hidden_dim!r}, expected null for a linear expert")
 

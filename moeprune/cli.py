@@ -420,7 +420,7 @@ def eval(
     from moeprune import evaluation, report
     from moeprune.calibration import load_analysis
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
-    from moeprune.sweep import grid
+    from moeprune.sweep import grid, scopes_of
     from moeprune.sweep import sweep as run_sweep
 
     latency_batches = latency_batch or BATCH_SIZES
@@ -430,7 +430,9 @@ def eval(
     dataset = _open(data, loaded, split, "test", limit)
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
     if analysis is not None:
-        variants = grid(keeps, scope or SCOPES, signal or SIGNALS, compensate or COMPENSATIONS)
+        first, *others = scopes_of(loaded)
+        scopes = scope or (first, *others)
+        variants = grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS, control_scope=first)
         results = run_sweep(loaded, variants, load_analysis(analysis), dataset, seed, runtime)
         rows = [row for row, _ in results]
         found |= {
@@ -465,7 +467,11 @@ def convert(
         str, typer.Option(help="What to write: moeprune, or the library that is to load it.")
     ] = "moeprune",
     source: Annotated[
-        str | None, typer.Option(help="The library that wrote the file, where its tensors do not tell.")
+        str | None,
+        typer.Option(
+            help="The library that wrote the file, where its tensors do not tell; with --model also its"
+            " release, such as soft-mixture-of-experts==0.1.0, where that is not the installed one."
+        ),
     ] = None,
     source_arg: Annotated[
         list[str] | None,
@@ -508,15 +514,15 @@ def convert(
     from moeprune.sources.given import parse_settings
 
     check_choice("--to", to, ("moeprune", *SOURCES, *LAYER_LIBRARIES))
-    if source is not None:
+    if source is not None and model is None:
         check_choice("--source", source, tuple(SOURCES))
     arguments = parse_settings(source_arg or ())
     if model is None and (model_arg or input_shape is not None):
         raise MoepruneError(
             "`--model-arg` and `--input-shape` go with `--model`", "say what builds the model"
         )
-    if model is not None and (source is not None or arguments):
-        raise MoepruneError("`--source` and `--source-arg` do not go with `--model`", "give one of the two")
+    if model is not None and arguments:
+        raise MoepruneError("`--source-arg` does not go with `--model`", "give `--model-arg`")
     from moeprune import adoption, conversion, report
     from moeprune.adopted import parse_arguments, parse_shape
     from moeprune.evaluation import size_and_cost
@@ -533,7 +539,9 @@ def convert(
         )
     else:
         shape, own_arguments = parse_shape(input_shape), parse_arguments(model_arg or ())
-        converted = adoption.adopt_file(checkpoint, output, model, own_arguments, shape, key, preprocess)
+        converted = adoption.adopt_file(
+            checkpoint, output, model, own_arguments, shape, key, preprocess, source
+        )
     found = {
         "schema_version": 1,
         "checkpoint": str(checkpoint),
@@ -583,6 +591,12 @@ def _load(path: Path, factory: str | None, preprocess: list[str] | None) -> Mode
     from moeprune.model import load
 
     model = load(path, factory)
+    for name, layer in model.config.soft_moe_layers.items():
+        if layer.dispatch_over == "batch":
+            warn(
+                f"layer `{name}` takes its dispatch softmax over the batch, as it was trained: results depend"
+                " on `--batch-size` and on the order of the inputs"
+            )
     if preprocess:
         updated = model.details.preprocessing.updated(preprocess)
         model.details = replace(model.details, preprocessing=updated)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from moeprune.model import SoftMoEViT, load, plan_of, save
 from moeprune.parity import Parity, compare, require_parity
 from moeprune.sources import SOURCES, pick_source
 from moeprune.sources.interface import Reading, Source, as_dense
+from moeprune.sources.modules import installed_version
 from moeprune.state_dict import read_state_dict
 from moeprune.tensors import tensor_shapes
 
@@ -138,7 +138,7 @@ def read_library(
     model = model.requires_grad_(False).eval()
     parity = require_parity(_parity_with_file(model, library, reading, tensors), library.model_class, path)
     origin = {"library": library.name, "sha256": found.sha256()}
-    if version := installed_version(library):
+    if version := installed_version(library.distribution):
         origin["version"] = version
     model.details = Details(source=origin)
     return Converted(model, library, reading, parity=parity)
@@ -186,14 +186,6 @@ def _parity_with_file(
         return Parity(skipped=f"{library.model_class} cannot express it: {'; '.join(refused)}")
     own = tensors if reading.as_is else library_tensors(model, library, "the model")
     return compare(model, library, own)
-
-
-def installed_version(library: Source) -> str | None:
-    """The version of a library in this environment."""
-    try:
-        return metadata.version(library.distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _name(library: Source | None) -> str:

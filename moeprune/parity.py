@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError
-from moeprune.model import SoftMoEViT, plan_of, private_copy
+from moeprune.model import Model, SoftMoEViT, plan_of, private_copy
 from moeprune.sources.interface import Source, as_dense
 
 IMAGES = 4
@@ -46,7 +46,7 @@ class Parity:
 
 
 def compare(model: SoftMoEViT, library: Source, tensors: Mapping[str, Tensor]) -> Parity:
-    """Compare our model with the library's own one, in float64 where memory allows.
+    """Compare our model with the library's own one; see `difference`.
 
     Args:
         tensors: the library's state dict, which its class has to load strictly.
@@ -54,10 +54,6 @@ def compare(model: SoftMoEViT, library: Source, tensors: Mapping[str, Tensor]) -
     Raises:
         MoepruneError: the library's class does not load them.
     """
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    dtype = _affordable(parameters)
-    if dtype is None:
-        return Parity(skipped=f"two models of {parameters:,} parameters do not fit into memory")
     config, _ = as_dense(model.config, plan_of(model))
     try:
         theirs = library.build(config)
@@ -66,21 +62,30 @@ def compare(model: SoftMoEViT, library: Source, tensors: Mapping[str, Tensor]) -
     except Exception as error:  # whatever a library, or one that it needs, does where it does not fit
         return Parity(skipped=f"{library.model_class} cannot be built ({type(error).__name__}: {error})")
     try:
-        theirs.to(dtype).load_state_dict(tensors, strict=True)
+        theirs.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise MoepruneError(
             f"the installed `{library.distribution}` does not load these tensors ({error})",
             "install the version that wrote the file",
         ) from None
-    return difference(private_copy(model).to(dtype), theirs.eval(), model.input_format.shape, dtype)
+    return difference(model, theirs, model.input_format.shape)
 
 
-def difference(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Parity:
-    """How far two models, in a type, are apart on random images of a shape (c,H,W)."""
+def difference(ours: Model, theirs: nn.Module, shape: tuple[int, ...]) -> Parity:
+    """How far two models are apart on random images of a shape (c,H,W), in float64 where memory allows.
+
+    Args:
+        theirs: is changed to that type.
+    """
+    parameters = sum(parameter.numel() for parameter in theirs.parameters())
+    dtype = _affordable(parameters)
+    if dtype is None:
+        return Parity(skipped=f"a model of {parameters:,} parameters does not fit into memory once more")
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(IMAGES, *shape, generator=generator, dtype=torch.float64).to(dtype)
     with torch.inference_mode():
-        logits, expected = ours(images), theirs(images)
+        logits = private_copy(ours).to(dtype)(images)  # one after the other, to hold one copy at a time
+        expected = theirs.eval().to(dtype)(images)
     largest = float(expected.abs().max())
     if largest == 0:
         return Parity(skipped="all logits are zero: there is nothing to compare")
@@ -105,10 +110,11 @@ def require_parity(parity: Parity, whose: str, path: str | Path) -> Parity:
 
 
 def _affordable(parameters: int) -> torch.dtype | None:
-    """The widest type in which both models fit into memory, beside the library's first random weights."""
+    """The widest type in which a copy of the weights fits into memory, beside the weights themselves, which
+    may have to be read again."""
     memory = _available_memory()
     for dtype, size in ((torch.float64, 8), (torch.float32, 4)):
-        if memory is None or parameters * (2 * size + 4) < memory:
+        if memory is None or parameters * (size + 4) < memory:
             return dtype
     return None
 

@@ -226,6 +226,12 @@ def _plans(
         keep = parse_keep(str(Fraction(keep)), "keep")
     plans = {}
     for name, config in layers.items():
+        if scope == "static" and config.dynamic_slots:
+            raise MoepruneError(
+                f"layer `{name}` makes its slots anew from each input's tokens, and the number of its experts"
+                " sets how many tokens make one: without some of them it would be another layer",
+                "prune with `--scope input` or `--scope batch`",
+            )
         n = config.num_experts
         k = experts_to_keep(keep, n, name)
         kept = tuple(range(k)) if scope == "static" else None
@@ -253,7 +259,7 @@ def prune_layer(
         slot_mean: mu (n,p,d), for compensation `mean` or `lstsq`.
     """
     tensors = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    device = layer.phi.device
+    device = layer.fc2_weight.device
     if plan.scope == "static":
         assert scores is not None
         plan = choose_kept(plan, scores)
@@ -267,7 +273,7 @@ def prune_layer(
         assert slot_mean is not None
         if plan.scope == "static":
             slot_mean = _static_surrogate(plan, slot_mean)
-        tensors["surrogate"] = slot_mean.to(layer.phi, copy=True)
+        tensors["surrogate"] = slot_mean.to(layer.fc2_weight, copy=True)
     with torch.device("meta"):
         pruned = SoftMoE(layer.config, plan)
     pruned.load_state_dict(tensors, assign=True)

@@ -64,6 +64,7 @@ def run_chosen(
     experts: Experts,
     renorm: bool,
     surrogate: Tensor | None,
+    over_batch: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output tokens (b,m,d), and the outputs (b,k,p,d) of the chosen experts' slots.
 
@@ -75,8 +76,9 @@ def run_chosen(
         experts: all of them.
         renorm: the combine softmax is over the chosen slots alone.
         surrogate: what stands in for the slots that do not run (n,p,d), or None for zero.
+        over_batch: the dispatch softmax is over the inputs, not over the tokens of each.
     """
-    dispatch, combine = slot_weights(router_logits, None if renorm else combine_weights, chosen)
+    dispatch, combine = slot_weights(router_logits, None if renorm else combine_weights, chosen, over_batch)
     slot_inputs = (dispatch @ tokens).unflatten(1, (chosen.shape[1], router_logits.shape[3]))
     slot_outputs = run_experts(slot_inputs, chosen, experts)
     if surrogate is None:
@@ -94,7 +96,7 @@ def choose(scores: Tensor, k: int) -> Tensor:
 
 
 def slot_weights(
-    router_logits: Tensor, combine_weights: Tensor | None, chosen: Tensor
+    router_logits: Tensor, combine_weights: Tensor | None, chosen: Tensor, over_batch: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Dispatch weights Dᵀ (b,s,m) and combine weights (b,m,s) of the chosen experts' slots, in the type
     of the logits; softmaxes are computed in float32 or better.
@@ -103,8 +105,9 @@ def slot_weights(
         router_logits: L (b,m,n,p).
         combine_weights: C (b,m,n,p); None for a softmax over the chosen slots alone.
         chosen: expert indices (b,k).
+        over_batch: the dispatch softmax is over the inputs, not over the tokens of each.
     """
-    kernels, dtype = kernels_for(router_logits), router_logits.dtype
+    kernels, dtype = None if over_batch else kernels_for(router_logits), router_logits.dtype
     wide = torch.promote_types(dtype, torch.float32)
     if kernels and chosen.shape[1]:
         if combine_weights is not None:
@@ -113,7 +116,10 @@ def slot_weights(
         return dispatch, chosen_logits.softmax(2).to(dtype)
     index = chosen[:, None, :, None].expand(-1, *router_logits.shape[1:2], -1, router_logits.shape[3])
     chosen_logits = router_logits.gather(2, index).flatten(2)  # (b,m,s)
-    dispatch = chosen_logits.softmax(1, dtype=wide).mT
+    if over_batch:
+        dispatch = router_logits.softmax(0, dtype=wide).gather(2, index).flatten(2).mT
+    else:
+        dispatch = chosen_logits.softmax(1, dtype=wide).mT
     if combine_weights is None:
         combine = chosen_logits.softmax(2, dtype=wide)
     else:

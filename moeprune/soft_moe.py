@@ -50,6 +50,9 @@ class SoftMoE(nn.Module):
     weights are there and only those of the chosen experts are used.
     """
 
+    phi: Tensor  # (d,n,p); where slots are not dynamic
+    slot_projection: Tensor  # (n,d,d), from an averaged token to an expert's slot; where they are
+
     surrogate: Tensor  # (n,p,d), in the order of phi's columns; where the plan has one
     score_weights: Tensor  # (n); where a routed plan's signal is not the mass alone
 
@@ -60,7 +63,10 @@ class SoftMoE(nn.Module):
         d, p, out = config.dim, config.slots_per_expert, config.output_width
         routed = plan.routed_experts if plan else config.num_experts
         stored = plan.stored_experts if plan else config.num_experts
-        self.phi = nn.Parameter(torch.empty(d, routed, p))
+        if config.dynamic_slots:
+            self.slot_projection = nn.Parameter(torch.empty(routed, d, d))
+        else:
+            self.phi = nn.Parameter(torch.empty(d, routed, p))
         if config.router_norm == "l2":
             self.scale = nn.Parameter(torch.empty(1))
         elif config.router_norm in ("rms", "layer"):
@@ -83,8 +89,8 @@ class SoftMoE(nn.Module):
     @property
     def slot_shape(self) -> tuple[int, int, int]:
         """(n,p,d) of the outputs of all slots that have router logits."""
-        _, routed, p = self.phi.shape
-        return routed, p, self.config.output_width
+        routed = self.plan.routed_experts if self.plan else self.config.num_experts
+        return routed, self.config.slots_per_expert, self.config.output_width
 
     @property
     def experts(self) -> Experts:
@@ -95,7 +101,8 @@ class SoftMoE(nn.Module):
         """Draw initial weights; scale is where the learned scale of `l2` routing starts."""
         d, h = self.config.dim, self.config.expert_width
         with torch.no_grad():
-            self.phi.normal_(std=1 / math.sqrt(d), generator=generator)
+            router = self.slot_projection if self.config.dynamic_slots else self.phi
+            router.normal_(std=1 / math.sqrt(d), generator=generator)
             if self.config.router_norm == "l2":
                 self.scale.fill_(scale)
             elif self.config.router_norm in ("rms", "layer"):
@@ -130,10 +137,11 @@ class SoftMoE(nn.Module):
             return self._forward(x.flatten(2).mT, mask).mT.unflatten(2, x.shape[2:])
         if x.ndim == 2:
             return self._forward(x[:, None], mask)[:, 0]
-        router_logits, tokens = self.route(x)
-        if mask is not None:
-            lowest = torch.finfo(router_logits.dtype).min
-            router_logits = router_logits.masked_fill(~mask[:, :, None, None], lowest)
+        if self.config.dynamic_slots and (lacking := -x.shape[1] % self.config.num_experts):
+            mask = torch.ones_like(x[:, :, 0], dtype=torch.bool) if mask is None else mask
+            padded = F.pad(x, (0, 0, 0, lacking)), F.pad(mask, (0, lacking), value=False)
+            return self._forward(*padded)[:, : x.shape[1]]
+        router_logits, tokens = self.route(x, mask)
         is_routed = self.plan is not None and self.plan.scope != "static"
         needs_mass = is_routed or self.observer is not None
         dtype = router_logits.dtype
@@ -154,21 +162,54 @@ class SoftMoE(nn.Module):
                 self.observer(Observation(seen, mass, slot_outputs, chosen, shown))
         return output
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Router logits (b,m,n,p) of the tokens x (b,m,d), and the tokens that are dispatched."""
-        phi, normalized = self.phi.flatten(1), x  # (d,n·p)
-        if self.config.router_norm == "l2":
-            normalized, phi = _unit(x, -1), _unit(phi, 0, factor=self.scale)
-        elif self.config.router_norm == "rms":
-            root_d = math.sqrt(self.config.dim)
-            normalized = _unit(x, -1, gain=root_d * self.input_gain)
-            phi = _unit(phi, 0, gain=root_d * self.phi_gain)
-        elif self.config.router_norm == "layer":
-            width = (self.config.dim,)
-            normalized = F.layer_norm(x, width, self.input_gain)
-            phi = F.layer_norm(phi.mT, width, self.phi_gain).mT
-        router_logits = (normalized @ phi).unflatten(-1, self.phi.shape[1:])
+    def route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Router logits (b,m,n,p) of the tokens x (b,m,d), and the tokens that are dispatched.
+
+        The logits of padding, by the mask (b,m), are the lowest that there are.
+        """
+        normalized = self._normalized(x, -1, "input_gain")
+        if self.config.dynamic_slots:
+            slots = self._dynamic_slots(normalized, mask)  # (b,n,p,d)
+            router_logits = (normalized @ slots.flatten(1, 2).mT).unflatten(-1, slots.shape[1:3])
+        else:
+            phi = self._normalized(self.phi.flatten(1), 0, "phi_gain")  # (d,n·p)
+            router_logits = (normalized @ phi).unflatten(-1, self.phi.shape[1:])
+        if mask is not None:
+            lowest = torch.finfo(router_logits.dtype).min
+            router_logits = router_logits.masked_fill(~mask[:, :, None, None], lowest)
+            if self.config.dynamic_slots:
+                is_empty = ~mask.unflatten(1, (-1, self.config.num_experts)).any(2)
+                router_logits = router_logits.masked_fill(is_empty[:, None, None], lowest)
         return router_logits, x if self.config.dispatch_input == "raw" else normalized
+
+    def _normalized(self, vectors: Tensor, dim: int, gain: str) -> Tensor:
+        """Vectors along dim, -1 for tokens and slots or 0 for phi, as the router's norm leaves them.
+
+        Args:
+            gain: name of the learned gain that goes with them.
+        """
+        norm = self.config.router_norm
+        if norm == "none":
+            return vectors
+        if norm == "l2":
+            return _unit(vectors, dim, factor=self.scale if gain == "phi_gain" else None)
+        if norm == "rms":
+            return _unit(vectors, dim, gain=math.sqrt(self.config.dim) * getattr(self, gain))
+        across = vectors if dim == -1 else vectors.mT
+        normalized = F.layer_norm(across, (self.config.dim,), getattr(self, gain))
+        return normalized if dim == -1 else normalized.mT
+
+    def _dynamic_slots(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """What stands for phi, made of the inputs' own tokens (b,n·p,d), padded by the mask: (b,n,p,d)."""
+        n = self.config.num_experts
+        segments = tokens.unflatten(1, (-1, n))  # (b,p,n,d)
+        if mask is None:
+            means = segments.mean(2)
+        else:
+            counted = mask.unflatten(1, (-1, n))[..., None]
+            means = segments.masked_fill(~counted, 0).sum(2) / counted.sum(2).clamp_min(1)
+        slots = F.linear(means, self.slot_projection.flatten(0, 1)).unflatten(-1, (n, -1))
+        return self._normalized(slots, -1, "phi_gain").transpose(1, 2)
 
     def choose(self, mass: Tensor) -> Tensor:
         """The k experts (b,k) that run for each input, by the plan's signal and the combine mass (b,n)."""
@@ -187,7 +228,7 @@ class SoftMoE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Dense or static: every expert that has weights runs on all inputs."""
         stored = len(self.fc2_weight)
-        slot_inputs = _dispatch_weights(router_logits, stored) @ tokens
+        slot_inputs = self._dispatch_weights(router_logits, stored) @ tokens
         slot_outputs = self._run_experts(slot_inputs.unflatten(1, (stored, self.config.slots_per_expert)))
         weights = combine_weights.to(slot_outputs.dtype)
         of_stored, of_dropped = (part.flatten(2) for part in weights.tensor_split([stored], dim=2))
@@ -224,7 +265,18 @@ class SoftMoE(nn.Module):
             self.experts,
             renorm=self.plan.compensation == "renorm",
             surrogate=self.surrogate if self.plan.has_surrogate else None,
+            over_batch=self.config.dispatch_over == "batch",
         )
+
+    def _dispatch_weights(self, router_logits: Tensor, stored: int) -> Tensor:
+        """Dᵀ (b,e·p,m) for the slots of the first e experts."""
+        over_batch = self.config.dispatch_over == "batch"
+        if stored and not over_batch and (kernels := kernels_for(router_logits)):
+            every = _every_expert(router_logits, stored)
+            return kernels.slot_weights(router_logits, every, None, router_logits.dtype)[0]
+        wide = torch.promote_types(router_logits.dtype, torch.float32)
+        weights = router_logits[:, :, :stored].softmax(0 if over_batch else 1, dtype=wide)
+        return weights.flatten(2).mT.to(router_logits.dtype)
 
 
 def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
@@ -239,15 +291,6 @@ def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None
     if gain is not None:
         unit = unit * (gain if dim == -1 else gain[:, None])
     return unit if factor is None else unit * factor
-
-
-def _dispatch_weights(router_logits: Tensor, stored: int) -> Tensor:
-    """Dᵀ (b,e·p,m) for the slots of the first e experts."""
-    if stored and (kernels := kernels_for(router_logits)):
-        every = _every_expert(router_logits, stored)
-        return kernels.slot_weights(router_logits, every, None, router_logits.dtype)[0]
-    wide = torch.promote_types(router_logits.dtype, torch.float32)
-    return router_logits[:, :, :stored].softmax(1, dtype=wide).flatten(2).mT.to(router_logits.dtype)
 
 
 def _every_expert(inputs: Tensor, num_experts: int) -> Tensor:

@@ -80,7 +80,7 @@ class MomentsAccumulator:
 
     def __init__(self, layer: SoftMoE):
         n, p, d = layer.slot_shape
-        self.device = layer.phi.device
+        self.device = layer.fc2_weight.device
         self.dtype = wide_dtype(self.device)
         self.samples = 0
         self.mass = self._zeros(n)

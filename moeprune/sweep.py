@@ -15,7 +15,7 @@ from moeprune.calibration import Analysis
 from moeprune.data import Dataset
 from moeprune.evaluation import Predictions, compare, describe, predict
 from moeprune.model import Model, require_soft_moe_layers
-from moeprune.plan import experts_to_keep
+from moeprune.plan import SCOPES, experts_to_keep
 from moeprune.pruning import calibration_data, prune
 from moeprune.runtime import Runtime
 
@@ -36,14 +36,24 @@ class Variant:
         return {**asdict(self), "keep": str(self.keep)}
 
 
+def scopes_of(model: Model) -> tuple[str, ...]:
+    """The scopes in which a model can be pruned: not `static` where a layer's slots are dynamic."""
+    is_dynamic = any(layer.dynamic_slots for layer in model.config.soft_moe_layers.values())
+    return tuple(scope for scope in SCOPES if not (is_dynamic and scope == "static"))
+
+
 def grid(
     keeps: Iterable[Fraction | int],
     scopes: Iterable[str],
     signals: Iterable[str],
     compensations: Iterable[str],
+    control_scope: str = "static",
 ) -> Iterator[Variant]:
     """All combinations, with the controls of each share: `random` under every compensation, one set
     for all inputs. The last ones keep no expert at all.
+
+    Args:
+        control_scope: of the controls; `static` where the model can be pruned so.
     """
     scopes, signals, compensations = list(scopes), list(signals), list(compensations)
     for keep in keeps:
@@ -51,10 +61,10 @@ def grid(
             if signal != "random":
                 yield Variant(keep, scope, signal, compensate)
         for compensate in compensations:
-            yield Variant(keep, "static", "random", compensate)
+            yield Variant(keep, control_scope, "random", compensate)
     for compensate in compensations:
         if compensate != "renorm":
-            yield Variant(0, "static", "combine", compensate)
+            yield Variant(0, control_scope, "combine", compensate)
 
 
 def sweep(

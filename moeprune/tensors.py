@@ -68,10 +68,10 @@ def soft_moe_shapes(config: SoftMoEConfig, plan: LayerPlan | None) -> Shapes:
     routed = plan.routed_experts if plan else config.num_experts
     stored = plan.stored_experts if plan else config.num_experts
     shapes: Shapes = {
-        "phi": (d, routed, p),
         "fc2_weight": (stored, out, config.expert_width),
         "fc2_bias": (stored, out),
     }
+    shapes |= {"slot_projection": (routed, d, d)} if config.dynamic_slots else {"phi": (d, routed, p)}
     if config.expert != "linear":
         shapes |= {"fc1_weight": (stored, d, config.first_width), "fc1_bias": (stored, config.first_width)}
     if config.router_norm == "l2":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -36,9 +37,12 @@ class Tower(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(3, D, 2, 2)
         self.norm = nn.BatchNorm2d(D)  # has an integer buffer
-        self.late = layer()  # runs after the other two
+        self.late = self.layer_on_a_token(layer)  # runs after the other two
         self.layers = nn.ModuleList([layer(), layer()])
         self.head = nn.Linear(D, CLASSES)
+
+    def layer_on_a_token(self, layer: Callable[[], nn.Module]) -> nn.Module:
+        return layer()
 
     def forward(self, x: Tensor) -> Tensor:
         image = self.norm(self.embed(x))
@@ -59,6 +63,19 @@ def tower(geglu=False, use_layernorm=False, num_experts=4) -> nn.Module:
     )
 
 
+class DynamicTower(Tower):
+    """The same without the layer on one token, which layers with dynamic slots do not take."""
+
+    def layer_on_a_token(self, layer: Callable[[], nn.Module]) -> nn.Module:
+        return nn.Linear(D, D)
+
+
+def dynamic(geglu=False, num_experts=4) -> nn.Module:
+    return DynamicTower(
+        lambda: lucidrains.DynamicSlotsSoftMoE(D, num_experts=num_experts, expert_mult=2, geglu=geglu)
+    )
+
+
 def encoder(num_experts=4) -> nn.Module:
     return fkodom.SoftMoEViT(
         num_classes=CLASSES, image_size=8, patch_size=4, d_model=D, dim_feedforward=16, nhead=2,
@@ -73,10 +90,19 @@ FACTORIES = {
     },
     "encoder": (encoder, {}),
 }
+DYNAMIC = {  # 16 tokens: with 4 experts none is left over, with 5 some are
+    f"dynamic-{geglu}-{n}": (dynamic, {"geglu": geglu, "num_experts": n})
+    for geglu, n in product((False, True), (4, 5))
+}
+
+
+@pytest.fixture(params=FACTORIES | DYNAMIC)
+def case(request):
+    return (FACTORIES | DYNAMIC)[request.param]
 
 
 @pytest.fixture(params=FACTORIES)
-def case(request):
+def static_case(request):
     return FACTORIES[request.param]
 
 
@@ -125,8 +151,8 @@ def test_layers_are_named_in_the_order_in_which_they_run():
     assert [layer.tokens for layer in model.config.layers.values()] == [16, 16, 1]
 
 
-def test_statically_pruned_models_compute_what_the_library_does_with_fewer_experts(case):
-    factory, arguments = case
+def test_statically_pruned_models_compute_what_the_library_does_with_fewer_experts(static_case):
+    factory, arguments = static_case
     theirs = randomized(factory(**arguments)).double()
     model = adopt(theirs, SHAPE)
     pruned = prune(model, keep=2, signal="random", compensate="renorm")
@@ -148,8 +174,10 @@ def test_tensors_go_back_as_they_came(case):
 
 @pytest.mark.parametrize("compensate", ["none", "renorm", "mean", "lstsq"])
 @pytest.mark.parametrize("scope", ["static", "input", "batch"])
-@pytest.mark.parametrize("factory", [tower, encoder])
+@pytest.mark.parametrize("factory", [tower, encoder, dynamic])
 def test_adopted_models_are_analyzed_pruned_and_evaluated(factory, scope, compensate):
+    if factory is dynamic and scope == "static":
+        pytest.skip("refused, see below")
     model = adopt(randomized(factory()), SHAPE)
     before = model(images(dtype=torch.float32))
     data = dataset()
@@ -160,6 +188,60 @@ def test_adopted_models_are_analyzed_pruned_and_evaluated(factory, scope, compen
     assert found["model"]["experts_per_input"] == 2 * len(model.config.layers)
     assert found["difference"]["flops_reduction"] > 0 or compensate in ("mean", "lstsq")
     assert (found["difference"]["size_reduction"] > 0) == (scope == "static")
+
+
+class Masked(nn.Module):
+    """An expert that gives something for some inputs only."""
+
+    def __init__(self, expert: Callable[[Tensor], Tensor], inputs: Tensor):
+        super().__init__()
+        self.expert, self.inputs = expert, inputs
+
+    def forward(self, slots: Tensor) -> Tensor:
+        return self.expert(slots) * self.inputs[:, None, None]
+
+
+@pytest.mark.parametrize("num_experts", [4, 5])
+@pytest.mark.parametrize("scope", ["input", "batch"])
+@torch.no_grad()
+def test_dynamic_slots_are_routed_to_the_experts_of_most_mass(scope, num_experts):
+    k, b, m = 2, 6, 14
+    theirs = nn.Sequential(lucidrains.DynamicSlotsSoftMoE(D, num_experts=num_experts), nn.Flatten())
+    randomized(theirs).double()
+    layer = theirs[0]
+    x = torch.randn(b, D, 2, m // 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    experts = list(layer.experts)
+    mass = []
+    for running in range(num_experts):  # with outputs of one the library's output is the mass
+        for j in range(num_experts):
+            layer.experts[j] = Masked(torch.ones_like, torch.full((b,), float(j == running)).double())
+        mass.append(layer(x)[:, 0].mean((1, 2)))
+    scores = torch.stack(mass, 1)
+    assert torch.allclose(scores.sum(1), torch.ones(b, dtype=torch.float64))
+    if scope == "batch":
+        scores = scores.sum(0, keepdim=True).expand_as(scores)
+    chosen = scores.topk(k, dim=1).indices
+    for j in range(num_experts):
+        layer.experts[j] = Masked(experts[j], (chosen == j).any(1).double())
+    expected = theirs(x)
+    for j in range(num_experts):
+        layer.experts[j] = experts[j]
+    pruned = prune(adopt(theirs, (D, 2, m // 2)), keep=k, scope=scope)
+    assert relative_error(pruned(x), expected) < 1e-9
+
+
+def test_dispatch_over_the_batch_where_the_user_names_the_release(monkeypatch):
+    theirs = randomized(encoder()).double()
+    softmax = Tensor.softmax
+    model = adopt(copy.deepcopy(theirs), SHAPE, source="soft-mixture-of-experts==0.1.0")
+    assert {layer.dispatch_over for layer in model.config.soft_moe_layers.values()} == {"batch"}
+    monkeypatch.setattr(Tensor, "softmax", lambda x, dim: softmax(x, dim=0 if dim == 1 else dim))
+    expected = theirs(images())
+    monkeypatch.undo()
+    assert relative_error(model(images()), expected) < 1e-9
+    everything = prune(model, keep=4, scope="input")
+    assert relative_error(everything(images()), expected) < 1e-9
+    assert relative_error(model(images()[:3]), expected[:3]) > 1e-3
 
 
 def test_flops_of_an_adopted_model_equal_what_torch_counts():
@@ -184,7 +266,8 @@ def test_flops_of_an_adopted_model_equal_what_torch_counts():
 def package(tmp_path, monkeypatch):
     """The factories above as a module that can be imported by name."""
     module = type(sys)("user_models")
-    module.tower, module.encoder, module.broken, module.none = tower, encoder, lambda: 1 / 0, lambda: None
+    module.tower, module.encoder, module.dynamic = tower, encoder, dynamic
+    module.broken, module.none = lambda: 1 / 0, lambda: None
     monkeypatch.setitem(sys.modules, "user_models", module)
     monkeypatch.chdir(tmp_path)
     return "user_models"
@@ -242,10 +325,11 @@ def test_keys_of_old_releases_are_read():
 # --- bad input ---------------------------------------------------------------------------------
 
 
-def test_dynamic_slots_are_refused_with_the_reason():
-    model = Tower(lambda: lucidrains.DynamicSlotsSoftMoE(D, num_experts=4))
-    with pytest.raises(MoepruneError, match="DynamicSlotsSoftMoE: its slots are made anew from each input"):
-        adopt(model, SHAPE)
+def test_static_pruning_of_dynamic_slots_is_refused_with_the_reason():
+    model = adopt(randomized(dynamic()), SHAPE)
+    with pytest.raises(MoepruneError, match="makes its slots anew from each input's tokens") as caught:
+        prune(model, keep=2, signal="random", compensate="renorm")
+    assert caught.value.hint == "prune with `--scope input` or `--scope batch`"
 
 
 def test_experts_of_another_kind_are_refused_by_what_they_are():
@@ -379,6 +463,50 @@ def test_commands_from_the_users_file_to_the_users_file(trained, run, run_json, 
     assert relative_error(smaller.eval()(x).detach(), pruned(x)) < 1e-5
 
 
+def test_commands_on_a_model_with_dynamic_slots(package, run, run_json, tmp_path):
+    torch.save(randomized(dynamic()).state_dict(), "trained.pt")
+    x = images(40, dtype=torch.float32)
+    save_file({"inputs": x, "labels": torch.arange(40) % CLASSES}, "data.safetensors")
+    model = ("--model", f"{package}:dynamic")
+    data = ("--data", "data.safetensors")
+    found = run_json("convert", "trained.pt", *model, "--input-shape", "3,8,8", "-o", "full.safetensors")
+    assert found["parity"]["max_relative_difference"] < 1e-9
+    run_json("analyze", "full.safetensors", *data, *model, "-o", "analysis.safetensors")
+    words = ("prune", "full.safetensors", "--keep", 2, *model, "--analysis", "analysis.safetensors")
+    refused = run(*words, "-o", "static.safetensors")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "`module.layers.0` makes its slots anew" in refused.stderr
+    assert not (tmp_path / "static.safetensors").exists()
+    run_json(*words, "--scope", "input", "-o", "routed.safetensors")
+    found = run_json("eval", "routed.safetensors", *data, *model, "--baseline", "full.safetensors")
+    assert found["difference"]["flops_reduction"] > 0
+    swept = run_json(
+        "eval", "full.safetensors", *data, *model, "--sweep", "2", "--analysis", "analysis.safetensors",
+        "--compensate", "none", "--compensate", "mean",
+    )  # fmt: skip
+    assert {row["scope"] for row in swept["rows"]} == {None, "input", "batch"}
+    assert {row["signal"] for row in swept["rows"] if row["scope"] == "input"} > {"random"}
+    found = run_json("convert", "full.safetensors", "--to", "soft-moe-pytorch", *model, "-o", "back.pt")
+    back = torch.load("back.pt", weights_only=True)
+    assert all(torch.equal(back[key], value) for key, value in torch.load("trained.pt").items())
+
+
+def test_a_model_of_a_release_that_is_not_installed(package, run, run_json):
+    torch.save(randomized(encoder()).state_dict(), "trained.pt")
+    save_file({"inputs": images(8, dtype=torch.float32)}, "data.safetensors")
+    model = ("--model", f"{package}:encoder")
+    found = run_json(
+        "convert", "trained.pt", *model, "--input-shape", "3,8,8",
+        "--source", "soft-mixture-of-experts==0.1.0", "-o", "full.safetensors",
+    )  # fmt: skip
+    assert found["parity"] is None
+    assert found["parity_skipped"] == "`soft-mixture-of-experts` 0.2.0 is installed, not 0.1.0"
+    assert found["source"]["version"] == "0.1.0"
+    result = run("analyze", "full.safetensors", "--data", "data.safetensors", *model, "-o", "a.safetensors")
+    assert result.code == 0
+    assert "takes its dispatch softmax over the batch, as it was trained" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -389,7 +517,10 @@ def test_commands_from_the_users_file_to_the_users_file(trained, run, run_json, 
         (("convert", "trained.pt", "--input-shape", "3,8,8", "-o", "o.safetensors"), "go with `--model`"),
         (("convert", "trained.pt", "-o", "o.safetensors"), "`late.slot_embeds` is of a layer of"),
         (("convert", "encoder.pt", "-o", "o.safetensors"), "is of a layer of soft-mixture-of-exp"),
-        (("convert", "trained.pt", *BUILT, "--source", "soft-moe", "-o", "o.safetensors"), "do not go with"),
+        (("convert", "trained.pt", *BUILT, "--source-arg", "a=1", "-o", "o.safetensors"), "does not go with"),
+        (("convert", "trained.pt", *BUILT, "--source", "soft-moe", "-o", "o.st"), "not of `soft-moe`"),
+        (("convert", "trained.pt", *BUILT, "--source", "vmoe", "-o", "o.st"), "`--source vmoe` is unknown"),
+        (("convert", "trained.pt", *BUILT, "--source", "soft-moe==x", "-o", "o.st"), "names no release"),
         (("convert", "trained.pt", *BUILT, "--key", "ema", "-o", "o.safetensors"), "ema"),
         (("convert", "full.safetensors", *BUILT, "-o", "o.safetensors"), "file that your own code wrote"),
         (("convert", "full.safetensors", *MODEL, "--to", "soft-moe", "-o", "o.pt"), "not of `soft-moe`"),

@@ -15,13 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 import moeprune
 from moeprune import checkpoint
+from moeprune.adoption import adopt_file
 from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.conversion import convert
 from moeprune.errors import MoepruneError
 from moeprune.header import read_header
 from moeprune.model import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning import prune_layer
 from moeprune.soft_moe import SoftMoE
+from tests.peers import has
 
 MIB = 1 << 20
 RESIDENT = """
@@ -179,3 +182,39 @@ def test_activations_of_a_routed_layer_are_no_more_than_the_dense_layers(compens
         dense, LayerPlan("static", 16, 128, "combine", compensation, kept), torch.rand(128), means
     )
     assert peak_bytes(static, x) <= full
+
+
+@pytest.mark.skipif(not has("soft_moe"), reason="soft-moe is not installed")
+def test_convert_holds_the_weights_stacked_and_one_copy_in_float64(tmp_path):
+    from soft_moe import SoftMoEVisionTransformer
+
+    theirs = SoftMoEVisionTransformer(
+        img_size=16, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=10, mlp_ratio=16,
+        moe_layer_index=1, num_experts=32, slots_per_expert=1,
+    )  # fmt: skip
+    path, ours, back = tmp_path / "theirs.pt", tmp_path / "ours.safetensors", tmp_path / "back.pt"
+    torch.save(theirs.state_dict(), path)
+    with PeakBytes() as peak:
+        convert(path, ours, arguments={"num_heads": "2", "global_pool": "avg"})
+    assert peak.peak < 3.3 * path.stat().st_size
+    with PeakBytes() as peak:
+        convert(ours, back, to="soft-moe")
+    assert peak.peak < 3.3 * path.stat().st_size
+
+
+@pytest.mark.skipif(not has("soft_moe_pytorch"), reason="soft-moe-pytorch is not installed")
+def test_taking_in_a_model_holds_the_weights_stacked_and_one_copy_in_float64(tmp_path, monkeypatch):
+    from soft_moe_pytorch import SoftMoE as Theirs
+
+    def build():
+        return torch.nn.Sequential(
+            torch.nn.Flatten(2), Theirs(64, num_slots=1, num_experts=16, expert_mult=16), torch.nn.Flatten()
+        )
+
+    monkeypatch.setitem(sys.modules, "user_models", module := type(sys)("user_models"))
+    module.build = build
+    path = tmp_path / "theirs.pt"
+    torch.save(build().state_dict(), path)
+    with PeakBytes() as peak:
+        adopt_file(path, tmp_path / "ours.safetensors", "user_models:build", {}, (3, 8, 8))
+    assert peak.peak < 3.3 * path.stat().st_size

@@ -18,8 +18,16 @@ def recognises(module: nn.Module) -> bool:
     return class_name(module) == "soft_moe.soft_moe.SoftMoELayerWrapper"
 
 
-def describe(module: nn.Module, name: str) -> tuple[SoftMoEConfig, dict[str, Tensor]]:
+def describe(
+    module: nn.Module, name: str, tokens: int, version: str | None
+) -> tuple[SoftMoEConfig, dict[str, Tensor]]:
     """The layer as ours, and its tensors by our names.
+
+    Args:
+        module: a layer of the library.
+        name: of the layer.
+        tokens: m, of an input.
+        version: of the library, where the user names it.
 
     Raises:
         MoepruneError: the experts cannot be expressed.

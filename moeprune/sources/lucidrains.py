@@ -1,6 +1,7 @@
 """Layers of soft-moe-pytorch (lucidrains): RMSNorm or LayerNorm on tokens and slots, dispatch of the normed.
 
 `SoftMoE` takes tokens, images and single tokens, with a padding mask; its experts are MLPs or GEGLUs.
+`DynamicSlotsSoftMoE` makes its slots of the input's own tokens.
 """
 
 from __future__ import annotations
@@ -27,19 +28,23 @@ def recognises(module: nn.Module) -> bool:
     )
 
 
-def describe(module: nn.Module, name: str) -> tuple[SoftMoEConfig, dict[str, Tensor]]:
+def describe(
+    module: nn.Module, name: str, tokens: int, version: str | None
+) -> tuple[SoftMoEConfig, dict[str, Tensor]]:
     """The layer as ours, and its tensors by our names.
+
+    Args:
+        module: a layer of the library.
+        name: of the layer.
+        tokens: m, of an input.
+        version: of the library, where the user names it.
 
     Raises:
         MoepruneError: the layer cannot be expressed.
     """
-    if class_name(module).endswith("DynamicSlotsSoftMoE"):
-        raise MoepruneError(
-            f"layer `{name}` is a DynamicSlotsSoftMoE: its slots are made anew from each input's tokens, and"
-            " the number of experts sets how they are pooled, so that no expert can be left out",
-            "train with soft-moe-pytorch's `SoftMoE` to prune the model",
-        )
     tensors = dict(module.state_dict())
+    if "slot_embeds" not in tensors:
+        return _describe_dynamic(module, name, tokens)
     n, p, d = tensors["slot_embeds"].shape
     with_layernorm = "norm.beta" in tensors
     if with_layernorm and (tensors["norm.beta"].any() or tensors["slot_norm.beta"].any()):
@@ -54,6 +59,21 @@ def describe(module: nn.Module, name: str) -> tuple[SoftMoEConfig, dict[str, Ten
     }
 
 
+def _describe_dynamic(module: nn.Module, name: str, tokens: int) -> tuple[SoftMoEConfig, dict[str, Tensor]]:
+    tensors = dict(module.state_dict())
+    projection = tensors["to_slot_embeds.0.weight"]  # (n·d,d)
+    d = projection.shape[1]
+    n = len(projection) // d
+    kind, hidden_dim, experts = stack_experts(_experts(module), f"{name}.experts")
+    config = SoftMoEConfig(d, n, -(-tokens // n), hidden_dim, "rms", "normalized", kind, dynamic_slots=True)
+    return config, {
+        "slot_projection": projection.unflatten(0, (n, d)),
+        "input_gain": tensors["norm.gamma"],
+        "phi_gain": tensors["to_slot_embeds.2.gamma"],
+        **experts,
+    }
+
+
 def restore(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of our layer by the library's names.
 
@@ -61,9 +81,13 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         module: a layer of the library, whose structure is taken.
         tensors: of our layer, unpruned or with fewer experts.
     """
-    names = {"input_gain": "norm.gamma", "phi_gain": "slot_norm.gamma"}
-    restored = {theirs: tensors[ours] for ours, theirs in names.items()}
-    restored["slot_embeds"] = tensors["phi"].permute(1, 2, 0).contiguous()
+    restored = {"norm.gamma": tensors["input_gain"]}
+    if "slot_projection" in tensors:
+        restored["to_slot_embeds.0.weight"] = tensors["slot_projection"].flatten(0, 1)
+        restored["to_slot_embeds.2.gamma"] = tensors["phi_gain"]
+    else:
+        restored["slot_embeds"] = tensors["phi"].permute(1, 2, 0).contiguous()
+        restored["slot_norm.gamma"] = tensors["phi_gain"]
     if "norm.beta" in module.state_dict():
         restored |= {
             f"{norm}.beta": torch.zeros_like(tensors["input_gain"]) for norm in ("norm", "slot_norm")

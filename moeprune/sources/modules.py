@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,14 @@ PASSIVE = (nn.Dropout, nn.Identity)
 def class_name(module: nn.Module) -> str:
     """The full name of a module's class, such as `soft_moe.soft_moe.SoftMoELayerWrapper`."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of a library in this environment."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def expert_linears(expert: nn.Module) -> list[tuple[str, nn.Linear]]:
