@@ -209,7 +209,8 @@ def _require_consistent(layer: LayerStatistics, name: str, path: str | Path) -> 
     shapes = {
         "mean_mass": (n,), "max_mass": (n,), "rank_frequency": (n, n), "kept_mass": (n,),
         "experts_for_mass": (3,), "class_mass": (len(layer.class_mass), n),
-        "slot_mean": (n, p, d), "deviation": (n,), "gram": (n, n),
+        "slot_mean": (n, p, d), "deviation": (n,),
+        **dict.fromkeys(("gram", "gram_renorm", "gram_mean", "gram_lstsq", "gram_affine"), (n, n)),
     }  # fmt: skip
     for key, shape in shapes.items():
         tensor = getattr(layer, key)

@@ -14,13 +14,13 @@ from torch import Tensor
 from moeprune import __version__, size
 from moeprune.architecture import ViTConfig
 from moeprune.checkpoint import tensor_infos
+from moeprune.contributions import wide_dtype
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.intervals import mcnemar, paired_difference, wilson
 from moeprune.latency import check_batch_sizes, measure_latency
 from moeprune.model import Model, dataset_for, plan_of, private_copy
 from moeprune.runtime import Runtime
-from moeprune.statistics import wide_dtype
 
 SCHEMA_VERSION = 1
 

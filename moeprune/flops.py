@@ -44,7 +44,8 @@ def soft_moe_flops(config: SoftMoEConfig, tokens: int, plan: LayerPlan | None = 
     Logits cost 2·m·d·n·p, dispatch 2·m·d·k·p and combine 2·m·o·k·p with o the width of the output, an
     expert of two linears 2·p·(d·f + h·o) with f the width after the first, one of one linear 2·p·d·o.
     Dynamic slots cost 2·d·d·n·p more, to project what stands for phi. Of the surrogates, scope `static`
-    multiplies those of the dropped slots, the others those of all.
+    multiplies those of the dropped slots, the others those of all. `affine` costs 2·m·d·o more for the
+    tokens and 2·d·o for their mean.
     """
     d, n, p, out = config.dim, config.num_experts, config.slots_per_expert, config.output_width
     k = plan.k if plan else n
@@ -52,12 +53,13 @@ def soft_moe_flops(config: SoftMoEConfig, tokens: int, plan: LayerPlan | None = 
     surrogates = 0
     if plan and plan.has_surrogate:
         surrogates = n - k if plan.scope == "static" else n
+    affine = 2 * (tokens + 1) * d * out if plan and plan.has_affine else 0
     projection = 2 * d * d * n * p if config.dynamic_slots else 0
     first = d * config.first_width if config.expert != "linear" else 0
     return Flops(
         experts=2 * k * p * (first + config.expert_width * out),
         routing=2 * tokens * p * (d * routed + (d + out) * k) + projection,
-        compensation=2 * tokens * out * p * surrogates,
+        compensation=2 * tokens * out * p * surrogates + affine,
     )
 
 

@@ -10,8 +10,10 @@ from typing import Any
 from moeprune.errors import MoepruneError
 
 SCOPES = ("static", "input", "batch")
-SIGNALS = ("combine", "deviation", "random")
-COMPENSATIONS = ("none", "renorm", "mean", "lstsq")
+SIGNALS = ("combine", "deviation", "gram", "random")
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine")
+FITTED = ("lstsq", "affine")
+"""Compensations that a regression on data finds."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,11 @@ class LayerPlan:
         one set for each batch (Algorithm 2).
     k: experts that run.
     num_experts: experts of the unpruned layer (n).
-    signal: the score that ranks the experts (moeprune.scores).
+    signal: the score that ranks the experts (moeprune.scores); `gram`, with scope `static` alone, looks
+        at sets of experts (moeprune.selection).
     compensation: what a dropped expert gives: nothing (`none`), nothing while the combine softmax
-        is taken over the kept ones (`renorm`), its mean output (`mean`), or the output that fits
-        the unpruned layer best (`lstsq`).
+        is taken over the kept ones (`renorm`), its mean output (`mean`), the output that fits
+        the unpruned layer best (`lstsq`), or that beside a linear map of the layer's input (`affine`).
     kept: with scope `static` the kept experts by their index in the unpruned layer, ascending.
     """
 
@@ -49,6 +52,10 @@ class LayerPlan:
             raise MoepruneError(f"plan: `k` is {self.k}, expected 0 to {self.num_experts}")
         if self.k == 0 and self.compensation == "renorm":
             raise MoepruneError("plan: `renorm` needs at least one kept expert")
+        if self.signal == "gram" and self.scope != "static":
+            raise MoepruneError(
+                "plan: signal `gram` chooses one set for all inputs: it goes with scope static"
+            )
         if (self.kept is not None) != (self.scope == "static"):
             raise MoepruneError("plan: `kept` goes with scope static and with no other")
         if self.kept is not None:
@@ -75,9 +82,20 @@ class LayerPlan:
         return tuple(sorted(set(range(self.num_experts)) - set(self.kept or ())))
 
     @property
+    def columns(self) -> tuple[int, ...]:
+        """With scope `static` the experts that have router logits, in their order: kept ones first."""
+        kept = self.kept or ()
+        return kept if self.compensation == "renorm" else kept + self.dropped
+
+    @property
     def has_surrogate(self) -> bool:
         """Whether something stands in for the dropped experts."""
-        return self.compensation in ("mean", "lstsq") and self.k < self.num_experts
+        return self.compensation in ("mean", "lstsq", "affine") and self.k < self.num_experts
+
+    @property
+    def has_affine(self) -> bool:
+        """Whether a linear map of the layer's input is added to its output."""
+        return self.compensation == "affine" and self.k < self.num_experts
 
 
 Plan = dict[str, LayerPlan]

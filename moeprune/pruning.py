@@ -19,7 +19,8 @@ from moeprune.calibration import (
     require_analysis_of,
     require_finite,
 )
-from moeprune.compensation import fit_correction
+from moeprune.compensation import Gathered, add_correction, fit_routed, fit_static, gather
+from moeprune.contributions import lost_gram
 from moeprune.data import Dataset
 from moeprune.description import read_description
 from moeprune.errors import MoepruneError
@@ -32,12 +33,13 @@ from moeprune.model import (
     require_dense_layers,
     soft_moe_layers,
 )
-from moeprune.plan import LayerPlan, experts_to_keep, parse_keep, plan_to_json
+from moeprune.plan import FITTED, LayerPlan, experts_to_keep, parse_keep, plan_to_json
 from moeprune.preprocessing import Preprocessing
 from moeprune.runtime import Runtime
 from moeprune.scores import random_scores, top_k
+from moeprune.selection import best_kept
 from moeprune.soft_moe import SoftMoE
-from moeprune.statistics import LayerMoments, MomentsAccumulator
+from moeprune.statistics import LayerMoments, LayerStatistics, MomentsAccumulator, StatisticsAccumulator
 from moeprune.streaming import Copied, Entry, file_fingerprint, read_tensor, write_from
 
 ALREADY_PRUNED = "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
@@ -93,7 +95,7 @@ def prune(
         analysis = dataset = None
     else:
         require_analysis_of(configs, model_fingerprint, analysis)
-        needed = compensate == "lstsq" or (len(plans) > 1 and not one_shot)
+        needed = compensate in FITTED or (len(plans) > 1 and not one_shot)
         dataset = _calibration_data(model, analysis, data, needed)
 
     full = private_copy(model)
@@ -103,18 +105,28 @@ def prune(
     dense_layers = soft_moe_layers(full)
     for index, (name, plan) in enumerate(plans.items()):
         moments: LayerMoments | None = None
-        if analysis is not None and (index == 0 or one_shot):
+        gathered: Gathered | None = None
+        if plan.scope == "static" and plan.compensation in FITTED and dataset is not None:
+            gathered = gather(pruned, full, name, dataset, plan.compensation, runtime)
+            moments = gathered.moments
+        elif analysis is not None and (index == 0 or one_shot):
             moments = analysis.layers[name]
         elif dataset is not None:
-            measured = measure(pruned, [name], dataset, runtime, f"measure {name}", MomentsAccumulator)
+            accumulator = StatisticsAccumulator if plan.signal == "gram" else MomentsAccumulator
+            measured = measure(pruned, [name], dataset, runtime, f"measure {name}", accumulator)
             moments = measured[name].result()
+        if moments is not None and dataset is not None:
             require_finite({name: moments}, dataset)
-        scores = _expert_scores(plan, moments, seed, index)
-        layer = prune_layer(dense_layers[name], plan, scores, None if moments is None else moments.slot_mean)
+        if plan.scope == "static":
+            plan = replace(plan, kept=_choose_kept(plan, moments, gathered, seed, index))
+        score_weights = _score_weights(plan, moments, seed, index)
+        slot_mean = None if moments is None else moments.slot_mean
+        layer = prune_layer(dense_layers[name], plan, score_weights, slot_mean)
         pruned.set_submodule(name, layer)
-        if compensate == "lstsq" and plan.has_surrogate and dataset is not None:
-            correction = fit_correction(pruned, full, name, dataset, seed, runtime)
-            layer.surrogate += correction.to(layer.surrogate)
+        if plan.has_surrogate and gathered is not None:
+            add_correction(layer, fit_static(gathered, plan))
+        elif plan.has_surrogate and plan.compensation in FITTED and dataset is not None:
+            add_correction(layer, fit_routed(pruned, full, name, dataset, plan.compensation, runtime))
         _require_data_of_analysis(analysis, dataset)
     provenance = _provenance(analysis, dataset, scope, runtime)
     provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}
@@ -144,7 +156,7 @@ def prune_file(
         analysis: of this checkpoint; may be None where nothing calibrated is used.
         keep: as in `prune`, like signal and seed.
         signal: ranks the experts.
-        compensate: anything but `lstsq`.
+        compensate: anything but `lstsq` and `affine`.
         preprocessing: takes the place of the checkpoint's.
         seed: draws the experts of the signal `random`.
 
@@ -169,12 +181,10 @@ def prune_file(
     entries: dict[str, Entry] = {name: Copied(name) for name in header.tensors}
     for index, (name, layer_plan) in enumerate(plans.items()):
         moments = None if analysis is None else analysis.layers[name]
-        scores = _expert_scores(layer_plan, moments, seed, index)
-        assert scores is not None
-        chosen = choose_kept(layer_plan, scores)
+        chosen = replace(layer_plan, kept=_choose_kept(layer_plan, moments, None, seed, index))
         plans[name] = chosen
         phi = read_tensor(header, f"{name}.phi")
-        entries[f"{name}.phi"] = phi[:, _columns(chosen)]
+        entries[f"{name}.phi"] = phi[:, list(chosen.columns)]
         for tensor in header.tensors:
             if tensor.startswith(f"{name}.fc"):
                 entries[tensor] = Copied(tensor, chosen.kept)
@@ -195,14 +205,16 @@ def prune_file(
 
 def needs_no_pass(num_layers: int, signal: str, compensate: str, one_shot: bool) -> bool:
     """Whether static pruning takes nothing but an analysis: no layer is measured behind pruned ones."""
-    return compensate != "lstsq" and (
+    return compensate not in FITTED and (
         one_shot or num_layers == 1 or not is_calibrated("static", signal, compensate)
     )
 
 
 def _require_one_shot(compensate: str) -> None:
-    if compensate == "lstsq":
-        raise MoepruneError("`lstsq` is fitted to data, not in one shot", "give another `--compensate`")
+    if compensate in FITTED:
+        raise MoepruneError(
+            f"`{compensate}` is fitted to data, not in one shot", "give another `--compensate`"
+        )
 
 
 def _not_calibrated(scope: str, signal: str, compensate: str) -> MoepruneError:
@@ -241,34 +253,34 @@ def _plans(
 
 def is_calibrated(scope: str, signal: str, compensate: str) -> bool:
     """Whether something is used that only calibration data can tell."""
-    scores_are = signal == "deviation" or (scope == "static" and signal == "combine")
-    return scores_are or compensate in ("mean", "lstsq")
+    scores_are = signal in ("deviation", "gram") or (scope == "static" and signal == "combine")
+    return scores_are or compensate in ("mean", *FITTED)
 
 
 def prune_layer(
-    layer: SoftMoE, plan: LayerPlan, scores: Tensor | None, slot_mean: Tensor | None = None
+    layer: SoftMoE,
+    plan: LayerPlan,
+    score_weights: Tensor | None = None,
+    slot_mean: Tensor | None = None,
 ) -> SoftMoE:
-    """A layer that follows the plan, made of a dense one.
+    """A layer that follows the plan, made of a dense one; what `affine` adds is zero yet.
 
     Args:
         layer: dense.
-        plan: its `kept` is replaced by the experts that are chosen here.
-        scores: with scope `static` those of the experts, the best k of which are kept; else what the
-            signal multiplies each expert's mass with (`deviation`) or takes for it (`random`);
-            None where the signal is the mass alone. (n)
-        slot_mean: mu (n,p,d), for compensation `mean` or `lstsq`.
+        plan: what to do.
+        score_weights: with scope `input` or `batch` what the signal multiplies each expert's mass with
+            (`deviation`) or takes for it (`random`); None where the signal is the mass alone. (n)
+        slot_mean: mu (n,p,d), for a compensation with surrogates.
     """
     tensors = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     device = layer.fc2_weight.device
     if plan.scope == "static":
-        assert scores is not None
-        plan = choose_kept(plan, scores)
-        tensors["phi"] = tensors["phi"][:, _columns(plan).to(device)]
+        tensors["phi"] = tensors["phi"][:, list(plan.columns)]
         for name in tensors:
             if name.startswith("fc"):
                 tensors[name] = tensors[name][torch.tensor(plan.kept, dtype=torch.int64, device=device)]
-    elif scores is not None:
-        tensors["score_weights"] = scores.to(device, torch.float32)
+    elif score_weights is not None:
+        tensors["score_weights"] = score_weights.to(device, torch.float32)
     if plan.has_surrogate:
         assert slot_mean is not None
         if plan.scope == "static":
@@ -276,39 +288,51 @@ def prune_layer(
         tensors["surrogate"] = slot_mean.to(layer.fc2_weight, copy=True)
     with torch.device("meta"):
         pruned = SoftMoE(layer.config, plan)
+    if plan.has_affine:
+        shapes = {name: buffer.shape for name, buffer in pruned.named_buffers() if name.startswith("affine")}
+        tensors |= {name: layer.fc2_weight.new_zeros(shape) for name, shape in shapes.items()}
     pruned.load_state_dict(tensors, assign=True)
     return pruned.requires_grad_(False).eval()
 
 
-def choose_kept(plan: LayerPlan, scores: Tensor) -> LayerPlan:
-    """The static plan that keeps the k experts of the highest scores (n)."""
-    return replace(plan, kept=tuple(top_k(scores, plan.k).tolist()))
-
-
-def _columns(plan: LayerPlan) -> Tensor:
-    """The experts whose columns phi has, in their order: kept ones first."""
-    kept = plan.kept or ()
-    return torch.tensor(kept if plan.compensation == "renorm" else kept + plan.dropped, dtype=torch.int64)
-
-
 def _static_surrogate(plan: LayerPlan, slot_mean: Tensor) -> Tensor:
     """mu (n,p,d) in the order of phi's columns, zero for kept slots, which have their own outputs."""
-    surrogate = slot_mean[_columns(plan)]
+    surrogate = slot_mean[list(plan.columns)]
     surrogate[: plan.k] = 0
     return surrogate
 
 
-def _expert_scores(
-    plan: LayerPlan, statistics: LayerMoments | None, seed: int, layer_index: int
+def _choose_kept(
+    plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, layer_index: int
+) -> tuple[int, ...]:
+    """The experts that a static set keeps, ascending."""
+    n = plan.num_experts
+    if plan.signal == "random":
+        return tuple(top_k(random_scores(n, seed, layer_index), plan.k).tolist())
+    assert moments is not None
+    if plan.signal == "gram":
+        if gathered is not None:
+            gram = lost_gram(*gathered.halves, moments.slot_mean, plan.compensation)
+        else:
+            assert isinstance(moments, LayerStatistics)
+            gram = moments.gram_under(plan.compensation)
+        return best_kept(gram, n, plan.k)
+    scores = moments.mean_mass
+    if plan.signal == "deviation":
+        scores = scores * moments.deviation
+    return tuple(top_k(scores, plan.k).tolist())
+
+
+def _score_weights(
+    plan: LayerPlan, moments: LayerMoments | None, seed: int, layer_index: int
 ) -> Tensor | None:
+    """What the signal of a routed plan multiplies each expert's mass with, or takes for it (n)."""
+    if plan.scope == "static" or plan.signal == "combine":
+        return None
     if plan.signal == "random":
         return random_scores(plan.num_experts, seed, layer_index)
-    if plan.scope != "static":
-        return statistics.deviation if plan.signal == "deviation" and statistics is not None else None
-    assert statistics is not None
-    if plan.signal == "deviation":
-        return statistics.mean_mass * statistics.deviation
-    return statistics.mean_mass
+    assert moments is not None
+    return moments.deviation
 
 
 def calibration_data(model: Model, analysis: Analysis) -> Dataset:

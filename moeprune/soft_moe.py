@@ -10,7 +10,8 @@ expert; k experts are kept. The maths (Puigcerver et al. 2023, arXiv 2308.00951,
 
 With only some experts kept, Y = sum over kept slots of C·f plus, with a surrogate, the sum over
 dropped slots of C·u, where u is a constant vector per slot. A static surrogate may also add a
-constant u to the output f of a kept slot.
+constant u to the output f of a kept slot. Compensation `affine` adds X·W + mean(X)·V + b to that, where
+X is the layer's input and mean(X) the mean of its tokens.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ class Observation(NamedTuple):
     slot_outputs: Tensor  # f (b,e,p,d), without surrogate
     chosen: Tensor | None  # experts that ran (b,e), or None where the first e of phi's columns did
     output: Tensor  # Y (b,m,d); zero for padded tokens
+    tokens: Tensor  # X (b,m,d); zero for padded tokens
+    mask: Tensor | None  # which tokens are not padded (b,m); None: all
+
+
+def select(observation: Observation, index: Tensor) -> Observation:
+    """The observation of some inputs alone."""
+    return Observation(*(None if part is None else part[index] for part in observation))  # type: ignore[arg-type]
 
 
 class SoftMoE(nn.Module):
@@ -54,6 +62,9 @@ class SoftMoE(nn.Module):
     slot_projection: Tensor  # (n,d,d), from an averaged token to an expert's slot; where they are
 
     surrogate: Tensor  # (n,p,d), in the order of phi's columns; where the plan has one
+    affine_token: Tensor  # W (d,d), V (d,d) and b (d); where the plan has them
+    affine_mean: Tensor
+    affine_bias: Tensor
     score_weights: Tensor  # (n); where a routed plan's signal is not the mass alone
 
     def __init__(self, config: SoftMoEConfig, plan: LayerPlan | None = None):
@@ -81,6 +92,10 @@ class SoftMoE(nn.Module):
         self.fc2_bias = nn.Parameter(torch.empty(stored, out))
         if plan is not None and plan.has_surrogate:
             self.register_buffer("surrogate", torch.zeros(routed, p, out))
+        if plan is not None and plan.has_affine:
+            self.register_buffer("affine_token", torch.zeros(d, out))
+            self.register_buffer("affine_mean", torch.zeros(d, out))
+            self.register_buffer("affine_bias", torch.zeros(out))
         if plan is not None and plan.scope != "static" and plan.signal != "combine":
             self.register_buffer("score_weights", torch.ones(config.num_experts))
         self.reset_parameters()
@@ -154,12 +169,16 @@ class SoftMoE(nn.Module):
             output, slot_outputs = self._run_chosen(tokens, router_logits, combine_weights, chosen)
         else:
             output, slot_outputs = self._run_stored(tokens, router_logits, combine_weights)
+        if self.plan is not None and self.plan.has_affine:
+            of_input = mean_token(x, mask) @ self.affine_mean + self.affine_bias
+            output = output + (x @ self.affine_token + of_input[:, None])
         if self.observer is not None and mass is not None:
-            seen, shown = combine_weights, output
+            seen, shown, taken = combine_weights, output, x
             if mask is not None:
-                seen, shown = seen * mask[:, :, None, None], shown * mask[:, :, None]
+                seen = seen * mask[:, :, None, None]
+                shown, taken = shown * mask[:, :, None], taken * mask[:, :, None]
             with torch.autocast(output.device.type, enabled=False):  # statistics are never narrower
-                self.observer(Observation(seen, mass, slot_outputs, chosen, shown))
+                self.observer(Observation(seen, mass, slot_outputs, chosen, shown, taken, mask))
         return output
 
     def route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -277,6 +296,13 @@ class SoftMoE(nn.Module):
         wide = torch.promote_types(router_logits.dtype, torch.float32)
         weights = router_logits[:, :, :stored].softmax(0 if over_batch else 1, dtype=wide)
         return weights.flatten(2).mT.to(router_logits.dtype)
+
+
+def mean_token(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean (b,d) of the tokens x (b,m,d) that a mask (b,m) does not say to be padding."""
+    if mask is None:
+        return x.mean(1)
+    return (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
 
 def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None = None) -> Tensor:

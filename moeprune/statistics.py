@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeprune.contributions import Contributions, half_of, lost_gram, wide_dtype
 from moeprune.scores import rank
-from moeprune.soft_moe import Observation, SoftMoE
+from moeprune.soft_moe import Observation, SoftMoE, select
 
 MASS_LEVELS = (0.5, 0.9, 0.99)
 INFORMATIVE_MASS = 0.45
 """Mass of an input's best n/8 experts from which on the signal `combine` is called informative: on the
 digits the paper's rule kept 97 % of the accuracy and more above it, 44 to 84 % below it
 (tests/benchmarks/sharpness.py)."""
-GRAM_WORKSPACE = 2**24
-"""Numbers at most in the two matrices over slots that the Gram matrix of some inputs needs."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,11 @@ class LayerStatistics(LayerMoments):
     experts_for_mass: mean number of an input's experts that hold each of MASS_LEVELS (3).
     class_mass: mean mass of each expert over the inputs of a class (classes,n); no rows without
         labels.
-    gram: G_jl = E sum over p, q of (CᵀC)_jp,lq · <f_jp, f_lq> (n,n). With R_j = sum over p of
-        C_jp f_jp this is E <R_j, R_l>, so that the expected squared error of the layer's output when
-        the set Z is dropped is exactly the sum of G over Z×Z.
+    gram: G_jl = E <R_j, R_l> (n,n), where R_j = sum over p of C_jp f_jp is what expert j adds: the expected
+        squared error of the layer's output when the set Z is dropped is exactly the sum of G over Z×Z.
+    gram_renorm, gram_mean, gram_lstsq, gram_affine: the same for what is lost under a compensation
+        (n,n). For `renorm` that is C_j·(f_j - Y), the error but for a factor that is the same for all
+        experts; for `lstsq` and `affine` what a regression on one half of the inputs leaves on the other.
     """
 
     max_mass: Tensor
@@ -64,15 +65,18 @@ class LayerStatistics(LayerMoments):
     experts_for_mass: Tensor
     class_mass: Tensor
     gram: Tensor
+    gram_renorm: Tensor
+    gram_mean: Tensor
+    gram_lstsq: Tensor
+    gram_affine: Tensor
+
+    def gram_under(self, compensation: str) -> Tensor:
+        """The Gram matrix (n,n) of what is lost under a compensation."""
+        return self.gram if compensation == "none" else getattr(self, f"gram_{compensation}")
 
     def top_k_frequency(self, k: int) -> Tensor:
         """How often each expert is among the best k of an input: shares (n)."""
         return self.rank_frequency[:k].sum(0)
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest float that sums over a data set can be kept in on a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class MomentsAccumulator:
@@ -132,7 +136,8 @@ class StatisticsAccumulator(MomentsAccumulator):
         self.experts_for_mass = self._zeros(len(MASS_LEVELS))
         self.class_mass = self._zeros(0, n)
         self.class_samples = torch.zeros(0, device=self.device, dtype=torch.int64)
-        self.gram = self._zeros(n, n)
+        self.gram_renorm = self._zeros(n, n)
+        self.halves = Contributions(layer, "affine"), Contributions(layer, "affine")
 
     def add(self, observation: Observation, labels: Tensor | None) -> None:
         """Add the inputs of one forward pass, and their classes (b) if they have any."""
@@ -142,7 +147,7 @@ class StatisticsAccumulator(MomentsAccumulator):
         self._add_ranks(mass)
         if labels is not None:
             self._add_classes(mass, labels)
-        self._add_gram(observation.combine_weights.float(), observation.slot_outputs.float())
+        self._add_grams(observation)
 
     def _add_ranks(self, mass: Tensor) -> None:
         n = mass.shape[1]
@@ -164,13 +169,21 @@ class StatisticsAccumulator(MomentsAccumulator):
         self.class_mass.index_add_(0, labels, mass)
         self.class_samples.index_add_(0, labels, torch.ones_like(labels))
 
-    def _add_gram(self, combine_weights: Tensor, slot_outputs: Tensor) -> None:
-        _, _, n, p = combine_weights.shape
-        step = max(1, GRAM_WORKSPACE // (2 * (n * p) ** 2))
-        weights, outputs = combine_weights.flatten(2).split(step), slot_outputs.flatten(1, 2).split(step)
-        for c, f in zip(weights, outputs, strict=True):
-            slots = ((c.mT @ c) * (f @ f.mT)).sum(0, dtype=self.dtype)  # (n·p,n·p)
-            self.gram += slots.view(n, p, n, p).sum((1, 3))
+    def _add_grams(self, observation: Observation) -> None:
+        weights, outputs = observation.combine_weights.float(), observation.slot_outputs.float()
+        c, f = weights.flatten(2), outputs.flatten(1, 2)
+        n, p = weights.shape[2:]
+        y = observation.output.float()
+        # <C_j·(f_j - Y), C_l·(f_l - Y)>, but for its first term, which is the Gram matrix's
+        with_output = c.mT @ (c * (y @ f.mT))  # C_lᵀ·(C_j∘<f_j, Y>) (b,S,S)
+        squares = (c * y.square().sum(2, keepdim=True)).mT @ c
+        slots = (squares - with_output - with_output.mT).sum(0, dtype=self.dtype)
+        self.gram_renorm += slots.view(n, p, n, p).sum((1, 3))
+        first = self.samples - len(weights)
+        half = half_of(first, len(weights)).to(weights.device)
+        for index, contributions in enumerate(self.halves):
+            members = (half == index).nonzero().flatten()
+            contributions.add(select(observation, members))
 
     def result(self) -> LayerStatistics:
         """The statistics of all inputs so far."""
@@ -179,12 +192,23 @@ class StatisticsAccumulator(MomentsAccumulator):
             "rank_frequency": self.rank_counts.view(n, n),
             "kept_mass": self.kept_mass,
             "experts_for_mass": self.experts_for_mass,
-            "gram": self.gram,
+            **self._grams(),
         }
         fields = {name: total / self.samples for name, total in sums.items()}
         fields["max_mass"] = self.max_mass
         fields["class_mass"] = self.class_mass / self.class_samples.clamp_min(1)[:, None]
         return LayerStatistics(**_on_cpu(self.moments() | fields))
+
+    def _grams(self) -> dict[str, Tensor]:
+        n = len(self.mass)
+        first, second = self.halves
+        gram = (first.gram + second.gram)[:n, :n]
+        slot_mean = self.moments()["slot_mean"].to("cpu", torch.float64)
+        lost = {
+            f"gram_{compensation}": lost_gram(first, second, slot_mean, compensation)[:n, :n]
+            for compensation in ("mean", "lstsq", "affine")
+        }
+        return {"gram": gram, "gram_renorm": self.gram_renorm + gram, **lost}
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def grid(
     scopes, signals, compensations = list(scopes), list(signals), list(compensations)
     for keep in keeps:
         for scope, signal, compensate in product(scopes, signals, compensations):
-            if signal != "random":
+            if signal != "random" and not (signal == "gram" and scope != "static"):
                 yield Variant(keep, scope, signal, compensate)
         for compensate in compensations:
             yield Variant(keep, control_scope, "random", compensate)

@@ -80,6 +80,8 @@ def soft_moe_shapes(config: SoftMoEConfig, plan: LayerPlan | None) -> Shapes:
         shapes |= {"input_gain": (d,), "phi_gain": (d,)}
     if plan is not None and plan.has_surrogate:
         shapes["surrogate"] = (routed, p, out)
+    if plan is not None and plan.has_affine:
+        shapes |= {"affine_token": (d, out), "affine_mean": (d, out), "affine_bias": (out,)}
     if plan is not None and plan.scope != "static" and plan.signal != "combine":
         shapes["score_weights"] = (config.num_experts,)
     return shapes
@@ -103,7 +105,7 @@ def part_of(name: str, layers: Container[str]) -> str:
         return "other"
     if tensor.startswith("fc"):
         return "experts"
-    return "compensation" if tensor == "surrogate" else "routing"
+    return "compensation" if tensor == "surrogate" or tensor.startswith("affine") else "routing"
 
 
 def differences(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:

@@ -16,7 +16,7 @@ PACKAGE = Path(moeprune.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 
 LEVELS = (
-    ("errors", "intervals", "scores", "report", "kernels", "sources.lookalikes"),
+    ("errors", "intervals", "scores", "selection", "regression", "report", "kernels", "sources.lookalikes"),
     (
         "architecture",
         "plan",
@@ -41,8 +41,8 @@ LEVELS = (
         "sources.lucidrains",
         "sources.fkodom",
     ),
-    ("size", "data", "statistics", "sources.checks", "state_dict", "streaming"),
-    ("runtime", "sources.bwconrad"),
+    ("size", "data", "contributions", "sources.checks", "state_dict", "streaming"),
+    ("runtime", "statistics", "sources.bwconrad"),
     ("sources",),
     ("description",),
     ("adopted",),
