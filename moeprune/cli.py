@@ -270,7 +270,7 @@ def prune(
     from moeprune.description import read_description
     from moeprune.header import read_header
     from moeprune.model import save
-    from moeprune.plan import plan_to_json
+    from moeprune.plan import plan_to_json, uniform_plan
     from moeprune.size import size_and_cost
 
     runtime = _runtime(device, dtype, batch_size)
@@ -278,15 +278,15 @@ def prune(
     config, plan, details = read_description(full)
     full_size = size_and_cost(config, plan, full.tensors)
     measured = None if analysis is None else load_analysis(analysis)
-    num_layers = len(config.soft_moe_layers)
-    if scope == "static" and data is None and pruning.needs_no_pass(num_layers, signal, compensate, one_shot):
+    experts = {name: layer.num_experts for name, layer in config.soft_moe_layers.items()}
+    wanted = uniform_plan(experts, kept, scope, signal, compensate)
+    is_static = all(layer.scope == "static" for layer in wanted.values())
+    if is_static and data is None and not pruning.needs_pass(wanted, one_shot):
         pruning.prune_file(
             checkpoint,
             output,
             measured,
-            keep=kept,
-            signal=signal,
-            compensate=compensate,
+            plan=wanted,
             preprocessing=details.preprocessing.updated(preprocess or []),
             seed=seed,
         )
@@ -295,10 +295,7 @@ def prune(
         pruned = pruning.prune(
             dense,
             measured,
-            keep=kept,
-            scope=scope,
-            signal=signal,
-            compensate=compensate,
+            plan=wanted,
             data=None if data is None else _open(data, dense, split, "calibration", limit),
             one_shot=one_shot,
             seed=seed,

@@ -99,7 +99,8 @@ class Contributions:
         """Add inputs: what the dense layer computed, and the gap (b,m,o) that is missing in any case."""
         weights, outputs = observation.combine_weights.float(), observation.slot_outputs.float()
         b, _, n, p = weights.shape
-        slots = n * p
+        if b == 0:
+            return
         z = regressors(observation, self.compensation)
         rows = z.flatten(0, 1)
         wide = rows.to(self.power)
@@ -112,7 +113,7 @@ class Contributions:
             gap = gap.float()
             self.cross[n] += rows.mT @ gap.flatten(0, 1)
             with_gap = (weights.flatten(2).mT @ gap) * outputs.flatten(1, 2)  # (b,S,o)
-            with_gap = with_gap.sum((0, 2), dtype=self.gram.dtype).view(n, slots // n).sum(1)
+            with_gap = with_gap.sum((0, 2), dtype=self.gram.dtype).view(n, p).sum(1)
             self.gram[:n, n] += with_gap
             self.gram[n, :n] += with_gap
             self.gram[n, n] += gap.square().sum(dtype=self.gram.dtype)

@@ -30,7 +30,8 @@ class LayerPlan:
     compensation: what a dropped expert gives: nothing (`none`), nothing while the combine softmax
         is taken over the kept ones (`renorm`), its mean output (`mean`), the output that fits
         the unpruned layer best (`lstsq`), or that beside a linear map of the layer's input (`affine`).
-    kept: with scope `static` the kept experts by their index in the unpruned layer, ascending.
+    kept: with scope `static` the kept experts by their index in the unpruned layer, ascending; None where
+        the signal is yet to choose them, which no checkpoint leaves open.
     """
 
     scope: str
@@ -56,7 +57,7 @@ class LayerPlan:
             raise MoepruneError(
                 "plan: signal `gram` chooses one set for all inputs: it goes with scope static"
             )
-        if (self.kept is not None) != (self.scope == "static"):
+        if self.kept is not None and self.scope != "static":
             raise MoepruneError("plan: `kept` goes with scope static and with no other")
         if self.kept is not None:
             valid = all(type(j) is int and 0 <= j < self.num_experts for j in self.kept)
@@ -65,6 +66,20 @@ class LayerPlan:
                     f"plan: `kept` is {list(self.kept)}, expected {self.k} different experts"
                     f" below {self.num_experts}, ascending"
                 )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether something is used that only calibration data can tell."""
+        static = self.scope == "static"
+        ranks = self.kept is None and self.signal in (
+            ("combine", "deviation", "gram") if static else ("deviation",)
+        )
+        return ranks or self.has_surrogate
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether a regression on data finds what stands in for the dropped experts."""
+        return self.has_surrogate and self.compensation in FITTED
 
     @property
     def stored_experts(self) -> int:
@@ -100,6 +115,42 @@ class LayerPlan:
 
 Plan = dict[str, LayerPlan]
 """The plans of a model's layers by layer name, in the order of the data flow."""
+
+
+def uniform_plan(
+    layers: Mapping[str, int], keep: Fraction | int, scope: str, signal: str, compensation: str
+) -> Plan:
+    """The same share or number of experts in each layer, which the signal is yet to choose.
+
+    Args:
+        layers: the number of experts of each layer.
+
+    Raises:
+        MoepruneError: more experts asked for than a layer has, or values that do not fit each other.
+    """
+    return {
+        name: LayerPlan(scope, experts_to_keep(keep, n, name), n, signal, compensation)
+        for name, n in layers.items()
+    }
+
+
+def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
+    """Raise a MoepruneError that names a layer of a plan that a model lacks, or whose experts it has not.
+
+    Args:
+        layers: of the model; each has `num_experts`.
+    """
+    for name, layer in plan.items():
+        if name not in layers:
+            raise MoepruneError(
+                f"the plan names layer `{name}`, which the model has not",
+                f"its Soft MoE layers are {', '.join(f'`{known}`' for known in layers)}",
+            )
+        if layer.num_experts != layers[name].num_experts:
+            raise MoepruneError(
+                f"the plan of layer `{name}` is for {layer.num_experts} experts, the layer has"
+                f" {layers[name].num_experts}"
+            )
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

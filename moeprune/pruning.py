@@ -8,7 +8,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moeprune import __version__
@@ -33,14 +32,14 @@ from moeprune.model import (
     require_dense_layers,
     soft_moe_layers,
 )
-from moeprune.plan import FITTED, LayerPlan, experts_to_keep, parse_keep, plan_to_json
+from moeprune.plan import LayerPlan, Plan, parse_keep, plan_to_json, require_fitting_plan, uniform_plan
 from moeprune.preprocessing import Preprocessing
 from moeprune.runtime import Runtime
 from moeprune.scores import random_scores, top_k
 from moeprune.selection import best_kept
-from moeprune.soft_moe import SoftMoE
 from moeprune.statistics import LayerMoments, LayerStatistics, MomentsAccumulator, StatisticsAccumulator
 from moeprune.streaming import Copied, Entry, file_fingerprint, read_tensor, write_from
+from moeprune.surgery import prune_layer, static_surrogate
 
 ALREADY_PRUNED = "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
 
@@ -49,7 +48,8 @@ def prune(
     model: Model,
     analysis: Analysis | None = None,
     *,
-    keep: str | float | Fraction,
+    keep: str | float | Fraction | None = None,
+    plan: Plan | None = None,
     scope: str = "static",
     signal: str = "combine",
     compensate: str = "none",
@@ -58,7 +58,7 @@ def prune(
     seed: int = 0,
     runtime: Runtime = Runtime(),
 ) -> Model:
-    """A model in which every Soft MoE layer runs k of its experts.
+    """A model in which Soft MoE layers run k of their experts.
 
     Layers are pruned in the order of the data flow, and all that is calibrated in a layer is measured
     behind the already pruned ones before it. For the first layer that is what the analysis says.
@@ -66,69 +66,71 @@ def prune(
     Args:
         model: unpruned; it stays as it is. What pruning does not change lies in the same memory.
         analysis: of this model; may be None with data, or where nothing calibrated is used.
-        keep: the share of experts to keep (`"1/8"`, 0.125, a Fraction) or their number (`"16"`, 16).
+        keep: the share of experts to keep in each layer (`"1/8"`, 0.125, a Fraction) or their number
+            (`"16"`, 16).
+        plan: instead of keep, scope, signal and compensate: what to do with each layer. Layers that it
+            does not name stay dense.
         scope: see moeprune.plan.LayerPlan, as for signal and compensate.
         signal: ranks the experts.
         compensate: what stands in for dropped experts.
         data: calibration data, or its spec; beside an analysis the same data. Where it is None, the
-            analysis's own is opened again if layers behind the first, or `lstsq`, need it. Labels are
+            analysis's own is opened again if layers behind the first, or a fit, need it. Labels are
             not used.
         one_shot: take all layers' statistics from the analysis, without measuring any layer behind the
             pruned ones before it.
-        seed: draws the experts of the signal `random`, and the halves of the data for `lstsq`.
+        seed: draws the experts of the signal `random`.
         runtime: where and how models run over the data; the result lies where the model does.
 
     Raises:
         MoepruneError: the model is pruned already, the analysis is another model's or other data's,
-            or something calibrated is asked for without an analysis or data.
+            the plan does not fit the model, or something calibrated is asked for without an analysis
+            or data.
     """
     dense = require_dense_layers(model, ALREADY_PRUNED)
     configs = {name: layer.config for name, layer in dense.items()}
-    plans = _plans(configs, keep, scope, signal, compensate)
-    calibrated = is_calibrated(scope, signal, compensate)
+    plan = _full_plan(configs, keep, plan, scope, signal, compensate)
+    calibrated = any(layer.is_calibrated for layer in plan.values())
     if calibrated and analysis is None and data is None:
-        raise _not_calibrated(scope, signal, compensate)
+        raise _not_calibrated(plan)
     if one_shot:
-        _require_one_shot(compensate)
+        _require_one_shot(plan)
     model_fingerprint = fingerprint(model)
     if not calibrated:
         analysis = dataset = None
     else:
         require_analysis_of(configs, model_fingerprint, analysis)
-        needed = compensate in FITTED or (len(plans) > 1 and not one_shot)
-        dataset = _calibration_data(model, analysis, data, needed)
+        dataset = _calibration_data(model, analysis, data, needed=needs_pass(plan, one_shot))
 
     full = private_copy(model)
     if dataset is not None:
         full.to(runtime.torch_device)
     pruned = private_copy(full)
     dense_layers = soft_moe_layers(full)
-    for index, (name, plan) in enumerate(plans.items()):
+    for index, (name, layer_plan) in enumerate(plan.items()):
         moments: LayerMoments | None = None
         gathered: Gathered | None = None
-        if plan.scope == "static" and plan.compensation in FITTED and dataset is not None:
-            gathered = gather(pruned, full, name, dataset, plan.compensation, runtime)
+        if layer_plan.scope == "static" and layer_plan.is_fitted and dataset is not None:
+            gathered = gather(pruned, full, name, dataset, layer_plan.compensation, runtime)
             moments = gathered.moments
-        elif analysis is not None and (index == 0 or one_shot):
+        elif layer_plan.is_calibrated and analysis is not None and (index == 0 or one_shot):
             moments = analysis.layers[name]
-        elif dataset is not None:
-            accumulator = StatisticsAccumulator if plan.signal == "gram" else MomentsAccumulator
+        elif layer_plan.is_calibrated and dataset is not None:
+            accumulator = StatisticsAccumulator if layer_plan.signal == "gram" else MomentsAccumulator
             measured = measure(pruned, [name], dataset, runtime, f"measure {name}", accumulator)
             moments = measured[name].result()
         if moments is not None and dataset is not None:
             require_finite({name: moments}, dataset)
-        if plan.scope == "static":
-            plan = replace(plan, kept=_choose_kept(plan, moments, gathered, seed, index))
-        score_weights = _score_weights(plan, moments, seed, index)
+        layer_plan = _chosen(layer_plan, moments, gathered, seed, index)
+        score_weights = _score_weights(layer_plan, moments, seed, index)
         slot_mean = None if moments is None else moments.slot_mean
-        layer = prune_layer(dense_layers[name], plan, score_weights, slot_mean)
+        layer = prune_layer(dense_layers[name], layer_plan, score_weights, slot_mean)
         pruned.set_submodule(name, layer)
-        if plan.has_surrogate and gathered is not None:
-            add_correction(layer, fit_static(gathered, plan))
-        elif plan.has_surrogate and plan.compensation in FITTED and dataset is not None:
-            add_correction(layer, fit_routed(pruned, full, name, dataset, plan.compensation, runtime))
+        if gathered is not None:
+            add_correction(layer, fit_static(gathered, layer_plan))
+        elif layer_plan.is_fitted and dataset is not None:
+            add_correction(layer, fit_routed(pruned, full, name, dataset, layer_plan.compensation, runtime))
         _require_data_of_analysis(analysis, dataset)
-    provenance = _provenance(analysis, dataset, scope, runtime)
+    provenance = _provenance(analysis, dataset, plan, runtime)
     provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}
     pruned.details = replace(model.details, provenance={**model.details.provenance, **provenance})
     return pruned.to(next(model.parameters()).device)
@@ -139,7 +141,8 @@ def prune_file(
     target: str | Path,
     analysis: Analysis | None = None,
     *,
-    keep: str | float | Fraction,
+    keep: str | float | Fraction | None = None,
+    plan: Plan | None = None,
     signal: str = "combine",
     compensate: str = "none",
     preprocessing: Preprocessing | None = None,
@@ -154,7 +157,8 @@ def prune_file(
         source: an unpruned checkpoint.
         target: the file to write.
         analysis: of this checkpoint; may be None where nothing calibrated is used.
-        keep: as in `prune`, like signal and seed.
+        keep: as in `prune`, like plan, signal and seed.
+        plan: of scope static alone.
         signal: ranks the experts.
         compensate: anything but `lstsq` and `affine`.
         preprocessing: takes the place of the checkpoint's.
@@ -165,24 +169,24 @@ def prune_file(
             target cannot be written, or values are NaN or infinite.
     """
     header = read_header(source)
-    config, plan, details = read_description(header)
-    if plan:
-        pruned = ", ".join(f"`{name}`" for name in plan)
+    config, existing, details = read_description(header)
+    if existing:
+        pruned = ", ".join(f"`{name}`" for name in existing)
         raise MoepruneError(f"layers {pruned} are already pruned", ALREADY_PRUNED)
-    plans = _plans(config.soft_moe_layers, keep, "static", signal, compensate)
+    plan = _full_plan(config.soft_moe_layers, keep, plan, "static", signal, compensate)
     source_fingerprint = file_fingerprint(header)
-    if is_calibrated("static", signal, compensate):
-        _require_one_shot(compensate)
+    if any(layer.is_calibrated for layer in plan.values()):
+        _require_one_shot(plan)
         if analysis is None:
-            raise _not_calibrated("static", signal, compensate)
+            raise _not_calibrated(plan)
         require_analysis_of(config.soft_moe_layers, source_fingerprint, analysis)
     else:
         analysis = None
     entries: dict[str, Entry] = {name: Copied(name) for name in header.tensors}
-    for index, (name, layer_plan) in enumerate(plans.items()):
+    for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]
-        chosen = replace(layer_plan, kept=_choose_kept(layer_plan, moments, None, seed, index))
-        plans[name] = chosen
+        chosen = _chosen(layer_plan, moments, None, seed, index)
+        plan[name] = chosen
         phi = read_tensor(header, f"{name}.phi")
         entries[f"{name}.phi"] = phi[:, list(chosen.columns)]
         for tensor in header.tensors:
@@ -190,12 +194,12 @@ def prune_file(
                 entries[tensor] = Copied(tensor, chosen.kept)
         if chosen.has_surrogate:
             assert moments is not None
-            entries[f"{name}.surrogate"] = _static_surrogate(chosen, moments.slot_mean).to(phi)
-    provenance = _provenance(analysis, None, "static", Runtime())
+            entries[f"{name}.surrogate"] = static_surrogate(chosen, moments.slot_mean).to(phi)
+    provenance = _provenance(analysis, None, plan, Runtime())
     provenance |= {"pruned_from": {"fingerprint": source_fingerprint}, "seed": seed}
     assert header.metadata is not None
     metadata = {key: value for key, value in header.metadata.items() if key != "fingerprint"} | {
-        "plan": plan_to_json(plans),
+        "plan": plan_to_json(plan),
         "provenance": {**details.provenance, **provenance},
     }
     if preprocessing is not None:
@@ -203,106 +207,23 @@ def prune_file(
     write_from(header, Path(target), entries, metadata)
 
 
-def needs_no_pass(num_layers: int, signal: str, compensate: str, one_shot: bool) -> bool:
-    """Whether static pruning takes nothing but an analysis: no layer is measured behind pruned ones."""
-    return compensate not in FITTED and (
-        one_shot or num_layers == 1 or not is_calibrated("static", signal, compensate)
-    )
+def needs_pass(plan: Plan, one_shot: bool) -> bool:
+    """Whether something has to be measured that the analysis of the unpruned model does not say."""
+    behind_others = list(plan.values())[1:]
+    measured = not one_shot and any(layer.is_calibrated for layer in behind_others)
+    return measured or any(layer.is_fitted for layer in plan.values())
 
 
-def _require_one_shot(compensate: str) -> None:
-    if compensate in FITTED:
-        raise MoepruneError(
-            f"`{compensate}` is fitted to data, not in one shot", "give another `--compensate`"
-        )
+def _chosen(
+    plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, layer_index: int
+) -> LayerPlan:
+    """The plan with its static set, where its signal is yet to choose it."""
+    if plan.scope != "static" or plan.kept is not None:
+        return plan
+    return replace(plan, kept=_best_experts(plan, moments, gathered, seed, layer_index))
 
 
-def _not_calibrated(scope: str, signal: str, compensate: str) -> MoepruneError:
-    return MoepruneError(
-        f"scope {scope} with signal {signal} and compensation {compensate} needs calibration",
-        "give an analysis (`--analysis`) or calibration data (`--data`)",
-    )
-
-
-def _plans(
-    layers: Mapping[str, SoftMoEConfig],
-    keep: str | float | Fraction,
-    scope: str,
-    signal: str,
-    compensate: str,
-) -> dict[str, LayerPlan]:
-    """A plan for each layer, with the first k experts where they are yet to be chosen."""
-    if isinstance(keep, str):
-        keep = parse_keep(keep)
-    elif isinstance(keep, float):
-        keep = parse_keep(str(Fraction(keep)), "keep")
-    plans = {}
-    for name, config in layers.items():
-        if scope == "static" and config.dynamic_slots:
-            raise MoepruneError(
-                f"layer `{name}` makes its slots anew from each input's tokens, and the number of its experts"
-                " sets how many tokens make one: without some of them it would be another layer",
-                "prune with `--scope input` or `--scope batch`",
-            )
-        n = config.num_experts
-        k = experts_to_keep(keep, n, name)
-        kept = tuple(range(k)) if scope == "static" else None
-        plans[name] = LayerPlan(scope, k, n, signal, compensate, kept)
-    return plans
-
-
-def is_calibrated(scope: str, signal: str, compensate: str) -> bool:
-    """Whether something is used that only calibration data can tell."""
-    scores_are = signal in ("deviation", "gram") or (scope == "static" and signal == "combine")
-    return scores_are or compensate in ("mean", *FITTED)
-
-
-def prune_layer(
-    layer: SoftMoE,
-    plan: LayerPlan,
-    score_weights: Tensor | None = None,
-    slot_mean: Tensor | None = None,
-) -> SoftMoE:
-    """A layer that follows the plan, made of a dense one; what `affine` adds is zero yet.
-
-    Args:
-        layer: dense.
-        plan: what to do.
-        score_weights: with scope `input` or `batch` what the signal multiplies each expert's mass with
-            (`deviation`) or takes for it (`random`); None where the signal is the mass alone. (n)
-        slot_mean: mu (n,p,d), for a compensation with surrogates.
-    """
-    tensors = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    device = layer.fc2_weight.device
-    if plan.scope == "static":
-        tensors["phi"] = tensors["phi"][:, list(plan.columns)]
-        for name in tensors:
-            if name.startswith("fc"):
-                tensors[name] = tensors[name][torch.tensor(plan.kept, dtype=torch.int64, device=device)]
-    elif score_weights is not None:
-        tensors["score_weights"] = score_weights.to(device, torch.float32)
-    if plan.has_surrogate:
-        assert slot_mean is not None
-        if plan.scope == "static":
-            slot_mean = _static_surrogate(plan, slot_mean)
-        tensors["surrogate"] = slot_mean.to(layer.fc2_weight, copy=True)
-    with torch.device("meta"):
-        pruned = SoftMoE(layer.config, plan)
-    if plan.has_affine:
-        shapes = {name: buffer.shape for name, buffer in pruned.named_buffers() if name.startswith("affine")}
-        tensors |= {name: layer.fc2_weight.new_zeros(shape) for name, shape in shapes.items()}
-    pruned.load_state_dict(tensors, assign=True)
-    return pruned.requires_grad_(False).eval()
-
-
-def _static_surrogate(plan: LayerPlan, slot_mean: Tensor) -> Tensor:
-    """mu (n,p,d) in the order of phi's columns, zero for kept slots, which have their own outputs."""
-    surrogate = slot_mean[list(plan.columns)]
-    surrogate[: plan.k] = 0
-    return surrogate
-
-
-def _choose_kept(
+def _best_experts(
     plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, layer_index: int
 ) -> tuple[int, ...]:
     """The experts that a static set keeps, ascending."""
@@ -333,6 +254,55 @@ def _score_weights(
         return random_scores(plan.num_experts, seed, layer_index)
     assert moments is not None
     return moments.deviation
+
+
+def _require_one_shot(plan: Plan) -> None:
+    for name, layer in plan.items():
+        if layer.is_fitted:
+            raise MoepruneError(
+                f"`{layer.compensation}` of layer `{name}` is fitted to data, not in one shot",
+                "give another `--compensate`",
+            )
+
+
+def _not_calibrated(plan: Plan) -> MoepruneError:
+    layer = next(layer for layer in plan.values() if layer.is_calibrated)
+    return MoepruneError(
+        f"scope {layer.scope} with signal {layer.signal} and compensation {layer.compensation} needs"
+        " calibration",
+        "give an analysis (`--analysis`) or calibration data (`--data`)",
+    )
+
+
+def _full_plan(
+    layers: Mapping[str, SoftMoEConfig],
+    keep: str | float | Fraction | None,
+    plan: Plan | None,
+    scope: str,
+    signal: str,
+    compensate: str,
+) -> Plan:
+    """What to do with each layer, in the order of the data flow."""
+    if (keep is None) == (plan is None):
+        raise MoepruneError("give either `keep` or a plan")
+    if plan is None:
+        if isinstance(keep, str):
+            keep = parse_keep(keep)
+        elif isinstance(keep, float):
+            keep = parse_keep(str(Fraction(keep)), "keep")
+        assert keep is not None
+        experts = {name: layer.num_experts for name, layer in layers.items()}
+        plan = uniform_plan(experts, keep, scope, signal, compensate)
+    else:
+        require_fitting_plan(plan, layers)
+    for name, layer in plan.items():
+        if layer.scope == "static" and layers[name].dynamic_slots:
+            raise MoepruneError(
+                f"layer `{name}` makes its slots anew from each input's tokens, and the number of its experts"
+                " sets how many tokens make one: without some of them it would be another layer",
+                "prune with `--scope input` or `--scope batch`",
+            )
+    return {name: plan[name] for name in layers if name in plan}
 
 
 def calibration_data(model: Model, analysis: Analysis) -> Dataset:
@@ -376,7 +346,7 @@ def _require_data_of_analysis(analysis: Analysis | None, data: Dataset | None) -
 
 
 def _provenance(
-    analysis: Analysis | None, data: Dataset | None, scope: str, runtime: Runtime
+    analysis: Analysis | None, data: Dataset | None, plan: Plan, runtime: Runtime
 ) -> dict[str, Any]:
     """What the result was calibrated on, without paths that would make equal runs differ."""
     provenance: dict[str, Any] = {"moeprune": __version__}
@@ -387,6 +357,6 @@ def _provenance(
         used = data.to_json()
     if used is not None:
         provenance["calibration"] = {**used, "spec": Path(used["spec"]).name}
-        if scope == "batch":
+        if any(layer.scope == "batch" for layer in plan.values()):
             provenance["calibration"]["batch_size"] = runtime.batch_size
     return provenance

@@ -57,6 +57,9 @@ class LayerStatistics(LayerMoments):
     gram_renorm, gram_mean, gram_lstsq, gram_affine: the same for what is lost under a compensation
         (n,n). For `renorm` that is C_j·(f_j - Y), the error but for a factor that is the same for all
         experts; for `lstsq` and `affine` what a regression on one half of the inputs leaves on the other.
+    sensitivity: how much the model's output changes for each unit of squared error in the layer's (scalar):
+        the divergence of the predictions from the full model's in nats, measured with this layer alone
+        pruned.
     """
 
     max_mass: Tensor
@@ -69,6 +72,7 @@ class LayerStatistics(LayerMoments):
     gram_mean: Tensor
     gram_lstsq: Tensor
     gram_affine: Tensor
+    sensitivity: Tensor
 
     def gram_under(self, compensation: str) -> Tensor:
         """The Gram matrix (n,n) of what is lost under a compensation."""
@@ -196,6 +200,7 @@ class StatisticsAccumulator(MomentsAccumulator):
         }
         fields = {name: total / self.samples for name, total in sums.items()}
         fields["max_mass"] = self.max_mass
+        fields["sensitivity"] = self._zeros()  # not known yet
         fields["class_mass"] = self.class_mass / self.class_samples.clamp_min(1)[:, None]
         return LayerStatistics(**_on_cpu(self.moments() | fields))
 

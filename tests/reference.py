@@ -20,6 +20,7 @@ def reference_layer(
     compensation: str = "none",
     surrogate: Tensor | None = None,
     static_correction: bool = False,
+    affine: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Y (b,m,d) in float64 for tokens x (b,m,d).
 
@@ -27,9 +28,11 @@ def reference_layer(
         tensors: of the dense layer, by the names of its state dict.
         kept: the experts that run, for each input; None: all of them.
         compensation: `none` dropped experts give nothing, `renorm` the combine softmax is over the
-            kept ones alone, `mean` and `lstsq` dropped slots give their surrogate.
+            kept ones alone, `mean`, `lstsq` and `affine` dropped slots give their surrogate.
         surrogate: (n,p,d), by the experts' index in the dense layer.
         static_correction: the surrogate of a kept slot is added to its output.
+        affine: `affine_token`, `affine_mean` (d,d) and `affine_bias` (d): a linear map of the input, of the
+            mean of its tokens, and a constant, that are added to the output.
     """
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     n, p = tensors["phi"].shape[1:]
@@ -46,11 +49,15 @@ def reference_layer(
                     slot = reference_slot_output(logits[:, j, q], tokens, tensors, j)
                     if static_correction and surrogate is not None:
                         slot = slot + surrogate[j, q].double()
-                elif compensation in ("mean", "lstsq") and surrogate is not None:
+                elif compensation in ("mean", "lstsq", "affine") and surrogate is not None:
                     slot = surrogate[j, q].double()
                 else:
                     continue
                 y = y + combine[:, j, q, None] * slot[None, :]
+        if affine:
+            token, mean, bias = (affine[f"affine_{part}"].double() for part in ("token", "mean", "bias"))
+            for t in range(len(one)):
+                y[t] += one[t] @ token + sum(one) / len(one) @ mean + bias
         outputs.append(y)
     return torch.stack(outputs)
 

@@ -30,7 +30,7 @@ from moeprune.plan import LayerPlan
 from moeprune.tensors import tensor_shapes
 
 SCOPES = ("static", "input", "batch")
-COMPENSATIONS = ("none", "renorm", "mean", "lstsq")
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine")
 EXPERT_TENSORS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 COMMANDS = ("inspect", "analyze", "prune", "eval", "convert", "demo")
 FLOPS_KEYS = {"total", "experts", "routing", "compensation", "other"}
@@ -496,9 +496,12 @@ def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, r
     assert set(found) == {"schema_version", "checkpoint", "data", "rows", "environment"}
     rows = found["rows"]
     keys = [(row["keep"], row["scope"], row["signal"], row["compensate"]) for row in rows]
-    every_way = product(["1/8"], SCOPES, ["combine", "deviation"], COMPENSATIONS)
+    every_way = [
+        *product(["1/8"], SCOPES, ["combine", "deviation"], COMPENSATIONS),
+        *product(["1/8"], ["static"], ["gram"], COMPENSATIONS),
+    ]
     random = [("1/8", "static", "random", compensate) for compensate in COMPENSATIONS]
-    no_experts = [("0", "static", "combine", compensate) for compensate in ("none", "mean", "lstsq")]
+    no_experts = [("0", "static", "combine", c) for c in COMPENSATIONS if c != "renorm"]
     assert keys[0] == ("1", None, None, None)
     assert len(keys) == len(set(keys))
     assert set(keys[1:]) == {*every_way, *random, *no_experts}

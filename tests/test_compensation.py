@@ -1,3 +1,4 @@
+from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
@@ -7,15 +8,11 @@ from torch import Tensor
 
 import moeprune
 from moeprune.calibration import observe_layers
-from moeprune.compensation import (
-    GAIN_KEPT,
-    LAMBDAS,
-    NormalEquations,
-    correctable_weights,
-    fit_correction,
-    solve_held_out,
-)
+from moeprune.compensation import Gathered, fit_routed, fit_static, gather
+from moeprune.contributions import regressors
 from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.plan import LayerPlan
+from moeprune.regression import GAIN_KEPT, LAMBDAS, Equations, solve_held_out
 from moeprune.runtime import Runtime
 from moeprune.scores import combine_mass
 from moeprune.soft_moe import Observation
@@ -28,16 +25,10 @@ CPU = Runtime(device="cpu")
 # --- the regression ----------------------------------------------------------------------------
 
 
-def halves(regressors: np.ndarray, targets: np.ndarray) -> list[NormalEquations]:
+def halves(regressors: np.ndarray, targets: np.ndarray) -> list[Equations]:
     """The normal equations of the even and of the odd rows."""
-    equations = []
-    for half in (0, 1):
-        R, T = torch.from_numpy(regressors[half::2]), torch.from_numpy(targets[half::2])
-        one = NormalEquations(R.shape[1], T.shape[1], torch.device("cpu"))
-        one.add(R[None, :7], T[None, :7])
-        one.add(R[None, 7:], T[None, 7:])
-        equations.append(one)
-    return equations
+    rows = [(torch.from_numpy(regressors[half::2]), torch.from_numpy(targets[half::2])) for half in (0, 1)]
+    return [Equations(R.mT @ R, R.mT @ T) for R, T in rows]
 
 
 def column_scale(R: np.ndarray) -> np.ndarray:
@@ -117,14 +108,15 @@ def test_slot_without_any_weight_gets_nothing_and_changes_nothing():
 
 def test_only_slots_that_did_not_run_for_their_input_are_regressors():
     C = torch.rand(2, 3, 4, 2, generator=torch.Generator().manual_seed(0)) + 0.1
+    tokens = torch.zeros(2, 3, 5)
     observation = Observation(
-        C, combine_mass(C), torch.zeros(2, 2, 2, 5), torch.tensor([[0, 2], [1, 3]]), torch.zeros(2, 3, 5)
+        C, combine_mass(C), torch.zeros(2, 2, 2, 5), torch.tensor([[0, 2], [1, 3]]), tokens, tokens, None
     )
     expected = C.clone()
     expected[0, :, [0, 2]] = 0
     expected[1, :, [1, 3]] = 0
-    assert torch.equal(correctable_weights(observation), expected.flatten(2))
-    assert torch.equal(correctable_weights(observation._replace(chosen=None)), C.flatten(2))
+    assert torch.equal(regressors(observation, "lstsq"), expected.flatten(2))
+    assert torch.equal(regressors(observation._replace(chosen=None), "lstsq"), C.flatten(2))
 
 
 # --- models ------------------------------------------------------------------------------------
@@ -148,6 +140,8 @@ def observed(model, name, data) -> Observation:
         torch.cat([one.slot_outputs for one in seen]),
         None if seen[0].chosen is None else torch.cat([one.chosen for one in seen]),
         torch.cat([one.output for one in seen]),
+        torch.cat([one.tokens for one in seen]),
+        None,
     )
 
 
@@ -168,15 +162,27 @@ def output_error(pruned: SoftMoEViT, full: SoftMoEViT, name: str, data) -> float
 
 
 @pytest.mark.parametrize("scope", ["static", "input", "batch"])
-def test_lstsq_leaves_less_error_than_mean_and_mean_less_than_none(scope, calibrated):
+def test_each_compensation_leaves_less_error_than_the_one_before(scope, calibrated):
     model, data, analysis = calibrated
     errors = {}
-    for compensate in ("none", "mean", "lstsq"):
+    for compensate in ("none", "mean", "lstsq", "affine"):
         pruned = moeprune.prune(
             model, analysis, keep="1/16", scope=scope, compensate=compensate, data=data, runtime=CPU
         )
         errors[compensate] = output_error(pruned, model, "blocks.0.soft_moe", data)
-    assert errors["lstsq"] < errors["mean"] < errors["none"]
+    assert errors["affine"] < errors["lstsq"] < errors["mean"] < errors["none"]
+
+
+@pytest.mark.parametrize("compensate", ["none", "mean", "lstsq", "affine"])
+def test_the_set_that_the_gram_matrix_chooses_leaves_less_error(compensate, calibrated):
+    model, data, _ = calibrated
+    errors = {}
+    for signal in ("gram", "combine", "deviation"):
+        pruned = moeprune.prune(
+            model, keep="1/16", signal=signal, compensate=compensate, data=data, runtime=CPU
+        )
+        errors[signal] = output_error(pruned, model, "blocks.0.soft_moe", data)
+    assert errors["gram"] < min(errors["combine"], errors["deviation"])
 
 
 def test_lstsq_repairs_what_earlier_pruned_layers_broke():
@@ -191,44 +197,88 @@ def test_lstsq_repairs_what_earlier_pruned_layers_broke():
     assert lstsq < mean
 
 
-def two_pruned_layers(tmp_path, scope) -> tuple[SoftMoEViT, SoftMoEViT, object]:
-    """An unpruned model, a pruned one whose last layer has much to correct, and their data."""
+def behind_a_pruned_layer(tmp_path, scope=None) -> tuple[SoftMoEViT, SoftMoEViT, object]:
+    """An unpruned model; the same behind a pruned first layer, the last one dense or, in a scope, pruned
+    with surrogates of zero; and their data.
+    """
     full = two_layer_model()
     data = moeprune.open_data(write_inputs(tmp_path / "a.npz", None, samples=90), full.input_format)
-    pruned = moeprune.prune(full, keep=1, scope=scope, compensate="mean", data=data, runtime=CPU)
-    layer = pruned.blocks[1].soft_moe
-    layer.surrogate = torch.zeros_like(layer.surrogate)
+    pruned = moeprune.prune(full, keep=1, scope=scope or "static", compensate="mean", data=data, runtime=CPU)
+    if scope is None:
+        pruned.set_submodule(LAST, full.get_submodule(LAST))
+    else:
+        pruned.get_submodule(LAST).surrogate.zero_()
+    assert output_error(pruned, full, "blocks.0.soft_moe", data) > 0.01
     return full, pruned, data
 
 
-@pytest.mark.parametrize("scope", ["static", "input"])
-def test_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(scope, tmp_path):
-    """The layer before it is pruned too: the targets hold what that one broke."""
-    full, pruned, data = two_pruned_layers(tmp_path, scope)
-    name = "blocks.1.soft_moe"
-    correction = fit_correction(pruned, full, name, data, seed=0, runtime=CPU).flatten(0, 1).double().numpy()
-    before, target = observed(pruned, name, data), observed(full, name, data).output
-    assert output_error(pruned, full, "blocks.0.soft_moe", data) > 0.01
-    weights = before.combine_weights.clone()
-    if scope == "input":
-        for i, experts in enumerate(before.chosen.tolist()):
-            weights[i, :, experts] = 0
-    R = weights.flatten(2).flatten(0, 1).double().numpy()
-    T = (target - before.output).flatten(0, 1).double().numpy()
-    scale = column_scale(R)
+LAST = "blocks.1.soft_moe"
+
+
+def without_means(gathered: Gathered) -> Gathered:
+    """As if the means were zero: there is much to correct."""
+    moments = replace(gathered.moments, slot_mean=torch.zeros_like(gathered.moments.slot_mean))
+    return gathered._replace(moments=moments)
+
+
+def rows_and_kinds(seen: Observation, weights: Tensor, compensation: str) -> tuple[np.ndarray, list[int]]:
+    """The regressors, and how many there are of each kind."""
+    columns = [weights.flatten(2)]
+    if compensation == "affine":
+        mean = seen.tokens.mean(1, keepdim=True).expand_as(seen.tokens)
+        columns += [seen.tokens, mean, torch.ones_like(mean[..., :1])]
+    return torch.cat(columns, 2).flatten(0, 1).double().numpy(), [part.shape[2] for part in columns]
+
+
+def nearest_ridge(R: np.ndarray, T: np.ndarray, kinds: list[int], correction: Tensor) -> float:
+    """How far a correction is from the nearest ridge regression with one of the LAMBDAS."""
+    scale = np.concatenate([column_scale(part) for part in np.split(R, np.cumsum(kinds)[:-1], axis=1)])
     ridges = [direct_ridge(R, T, ridge, scale) for ridge in LAMBDAS]
-    distances = [np.linalg.norm(R @ (V - correction)) / np.linalg.norm(R @ V) for V in ridges]
-    assert np.linalg.norm(R @ correction) > 0.1 * np.linalg.norm(T)
-    assert min(distances) < 1e-4
+    V = correction.double().numpy()
+    assert np.linalg.norm(R @ V) > 0.1 * np.linalg.norm(T)
+    return min(np.linalg.norm(R @ (ridge - V)) / np.linalg.norm(R @ ridge) for ridge in ridges)
 
 
-def test_correction_does_not_depend_on_the_batch_size(tmp_path):
-    full, pruned, data = two_pruned_layers(tmp_path, "static")
-    alone, together = (
-        fit_correction(pruned, full, "blocks.1.soft_moe", data, 0, Runtime(device="cpu", batch_size=size))
-        for size in (1, 64)
-    )
-    assert float((alone - together).norm() / together.norm()) < 1e-3
+@pytest.mark.parametrize("compensation", ["lstsq", "affine"])
+def test_routed_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(compensation, tmp_path):
+    """The layer before it is pruned too: the targets hold what that one broke."""
+    full, pruned, data = behind_a_pruned_layer(tmp_path, "input")
+    correction = fit_routed(pruned, full, LAST, data, compensation, CPU)
+    before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
+    weights = before.combine_weights.clone()
+    for i, experts in enumerate(before.chosen.tolist()):
+        weights[i, :, experts] = 0
+    R, kinds = rows_and_kinds(before, weights, compensation)
+    T = (target - before.output).flatten(0, 1).double().numpy()
+    assert nearest_ridge(R, T, kinds, correction) < 1e-4
+
+
+@pytest.mark.parametrize("compensation", ["lstsq", "affine"])
+def test_static_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(compensation, tmp_path):
+    full, pruned, data = behind_a_pruned_layer(tmp_path)
+    gathered = without_means(gather(pruned, full, LAST, data, compensation, CPU))
+    plan = LayerPlan("static", 2, 5, "combine", compensation, (1, 3))
+    correction = fit_static(gathered, plan)
+    before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
+    outputs = before.slot_outputs[:, list(plan.dropped)]
+    dropped = torch.einsum("bmnp,bnpd->bmd", before.combine_weights[:, :, list(plan.dropped)], outputs)
+    R, kinds = rows_and_kinds(before, before.combine_weights[:, :, [1, 3, 0, 2, 4]], compensation)
+    T = (target - before.output + dropped).flatten(0, 1).double().numpy()
+    assert nearest_ridge(R, T, kinds, correction) < 1e-4
+
+
+@pytest.mark.parametrize("scope", ["static", "input"])
+def test_correction_does_not_depend_on_the_batch_size(scope, tmp_path):
+    full, pruned, data = behind_a_pruned_layer(tmp_path, None if scope == "static" else scope)
+    found = []
+    for size in (1, 64):
+        runtime = Runtime(device="cpu", batch_size=size)
+        if scope == "static":
+            plan = LayerPlan("static", 2, 5, "combine", "affine", (1, 3))
+            found.append(fit_static(without_means(gather(pruned, full, LAST, data, "affine", runtime)), plan))
+        else:
+            found.append(fit_routed(pruned, full, LAST, data, "affine", runtime))
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-3
 
 
 def test_surrogates_of_a_layer_are_its_means_behind_the_pruned_layers_before_it(tmp_path):

@@ -83,7 +83,7 @@ def bar_moves(name: str) -> Callable[[bytes], bool]:
 CALLS = {
     "analyze": ("analyze", ["analyze"]),
     "measuring": ("measure", ["prune", "--keep", "1/8", "--signal", "random", "--compensate", "mean"]),
-    "lstsq": ("lstsq", ["prune", "--keep", "1/8", "--scope", "input", "--compensate", "lstsq"]),
+    "fit": ("fit", ["prune", "--keep", "1/8", "--scope", "input", "--compensate", "lstsq"]),
     "eval": ("eval", ["eval"]),
 }
 """The progress bar to wait for, the command and what it needs beside a checkpoint, data and output."""
@@ -100,7 +100,7 @@ def data_analysis(single, data, run, tmp_path_factory) -> Path:
 def test_interrupted_work_leaves_files_as_they_were(single, data, data_analysis, tmp_path, name):
     bar, words = CALLS[name]
     words = [*words, single, "--data", data, "--batch-size", 1, "--force"]
-    if name == "lstsq":
+    if name == "fit":
         words += ["--analysis", data_analysis]
     output = tmp_path / "output"
     output.write_bytes(b"old")

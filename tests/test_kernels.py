@@ -18,6 +18,7 @@ from tests.test_soft_moe import (
     ROUTERS,
     D,
     N,
+    affine_of,
     dense_layer,
     expected_sets,
     expert_scores,
@@ -192,7 +193,9 @@ def test_pruned_layer_equals_the_masked_formulas(scope, compensation, p, k):
         if scope == "static"
         else expected_sets(dense, x.cpu(), scope, k)
     )
-    expected = reference_layer(x.cpu(), dense.state_dict(), *router(dense), kept, compensation, u)
+    expected = reference_layer(
+        x.cpu(), dense.state_dict(), *router(dense), kept, compensation, u, affine=affine_of(layer.cpu())
+    )
     assert relative_error(layer(x).cpu(), expected) < 1e-5
 
 
@@ -329,7 +332,9 @@ def test_float64_on_the_gpu_equals_the_masked_formulas(scope, compensation, p):
     kept = (
         [best_subset(scores.tolist(), 2)] * len(x) if scope == "static" else expected_sets(dense, x, scope, 2)
     )
-    expected = reference_layer(x, dense.state_dict(), *router(dense), kept, compensation, u)
+    expected = reference_layer(
+        x, dense.state_dict(), *router(dense), kept, compensation, u, affine=affine_of(layer.cpu())
+    )
     assert relative_error(layer(x.cuda()).cpu(), expected) < 1e-10
 
 

@@ -22,8 +22,8 @@ from moeprune.errors import MoepruneError
 from moeprune.header import read_header
 from moeprune.model import SoftMoEViT
 from moeprune.plan import LayerPlan
-from moeprune.pruning import prune_layer
 from moeprune.soft_moe import SoftMoE
+from moeprune.surgery import prune_layer
 from tests.peers import has
 
 MIB = 1 << 20
@@ -163,8 +163,7 @@ def test_weights_are_used_where_they_lie(scope):
     """Nothing as large as one expert is made."""
     config = SoftMoEConfig(64, 4, 1, 8192)
     kept = (0, 1) if scope == "static" else None
-    scores = torch.rand(4) if kept else None
-    layer = prune_layer(SoftMoE(config).eval(), LayerPlan(scope, 2, 4, "combine", "none", kept), scores)
+    layer = prune_layer(SoftMoE(config).eval(), LayerPlan(scope, 2, 4, "combine", "none", kept))
     assert peak_bytes(layer, torch.randn(1, 8, 64)) < layer.fc1_weight[0].nbytes / 4
 
 
@@ -178,9 +177,7 @@ def test_activations_of_a_routed_layer_are_no_more_than_the_dense_layers(compens
         routed = prune_layer(dense, LayerPlan(scope, 16, 128, "combine", compensation), None, means)
         assert peak_bytes(routed, x) <= full
     kept = tuple(range(16))
-    static = prune_layer(
-        dense, LayerPlan("static", 16, 128, "combine", compensation, kept), torch.rand(128), means
-    )
+    static = prune_layer(dense, LayerPlan("static", 16, 128, "combine", compensation, kept), None, means)
     assert peak_bytes(static, x) <= full
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from moeprune import routed
 from moeprune.architecture import SoftMoEConfig
 from moeprune.plan import LayerPlan
-from moeprune.pruning import prune_layer
 from moeprune.routed import grouped_linear
 from moeprune.scores import top_k
 from moeprune.soft_moe import Observation, SoftMoE
+from moeprune.surgery import prune_layer
 from tests.reference import (
     best_subset,
     reference_combine,
@@ -24,7 +24,7 @@ B, M, D, N, H = 4, 7, 10, 5, 6
 ROUTERS = list(product(("none", "l2", "rms", "layer"), ("raw", "normalized")))
 KINDS = [("mlp", None), ("geglu", None), ("linear", None), ("mlp", 7), ("linear", 13)]
 TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
-COMPENSATIONS = ("none", "renorm", "mean", "lstsq")
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine")
 
 
 def dense_layer(
@@ -62,8 +62,20 @@ def expert_scores(n=N, seed=3) -> Tensor:
 
 def pruned_layer(dense, scope, k, compensation="none", signal="combine", scores=None, slot_mean=None):
     n = dense.config.num_experts
-    kept = tuple(range(k)) if scope == "static" else None
-    return prune_layer(dense, LayerPlan(scope, k, n, signal, compensation, kept), scores, slot_mean)
+    """With scope static the k experts of the highest scores are kept; what `affine` adds is random."""
+    kept = None
+    if scope == "static":
+        kept, scores = tuple(top_k(scores, k).tolist()), None
+    layer = prune_layer(dense, LayerPlan(scope, k, n, signal, compensation, kept), scores, slot_mean)
+    generator = torch.Generator().manual_seed(9)
+    for name, buffer in layer.named_buffers():
+        if name.startswith("affine"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    return layer
+
+
+def affine_of(layer) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in layer.named_buffers() if name.startswith("affine")}
 
 
 def router(layer) -> tuple[str, str]:
@@ -147,7 +159,7 @@ def test_dense_layer_of_every_kind_of_expert_equals_the_formulas(expert, out_dim
     assert relative_error(layer(x), expected) < tolerance
 
 
-@pytest.mark.parametrize(("scope", "compensation"), [(None, "none"), ("static", "mean"), ("input", "mean")])
+@pytest.mark.parametrize(("scope", "compensation"), [(None, "none"), ("static", "mean"), ("input", "affine")])
 def test_images_and_single_tokens_are_taken_as_tokens(scope, compensation):
     dense, u, scores = dense_layer(), surrogates(), expert_scores() if scope == "static" else None
     layer = dense if scope is None else pruned_layer(dense, scope, 2, compensation, "combine", scores, u)
@@ -163,7 +175,7 @@ def test_images_and_single_tokens_are_taken_as_tokens(scope, compensation):
 def test_padding_changes_nothing_for_real_tokens(scope):
     """Inputs of 7 and 4 tokens in one padded batch give what each gives alone."""
     dense, u, scores = dense_layer(), surrogates(), expert_scores() if scope == "static" else None
-    layer = dense if scope is None else pruned_layer(dense, scope, 2, "mean", "combine", scores, u)
+    layer = dense if scope is None else pruned_layer(dense, scope, 2, "affine", "combine", scores, u)
     x = inputs(b=2)
     mask = torch.ones(2, M, dtype=torch.bool)
     mask[1, 4:] = False
@@ -212,7 +224,9 @@ def test_routed_layer_equals_the_masked_formulas(
     dense, x, u = dense_layer(router_norm, dispatch_input, p, dtype), inputs(dtype=dtype), surrogates(p)
     layer = pruned_layer(dense, scope, k, compensation, slot_mean=u)
     kept = expected_sets(dense, x, scope, k)
-    expected = reference_layer(x, dense.state_dict(), *router(dense), kept, compensation, u)
+    expected = reference_layer(
+        x, dense.state_dict(), *router(dense), kept, compensation, u, affine=affine_of(layer)
+    )
     assert relative_error(layer(x), expected) < tolerance
 
 
@@ -230,7 +244,9 @@ def test_pruned_layer_of_every_kind_of_expert_equals_the_masked_formulas(
         kept = [best_subset(scores.tolist(), 2)] * B
     else:
         kept = expected_sets(dense, x, scope, 2)
-    expected = reference_layer(x, dense.state_dict(), *router(dense), kept, compensation, u)
+    expected = reference_layer(
+        x, dense.state_dict(), *router(dense), kept, compensation, u, affine=affine_of(layer)
+    )
     assert relative_error(layer(x), expected) < 1e-10
 
 
@@ -251,7 +267,9 @@ def test_static_layer_equals_the_masked_formulas(
     kept = best_subset(scores.tolist(), k)
     assert layer.plan.kept == kept
     assert torch.equal(u, given)
-    expected = reference_layer(x, dense.state_dict(), *router(dense), [kept] * B, compensation, u)
+    expected = reference_layer(
+        x, dense.state_dict(), *router(dense), [kept] * B, compensation, u, affine=affine_of(layer)
+    )
     assert relative_error(layer(x), expected) < tolerance
 
 
@@ -266,7 +284,9 @@ def test_static_surrogate_of_a_kept_slot_is_added_to_its_output():
     assert relative_error(layer(x), expected) < 1e-10
 
 
-@pytest.mark.parametrize(("compensation", "routed"), [("none", N), ("renorm", 2), ("mean", N), ("lstsq", N)])
+@pytest.mark.parametrize(
+    ("compensation", "routed"), [("none", N), ("renorm", 2), ("mean", N), ("lstsq", N), ("affine", N)]
+)
 def test_state_dict_of_a_static_layer_holds_only_the_kept_experts(compensation, routed):
     dense, scores = dense_layer(), expert_scores()
     layer = pruned_layer(dense, "static", 2, compensation, scores=scores, slot_mean=surrogates())
@@ -281,8 +301,10 @@ def test_state_dict_of_a_static_layer_holds_only_the_kept_experts(compensation, 
         "fc2_weight": (2, D, H),
         "fc2_bias": (2, D),
     }
-    if compensation in ("mean", "lstsq"):
+    if compensation in ("mean", "lstsq", "affine"):
         expected["surrogate"] = (N, 2, D)
+    if compensation == "affine":
+        expected |= {"affine_token": (D, D), "affine_mean": (D, D), "affine_bias": (D,)}
     assert shapes == expected
     for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"):
         assert torch.equal(tensors[name], dense.state_dict()[name][kept])
@@ -435,7 +457,9 @@ def test_calls_with_and_without_gradients_agree_and_gradients_are_those_of_the_f
         kept = expected_sets(dense, x.detach(), scope, 2)
     y = layer(x)
     y.square().sum().backward()
-    expected = reference_layer(x_reference, dense.state_dict(), *router(dense), kept, compensation, u)
+    expected = reference_layer(
+        x_reference, dense.state_dict(), *router(dense), kept, compensation, u, affine=affine_of(layer)
+    )
     expected.square().sum().backward()
     assert relative_error(x.grad, x_reference.grad) < 1e-8
     for mode in (torch.no_grad, torch.inference_mode):

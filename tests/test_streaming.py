@@ -62,9 +62,12 @@ def test_command_in_one_shot_needs_no_data(run, vit, vit_analysis, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--compensate", "lstsq"], "`lstsq` is fitted to data"),
+        (["--compensate", "lstsq"], "`lstsq` of layer `blocks.1.soft_moe` is fitted to data"),
         (["--data", "pairs"], "`--one-shot` reads no data"),
-        (["--scope", "input", "--compensate", "lstsq"], "`lstsq` is fitted to data"),
+        (
+            ["--scope", "input", "--compensate", "lstsq"],
+            "`lstsq` of layer `blocks.1.soft_moe` is fitted to data",
+        ),
     ],
 )
 def test_what_one_shot_cannot_give(options, message, run, vit, vit_analysis, tmp_path):

@@ -25,8 +25,8 @@ from torch import Tensor
 from moeprune.architecture import SoftMoEConfig
 from moeprune.flops import soft_moe_flops
 from moeprune.plan import LayerPlan
-from moeprune.pruning import prune_layer
 from moeprune.soft_moe import Observation, SoftMoE
+from moeprune.surgery import prune_layer
 
 TOKENS, SLOTS = 196, 128
 SIZES = {"ViT-S": (384, 1536), "ViT-B": (768, 3072), "ViT-L": (1024, 4096)}

@@ -25,8 +25,9 @@ from moeprune.flops import soft_moe_flops
 from moeprune.latency import interleaved
 from moeprune.model import SoftMoEViT
 from moeprune.plan import LayerPlan
-from moeprune.pruning import prune, prune_layer
+from moeprune.pruning import prune
 from moeprune.soft_moe import SoftMoE
+from moeprune.surgery import prune_layer
 
 TOKENS = 196
 INPUTS = 4

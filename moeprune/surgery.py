@@ -1,0 +1,57 @@
+"""A dense layer made into one that follows a plan.
+
+Axes: n experts, p slots per expert, d width of the output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeprune.plan import LayerPlan
+from moeprune.soft_moe import SoftMoE
+
+
+def prune_layer(
+    layer: SoftMoE,
+    plan: LayerPlan,
+    score_weights: Tensor | None = None,
+    slot_mean: Tensor | None = None,
+) -> SoftMoE:
+    """A layer that follows the plan, made of a dense one; what `affine` adds is zero yet.
+
+    Args:
+        layer: dense.
+        plan: what to do.
+        score_weights: with scope `input` or `batch` what the signal multiplies each expert's mass with
+            (`deviation`) or takes for it (`random`); None where the signal is the mass alone. (n)
+        slot_mean: mu (n,p,d), for a compensation with surrogates.
+    """
+    tensors = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    device = layer.fc2_weight.device
+    if plan.scope == "static":
+        tensors["phi"] = tensors["phi"][:, list(plan.columns)]
+        for name in tensors:
+            if name.startswith("fc"):
+                tensors[name] = tensors[name][torch.tensor(plan.kept, dtype=torch.int64, device=device)]
+    elif score_weights is not None:
+        tensors["score_weights"] = score_weights.to(device, torch.float32)
+    if plan.has_surrogate:
+        assert slot_mean is not None
+        if plan.scope == "static":
+            slot_mean = static_surrogate(plan, slot_mean)
+        tensors["surrogate"] = slot_mean.to(layer.fc2_weight, copy=True)
+    with torch.device("meta"):
+        pruned = SoftMoE(layer.config, plan)
+    if plan.has_affine:
+        shapes = {name: buffer.shape for name, buffer in pruned.named_buffers() if name.startswith("affine")}
+        tensors |= {name: layer.fc2_weight.new_zeros(shape) for name, shape in shapes.items()}
+    pruned.load_state_dict(tensors, assign=True)
+    return pruned.requires_grad_(False).eval()
+
+
+def static_surrogate(plan: LayerPlan, slot_mean: Tensor) -> Tensor:
+    """mu (n,p,d) in the order of phi's columns, zero for kept slots, which have their own outputs."""
+    surrogate = slot_mean[list(plan.columns)]
+    surrogate[: plan.k] = 0
+    return surrogate
