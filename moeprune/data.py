@@ -79,6 +79,15 @@ class Dataset:
         """What a file or report says of the data, as JSON values."""
         return {"spec": self.spec, "samples": self.samples, "fingerprint": self.fingerprint}
 
+    @property
+    def indices(self) -> Sequence[int]:
+        """The samples that a pass gives, ascending: all of them, or as many as the limit, drawn."""
+        indices: Sequence[int] = range(self.available)
+        if self.samples < self.available:
+            # Not evenly spaced: a set whose classes take turns would lose some of them.
+            indices = sorted(random.Random(0).sample(indices, self.samples))
+        return indices
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """One pass over the samples in a fixed order; with a limit, over as many drawn with a fixed seed.
 
@@ -86,10 +95,7 @@ class Dataset:
             MoepruneError: NaN or infinite inputs, labels outside the classes, or what reading the
                 file raises.
         """
-        indices: Sequence[int] = range(self.available)
-        if self.samples < self.available:
-            # Not evenly spaced: a set whose classes take turns would lose some of them.
-            indices = sorted(random.Random(0).sample(indices, self.samples))
+        indices = self.indices
         digests, seen = (hashlib.sha256(), hashlib.sha256()), 0
         for inputs, labels in self.read(indices, batch_size):
             finite = inputs.flatten(1).isfinite().all(dim=1)
@@ -113,6 +119,21 @@ class Dataset:
             yield inputs, labels
         both = b"".join(digest.digest() for digest in digests)  # apart, so that batches leave no trace
         self.fingerprint = hashlib.sha256(both).hexdigest()
+
+
+def subset(data: Dataset, members: Sequence[int], name: str) -> Dataset:
+    """Some samples of a data set, as one of its own.
+
+    Args:
+        members: their places among the samples of `data` that a pass over it gives, ascending.
+        name: what messages call the part.
+    """
+    indices = data.indices
+
+    def read(places: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        return data.read([indices[members[place]] for place in places], batch_size)
+
+    return Dataset(f"{data.spec} ({name})", len(members), data.has_labels, data.classes, read)
 
 
 def open_data(

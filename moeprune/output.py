@@ -53,6 +53,16 @@ def check_output(path: Path, force: bool) -> None:
         raise MoepruneError(f"cannot write into `{path.parent}`", "check its permissions")
 
 
+def check_outputs(output: Path | None, save_plan: Path | None, output_file: Path | None, force: bool) -> None:
+    """Refuse what `prune` may not write, before any work is done for it."""
+    for path in (output, save_plan):
+        if path is not None:
+            check_output(path, force)
+            check_apart(path, output_file)
+    if output is not None and save_plan is not None:
+        check_apart(output, save_plan)
+
+
 def check_apart(output: Path, output_file: Path | None) -> None:
     """Raise a MoepruneError if the report would replace what the command writes."""
     if output_file is not None and os.path.realpath(output_file) == os.path.realpath(output):

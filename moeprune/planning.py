@@ -11,12 +11,207 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
-from moeprune.architecture import ModuleConfig, ViTConfig
+from moeprune.architecture import ModuleConfig, SoftMoEConfig, ViTConfig
 from moeprune.calibration import Analysis
+from moeprune.errors import MoepruneError
+from moeprune.flops import model_flops, soft_moe_flops
+from moeprune.header import TensorInfo
+from moeprune.plan import LayerPlan, Plan, experts_to_keep, uniform_plan
 from moeprune.selection import drop_order
+from moeprune.tensors import layer_shapes, soft_moe_shapes
 
-ModelConfig = ViTConfig | ModuleConfig
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs under every plan of one scope and compensation, in bytes or FLOPs.
+
+    full: of the unpruned model. rest: of what is in no Soft MoE layer. layers: of each layer with
+    k = 0…n experts; infinite where there is no such plan.
+    """
+
+    full: float
+    rest: float
+    layers: dict[str, list[float]]
+
+    def of(self, experts: Mapping[str, int]) -> float:
+        """What the model costs with k experts in each layer."""
+        return self.rest + math.fsum(self.layers[name][k] for name, k in experts.items())
+
+
+def size_costs(
+    config: ViTConfig | ModuleConfig,
+    tensors: Mapping[str, TensorInfo],
+    scope: str,
+    signal: str,
+    compensation: str,
+) -> Costs:
+    """Costs in bytes.
+
+    Args:
+        config: of the unpruned model.
+        tensors: of its checkpoint.
+        scope: see moeprune.plan.LayerPlan, like signal and compensation.
+    """
+    full = float(sum(tensor.nbytes for tensor in tensors.values()))
+    in_layers = sum(tensors[name].nbytes for name in layer_shapes(config, {}))
+    layers = {}
+    for name, layer in config.soft_moe_layers.items():
+        weight = tensors[f"{name}.fc2_weight"]
+        item = weight.nbytes / weight.numel
+        layers[name] = [
+            math.inf if plan is None else _layer_bytes(layer, plan, item)
+            for plan in _plans_of(layer, scope, signal, compensation)
+        ]
+    return Costs(full, full - in_layers, layers)
+
+
+def _layer_bytes(layer: SoftMoEConfig, plan: LayerPlan, item: float) -> float:
+    return sum(
+        math.prod(shape) * (4 if name == "score_weights" else item)  # those are float32 in any case
+        for name, shape in soft_moe_shapes(layer, plan).items()
+    )
+
+
+def flops_costs(config: ViTConfig | ModuleConfig, scope: str, signal: str, compensation: str) -> Costs:
+    """Costs in FLOPs of one input; see `size_costs`."""
+    full = model_flops(config, {}).total
+    layers = {}
+    dense = 0
+    for name, layer in config.soft_moe_layers.items():
+        tokens = config.num_tokens if isinstance(config, ViTConfig) else config.layers[name].tokens
+        dense += soft_moe_flops(layer, tokens).total
+        layers[name] = [
+            math.inf if plan is None else float(soft_moe_flops(layer, tokens, plan).total)
+            for plan in _plans_of(layer, scope, signal, compensation)
+        ]
+    return Costs(full, full - dense, layers)
+
+
+def _plans_of(layer: SoftMoEConfig, scope: str, signal: str, compensation: str) -> list[LayerPlan | None]:
+    """The plans of a layer that keep 0, 1, … n experts; None where there is none."""
+    n = layer.num_experts
+    return [
+        None
+        if k == 0 and compensation == "renorm"
+        else LayerPlan(scope, k, n, signal, compensation, tuple(range(k)) if scope == "static" else None)
+        for k in range(n + 1)
+    ]
+
+
+def plan_for(
+    config: ViTConfig | ModuleConfig,
+    tensors: Mapping[str, TensorInfo],
+    analysis: Analysis | None,
+    *,
+    keep: Fraction | int | None = None,
+    max_size: float | None = None,
+    max_flops: float | None = None,
+    scope: str,
+    signal: str,
+    compensation: str,
+) -> Plan:
+    """The plan for a number of experts or a budget, one of which is given; see `plan_within`.
+
+    Args:
+        config: of the unpruned model.
+        tensors: of its checkpoint.
+        analysis: of the model; needed for budgets with scope `static`.
+        keep: the share or number of experts in each layer.
+        max_size: the share of the model's bytes that may remain.
+        max_flops: likewise, of its FLOPs.
+        scope: see moeprune.plan.LayerPlan, like signal and compensation.
+
+    Raises:
+        MoepruneError: the budget cannot be met, or more experts are to be kept than there are.
+    """
+    if keep is not None:
+        experts = {name: layer.num_experts for name, layer in config.soft_moe_layers.items()}
+        return uniform_plan(experts, keep, scope, signal, compensation)
+    if max_size is not None:
+        costs, budget = size_costs(config, tensors, scope, signal, compensation), max_size
+    else:
+        assert max_flops is not None
+        costs, budget = flops_costs(config, scope, signal, compensation), max_flops
+    option = "--max-flops" if max_size is None else "--max-size"
+    return plan_within(
+        config, costs, budget, analysis,
+        scope=scope, signal=signal, compensation=compensation, option=option,
+    )  # fmt: skip
+
+
+def plan_within(
+    config: ViTConfig | ModuleConfig,
+    costs: Costs,
+    budget: float,
+    analysis: Analysis | None,
+    *,
+    scope: str,
+    signal: str,
+    compensation: str,
+    option: str,
+) -> Plan:
+    """The plan that costs a share of the full model at most and is expected to lose least.
+
+    With scope `static` the budget is split over the layers by what they lose, with the others each layer
+    keeps the same share of its experts. Which experts are kept is left open.
+
+    Args:
+        config: of the unpruned model.
+        costs: of its plans.
+        budget: the share.
+        analysis: of the model; needed with scope `static`.
+        scope: see moeprune.plan.LayerPlan, like signal and compensation.
+        option: how messages call the budget.
+
+    Raises:
+        MoepruneError: even one expert in each layer costs more.
+    """
+    least = dict.fromkeys(costs.layers, 1)
+    smallest = costs.of(least) / costs.full
+    if smallest > budget:
+        raise MoepruneError(
+            f"`{option} {budget:g}` is less than what one expert in each layer takes with scope {scope} and"
+            f" compensation {compensation}",
+            f"the least that can be given is {math.ceil(smallest * 1e4) / 1e4:g}",
+        )
+    if scope == "static":
+        if analysis is None:
+            raise MoepruneError(
+                f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`"
+            )
+        available = budget * costs.full - costs.rest
+        experts = allocate(losses(analysis, compensation), costs.layers, available)
+    else:
+        experts = uniform_within(costs, budget)
+    return plan_of_experts(config, experts, scope, signal, compensation)
+
+
+def uniform_within(costs: Costs, budget: float) -> dict[str, int]:
+    """The largest share of experts, the same in each layer, that costs a share of the full model at most.
+
+    One expert in each layer is taken to be affordable.
+    """
+    sizes = {name: len(layer) - 1 for name, layer in costs.layers.items()}
+    shares = sorted({Fraction(k, n) for n in sizes.values() for k in range(1, n + 1)})
+    best = dict.fromkeys(sizes, 1)
+    for share in shares:
+        experts = {name: experts_to_keep(share, n, name) for name, n in sizes.items()}
+        if costs.of(experts) <= budget * costs.full:
+            best = experts
+    return best
+
+
+def plan_of_experts(
+    config: ViTConfig | ModuleConfig, experts: Mapping[str, int], scope: str, signal: str, compensation: str
+) -> Plan:
+    """The plan that keeps k experts in each layer, which the signal is yet to choose."""
+    return {
+        name: LayerPlan(scope, experts[name], layer.num_experts, signal, compensation)
+        for name, layer in config.soft_moe_layers.items()
+    }
 
 
 def losses(analysis: Analysis, compensation: str) -> dict[str, list[float]]:
@@ -32,8 +227,8 @@ def losses(analysis: Analysis, compensation: str) -> dict[str, list[float]]:
 
 
 def allocate(
-    losses: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], budget: float, least: int = 1
-) -> dict[str, int] | None:
+    losses: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], budget: float
+) -> dict[str, int]:
     """The k of each layer whose losses sum to the least that is found within a budget.
 
     Starts with the cheapest choice of every layer and takes the steps of the layers' lower convex hulls,
@@ -42,19 +237,13 @@ def allocate(
     Args:
         losses: of each layer with k experts kept, k = 0…n.
         costs: likewise.
-        budget: what the costs may sum to.
-        least: the smallest k.
-
-    Returns:
-        None where even the cheapest choice is beyond the budget.
+        budget: what the costs may sum to; one expert in each layer is taken to be affordable.
     """
-    hulls = {name: _hull(losses[name], costs[name], least) for name in losses}
+    hulls = {name: _hull(losses[name], costs[name]) for name in costs}
     chosen = {name: hull[0] for name, hull in hulls.items()}
     spent = math.fsum(costs[name][k] for name, k in chosen.items())
-    if spent > budget:
-        return None
     steps: list[tuple[float, int, str, int]] = []
-    for order, name in enumerate(losses):
+    for order, name in enumerate(costs):
         for index, (k, larger) in enumerate(zip(hulls[name], hulls[name][1:], strict=False)):
             gain = (losses[name][k] - losses[name][larger]) / (costs[name][larger] - costs[name][k])
             steps.append((-gain, order * 10**6 + index, name, larger))
@@ -70,9 +259,9 @@ def allocate(
     return _fill(chosen, losses, costs, budget - spent)
 
 
-def _hull(losses: Sequence[float], costs: Sequence[float], least: int) -> list[int]:
-    """The choices of k on the lower convex hull of losses over costs, from the cheapest on."""
-    order = sorted(range(min(least, len(losses) - 1), len(losses)), key=lambda k: (costs[k], losses[k]))
+def _hull(losses: Sequence[float], costs: Sequence[float]) -> list[int]:
+    """The choices of k ≥ 1 on the lower convex hull of losses over costs, from the cheapest on."""
+    order = sorted(range(1, len(losses)), key=lambda k: (costs[k], losses[k]))
     hull: list[int] = []
     for k in order:
         if hull and losses[k] >= losses[hull[-1]]:

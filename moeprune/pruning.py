@@ -170,9 +170,7 @@ def prune_file(
     """
     header = read_header(source)
     config, existing, details = read_description(header)
-    if existing:
-        pruned = ", ".join(f"`{name}`" for name in existing)
-        raise MoepruneError(f"layers {pruned} are already pruned", ALREADY_PRUNED)
+    require_unpruned(existing)
     plan = _full_plan(config.soft_moe_layers, keep, plan, "static", signal, compensate)
     source_fingerprint = file_fingerprint(header)
     if any(layer.is_calibrated for layer in plan.values()):
@@ -205,6 +203,13 @@ def prune_file(
     if preprocessing is not None:
         metadata["preprocessing"] = preprocessing.to_json()
     write_from(header, Path(target), entries, metadata)
+
+
+def require_unpruned(plan: Plan) -> None:
+    """Raise a MoepruneError if a checkpoint has a plan already."""
+    if plan:
+        names = ", ".join(f"`{name}`" for name in plan)
+        raise MoepruneError(f"layers {names} are already pruned", ALREADY_PRUNED)
 
 
 def needs_pass(plan: Plan, one_shot: bool) -> bool:

@@ -123,21 +123,31 @@ def verdict(layer: Mapping[str, Any]) -> str:
 def pruning(found: Mapping[str, Any]) -> Group:
     """The text of `moeprune prune`."""
     table = _facts()
-    full, pruned = found["full_model"], found["model"]
-    size, flops = pruned["bytes"], pruned["flops_per_input"]["total"]
-    table.add_row(
-        "size",
-        f"{amount(full['bytes'], 'B')} → {amount(size, 'B')} ({percent(size / full['bytes'])})",
-    )
-    full_flops = full["flops_per_input"]["total"]
-    table.add_row(
-        "FLOPs per input",
-        f"{amount(full_flops)} → {_flops(pruned['flops_per_input'])}, {percent(flops / full_flops)}",
-    )
+    full, pruned, search = found["full_model"], found["model"], found["search"]
+    if pruned is not None:
+        size, flops = pruned["bytes"], pruned["flops_per_input"]["total"]
+        table.add_row(
+            "size",
+            f"{amount(full['bytes'], 'B')} → {amount(size, 'B')} ({percent(size / full['bytes'])})",
+        )
+        full_flops = full["flops_per_input"]["total"]
+        table.add_row(
+            "FLOPs per input",
+            f"{amount(full_flops)} → {_flops(pruned['flops_per_input'])}, {percent(flops / full_flops)}",
+        )
+    if search is not None:
+        confirmed = search["confirmed"]
+        low, high = confirmed["accuracy_drop_ci95"]
+        table.add_row(
+            "accuracy drop",
+            f"{points(confirmed['accuracy_drop'])} (95 %: {points(low)} to {points(high)}) on"
+            f" {confirmed['samples']} samples that the search of {len(search['tried'])} plans did not see",
+        )
     for name, plan in found["plan"].items():
         kept = f": {_plain(plan['kept'])}" if plan["kept"] is not None else ""
         table.add_row(name, _plan(plan) + kept)
-    return Group(Text(f"wrote {found['checkpoint']}", style="bold"), table)
+    written = [path for path in (found["checkpoint"], found["saved_plan"]) if path is not None]
+    return Group(Text(f"wrote {' and '.join(written)}", style="bold"), table)
 
 
 def evaluation(found: Mapping[str, Any]) -> Group:

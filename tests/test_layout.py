@@ -50,7 +50,7 @@ LEVELS = (
     ("calibration", "latency", "train", "parity"),
     ("compensation", "evaluation", "conversion", "adoption", "planning"),
     ("pruning",),
-    ("sweep",),
+    ("search", "sweep"),
     ("demo",),
     ("cli",),
     ("__main__",),

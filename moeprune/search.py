@@ -1,0 +1,176 @@
+"""The smallest pruned model whose accuracy drop is within a limit, searched and confirmed on labelled data.
+
+The data is split in two by a hash of the samples' places. On one part plans from small to large are tried,
+halving the range each time; on the other, which no choice has seen, the result is confirmed, and where it
+is not, larger ones are tried until one is. What is reported is the confirmed drop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moeprune.calibration import Analysis, analyze
+from moeprune.checkpoint import tensor_infos
+from moeprune.contributions import half_of
+from moeprune.data import Dataset, subset
+from moeprune.errors import MoepruneError
+from moeprune.evaluation import Predictions, compare, describe, predict
+from moeprune.model import Model, dataset_for, require_dense_layers
+from moeprune.plan import Plan
+from moeprune.planning import flops_costs, plan_of_experts, plan_within, size_costs
+from moeprune.pruning import ALREADY_PRUNED, calibration_data, prune
+from moeprune.runtime import Runtime
+
+STEPS_OF_TWO = 2
+"""Plans to try for each halving of the cost."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The model that a search found, and how.
+
+    model: pruned. report: JSON values: `max_accuracy_drop`; `tried`: for each plan its `k` by layer,
+    `size` and `flops` as shares of the full model's, and the `accuracy_drop` on the part that was
+    searched; `confirmed`: `samples`, `accuracy_drop`, `accuracy_drop_ci95` and `mcnemar_p` on the other.
+    """
+
+    model: Model
+    report: dict[str, Any]
+
+
+def prune_within_drop(
+    model: Model,
+    data: Dataset | str,
+    max_accuracy_drop: float,
+    *,
+    analysis: Analysis | None = None,
+    scope: str = "static",
+    signal: str = "combine",
+    compensate: str = "none",
+    seed: int = 0,
+    runtime: Runtime = Runtime(),
+) -> Found:
+    """The smallest pruned model within a drop of accuracy; with scope `input` or `batch` that of least FLOPs.
+
+    Args:
+        model: unpruned.
+        data: labelled; half of it confirms what is found on the other half.
+        max_accuracy_drop: a fraction.
+        analysis: of the model, whose own data everything is calibrated on; None: the half of the data
+            that is searched serves for that.
+        scope: see moeprune.pruning.prune, like signal, compensate and seed.
+        runtime: where and how models run.
+
+    Raises:
+        MoepruneError: no plan is within the drop, or what `prune` and `evaluate` raise.
+    """
+    require_dense_layers(model, ALREADY_PRUNED)
+    data = dataset_for(model, data, "calibration")
+    if data.samples < 2:
+        raise MoepruneError(f"`{data.spec}` has one sample, a search needs two at least")
+    parts = [
+        subset(data, (half_of(0, data.samples) == half).nonzero().flatten().tolist(), name)
+        for half, name in enumerate(("half to search", "half to confirm"))
+    ]
+    searched, confirming = parts
+    if analysis is None:
+        calibration, analysis = searched, analyze(model, searched, runtime)
+    else:
+        calibration = calibration_data(model, analysis)
+    [full_searched] = predict([model], searched, runtime, "full model")
+    plans = _ladder(model, analysis, scope, signal, compensate)
+    tried: dict[int, tuple[Model, dict[str, Any]]] = {}
+
+    def attempt(index: int) -> dict[str, Any]:
+        if index not in tried:
+            pruned = prune(model, analysis, plan=plans[index], data=calibration, seed=seed, runtime=runtime)
+            [predictions] = predict([pruned], searched, runtime, f"try {len(tried) + 1}")
+            difference = _difference(model, full_searched, pruned, predictions)
+            tried[index] = (
+                pruned,
+                {
+                    "k": {name: layer.k for name, layer in plans[index].items()},
+                    "size": 1 - difference["size_reduction"],
+                    "flops": 1 - difference["flops_reduction"],
+                    "accuracy_drop": difference["accuracy_drop"],
+                },
+            )
+        return tried[index][1]
+
+    low, high = (
+        0,
+        len(plans),
+    )  # the first that passes is in low…high; plans[len(plans)] would be the full model
+    while low < high:
+        middle = (low + high) // 2
+        if attempt(middle)["accuracy_drop"] <= max_accuracy_drop:
+            high = middle
+        else:
+            low = middle + 1
+    full_confirming: Predictions | None = None
+    for index in range(high, len(plans)):
+        if attempt(index)["accuracy_drop"] > max_accuracy_drop:
+            continue
+        pruned = tried[index][0]
+        if full_confirming is None:
+            [full_confirming] = predict([model], confirming, runtime, "full model")
+        [predictions] = predict([pruned], confirming, runtime, "confirm")
+        difference = _difference(model, full_confirming, pruned, predictions)
+        if difference["accuracy_drop"] <= max_accuracy_drop:
+            confirmed = {
+                "samples": confirming.samples,
+                **{k: difference[k] for k in ("accuracy_drop", "accuracy_drop_ci95", "mcnemar_p")},
+            }
+            report = {
+                "max_accuracy_drop": max_accuracy_drop,
+                "tried": [tried[i][1] for i in sorted(tried)],
+                "confirmed": confirmed,
+            }
+            return Found(pruned, report)
+    least = min(entry["accuracy_drop"] for _, entry in tried.values())
+    raise MoepruneError(
+        f"no plan of scope {scope} and compensation {compensate} is within an accuracy drop of"
+        f" {max_accuracy_drop:g} on both halves of `{data.spec}`; the least drop among {len(tried)} plans was"
+        f" {least:.4g}",
+        "allow a larger drop, or compensate (`--compensate affine`)",
+    )
+
+
+def _ladder(model: Model, analysis: Analysis, scope: str, signal: str, compensate: str) -> list[Plan]:
+    """Plans from the smallest to nearly the full model, each about the same factor larger than the last."""
+    config = model.config
+    if scope == "static":
+        costs = size_costs(config, tensor_infos(model.state_dict()), scope, signal, compensate)
+    else:
+        costs = flops_costs(config, scope, signal, compensate)
+    most = max(len(layer) - 1 for layer in costs.layers.values())
+    plans: list[Plan] = []
+    seen: set[tuple[int, ...]] = set()
+    steps = STEPS_OF_TWO * most.bit_length()
+    for step in range(steps, 0, -1):
+        share = 2 ** (-step / STEPS_OF_TWO)
+        experts = {name: max(1, round(share * (len(layer) - 1))) for name, layer in costs.layers.items()}
+        if scope == "static":
+            budget = costs.of(experts) / costs.full
+            plan = plan_within(
+                config,
+                costs,
+                budget,
+                analysis,
+                scope=scope,
+                signal=signal,
+                compensation=compensate,
+                option="keep",
+            )
+        else:
+            plan = plan_of_experts(config, experts, scope, signal, compensate)
+        key = tuple(layer.k for layer in plan.values())
+        if key not in seen and any(layer.k < layer.num_experts for layer in plan.values()):
+            seen.add(key)
+            plans.append(plan)
+    return plans
+
+
+def _difference(model: Model, full: Predictions, pruned: Model, predictions: Predictions) -> dict[str, Any]:
+    return compare(describe(pruned, predictions), describe(model, full), predictions, full)
