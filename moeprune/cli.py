@@ -309,7 +309,9 @@ def prune(
     ways = {"--scope": scope, "--signal": signal, "--compensate": compensate}
     if plan is not None and (spare := [option for option, value in ways.items() if value is not None]):
         raise MoepruneError(f"`{spare[0]}` does not go with `--plan`", "the plan says it for each layer")
-    scope, signal, compensate = scope or "static", signal or "combine", compensate or "none"
+    scope = "static" if scope is None else scope
+    signal = "combine" if signal is None else signal
+    compensate = "none" if compensate is None else compensate
     check_choice("--scope", scope, SCOPES)
     check_choice("--signal", signal, SIGNALS)
     check_choice("--compensate", compensate, COMPENSATIONS)

@@ -31,6 +31,7 @@ LEVELS = (
     ),
     (
         "flops",
+        "plan_file",
         "tensors",
         "soft_moe",
         "checkpoint",

@@ -1,0 +1,291 @@
+"""Budgets split over layers, against brute force; plans as files."""
+
+from __future__ import annotations
+
+import json
+import time
+from fractions import Fraction
+from itertools import pairwise, product
+
+import pytest
+import torch
+
+import moeprune
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.calibration import Analysis
+from moeprune.checkpoint import tensor_infos
+from moeprune.errors import MoepruneError
+from moeprune.evaluation import size_and_cost
+from moeprune.model import SoftMoEViT
+from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan
+from moeprune.plan_file import read_plan, write_plan
+from moeprune.planning import (
+    allocate,
+    flops_costs,
+    losses,
+    plan_of_experts,
+    plan_within,
+    size_costs,
+    uniform_within,
+)
+from moeprune.pruning import prune
+from moeprune.runtime import Runtime
+from moeprune.statistics import LayerStatistics
+
+CPU = Runtime("cpu")
+FIRST = "blocks.0.soft_moe"
+
+
+# --- splitting a budget ------------------------------------------------------------------------
+
+
+def problem(seed: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Convex losses that fall, and costs that grow, of three layers."""
+    generator = torch.Generator().manual_seed(seed)
+    lost, costs = {}, {}
+    for name, n in (("a", 4), ("b", 6), ("c", 5)):
+        steps = torch.rand(n, generator=generator).sort().values  # what each expert less adds
+        scale = 10 ** float(torch.rand(1, generator=generator) * 2)
+        lost[name] = [scale * float(steps[: n - k].sum()) for k in range(n + 1)]
+        price = 1 + float(torch.rand(1, generator=generator))
+        costs[name] = [5 + price * k for k in range(n + 1)]
+    return lost, costs
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 1.0])
+def test_a_split_is_within_the_budget_and_nearly_the_best_of_all(share):
+    for seed in range(10):
+        lost, costs = problem(seed)
+        least = sum(layer[1] for layer in costs.values())
+        budget = least + share * (sum(layer[-1] for layer in costs.values()) - least)
+        found = allocate(lost, costs, budget)
+        assert sum(costs[name][k] for name, k in found.items()) <= budget + 1e-9
+        feasible = [
+            dict(zip(lost, ks, strict=True))
+            for ks in product(*(range(1, len(layer)) for layer in costs.values()))
+        ]
+        feasible = [e for e in feasible if sum(costs[name][k] for name, k in e.items()) <= budget + 1e-9]
+        best = min(sum(lost[name][k] for name, k in experts.items()) for experts in feasible)
+        dearest_step = max(max(a - b for a, b in pairwise(layer)) for layer in lost.values())
+        assert sum(lost[name][k] for name, k in found.items()) <= best + dearest_step + 1e-9
+        if share == 1:
+            assert best == 0
+            assert found == {name: len(layer) - 1 for name, layer in lost.items()}
+
+
+def test_experts_go_where_they_matter():
+    lost = {"a": [9.0, 8, 7, 6, 5], "b": [4.0, 3, 2, 1, 0], "c": [0.0] * 5}
+    costs = {name: [float(k) for k in range(5)] for name in lost}
+    lost["a"] = [10 * value for value in lost["a"]]
+    assert allocate(lost, costs, 8.0) == {"a": 4, "b": 3, "c": 1}
+
+
+def test_a_full_layer_that_is_cheaper_than_one_with_surrogates_is_found():
+    """The surrogates of dropped experts may cost more than the last expert."""
+    lost = {"a": [3.0, 2.0, 1.0, 0.0]}
+    assert allocate(lost, {"a": [9.0, 10.0, 11.0, 9.5]}, 9.6) == {"a": 3}
+
+
+# --- costs -------------------------------------------------------------------------------------
+
+
+def three_layers() -> SoftMoEViT:
+    torch.manual_seed(0)
+    moe = [
+        BlockConfig(soft_moe=SoftMoEConfig(12, n, slots_per_expert=p, hidden_dim=h), attention=False)
+        for n, p, h in ((6, 1, 20), (4, 2, 10), (8, 1, 5))
+    ]
+    return SoftMoEViT(ViTConfig((8, 8), (4, 4), 1, 7, dim=12, num_heads=3, blocks=tuple(moe))).eval()
+
+
+def arrays(tmp_path, samples=30) -> str:
+    import numpy as np
+
+    path = tmp_path / "data.npz"
+    inputs = np.random.default_rng(0).normal(size=(samples, 1, 8, 8)).astype(np.float32)
+    np.savez(path, inputs=inputs, labels=np.arange(samples) % 7)
+    return str(path)
+
+
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):
+    model = three_layers()
+    data = moeprune.open_data(arrays(tmp_path), model.input_format)
+    infos = tensor_infos(model.state_dict())
+    signal = "combine" if scope == "static" else "deviation"
+    sizes = size_costs(model.config, infos, scope, signal, compensation)
+    flops = flops_costs(model.config, scope, signal, compensation)
+    full = size_and_cost(model)
+    assert (sizes.full, flops.full) == (full["bytes"], full["flops_per_input"]["total"])
+    for ks in ((1, 1, 1), (2, 3, 7), (6, 4, 8)):
+        experts = dict(zip(model.config.soft_moe_layers, ks, strict=True))
+        plan = plan_of_experts(model.config, experts, scope, signal, compensation)
+        found = size_and_cost(prune(model, plan=plan, data=data, runtime=CPU))
+        assert sizes.of(experts) == found["bytes"]
+        assert flops.of(experts) == found["flops_per_input"]["total"]
+
+
+@pytest.fixture(scope="module")
+def analyzed(tmp_path_factory):
+    model = three_layers()
+    data = moeprune.open_data(arrays(tmp_path_factory.mktemp("data")), model.input_format)
+    return model, data, moeprune.analyze(model, data, CPU)
+
+
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize("budget", [0.65, 0.8, 1.0])
+def test_plans_within_a_budget(budget, compensation, analyzed):
+    model, data, analysis = analyzed
+    infos = tensor_infos(model.state_dict())
+    costs = size_costs(model.config, infos, "static", "gram", compensation)
+    plan = plan_within(
+        model.config, costs, max(budget, costs.of(dict.fromkeys(costs.layers, 1)) / costs.full), analysis,
+        scope="static", signal="gram", compensation=compensation, option="--max-size",
+    )  # fmt: skip
+    pruned = prune(model, analysis, plan=plan, data=data, runtime=CPU)
+    assert size_and_cost(pruned)["bytes"] <= max(budget, 0.95) * costs.full
+    assert {layer.signal for layer in plan.values()} == {"gram"}
+    assert all(layer.kept is None for layer in plan.values())
+
+
+@pytest.mark.parametrize("scope", ["input", "batch"])
+def test_routed_plans_keep_the_same_share_everywhere_and_no_larger_one_is_within(scope, analyzed):
+    model, _, _ = analyzed
+    costs = flops_costs(model.config, scope, "combine", "none")
+    experts = uniform_within(costs, 0.8)
+    shares = sorted({Fraction(k, n) for n in (4, 6, 8) for k in range(1, n + 1)})
+    within = [
+        share for share in shares
+        if costs.of({name: max(1, int(share * c.num_experts + Fraction(1, 2)))
+                     for name, c in model.config.soft_moe_layers.items()}) <= 0.8 * costs.full
+    ]  # fmt: skip
+    largest = max(within)
+    assert list(experts.values()) == [max(1, int(largest * n + Fraction(1, 2))) for n in (6, 4, 8)]
+
+
+def test_losses_are_those_of_backward_elimination_and_end_at_zero(analyzed):
+    _, _, analysis = analyzed
+    for compensation in COMPENSATIONS:
+        for name, layer in losses(analysis, compensation).items():
+            statistics = analysis.layers[name]
+            assert layer[-1] == 0
+            assert min(layer) >= 0
+            everything = float(statistics.gram_under(compensation).sum())
+            scale = (float(statistics.sensitivity) / float(statistics.gram.sum())) ** 0.5
+            assert layer[0] == pytest.approx(everything * scale, rel=1e-5, abs=1e-8)
+
+
+def test_planning_twelve_layers_of_128_experts_takes_seconds():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(128, 300, generator=generator) * torch.rand(128, 1, generator=generator)
+    gram = rows @ rows.mT
+    layers = {}
+    for index in range(12):
+        fields = dict.fromkeys(LayerStatistics.__dataclass_fields__, gram)
+        fields["mean_mass"] = torch.full((128,), 1 / 128)
+        fields["sensitivity"] = torch.tensor(float(index + 1))
+        layers[f"blocks.{index}.soft_moe"] = LayerStatistics(**fields)
+    moe = BlockConfig(soft_moe=SoftMoEConfig(64, 128, slots_per_expert=1, hidden_dim=64))
+    config = ViTConfig((32, 32), (8, 8), 3, 10, dim=64, num_heads=4, blocks=(moe,) * 12)
+    with torch.device("meta"):
+        infos = tensor_infos(SoftMoEViT(config).state_dict())
+    start = time.perf_counter()
+    costs = size_costs(config, infos, "static", "gram", "affine")
+    plan = plan_within(
+        config, costs, 0.4, Analysis(layers, {}),
+        scope="static", signal="gram", compensation="affine", option="--max-size",
+    )  # fmt: skip
+    assert time.perf_counter() - start < 5
+    ks = [layer.k for layer in plan.values()]
+    assert ks == sorted(ks)  # the layers differ in nothing but how much they matter
+    assert ks[0] < ks[-1]
+
+
+# --- plans as files ----------------------------------------------------------------------------
+
+
+def test_a_plan_file_round_trips_and_equal_plans_give_equal_checkpoints(analyzed, tmp_path):
+    model, data, analysis = analyzed
+    plan = {
+        "blocks.0.soft_moe": LayerPlan("static", 2, 6, "gram", "mean", (1, 4)),
+        "blocks.2.soft_moe": LayerPlan("input", 3, 8, "deviation", "affine"),
+    }
+    write_plan(plan, tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json", model.config.soft_moe_layers) == plan
+    assert len((tmp_path / "plan.json").read_text().splitlines()) == 7
+    for index in (1, 2):
+        read = read_plan(tmp_path / "plan.json", model.config.soft_moe_layers)
+        moeprune.save(
+            prune(model, analysis, plan=read, data=data, runtime=CPU), tmp_path / f"{index}.safetensors"
+        )
+    first, second = ((tmp_path / f"{index}.safetensors").read_bytes() for index in (1, 2))
+    assert first == second
+    assert read_plan(tmp_path / "1.safetensors", model.config.soft_moe_layers) == plan
+    pruned = moeprune.load(tmp_path / "1.safetensors")
+    assert pruned.get_submodule("blocks.1.soft_moe").plan is None  # it is not in the plan
+
+
+@pytest.mark.parametrize("scope", ["static", "input"])
+def test_a_plan_applied_is_what_the_options_give(scope, analyzed, tmp_path):
+    model, data, analysis = analyzed
+    options = {"scope": scope, "signal": "deviation", "compensate": "lstsq"}
+    by_options = prune(model, analysis, keep=2, data=data, runtime=CPU, **options)
+    moeprune.save(by_options, tmp_path / "a.safetensors")
+    plan = read_plan(tmp_path / "a.safetensors", model.config.soft_moe_layers)
+    moeprune.save(prune(model, analysis, plan=plan, data=data, runtime=CPU), tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_what_a_plan_written_by_hand_leaves_out_has_defaults(tmp_path):
+    path = tmp_path / "plan.json"
+    layers = three_layers().config.soft_moe_layers
+    path.write_text(json.dumps({
+        "schema_version": 1,
+        "plan": {FIRST: {"k": 2}, "blocks.1.soft_moe": {"kept": [3, 0], "compensation": "mean"}},
+    }))  # fmt: skip
+    assert read_plan(path, layers) == {
+        "blocks.0.soft_moe": LayerPlan("static", 2, 6, "combine", "none"),
+        "blocks.1.soft_moe": LayerPlan("static", 2, 4, "combine", "mean", (0, 3)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "`schema_version` is None, expected 1"),
+        ({"schema_version": 2, "plan": {}}, "`schema_version` is 2, expected 1"),
+        ({"schema_version": 1}, "has no plan of any layer"),
+        ({"schema_version": 1, "plan": {"blocks.9": {"k": 1, "num_experts": 4}}}, "which the model has not"),
+        ({"schema_version": 1, "plan": {FIRST: {}}}, "`k` or `kept` is missing"),
+        ({"schema_version": 1, "plan": {FIRST: 3}}, "found int, expected an object"),
+        ({"schema_version": 1, "plan": {FIRST: {"k": 7}}}, "`k` is 7, expected 0 to 6"),
+        ({"schema_version": 1, "plan": {FIRST: {"kept": [1, 1]}}}, "2 different experts"),
+        ({"schema_version": 1, "plan": {FIRST: {"kept": ["a"]}}}, "`kept` is ['a']"),
+        ({"schema_version": 1, "plan": {FIRST: {"k": 1, "nope": 1}}}, "nope"),
+        ({"schema_version": 1, "plan": {FIRST: {"k": 1, "num_experts": 9}}}, "is for 9 experts"),
+        (
+            {"schema_version": 1, "plan": {FIRST: {"k": 1, "scope": "input", "signal": "gram"}}},
+            "goes with scope static",
+        ),
+    ],
+)  # fmt: skip
+def test_plans_that_are_wrong(content, message, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(MoepruneError) as caught:
+        read_plan(path, three_layers().config.soft_moe_layers)
+    assert message in caught.value.message
+    assert str(path) in caught.value.message
+
+
+def test_a_plan_that_is_not_there(tmp_path, single):
+    layers = three_layers().config.soft_moe_layers
+    for path in (tmp_path / "none.json", tmp_path / "none.safetensors"):
+        with pytest.raises(MoepruneError, match="no file"):
+            read_plan(path, layers)
+    with pytest.raises(MoepruneError, match="cannot read"):
+        read_plan(tmp_path, layers)
+    with pytest.raises(MoepruneError, match="is no pruned checkpoint"):
+        read_plan(single, layers)

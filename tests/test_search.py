@@ -1,0 +1,176 @@
+"""The search within a drop of accuracy, and budgets on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import moeprune
+from moeprune.contributions import half_of
+from moeprune.data import subset
+from moeprune.errors import MoepruneError
+from moeprune.evaluation import predict
+from moeprune.plan import LayerPlan
+from moeprune.runtime import Runtime
+from moeprune.search import prune_within_drop
+
+CPU = Runtime("cpu", batch_size=256)
+WAYS = [("static", "gram", "affine"), ("static", "combine", "mean"), ("input", "combine", "none")]
+
+
+@pytest.fixture(scope="module")
+def full(single):
+    return moeprune.load(single)
+
+
+@pytest.mark.parametrize(("scope", "signal", "compensate"), WAYS)
+def test_the_confirmed_drop_is_that_of_the_model_on_samples_that_the_search_did_not_see(
+    scope, signal, compensate, full
+):
+    data = moeprune.open_data("digits:calibration", full.input_format)
+    found = prune_within_drop(
+        full, data, 0.02, scope=scope, signal=signal, compensate=compensate, runtime=CPU
+    )
+    is_second = half_of(0, data.samples) == 1
+    whole, pruned = predict([full, found.model], data, CPU)
+    right, right_pruned = whole.correct[is_second], pruned.correct[is_second]
+    drop = float((right.double() - right_pruned.double()).mean())
+    confirmed = found.report["confirmed"]
+    assert confirmed["samples"] == int(is_second.sum())
+    assert confirmed["accuracy_drop"] == pytest.approx(drop, abs=1e-9)
+    assert drop <= 0.02
+    low, high = confirmed["accuracy_drop_ci95"]
+    assert low <= drop <= high
+    [layer] = [m for m in full.modules() if type(m).__name__ == "SoftMoE"]
+    [k] = [layer.plan.k for layer in found.model.modules() if type(layer).__name__ == "SoftMoE"]
+    assert k <= layer.config.num_experts // 4
+    tried = [entry["k"]["blocks.0.soft_moe"] for entry in found.report["tried"]]
+    assert k in tried
+    assert tried == sorted(tried)
+
+
+def test_a_larger_drop_never_takes_more_experts(full):
+    sizes = []
+    for drop in (0.2, 0.02):
+        found = prune_within_drop(full, "digits", drop, signal="combine", compensate="none", runtime=CPU)
+        [plan] = [m.plan for m in found.model.modules() if type(m).__name__ == "SoftMoE"]
+        sizes.append(plan.k)
+    assert sizes[0] < sizes[1]
+
+
+def test_no_plan_within_the_drop_is_an_error_that_names_the_least(full):
+    with pytest.raises(
+        MoepruneError, match=r"within an accuracy drop of 0 on both halves.*the least drop among"
+    ):
+        prune_within_drop(full, "digits", 0.0, signal="random", compensate="renorm", runtime=CPU)
+
+
+def test_one_sample_cannot_be_split(full):
+    data = moeprune.open_data("digits:calibration", full.input_format, limit=1)
+    with pytest.raises(MoepruneError, match="has one sample"):
+        prune_within_drop(full, data, 0.1, runtime=CPU)
+
+
+def test_a_part_of_a_data_set_has_its_samples_in_any_batch_size(full):
+    data = moeprune.open_data("digits:calibration", full.input_format, limit=50)
+    whole = torch.cat([inputs for inputs, _ in data.batches(50)])
+    members = [0, 3, 7, 49]
+    part = subset(data, members, "some")
+    assert part.samples == 4
+    assert part.spec == "digits:calibration (some)"
+    for size in (1, 3, 64):
+        assert torch.equal(torch.cat([inputs for inputs, _ in part.batches(size)]), whole[members])
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_path):
+    common = ("--analysis", vit_analysis, "--signal", "gram", "--compensate", "mean")
+    planned = run_json("prune", vit, *common, "--max-size", 0.4, "--save-plan", tmp_path / "plan.json")
+    assert planned["checkpoint"] is None
+    assert planned["model"] is None
+    layers = json.loads((tmp_path / "plan.json").read_text())["plan"]
+    assert planned["plan"] == layers
+    assert {layer["kept"] for layer in layers.values()} == {None}
+    found = run_json(
+        "prune", vit, *common, "--max-size", 0.4, "--one-shot", "-o", tmp_path / "a.safetensors",
+        "--save-plan", tmp_path / "final.json",
+    )  # fmt: skip
+    assert found["model"]["bytes"] <= 0.4 * found["full_model"]["bytes"]
+    assert found["model"]["bytes"] > 0.36 * found["full_model"]["bytes"]
+    assert [layer["k"] for layer in found["plan"].values()] == [layer["k"] for layer in layers.values()]
+    for plan in ("plan.json", "final.json", "a.safetensors"):
+        path = tmp_path / f"from-{plan}.safetensors"
+        run_json(
+            "prune", vit, "--analysis", vit_analysis, "--plan", tmp_path / plan, "--one-shot", "-o", path
+        )
+        assert path.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    cheap = run_json("prune", vit, "--max-flops", 0.92, "--scope", "input", "-o", tmp_path / "b.safetensors")
+    assert (
+        cheap["model"]["flops_per_input"]["total"] <= 0.92 * cheap["full_model"]["flops_per_input"]["total"]
+    )
+
+
+def test_a_search_on_the_command_line(single, run, run_json, tmp_path):
+    path = tmp_path / "found.safetensors"
+    words = (
+        "prune", single, "--max-accuracy-drop", 0.02, "--data", "digits", "--signal", "gram",
+        "--compensate", "affine",
+    )  # fmt: skip
+    found = run_json(*words, "-o", path)
+    assert found["search"]["confirmed"]["accuracy_drop"] <= 0.02
+    assert found["plan"]["blocks.0.soft_moe"]["k"] <= 16
+    text = run(*words, "-o", tmp_path / "again.safetensors")
+    assert text.code == 0
+    assert "samples that the search of" in text.stdout
+    assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--keep", 4), "nothing to write"),
+        (("-o", "o.st"), "none of the options that say how many given"),
+        (("--keep", 4, "--max-size", 0.5, "-o", "o.st"), "`--keep` and `--max-size` given"),
+        (("--max-size", 0.05, "-o", "o.st"), "the least that can be given is 0.2"),
+        (("--max-flops", 0.1, "-o", "o.st"), "the least that can be given is 0.6"),
+        (("--max-size", 0.9, "--scope", "input", "-o", "o.st"), "the least that can be given is 1\n"),
+        (("--max-size", 1.5, "-o", "o.st"), "is no share of the full model"),
+        (("--max-flops", 0, "-o", "o.st"), "is no share of the full model"),
+        (("--max-accuracy-drop", 0.1, "-o", "o.st"), "searches and confirms on labelled data"),
+        (("--max-accuracy-drop", -1, "--data", "pairs", "-o", "o.st"), "is no fraction"),
+        (("--keep", 4, "--save-plan", "o.st", "-o", "o.st"), "are both"),
+        (("--plan", "plan.json", "--scope", "static", "-o", "o.st"), "`--scope` does not go with `--plan`"),
+        (("--plan", "missing.json", "-o", "o.st"), "no file `missing.json`"),
+        (("--keep", 4, "--scope", "input", "--signal", "gram", "-o", "o.st"), "goes with scope static"),
+    ],
+)
+def test_budgets_that_are_wrong(words, message, vit, vit_analysis, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("prune", vit, "--analysis", vit_analysis, *words)
+    assert result.code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_static_budget_needs_an_analysis(vit, run, tmp_path):
+    result = run("prune", vit, "--max-size", 0.5, "-o", tmp_path / "o.safetensors")
+    assert result.code == 2
+    assert "`--max-size` with scope static needs an analysis" in result.stderr
+
+
+def test_plans_yet_to_be_chosen_are_no_checkpoint(vit, tmp_path):
+    from moeprune import checkpoint
+    from moeprune.plan import plan_to_json
+
+    file = checkpoint.read(vit)
+    plan = {"blocks.1.soft_moe": LayerPlan("static", 2, 64, "combine", "none")}
+    checkpoint.write(
+        tmp_path / "x.safetensors", file.tensors, {**file.header.metadata, "plan": plan_to_json(plan)}
+    )
+    with pytest.raises(MoepruneError, match="lacks `kept`"):
+        moeprune.load(tmp_path / "x.safetensors")
