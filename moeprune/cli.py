@@ -218,6 +218,13 @@ def prune(
         str | None,
         typer.Option(help="Experts to keep in each layer: a share (1/8) or a number (16).", metavar="K"),
     ] = None,
+    mass: Annotated[
+        float | None,
+        typer.Option(
+            help="With scope input: each input keeps the fewest experts that hold this share of its combine"
+            " mass."
+        ),
+    ] = None,
     max_size: Annotated[
         float | None, typer.Option(help="Budget: share of the full model's bytes that may remain.")
     ] = None,
@@ -287,14 +294,14 @@ def prune(
 ) -> None:
     """Write a checkpoint that runs few experts.
 
-    Say how many with one of --keep, --max-size, --max-flops, --max-accuracy-drop and --plan.
+    Say how many with one of --keep, --mass, --max-size, --max-flops, --max-accuracy-drop and --plan.
     """
     check_report(output_format, output_file, force)
     if output is None and save_plan is None:
         raise MoepruneError("nothing to write", "give `--output` or `--save-plan`")
     check_outputs(output, save_plan, output_file, force)
     amounts = {
-        "--keep": keep, "--max-size": max_size, "--max-flops": max_flops,
+        "--keep": keep, "--mass": mass, "--max-size": max_size, "--max-flops": max_flops,
         "--max-accuracy-drop": max_accuracy_drop, "--plan": plan,
     }  # fmt: skip
     given = [option for option, value in amounts.items() if value is not None]
@@ -309,12 +316,17 @@ def prune(
     ways = {"--scope": scope, "--signal": signal, "--compensate": compensate}
     if plan is not None and (spare := [option for option, value in ways.items() if value is not None]):
         raise MoepruneError(f"`{spare[0]}` does not go with `--plan`", "the plan says it for each layer")
-    scope = "static" if scope is None else scope
+    if scope is None:
+        scope = "static" if mass is None else "input"
     signal = "combine" if signal is None else signal
     compensate = "none" if compensate is None else compensate
     check_choice("--scope", scope, SCOPES)
     check_choice("--signal", signal, SIGNALS)
     check_choice("--compensate", compensate, COMPENSATIONS)
+    if mass is not None and (scope != "input" or not 0 < mass <= 1):
+        raise MoepruneError(
+            f"`--mass {mass:g}` with `--scope {scope}`", "give a share in 0…1, with `--scope input`"
+        )
     if one_shot and data is not None:
         raise MoepruneError("`--one-shot` reads no data", "leave `--data` or `--one-shot` out")
     if data is None and (split is not None or limit is not None):
@@ -364,7 +376,7 @@ def prune(
             wanted = read_plan(plan, config.soft_moe_layers)
         else:
             wanted = plan_for(
-                config, full.tensors, measured, keep=kept, max_size=max_size, max_flops=max_flops,
+                config, full.tensors, measured, keep=kept, mass=mass, max_size=max_size, max_flops=max_flops,
                 scope=scope, signal=signal, compensation=compensate,
             )  # fmt: skip
         is_static = all(layer.scope == "static" for layer in wanted.values())

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeprune.regression import Equations, choose_ridge, column_scale
@@ -55,7 +56,7 @@ def regressors(observation: Observation, compensation: str) -> Tensor:
     weights = observation.combine_weights.float()
     if observation.chosen is not None:
         dropped = torch.ones_like(weights[:, 0, :, 0])  # (b,n)
-        dropped.scatter_(1, observation.chosen, 0)
+        dropped = F.pad(dropped, (0, 1)).scatter_(1, observation.chosen, 0)[:, :-1]  # n stands for none
         weights = weights * dropped[:, None, :, None]
     weights = weights.flatten(2)
     if compensation != "affine":

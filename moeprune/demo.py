@@ -33,18 +33,20 @@ METHODS = {
     "static, none": ("static", "combine", "none"),
     "static, mean": ("static", "combine", "mean"),
     "static, lstsq": ("static", "combine", "lstsq"),
+    "static by gram, affine": ("static", "gram", "affine"),
 }
 CALIBRATION_INPUTS = 1000
 KEEPS = (Fraction(1, 32), Fraction(1, 16), Fraction(1, 8))
 NO_EXPERTS = {
     f"no experts at all: {compensate}": Variant(0, "static", "combine", compensate)
-    for compensate in ("none", "mean", "lstsq")
+    for compensate in ("none", "mean", "lstsq", "affine")
 }
 FILES = {
     Variant(Fraction(1, 8), "input", "combine", "none"): "input-none-1-8.safetensors",
     Variant(Fraction(1, 16), "input", "combine", "mean"): "input-mean-1-16.safetensors",
     Variant(Fraction(1, 8), "static", "combine", "lstsq"): "static-lstsq-1-8.safetensors",
     Variant(Fraction(1, 16), "static", "combine", "lstsq"): "static-lstsq-1-16.safetensors",
+    Variant(Fraction(1, 32), "static", "gram", "affine"): "static-affine-1-32.safetensors",
 }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.intervals import mcnemar, paired_difference, wilson
 from moeprune.latency import check_batch_sizes, measure_latency
-from moeprune.model import Model, dataset_for, plan_of, private_copy
+from moeprune.model import Model, dataset_for, plan_of, private_copy, soft_moe_layers
 from moeprune.runtime import Runtime
+from moeprune.soft_moe import Observation
 
 SCHEMA_VERSION = 1
 
@@ -30,12 +31,14 @@ class Predictions:
     """What a model says of every sample, on the CPU.
 
     labels, predicted: (samples) int64. in_top5: (samples) bool. loss: mean cross-entropy in nats.
+    running: experts that ran in a layer, in the mean, where the layer's plan does not fix it.
     """
 
     labels: Tensor
     predicted: Tensor
     in_top5: Tensor
     loss: float
+    running: dict[str, float] = field(default_factory=dict)
 
     @property
     def correct(self) -> Tensor:
@@ -63,6 +66,7 @@ def predict(
     predicted: list[list[Tensor]] = [[] for _ in models]
     in_top5: list[list[Tensor]] = [[] for _ in models]
     losses = torch.zeros(len(models), device=device, dtype=wide_dtype(device))
+    counts = [_count_running(model) for model in models]
     for inputs, batch_labels in runtime.batches(data, what):
         assert batch_labels is not None
         targets = batch_labels.to(device)
@@ -79,9 +83,28 @@ def predict(
         )
     samples = torch.cat(labels)
     return [
-        Predictions(samples, torch.cat(p).cpu(), torch.cat(t).cpu(), float(loss) / len(samples))
-        for p, t, loss in zip(predicted, in_top5, losses.tolist(), strict=True)
-    ]
+        Predictions(
+            samples, torch.cat(p).cpu(), torch.cat(t).cpu(), float(loss) / len(samples),
+            {name: float(sum(parts)) / len(samples) for name, parts in count.items()},
+        )
+        for p, t, loss, count in zip(predicted, in_top5, losses.tolist(), counts, strict=True)
+    ]  # fmt: skip
+
+
+def _count_running(model: Model) -> dict[str, list[Tensor]]:
+    """Where layers will note how many experts ran for a batch, if their plans do not fix it."""
+    counts: dict[str, list[Tensor]] = {}
+    for name, layer in soft_moe_layers(model).items():
+        if layer.plan is not None and layer.plan.mass is not None:
+            counts[name] = []
+
+            def observe(observation: Observation, seen: list[Tensor] = counts[name]) -> None:
+                assert observation.chosen is not None
+                n = observation.mass.shape[1]
+                seen.append((observation.chosen < n).sum())
+
+            layer.observer = observe
+    return counts
 
 
 def evaluate(
@@ -139,7 +162,7 @@ def describe(model: Model, predictions: Predictions) -> dict[str, Any]:
         "accuracy_ci95": list(wilson(correct, samples)),
         "top5_accuracy": float(predictions.in_top5.double().mean()),
         "loss": predictions.loss,
-        **size_and_cost(model),
+        **size_and_cost(model, predictions.running),
     }
 
 
@@ -157,9 +180,9 @@ def _require_logits_of_images(model: Model) -> None:
         )
 
 
-def size_and_cost(model: Model) -> dict[str, Any]:
-    """Parameters, bytes, FLOPs and experts per input of a model as JSON values (moeprune.size)."""
-    return size.size_and_cost(model.config, plan_of(model), tensor_infos(model.state_dict()))
+def size_and_cost(model: Model, running: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Parameters, bytes, FLOPs and experts per input of a model as JSON values; see moeprune.size."""
+    return size.size_and_cost(model.config, plan_of(model), tensor_infos(model.state_dict()), running)
 
 
 def compare(

@@ -6,6 +6,7 @@ does; softmax, norms, activations, additions and sorting are left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from moeprune.architecture import BlockConfig, ModuleConfig, SoftMoEConfig, ViTConfig
@@ -38,7 +39,9 @@ class Flops:
         return {"total": self.total, **asdict(self)}
 
 
-def soft_moe_flops(config: SoftMoEConfig, tokens: int, plan: LayerPlan | None = None) -> Flops:
+def soft_moe_flops(
+    config: SoftMoEConfig, tokens: int, plan: LayerPlan | None = None, running: float | None = None
+) -> Flops:
     """FLOPs of one Soft MoE layer on one input of m tokens.
 
     Logits cost 2·m·d·n·p, dispatch 2·m·d·k·p and combine 2·m·o·k·p with o the width of the output, an
@@ -46,36 +49,55 @@ def soft_moe_flops(config: SoftMoEConfig, tokens: int, plan: LayerPlan | None = 
     Dynamic slots cost 2·d·d·n·p more, to project what stands for phi. Of the surrogates, scope `static`
     multiplies those of the dropped slots, the others those of all. `affine` costs 2·m·d·o more for the
     tokens and 2·d·o for their mean.
+
+    Args:
+        config: of the layer.
+        tokens: m.
+        plan: of the layer, where it is pruned.
+        running: how many experts run, in the mean, where the plan does not fix it.
     """
     d, n, p, out = config.dim, config.num_experts, config.slots_per_expert, config.output_width
-    k = plan.k if plan else n
+    k: float = plan.k if plan else n
+    if running is not None:
+        k = running
     routed = plan.routed_experts if plan else n
     surrogates = 0
     if plan and plan.has_surrogate:
-        surrogates = n - k if plan.scope == "static" else n
+        surrogates = n - plan.k if plan.scope == "static" else n
     affine = 2 * (tokens + 1) * d * out if plan and plan.has_affine else 0
     projection = 2 * d * d * n * p if config.dynamic_slots else 0
     first = d * config.first_width if config.expert != "linear" else 0
     return Flops(
-        experts=2 * k * p * (first + config.expert_width * out),
-        routing=2 * tokens * p * (d * routed + (d + out) * k) + projection,
+        experts=round(2 * k * p * (first + config.expert_width * out)),
+        routing=round(2 * tokens * p * (d * routed + (d + out) * k)) + projection,
         compensation=2 * tokens * out * p * surrogates + affine,
     )
 
 
-def model_flops(config: ViTConfig | ModuleConfig, plan: Plan) -> Flops:
-    """FLOPs of a whole model on one input."""
+def model_flops(
+    config: ViTConfig | ModuleConfig, plan: Plan, running: Mapping[str, float] | None = None
+) -> Flops:
+    """FLOPs of a whole model on one input.
+
+    Args:
+        config: of the unpruned model.
+        plan: of its pruned layers.
+        running: experts that run in a layer, in the mean, where its plan does not fix it.
+    """
+    running = running or {}
     if isinstance(config, ViTConfig):
-        return vit_flops(config, plan)
+        return vit_flops(config, plan, running)
     flops = Flops(other=config.other_flops)
     for name, layer in config.layers.items():
-        flops += soft_moe_flops(layer.soft_moe, layer.tokens, plan.get(name))
+        flops += soft_moe_flops(layer.soft_moe, layer.tokens, plan.get(name), running.get(name))
     return flops
 
 
-def vit_flops(config: ViTConfig, plan: Plan | None = None) -> Flops:
-    """FLOPs of a whole model on one image."""
-    plan = plan or {}
+def vit_flops(
+    config: ViTConfig, plan: Plan | None = None, running: Mapping[str, float] | None = None
+) -> Flops:
+    """FLOPs of a whole model on one image; see `model_flops`."""
+    plan, running = plan or {}, running or {}
     m, d = config.num_tokens, config.dim
     patch_height, patch_width = config.patch_size
     pixels = config.in_channels * patch_height * patch_width
@@ -84,7 +106,8 @@ def vit_flops(config: ViTConfig, plan: Plan | None = None) -> Flops:
     for index, block in enumerate(config.blocks):
         flops += Flops(other=_block_other(block, m, d))
         if block.soft_moe is not None:
-            flops += soft_moe_flops(block.soft_moe, m, plan.get(f"blocks.{index}.soft_moe"))
+            name = f"blocks.{index}.soft_moe"
+            flops += soft_moe_flops(block.soft_moe, m, plan.get(name), running.get(name))
     return flops
 
 

@@ -23,7 +23,7 @@ class LayerPlan:
     scope: `static` one set for all inputs, the others are gone from the checkpoint; `input` each
         input keeps its own k experts (Chung et al. 2024, arXiv 2409.00879, Algorithm 1); `batch`
         one set for each batch (Algorithm 2).
-    k: experts that run.
+    k: experts that run; with a mass, that run at most.
     num_experts: experts of the unpruned layer (n).
     signal: the score that ranks the experts (moeprune.scores); `gram`, with scope `static` alone, looks
         at sets of experts (moeprune.selection).
@@ -32,6 +32,8 @@ class LayerPlan:
         the unpruned layer best (`lstsq`), or that beside a linear map of the layer's input (`affine`).
     kept: with scope `static` the kept experts by their index in the unpruned layer, ascending; None where
         the signal is yet to choose them, which no checkpoint leaves open.
+    mass: with scope `input`, that each input runs the fewest experts, best first, that hold this share of
+        its combine mass; None: k of them.
     """
 
     scope: str
@@ -40,6 +42,7 @@ class LayerPlan:
     signal: str
     compensation: str
     kept: tuple[int, ...] | None = None
+    mass: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("scope", SCOPES), ("signal", SIGNALS), ("compensation", COMPENSATIONS)):
@@ -53,6 +56,11 @@ class LayerPlan:
             raise MoepruneError(f"plan: `k` is {self.k}, expected 0 to {self.num_experts}")
         if self.k == 0 and self.compensation == "renorm":
             raise MoepruneError("plan: `renorm` needs at least one kept expert")
+        if self.mass is not None:
+            if not (isinstance(self.mass, int | float) and 0 < self.mass <= 1):
+                raise MoepruneError(f"plan: `mass` is {self.mass!r}, expected a share above 0 and at most 1")
+            if self.scope != "input" or self.k == 0:
+                raise MoepruneError("plan: `mass` goes with scope input, and at least one expert")
         if self.signal == "gram" and self.scope != "static":
             raise MoepruneError(
                 "plan: signal `gram` chooses one set for all inputs: it goes with scope static"
@@ -66,6 +74,11 @@ class LayerPlan:
                     f"plan: `kept` is {list(self.kept)}, expected {self.k} different experts"
                     f" below {self.num_experts}, ascending"
                 )
+
+    @property
+    def drops(self) -> bool:
+        """Whether an expert may not run."""
+        return self.k < self.num_experts or self.mass is not None
 
     @property
     def is_calibrated(self) -> bool:
@@ -105,12 +118,12 @@ class LayerPlan:
     @property
     def has_surrogate(self) -> bool:
         """Whether something stands in for the dropped experts."""
-        return self.compensation in ("mean", "lstsq", "affine") and self.k < self.num_experts
+        return self.compensation in ("mean", "lstsq", "affine") and self.drops
 
     @property
     def has_affine(self) -> bool:
         """Whether a linear map of the layer's input is added to its output."""
-        return self.compensation == "affine" and self.k < self.num_experts
+        return self.compensation == "affine" and self.drops
 
 
 Plan = dict[str, LayerPlan]
@@ -118,18 +131,25 @@ Plan = dict[str, LayerPlan]
 
 
 def uniform_plan(
-    layers: Mapping[str, int], keep: Fraction | int, scope: str, signal: str, compensation: str
+    layers: Mapping[str, int],
+    keep: Fraction | int,
+    scope: str,
+    signal: str,
+    compensation: str,
+    mass: float | None = None,
 ) -> Plan:
     """The same share or number of experts in each layer, which the signal is yet to choose.
 
     Args:
         layers: the number of experts of each layer.
+        keep: as parse_keep returns it.
+        scope: see LayerPlan, like signal, compensation and mass.
 
     Raises:
         MoepruneError: more experts asked for than a layer has, or values that do not fit each other.
     """
     return {
-        name: LayerPlan(scope, experts_to_keep(keep, n, name), n, signal, compensation)
+        name: LayerPlan(scope, experts_to_keep(keep, n, name), n, signal, compensation, mass=mass)
         for name, n in layers.items()
     }
 

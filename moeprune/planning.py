@@ -107,6 +107,7 @@ def plan_for(
     analysis: Analysis | None,
     *,
     keep: Fraction | int | None = None,
+    mass: float | None = None,
     max_size: float | None = None,
     max_flops: float | None = None,
     scope: str,
@@ -120,6 +121,7 @@ def plan_for(
         tensors: of its checkpoint.
         analysis: of the model; needed for budgets with scope `static`.
         keep: the share or number of experts in each layer.
+        mass: the share of an input's combine mass that its experts hold, with scope `input`.
         max_size: the share of the model's bytes that may remain.
         max_flops: likewise, of its FLOPs.
         scope: see moeprune.plan.LayerPlan, like signal and compensation.
@@ -127,9 +129,10 @@ def plan_for(
     Raises:
         MoepruneError: the budget cannot be met, or more experts are to be kept than there are.
     """
-    if keep is not None:
+    if keep is not None or mass is not None:
         experts = {name: layer.num_experts for name, layer in config.soft_moe_layers.items()}
-        return uniform_plan(experts, keep, scope, signal, compensation)
+        keep = Fraction(1) if keep is None else keep
+        return uniform_plan(experts, keep, scope, signal, compensation, mass)
     if max_size is not None:
         costs, budget = size_costs(config, tensors, scope, signal, compensation), max_size
     else:

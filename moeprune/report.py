@@ -131,9 +131,11 @@ def pruning(found: Mapping[str, Any]) -> Group:
             f"{amount(full['bytes'], 'B')} → {amount(size, 'B')} ({percent(size / full['bytes'])})",
         )
         full_flops = full["flops_per_input"]["total"]
+        is_adaptive = any(plan["mass"] is not None for plan in found["plan"].values())
         table.add_row(
             "FLOPs per input",
-            f"{amount(full_flops)} → {_flops(pruned['flops_per_input'])}, {percent(flops / full_flops)}",
+            f"{amount(full_flops)} → {'at most ' if is_adaptive else ''}{_flops(pruned['flops_per_input'])},"
+            f" {percent(flops / full_flops)}{' (eval measures it)' if is_adaptive else ''}",
         )
     if search is not None:
         confirmed = search["confirmed"]
@@ -198,7 +200,7 @@ _EVALUATION_ROWS: list[Row] = [
     ),
     ("top-5 accuracy", lambda model: percent(model["top5_accuracy"], 2)),
     ("loss", lambda model: f"{model['loss']:.4f}"),
-    ("experts per input", lambda model: f"{model['experts_per_input']:g}"),
+    ("experts per input", lambda model: f"{model['experts_per_input']:.4g}"),
     ("parameters", lambda model: amount(model["parameters"])),
     ("size", lambda model: amount(model["bytes"], "B")),
     *_parts("bytes_by_part", "B"),
@@ -368,9 +370,10 @@ def _retained(row: Mapping[str, Any]) -> str:
 
 
 def _plan(plan: Mapping[str, Any]) -> str:
-    return (
-        f"{plan['scope']}, {plan['k']} of {plan['num_experts']} by {plan['signal']}, {plan['compensation']}"
-    )
+    kept = f"{plan['k']} of {plan['num_experts']}"
+    if plan["mass"] is not None:
+        kept = f"mass {plan['mass']:g} in at most {kept}"
+    return f"{plan['scope']}, {kept} by {plan['signal']}, {plan['compensation']}"
 
 
 def _flops(flops: Mapping[str, int]) -> str:

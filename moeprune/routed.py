@@ -65,6 +65,7 @@ def run_chosen(
     renorm: bool,
     surrogate: Tensor | None,
     over_batch: bool = False,
+    is_ragged: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output tokens (b,m,d), and the outputs (b,k,p,d) of the chosen experts' slots.
 
@@ -77,15 +78,21 @@ def run_chosen(
         renorm: the combine softmax is over the chosen slots alone.
         surrogate: what stands in for the slots that do not run (n,p,d), or None for zero.
         over_batch: the dispatch softmax is over the inputs, not over the tokens of each.
+        is_ragged: where `chosen` says n, no expert runs.
     """
-    dispatch, combine = slot_weights(router_logits, None if renorm else combine_weights, chosen, over_batch)
-    slot_inputs = (dispatch @ tokens).unflatten(1, (chosen.shape[1], router_logits.shape[3]))
-    slot_outputs = run_experts(slot_inputs, chosen, experts)
+    n, p = router_logits.shape[2:]
+    idle = chosen == n if is_ragged else None
+    someone = chosen.clamp_max(n - 1) if is_ragged else chosen  # in place of none, and then not counted
+    dispatch, combine = slot_weights(
+        router_logits, None if renorm else combine_weights, someone, over_batch, idle
+    )
+    slot_inputs = (dispatch @ tokens).unflatten(1, (chosen.shape[1], p))
+    slot_outputs = run_experts(slot_inputs, chosen, experts, idle)
     if surrogate is None:
         return combine @ slot_outputs.flatten(1, 2), slot_outputs
     # The surrogates of all slots, corrected where a slot has its real output.
     output = combine_weights.flatten(2).to(combine.dtype) @ surrogate.flatten(0, 1)
-    corrections = (slot_outputs - surrogate[chosen]).flatten(1, 2)
+    corrections = (slot_outputs - surrogate[someone]).flatten(1, 2)
     return torch.baddbmm(output, combine, corrections), slot_outputs
 
 
@@ -96,7 +103,11 @@ def choose(scores: Tensor, k: int) -> Tensor:
 
 
 def slot_weights(
-    router_logits: Tensor, combine_weights: Tensor | None, chosen: Tensor, over_batch: bool = False
+    router_logits: Tensor,
+    combine_weights: Tensor | None,
+    chosen: Tensor,
+    over_batch: bool = False,
+    idle: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dispatch weights Dᵀ (b,s,m) and combine weights (b,m,s) of the chosen experts' slots, in the type
     of the logits; softmaxes are computed in float32 or better.
@@ -106,13 +117,19 @@ def slot_weights(
         combine_weights: C (b,m,n,p); None for a softmax over the chosen slots alone.
         chosen: expert indices (b,k).
         over_batch: the dispatch softmax is over the inputs, not over the tokens of each.
+        idle: which of the chosen do not count (b,k): their combine weights are zero; None: all do.
     """
+    if idle is not None:
+        is_idle_slot = idle.repeat_interleave(router_logits.shape[3], 1)[:, None]  # (b,1,s)
     kernels, dtype = None if over_batch else kernels_for(router_logits), router_logits.dtype
     wide = torch.promote_types(dtype, torch.float32)
     if kernels and chosen.shape[1]:
         if combine_weights is not None:
-            return kernels.slot_weights(router_logits, chosen, combine_weights, dtype)
+            dispatch, combine = kernels.slot_weights(router_logits, chosen, combine_weights, dtype)
+            return dispatch, combine if idle is None else combine.masked_fill(is_idle_slot, 0)
         dispatch, chosen_logits = kernels.slot_weights(router_logits, chosen, router_logits, wide)
+        if idle is not None:
+            chosen_logits = chosen_logits.masked_fill(is_idle_slot, -torch.inf)
         return dispatch, chosen_logits.softmax(2).to(dtype)
     index = chosen[:, None, :, None].expand(-1, *router_logits.shape[1:2], -1, router_logits.shape[3])
     chosen_logits = router_logits.gather(2, index).flatten(2)  # (b,m,s)
@@ -121,14 +138,21 @@ def slot_weights(
     else:
         dispatch = chosen_logits.softmax(1, dtype=wide).mT
     if combine_weights is None:
+        if idle is not None:
+            chosen_logits = chosen_logits.masked_fill(is_idle_slot, -torch.inf)
         combine = chosen_logits.softmax(2, dtype=wide)
     else:
         combine = combine_weights.gather(2, index).flatten(2)
+        if idle is not None:
+            combine = combine.masked_fill(is_idle_slot, 0)
     return dispatch.to(dtype), combine.to(dtype)
 
 
-def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
-    """Expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): outputs (b,k,p,d), d that of the output."""
+def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Tensor | None = None) -> Tensor:
+    """Expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): outputs (b,k,p,d), d that of the output.
+
+    Where idle (b,k) says so, chosen is n, no expert runs, and the output is zero.
+    """
     kernels = kernels_for(slot_inputs, *experts)
     n, width = experts.fc2_bias.shape
     if kernels and chosen.shape[1]:
@@ -141,9 +165,12 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts) -> Tensor
             )
             rows = rows if fuse else experts.activate(rows)
         rows = kernels.grouped_linear(rows, pairs, counts, experts.fc2_weight.mT, experts.fc2_bias)
-        return rows.view(*slot_inputs.shape[:-1], width)
+        rows = rows.view(*slot_inputs.shape[:-1], width)
+        return rows if idle is None else rows.masked_fill_(idle[:, :, None, None], 0)  # nobody wrote there
     b, k, p, d = slot_inputs.shape
     bytes_of_one = sum(weight[0].nbytes for weight in experts if weight is not None) if n else 0
+    if idle is not None:
+        return _run_some(slot_inputs, chosen, experts, ~idle)
     if 0 < chosen.numel() * bytes_of_one <= GATHERED:
         rows = _run_gathered(slot_inputs.flatten(0, 1), chosen.flatten(), experts)
         return rows.view(b, k, p, width)
@@ -156,6 +183,13 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts) -> Tensor
     outputs = torch.empty_like(rows).view(b * k, p, width)
     outputs[order] = rows.view(b * k, p, width)
     return outputs.view(b, k, p, width)
+
+
+def _run_some(slot_inputs: Tensor, chosen: Tensor, experts: Experts, active: Tensor) -> Tensor:
+    """The same on the active pairs (b,k) alone, as if each were an input of its own with one expert."""
+    outputs = slot_inputs.new_zeros(*slot_inputs.shape[:-1], experts.fc2_bias.shape[1])
+    outputs[active] = run_experts(slot_inputs[active][:, None], chosen[active][:, None], experts)[:, 0]
+    return outputs
 
 
 def _run_gathered(rows: Tensor, chosen: Tensor, experts: Experts) -> Tensor:

@@ -62,6 +62,27 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return rank(scores)[..., :k].sort(dim=-1).values
 
 
+def fewest_with_mass(scores: Tensor, mass: Tensor, share: float, most: int) -> Tensor:
+    """The fewest experts of each input, best first, that hold a share of its mass.
+
+    Args:
+        scores: rank the experts (b,n).
+        mass: of each expert (b,n).
+        share: of an input's whole mass.
+        most: experts at most.
+
+    Returns:
+        Expert indices (b,most), int64, ascending; n in place of those that are not needed.
+    """
+    n = scores.shape[-1]
+    order = rank(scores)[..., :most]
+    before = mass.gather(-1, order).cumsum(-1).roll(1, -1)
+    before[..., 0] = 0
+    is_needed = before < share * mass.sum(-1, keepdim=True)
+    is_needed[..., 0] = True
+    return torch.where(is_needed, order, n).sort(dim=-1).values
+
+
 def random_scores(num_experts: int, seed: int, layer_index: int) -> Tensor:
     """The scores of the signal `random`: (n,), a fixed order for this seed and layer."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer_index) % 2**63)

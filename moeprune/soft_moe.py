@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from moeprune.architecture import SoftMoEConfig
 from moeprune.plan import LayerPlan
 from moeprune.routed import Experts, choose, kernels_for, run_chosen, run_experts
-from moeprune.scores import combine_mass
+from moeprune.scores import combine_mass, fewest_with_mass
 
 FEW_ROWS = 128
 """Rows an expert, up to which the grouped kernel beats a batched product where there is such a kernel."""
@@ -39,7 +39,8 @@ class Observation(NamedTuple):
     combine_weights: Tensor  # C (b,m,n,p), in the order of phi's columns; zero for padded tokens
     mass: Tensor  # of each expert in C (b,n), over the tokens that are not padded
     slot_outputs: Tensor  # f (b,e,p,d), without surrogate
-    chosen: Tensor | None  # experts that ran (b,e), or None where the first e of phi's columns did
+    chosen: Tensor | None  # experts that ran (b,e), or None where the first e of phi's columns did;
+    # n stands for none, where inputs run different numbers of them
     output: Tensor  # Y (b,m,d); zero for padded tokens
     tokens: Tensor  # X (b,m,d); zero for padded tokens
     mask: Tensor | None  # which tokens are not padded (b,m); None: all
@@ -231,7 +232,10 @@ class SoftMoE(nn.Module):
         return self._normalized(slots, -1, "phi_gain").transpose(1, 2)
 
     def choose(self, mass: Tensor) -> Tensor:
-        """The k experts (b,k) that run for each input, by the plan's signal and the combine mass (b,n)."""
+        """The experts (b,k) that run for each input, by the plan's signal and the combine mass (b,n).
+
+        With a mass in the plan inputs may run fewer than k: n stands for none.
+        """
         assert self.plan is not None
         scores = mass
         if self.plan.signal == "deviation":
@@ -240,7 +244,14 @@ class SoftMoE(nn.Module):
             scores = self.score_weights.expand_as(mass)
         if self.plan.scope == "batch":
             scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
-        return choose(scores, self.plan.k)
+        if self.plan.mass is None:
+            return choose(scores, self.plan.k)
+        chosen = fewest_with_mass(scores, mass, self.plan.mass, self.plan.k)
+        if not chosen.is_cuda:  # where the host may ask: no more columns than an input needs
+            chosen = (
+                chosen[:, : int((chosen < self.config.num_experts).sum(1).amax())] if len(chosen) else chosen
+            )
+        return chosen
 
     def _run_stored(
         self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor
@@ -285,6 +296,7 @@ class SoftMoE(nn.Module):
             renorm=self.plan.compensation == "renorm",
             surrogate=self.surrogate if self.plan.has_surrogate else None,
             over_batch=self.config.dispatch_over == "batch",
+            is_ragged=self.plan.mass is not None,
         )
 
     def _dispatch_weights(self, router_logits: Tensor, stored: int) -> Tensor:

@@ -722,7 +722,9 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
     output = tmp_path / "new" / "demo"
     result = run("demo", "-o", output)
     assert (result.code, result.stderr) == (0, "")
-    names = ["input-none-1-8", "input-mean-1-16", "static-lstsq-1-8", "static-lstsq-1-16"]
+    names = [
+        "input-none-1-8", "input-mean-1-16", "static-lstsq-1-8", "static-lstsq-1-16", "static-affine-1-32",
+    ]  # fmt: skip
     files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     expected = {"summary.json"}
     for model in ("single", "vit"):
@@ -739,11 +741,12 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
         methods = [
             ("input", "combine", "none"), ("static", "random", "none"), ("input", "combine", "mean"),
             ("static", "combine", "none"), ("static", "combine", "mean"), ("static", "combine", "lstsq"),
+            ("static", "gram", "affine"),
         ]  # fmt: skip
         assert keys[0] == ("1", None, None, None)
         assert set(keys[1:]) == {
             *((keep, *method) for keep in ("1/32", "1/16", "1/8") for method in methods),
-            *(("0", "static", "combine", compensate) for compensate in ("none", "mean", "lstsq")),
+            *(("0", "static", "combine", compensate) for compensate in ("none", "mean", "lstsq", "affine")),
         }
         assert len(keys) == len(set(keys))
         of = dict(zip(keys, rows, strict=True))
@@ -751,7 +754,8 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
             found = json.loads((output / name / f"{file}.json").read_text())
             assert set(found) == EVAL_KEYS
             scope, compensate, share = file.split("-", 2)
-            row = of[share.replace("-", "/"), scope, "combine", compensate]
+            signal = "gram" if compensate == "affine" else "combine"
+            row = of[share.replace("-", "/"), scope, signal, compensate]
             assert found["model"] == row["model"]
             assert found["model"]["bytes"] == tensor_bytes(output / name / f"{file}.safetensors")
         assert of["1/8", "static", "random", "none"]["draws"] == 10
@@ -776,6 +780,7 @@ def check_what_is_promised(model, of):
     assert of["1/8", "static", "combine", "lstsq"]["retained"] >= 0.99
     assert of["1/16", "static", "combine", "lstsq"]["retained"] >= 0.965
     assert of["1/16", "input", "combine", "mean"]["retained"] >= 0.97
+    assert of["1/16", "static", "gram", "affine"]["retained"] >= 0.98
 
 
 # --- the entry point ---------------------------------------------------------------------------

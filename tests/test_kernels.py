@@ -18,6 +18,7 @@ from tests.test_soft_moe import (
     ROUTERS,
     D,
     N,
+    adaptive_layer,
     affine_of,
     dense_layer,
     expected_sets,
@@ -25,6 +26,7 @@ from tests.test_soft_moe import (
     inputs,
     observe,
     pruned_layer,
+    ragged_sets,
     relative_error,
     router,
     surrogates,
@@ -208,6 +210,22 @@ def test_layer_of_many_slots_per_expert_equals_the_formulas(scope):
     tensors = {name: tensor.cpu() for name, tensor in dense.state_dict().items()}
     expected = reference_layer(x.cpu(), tensors, *router(dense), kept)
     assert relative_error(layer.to(DEVICE)(x).cpu(), expected) < 1e-5
+
+
+@pytest.mark.usefixtures("_through_kernels")
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize("p", [1, 3])
+def test_layer_with_a_mass_equals_the_masked_formulas(p, compensation):
+    dense, x, u = dense_layer(p=p, dtype=torch.float32), layer_inputs(), surrogates(p)
+    dense.scale.fill_(8)
+    layer = adaptive_layer(dense, 0.6, compensation, slot_mean=u).to(DEVICE)
+    found = layer(x).cpu()
+    dense = dense.cpu()
+    kept = ragged_sets(dense, x.cpu(), 0.6)
+    expected = reference_layer(
+        x.cpu(), dense.state_dict(), *router(dense), kept, compensation, u, affine=affine_of(layer.cpu())
+    )
+    assert relative_error(found, expected) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")

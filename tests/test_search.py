@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moeprune
+from moeprune.calibration import observe_layers
 from moeprune.contributions import half_of
 from moeprune.data import subset
 from moeprune.errors import MoepruneError
@@ -129,9 +130,45 @@ def test_a_search_on_the_command_line(single, run, run_json, tmp_path):
     assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("compensate", ["none", "affine"])
+def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path):
+    path = tmp_path / "adaptive.safetensors"
+    words = ("prune", single, "--mass", 0.8, "--compensate", compensate, "--data", "digits")
+    found = run_json(*words, "-o", path)
+    assert found["plan"]["blocks.0.soft_moe"] == {
+        "scope": "input", "k": 128, "num_experts": 128, "signal": "combine", "compensation": compensate,
+        "kept": None, "mass": 0.8,
+    }  # fmt: skip
+    evaluated = run_json("eval", path, "--data", "digits", "--limit", 100)
+    model = moeprune.load(single)
+    data = moeprune.open_data("digits:test", model.input_format, limit=100)
+    counts = []
+
+    def count(_, observation):
+        ordered = observation.mass.sort(dim=1, descending=True).values.cumsum(1)
+        counts.append((ordered < 0.8).sum(1) + 1)
+
+    for inputs, _ in data.batches(64):
+        observe_layers(model, ["blocks.0.soft_moe"], count, inputs, CPU)
+    mean = float(torch.cat(counts).float().mean())
+    assert evaluated["model"]["experts_per_input"] == pytest.approx(mean, rel=1e-3)
+    most = found["model"]["flops_per_input"]
+    assert evaluated["model"]["flops_per_input"]["experts"] == pytest.approx(
+        most["experts"] * mean / 128, rel=1e-3
+    )
+    assert evaluated["model"]["flops_per_input"]["total"] < most["total"]
+    text = run(*words, "-o", tmp_path / "again.safetensors")
+    assert "input, mass 0.8 in at most 128 of 128" in text.stdout
+    assert "at most" in text.stdout.splitlines()[2]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("--mass", 0.9, "--scope", "static", "-o", "o.st"), "with `--scope input`"),
+        (("--mass", 1.2, "-o", "o.st"), "give a share in 0…1"),
+        (("--mass", 0, "-o", "o.st"), "give a share in 0…1"),
+        (("--mass", 0.9, "--keep", 4, "-o", "o.st"), "`--keep` and `--mass` given"),
         (("--keep", 4), "nothing to write"),
         (("-o", "o.st"), "none of the options that say how many given"),
         (("--keep", 4, "--max-size", 0.5, "-o", "o.st"), "`--keep` and `--max-size` given"),

@@ -329,6 +329,59 @@ def test_layer_without_kept_experts_gives_its_surrogates_alone(scope, compensati
         assert relative_error(y, torch.einsum("bmnp,npd->bmd", combine, u)) < 1e-10
 
 
+def ragged_sets(dense, x, share, most=N) -> list[tuple[int, ...]]:
+    """For each input the fewest experts, of most mass first, that hold a share of it."""
+    sets = []
+    for row in reference_mass(x, dense.state_dict(), *router(dense)):
+        order = sorted(range(len(row)), key=lambda j: (-row[j], j))
+        count = next(c for c in range(1, len(row) + 1) if sum(row[j] for j in order[:c]) >= share - 1e-12)
+        sets.append(tuple(sorted(order[: min(count, most)])))
+    return sets
+
+
+def adaptive_layer(dense, share, compensation="none", most=N, slot_mean=None):
+    plan = LayerPlan("input", most, N, "combine", compensation, mass=share)
+    layer = prune_layer(dense, plan, None, slot_mean)
+    generator = torch.Generator().manual_seed(9)
+    for name, buffer in layer.named_buffers():
+        if name.startswith("affine"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    return layer
+
+
+@pytest.mark.usefixtures("_both_ways")
+@pytest.mark.parametrize(("share", "most"), [(0.3, N), (0.6, N), (0.95, N), (0.95, 2)])
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize(("router_norm", "dispatch_input", "p", "dtype", "tolerance"), PRUNED_SHAPES)
+def test_layer_with_a_mass_runs_the_fewest_experts_that_hold_it(
+    router_norm, dispatch_input, p, dtype, tolerance, compensation, share, most
+):
+    dense, x, u = dense_layer(router_norm, dispatch_input, p, dtype), inputs(dtype=dtype), surrogates(p)
+    layer = adaptive_layer(dense, share, compensation, most, u)
+    kept = ragged_sets(dense, x, share, most)
+    expected = reference_layer(
+        x, dense.state_dict(), *router(dense), kept, compensation, u, affine=affine_of(layer)
+    )
+    assert relative_error(layer(x), expected) < tolerance
+    observation = observe(layer, x)
+    found = [tuple(j for j in row if j < N) for row in observation.chosen.tolist()]
+    assert found == kept
+    assert not observation.slot_outputs[observation.chosen == N].any()
+
+
+def test_with_a_mass_inputs_run_different_numbers_of_experts():
+    dense, x = dense_layer(), inputs(b=12)
+    dense.scale.fill_(8)
+    kept = ragged_sets(dense, x, 0.6)
+    assert {len(experts) for experts in kept} == {2, 3}
+    for compensation in COMPENSATIONS:
+        layer = adaptive_layer(dense, 0.6, compensation, slot_mean=surrogates())
+        expected = reference_layer(
+            x, dense.state_dict(), *router(dense), kept, compensation, surrogates(), affine=affine_of(layer)
+        )
+        assert relative_error(layer(x), expected) < 1e-10
+
+
 # --- which experts run -------------------------------------------------------------------------
 
 

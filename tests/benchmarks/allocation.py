@@ -1,0 +1,64 @@
+"""Whether it pays to split a budget over the layers, in place of the same share of experts in each.
+
+    python tests/benchmarks/allocation.py
+
+For the demo's vision transformer (three layers with residuals) and one that is trained here (four layers of
+64 and 32 experts without residuals): at the bytes that uniform shares take, what the planned split keeps,
+beside the uniform one. About fifteen minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import statistics
+from fractions import Fraction
+
+from common import RUNTIME, SEEDS, accuracy, calibration, shipped, test_set, without_residuals
+
+import moeprune
+from moeprune.checkpoint import tensor_infos
+from moeprune.model import SoftMoEViT
+from moeprune.plan import uniform_plan
+from moeprune.planning import plan_within, size_costs
+
+SHARES = ("1/32", "1/16", "1/8", "1/4", "1/2")
+COMPENSATIONS = ("mean", "lstsq", "affine")
+
+
+def compare(model: SoftMoEViT) -> None:
+    test = test_set(model)
+    full = accuracy(model, test)
+    print(f"full model {full:.4f}; uniform → planned, as a share of it: mean of {len(SEEDS)} draws")
+    print(f"{'':8}", *(f"{share:>18}" for share in SHARES))
+    draws = [calibration(model, seed) for seed in SEEDS]
+    analyses = [moeprune.analyze(model, data, RUNTIME) for data in draws]
+    experts = {name: layer.num_experts for name, layer in model.config.soft_moe_layers.items()}
+    infos = tensor_infos(model.state_dict())
+    for compensation in COMPENSATIONS:
+        costs = size_costs(model.config, infos, "static", "gram", compensation)
+        cells = []
+        for share in SHARES:
+            uniform = uniform_plan(experts, Fraction(share), "static", "gram", compensation)
+            budget = costs.of({name: layer.k for name, layer in uniform.items()}) / costs.full
+            results: dict[str, list[float]] = {"uniform": [], "planned": []}
+            for data, analysis in zip(draws, analyses, strict=True):
+                planned = plan_within(
+                    model.config, costs, budget, analysis,
+                    scope="static", signal="gram", compensation=compensation, option="budget",
+                )  # fmt: skip
+                for which, plan in (("uniform", uniform), ("planned", planned)):
+                    pruned = moeprune.prune(model, plan=plan, data=data, runtime=RUNTIME)
+                    results[which].append(accuracy(pruned, test) / full)
+            uniform_mean, planned_mean = (statistics.fmean(result) for result in results.values())
+            cells.append(f"{uniform_mean:8.3f} → {planned_mean:.3f}  ")
+        print(f"{compensation:8}", *cells, flush=True)
+
+
+def main() -> None:
+    print("vit")
+    compare(shipped("vit"))
+    print("\nfour layers without residuals")
+    compare(without_residuals([(64, 8), (32, 16), (64, 8), (32, 16)], steps=3000, noise=0.1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What the benchmarks of methods share: data drawn anew for each seed, the models, and tables.
+
+Calibration sets of the digits are 300 of the 358 images of the split, of the pairs 2,000 pairs of the same
+358 images; what is drawn is the seed's. Results are on the whole test split, as a share of the full model's
+accuracy there.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+import moeprune
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.data import Batch, Dataset
+from moeprune.digits import digits
+from moeprune.evaluation import predict
+from moeprune.model import Model, SoftMoEViT
+from moeprune.runtime import Runtime
+from moeprune.train import Recipe, train
+
+SEEDS = (0, 1, 2)
+KEEPS = ("1/32", "1/16", "1/8", "1/4")
+RUNTIME = Runtime(device="auto", batch_size=200)
+PAIRS = 2000
+DIGITS = 300
+
+
+def shipped(name: str) -> SoftMoEViT:
+    """One of the two demo checkpoints, `single` or `vit`."""
+    model = moeprune.load(str(resources.files("moeprune") / "checkpoints" / f"{name}.safetensors"))
+    assert isinstance(model, SoftMoEViT)
+    return model
+
+
+def without_residuals(
+    widths: Sequence[tuple[int, int]], steps: int, noise: float, seed: int = 0
+) -> SoftMoEViT:
+    """A vision transformer on pairs of digits whose Soft MoE layers have no residual around them.
+
+    What a layer gives is all that goes on: nothing hides what pruning breaks.
+
+    Args:
+        widths: for each Soft MoE layer its experts and their hidden width; a block with an MLP comes first.
+        steps: of training.
+        noise: standard deviation of what is added to normalised pixels while training.
+        seed: of training.
+    """
+    blocks = [BlockConfig(mlp_dim=128)]
+    for experts, hidden in widths:
+        soft_moe = SoftMoEConfig(64, experts, slots_per_expert=1, hidden_dim=hidden)
+        blocks.append(BlockConfig(soft_moe=soft_moe, residual=False))
+    config = ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=tuple(blocks))
+    recipe = Recipe(
+        config, steps, learning_rate=2e-3, weight_decay=0.01, scale=8.0, position=0.1, noise=noise,
+        label_smoothing=0.0,
+    )  # fmt: skip
+    return train(recipe, seed)
+
+
+def calibration(model: Model, seed: int) -> Dataset:
+    """A calibration set drawn with a seed: digits, or pairs where the model takes them."""
+    images, labels = digits("calibration")
+    generator = random.Random(1000 + seed)
+    if model.input_format.width == 8:
+        chosen = sorted(generator.sample(range(len(images)), DIGITS))
+        return in_memory(model, images[chosen], labels[chosen])
+    halves = [[generator.randrange(len(images)) for _ in range(PAIRS)] for _ in range(2)]
+    left, right = halves
+    return in_memory(
+        model, torch.cat([images[left], images[right]], dim=3), 10 * labels[left] + labels[right]
+    )
+
+
+def in_memory(model: Model, pixels: Tensor, labels: Tensor) -> Dataset:
+    """Pixels (n,1,h,w) in 0…1 and labels (n) as a data set for a model."""
+    inputs = model.input_format.normalize(pixels)
+
+    def read(indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        for start in range(0, len(indices), batch_size):
+            chosen = list(indices[start : start + batch_size])
+            yield inputs[chosen], labels[chosen]
+
+    return Dataset("drawn", len(inputs), True, model.input_format.classes, read)
+
+
+def test_set(model: Model) -> Dataset:
+    """The test split of the digits, or of the pairs where the model takes them."""
+    spec = "digits:test" if model.input_format.width == 8 else "pairs:test"
+    return moeprune.open_data(spec, model.input_format)
+
+
+def accuracy(model: Model, data: Dataset) -> float:
+    """The share of a data set that a model predicts right."""
+    [found] = predict([model], data, RUNTIME)
+    return float(found.correct.double().mean())
+
+
+def table(model: Model, methods: Iterable[tuple[str, str, str]], keeps: Sequence[str] = KEEPS) -> None:
+    """Print for each method (scope, signal, compensation) what it keeps: mean and range over SEEDS.
+
+    The first column is of no experts at all.
+    """
+    test = test_set(model)
+    full = accuracy(model, test)
+    draws = [calibration(model, seed) for seed in SEEDS]
+    print(f"full model {full:.4f}; mean (least to most) of {len(SEEDS)} draws of calibration data")
+    print(f"{'kept':36}", *(f"{keep:>21}" for keep in ("none at all", *keeps)))
+    for scope, signal, compensate in methods:
+        cells = []
+        for keep in (0, *keeps):
+            if keep == 0 and (scope != "static" or compensate == "renorm"):
+                cells.append(f"{'':21}")
+                continue
+            results = []
+            for seed, data in zip(SEEDS, draws, strict=True):
+                pruned = moeprune.prune(
+                    model, keep=keep, scope=scope, signal=signal, compensate=compensate, data=data, seed=seed,
+                    runtime=RUNTIME,
+                )  # fmt: skip
+                results.append(accuracy(pruned, test) / full)
+            mean = statistics.fmean(results)
+            cells.append(f"{mean:7.3f} ({min(results):.3f}-{max(results):.3f})")
+        print(f"{scope + ', ' + signal + ', ' + compensate:36}", *cells, flush=True)
