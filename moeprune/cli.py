@@ -544,6 +544,13 @@ def eval(
     full = None if baseline is None else _load(baseline, model, preprocess)
     found["baseline"] = None if baseline is None else str(baseline)
     found |= evaluation.evaluate(loaded, dataset, full, runtime, latency_batches if latency else None)
+    for name in (found["forgetting"] or {}).get("collapsed", ()):
+        entry = next(entry for entry in found["forgetting"]["classes"] if entry["class"] == name)
+        warn(
+            f"class {name} collapsed: {report.percent(entry['baseline_accuracy'])} →"
+            f" {report.percent(entry['accuracy'])} of its {entry['samples']} samples, while the average"
+            f" accuracy changed by {report.points(-found['difference']['accuracy_drop'])}"
+        )
     found["gates"] = judge(found, limits)
     found["passed"] = all(gate["passed"] for gate in found["gates"])
     emit(found, report.evaluation, output_format, output_file)

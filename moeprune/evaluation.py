@@ -17,6 +17,7 @@ from moeprune.checkpoint import tensor_infos
 from moeprune.contributions import wide_dtype
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
+from moeprune.forgetting import forgetting
 from moeprune.intervals import mcnemar, paired_difference, wilson
 from moeprune.latency import check_batch_sizes, measure_latency
 from moeprune.model import Model, dataset_for, plan_of, private_copy, soft_moe_layers
@@ -120,9 +121,9 @@ def evaluate(
         latency_batches: batch sizes at which latency is measured too; None: it is not.
 
     Returns:
-        JSON values: `schema_version`, `data`, `model`, and with a baseline `baseline_model` and
-        `difference`; accuracies as fractions, FLOPs per input, bytes of all tensors. `latency` is
-        what moeprune.latency.measure_latency returns, or None.
+        JSON values: `schema_version`, `data`, `model`, and with a baseline `baseline_model`, `difference`
+        and `forgetting` (see moeprune.forgetting), which are None else; accuracies as fractions, FLOPs per
+        input, bytes of all tensors. `latency` is what moeprune.latency.measure_latency returns, or None.
 
     Raises:
         MoepruneError: data that does not fit or has no labels, or a batch size below 1.
@@ -137,9 +138,10 @@ def evaluate(
     models = [model] if baseline is None else [model, baseline]
     predictions = predict(models, data, runtime)
     described = [describe(*pair) for pair in zip(models, predictions, strict=True)]
-    difference = None
+    difference, forgotten = None, None
     if baseline is not None:
         difference = compare(described[0], described[1], predictions[0], predictions[1])
+        forgotten = forgetting(predictions[0].labels, predictions[0].predicted, predictions[1].predicted)
     latency = None
     if latency_batches is not None:
         latency = measure_latency(model, data, baseline, latency_batches, runtime)
@@ -149,6 +151,7 @@ def evaluate(
         "model": described[0],
         "baseline_model": described[1] if baseline is not None else None,
         "difference": difference,
+        "forgetting": forgotten,
         "latency": latency,
         "environment": environment(runtime),
     }

@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+WORST_CLASSES = 3
+
 
 def percent(share: float, digits: int = 1) -> str:
     """A share as percent: `0.125` is `12.5 %`."""
@@ -174,11 +176,24 @@ def evaluation(found: Mapping[str, Any]) -> Group:
                 f" {percent(difference['agreement'], 2)}"
             )
         )
+        parts.append(Text(_forgetting(found["forgetting"])))
     if found["latency"]:
         parts += [Text(), *_latency(found["latency"], found["environment"]["device"])]
     if found["gates"]:
         parts += [Text(), gates(found["gates"])]
     return Group(*parts)
+
+
+def _forgetting(found: Mapping[str, Any]) -> str:
+    """Flips, and the classes that lost most."""
+    text = f"{len(found['lost'])} inputs flip from right to wrong, {len(found['won'])} from wrong to right"
+    worst = [entry for entry in found["classes"][:WORST_CLASSES] if entry["accuracy_drop"] > 0]
+    classes = [
+        f"{entry['class']} ({percent(entry['baseline_accuracy'], 0)} → {percent(entry['accuracy'], 0)} of"
+        f" {entry['samples']})"
+        for entry in worst
+    ]
+    return text + (f"; classes that lost most: {', '.join(classes)}" if classes else "")
 
 
 Row = tuple[str, Callable[[Mapping[str, Any]], str]]

@@ -40,7 +40,8 @@ DIFFERENCE_KEYS = {
     "accuracy_drop", "accuracy_drop_ci95", "flops_reduction", "size_reduction", "agreement", "mcnemar_p",
 }  # fmt: skip
 EVAL_KEYS = {
-    "schema_version", "checkpoint", "baseline", "data", "model", "baseline_model", "difference", "latency",
+    "schema_version", "checkpoint", "baseline", "data", "model", "baseline_model", "difference", "forgetting",
+    "latency",
     "gates", "passed", "environment",
 }  # fmt: skip
 
@@ -352,6 +353,7 @@ def test_eval_without_baseline_has_the_same_keys(single, run_json):
     found = run_json("eval", single, "--data", "digits", "--limit", 20)
     assert set(found) == EVAL_KEYS
     assert (found["baseline"], found["baseline_model"], found["difference"]) == (None, None, None)
+    assert found["forgetting"] is None
 
 
 def test_eval_figures_equal_a_plain_loop(evaluated, single, pruned):

@@ -21,6 +21,7 @@ LEVELS = (
         "architecture",
         "plan",
         "gate",
+        "forgetting",
         "files",
         "header",
         "preprocessing",

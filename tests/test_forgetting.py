@@ -1,0 +1,91 @@
+"""What pruning forgets, against plain counting."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from moeprune.forgetting import forgetting
+from moeprune.intervals import paired_difference
+
+
+def case(seed: int, samples=400, classes=6) -> tuple[list[int], list[int], list[int]]:
+    """Labels, and predictions of a pruned and a full model; class 5 has no samples."""
+    rng = random.Random(seed)
+    labels = [rng.randrange(classes - 1) for _ in range(samples)]
+    full = [label if rng.random() < 0.9 else rng.randrange(classes) for label in labels]
+    pruned = [guess if rng.random() < 0.85 else rng.randrange(classes) for guess in full]
+    return labels, pruned, full
+
+
+def found_of(labels, pruned, full):
+    return forgetting(torch.tensor(labels), torch.tensor(pruned), torch.tensor(full))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_classes_and_flips_equal_plain_counts(seed):
+    labels, pruned, full = case(seed)
+    found = found_of(labels, pruned, full)
+    rows = list(zip(labels, pruned, full, strict=True))
+    assert found["lost"] == [i for i, (y, p, f) in enumerate(rows) if f == y != p]
+    assert found["won"] == [i for i, (y, p, f) in enumerate(rows) if p == y != f]
+    assert sorted(entry["class"] for entry in found["classes"]) == sorted(set(labels))
+    drops = [entry["accuracy_drop"] for entry in found["classes"]]
+    assert drops == sorted(drops, reverse=True)
+    for entry in found["classes"]:
+        own = [(y == p, y == f) for y, p, f in rows if y == entry["class"]]
+        assert entry["samples"] == len(own)
+        assert entry["accuracy"] == pytest.approx(sum(p for p, _ in own) / len(own))
+        assert entry["baseline_accuracy"] == pytest.approx(sum(f for _, f in own) / len(own))
+        assert entry["accuracy_drop"] == pytest.approx(entry["baseline_accuracy"] - entry["accuracy"])
+        cells = [own.count(pair) for pair in ((True, True), (False, True), (True, False), (False, False))]
+        assert entry["accuracy_drop_ci95"] == list(paired_difference(*cells))
+
+
+def collapse(forgotten: int, samples_of_class: int, classes=50):
+    """All is right but for so many samples of class 7."""
+    labels = [c for c in range(classes) for _ in range(samples_of_class)]
+    pruned = list(labels)
+    first = 7 * samples_of_class
+    pruned[first : first + forgotten] = [8] * forgotten
+    return found_of(labels, pruned, labels)["collapsed"]
+
+
+def test_a_class_that_the_average_hides_is_named():
+    assert collapse(forgotten=20, samples_of_class=20) == [7]
+    assert collapse(forgotten=15, samples_of_class=20) == [7]
+
+
+def test_a_few_lost_samples_are_no_collapse():
+    assert collapse(forgotten=4, samples_of_class=20) == []
+    assert collapse(forgotten=1, samples_of_class=1) == []  # one sample shows nothing
+    assert collapse(forgotten=0, samples_of_class=20) == []
+
+
+def test_chance_names_no_class():
+    named = 0
+    for seed in range(20):
+        named += len(found_of(*case(seed))["collapsed"])
+    assert named == 0
+
+
+def test_a_class_that_the_full_model_does_not_know_cannot_collapse():
+    labels = [0] * 100 + [1] * 100
+    full = [0] * 30 + [1] * 70 + [1] * 100
+    pruned = [1] * 100 + [1] * 100
+    assert found_of(labels, pruned, full)["collapsed"] == []
+
+
+def test_where_the_average_shows_it_no_class_is_named():
+    assert collapse(forgotten=20, samples_of_class=20, classes=50) == [7]
+    labels = [c for c in range(10) for _ in range(40)]
+    pruned = [c if c >= 3 else 9 for c in labels]  # three of ten classes are gone
+    assert found_of(labels, pruned, labels)["collapsed"] == []
+
+
+def test_where_everything_falls_no_class_stands_out():
+    labels = [c for c in range(10) for _ in range(30)]
+    pruned = [(c + 1) % 10 for c in labels]
+    assert found_of(labels, pruned, labels)["collapsed"] == []
