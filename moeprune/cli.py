@@ -15,7 +15,7 @@ from moeprune import __version__
 from moeprune.errors import MoepruneError
 from moeprune.gate import check_limits, judge
 from moeprune.output import check_apart, check_choice, check_output, check_outputs, check_report, emit, warn
-from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep
+from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, is_possible, parse_keep
 
 if TYPE_CHECKING:
     from moeprune.data import Dataset
@@ -261,15 +261,15 @@ def prune(
     compensate: Annotated[
         str | None,
         typer.Option(
-            help="What stands in for dropped experts: none, renorm, mean, lstsq or affine.",
+            help="What stands in for dropped experts: none, renorm, mean, lstsq, affine or refit.",
             show_default="none",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="Calibration data: measure each layer behind the already pruned ones. lstsq and affine read"
-            " the analysis's own data if this is not given."
+            help="Calibration data: measure each layer behind the already pruned ones. fits read the"
+            " analysis's own data if this is not given."
         ),
     ] = None,
     one_shot: Annotated[
@@ -323,6 +323,11 @@ def prune(
     check_choice("--scope", scope, SCOPES)
     check_choice("--signal", signal, SIGNALS)
     check_choice("--compensate", compensate, COMPENSATIONS)
+    if not is_possible(scope, signal, compensate):
+        static = f"--signal {signal}" if signal == "gram" else f"--compensate {compensate}"
+        raise MoepruneError(
+            f"`{static}` is for one set for all inputs, not for `--scope {scope}`", "give `--scope static`"
+        )
     if mass is not None and (scope != "input" or not 0 < mass <= 1):
         raise MoepruneError(
             f"`--mass {mass:g}` with `--scope {scope}`", "give a share in 0…1, with `--scope input`"

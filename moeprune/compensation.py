@@ -8,7 +8,9 @@ pruned layers before this one broke. The regression of T on
              slots too: that costs nothing)
     affine   the same, the layer's input X, the mean of its tokens, and 1
 
-is added to the surrogates (moeprune.regression). lambda → infinity leaves `mean`.
+is added to the surrogates (moeprune.regression). lambda → infinity leaves `mean`. Behind `affine`, `refit`
+regresses what is then still lacking on the same and on what the last linears of the kept experts take,
+each weighted by its combine weights: that changes those weights, and costs nothing at inference.
 
 Axes: b inputs, m tokens, d width of the input, o of the output, n experts, p slots per expert, q regressors.
 """
@@ -21,15 +23,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moeprune.architecture import SoftMoEConfig
 from moeprune.calibration import observe_layers
 from moeprune.contributions import Contributions, half_of, kinds_of_regressors, regressors, wide_dtype
 from moeprune.data import Dataset
+from moeprune.errors import MoepruneError
 from moeprune.model import Model, soft_moe_layers
 from moeprune.plan import LayerPlan
 from moeprune.regression import Equations, solve_held_out
 from moeprune.runtime import Runtime
 from moeprune.soft_moe import Observation, SoftMoE, select
 from moeprune.statistics import LayerMoments, MomentsAccumulator
+
+MAX_REGRESSORS = 4096
+"""Regressors that `refit` takes at most: their Gram matrix is held in float64, and decomposed."""
 
 
 class Gathered(NamedTuple):
@@ -77,23 +84,12 @@ def fit_routed(
         pruned: with the layer and those before it pruned, the layer's surrogate being `mean`.
         full: the unpruned model. Both are private copies and moved to the runtime's device.
     """
-    device = runtime.torch_device
     layer = soft_moe_layers(pruned)[name]
-    kinds, out = kinds_of_regressors(layer, compensation), layer.config.output_width
-    dtype = wide_dtype(device)
-    power = [torch.zeros(sum(kinds), sum(kinds), device=device, dtype=dtype) for _ in range(2)]
-    cross = [torch.zeros(sum(kinds), out, device=device, dtype=dtype) for _ in range(2)]
+    kinds = kinds_of_regressors(layer, compensation)
+    equations = _Halves(sum(kinds), layer.config.output_width, runtime.torch_device)
     for members, seen, gap in _observed(pruned, full, name, data, runtime):
-        rows = regressors(seen, compensation)
-        for half, index in enumerate(members):
-            z, targets = rows[index].flatten(0, 1).to(dtype), gap[index].flatten(0, 1).to(dtype)
-            power[half] += z.mT @ z
-            cross[half] += z.mT @ targets
-    first, second = (
-        Equations(p.to("cpu", torch.float64), c.to("cpu", torch.float64))
-        for p, c in zip(power, cross, strict=True)
-    )
-    return solve_held_out(first, second, kinds)
+        equations.add(members, regressors(seen, compensation), gap)
+    return equations.solve(kinds)
 
 
 def fit_static(gathered: Gathered, plan: LayerPlan) -> Tensor:
@@ -105,6 +101,67 @@ def fit_static(gathered: Gathered, plan: LayerPlan) -> Tensor:
     n, p, _ = mean.shape
     of_slots = correction[: n * p].unflatten(0, (n, p))[list(plan.columns)]
     return torch.cat([of_slots.flatten(0, 1), correction[n * p :]])
+
+
+def refit_kept(pruned: Model, full: Model, name: str, data: Dataset, runtime: Runtime) -> None:
+    """Fit the last linears of a static layer's kept experts, in place, by one pass over data.
+
+    Args:
+        pruned: with the layer, compensated by `affine`, and those before it pruned.
+        full: the unpruned model. Both are private copies and moved to the runtime's device.
+    """
+    layer = soft_moe_layers(pruned)[name]
+    k, out, width = layer.fc2_weight.shape
+    kinds = [k * width, *kinds_of_regressors(layer, "affine")]
+    equations = _Halves(sum(kinds), out, runtime.torch_device)
+    for members, seen, gap in _observed(pruned, full, name, data, runtime):
+        assert seen.slot_inputs is not None
+        hidden = layer.hidden(seen.slot_inputs.to(layer.fc2_weight.dtype)).float()  # (b,k,p,h)
+        weights = seen.combine_weights[:, :, :k].float()
+        of_experts = torch.einsum("bmkp,bkph->bmkh", weights, hidden).flatten(2)
+        equations.add(members, torch.cat([of_experts, regressors(seen, "affine")], dim=2), gap)
+    correction = equations.solve(kinds)
+    of_weights = correction[: k * width].view(k, width, out).mT
+    layer.fc2_weight = torch.nn.Parameter(layer.fc2_weight + of_weights.to(layer.fc2_weight), False)
+    add_correction(layer, correction[k * width :])
+
+
+def require_affordable_refit(config: SoftMoEConfig, plan: LayerPlan, name: str) -> None:
+    """Raise a MoepruneError if a layer's refit would take more than MAX_REGRESSORS regressors."""
+    n, p, d = config.num_experts, config.slots_per_expert, config.dim
+    regressors = plan.k * config.expert_width + n * p + 2 * d + 1
+    if plan.compensation == "refit" and plan.drops and regressors > MAX_REGRESSORS:
+        raise MoepruneError(
+            f"`refit` of layer `{name}` takes {regressors:,} regressors: {plan.k} experts of width"
+            f" {config.expert_width} are kept; {MAX_REGRESSORS:,} are possible",
+            "keep fewer experts, or give `--compensate affine`",
+        )
+
+
+class _Halves:
+    """The normal equations of one regression over two halves of the data."""
+
+    def __init__(self, num_regressors: int, out: int, device: torch.device):
+        dtype = wide_dtype(device)
+        self.power = [
+            torch.zeros(num_regressors, num_regressors, device=device, dtype=dtype) for _ in range(2)
+        ]
+        self.cross = [torch.zeros(num_regressors, out, device=device, dtype=dtype) for _ in range(2)]
+
+    def add(self, members: list[Tensor], rows: Tensor, targets: Tensor) -> None:
+        """Add inputs: regressors (b,m,q) and targets (b,m,o), by the halves that their members are of."""
+        for half, index in enumerate(members):
+            z, t = (part[index].flatten(0, 1).to(self.power[half]) for part in (rows, targets))
+            self.power[half] += z.mT @ z
+            self.cross[half] += z.mT @ t
+
+    def solve(self, kinds: list[int]) -> Tensor:
+        """V (q,o); see moeprune.regression.solve_held_out."""
+        first, second = (
+            Equations(power.to("cpu", torch.float64), cross.to("cpu", torch.float64))
+            for power, cross in zip(self.power, self.cross, strict=True)
+        )
+        return solve_held_out(first, second, kinds)
 
 
 def add_correction(layer: SoftMoE, correction: Tensor) -> None:

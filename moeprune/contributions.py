@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeprune.plan import AFFINE
 from moeprune.regression import Equations, choose_ridge, column_scale
 from moeprune.soft_moe import Observation, SoftMoE, mean_token
 
@@ -46,7 +47,7 @@ def kinds_of_regressors(layer: SoftMoE, compensation: str) -> list[int]:
     """How many regressors there are of each kind, in the order of `regressors`."""
     n, p, _ = layer.slot_shape
     d = layer.config.dim
-    return [n * p, d, d, 1] if compensation == "affine" else [n * p]
+    return [n * p, d, d, 1] if compensation in AFFINE else [n * p]
 
 
 def regressors(observation: Observation, compensation: str) -> Tensor:
@@ -59,7 +60,7 @@ def regressors(observation: Observation, compensation: str) -> Tensor:
         dropped = F.pad(dropped, (0, 1)).scatter_(1, observation.chosen, 0)[:, :-1]  # n stands for none
         weights = weights * dropped[:, None, :, None]
     weights = weights.flatten(2)
-    if compensation != "affine":
+    if compensation not in AFFINE:
         return weights
     tokens, mask = observation.tokens.float(), observation.mask
     one = torch.ones_like(tokens[:, :, :1]) if mask is None else mask[:, :, None].float()
@@ -143,8 +144,8 @@ def lost_gram(first: Contributions, second: Contributions, slot_mean: Tensor, co
     Args:
         first, second: two halves of the inputs.
         slot_mean: mu (n,p,o).
-        compensation: `mean`, `lstsq` or `affine`. For the last two the regression is fitted to one half
-            and its error is measured on the other, both ways.
+        compensation: `mean` or a fitted one, for which the regression is fitted to one half and its error
+            is measured on the other, both ways; `refit` is taken for `affine`.
 
     Returns:
         The sum over the inputs of both, in float64 on the CPU. The last row and column are the gap's.
@@ -155,7 +156,7 @@ def lost_gram(first: Contributions, second: Contributions, slot_mean: Tensor, co
     scale = torch.ones(q, dtype=torch.float64)
     ridge = None
     if compensation != "mean":
-        kinds = first.kinds if compensation == "affine" else first.kinds[:1]
+        kinds = first.kinds if compensation in AFFINE else first.kinds[:1]
         scale = column_scale(halves[0][0] + halves[1][0], kinds)
         everything = [half.equations(range(n), slot_mean) for half in (first, second)]
         cut = [Equations(power[:q, :q], cross[:q]).scaled(scale) for power, cross in everything]
@@ -190,7 +191,7 @@ def lost_gram(first: Contributions, second: Contributions, slot_mean: Tensor, co
 
 def _on_cpu(half: Contributions, compensation: str) -> tuple[Tensor, Tensor, Tensor]:
     """Power, cross and gram with the regressors of a compensation; of cross a view where it lies."""
-    q = sum(half.kinds) if compensation == "affine" else half.kinds[0]
+    q = sum(half.kinds) if compensation in AFFINE else half.kinds[0]
     power = half.power[:q, :q].to("cpu", torch.float64)
     return power, half.cross[:, :q], half.gram.to("cpu", torch.float64)
 

@@ -11,9 +11,16 @@ from moeprune.errors import MoepruneError
 
 SCOPES = ("static", "input", "batch")
 SIGNALS = ("combine", "deviation", "gram", "random")
-COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine")
-FITTED = ("lstsq", "affine")
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine", "refit")
+FITTED = ("lstsq", "affine", "refit")
 """Compensations that a regression on data finds."""
+AFFINE = ("affine", "refit")
+"""Compensations with a linear map of the layer's input."""
+
+
+def is_possible(scope: str, signal: str, compensation: str) -> bool:
+    """Whether a scope, a signal and a compensation go together."""
+    return scope == "static" or (signal != "gram" and compensation != "refit")
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class LayerPlan:
     compensation: what a dropped expert gives: nothing (`none`), nothing while the combine softmax
         is taken over the kept ones (`renorm`), its mean output (`mean`), the output that fits
         the unpruned layer best (`lstsq`), or that beside a linear map of the layer's input (`affine`).
+        `refit`, with scope `static` alone, does the last and fits the kept experts' second linears too.
     kept: with scope `static` the kept experts by their index in the unpruned layer, ascending; None where
         the signal is yet to choose them, which no checkpoint leaves open.
     mass: with scope `input`, that each input runs the fewest experts, best first, that hold this share of
@@ -61,10 +69,9 @@ class LayerPlan:
                 raise MoepruneError(f"plan: `mass` is {self.mass!r}, expected a share above 0 and at most 1")
             if self.scope != "input" or self.k == 0:
                 raise MoepruneError("plan: `mass` goes with scope input, and at least one expert")
-        if self.signal == "gram" and self.scope != "static":
-            raise MoepruneError(
-                "plan: signal `gram` chooses one set for all inputs: it goes with scope static"
-            )
+        if not is_possible(self.scope, self.signal, self.compensation):
+            what = "signal `gram` chooses" if self.signal == "gram" else "compensation `refit` is fitted to"
+            raise MoepruneError(f"plan: {what} one set for all inputs: it goes with scope static")
         if self.kept is not None and self.scope != "static":
             raise MoepruneError("plan: `kept` goes with scope static and with no other")
         if self.kept is not None:
@@ -118,12 +125,12 @@ class LayerPlan:
     @property
     def has_surrogate(self) -> bool:
         """Whether something stands in for the dropped experts."""
-        return self.compensation in ("mean", "lstsq", "affine") and self.drops
+        return self.compensation in ("mean", *FITTED) and self.drops
 
     @property
     def has_affine(self) -> bool:
         """Whether a linear map of the layer's input is added to its output."""
-        return self.compensation == "affine" and self.drops
+        return self.compensation in AFFINE and self.drops
 
 
 Plan = dict[str, LayerPlan]

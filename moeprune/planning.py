@@ -19,7 +19,7 @@ from moeprune.calibration import Analysis
 from moeprune.errors import MoepruneError
 from moeprune.flops import model_flops, soft_moe_flops
 from moeprune.header import TensorInfo
-from moeprune.plan import LayerPlan, Plan, experts_to_keep, uniform_plan
+from moeprune.plan import LayerPlan, Plan, experts_to_keep, is_possible, uniform_plan
 from moeprune.selection import drop_order
 from moeprune.tensors import layer_shapes, soft_moe_shapes
 
@@ -95,7 +95,7 @@ def _plans_of(layer: SoftMoEConfig, scope: str, signal: str, compensation: str) 
     n = layer.num_experts
     return [
         None
-        if k == 0 and compensation == "renorm"
+        if (k == 0 and compensation == "renorm") or not is_possible(scope, signal, compensation)
         else LayerPlan(scope, k, n, signal, compensation, tuple(range(k)) if scope == "static" else None)
         for k in range(n + 1)
     ]

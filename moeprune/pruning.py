@@ -18,7 +18,15 @@ from moeprune.calibration import (
     require_analysis_of,
     require_finite,
 )
-from moeprune.compensation import Gathered, add_correction, fit_routed, fit_static, gather
+from moeprune.compensation import (
+    Gathered,
+    add_correction,
+    fit_routed,
+    fit_static,
+    gather,
+    refit_kept,
+    require_affordable_refit,
+)
 from moeprune.contributions import lost_gram
 from moeprune.data import Dataset
 from moeprune.description import read_description
@@ -94,6 +102,8 @@ def prune(
         raise _not_calibrated(plan)
     if one_shot:
         _require_one_shot(plan)
+    for name, layer_plan in plan.items():
+        require_affordable_refit(configs[name], layer_plan, name)
     model_fingerprint = fingerprint(model)
     if not calibrated:
         analysis = dataset = None
@@ -125,8 +135,10 @@ def prune(
         slot_mean = None if moments is None else moments.slot_mean
         layer = prune_layer(dense_layers[name], layer_plan, score_weights, slot_mean)
         pruned.set_submodule(name, layer)
-        if gathered is not None:
+        if gathered is not None and dataset is not None:
             add_correction(layer, fit_static(gathered, layer_plan))
+            if layer_plan.compensation == "refit" and layer_plan.k:
+                refit_kept(pruned, full, name, dataset, runtime)
         elif layer_plan.is_fitted and dataset is not None:
             add_correction(layer, fit_routed(pruned, full, name, dataset, layer_plan.compensation, runtime))
         _require_data_of_analysis(analysis, dataset)

@@ -44,6 +44,7 @@ class Observation(NamedTuple):
     output: Tensor  # Y (b,m,d); zero for padded tokens
     tokens: Tensor  # X (b,m,d); zero for padded tokens
     mask: Tensor | None  # which tokens are not padded (b,m); None: all
+    slot_inputs: Tensor | None  # what the first e of phi's columns' experts took (b,e,p,d); None with chosen
 
 
 def select(observation: Observation, index: Tensor) -> Observation:
@@ -167,9 +168,10 @@ class SoftMoE(nn.Module):
         mass = combine_mass(combine_weights, mask) if needs_mass else None
         chosen = self.choose(mass) if is_routed and mass is not None else None
         if chosen is not None:
+            slot_inputs = None
             output, slot_outputs = self._run_chosen(tokens, router_logits, combine_weights, chosen)
         else:
-            output, slot_outputs = self._run_stored(tokens, router_logits, combine_weights)
+            output, slot_outputs, slot_inputs = self._run_stored(tokens, router_logits, combine_weights)
         if self.plan is not None and self.plan.has_affine:
             of_input = mean_token(x, mask) @ self.affine_mean + self.affine_bias
             output = output + (x @ self.affine_token + of_input[:, None])
@@ -179,7 +181,7 @@ class SoftMoE(nn.Module):
                 seen = seen * mask[:, :, None, None]
                 shown, taken = shown * mask[:, :, None], taken * mask[:, :, None]
             with torch.autocast(output.device.type, enabled=False):  # statistics are never narrower
-                self.observer(Observation(seen, mass, slot_outputs, chosen, shown, taken, mask))
+                self.observer(Observation(seen, mass, slot_outputs, chosen, shown, taken, mask, slot_inputs))
         return output
 
     def route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -255,11 +257,16 @@ class SoftMoE(nn.Module):
 
     def _run_stored(
         self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Dense or static: every expert that has weights runs on all inputs."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Dense or static: every expert that has weights runs on all inputs.
+
+        Returns:
+            Output, slot outputs and slot inputs.
+        """
         stored = len(self.fc2_weight)
         slot_inputs = self._dispatch_weights(router_logits, stored) @ tokens
-        slot_outputs = self._run_experts(slot_inputs.unflatten(1, (stored, self.config.slots_per_expert)))
+        slot_inputs = slot_inputs.unflatten(1, (stored, self.config.slots_per_expert))
+        slot_outputs = self._run_experts(slot_inputs)
         weights = combine_weights.to(slot_outputs.dtype)
         of_stored, of_dropped = (part.flatten(2) for part in weights.tensor_split([stored], dim=2))
         if self.plan is not None and self.plan.has_surrogate:
@@ -268,19 +275,29 @@ class SoftMoE(nn.Module):
             output = torch.baddbmm(output, of_stored, (slot_outputs + kept).flatten(1, 2))
         else:
             output = of_stored @ slot_outputs.flatten(1, 2)
-        return output, slot_outputs
+        return output, slot_outputs, slot_inputs
 
     def _run_experts(self, slot_inputs: Tensor) -> Tensor:
         """Expert j on slots j, for all experts at once: (b,e,p,d) to (b,e,p,d of the output)."""
-        b, e, p, d = slot_inputs.shape
+        b, e, p, _ = slot_inputs.shape
         if 0 < b * p <= FEW_ROWS and e and kernels_for(slot_inputs, *self.experts):
             return run_experts(slot_inputs, _every_expert(slot_inputs, e), self.experts)
-        rows = slot_inputs.transpose(0, 1).reshape(e, b * p, d)
-        if self.fc1_weight is not None and self.fc1_bias is not None:
-            hidden = torch.baddbmm(self.fc1_bias[:, None], rows, self.fc1_weight)
-            rows = self.experts.activate(hidden)
+        rows = self._hidden_rows(slot_inputs)
         rows = torch.baddbmm(self.fc2_bias[:, None], rows, self.fc2_weight.mT)
         return rows.view(e, b, p, self.config.output_width).transpose(0, 1)
+
+    def hidden(self, slot_inputs: Tensor) -> Tensor:
+        """What the last linear of each expert that has weights takes: (b,e,p,d) to (b,e,p,h)."""
+        b, e, p, _ = slot_inputs.shape
+        return self._hidden_rows(slot_inputs).view(e, b, p, -1).transpose(0, 1)
+
+    def _hidden_rows(self, slot_inputs: Tensor) -> Tensor:
+        """The same by experts: (e,b·p,h)."""
+        b, e, p, d = slot_inputs.shape
+        rows = slot_inputs.transpose(0, 1).reshape(e, b * p, d)
+        if self.fc1_weight is None or self.fc1_bias is None:
+            return rows
+        return self.experts.activate(torch.baddbmm(self.fc1_bias[:, None], rows, self.fc1_weight))
 
     def _run_chosen(
         self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor, chosen: Tensor

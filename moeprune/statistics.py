@@ -75,7 +75,8 @@ class LayerStatistics(LayerMoments):
     sensitivity: Tensor
 
     def gram_under(self, compensation: str) -> Tensor:
-        """The Gram matrix (n,n) of what is lost under a compensation."""
+        """The Gram matrix (n,n) of what is lost under a compensation; `refit` gives some of it back."""
+        compensation = "affine" if compensation == "refit" else compensation
         return self.gram if compensation == "none" else getattr(self, f"gram_{compensation}")
 
     def top_k_frequency(self, k: int) -> Tensor:

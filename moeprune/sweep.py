@@ -15,7 +15,7 @@ from moeprune.calibration import Analysis
 from moeprune.data import Dataset
 from moeprune.evaluation import Predictions, compare, describe, predict
 from moeprune.model import Model, require_soft_moe_layers
-from moeprune.plan import SCOPES, experts_to_keep
+from moeprune.plan import SCOPES, experts_to_keep, is_possible
 from moeprune.pruning import calibration_data, prune
 from moeprune.runtime import Runtime
 
@@ -56,14 +56,15 @@ def grid(
         control_scope: of the controls; `static` where the model can be pruned so.
     """
     scopes, signals, compensations = list(scopes), list(signals), list(compensations)
+    controlled = [c for c in compensations if is_possible(control_scope, "random", c)]
     for keep in keeps:
         for scope, signal, compensate in product(scopes, signals, compensations):
-            if signal != "random" and not (signal == "gram" and scope != "static"):
+            if signal != "random" and is_possible(scope, signal, compensate):
                 yield Variant(keep, scope, signal, compensate)
-        for compensate in compensations:
+        for compensate in controlled:
             yield Variant(keep, control_scope, "random", compensate)
-    for compensate in compensations:
-        if compensate != "renorm":
+    for compensate in controlled:
+        if compensate not in ("renorm", "refit"):  # without experts there is nothing to refit
             yield Variant(0, control_scope, "combine", compensate)
 
 

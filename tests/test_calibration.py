@@ -22,9 +22,10 @@ MODELS = ("single", "two_layers")
 FIELDS = [field.name for field in fields(LayerStatistics)]
 
 
-def two_layer_model(num_experts: int = 5) -> SoftMoEViT:
+def two_layer_model(num_experts: int = 5, kind: str = "mlp") -> SoftMoEViT:
     """Random weights; two Soft MoE layers of 2 slots an expert, the second behind attention."""
-    soft_moe = SoftMoEConfig(12, num_experts, slots_per_expert=2, hidden_dim=6)
+    hidden_dim = None if kind == "linear" else 6
+    soft_moe = SoftMoEConfig(12, num_experts, slots_per_expert=2, hidden_dim=hidden_dim, expert=kind)
     blocks = (
         BlockConfig(attention=False, soft_moe=soft_moe, residual=False),
         BlockConfig(soft_moe=replace(soft_moe, router_norm="rms", dispatch_input="raw")),

@@ -501,6 +501,7 @@ def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, r
     every_way = [
         *product(["1/8"], SCOPES, ["combine", "deviation"], COMPENSATIONS),
         *product(["1/8"], ["static"], ["gram"], COMPENSATIONS),
+        *product(["1/8"], ["static"], ["combine", "deviation", "gram", "random"], ["refit"]),
     ]
     random = [("1/8", "static", "random", compensate) for compensate in COMPENSATIONS]
     no_experts = [("0", "static", "combine", c) for c in COMPENSATIONS if c != "renorm"]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import moeprune
+from moeprune import compensation as compensation_module
 from moeprune.calibration import observe_layers
-from moeprune.compensation import Gathered, fit_routed, fit_static, gather
+from moeprune.compensation import Gathered, fit_routed, fit_static, gather, refit_kept
 from moeprune.contributions import regressors
 from moeprune.model import SoftMoEViT, soft_moe_layers
 from moeprune.plan import LayerPlan
@@ -16,6 +17,7 @@ from moeprune.regression import GAIN_KEPT, LAMBDAS, Equations, solve_held_out
 from moeprune.runtime import Runtime
 from moeprune.scores import combine_mass
 from moeprune.soft_moe import Observation
+from moeprune.surgery import prune_layer
 from tests.reference import reference_layer
 from tests.test_calibration import two_layer_model, write_inputs
 
@@ -110,7 +112,14 @@ def test_only_slots_that_did_not_run_for_their_input_are_regressors():
     C = torch.rand(2, 3, 4, 2, generator=torch.Generator().manual_seed(0)) + 0.1
     tokens = torch.zeros(2, 3, 5)
     observation = Observation(
-        C, combine_mass(C), torch.zeros(2, 2, 2, 5), torch.tensor([[0, 2], [1, 3]]), tokens, tokens, None
+        C,
+        combine_mass(C),
+        torch.zeros(2, 2, 2, 5),
+        torch.tensor([[0, 2], [1, 3]]),
+        tokens,
+        tokens,
+        None,
+        None,
     )
     expected = C.clone()
     expected[0, :, [0, 2]] = 0
@@ -142,6 +151,7 @@ def observed(model, name, data) -> Observation:
         torch.cat([one.output for one in seen]),
         torch.cat([one.tokens for one in seen]),
         None,
+        None if seen[0].slot_inputs is None else torch.cat([one.slot_inputs for one in seen]),
     )
 
 
@@ -165,12 +175,14 @@ def output_error(pruned: SoftMoEViT, full: SoftMoEViT, name: str, data) -> float
 def test_each_compensation_leaves_less_error_than_the_one_before(scope, calibrated):
     model, data, analysis = calibrated
     errors = {}
-    for compensate in ("none", "mean", "lstsq", "affine"):
+    compensations = ("none", "mean", "lstsq", "affine", "refit")
+    for compensate in compensations[: 5 if scope == "static" else 4]:
         pruned = moeprune.prune(
             model, analysis, keep="1/16", scope=scope, compensate=compensate, data=data, runtime=CPU
         )
         errors[compensate] = output_error(pruned, model, "blocks.0.soft_moe", data)
     assert errors["affine"] < errors["lstsq"] < errors["mean"] < errors["none"]
+    assert errors.get("refit", 0) <= errors["affine"]
 
 
 @pytest.mark.parametrize("compensate", ["none", "mean", "lstsq", "affine"])
@@ -197,18 +209,18 @@ def test_lstsq_repairs_what_earlier_pruned_layers_broke():
     assert lstsq < mean
 
 
-def behind_a_pruned_layer(tmp_path, scope=None) -> tuple[SoftMoEViT, SoftMoEViT, object]:
+def behind_a_pruned_layer(tmp_path, scope=None, kind="mlp") -> tuple[SoftMoEViT, SoftMoEViT, object]:
     """An unpruned model; the same behind a pruned first layer, the last one dense or, in a scope, pruned
     with surrogates of zero; and their data.
     """
-    full = two_layer_model()
+    full = two_layer_model(kind=kind)
     data = moeprune.open_data(write_inputs(tmp_path / "a.npz", None, samples=90), full.input_format)
     pruned = moeprune.prune(full, keep=1, scope=scope or "static", compensate="mean", data=data, runtime=CPU)
     if scope is None:
         pruned.set_submodule(LAST, full.get_submodule(LAST))
     else:
         pruned.get_submodule(LAST).surrogate.zero_()
-    assert output_error(pruned, full, "blocks.0.soft_moe", data) > 0.01
+    assert output_error(pruned, full, "blocks.0.soft_moe", data) > 1e-4
     return full, pruned, data
 
 
@@ -265,6 +277,39 @@ def test_static_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outp
     R, kinds = rows_and_kinds(before, before.combine_weights[:, :, [1, 3, 0, 2, 4]], compensation)
     T = (target - before.output + dropped).flatten(0, 1).double().numpy()
     assert nearest_ridge(R, T, kinds, correction) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mlp", "geglu", "linear"])
+def test_refit_is_a_ridge_on_what_the_last_linears_of_kept_experts_take(kind, tmp_path):
+    full, pruned, data = behind_a_pruned_layer(tmp_path, kind=kind)
+    plan = LayerPlan("static", 2, 5, "combine", "refit", (1, 3))
+    layer = prune_layer(full.get_submodule(LAST), plan, None, torch.zeros(5, 2, 12))
+    pruned.set_submodule(LAST, layer)
+    before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
+    weight = layer.fc2_weight.clone()
+    hidden = before.slot_inputs  # the plain way to what the last linear takes
+    if kind != "linear":
+        hidden = torch.einsum("bkpd,kdh->bkph", hidden, layer.fc1_weight) + layer.fc1_bias[:, None]
+        halves = hidden.chunk(2, -1) if kind == "geglu" else (1, hidden)
+        hidden = halves[0] * torch.nn.functional.gelu(halves[1])
+    of_experts = torch.einsum("bmkp,bkph->bmkh", before.combine_weights[:, :, :2], hidden).flatten(2)
+    R, kinds = rows_and_kinds(before, before.combine_weights, "affine")
+    R = np.concatenate([of_experts.flatten(0, 1).double().numpy(), R], axis=1)
+    T = (target - before.output).flatten(0, 1).double().numpy()
+    refit_kept(pruned, full, LAST, data, CPU)
+    change = (layer.fc2_weight - weight).mT.flatten(0, 1)
+    affine = [layer.affine_token, layer.affine_mean, layer.affine_bias[None]]
+    correction = torch.cat([change, layer.surrogate.flatten(0, 1), *affine])
+    assert nearest_ridge(R, T, [of_experts.shape[2], *kinds], correction) < 1e-4
+    assert output_error(pruned, full, LAST, data) < 0.5 * float((T**2).sum() / (target**2).sum())
+
+
+def test_a_refit_that_is_too_large_is_refused_before_any_pass(calibrated, monkeypatch):
+    model, data, _ = calibrated
+    monkeypatch.setattr(compensation_module, "MAX_REGRESSORS", 300)
+    message = r"takes 449 regressors: 64 experts of width 4 are kept; 300 are possible"
+    with pytest.raises(moeprune.MoepruneError, match=message):
+        moeprune.prune(model, keep=64, compensate="refit", data=data, runtime=CPU)
 
 
 @pytest.mark.parametrize("scope", ["static", "input"])

@@ -13,7 +13,7 @@ from moeprune.checkpoint import tensor_infos
 from moeprune.evaluation import size_and_cost
 from moeprune.header import read_header
 from moeprune.model import SoftMoEViT, plan_of, save, soft_moe_layers
-from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, LayerPlan
+from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, LayerPlan, is_possible
 from moeprune.size import size_and_cost as size_and_cost_of_tensors
 from moeprune.soft_moe import SoftMoE
 from moeprune.tensors import part_of, soft_moe_shapes, tensor_shapes
@@ -38,7 +38,7 @@ FIRST, SECOND = MIXED.soft_moe_layers
 PLANS = [
     LayerPlan(scope, k, 5, signal, compensation, tuple(range(5 - k, 5)) if scope == "static" else None)
     for scope, signal, compensation, k in product(SCOPES, SIGNALS, COMPENSATIONS, (0, 1, 3, 5))
-    if scope == "static" or signal != "gram"
+    if is_possible(scope, signal, compensation)
     if k or compensation != "renorm"
 ]
 

@@ -38,9 +38,7 @@ def shipped(name: str) -> SoftMoEViT:
     return model
 
 
-def without_residuals(
-    widths: Sequence[tuple[int, int]], steps: int, noise: float, seed: int = 0
-) -> SoftMoEViT:
+def without_residuals(widths: Sequence[tuple[int, int]], steps: int, seed: int = 0) -> SoftMoEViT:
     """A vision transformer on pairs of digits whose Soft MoE layers have no residual around them.
 
     What a layer gives is all that goes on: nothing hides what pruning breaks.
@@ -48,7 +46,6 @@ def without_residuals(
     Args:
         widths: for each Soft MoE layer its experts and their hidden width; a block with an MLP comes first.
         steps: of training.
-        noise: standard deviation of what is added to normalised pixels while training.
         seed: of training.
     """
     blocks = [BlockConfig(mlp_dim=128)]
@@ -57,7 +54,7 @@ def without_residuals(
         blocks.append(BlockConfig(soft_moe=soft_moe, residual=False))
     config = ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=tuple(blocks))
     recipe = Recipe(
-        config, steps, learning_rate=2e-3, weight_decay=0.01, scale=8.0, position=0.1, noise=noise,
+        config, steps, learning_rate=2e-3, weight_decay=0.01, scale=8.0, position=0.02, noise=0.0,
         label_smoothing=0.0,
     )  # fmt: skip
     return train(recipe, seed)

@@ -25,11 +25,12 @@ METHODS = [
     ("static", "gram", "lstsq"),
     ("static", "deviation", "affine"),
     ("static", "gram", "affine"),
+    ("static", "gram", "refit"),
 ]
 
 
 def main() -> None:
-    model = without_residuals([(64, 8), (64, 8)], steps=2000, noise=0.0)
+    model = without_residuals([(64, 64), (64, 64)], steps=1500)
     table(model, METHODS)
 
 
