@@ -186,7 +186,9 @@ def evaluation(found: Mapping[str, Any]) -> Group:
 
 def _forgetting(found: Mapping[str, Any]) -> str:
     """Flips, and the classes that lost most."""
-    text = f"{len(found['lost'])} inputs flip from right to wrong, {len(found['won'])} from wrong to right"
+    text = (
+        f"inputs that flip: {len(found['lost'])} from right to wrong, {len(found['won'])} from wrong to right"
+    )
     worst = [entry for entry in found["classes"][:WORST_CLASSES] if entry["accuracy_drop"] > 0]
     classes = [
         f"{entry['class']} ({percent(entry['baseline_accuracy'], 0)} → {percent(entry['accuracy'], 0)} of"

@@ -68,6 +68,15 @@ def test_commands_for_a_checkpoint_of_ones_own(workplace, run):
         assert (result.code, result.stderr) == (0, ""), arguments
 
 
+def test_commands_for_budgets_and_plans(workplace, run):
+    [block] = [block for block in blocks("sh") if "--max-size" in block]
+    analyze = ("analyze", "model.safetensors", "--data", "calibration/", "-o", "analysis.safetensors")
+    assert run(*analyze).code == 0
+    for arguments in commands(block):
+        result = run(*arguments)
+        assert (result.code, result.stderr) == (0, ""), arguments
+
+
 def test_ci_recipe(workplace, run):
     [recipe] = blocks("yaml")
     steps = commands(recipe)
