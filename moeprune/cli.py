@@ -432,8 +432,15 @@ def eval(
         str | None,
         typer.Option(help="Prune in many ways and evaluate each: shares such as 1/32,1/16,1/8,1/4,1/2."),
     ] = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure a few ways to prune at many shares (or those of --sweep), and draw the trade-off"
+            " there (.png or .svg)."
+        ),
+    ] = None,
     analysis: Annotated[
-        Path | None, typer.Option(help="With --sweep: what `moeprune analyze` wrote.")
+        Path | None, typer.Option(help="With --sweep or --frontier: what `moeprune analyze` wrote.")
     ] = None,
     scope: Annotated[
         list[str] | None, typer.Option(help="With --sweep: only this scope (repeatable).")
@@ -498,32 +505,20 @@ def eval(
     if latency_batch and not latency:
         raise MoepruneError("`--latency-batch` goes with `--latency`", "add `--latency`")
     sweep_only = {"--analysis": analysis, "--scope": scope, "--signal": signal, "--compensate": compensate}
-    if sweep is None:
+    if sweep is None and frontier is None:
         for option, given in sweep_only.items():
             if given:
                 raise MoepruneError(f"`{option}` goes with `--sweep`", "add `--sweep 1/16,1/8,1/4`")
         check_limits(limits, has_baseline=baseline is not None, has_latency=latency)
         keeps = []
     else:
-        if baseline is not None or latency or any(limit is not None for limit in limits.values()):
-            raise MoepruneError(
-                "`--sweep` prunes the full model in many ways: it takes no `--baseline`, no `--latency` and"
-                " no gates",
-                "give them to an eval of the checkpoint that you choose",
-            )
-        if analysis is None:
-            raise MoepruneError("`--sweep` needs `--analysis`", "write one with `moeprune analyze`")
-        keeps = [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
-        for option, values, choices in (
-            ("--scope", scope, SCOPES),
-            ("--signal", signal, SIGNALS),
-            ("--compensate", compensate, COMPENSATIONS),
-        ):
-            for value in values or ():
-                check_choice(option, value, choices)
+        _check_sweep(frontier, sweep_only, baseline, latency, limits, output_file, force)
+        keeps = [] if sweep is None else [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
     from moeprune import evaluation, report
     from moeprune.calibration import load_analysis
+    from moeprune.frontier import KEEPS, on_frontier, variants
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
+    from moeprune.plot import plot_frontier
     from moeprune.sweep import grid, scopes_of
     from moeprune.sweep import sweep as run_sweep
 
@@ -535,15 +530,28 @@ def eval(
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
     if analysis is not None:
         first, *others = scopes_of(loaded)
-        scopes = scope or (first, *others)
-        variants = grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS, control_scope=first)
-        results = run_sweep(loaded, variants, load_analysis(analysis), dataset, seed, runtime)
-        rows = [row for row, _ in results]
+        if frontier is not None:
+            labels, todo = zip(*variants(keeps or KEEPS, (first, *others)), strict=True)
+        else:
+            scopes = scope or (first, *others)
+            todo = tuple(
+                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS, control_scope=first)
+            )
+            labels = (None,) * len(todo)
+        measured_batches = latency_batches if latency else None
+        results = run_sweep(loaded, todo, load_analysis(analysis), dataset, seed, runtime, measured_batches)
+        rows = [{"label": label, **row} for label, (row, _) in zip((None, *labels), results, strict=True)]
+        for row, best in zip(rows, on_frontier(rows), strict=True):
+            row["on_frontier"] = best
         found |= {
             "data": dataset.to_json(),
             "rows": rows,
+            "plot": None if frontier is None else str(frontier),
             "environment": evaluation.environment(runtime),
         }
+        if frontier is not None:
+            title = f"{checkpoint.name} on {dataset.spec} ({dataset.samples} samples)"
+            plot_frontier(rows, title, frontier)
         emit(found, report.sweep, output_format, output_file)
         return 0
     full = None if baseline is None else _load(baseline, model, preprocess)
@@ -694,6 +702,42 @@ def demo(
 
     found = run_demo(output, train, seed, _runtime(device, "float32", 256))
     emit(found, report.demo, output_format, output_file)
+
+
+def _check_sweep(
+    frontier: Path | None,
+    sweep_only: dict[str, Any],
+    baseline: Path | None,
+    latency: bool,
+    limits: dict[str, float | None],
+    output_file: Path | None,
+    force: bool,
+) -> None:
+    """Refuse what does not go with `--sweep` or `--frontier`."""
+    which = "--sweep" if frontier is None else "--frontier"
+    if baseline is not None or any(limit is not None for limit in limits.values()):
+        raise MoepruneError(
+            f"`{which}` prunes the full model in many ways: it takes no `--baseline` and no gates",
+            "give them to an eval of the checkpoint that you choose",
+        )
+    if sweep_only["--analysis"] is None:
+        raise MoepruneError(f"`{which}` needs `--analysis`", "write one with `moeprune analyze`")
+    for option, choices in (("--scope", SCOPES), ("--signal", SIGNALS), ("--compensate", COMPENSATIONS)):
+        if frontier is not None and sweep_only[option]:
+            raise MoepruneError(f"`{option}` does not go with `--frontier`", "give `--sweep` alone")
+        for value in sweep_only[option] or ():
+            check_choice(option, value, choices)
+    if frontier is None:
+        if latency:
+            raise MoepruneError(
+                "`--latency` does not go with `--sweep`", "give `--frontier`, or an eval of one"
+            )
+        return
+    from moeprune.plot import check_plot
+
+    check_output(frontier, force)
+    check_apart(frontier, output_file)
+    check_plot(frontier)
 
 
 def _load(path: Path, factory: str | None, preprocess: list[str] | None) -> Model:

@@ -342,7 +342,10 @@ def sweep(found: Mapping[str, Any]) -> Group:
     title = f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)"
     draws = max(row["draws"] for row in found["rows"])
     note = f"random: mean ± standard deviation of {draws} draws. Size and FLOPs: of the whole model."
-    return Group(Text(title, style="bold"), table, Text(note))
+    parts: list[RenderableType] = [Text(title, style="bold"), table, Text(note)]
+    if found["plot"] is not None:
+        parts.append(Text(f"drawn in {found['plot']}"))
+    return Group(*parts)
 
 
 def demo(found: Mapping[str, Any]) -> Group:

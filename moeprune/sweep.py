@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import product
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from moeprune.calibration import Analysis
 from moeprune.data import Dataset
 from moeprune.evaluation import Predictions, compare, describe, predict
+from moeprune.latency import measure_latency
 from moeprune.model import Model, require_soft_moe_layers
 from moeprune.plan import SCOPES, experts_to_keep, is_possible
 from moeprune.pruning import calibration_data, prune
@@ -75,6 +76,7 @@ def sweep(
     data: Dataset,
     seed: int = 0,
     runtime: Runtime = Runtime(),
+    latency_batches: Sequence[int] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Model]]:
     """Prune the model in each way and evaluate it on labelled data, one after the other.
 
@@ -85,13 +87,15 @@ def sweep(
         data: what the results are evaluated on.
         seed: of the signal `random`, which is drawn RANDOM_DRAWS times with seeds from this on.
         runtime: where and how models run.
+        latency_batches: batch sizes at which latency is measured too, in turn with the full model's; None:
+            it is not.
 
     Yields:
         A row of JSON values and the model that it is about: first the full one, then one for each
         variant (the last of its draws). A row holds `keep`, `scope`, `signal`, `compensate`;
         `accuracy` and `agreement` (means over the draws), `accuracy_sd` (over the draws; None for
-        one), `retained` (accuracy as a share of the full model's), `draws`; and `model` and
-        `difference` as in moeprune.evaluation.evaluate, of the model that comes with it.
+        one), `retained` (accuracy as a share of the full model's), `draws`; and `model`, `difference` and
+        `latency` as in moeprune.evaluation.evaluate, of the model that comes with it.
     """
     todo = list(variants)
     for variant, (name, layer) in product(todo, require_soft_moe_layers(model).items()):
@@ -100,7 +104,13 @@ def sweep(
     [full] = predict([model], data, runtime)
     described = describe(model, full)
     unpruned = dict.fromkeys(("keep", "scope", "signal", "compensate")) | {"keep": "1"}
-    yield _row(unpruned, [(described, full)], described, full), model
+
+    def latency(pruned: Model) -> dict[str, Any] | None:
+        if latency_batches is None:
+            return None
+        return measure_latency(pruned, data, model, latency_batches, runtime)
+
+    yield {**_row(unpruned, [(described, full)], described, full), "latency": latency(model)}, model
     for variant in tqdm(todo, desc="sweep", unit="variant", disable=None if runtime.progress else True):
         results = []
         for draw in range(RANDOM_DRAWS if variant.signal == "random" else 1):
@@ -117,7 +127,7 @@ def sweep(
             )
             [predictions] = predict([pruned], data, runtime)
             results.append((describe(pruned, predictions), predictions))
-        yield _row(variant.to_json(), results, described, full), pruned
+        yield {**_row(variant.to_json(), results, described, full), "latency": latency(pruned)}, pruned
 
 
 def _row(

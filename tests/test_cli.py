@@ -495,7 +495,7 @@ def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, r
     found = run_json(
         "eval", single, "--data", "digits", "--limit", 40, "--sweep", "1/8", "--analysis", small_analysis
     )
-    assert set(found) == {"schema_version", "checkpoint", "data", "rows", "environment"}
+    assert set(found) == {"schema_version", "checkpoint", "data", "rows", "plot", "environment"}
     rows = found["rows"]
     keys = [(row["keep"], row["scope"], row["signal"], row["compensate"]) for row in rows]
     every_way = [

@@ -53,7 +53,8 @@ LEVELS = (
     ("compensation", "evaluation", "conversion", "adoption", "planning"),
     ("pruning",),
     ("search", "sweep"),
-    ("demo",),
+    ("demo", "frontier"),
+    ("plot",),
     ("cli",),
     ("__main__",),
 )
@@ -177,7 +178,7 @@ def test_libraries_are_used_where_they_belong():
 def test_the_package_imports_its_dependencies_only():
     known = {"torch", "numpy", "typer", "safetensors", "rich", "tqdm", "sklearn", "PIL", "triton", "moeprune"}
     for module in MODULES:
-        own = {"sources.bwconrad": {"soft_moe"}}.get(module, set())
+        own = {"sources.bwconrad": {"soft_moe"}, "plot": {"matplotlib"}}.get(module, set())
         assert libraries(module) <= known | own | sys.stdlib_module_names, module
         assert not libraries(module, lazy=False) & own, module
 

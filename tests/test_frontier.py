@@ -1,0 +1,128 @@
+"""The trade-off of accuracy and cost: measured points, and their plot."""
+
+from __future__ import annotations
+
+import random
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from moeprune.errors import MoepruneError
+from moeprune.frontier import KEEPS, METHODS, on_frontier, variants
+from moeprune.plan import SCOPES
+from moeprune.plot import check_plot, plot_frontier
+
+
+def row(accuracy, size, flops, label="static by gram, affine", keep="1/8"):
+    difference = {"size_reduction": 1 - size, "flops_reduction": 1 - flops}
+    return {"label": label, "keep": keep, "accuracy": accuracy, "difference": difference, "latency": None}
+
+
+def test_a_point_is_on_the_frontier_where_no_other_is_better():
+    rng = random.Random(0)
+    rows = [row(rng.randint(0, 9) / 9, rng.randint(1, 9) / 9, rng.randint(1, 9) / 9) for _ in range(60)]
+    for found, own in zip(on_frontier(rows), rows, strict=True):
+        for which in ("size", "flops"):
+            key = f"{which}_reduction"
+            better = [
+                other for other in rows
+                if other["difference"][key] >= own["difference"][key] and other["accuracy"] >= own["accuracy"]
+                and (other["difference"][key] > own["difference"][key] or other["accuracy"] > own["accuracy"])
+            ]  # fmt: skip
+            assert found[which] == (not better)
+
+
+def test_every_method_is_measured_at_every_share_and_static_ones_without_experts():
+    found = list(variants(KEEPS, SCOPES))
+    for (scope, signal, _), label in METHODS.items():
+        keeps = [variant.keep for name, variant in found if name == label]
+        expected = [0, *KEEPS] if scope == "static" and signal != "random" else list(KEEPS)
+        assert keeps == expected
+    routed = {label for label, _ in variants(KEEPS, ("input", "batch"))}
+    assert routed == {label for (scope, _, _), label in METHODS.items() if scope == "input"}
+
+
+@pytest.fixture
+def rows():
+    pytest.importorskip("matplotlib")
+    labels = list(METHODS.values())
+    points = [row(0.5 + k / 20, 0.1 * k, 0.1 * k, labels[k % 7], f"1/{k}") for k in range(1, 9)]
+    return [row(0.98, 1.0, 1.0, None, "1"), *points, row(0.3, 0.05, 0.1, labels[0], "0")]
+
+
+def test_equal_rows_give_equal_plots(rows, tmp_path):
+    for suffix in ("png", "svg"):
+        for name in ("a", "b"):
+            plot_frontier(rows, "a model on data", tmp_path / f"{name}.{suffix}")
+        first, second = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("a", "b"))
+        assert first == second
+        assert first.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+    text = "".join(ElementTree.parse(tmp_path / "a.svg").getroot().itertext())
+    assert "<" not in text
+
+
+def test_a_speedup_has_a_panel_of_its_own(rows, tmp_path):
+    plot_frontier(rows, "t", tmp_path / "two.svg")
+    for one in rows:
+        one["latency"] = {"batches": [{"batch_size": 1, "speedup": 1.5}]}
+    plot_frontier(rows, "t", tmp_path / "three.svg")
+    widths = [
+        float(ElementTree.parse(tmp_path / f"{name}.svg").getroot().get("width").removesuffix("pt"))
+        for name in ("two", "three")
+    ]
+    assert widths[1] == pytest.approx(1.5 * widths[0])
+
+
+def test_plots_that_cannot_be_drawn(tmp_path, monkeypatch):
+    with pytest.raises(MoepruneError, match=r"is no kind of plot"):
+        check_plot(tmp_path / "plot.pdf")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MoepruneError, match="plots need matplotlib") as caught:
+        check_plot(tmp_path / "plot.png")
+    assert "extra `report`" in caught.value.hint
+
+
+@pytest.mark.slow
+def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "frontier.png"
+    words = (
+        "eval", single, "--data", "digits", "--limit", 40, "--analysis", small_analysis, "--frontier", plot,
+        "--sweep", "1/16,1/4",
+    )  # fmt: skip
+    found = run_json(*words, "--latency", "--latency-batch", 2)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert found["plot"] == str(plot)
+    labels = {row["label"] for row in found["rows"]}
+    assert labels == {None, *METHODS.values()}
+    assert all(row["latency"]["batches"][0]["batch_size"] == 2 for row in found["rows"])
+    assert {row["keep"] for row in found["rows"]} == {"1", "0", "1/16", "1/4"}
+    best = max(row["accuracy"] for row in found["rows"])
+    assert any(row["on_frontier"]["size"] and row["accuracy"] == best for row in found["rows"])
+    again = run(*words)
+    assert again.code == 2
+    assert "exists" in again.stderr
+    text = run(*words, "--force")
+    assert f"drawn in {plot}" in text.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--frontier", "f.png"), "`--frontier` needs `--analysis`"),
+        (("--frontier", "f.pdf", "--analysis", "ANALYSIS"), "is no kind of plot"),
+        (("--frontier", "f.png", "--analysis", "ANALYSIS", "--scope", "input"), "not go with `--front"),
+        (("--frontier", "f.png", "--analysis", "ANALYSIS", "--min-accuracy", 1), "takes no `--baseline`"),
+        (("--frontier", "f.png", "--analysis", "ANALYSIS", "--output-file", "f.png"), "are both"),
+        (("--sweep", "1/8", "--analysis", "ANALYSIS", "--latency"), "`--latency` does not go with `--sweep`"),
+    ],
+)  # fmt: skip
+def test_calls_that_are_wrong(words, message, single, small_analysis, run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    words = [small_analysis if word == "ANALYSIS" else word for word in words]
+    result = run("eval", single, "--data", "digits", *words)
+    assert result.code == 2
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
