@@ -57,7 +57,7 @@ def main() -> None:
     print("vit")
     compare(shipped("vit"))
     print("\nfour layers without residuals")
-    compare(without_residuals([(64, 32), (32, 64), (64, 32), (32, 64)], steps=2000))
+    compare(without_residuals([(64, 8), (32, 16), (64, 8), (32, 16)], steps=3000, position=0.1, noise=0.1))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def shipped(name: str) -> SoftMoEViT:
     return model
 
 
-def without_residuals(widths: Sequence[tuple[int, int]], steps: int, seed: int = 0) -> SoftMoEViT:
+def without_residuals(
+    widths: Sequence[tuple[int, int]], steps: int, position: float = 0.02, noise: float = 0.0
+) -> SoftMoEViT:
     """A vision transformer on pairs of digits whose Soft MoE layers have no residual around them.
 
     What a layer gives is all that goes on: nothing hides what pruning breaks.
@@ -46,7 +48,8 @@ def without_residuals(widths: Sequence[tuple[int, int]], steps: int, seed: int =
     Args:
         widths: for each Soft MoE layer its experts and their hidden width; a block with an MLP comes first.
         steps: of training.
-        seed: of training.
+        position: standard deviation of the first position embeddings.
+        noise: standard deviation of what is added to normalised pixels while training.
     """
     blocks = [BlockConfig(mlp_dim=128)]
     for experts, hidden in widths:
@@ -54,10 +57,10 @@ def without_residuals(widths: Sequence[tuple[int, int]], steps: int, seed: int =
         blocks.append(BlockConfig(soft_moe=soft_moe, residual=False))
     config = ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=tuple(blocks))
     recipe = Recipe(
-        config, steps, learning_rate=2e-3, weight_decay=0.01, scale=8.0, position=0.02, noise=0.0,
+        config, steps, learning_rate=2e-3, weight_decay=0.01, scale=8.0, position=position, noise=noise,
         label_smoothing=0.0,
     )  # fmt: skip
-    return train(recipe, seed)
+    return train(recipe)
 
 
 def calibration(model: Model, seed: int) -> Dataset:
