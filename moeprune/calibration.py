@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moeprune import __version__, checkpoint
 from moeprune.architecture import SoftMoEConfig
+from moeprune.contributions import sums_in_bytes
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.header import require_format
@@ -36,6 +37,8 @@ from moeprune.surgery import prune_layer
 
 FORMAT = 1
 PROBE_INPUTS = 256
+WORKSPACE = 2 << 30
+"""Bytes of sums over inputs that an analysis holds at once."""
 A = TypeVar("A", bound=MomentsAccumulator)
 
 
@@ -51,10 +54,11 @@ class Analysis:
 
 
 def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> Analysis:
-    """Statistics of every Soft MoE layer of an unpruned model, from one pass over the data.
+    """Statistics of every Soft MoE layer of an unpruned model, from a pass over the data.
 
     Memory does not depend on the number of samples, nor the result on the batch size (beyond
-    rounding).
+    rounding). Where the sums of all layers take more than WORKSPACE, there are several passes, each for
+    some of the layers.
 
     Raises:
         MoepruneError: no Soft MoE layer, a pruned one, or data that does not fit the model.
@@ -62,8 +66,14 @@ def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> 
     model = private_copy(model)
     layers = require_dense_layers(model, "analyze the unpruned checkpoint")
     data = dataset_for(model, data, split="calibration")
-    accumulators = measure(model, list(layers), data, runtime, "analyze", StatisticsAccumulator)
-    statistics = {name: accumulator.result() for name, accumulator in accumulators.items()}
+    statistics: dict[str, LayerStatistics] = {}
+    fingerprints = set()
+    for names in _groups({name: sums_in_bytes(layer, "affine") for name, layer in layers.items()}):
+        accumulators = measure(model, names, data, runtime, "analyze", StatisticsAccumulator)
+        statistics |= {name: accumulator.result() for name, accumulator in accumulators.items()}
+        fingerprints.add(data.fingerprint)
+    if len(fingerprints) > 1:
+        raise MoepruneError(f"`{data.spec}` changed while it was read", "try again")
     require_finite(statistics, data)
     sensitivities = measure_sensitivity(model, statistics, data, runtime)
     statistics = {
@@ -76,6 +86,19 @@ def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> 
         "moeprune": __version__,
     }
     return Analysis(statistics, provenance)
+
+
+def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Layers in their order, as many at a time as fit into the workspace, but one at least."""
+    groups: list[list[str]] = []
+    left = 0
+    for name, size in sizes.items():
+        if not groups or size > left:
+            groups.append([])
+            left = WORKSPACE
+        groups[-1].append(name)
+        left -= size
+    return groups
 
 
 def measure(
@@ -145,18 +168,34 @@ def measure_sensitivity(
         probes[name] = private_copy(model)
         probe = prune_layer(layer, plan, None, statistics[name].slot_mean.to(layer.fc2_weight.device))
         probes[name].set_submodule(name, probe)
-    changes = {name: torch.zeros((), dtype=torch.float64) for name in probes}
     few = replace(data, samples=data.available, limit=min(PROBE_INPUTS, data.samples))
-    has_head = model.input_format.classes > 0
-    for inputs, _ in runtime.batches(few, "probe layers"):
-        expected = runtime.forward(model, inputs).float()
-        for name, probe_model in probes.items():
-            found = runtime.forward(probe_model, inputs).float()
+    changes = divergences(probes, model, few, runtime, "probe layers")
+    tiny = torch.finfo(torch.float32).tiny
+    return {name: (change / errors[name].clamp_min(tiny)).float() for name, change in changes.items()}
+
+
+def divergences(
+    models: Mapping[str, Model], full: Model, data: Dataset, runtime: Runtime, what: str
+) -> dict[str, Tensor]:
+    """How far the predictions of models are from those of the full one: mean divergences in nats (scalars).
+
+    Where there is no head, the change of the features, as a share of their square, takes its place.
+
+    Args:
+        models: private copies on the runtime's device, like full.
+        full: the unpruned model.
+        data: labels are not used.
+        runtime: where and how models run.
+        what: the progress bar's title.
+    """
+    changes = {name: torch.zeros((), dtype=torch.float64) for name in models}
+    has_head = full.input_format.classes > 0
+    for inputs, _ in runtime.batches(data, what):
+        expected = runtime.forward(full, inputs).float()
+        for name, model in models.items():
+            found = runtime.forward(model, inputs).float()
             changes[name] += _change(found, expected, has_head).sum().to("cpu", torch.float64)
-    return {
-        name: (change / few.samples / errors[name].clamp_min(torch.finfo(torch.float32).tiny)).float()
-        for name, change in changes.items()
-    }
+    return {name: change / data.samples for name, change in changes.items()}
 
 
 def _change(found: Tensor, expected: Tensor, has_head: bool) -> Tensor:

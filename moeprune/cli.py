@@ -349,8 +349,8 @@ def prune(
     from moeprune.model import save
     from moeprune.plan import plan_to_json
     from moeprune.plan_file import read_plan, write_plan
-    from moeprune.planning import plan_for
-    from moeprune.search import prune_within_drop
+    from moeprune.planning import plans_for
+    from moeprune.search import prune_best, prune_within_drop
     from moeprune.size import size_and_cost
 
     runtime = _runtime(device, dtype, batch_size)
@@ -378,12 +378,13 @@ def prune(
         search = result.report
     else:
         if plan is not None:
-            wanted = read_plan(plan, config.soft_moe_layers)
+            plans = [read_plan(plan, config.soft_moe_layers)]
         else:
-            wanted = plan_for(
+            plans = plans_for(
                 config, full.tensors, measured, keep=kept, mass=mass, max_size=max_size, max_flops=max_flops,
                 scope=scope, signal=signal, compensation=compensate,
             )  # fmt: skip
+        wanted = plans[0]
         is_static = all(layer.scope == "static" for layer in wanted.values())
         if output is not None and is_static and data is None and not pruning.needs_pass(wanted, one_shot):
             preprocessing = details.preprocessing.updated(preprocess or [])
@@ -392,10 +393,10 @@ def prune(
             )
         elif output is not None:
             dense = _load(checkpoint, model, preprocess)
-            pruned = pruning.prune(
+            pruned = prune_best(
                 dense,
+                plans if pruning.needs_pass(wanted, one_shot) else [wanted],
                 measured,
-                plan=wanted,
                 data=None if data is None else _open(data, dense, split, "calibration", limit),
                 one_shot=one_shot,
                 seed=seed,

@@ -84,6 +84,13 @@ def expert_gram(combine_weights: Tensor, slot_outputs: Tensor, dtype: torch.dtyp
     return gram
 
 
+def sums_in_bytes(layer: SoftMoE, compensation: str) -> int:
+    """Bytes that both halves of a layer's sums take."""
+    n, _, out = layer.slot_shape
+    q = sum(kinds_of_regressors(layer, compensation))
+    return 2 * (8 * q * q + 4 * (n + 1) * q * out)
+
+
 class Contributions:
     """The sums of one layer over some inputs."""
 
@@ -148,10 +155,13 @@ def lost_gram(first: Contributions, second: Contributions, slot_mean: Tensor, co
             is measured on the other, both ways; `refit` is taken for `affine`.
 
     Returns:
-        The sum over the inputs of both, in float64 on the CPU. The last row and column are the gap's.
+        The sum over the inputs of both, in float64 on the CPU. The last row and column are the gap's. NaN
+        where the sums are not finite.
     """
     n, p, out = slot_mean.shape
     halves = [_on_cpu(half, compensation) for half in (first, second)]
+    if not all(power.isfinite().all() and gram.isfinite().all() for power, _, gram in halves):
+        return torch.full((n + 1, n + 1), torch.nan, dtype=torch.float64)
     q = len(halves[0][0])
     scale = torch.ones(q, dtype=torch.float64)
     ridge = None

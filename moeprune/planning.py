@@ -101,7 +101,7 @@ def _plans_of(layer: SoftMoEConfig, scope: str, signal: str, compensation: str) 
     ]
 
 
-def plan_for(
+def plans_for(
     config: ViTConfig | ModuleConfig,
     tensors: Mapping[str, TensorInfo],
     analysis: Analysis | None,
@@ -113,8 +113,9 @@ def plan_for(
     scope: str,
     signal: str,
     compensation: str,
-) -> Plan:
-    """The plan for a number of experts or a budget, one of which is given; see `plan_within`.
+) -> list[Plan]:
+    """Plans for a number of experts or a budget, one of which is given: the planned one, and for a budget
+    that is split over layers also the one that keeps the same share in each, where that is another.
 
     Args:
         config: of the unpruned model.
@@ -132,17 +133,19 @@ def plan_for(
     if keep is not None or mass is not None:
         experts = {name: layer.num_experts for name, layer in config.soft_moe_layers.items()}
         keep = Fraction(1) if keep is None else keep
-        return uniform_plan(experts, keep, scope, signal, compensation, mass)
+        return [uniform_plan(experts, keep, scope, signal, compensation, mass)]
     if max_size is not None:
         costs, budget = size_costs(config, tensors, scope, signal, compensation), max_size
     else:
         assert max_flops is not None
         costs, budget = flops_costs(config, scope, signal, compensation), max_flops
     option = "--max-flops" if max_size is None else "--max-size"
-    return plan_within(
+    planned = plan_within(
         config, costs, budget, analysis,
         scope=scope, signal=signal, compensation=compensation, option=option,
     )  # fmt: skip
+    uniform = plan_of_experts(config, uniform_within(costs, budget), scope, signal, compensation)
+    return [planned] if uniform == planned else [planned, uniform]
 
 
 def plan_within(

@@ -7,21 +7,23 @@ is not, larger ones are tried until one is. What is reported is the confirmed dr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from moeprune.calibration import Analysis, analyze
+from moeprune.calibration import Analysis, analyze, divergences
 from moeprune.checkpoint import tensor_infos
 from moeprune.contributions import half_of
 from moeprune.data import Dataset, subset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation import Predictions, compare, describe, predict
-from moeprune.model import Model, dataset_for, require_dense_layers
+from moeprune.model import Model, dataset_for, private_copy, require_dense_layers
 from moeprune.plan import Plan
 from moeprune.planning import flops_costs, plan_of_experts, plan_within, size_costs
 from moeprune.pruning import ALREADY_PRUNED, calibration_data, prune
 from moeprune.runtime import Runtime
 
+COMPARED_INPUTS = 1000
 STEPS_OF_TWO = 2
 """Plans to try for each halving of the cost."""
 
@@ -37,6 +39,43 @@ class Found:
 
     model: Model
     report: dict[str, Any]
+
+
+def prune_best(
+    model: Model,
+    plans: Sequence[Plan],
+    analysis: Analysis | None,
+    *,
+    data: Dataset | str | None = None,
+    one_shot: bool = False,
+    seed: int = 0,
+    runtime: Runtime = Runtime(),
+) -> Model:
+    """The pruned model whose predictions are closest to the full model's, of several plans.
+
+    Args:
+        model: unpruned.
+        plans: at least one.
+        analysis: see moeprune.pruning.prune, like one_shot and seed.
+        data: calibration data, or its spec; the analysis's own if it is None.
+        runtime: where and how models run.
+    """
+    if len(plans) > 1 and data is None:
+        assert analysis is not None
+        data = calibration_data(model, analysis)
+    pruned = [
+        prune(model, analysis, plan=plan, data=data, one_shot=one_shot, seed=seed, runtime=runtime)
+        for plan in plans
+    ]
+    if len(pruned) == 1:
+        return pruned[0]
+    assert data is not None
+    dataset = dataset_for(model, data, "calibration")
+    few = replace(dataset, samples=dataset.available, limit=min(COMPARED_INPUTS, dataset.samples))
+    device = runtime.torch_device
+    copies = {str(index): private_copy(one).to(device) for index, one in enumerate(pruned)}
+    changes = divergences(copies, private_copy(model).to(device), few, runtime, "compare plans")
+    return min(zip(changes.values(), pruned, strict=True), key=lambda pair: float(pair[0]))[1]
 
 
 def prune_within_drop(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import moeprune
+from moeprune import calibration
 from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
 from moeprune.calibration import observe_layers
 from moeprune.model import SoftMoEViT, soft_moe_layers
@@ -203,6 +204,18 @@ def test_gram_matrix_of_a_batch_in_parts_is_the_same(monkeypatch, cases, analyse
     parts = moeprune.analyze(*cases["two_layers"], CPU)
     for layer, statistics in analyses["two_layers"].layers.items():
         torch.testing.assert_close(parts.layers[layer].gram, statistics.gram, rtol=1e-5, atol=1e-6)
+
+
+def test_an_analysis_in_several_passes_is_the_same(monkeypatch, cases, analyses):
+    passes = []
+    measure = calibration.measure
+    monkeypatch.setattr(calibration, "WORKSPACE", 1000)
+    monkeypatch.setattr(calibration, "measure", lambda *args: passes.append(args[1]) or measure(*args))
+    parts = moeprune.analyze(*cases["two_layers"], CPU)
+    assert passes == [["blocks.0.soft_moe"], ["blocks.1.soft_moe"]]
+    for layer, statistics in analyses["two_layers"].layers.items():
+        for field in FIELDS:
+            torch.testing.assert_close(getattr(parts.layers[layer], field), getattr(statistics, field))
 
 
 def layer_inputs_and_outputs(model, layer, data) -> tuple[Tensor, Tensor]:

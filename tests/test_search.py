@@ -13,9 +13,10 @@ from moeprune.contributions import half_of
 from moeprune.data import subset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation import predict
+from moeprune.model import soft_moe_layers
 from moeprune.plan import LayerPlan
 from moeprune.runtime import Runtime
-from moeprune.search import prune_within_drop
+from moeprune.search import prune_best, prune_within_drop
 
 CPU = Runtime("cpu", batch_size=256)
 WAYS = [("static", "gram", "affine"), ("static", "combine", "mean"), ("input", "combine", "none")]
@@ -83,6 +84,31 @@ def test_a_part_of_a_data_set_has_its_samples_in_any_batch_size(full):
     assert part.spec == "digits:calibration (some)"
     for size in (1, 3, 64):
         assert torch.equal(torch.cat([inputs for inputs, _ in part.batches(size)]), whole[members])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_several_plans_the_one_nearest_to_the_full_model_is_kept(order, vit):
+    model = moeprune.load(vit)
+    data = moeprune.open_data("pairs:calibration", model.input_format, limit=100)
+    names = list(model.config.soft_moe_layers)
+    plans = [
+        {name: LayerPlan("static", k, 64, "gram", "mean") for name, k in zip(names, ks, strict=True)}
+        for ks in ((1, 1, 40), (14, 14, 14))
+    ]
+    found = prune_best(model, [plans[i] for i in order], None, data=data, runtime=CPU)
+    inputs = torch.cat([inputs for inputs, _ in data.batches(100)])
+    full = model(inputs).double().log_softmax(1)
+    divergences = []
+    for plan in plans:
+        pruned = moeprune.prune(model, plan=plan, data=data, runtime=CPU)
+        divergences.append(
+            float((full.exp() * (full - pruned(inputs).double().log_softmax(1))).sum(1).mean())
+        )
+    nearest = divergences.index(min(divergences))
+    assert abs(divergences[0] - divergences[1]) > 1e-4
+    assert [layer.plan.k for layer in soft_moe_layers(found).values()] == [
+        plan.k for plan in plans[nearest].values()
+    ]
 
 
 # --- commands ----------------------------------------------------------------------------------
@@ -182,7 +208,7 @@ def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path)
         (("--keep", 4, "--save-plan", "o.st", "-o", "o.st"), "are both"),
         (("--plan", "plan.json", "--scope", "static", "-o", "o.st"), "`--scope` does not go with `--plan`"),
         (("--plan", "missing.json", "-o", "o.st"), "no file `missing.json`"),
-        (("--keep", 4, "--scope", "input", "--signal", "gram", "-o", "o.st"), "goes with scope static"),
+        (("--keep", 4, "--scope", "input", "--signal", "gram", "-o", "o.st"), "not for `--scope input`"),
     ],
 )
 def test_budgets_that_are_wrong(words, message, vit, vit_analysis, run, tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
     python tests/benchmarks/allocation.py
 
 For the demo's vision transformer (three layers with residuals) and one that is trained here (four layers of
-64 and 32 experts without residuals): at the bytes that uniform shares take, what the planned split keeps,
-beside the uniform one. About fifteen minutes on two cores.
+64 and 32 experts without residuals): at the bytes that uniform shares take, what `prune --max-size` keeps,
+which tries the planned split and the uniform one. About fifteen minutes on two cores.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from moeprune.checkpoint import tensor_infos
 from moeprune.model import SoftMoEViT
 from moeprune.plan import uniform_plan
 from moeprune.planning import plan_within, size_costs
+from moeprune.search import prune_best
 
 SHARES = ("1/32", "1/16", "1/8", "1/4", "1/2")
 COMPENSATIONS = ("mean", "lstsq", "affine")
@@ -45,8 +46,8 @@ def compare(model: SoftMoEViT) -> None:
                     model.config, costs, budget, analysis,
                     scope="static", signal="gram", compensation=compensation, option="budget",
                 )  # fmt: skip
-                for which, plan in (("uniform", uniform), ("planned", planned)):
-                    pruned = moeprune.prune(model, plan=plan, data=data, runtime=RUNTIME)
+                for which, plans in (("uniform", [uniform]), ("planned", [planned, uniform])):
+                    pruned = prune_best(model, plans, analysis, data=data, runtime=RUNTIME)
                     results[which].append(accuracy(pruned, test) / full)
             uniform_mean, planned_mean = (statistics.fmean(result) for result in results.values())
             cells.append(f"{uniform_mean:8.3f} → {planned_mean:.3f}  ")
