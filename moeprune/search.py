@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moeprune.calibration import Analysis, analyze, divergences
+import torch
+
+from moeprune.calibration import Analysis, analyze
 from moeprune.checkpoint import tensor_infos
 from moeprune.contributions import half_of
 from moeprune.data import Dataset, subset
@@ -51,7 +53,7 @@ def prune_best(
     seed: int = 0,
     runtime: Runtime = Runtime(),
 ) -> Model:
-    """The pruned model whose predictions are closest to the full model's, of several plans.
+    """The pruned model that predicts as the full model does for most inputs, of several plans.
 
     Args:
         model: unpruned.
@@ -72,10 +74,28 @@ def prune_best(
     assert data is not None
     dataset = dataset_for(model, data, "calibration")
     few = replace(dataset, samples=dataset.available, limit=min(COMPARED_INPUTS, dataset.samples))
+    differences = _differences(pruned, model, few, runtime)
+    return min(zip(differences, pruned, strict=True), key=lambda pair: pair[0])[1]
+
+
+def _differences(
+    models: Sequence[Model], full: Model, data: Dataset, runtime: Runtime
+) -> list[tuple[int, float]]:
+    """How far each model's output is from the full one's: predictions that differ, then squared differences.
+
+    Divergences will not do: a model that is too sure of the right class is far away by them.
+    """
     device = runtime.torch_device
-    copies = {str(index): private_copy(one).to(device) for index, one in enumerate(pruned)}
-    changes = divergences(copies, private_copy(model).to(device), few, runtime, "compare plans")
-    return min(zip(changes.values(), pruned, strict=True), key=lambda pair: float(pair[0]))[1]
+    full, *copies = (private_copy(model).to(device) for model in (full, *models))
+    changed = torch.zeros(len(models), dtype=torch.int64)
+    squares = torch.zeros(len(models), dtype=torch.float64)
+    for inputs, _ in runtime.batches(data, "compare plans"):
+        expected = runtime.forward(full, inputs).float()
+        for index, model in enumerate(copies):
+            found = runtime.forward(model, inputs).float()
+            changed[index] += (found.argmax(-1) != expected.argmax(-1)).sum().cpu()
+            squares[index] += (found - expected).square().sum().cpu()
+    return list(zip(changed.tolist(), squares.tolist(), strict=True))
 
 
 def prune_within_drop(
