@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moeprune import __version__, checkpoint
 from moeprune.architecture import SoftMoEConfig
-from moeprune.contributions import sums_in_bytes
+from moeprune.contributions import sums_in_bytes, wide_dtype
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.header import require_format
@@ -71,6 +71,7 @@ def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> 
     for names in _groups({name: sums_in_bytes(layer, "affine") for name, layer in layers.items()}):
         accumulators = measure(model, names, data, runtime, "analyze", StatisticsAccumulator)
         statistics |= {name: accumulator.result() for name, accumulator in accumulators.items()}
+        del accumulators  # before the next sums are made
         fingerprints.add(data.fingerprint)
     if len(fingerprints) > 1:
         raise MoepruneError(f"`{data.spec}` changed while it was read", "try again")
@@ -201,8 +202,9 @@ def divergences(
 def _change(found: Tensor, expected: Tensor, has_head: bool) -> Tensor:
     """How far outputs (b,…) are from the expected ones, input by input."""
     if has_head:
-        found, expected = found.log_softmax(-1), expected.log_softmax(-1)
-        change = (expected.exp() * (expected - found)).sum(-1)
+        wide = wide_dtype(found.device)  # else rounding makes small divergences negative
+        found, expected = found.log_softmax(-1, dtype=wide), expected.log_softmax(-1, dtype=wide)
+        change = (expected.exp() * (expected - found)).sum(-1).clamp_min(0)
     else:
         change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
     return change.flatten(1).mean(1) if change.ndim > 1 else change

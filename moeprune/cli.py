@@ -343,7 +343,7 @@ def prune(
         )
     kept = None if keep is None else parse_keep(keep)
     from moeprune import pruning, report
-    from moeprune.calibration import load_analysis
+    from moeprune.calibration import load_analysis, require_analysis_of
     from moeprune.description import read_description
     from moeprune.header import read_header
     from moeprune.model import save
@@ -352,12 +352,15 @@ def prune(
     from moeprune.planning import plans_for
     from moeprune.search import prune_best, prune_within_drop
     from moeprune.size import size_and_cost
+    from moeprune.streaming import file_fingerprint
 
     runtime = _runtime(device, dtype, batch_size)
     full = read_header(checkpoint)
     config, existing, details = read_description(full)
     pruning.require_unpruned(existing)
     measured = None if analysis is None else load_analysis(analysis)
+    if measured is not None and (max_size is not None or max_flops is not None):
+        require_analysis_of(config.soft_moe_layers, file_fingerprint(full), measured)
     search = None
     if max_accuracy_drop is not None:
         dense = _load(checkpoint, model, preprocess)

@@ -40,7 +40,10 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def half_of(first: int, count: int) -> Tensor:
     """In which half, 0 or 1, the inputs first, first + 1, … are (count): by the hash of their number."""
-    return (((torch.arange(first, first + count) * 2654435761) % 2**32) >> 17) & 1
+    mixed = torch.arange(first, first + count)
+    for multiplier in (0x45D9F3B, 0x119DE1F3):
+        mixed = ((mixed ^ (mixed >> 16)) * multiplier) % 2**32
+    return (mixed >> 16) & 1
 
 
 def kinds_of_regressors(layer: SoftMoE, compensation: str) -> list[int]:

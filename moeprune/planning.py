@@ -227,7 +227,7 @@ def losses(analysis: Analysis, compensation: str) -> dict[str, list[float]]:
         n = layer.num_experts
         _, errors = drop_order(layer.gram_under(compensation).double(), n)
         power = max(float(layer.gram.sum()), 1e-30)  # of the layer's output
-        scale = math.sqrt(float(layer.sensitivity) / power)
+        scale = math.sqrt(max(float(layer.sensitivity), 0.0) / power)
         found[name] = [scale * max(errors[n - k], 0.0) for k in range(n + 1)]
     return found
 
@@ -296,6 +296,8 @@ def _fill(
             return None
         more = costs[name][k + 1] - costs[name][k]
         gain = losses[name][k] - losses[name][k + 1]
+        if gain <= 0 < more:
+            return None
         return (-gain / more if more > 0 else -math.inf, name, more)
 
     heap = [entry for name in chosen if (entry := step(name))]

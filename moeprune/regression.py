@@ -45,7 +45,7 @@ def column_scale(power: Tensor, kinds: Sequence[int]) -> Tensor:
         kinds: how many columns there are of each kind, in their order.
     """
     parts = power.diagonal().sqrt().split(list(kinds))
-    tiny = torch.finfo(power.dtype).tiny
+    tiny = torch.finfo(power.dtype).tiny ** 0.25  # whose square a column without any power is divided by
     return torch.cat([part.clamp_min(max(WEAKEST * float(part.max()), tiny)) for part in parts])
 
 

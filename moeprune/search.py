@@ -13,13 +13,20 @@ from typing import Any
 
 import torch
 
-from moeprune.calibration import Analysis, analyze
+from moeprune.calibration import Analysis, analyze, require_analysis_of
 from moeprune.checkpoint import tensor_infos
 from moeprune.contributions import half_of
 from moeprune.data import Dataset, subset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation import Predictions, compare, describe, predict
-from moeprune.model import Model, dataset_for, private_copy, require_dense_layers
+from moeprune.model import (
+    Model,
+    dataset_for,
+    fingerprint,
+    private_copy,
+    require_dense_layers,
+    soft_moe_layers,
+)
 from moeprune.plan import Plan
 from moeprune.planning import flops_costs, plan_of_experts, plan_within, size_costs
 from moeprune.pruning import ALREADY_PRUNED, calibration_data, prune
@@ -136,6 +143,8 @@ def prune_within_drop(
     if analysis is None:
         calibration, analysis = searched, analyze(model, searched, runtime)
     else:
+        layers = {name: layer.config for name, layer in soft_moe_layers(model).items()}
+        require_analysis_of(layers, fingerprint(model), analysis)
         calibration = calibration_data(model, analysis)
     [full_searched] = predict([model], searched, runtime, "full model")
     plans = _ladder(model, analysis, scope, signal, compensate)
@@ -187,6 +196,11 @@ def prune_within_drop(
                 "confirmed": confirmed,
             }
             return Found(pruned, report)
+    if not tried:
+        raise MoepruneError(
+            f"no plan of scope {scope} and compensation {compensate} makes the model smaller",
+            "give another `--compensate` or `--scope`",
+        )
     least = min(entry["accuracy_drop"] for _, entry in tried.values())
     raise MoepruneError(
         f"no plan of scope {scope} and compensation {compensate} is within an accuracy drop of"

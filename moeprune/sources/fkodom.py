@@ -39,7 +39,7 @@ def describe(
     Raises:
         MoepruneError: a release is installed that computes something else, and the user does not name it.
     """
-    is_over_batch = (version or installed_version(LIBRARY) or "").startswith("0.1.")
+    is_over_batch = f"{version or installed_version(LIBRARY)}.".startswith("0.1.")
     if is_over_batch and version is None:
         raise MoepruneError(
             f"layer `{name}` is of {LIBRARY} {installed_version(LIBRARY)}, whose dispatch softmax runs over"
