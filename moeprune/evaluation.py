@@ -142,6 +142,9 @@ def evaluate(
     if baseline is not None:
         difference = compare(described[0], described[1], predictions[0], predictions[1])
         forgotten = forgetting(predictions[0].labels, predictions[0].predicted, predictions[1].predicted)
+        indices = data.indices  # with a limit, some samples of the data alone
+        for flips in ("lost", "won"):
+            forgotten[flips] = [indices[place] for place in forgotten[flips]]
     latency = None
     if latency_batches is not None:
         latency = measure_latency(model, data, baseline, latency_batches, runtime)

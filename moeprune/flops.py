@@ -66,6 +66,8 @@ def soft_moe_flops(
         surrogates = n - plan.k if plan.scope == "static" else n
     affine = 2 * (tokens + 1) * d * out if plan and plan.has_affine else 0
     projection = 2 * d * d * n * p if config.dynamic_slots else 0
+    if config.dynamic_slots:
+        tokens = n * p  # padded to so many
     first = d * config.first_width if config.expert != "linear" else 0
     return Flops(
         experts=round(2 * k * p * (first + config.expert_width * out)),
