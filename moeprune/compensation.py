@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moeprune.architecture import SoftMoEConfig
 from moeprune.calibration import observe_layers
-from moeprune.contributions import Contributions, half_of, kinds_of_regressors, regressors, wide_dtype
+from moeprune.contributions import Contributions, halves, kinds_of_regressors, regressors, wide_dtype
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.model import Model, soft_moe_layers
@@ -59,18 +59,18 @@ def gather(
         pruned: with the layers before the named one pruned, and that one dense.
         full: the unpruned model. Both are private copies and moved to the runtime's device.
     """
-    moments, halves = None, None
+    moments, sums = None, None
     for members, seen, gap in _observed(pruned, full, name, data, runtime):
-        if moments is None or halves is None:
+        if moments is None or sums is None:
             layer = soft_moe_layers(pruned)[name]
             moments = MomentsAccumulator(layer)
-            halves = Contributions(layer, compensation), Contributions(layer, compensation)
+            sums = Contributions(layer, compensation), Contributions(layer, compensation)
         moments.add(seen, None)
-        for half, index in zip(halves, members, strict=True):
+        for half, index in zip(sums, members, strict=True):
             half.add(select(seen, index), gap[index])
     assert moments is not None
-    assert halves is not None
-    return Gathered(moments.result(), halves)
+    assert sums is not None
+    return Gathered(moments.result(), sums)
 
 
 def fit_routed(
@@ -96,8 +96,8 @@ def fit_static(gathered: Gathered, plan: LayerPlan) -> Tensor:
     """V (q,o): what to add to a static layer, whose surrogates are means; by the order of its columns."""
     first, second = gathered.halves
     mean, dropped = gathered.moments.slot_mean, plan.dropped
-    halves = first.equations(dropped, mean), second.equations(dropped, mean)
-    correction = solve_held_out(*halves, first.kinds)
+    equations = first.equations(dropped, mean), second.equations(dropped, mean)
+    correction = solve_held_out(*equations, first.kinds)
     n, p, _ = mean.shape
     of_slots = correction[: n * p].unflatten(0, (n, p))[list(plan.columns)]
     return torch.cat([of_slots.flatten(0, 1), correction[n * p :]])
@@ -198,8 +198,7 @@ def _observed(
                 observed[which] = observation
 
             observe_layers(model, [name], observe, inputs, runtime)
-        half = half_of(count, len(inputs))
+        members = [half.to(device) for half in halves(count, len(inputs))]
         count += len(inputs)
-        members = [(half == h).nonzero().flatten().to(device) for h in (0, 1)]
         gap = observed["full"].output.float() - observed["pruned"].output.float()
         yield members, observed["pruned"], gap

@@ -46,6 +46,12 @@ def half_of(first: int, count: int) -> Tensor:
     return (mixed >> 16) & 1
 
 
+def halves(first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Which of the inputs first, first + 1, … are in either half: their places from 0 on, ascending."""
+    half = half_of(first, count)
+    return (half == 0).nonzero().flatten(), (half == 1).nonzero().flatten()
+
+
 def kinds_of_regressors(layer: SoftMoE, compensation: str) -> list[int]:
     """How many regressors there are of each kind, in the order of `regressors`."""
     n, p, _ = layer.slot_shape
@@ -162,44 +168,42 @@ def lost_gram(first: Contributions, second: Contributions, slot_mean: Tensor, co
         where the sums are not finite.
     """
     n, p, out = slot_mean.shape
-    halves = [_on_cpu(half, compensation) for half in (first, second)]
-    if not all(power.isfinite().all() and gram.isfinite().all() for power, _, gram in halves):
+    parts = [_on_cpu(half, compensation) for half in (first, second)]
+    if not all(power.isfinite().all() and gram.isfinite().all() for power, _, gram in parts):
         return torch.full((n + 1, n + 1), torch.nan, dtype=torch.float64)
-    q = len(halves[0][0])
+    q = len(parts[0][0])
     scale = torch.ones(q, dtype=torch.float64)
     ridge = None
     if compensation != "mean":
         kinds = first.kinds if compensation in AFFINE else first.kinds[:1]
-        scale = column_scale(halves[0][0] + halves[1][0], kinds)
+        scale = column_scale(parts[0][0] + parts[1][0], kinds)
         everything = [half.equations(range(n), slot_mean) for half in (first, second)]
         cut = [Equations(power[:q, :q], cross[:q]).scaled(scale) for power, cross in everything]
         ridge = choose_ridge(*cut)
+    scaled_powers = [power / (scale[:, None] * scale) for power, _, _ in parts]
     factors: list[Tensor | None] = [None, None]
     if ridge is not None:
         identity = torch.eye(q, dtype=torch.float64)
-        factors = [
-            torch.linalg.cholesky(power / (scale[:, None] * scale) + ridge / 2 * identity)
-            for power, _, _ in halves
-        ]
+        factors = [torch.linalg.cholesky(power + ridge / 2 * identity) for power in scaled_powers]
     lost = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     step = max(1, CHUNK // ((n + 1) * q))
     for start in range(0, out, step):
         means = slot_mean[:, :, start : start + step].double()
         crosses, fits = [], []
-        for (power, cross, _), factor in zip(halves, factors, strict=True):
-            part = cross[:, :, start : start + step].to("cpu", torch.float64)
-            lost -= _with_means(power, part, means)
-            part[:n] -= torch.einsum("qjp,jpo->jqo", power[:, : n * p].unflatten(1, (n, p)), means)
-            part /= scale[:, None]
-            crosses.append(part)
+        for (power, cross, _), factor in zip(parts, factors, strict=True):
+            own = cross[:, :, start : start + step].to("cpu", torch.float64)
+            lost -= _with_means(power, own, means)
+            own[:n] -= torch.einsum("qjp,jpo->jqo", power[:, : n * p].unflatten(1, (n, p)), means)
+            own /= scale[:, None]
+            crosses.append(own)
             if factor is not None:
-                columns = part.transpose(0, 1).flatten(1)  # (q,(n+1)·o)
+                columns = own.transpose(0, 1).flatten(1)  # (q,(n+1)·o)
                 fits.append(torch.cholesky_solve(columns, factor).unflatten(1, (n + 1, -1)).transpose(0, 1))
-        for fit, measured, (power, _, _) in zip(fits, reversed(crosses), reversed(halves), strict=False):
+        others = reversed(crosses), reversed(scaled_powers)
+        for fit, measured, scaled in zip(fits, *others, strict=False):
             of_both = torch.einsum("jqo,lqo->jl", measured, fit)
-            scaled = power / (scale[:, None] * scale)
             lost += torch.einsum("jqo,lqo->jl", fit, scaled @ fit) - of_both - of_both.mT
-    return lost + halves[0][2] + halves[1][2]
+    return lost + parts[0][2] + parts[1][2]
 
 
 def _on_cpu(half: Contributions, compensation: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from zipfile import BadZipFile, ZipFile
@@ -78,6 +78,10 @@ class Dataset:
     def to_json(self) -> dict[str, Any]:
         """What a file or report says of the data, as JSON values."""
         return {"spec": self.spec, "samples": self.samples, "fingerprint": self.fingerprint}
+
+    def few(self, count: int) -> Dataset:
+        """As many of the samples, if there are so many, drawn with a fixed seed."""
+        return replace(self, samples=self.available, limit=min(count, self.samples))
 
     @property
     def indices(self) -> Sequence[int]:

@@ -31,10 +31,10 @@ def forgetting(labels: Tensor, predicted: Tensor, reference: Tensor) -> dict[str
     Returns:
         JSON values. `classes`: for each class with samples, the largest drop first: `class`, `samples`,
         `accuracy`, `baseline_accuracy`, `accuracy_drop` and its `accuracy_drop_ci95`. `lost`, `won`: the
-        places in the data of inputs that flip from right to wrong, and from wrong to right. `collapsed`:
-        classes that the full model knows (an accuracy of KNOWN or more), of whose accuracy at most half
-        is left, and whose drop the average hides: it is HIDES times as large, and larger beyond doubt, as
-        its interval, at a level that holds for all classes at once, lies above the average.
+        places, in the order of the labels, of inputs that flip from right to wrong, and from wrong to right.
+        `collapsed`: classes that the full model knows (an accuracy of KNOWN or more), of whose accuracy at
+        most half is left, and whose drop the average hides: it is HIDES times as large, and larger beyond
+        doubt, as its interval, at a level that holds for all classes at once, lies above the average.
     """
     right, reference_right = predicted == labels, reference == labels
     samples = len(labels)

@@ -125,7 +125,8 @@ def prune(
         elif layer_plan.is_calibrated and analysis is not None and (index == 0 or one_shot):
             moments = analysis.layers[name]
         elif layer_plan.is_calibrated and dataset is not None:
-            accumulator = StatisticsAccumulator if layer_plan.signal == "gram" else MomentsAccumulator
+            chooses = layer_plan.signal == "gram" and layer_plan.kept is None
+            accumulator = StatisticsAccumulator if chooses else MomentsAccumulator
             measured = measure(pruned, [name], dataset, runtime, f"measure {name}", accumulator)
             moments = measured[name].result()
         if moments is not None and dataset is not None:

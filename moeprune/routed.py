@@ -119,32 +119,26 @@ def slot_weights(
         over_batch: the dispatch softmax is over the inputs, not over the tokens of each.
         idle: which of the chosen do not count (b,k): their combine weights are zero; None: all do.
     """
-    if idle is not None:
-        is_idle_slot = idle.repeat_interleave(router_logits.shape[3], 1)[:, None]  # (b,1,s)
     kernels, dtype = None if over_batch else kernels_for(router_logits), router_logits.dtype
     wide = torch.promote_types(dtype, torch.float32)
     if kernels and chosen.shape[1]:
+        source, width = (router_logits, wide) if combine_weights is None else (combine_weights, dtype)
+        dispatch, combine = kernels.slot_weights(router_logits, chosen, source, width)
+    else:
+        index = chosen[:, None, :, None].expand(-1, *router_logits.shape[1:2], -1, router_logits.shape[3])
+        chosen_logits = router_logits.gather(2, index).flatten(2)  # (b,m,s)
+        if over_batch:
+            dispatch = router_logits.softmax(0, dtype=wide).gather(2, index).flatten(2).mT
+        else:
+            dispatch = chosen_logits.softmax(1, dtype=wide).mT
+        combine = chosen_logits
         if combine_weights is not None:
-            dispatch, combine = kernels.slot_weights(router_logits, chosen, combine_weights, dtype)
-            return dispatch, combine if idle is None else combine.masked_fill(is_idle_slot, 0)
-        dispatch, chosen_logits = kernels.slot_weights(router_logits, chosen, router_logits, wide)
-        if idle is not None:
-            chosen_logits = chosen_logits.masked_fill(is_idle_slot, -torch.inf)
-        return dispatch, chosen_logits.softmax(2).to(dtype)
-    index = chosen[:, None, :, None].expand(-1, *router_logits.shape[1:2], -1, router_logits.shape[3])
-    chosen_logits = router_logits.gather(2, index).flatten(2)  # (b,m,s)
-    if over_batch:
-        dispatch = router_logits.softmax(0, dtype=wide).gather(2, index).flatten(2).mT
-    else:
-        dispatch = chosen_logits.softmax(1, dtype=wide).mT
+            combine = combine_weights.gather(2, index).flatten(2)
+    if idle is not None:
+        is_idle_slot = idle.repeat_interleave(router_logits.shape[3], 1)[:, None]  # (b,1,s)
+        combine = combine.masked_fill(is_idle_slot, -torch.inf if combine_weights is None else 0)
     if combine_weights is None:
-        if idle is not None:
-            chosen_logits = chosen_logits.masked_fill(is_idle_slot, -torch.inf)
-        combine = chosen_logits.softmax(2, dtype=wide)
-    else:
-        combine = combine_weights.gather(2, index).flatten(2)
-        if idle is not None:
-            combine = combine.masked_fill(is_idle_slot, 0)
+        combine = combine.softmax(2, dtype=wide)
     return dispatch.to(dtype), combine.to(dtype)
 
 

@@ -8,14 +8,14 @@ is not, larger ones are tried until one is. What is reported is the confirmed dr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moeprune.calibration import Analysis, analyze, require_analysis_of
 from moeprune.checkpoint import tensor_infos
-from moeprune.contributions import half_of
+from moeprune.contributions import halves
 from moeprune.data import Dataset, subset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation import Predictions, compare, describe, predict
@@ -80,8 +80,7 @@ def prune_best(
         return pruned[0]
     assert data is not None
     dataset = dataset_for(model, data, "calibration")
-    few = replace(dataset, samples=dataset.available, limit=min(COMPARED_INPUTS, dataset.samples))
-    differences = _differences(pruned, model, few, runtime)
+    differences = _differences(pruned, model, dataset.few(COMPARED_INPUTS), runtime)
     return min(zip(differences, pruned, strict=True), key=lambda pair: pair[0])[1]
 
 
@@ -135,11 +134,10 @@ def prune_within_drop(
     data = dataset_for(model, data, "calibration")
     if data.samples < 2:
         raise MoepruneError(f"`{data.spec}` has one sample, a search needs two at least")
-    parts = [
-        subset(data, (half_of(0, data.samples) == half).nonzero().flatten().tolist(), name)
-        for half, name in enumerate(("half to search", "half to confirm"))
-    ]
-    searched, confirming = parts
+    searched, confirming = (
+        subset(data, members.tolist(), name)
+        for members, name in zip(halves(0, data.samples), ("half to search", "half to confirm"), strict=True)
+    )
     if analysis is None:
         calibration, analysis = searched, analyze(model, searched, runtime)
     else:
@@ -166,10 +164,8 @@ def prune_within_drop(
             )
         return tried[index][1]
 
-    low, high = (
-        0,
-        len(plans),
-    )  # the first that passes is in low…high; plans[len(plans)] would be the full model
+    # The first plan that passes is in low…high; behind the last one would be the full model.
+    low, high = 0, len(plans)
     while low < high:
         middle = (low + high) // 2
         if attempt(middle)["accuracy_drop"] <= max_accuracy_drop:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeprune.contributions import Contributions, half_of, lost_gram, wide_dtype
+from moeprune.contributions import Contributions, halves, lost_gram, wide_dtype
 from moeprune.scores import rank
 from moeprune.soft_moe import Observation, SoftMoE, select
 
@@ -184,11 +184,9 @@ class StatisticsAccumulator(MomentsAccumulator):
         squares = (c * y.square().sum(2, keepdim=True)).mT @ c
         slots = (squares - with_output - with_output.mT).sum(0, dtype=self.dtype)
         self.gram_renorm += slots.view(n, p, n, p).sum((1, 3))
-        first = self.samples - len(weights)
-        half = half_of(first, len(weights)).to(weights.device)
-        for index, contributions in enumerate(self.halves):
-            members = (half == index).nonzero().flatten()
-            contributions.add(select(observation, members))
+        members = halves(self.samples - len(weights), len(weights))
+        for contributions, index in zip(self.halves, members, strict=True):
+            contributions.add(select(observation, index.to(weights.device)))
 
     def result(self) -> LayerStatistics:
         """The statistics of all inputs so far."""

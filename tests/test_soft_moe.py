@@ -66,7 +66,11 @@ def pruned_layer(dense, scope, k, compensation="none", signal="combine", scores=
     kept = None
     if scope == "static":
         kept, scores = tuple(top_k(scores, k).tolist()), None
-    layer = prune_layer(dense, LayerPlan(scope, k, n, signal, compensation, kept), scores, slot_mean)
+    plan = LayerPlan(scope, k, n, signal, compensation, kept)
+    return with_random_affine(prune_layer(dense, plan, scores, slot_mean))
+
+
+def with_random_affine(layer):
     generator = torch.Generator().manual_seed(9)
     for name, buffer in layer.named_buffers():
         if name.startswith("affine"):
@@ -341,12 +345,7 @@ def ragged_sets(dense, x, share, most=N) -> list[tuple[int, ...]]:
 
 def adaptive_layer(dense, share, compensation="none", most=N, slot_mean=None):
     plan = LayerPlan("input", most, N, "combine", compensation, mass=share)
-    layer = prune_layer(dense, plan, None, slot_mean)
-    generator = torch.Generator().manual_seed(9)
-    for name, buffer in layer.named_buffers():
-        if name.startswith("affine"):
-            buffer.copy_(torch.randn(buffer.shape, generator=generator))
-    return layer
+    return with_random_affine(prune_layer(dense, plan, None, slot_mean))
 
 
 @pytest.mark.usefixtures("_both_ways")
