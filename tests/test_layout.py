@@ -16,7 +16,17 @@ PACKAGE = Path(moeprune.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 
 LEVELS = (
-    ("errors", "intervals", "scores", "selection", "regression", "report", "kernels", "sources.lookalikes"),
+    (
+        "errors",
+        "intervals",
+        "scores",
+        "selection",
+        "regression",
+        "report",
+        "kernels",
+        "sources.lookalikes",
+        "cli.options",
+    ),
     (
         "architecture",
         "plan",
@@ -29,6 +39,7 @@ LEVELS = (
         "routed",
         "sources.given",
         "sources.modules",
+        "cli.command",
     ),
     (
         "flops",
@@ -47,14 +58,15 @@ LEVELS = (
     ("runtime", "statistics", "sources.bwconrad"),
     ("sources",),
     ("description",),
-    ("adopted",),
+    ("adopted", "cli.inspect"),
     ("model",),
-    ("calibration", "latency", "train", "parity"),
-    ("compensation", "evaluation", "conversion", "adoption", "planning"),
-    ("pruning",),
+    ("calibration", "latency", "train", "parity", "cli.opening"),
+    ("compensation", "evaluation", "conversion", "adoption", "planning", "cli.analyze"),
+    ("pruning", "cli.convert"),
     ("search", "sweep"),
-    ("demo", "frontier"),
-    ("plot",),
+    ("demo", "frontier", "cli.prune"),
+    ("plot", "cli.demo"),
+    ("cli.eval",),
     ("cli",),
     ("__main__",),
 )
@@ -163,7 +175,7 @@ def users_of(library: str) -> set[str]:
 
 
 def test_libraries_are_used_where_they_belong():
-    assert users_of("typer") == {"cli"}
+    assert all(name.startswith("cli.") for name in users_of("typer"))
     assert users_of("rich") == {"report", "output"}
     assert "rich" not in libraries("output", lazy=False)
     assert users_of("safetensors") == {"checkpoint", "data"}

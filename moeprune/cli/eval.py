@@ -1,0 +1,212 @@
+"""`moeprune eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeprune.cli.opening import load_model, open_data, runtime_for
+from moeprune.cli.options import (
+    BatchSize,
+    Checkpoint,
+    Device,
+    Dtype,
+    Factory,
+    Force,
+    Limit,
+    OutputFile,
+    OutputFormat,
+    Preprocess,
+    Seed,
+    Split,
+)
+from moeprune.errors import MoepruneError
+from moeprune.gate import check_limits, judge
+from moeprune.output import check_apart, check_choice, check_output, check_report, emit, warn
+from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep
+
+
+def eval(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        str, typer.Option(help="Labelled data: digits, pairs, a .npz, a .safetensors, or a folder.")
+    ],
+    baseline: Annotated[Path | None, typer.Option(help="The full model to compare with.")] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Prune in many ways and evaluate each: shares such as 1/32,1/16,1/8,1/4,1/2."),
+    ] = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure a few ways to prune at many shares (or those of --sweep), and draw the trade-off"
+            " there (.png or .svg)."
+        ),
+    ] = None,
+    analysis: Annotated[
+        Path | None, typer.Option(help="With --sweep or --frontier: what `moeprune analyze` wrote.")
+    ] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="With --sweep: only this scope (repeatable).")
+    ] = None,
+    signal: Annotated[
+        list[str] | None, typer.Option(help="With --sweep: only this signal (repeatable).")
+    ] = None,
+    compensate: Annotated[
+        list[str] | None, typer.Option(help="With --sweep: only this compensation (repeatable).")
+    ] = None,
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="Gate: accuracy lost to the baseline.")
+    ] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="Gate: accuracy.")] = None,
+    min_flops_reduction: Annotated[float | None, typer.Option(help="Gate: share of FLOPs saved.")] = None,
+    min_size_reduction: Annotated[float | None, typer.Option(help="Gate: share of bytes saved.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Gate: share of inputs with the baseline's prediction.")
+    ] = None,
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency", help="Time forward passes too; with --baseline, in turn with the full model's."
+        ),
+    ] = False,
+    latency_batch: Annotated[
+        list[int] | None,
+        typer.Option(help="With --latency: inputs of a forward pass (repeatable).", show_default="1, 8, 32"),
+    ] = None,
+    min_speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate, with --latency: times as fast as the baseline, at all batch sizes (the worst counts)."
+        ),
+    ] = None,
+    model: Factory = None,
+    split: Split = None,
+    preprocess: Preprocess = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    output_format: OutputFormat = "text",
+    output_file: OutputFile = None,
+    force: Force = False,
+) -> int:
+    """Report accuracy, size, FLOPs and latency, and judge them.
+
+    Compares a checkpoint with the full model (--baseline); a gate that fails makes exit code 1. With
+    --sweep, prunes a full model in many ways and evaluates each.
+    """
+    check_report(output_format, output_file, force)
+    limits = {
+        "max_accuracy_drop": max_accuracy_drop,
+        "min_accuracy": min_accuracy,
+        "min_flops_reduction": min_flops_reduction,
+        "min_size_reduction": min_size_reduction,
+        "min_agreement": min_agreement,
+        "min_speedup": min_speedup,
+    }
+    if latency_batch and not latency:
+        raise MoepruneError("`--latency-batch` goes with `--latency`", "add `--latency`")
+    sweep_only = {"--analysis": analysis, "--scope": scope, "--signal": signal, "--compensate": compensate}
+    if sweep is None and frontier is None:
+        for option, given in sweep_only.items():
+            if given:
+                raise MoepruneError(f"`{option}` goes with `--sweep`", "add `--sweep 1/16,1/8,1/4`")
+        check_limits(limits, has_baseline=baseline is not None, has_latency=latency)
+        keeps = []
+    else:
+        _check_sweep(frontier, sweep_only, baseline, latency, limits, output_file, force)
+        keeps = [] if sweep is None else [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
+    from moeprune import evaluation, report
+    from moeprune.calibration import load_analysis
+    from moeprune.frontier import KEEPS, on_frontier, variants
+    from moeprune.latency import BATCH_SIZES, check_batch_sizes
+    from moeprune.plot import plot_frontier
+    from moeprune.sweep import grid, scopes_of
+    from moeprune.sweep import sweep as run_sweep
+
+    latency_batches = latency_batch or BATCH_SIZES
+    check_batch_sizes(latency_batches)
+    runtime = runtime_for(device, dtype, batch_size)
+    loaded = load_model(checkpoint, model, preprocess)
+    dataset = open_data(data, loaded, split, "test", limit)
+    found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
+    if analysis is not None:
+        first, *others = scopes_of(loaded)
+        if frontier is not None:
+            labels, todo = zip(*variants(keeps or KEEPS, (first, *others)), strict=True)
+        else:
+            scopes = scope or (first, *others)
+            todo = tuple(
+                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS, control_scope=first)
+            )
+            labels = (None,) * len(todo)
+        measured_batches = latency_batches if latency else None
+        results = run_sweep(loaded, todo, load_analysis(analysis), dataset, seed, runtime, measured_batches)
+        rows = [{"label": label, **row} for label, (row, _) in zip((None, *labels), results, strict=True)]
+        for row, best in zip(rows, on_frontier(rows), strict=True):
+            row["on_frontier"] = best
+        found |= {
+            "data": dataset.to_json(),
+            "rows": rows,
+            "plot": None if frontier is None else str(frontier),
+            "environment": evaluation.environment(runtime),
+        }
+        if frontier is not None:
+            title = f"{checkpoint.name} on {dataset.spec} ({dataset.samples} samples)"
+            plot_frontier(rows, title, frontier)
+        emit(found, report.sweep, output_format, output_file)
+        return 0
+    full = None if baseline is None else load_model(baseline, model, preprocess)
+    found["baseline"] = None if baseline is None else str(baseline)
+    found |= evaluation.evaluate(loaded, dataset, full, runtime, latency_batches if latency else None)
+    for name in (found["forgetting"] or {}).get("collapsed", ()):
+        entry = next(entry for entry in found["forgetting"]["classes"] if entry["class"] == name)
+        warn(
+            f"class {name} collapsed: {report.percent(entry['baseline_accuracy'])} →"
+            f" {report.percent(entry['accuracy'])} of its {entry['samples']} samples, while the average"
+            f" accuracy changed by {report.points(-found['difference']['accuracy_drop'])}"
+        )
+    found["gates"] = judge(found, limits)
+    found["passed"] = all(gate["passed"] for gate in found["gates"])
+    emit(found, report.evaluation, output_format, output_file)
+    return 0 if found["passed"] else 1
+
+
+def _check_sweep(
+    frontier: Path | None,
+    sweep_only: dict[str, Any],
+    baseline: Path | None,
+    latency: bool,
+    limits: dict[str, float | None],
+    output_file: Path | None,
+    force: bool,
+) -> None:
+    """Refuse what does not go with `--sweep` or `--frontier`."""
+    which = "--sweep" if frontier is None else "--frontier"
+    if baseline is not None or any(limit is not None for limit in limits.values()):
+        raise MoepruneError(
+            f"`{which}` prunes the full model in many ways: it takes no `--baseline` and no gates",
+            "give them to an eval of the checkpoint that you choose",
+        )
+    if sweep_only["--analysis"] is None:
+        raise MoepruneError(f"`{which}` needs `--analysis`", "write one with `moeprune analyze`")
+    for option, choices in (("--scope", SCOPES), ("--signal", SIGNALS), ("--compensate", COMPENSATIONS)):
+        if frontier is not None and sweep_only[option]:
+            raise MoepruneError(f"`{option}` does not go with `--frontier`", "give `--sweep` alone")
+        for value in sweep_only[option] or ():
+            check_choice(option, value, choices)
+    if frontier is None:
+        if latency:
+            raise MoepruneError(
+                "`--latency` does not go with `--sweep`", "give `--frontier`, or an eval of one"
+            )
+        return
+    from moeprune.plot import check_plot
+
+    check_output(frontier, force)
+    check_apart(frontier, output_file)
+    check_plot(frontier)

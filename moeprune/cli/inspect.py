@@ -1,0 +1,54 @@
+"""`moeprune inspect`."""
+
+from __future__ import annotations
+
+from moeprune.cli.options import (
+    Checkpoint,
+    Force,
+    OutputFile,
+    OutputFormat,
+)
+from moeprune.output import check_report, emit
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    output_format: OutputFormat = "text",
+    output_file: OutputFile = None,
+    force: Force = False,
+) -> None:
+    """Show what is in a checkpoint.
+
+    Layers, experts, parameters, size, FLOPs, plan and provenance, from the file's header alone.
+    """
+    check_report(output_format, output_file, force)
+    from moeprune import report
+    from moeprune.description import read_description
+    from moeprune.header import read_header
+    from moeprune.plan import plan_to_json
+    from moeprune.size import size_and_cost
+
+    header = read_header(checkpoint)
+    config, plan, details = read_description(header)
+    plans = plan_to_json(plan)
+    layers = {
+        name: {
+            "experts": layer.num_experts,
+            "slots_per_expert": layer.slots_per_expert,
+            "hidden_dim": layer.hidden_dim,
+            "parameters": sum(t.numel for key, t in header.tensors.items() if key.startswith(f"{name}.")),
+            "plan": plans.get(name),
+        }
+        for name, layer in config.soft_moe_layers.items()
+    }
+    found = {
+        "schema_version": 1,
+        "checkpoint": str(checkpoint),
+        "architecture": config.to_json(),
+        "preprocessing": details.preprocessing.to_json(),
+        "layers": layers,
+        **size_and_cost(config, plan, header.tensors),
+        "source": details.source,
+        "provenance": details.provenance,
+    }
+    emit(found, report.inspection, output_format, output_file)

@@ -1,0 +1,54 @@
+"""What the options of a command stand for: a model, a data set, a runtime. Torch is imported inside only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeprune.errors import MoepruneError
+from moeprune.output import warn
+
+if TYPE_CHECKING:
+    from moeprune.data import Dataset
+    from moeprune.model import Model
+    from moeprune.runtime import Runtime
+
+
+def load_model(path: Path, factory: str | None, preprocess: list[str] | None) -> Model:
+    """The model of a checkpoint, with what `--preprocess` overrides; warns if results depend on the batch."""
+    from dataclasses import replace
+
+    from moeprune.model import load
+
+    model = load(path, factory)
+    for name, layer in model.config.soft_moe_layers.items():
+        if layer.dispatch_over == "batch":
+            warn(
+                f"layer `{name}` takes its dispatch softmax over the batch, as it was trained: results depend"
+                " on `--batch-size` and on the order of the inputs"
+            )
+    if preprocess:
+        updated = model.details.preprocessing.updated(preprocess)
+        model.details = replace(model.details, preprocessing=updated)
+    return model
+
+
+def open_data(spec: str, model: Model, split: str | None, default_split: str, limit: int | None) -> Dataset:
+    """The data set that `--data`, `--split` and `--limit` name."""
+    from moeprune.data import BUILT_IN
+    from moeprune.model import dataset_for
+
+    if split is not None and spec not in BUILT_IN:
+        raise MoepruneError(
+            f"`--split {split}` does not go with `{spec}`", f"it picks a split of {' or '.join(BUILT_IN)}"
+        )
+    return dataset_for(model, spec, split or default_split, limit)
+
+
+def runtime_for(device: str, dtype: str, batch_size: int) -> Runtime:
+    """The runtime of `--device`, `--dtype` and `--batch-size`; a missing device is told before any work."""
+    from moeprune.runtime import Runtime
+
+    runtime = Runtime(device, dtype, batch_size, progress=True)
+    _ = runtime.torch_device
+    return runtime
