@@ -20,7 +20,6 @@ from moeprune.errors import MoepruneError
 from moeprune.flops import model_flops, soft_moe_flops
 from moeprune.header import TensorInfo
 from moeprune.plan import LayerPlan, Plan, experts_to_keep, is_possible, uniform_plan
-from moeprune.selection import drop_order
 from moeprune.tensors import layer_shapes, soft_moe_shapes
 
 
@@ -225,7 +224,7 @@ def losses(analysis: Analysis, compensation: str) -> dict[str, list[float]]:
     found = {}
     for name, layer in analysis.layers.items():
         n = layer.num_experts
-        _, errors = drop_order(layer.gram_under(compensation).double(), n)
+        errors = layer.errors(compensation)
         power = max(float(layer.gram.sum()), 1e-30)  # of the layer's output
         scale = math.sqrt(max(float(layer.sensitivity), 0.0) / power)
         found[name] = [scale * max(errors[n - k], 0.0) for k in range(n + 1)]

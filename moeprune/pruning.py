@@ -252,10 +252,9 @@ def _best_experts(
     if plan.signal == "gram":
         if gathered is not None:
             gram = lost_gram(*gathered.halves, moments.slot_mean, plan.compensation)
-        else:
-            assert isinstance(moments, LayerStatistics)
-            gram = moments.gram_under(plan.compensation)
-        return best_kept(gram, n, plan.k)
+            return best_kept(gram, n, plan.k)
+        assert isinstance(moments, LayerStatistics)
+        return moments.best_kept(plan.k, plan.compensation)
     scores = moments.mean_mass
     if plan.signal == "deviation":
         scores = scores * moments.deviation

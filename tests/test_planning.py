@@ -176,7 +176,8 @@ def test_losses_are_those_of_backward_elimination_and_end_at_zero(analyzed):
             assert min(layer) >= 0
             everything = float(statistics.gram_under(compensation).sum())
             scale = (float(statistics.sensitivity) / float(statistics.gram.sum())) ** 0.5
-            assert layer[0] == pytest.approx(everything * scale, rel=1e-5, abs=1e-8)
+            if compensation != "renorm":  # which keeps one expert at least
+                assert layer[0] == pytest.approx(everything * scale, rel=1e-5, abs=1e-8)
 
 
 def test_planning_twelve_layers_of_128_experts_takes_seconds():
