@@ -145,7 +145,8 @@ def pruning(found: Mapping[str, Any]) -> Group:
         table.add_row(
             "accuracy drop",
             f"{points(confirmed['accuracy_drop'])} (95 %: {points(low)} to {points(high)}) on"
-            f" {confirmed['samples']} samples that the search of {len(search['tried'])} plans did not see",
+            f" {confirmed['samples']} samples that the search of {len(search['tried'])} plans did not see"
+            + (f"; {confirmed['plans']} plans were measured on them" if confirmed["plans"] > 1 else ""),
         )
     for name, plan in found["plan"].items():
         kept = f": {_plain(plan['kept'])}" if plan["kept"] is not None else ""
