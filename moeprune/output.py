@@ -60,13 +60,13 @@ def check_outputs(output: Path | None, save_plan: Path | None, output_file: Path
             check_output(path, force)
             check_apart(path, output_file)
     if output is not None and save_plan is not None:
-        check_apart(output, save_plan)
+        check_apart(output, save_plan, "--save-plan")
 
 
-def check_apart(output: Path, output_file: Path | None) -> None:
-    """Raise a MoepruneError if the report would replace what the command writes."""
-    if output_file is not None and os.path.realpath(output_file) == os.path.realpath(output):
-        raise MoepruneError(f"`--output-file` and `--output` are both `{output}`", "give another path")
+def check_apart(output: Path, other: Path | None, option: str = "--output-file") -> None:
+    """Raise a MoepruneError if another output, by default the report, would replace what a command writes."""
+    if other is not None and os.path.realpath(other) == os.path.realpath(output):
+        raise MoepruneError(f"`{option}` and another output are both `{output}`", "give another path")
 
 
 def warn(message: str) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from moeprune.calibration import Analysis, analyze, require_analysis_of
 from moeprune.checkpoint import tensor_infos
+from moeprune.compensation import is_affordable_refit
 from moeprune.contributions import halves
 from moeprune.data import Dataset, subset
 from moeprune.errors import MoepruneError
@@ -233,7 +234,7 @@ def _require_other_data(analysis: Analysis, data: Dataset, runtime: Runtime) -> 
 
 def _ladder(model: Model, analysis: Analysis, scope: str, signal: str, compensate: str) -> list[Plan]:
     """Plans from the smallest to nearly the full model: what is kept grows, or what is dropped shrinks, by
-    about the same factor each time.
+    about the same factor each time. Those whose refit is not affordable are left out.
     """
     config = model.config
     if scope == "static":
@@ -261,7 +262,10 @@ def _ladder(model: Model, analysis: Analysis, scope: str, signal: str, compensat
         else:
             plan = plan_of_experts(config, experts, scope, signal, compensate)
         key = tuple(layer.k for layer in plan.values())
-        if key not in seen and any(layer.k < layer.num_experts for layer in plan.values()):
+        is_affordable = all(
+            is_affordable_refit(config.soft_moe_layers[name], layer) for name, layer in plan.items()
+        )
+        if key not in seen and is_affordable and any(layer.drops for layer in plan.values()):
             seen.add(key)
             plans.append(plan)
     return plans

@@ -18,11 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from typer.testing import CliRunner
 
 import moeprune
-from moeprune import cli
 from moeprune.architecture import vit_from_json
+from moeprune.cli import app
+from moeprune.cli.command import with_exit_code
 from moeprune.evaluation import Predictions, compare
 from moeprune.gate import judge
 from moeprune.model import SoftMoEViT, soft_moe_layers
@@ -491,6 +493,19 @@ def test_bf16_is_about_as_accurate(single, run_json):
 # --- eval --sweep ------------------------------------------------------------------------------
 
 
+def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis, run, monkeypatch):
+    monkeypatch.setattr("moeprune.compensation.MAX_REGRESSORS", 300)
+    found = run(
+        "eval", single, "--data", "digits", "--limit", 20, "--analysis", small_analysis, "--sweep", "1/2,1/16",
+        "--scope", "static", "--signal", "combine", "--compensate", "refit", "--compensate", "mean",
+        "--output-format", "json",
+    )  # fmt: skip
+    assert found.code == 0
+    assert "`refit` is left out at 1/2: it would take more than 300 regressors" in found.stderr
+    rows = {(row["keep"], row["compensate"]) for row in json.loads(found.stdout)["rows"]}
+    assert rows == {("1", None), ("0", "mean"), ("1/2", "mean"), ("1/16", "mean"), ("1/16", "refit")}
+
+
 def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, run_json):
     found = run_json(
         "eval", single, "--data", "digits", "--limit", 40, "--sweep", "1/8", "--analysis", small_analysis
@@ -711,7 +726,7 @@ def test_an_output_file_never_has_escape_codes(single, run, monkeypatch, tmp_pat
 def test_stdout_that_is_not_utf8_gets_text_all_the_same(single, tmp_path, charset):
     words = ["prune", single, "--keep", "1/8", "--scope", "input", "-o", tmp_path / "pruned.safetensors"]
     runner = CliRunner(charset=charset)
-    result = runner.invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    result = runner.invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     assert "blocks.0.soft_moe" in result.stdout
 
@@ -928,10 +943,8 @@ def test_what_nobody_expected_exits_with_2_and_a_traceback(capsys):
     def explode() -> None:
         raise ZeroDivisionError("boom")
 
-    explode = cli.command(explode)
-    cli.app.registered_commands.pop()
-    with pytest.raises(cli.typer.Exit) as end:
-        explode()
+    with pytest.raises(typer.Exit) as end:
+        with_exit_code(explode)()
     assert end.value.exit_code == 2
     captured = capsys.readouterr()
     assert captured.out == ""

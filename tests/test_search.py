@@ -166,6 +166,10 @@ def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_
             "prune", vit, "--analysis", vit_analysis, "--plan", tmp_path / plan, "--one-shot", "-o", path
         )
         assert path.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    chosen = ("prune", vit, "--analysis", vit_analysis, "--one-shot")
+    run_json(*chosen, "--keep", 8, "-o", tmp_path / "c.safetensors", "--save-plan", tmp_path / "c.json")
+    run_json(*chosen, "--plan", tmp_path / "c.json", "-o", tmp_path / "d.safetensors")
+    assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
     cheap = run_json("prune", vit, "--max-flops", 0.92, "--scope", "input", "-o", tmp_path / "b.safetensors")
     assert (
         cheap["model"]["flops_per_input"]["total"] <= 0.92 * cheap["full_model"]["flops_per_input"]["total"]
@@ -236,7 +240,7 @@ def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path)
         (("--max-flops", 0, "-o", "o.st"), "is no share of the full model"),
         (("--max-accuracy-drop", 0.1, "-o", "o.st"), "searches and confirms on labelled data"),
         (("--max-accuracy-drop", -1, "--data", "pairs", "-o", "o.st"), "is no fraction"),
-        (("--keep", 4, "--save-plan", "o.st", "-o", "o.st"), "are both"),
+        (("--keep", 4, "--save-plan", "o.st", "-o", "o.st"), "`--save-plan` and another output are both"),
         (("--plan", "plan.json", "--scope", "static", "-o", "o.st"), "`--scope` does not go with `--plan`"),
         (("--plan", "missing.json", "-o", "o.st"), "no file `missing.json`"),
         (("--keep", 4, "--scope", "input", "--signal", "gram", "-o", "o.st"), "not for `--scope input`"),
@@ -249,6 +253,16 @@ def test_budgets_that_are_wrong(words, message, vit, vit_analysis, run, tmp_path
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_of_everything_keeps_everything(vit, vit_analysis, run_json, tmp_path):
+    for scope, compensate in (("static", "none"), ("static", "affine"), ("input", "affine")):
+        found = run_json(
+            "prune", vit, "--analysis", vit_analysis, "--max-size", 1, "--scope", scope,
+            "--compensate", compensate, "-o", tmp_path / "o.safetensors", "--force",
+        )  # fmt: skip
+        assert {layer["k"] for layer in found["plan"].values()} == {64}
+        assert found["model"]["bytes"] == found["full_model"]["bytes"]
 
 
 def test_a_static_budget_needs_an_analysis(vit, run, tmp_path):

@@ -4,7 +4,7 @@ Torch is imported inside commands only: `--help` and usage errors answer at once
 """
 
 from moeprune.cli.analyze import analyze
-from moeprune.cli.command import add_command, app
+from moeprune.cli.command import app, with_exit_code
 from moeprune.cli.convert import convert
 from moeprune.cli.demo import demo
 from moeprune.cli.eval import eval
@@ -12,6 +12,6 @@ from moeprune.cli.inspect import inspect
 from moeprune.cli.prune import prune
 
 for command in (inspect, analyze, prune, eval, convert, demo):
-    add_command(command)
+    app.command(command.__name__)(with_exit_code(command))
 
 __all__ = ["app"]

@@ -25,11 +25,11 @@ app = typer.Typer(
 )
 
 
-def add_command(function: Callable[..., int | None]) -> None:
-    """Add a command that returns its exit code, None for 0; what it raises is mapped to exit codes."""
+def with_exit_code(function: Callable[..., int | None]) -> Callable[..., NoReturn]:
+    """A command that exits with what it returned (None is 0), or with the code of what it raised."""
 
     @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(*args: Any, **kwargs: Any) -> NoReturn:
         try:
             code = function(*args, **kwargs) or 0
         except MoepruneError as error:
@@ -44,7 +44,7 @@ def add_command(function: Callable[..., int | None]) -> None:
             _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")
         raise typer.Exit(code)
 
-    app.command(function.__name__)(run)
+    return run
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +27,9 @@ from moeprune.errors import MoepruneError
 from moeprune.gate import check_limits, judge
 from moeprune.output import check_apart, check_choice, check_output, check_report, emit, warn
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep
+
+if TYPE_CHECKING:
+    from moeprune.sweep import Variant
 
 
 def eval(
@@ -122,10 +126,11 @@ def eval(
         keeps = [] if sweep is None else [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
     from moeprune import evaluation, report
     from moeprune.calibration import load_analysis
+    from moeprune.compensation import MAX_REGRESSORS
     from moeprune.frontier import KEEPS, on_frontier, variants
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
     from moeprune.plot import plot_frontier
-    from moeprune.sweep import grid, scopes_of
+    from moeprune.sweep import grid, scopes_of, without_large_refits
     from moeprune.sweep import sweep as run_sweep
 
     latency_batches = latency_batch or BATCH_SIZES
@@ -136,13 +141,20 @@ def eval(
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
     if analysis is not None:
         first, *others = scopes_of(loaded)
+        todo: Sequence[Variant]
+        labels: Sequence[str | None]
         if frontier is not None:
             labels, todo = zip(*variants(keeps or KEEPS, (first, *others)), strict=True)
         else:
             scopes = scope or (first, *others)
-            todo = tuple(
-                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS, control_scope=first)
+            todo, left_out = without_large_refits(
+                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS, first), loaded
             )
+            if left_out:
+                shares = ", ".join(dict.fromkeys(str(variant.keep) for variant in left_out))
+                warn(
+                    f"`refit` is left out at {shares}: it would take more than {MAX_REGRESSORS:,} regressors"
+                )
             labels = (None,) * len(todo)
         measured_batches = latency_batches if latency else None
         results = run_sweep(loaded, todo, load_analysis(analysis), dataset, seed, runtime, measured_batches)
