@@ -496,8 +496,8 @@ def test_bf16_is_about_as_accurate(single, run_json):
 def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis, run, monkeypatch):
     monkeypatch.setattr("moeprune.compensation.MAX_REGRESSORS", 300)
     found = run(
-        "eval", single, "--data", "digits", "--limit", 20, "--analysis", small_analysis, "--sweep", "1/2,1/16",
-        "--scope", "static", "--signal", "combine", "--compensate", "refit", "--compensate", "mean",
+        "eval", single, "--data", "digits", "--limit", 20, "--analysis", small_analysis,
+        "--sweep", "1/2,1/16", "--scope", "static", "--signal", "combine", "--compensate", "refit", "--compensate", "mean",
         "--output-format", "json",
     )  # fmt: skip
     assert found.code == 0
