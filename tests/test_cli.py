@@ -497,8 +497,8 @@ def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis
     monkeypatch.setattr("moeprune.compensation.MAX_REGRESSORS", 300)
     found = run(
         "eval", single, "--data", "digits", "--limit", 20, "--analysis", small_analysis,
-        "--sweep", "1/2,1/16", "--scope", "static", "--signal", "combine", "--compensate", "refit", "--compensate", "mean",
-        "--output-format", "json",
+        "--sweep", "1/2,1/16", "--scope", "static", "--signal", "combine",
+        "--compensate", "refit", "--compensate", "mean", "--output-format", "json",
     )  # fmt: skip
     assert found.code == 0
     assert "`refit` is left out at 1/2: it would take more than 300 regressors" in found.stderr
