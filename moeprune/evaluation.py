@@ -194,7 +194,11 @@ def size_and_cost(model: Model, running: Mapping[str, float] | None = None) -> d
 def compare(
     model: dict[str, Any], baseline: dict[str, Any], predictions: Predictions, reference: Predictions
 ) -> dict[str, Any]:
-    """How a model differs from the baseline on the same inputs, as JSON values."""
+    """How a model differs from the baseline on the same inputs, as JSON values.
+
+    Of these, `outcomes` counts the inputs that both predict right, only the baseline (`lost`), only the model
+    (`won`), and neither.
+    """
     right, reference_right = predictions.correct, reference.correct
     both = int((right & reference_right).sum())
     lost = int((~right & reference_right).sum())
@@ -207,6 +211,7 @@ def compare(
         "size_reduction": _reduction(baseline["bytes"], model["bytes"]),
         "agreement": float((predictions.predicted == reference.predicted).double().mean()),
         "mcnemar_p": mcnemar(lost, won),
+        "outcomes": {"both": both, "lost": lost, "won": won, "neither": neither},
     }
 
 
