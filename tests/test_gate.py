@@ -154,7 +154,8 @@ def test_bound_of_a_median_lies_above_it_as_rarely_as_the_level_says():
     for count, level in ((7, 0.9), (20, 0.95), (60, 0.95)):
         draws = generator.lognormal(size=(2000, count))  # a median of 1
         above = np.mean([median_at_least(list(values), level) > 1 for values in draws])
-        assert 0.3 * (1 - level) < above < 1.3 * (1 - level)
+        rates = binom.cdf(range(count), count, 0.5)
+        assert above == pytest.approx(rates[rates <= 1 - level].max(), abs=0.015)
 
 
 # --- what is common to all -----------------------------------------------------------------------
