@@ -194,8 +194,12 @@ def size_and_cost(model: Model, running: Mapping[str, float] | None = None) -> d
 def compare(
     model: dict[str, Any], baseline: dict[str, Any], predictions: Predictions, reference: Predictions
 ) -> dict[str, Any]:
-    """How a model differs from the baseline on the same inputs, as JSON values."""
-    counts = _, lost, won, _ = paired_counts(predictions, reference)
+    """How a model differs from the baseline on the same inputs, as JSON values.
+
+    Of these, `outcomes` counts the inputs that both predict right, only the baseline (`lost`), only the model
+    (`won`), and neither.
+    """
+    counts = both, lost, won, neither = paired_counts(predictions, reference)
     return {
         "accuracy_drop": (lost - won) / sum(counts),
         "accuracy_drop_ci95": list(paired_difference(*counts)),
@@ -203,6 +207,7 @@ def compare(
         "size_reduction": _reduction(baseline["bytes"], model["bytes"]),
         "agreement": float((predictions.predicted == reference.predicted).double().mean()),
         "mcnemar_p": mcnemar(lost, won),
+        "outcomes": {"both": both, "lost": lost, "won": won, "neither": neither},
     }
 
 

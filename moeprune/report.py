@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -271,17 +271,40 @@ def _seconds(median: float, quartiles: Iterable[float]) -> str:
     return f"{middle} {unit} ({low} to {high})"
 
 
-def gates(results: Iterable[Mapping[str, Any]]) -> RenderableType:
+def gates(results: Sequence[Mapping[str, Any]]) -> RenderableType:
     """A table of gates."""
-    table = _table("gate", "limit", "value", "")
+    level = next((gate["confidence"] for gate in results if gate["confidence"] is not None), None)
+    table = _table("gate", "limit", "value", *([f"bound at {100 * level:g} %"] if level else []), "")
     for gate in results:
+        bound = "exact" if gate["bound"] is None else f"{gate['bound']:.4g}"
         table.add_row(
             gate["name"] + _GATE_NOTES.get(gate["name"], ""),
             f"{gate['limit']:g}",
             f"{gate['value']:.4g}",
-            Text("passed", style="green") if gate["passed"] else Text("FAILED", style="bold red"),
+            *([bound] if level else []),
+            Text(gate_verdict(gate), style="green" if gate["passed"] else "bold red"),
         )
     return table
+
+
+def gate_verdict(gate: Mapping[str, Any]) -> str:
+    """Whether a gate passed, and if its value alone did, how many samples would decide.
+
+    Args:
+        gate: what moeprune.gate.judge returns of it.
+    """
+    if gate["reason"] != "undecided":
+        return "passed" if gate["passed"] else "FAILED"
+    unit = "repetitions" if gate["name"] == "min_speedup" else "samples"
+    needed = gate["samples_needed"]
+    would = "nor would more like them" if needed is None else f"about {_rounded_up(needed):,} would"
+    return f"FAILED: {gate['samples']:,} {unit} cannot show it, {would}"
+
+
+def _rounded_up(number: int) -> int:
+    """With two digits: `2345` is `2400`."""
+    step = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // step) * step
 
 
 _GATE_NOTES = {"min_speedup": " (lowest of all batch sizes)"}

@@ -40,6 +40,7 @@ SIZE_KEYS = {"parameters", "bytes", "bytes_by_part", "flops_per_input", "experts
 MODEL_KEYS = SIZE_KEYS | {"accuracy", "accuracy_ci95", "top5_accuracy", "loss"}
 DIFFERENCE_KEYS = {
     "accuracy_drop", "accuracy_drop_ci95", "flops_reduction", "size_reduction", "agreement", "mcnemar_p",
+    "outcomes",
 }  # fmt: skip
 EVAL_KEYS = {
     "schema_version", "checkpoint", "baseline", "data", "model", "baseline_model", "difference", "forgetting",
@@ -419,7 +420,13 @@ def test_a_gate_passes_at_its_limit_and_fails_beyond(
         )  # fmt: skip
         found = json.loads(result.stdout)
         name = option.removeprefix("--").replace("-", "_")
-        assert found["gates"] == [{"name": name, "limit": limit, "value": value, "passed": passed}]
+        assert found["gates"] == [
+            {
+                "name": name, "limit": limit, "value": value, "passed": passed,
+                "reason": None if passed else "missed", "confidence": None, "bound": None, "samples": None,
+                "samples_needed": None,
+            }
+        ]  # fmt: skip
         assert found["passed"] is passed
         assert result.code == (0 if passed else 1)
         assert result.stderr == ""

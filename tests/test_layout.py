@@ -30,7 +30,7 @@ LEVELS = (
     (
         "architecture",
         "plan",
-        "gate",
+        "evidence",
         "forgetting",
         "files",
         "header",
@@ -43,6 +43,7 @@ LEVELS = (
     ),
     (
         "flops",
+        "gate",
         "plan_file",
         "tensors",
         "soft_moe",
@@ -73,8 +74,8 @@ LEVELS = (
 """A module imports from levels above its own in this table only, never from its own or below."""
 
 WITHOUT_TORCH = {
-    "errors", "plan", "plan_file", "gate", "flops", "intervals", "architecture", "report", "files", "header",
-    "preprocessing", "output", "tensors", "size", "description", "__init__", "sources",
+    "errors", "plan", "plan_file", "gate", "evidence", "flops", "intervals", "architecture", "report",
+    "files", "header", "preprocessing", "output", "tensors", "size", "description", "__init__", "sources",
 }  # fmt: skip
 TOP_LEVEL = {"moeprune", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"}
 FILES = {

@@ -86,6 +86,13 @@ def eval(
             help="Gate, with --latency: times as fast as the baseline, at all batch sizes (the worst counts)."
         ),
     ] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            help="With gates: each judges the one-sided bound of its value at this level, such as 0.95, in"
+            " place of the value itself."
+        ),
+    ] = None,
     model: Factory = None,
     split: Split = None,
     preprocess: Preprocess = None,
@@ -119,10 +126,11 @@ def eval(
         for option, given in sweep_only.items():
             if given:
                 raise MoepruneError(f"`{option}` goes with `--sweep`", "add `--sweep 1/16,1/8,1/4`")
-        check_limits(limits, has_baseline=baseline is not None, has_latency=latency)
+        check_limits(limits, baseline is not None, latency, confidence)
         keeps = []
     else:
-        _check_sweep(frontier, sweep_only, baseline, latency, limits, output_file, force)
+        gates = [*limits.values(), confidence]
+        _check_sweep(frontier, sweep_only, baseline, latency, gates, output_file, force)
         keeps = [] if sweep is None else [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
     from moeprune import evaluation, report
     from moeprune.calibration import load_analysis
@@ -182,7 +190,7 @@ def eval(
             f" {report.percent(entry['accuracy'])} of its {entry['samples']} samples, while the average"
             f" accuracy changed by {report.points(-found['difference']['accuracy_drop'])}"
         )
-    found["gates"] = judge(found, limits)
+    found["gates"] = judge(found, limits, confidence)
     found["passed"] = all(gate["passed"] for gate in found["gates"])
     emit(found, report.evaluation, output_format, output_file)
     return 0 if found["passed"] else 1
@@ -193,13 +201,13 @@ def _check_sweep(
     sweep_only: dict[str, Any],
     baseline: Path | None,
     latency: bool,
-    limits: dict[str, float | None],
+    gates: list[float | None],
     output_file: Path | None,
     force: bool,
 ) -> None:
     """Refuse what does not go with `--sweep` or `--frontier`."""
     which = "--sweep" if frontier is None else "--frontier"
-    if baseline is not None or any(limit is not None for limit in limits.values()):
+    if baseline is not None or any(value is not None for value in gates):
         raise MoepruneError(
             f"`{which}` prunes the full model in many ways: it takes no `--baseline` and no gates",
             "give them to an eval of the checkpoint that you choose",
