@@ -76,8 +76,10 @@ class LayerStatistics(LayerMoments):
     sensitivity: Tensor
 
     def gram_under(self, compensation: str) -> Tensor:
-        """The Gram matrix (n,n) of what is lost under a compensation; `refit` gives some of it back."""
-        compensation = "affine" if compensation == "refit" else compensation
+        """The Gram matrix (n,n) of what is lost under a compensation; `refit` gives some of it back. That of
+        `mean` stands in for `merge`.
+        """
+        compensation = {"refit": "affine", "merge": "mean"}.get(compensation, compensation)
         return self.gram if compensation == "none" else getattr(self, f"gram_{compensation}")
 
     def best_kept(self, k: int, compensation: str) -> tuple[int, ...]:

@@ -43,6 +43,7 @@ LEVELS = (
     ),
     (
         "flops",
+        "merging",
         "gate",
         "plan_file",
         "tensors",
@@ -191,7 +192,8 @@ def test_libraries_are_used_where_they_belong():
 def test_the_package_imports_its_dependencies_only():
     known = {"torch", "numpy", "typer", "safetensors", "rich", "tqdm", "sklearn", "PIL", "triton", "moeprune"}
     for module in MODULES:
-        own = {"sources.bwconrad": {"soft_moe"}, "plot": {"matplotlib"}}.get(module, set())
+        optional = {"sources.bwconrad": {"soft_moe"}, "plot": {"matplotlib"}, "merging": {"scipy"}}
+        own = optional.get(module, set())
         assert libraries(module) <= known | own | sys.stdlib_module_names, module
         assert not libraries(module, lazy=False) & own, module
 

@@ -138,7 +138,7 @@ def eval(
     from moeprune.frontier import KEEPS, on_frontier, variants
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
     from moeprune.plot import plot_frontier
-    from moeprune.sweep import grid, scopes_of, without_large_refits
+    from moeprune.sweep import COMPENSATIONS_TRIED, grid, scopes_of, without_large_refits
     from moeprune.sweep import sweep as run_sweep
 
     latency_batches = latency_batch or BATCH_SIZES
@@ -156,7 +156,7 @@ def eval(
         else:
             scopes = scope or (first, *others)
             todo, left_out = without_large_refits(
-                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS, first), loaded
+                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS_TRIED, first), loaded
             )
             if left_out:
                 shares = ", ".join(dict.fromkeys(str(variant.keep) for variant in left_out))
