@@ -11,6 +11,7 @@ candidates for what a layer gives for one input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import partial
@@ -18,6 +19,7 @@ from itertools import combinations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeprune.calibration import Analysis, observe_layers, require_analysis_of
@@ -44,8 +46,8 @@ from moeprune.statistics import LayerStatistics
 SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))
 EXHAUSTIVE_EXPERTS = 12
 """Experts of a layer up to which all of its subsets of k are tried: at most 66, 220 and 924 an input."""
-SAMPLES = 128
-"""Inputs that are compared by default; `greedy` tries about 3/8·n² subsets of a layer for each."""
+SAMPLES = 256
+"""Inputs that are compared by default."""
 SIGNALS = ("combine", "deviation", "gram", "random", "mean_token", "output", "greedy", "exhaustive")
 FIGURES = ("accuracy", "true_class_logit", "loss", "found_best", "as_right", "percentile")
 RIGHT, LOGIT, LOG_PROBABILITY = range(3)
@@ -68,8 +70,9 @@ def compare_signals(
     another one for each; `mean_token` is the mass that the router gives to the mean of an input's tokens;
     `output`, an upper reference, the mass of each slot times the norm of its actual output. `greedy` sees
     the label: it adds the expert that gives the true class the highest log-probability, again and again.
-    `exhaustive` is the best of all subsets, for up to EXHAUSTIVE_EXPERTS experts. Layers with dynamic
-    slots have no `gram` and no `mean_token`.
+    `exhaustive` is the best of all subsets. Layers of more than EXHAUSTIVE_EXPERTS experts are without it,
+    and have `greedy`, which tries about n²/8 subsets an input, for k = n/8 alone. Layers with dynamic slots
+    are without `gram` and `mean_token`.
 
     Args:
         model: unpruned.
@@ -84,7 +87,8 @@ def compare_signals(
         subsets) and `rows` by `k` and `signal`, of means over inputs: `accuracy`, `true_class_logit`,
         `loss` (in nats), `found_best` (how often the subset is the reference's, or one as good),
         `as_right` (how often it is right, or the reference wrong; with `exhaustive`: or all subsets are)
-        and `percentile` (the share of all subsets that are no better; None without `exhaustive`).
+        and `percentile` (the share of all subsets that are no better). The last three are None where there
+        is nothing to compare with.
 
     Raises:
         MoepruneError: the model is pruned, gives no logits for an image or depends on the batch, the
@@ -121,8 +125,8 @@ def require_comparable(model: Model, data: Dataset) -> None:
     for name, layer in model.config.soft_moe_layers.items():
         if layer.dispatch_over == "batch":
             raise MoepruneError(
-                f"layer `{name}` takes its dispatch softmax over the batch: how good a subset of experts is for"
-                " one input depends on the other inputs",
+                f"layer `{name}` takes its dispatch softmax over the batch: how good a subset of experts is"
+                " for one input depends on the other inputs",
                 "leave the oracle out",
             )
 
@@ -142,9 +146,8 @@ def all_subsets(num_experts: int, k: int) -> Tensor:
 
 def masks_of(experts: Tensor, num_experts: int) -> Tensor:
     """Sets of experts by their indices (s,k) as masks (s,n) bool."""
-    return torch.zeros(
-        len(experts), num_experts, dtype=torch.bool, device=experts.device
-    ).scatter_(1, experts, True)  # fmt: skip
+    masks = torch.zeros(len(experts), num_experts, dtype=torch.bool, device=experts.device)
+    return masks.scatter_(1, experts, True)
 
 
 def greedy_order(added: Tensor, count: int, judge: Judge, batch_size: int) -> Tensor:
@@ -193,13 +196,14 @@ def against_last(verdicts: Tensor, masks: Tensor) -> Tensor:
     """
     found_best = (masks == masks[-1]).all(1)
     as_right = verdicts[:, RIGHT] >= verdicts[-1, RIGHT]
-    return _figures(verdicts, found_best, as_right, torch.full_like(verdicts[:, 0], torch.nan))
+    return _figures(verdicts, found_best, as_right)
 
 
-def _figures(verdicts: Tensor, found_best: Tensor, as_right: Tensor, percentile: Tensor) -> Tensor:
+def _figures(verdicts: Tensor, *comparison: Tensor) -> Tensor:
+    """The FIGURES (s,6) of verdicts (s,3) and as much of the comparison as there is, the rest NaN."""
     right, logit, log_probability = verdicts.unbind(1)
-    figures = right, logit, -log_probability, found_best, as_right, percentile
-    return torch.stack([figure.to(verdicts) for figure in figures], dim=1)
+    known = torch.stack([f.to(verdicts) for f in (right, logit, -log_probability, *comparison)], dim=1)
+    return F.pad(known, (0, len(FIGURES) - known.shape[1]), value=torch.nan)
 
 
 class _Contest:
@@ -213,6 +217,7 @@ class _Contest:
         self.ks = sorted({experts_to_keep(share, n, name) for share in SHARES})
         self.deviation = statistics.deviation.to(device)
         self.of_gram = {k: torch.tensor([best_kept(statistics.gram, n, k)], device=device) for k in self.ks}
+        self.ks_of_greedy = self.ks if n <= EXHAUSTIVE_EXPERTS else self.ks[:1]
         self.all_masks = {k: all_subsets(n, k).to(device) for k in self.ks if n <= EXHAUSTIVE_EXPERTS}
         self.generator = torch.Generator().manual_seed(0)  # of the signal `random`
         self.right_without = torch.zeros((), device=device)
@@ -225,12 +230,14 @@ class _Contest:
             added = contributions(observation, i)
             judge = partial(self.rest.judge, inputs[i], labels[i])
             self.right_without += judge([torch.zeros_like(added[:1])])[0, RIGHT]
-            order = greedy_order(added, self.ks[-1], judge, self.runtime.batch_size)
+            order = greedy_order(added, self.ks_of_greedy[-1], judge, self.runtime.batch_size)
             for k in self.ks:
-                picked[k]["greedy"] = order[:k].expand(len(inputs), -1)
-                experts = torch.stack([of_inputs[i] for of_inputs in picked[k].values()])
-                figures = self._figures(k, masks_of(experts, len(added)), added, judge)
-                for signal, row in zip((*picked[k], "exhaustive"), figures, strict=False):
+                experts = {signal: of_inputs[i] for signal, of_inputs in picked[k].items()}
+                if k in self.ks_of_greedy:
+                    experts["greedy"] = order[:k]
+                masks = masks_of(torch.stack(list(experts.values())), len(added))
+                figures = self._figures(k, masks, added, judge)
+                for signal, row in zip((*experts, "exhaustive"), figures, strict=False):
                     self.totals[k, signal] = self.totals.get((k, signal), torch.zeros_like(row)) + row
 
     def _pick(self, observation: Observation) -> dict[int, dict[str, Tensor]]:
@@ -260,13 +267,15 @@ class _Contest:
         return seen[""].mass
 
     def _figures(self, k: int, masks: Tensor, added: Tensor, judge: Judge) -> Tensor:
-        """The FIGURES of subsets of k experts (s,n) for an input, the last of them `greedy`: (s,6), or with
-        the best of all (s+1,6).
+        """The FIGURES of subsets of k experts (s,n) for an input, the last of them `greedy` if it is there:
+        (s,6), or with the best of all (s+1,6).
         """
         tried = self.all_masks.get(k, masks)
         parts = tried.to(added).split(self.runtime.batch_size)
         verdicts = judge((part @ added.flatten(1)).unflatten(1, added.shape[1:]) for part in parts)
-        return among_all(verdicts, masks, tried) if self.all_masks else against_last(verdicts, masks)
+        if self.all_masks:
+            return among_all(verdicts, masks, tried)
+        return against_last(verdicts, masks) if k in self.ks_of_greedy else _figures(verdicts)
 
     def result(self, data: Dataset) -> dict[str, Any]:
         """Means over the samples of the data, as JSON values."""
@@ -275,15 +284,13 @@ class _Contest:
             for signal in SIGNALS:
                 if (k, signal) not in self.totals:
                     continue
-                means = (self.totals[k, signal] / data.samples).cpu()
-                if not means[:-1].isfinite().all():
+                means = (self.totals[k, signal] / data.samples).tolist()
+                if not all(map(math.isfinite, means[:3])):
                     raise MoepruneError(
                         f"the model computes NaN or infinite logits on `{data.spec}`", "try `--dtype float32`"
                     )
-                figures = dict(zip(FIGURES, means.tolist(), strict=True))
-                rows.append({"k": k, "signal": signal, **figures})
-                if not self.all_masks:
-                    rows[-1]["percentile"] = None
+                figures = [None if math.isnan(mean) else mean for mean in means]
+                rows.append({"k": k, "signal": signal, **dict(zip(FIGURES, figures, strict=True))})
         return {
             "experts": self.layer.config.num_experts,
             "accuracy_without_experts": float(self.right_without) / data.samples,
