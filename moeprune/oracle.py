@@ -2,8 +2,9 @@
 
 One layer at a time is pruned to k experts for each input, without compensation, and all others stay dense.
 Expert j adds R_j = sum over p of C_jp·f_jp (m,o) to the layer's output, so that a subset gives the sum of
-its R_j, and the rest of the model says how good that is. The best subset is the one with the highest
-log-probability of the true class: its logit alone also rises where those of other classes rise more.
+its R_j, and the rest of the model says how good that is. The best subset is the one with the largest
+margin, the logit of the true class less the largest other: it is right if any is. The largest logit, or
+probability, of the true class alone may be of a subset that is wrong where another is right.
 
 Axes: b inputs, m tokens, o width of the output, n experts, p slots per expert, s subsets of the experts, c
 candidates for what a layer gives for one input.
@@ -49,9 +50,9 @@ EXHAUSTIVE_EXPERTS = 12
 SAMPLES = 256
 """Inputs that are compared by default."""
 SIGNALS = ("combine", "deviation", "gram", "random", "mean_token", "output", "greedy", "exhaustive")
-FIGURES = ("accuracy", "true_class_logit", "loss", "found_best", "as_right", "percentile")
-RIGHT, LOGIT, LOG_PROBABILITY = range(3)
-"""Columns of a verdict: whether the prediction is right, and two figures of the true class."""
+FIGURES = ("accuracy", "true_class_logit", "margin", "found_best", "as_right", "percentile")
+RIGHT, MARGIN = 0, 2
+"""Columns of a verdict: whether the prediction is right, the true class's logit, and its margin."""
 
 Judge = Callable[[Iterable[Tensor]], Tensor]
 """Verdicts (c,3) on candidates (c,m,o), which come in parts."""
@@ -69,7 +70,7 @@ def compare_signals(
     `combine` and `deviation` are the signals of scope `input`; `gram` is one set for all inputs, `random`
     another one for each; `mean_token` is the mass that the router gives to the mean of an input's tokens;
     `output`, an upper reference, the mass of each slot times the norm of its actual output. `greedy` sees
-    the label: it adds the expert that gives the true class the highest log-probability, again and again.
+    the label: it adds the expert that makes the margin of the true class largest, again and again.
     `exhaustive` is the best of all subsets. Layers of more than EXHAUSTIVE_EXPERTS experts are without it,
     and have `greedy`, which tries about n²/8 subsets an input, for k = n/8 alone. Layers with dynamic slots
     are without `gram` and `mean_token`.
@@ -85,10 +86,10 @@ def compare_signals(
         JSON values: `data`; `accuracy` of the unpruned model; and of each of its `layers` the `experts`,
         `accuracy_without_experts`, the `reference` (`exhaustive`, or `greedy` where there are too many
         subsets) and `rows` by `k` and `signal`, of means over inputs: `accuracy`, `true_class_logit`,
-        `loss` (in nats), `found_best` (how often the subset is the reference's, or one as good),
-        `as_right` (how often it is right, or the reference wrong; with `exhaustive`: or all subsets are)
-        and `percentile` (the share of all subsets that are no better). The last three are None where there
-        is nothing to compare with.
+        `margin` (that logit less the largest other), `found_best` (how often the subset is the reference's,
+        or as good as the best), `as_right` (how often it is right, or the reference, which may be the best
+        of all, is not) and `percentile` (the share of all subsets that are no better). The last three are
+        None where there is nothing to compare with.
 
     Raises:
         MoepruneError: the model is pruned, gives no logits for an image or depends on the batch, the
@@ -151,7 +152,7 @@ def masks_of(experts: Tensor, num_experts: int) -> Tensor:
 
 
 def greedy_order(added: Tensor, count: int, judge: Judge, batch_size: int) -> Tensor:
-    """The experts (count) that forward selection adds one after the other, by the log-probability.
+    """The experts (count) that forward selection adds one after the other, by the margin.
 
     Args:
         added: R (n,m,o).
@@ -164,7 +165,7 @@ def greedy_order(added: Tensor, count: int, judge: Judge, batch_size: int) -> Te
     order = []
     for _ in range(count):
         verdicts = judge(output + added[part] for part in left.split(batch_size))
-        best = verdicts[:, LOG_PROBABILITY].argmax(0, keepdim=True)
+        best = verdicts[:, MARGIN].argmax(0, keepdim=True)
         order.append(left[best])
         output = output + added[order[-1]][0]
         others = torch.arange(len(left) - 1, device=left.device)
@@ -179,12 +180,12 @@ def among_all(verdicts: Tensor, masks: Tensor, all_masks: Tensor) -> Tensor:
         verdicts: on all subsets of the size (S,3).
         masks: the subsets (s,n). all_masks: in the order of the verdicts (S,n).
     """
-    scores = verdicts[:, LOG_PROBABILITY]
+    margins = verdicts[:, MARGIN]
     places = (masks[:, None] == all_masks).all(2).int().argmax(1)
-    own = verdicts[torch.cat([places, scores.argmax(0, keepdim=True)])]
-    found_best = own[:, LOG_PROBABILITY] >= scores.amax()
+    own = verdicts[torch.cat([places, margins.argmax(0, keepdim=True)])]
+    found_best = own[:, MARGIN] >= margins.amax()
     as_right = own[:, RIGHT] >= verdicts[:, RIGHT].amax()
-    percentile = (scores <= own[:, LOG_PROBABILITY, None]).to(own).mean(1)
+    percentile = (margins <= own[:, MARGIN, None]).to(own).mean(1)
     return _figures(own, found_best, as_right, percentile)
 
 
@@ -201,8 +202,7 @@ def against_last(verdicts: Tensor, masks: Tensor) -> Tensor:
 
 def _figures(verdicts: Tensor, *comparison: Tensor) -> Tensor:
     """The FIGURES (s,6) of verdicts (s,3) and as much of the comparison as there is, the rest NaN."""
-    right, logit, log_probability = verdicts.unbind(1)
-    known = torch.stack([f.to(verdicts) for f in (right, logit, -log_probability, *comparison)], dim=1)
+    known = torch.cat([verdicts, *(figure.to(verdicts)[:, None] for figure in comparison)], dim=1)
     return F.pad(known, (0, len(FIGURES) - known.shape[1]), value=torch.nan)
 
 
@@ -321,19 +321,12 @@ class _Rest:
         for part in outputs:
             self.given.output = part
             images = image.expand(1 if self.broadcasts else len(part), *image.shape)
-            logits = self.runtime.forward(self.model, images)
-            log_probabilities = logits.log_softmax(1, dtype=wide_dtype(logits.device))
+            logits = self.runtime.forward(self.model, images).to(wide_dtype(image.device))
             true_class = label.expand(len(part), 1)
-            verdicts.append(
-                torch.cat(
-                    [
-                        logits.argmax(1, keepdim=True) == true_class,
-                        logits.gather(1, true_class),
-                        log_probabilities.gather(1, true_class),
-                    ],
-                    dim=1,
-                )
-            )
+            logit = logits.gather(1, true_class)
+            others = logits.scatter(1, true_class, -torch.inf).amax(1, keepdim=True)
+            right = logits.argmax(1, keepdim=True) == true_class
+            verdicts.append(torch.cat([right, logit, logit - others], dim=1))
         return torch.cat(verdicts)
 
 
@@ -349,6 +342,8 @@ class _Given(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The output in the form of the tokens x, as SoftMoE.forward takes them."""
         output = self.output.to(x.dtype)
-        if x.ndim == 4:
-            return output.mT.unflatten(2, x.shape[2:])
-        return output[:, 0] if x.ndim == 2 else output[:, : x.shape[1]]
+        if x.ndim == 2:
+            return output[:, 0]
+        if x.ndim == 3:
+            return output[:, : x.shape[1]]
+        return output[:, : x[0, 0].numel()].mT.unflatten(2, x.shape[2:])

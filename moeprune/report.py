@@ -109,7 +109,14 @@ def _oracle(found: Mapping[str, Any]) -> Iterator[RenderableType]:
             }
         else:
             comparison = {"as_right": "as right\nas greedy"}
-        columns = "experts", "signal", "accuracy", "logit of the\ntrue class", "loss", *comparison.values()
+        columns = (
+            "experts",
+            "signal",
+            "accuracy",
+            "logit of the\ntrue class",
+            "its\nmargin",
+            *comparison.values(),
+        )
         table = _table(*columns)
         previous = None
         for row in layer["rows"]:
@@ -121,7 +128,7 @@ def _oracle(found: Mapping[str, Any]) -> Iterator[RenderableType]:
                 row["signal"],
                 percent(row["accuracy"]),
                 f"{row['true_class_logit']:.3f}",
-                f"{row['loss']:.4f}",
+                f"{row['margin']:.3f}",
                 *("" if row[key] is None else percent(row[key]) for key in comparison),
             )
         title = (
@@ -136,14 +143,17 @@ def _oracle(found: Mapping[str, Any]) -> Iterator[RenderableType]:
 def _paper_in_words(layer: Mapping[str, Any]) -> str:
     """How often the paper's signal finds the best subset of experts."""
     rows = [row for row in layer["rows"] if row["signal"] == "combine" and row["as_right"] is not None]
-    ks = " / ".join(str(row["k"]) for row in rows)
+    kept = " / ".join(str(row["k"]) for row in rows)
     right = " / ".join(percent(row["as_right"]) for row in rows)
     if layer["reference"] == "greedy":
-        return f"combine's {ks} experts are as right as those of a greedy search by the label for {right} of inputs"
+        return (
+            f"combine picks {kept} experts that are as right as those of a greedy search by the label for"
+            f" {right} of inputs"
+        )
     found = " / ".join(percent(row["found_best"]) for row in rows)
     return (
-        f"combine picks the best subset of {ks} experts for {found} of inputs, and one that is as right as any"
-        f" for {right}"
+        f"combine picks the best subset of {kept} experts for {found} of inputs, and one that is as right as"
+        f" any for {right}"
     )
 
 
