@@ -250,11 +250,11 @@ class _Contest:
             "random": torch.rand(mass.shape, generator=self.generator).to(mass.device),
             "output": (slot_mass * observation.slot_outputs.to(slot_mass).norm(dim=3)).sum(2),
         }
-        is_static = not self.layer.config.dynamic_slots
-        if is_static:
+        has_fixed_slots = not self.layer.config.dynamic_slots
+        if has_fixed_slots:
             scores["mean_token"] = self._mass_of_mean_token(observation)
         picked = {k: {signal: top_k(rank, k) for signal, rank in scores.items()} for k in self.ks}
-        if is_static:
+        if has_fixed_slots:
             for k, of_signal in picked.items():
                 of_signal["gram"] = self.of_gram[k].expand(len(mass), -1)
         return picked
