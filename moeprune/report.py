@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -94,7 +94,67 @@ def analysis(found: Mapping[str, Any]) -> Group:
     verdicts = [Text(f"{name}: {verdict(layer)}") for name, layer in found["layers"].items()]
     data = found["data"]
     title = Text(f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)", style="bold")
-    return Group(title, table, Text(), *verdicts)
+    compared = [] if found["oracle"] is None else _oracle(found["oracle"])
+    return Group(title, table, Text(), *verdicts, *compared)
+
+
+def _oracle(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """For each layer how good the subsets are that signals pick, and the paper's in words."""
+    for name, layer in found["layers"].items():
+        if layer["reference"] == "exhaustive":
+            comparison = {
+                "found_best": "the best\nsubset",
+                "as_right": "as right\nas any",
+                "percentile": "subsets that are\nno better",
+            }
+        else:
+            comparison = {"as_right": "as right\nas greedy"}
+        columns = (
+            "experts",
+            "signal",
+            "accuracy",
+            "logit of the\ntrue class",
+            "its\nmargin",
+            *comparison.values(),
+        )
+        table = _table(*columns)
+        previous = None
+        for row in layer["rows"]:
+            if row["k"] != previous:
+                table.add_section()
+                previous = row["k"]
+            table.add_row(
+                str(row["k"]),
+                row["signal"],
+                percent(row["accuracy"]),
+                f"{row['true_class_logit']:.3f}",
+                f"{row['margin']:.3f}",
+                *("" if row[key] is None else percent(row[key]) for key in comparison),
+            )
+        title = (
+            f"\n{name} pruned alone, on {found['data']['samples']} samples: {percent(found['accuracy'])} with"
+            f" all {layer['experts']} experts, {percent(layer['accuracy_without_experts'])} with none"
+        )
+        yield Text(title, style="bold")
+        yield table
+        yield Text("\n" + _paper_in_words(layer))
+
+
+def _paper_in_words(layer: Mapping[str, Any]) -> str:
+    """How often the paper's signal finds the best subset of experts."""
+    rows = [row for row in layer["rows"] if row["signal"] == "combine" and row["as_right"] is not None]
+    kept = " / ".join(str(row["k"]) for row in rows)
+    right = " / ".join(percent(row["as_right"]) for row in rows)
+    if layer["reference"] == "greedy":
+        return (
+            f"combine picks {kept} experts that are as right as those of a greedy search by the label for"
+            f" {right} of inputs"
+        )
+    found = " / ".join(percent(row["found_best"]) for row in rows)
+    return (
+        f"combine picks the best subset of {kept} experts for {found} of inputs, and one that is as right as"
+        f" any for {right}"
+    )
 
 
 def verdict(layer: Mapping[str, Any]) -> str:

@@ -225,8 +225,10 @@ def _check_sweep(
                 "`--latency` does not go with `--sweep`", "give `--frontier`, or an eval of one"
             )
         return
+    from moeprune.merging import require_scipy
     from moeprune.plot import check_plot
 
     check_output(frontier, force)
     check_apart(frontier, output_file)
     check_plot(frontier)
+    require_scipy()
