@@ -56,7 +56,7 @@ LEVELS = (
         "sources.lucidrains",
         "sources.fkodom",
     ),
-    ("size", "data", "contributions", "surgery", "sources.checks", "state_dict", "streaming"),
+    ("size", "data", "contributions", "surgery", "narrowing", "sources.checks", "state_dict", "streaming"),
     ("runtime", "statistics", "sources.bwconrad"),
     ("sources",),
     ("description",),
