@@ -18,11 +18,11 @@ REPOSITORY = Path(__file__).parents[1]
 LEVELS = (
     (
         "errors",
+        "document",
         "intervals",
         "scores",
         "selection",
         "regression",
-        "report",
         "kernels",
         "sources.lookalikes",
         "cli.options",
@@ -31,6 +31,10 @@ LEVELS = (
         "architecture",
         "plan",
         "gate",
+        "configuration",
+        "report",
+        "text",
+        "markdown",
         "forgetting",
         "files",
         "header",
@@ -39,7 +43,6 @@ LEVELS = (
         "routed",
         "sources.given",
         "sources.modules",
-        "cli.command",
     ),
     (
         "flops",
@@ -48,15 +51,16 @@ LEVELS = (
         "soft_moe",
         "checkpoint",
         "images",
-        "output",
+        "annotations",
+        "junit",
         "sources.interface",
         "sources.bwconrad_layer",
         "sources.lucidrains",
         "sources.fkodom",
     ),
-    ("size", "data", "contributions", "surgery", "sources.checks", "state_dict", "streaming"),
-    ("runtime", "statistics", "sources.bwconrad"),
-    ("sources",),
+    ("output", "size", "data", "contributions", "surgery", "sources.checks", "state_dict", "streaming"),
+    ("runtime", "statistics", "sources.bwconrad", "cli.command"),
+    ("sources", "cli.config"),
     ("description",),
     ("adopted", "cli.inspect"),
     ("model",),
@@ -74,7 +78,8 @@ LEVELS = (
 
 WITHOUT_TORCH = {
     "errors", "plan", "plan_file", "gate", "flops", "intervals", "architecture", "report", "files", "header",
-    "preprocessing", "output", "tensors", "size", "description", "__init__", "sources",
+    "preprocessing", "output", "tensors", "size", "description", "__init__", "sources", "configuration",
+    "document", "text", "markdown", "annotations", "junit", "cli.config",
 }  # fmt: skip
 TOP_LEVEL = {"moeprune", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"}
 FILES = {
@@ -176,8 +181,7 @@ def users_of(library: str) -> set[str]:
 
 def test_libraries_are_used_where_they_belong():
     assert all(name.startswith("cli.") for name in users_of("typer"))
-    assert users_of("rich") == {"report", "output"}
-    assert "rich" not in libraries("output", lazy=False)
+    assert users_of("rich") == {"text"}
     assert users_of("safetensors") == {"checkpoint", "data"}
     assert users_of("sklearn") == {"digits"}
     assert "sklearn" not in libraries("digits", lazy=False)
@@ -188,7 +192,10 @@ def test_libraries_are_used_where_they_belong():
 
 
 def test_the_package_imports_its_dependencies_only():
-    known = {"torch", "numpy", "typer", "safetensors", "rich", "tqdm", "sklearn", "PIL", "triton", "moeprune"}
+    known = {
+        "torch", "numpy", "typer", "safetensors", "rich", "tqdm", "tomli", "sklearn", "PIL", "triton",
+        "moeprune",
+    }  # fmt: skip
     for module in MODULES:
         own = {"sources.bwconrad": {"soft_moe"}, "plot": {"matplotlib"}}.get(module, set())
         assert libraries(module) <= known | own | sys.stdlib_module_names, module

@@ -14,17 +14,15 @@ from moeprune.cli.options import (
     Device,
     Dtype,
     Factory,
-    Force,
     Limit,
-    OutputFile,
-    OutputFormat,
     Preprocess,
     Split,
 )
-from moeprune.output import check_apart, check_output, check_report, emit, warn
+from moeprune.output import Reporter, warn
 
 
 def analyze(
+    reporter: Reporter,
     checkpoint: Checkpoint,
     data: Annotated[
         str, typer.Option(help="Calibration data: digits, pairs, a .npz, a .safetensors, or a folder.")
@@ -37,21 +35,16 @@ def analyze(
     device: Device = "auto",
     dtype: Dtype = "float32",
     batch_size: BatchSize = 64,
-    output_format: OutputFormat = "text",
-    output_file: OutputFile = None,
-    force: Force = False,
 ) -> None:
     """Measure what each expert matters to each input.
 
     Runs calibration data through an unpruned checkpoint, once.
     """
-    check_report(output_format, output_file, force)
-    check_output(output, force)
-    check_apart(output, output_file)
+    reporter.check_outputs(output)
     from moeprune import calibration, report
     from moeprune.statistics import summarize
 
-    runtime = runtime_for(device, dtype, batch_size)
+    runtime = runtime_for(device, dtype, batch_size, reporter.progress)
     loaded = load_model(checkpoint, model, preprocess)
     analysis = calibration.analyze(loaded, open_data(data, loaded, split, "calibration", limit), runtime)
     calibration.save_analysis(analysis, output)
@@ -70,4 +63,4 @@ def analyze(
         "data": analysis.provenance["data"],
         "layers": layers,
     }
-    emit(found, report.analysis, output_format, output_file)
+    reporter.emit(found, report.analysis)

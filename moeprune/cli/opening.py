@@ -45,10 +45,10 @@ def open_data(spec: str, model: Model, split: str | None, default_split: str, li
     return dataset_for(model, spec, split or default_split, limit)
 
 
-def runtime_for(device: str, dtype: str, batch_size: int) -> Runtime:
+def runtime_for(device: str, dtype: str, batch_size: int, progress: bool) -> Runtime:
     """The runtime of `--device`, `--dtype` and `--batch-size`; a missing device is told before any work."""
     from moeprune.runtime import Runtime
 
-    runtime = Runtime(device, dtype, batch_size, progress=True)
+    runtime = Runtime(device, dtype, batch_size, progress)
     _ = runtime.torch_device
     return runtime
