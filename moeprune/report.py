@@ -412,10 +412,11 @@ def _remaining(row: Mapping[str, Any]) -> tuple[str, str]:
 
 def configuration(found: Mapping[str, Any]) -> Document:
     """The report of `moeprune config`: a table of each command's options."""
+    places = {"default": "default", "environment": "${}", "file": f"{{}} in {found['file']}"}
     tables = []
     for command, options in found["commands"].items():
         rows = [
-            (name, _setting(option["value"]), option["place"] or "default")
+            (name, _setting(option["value"]), places[option["source"]].format(option["place"]))
             for name, option in options.items()
         ]
         tables.append(Table(("option", "value", "from"), rows, f"moeprune {command}"))

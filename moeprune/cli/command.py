@@ -10,19 +10,20 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, get_args, get_origin
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 from typer.models import OptionInfo
 
 from moeprune import __version__
 from moeprune.cli.options import Force, OutputFile, OutputFormat, Quiet, Summary, Verbose
 from moeprune.configuration import Configuration, Option, read_configuration
 from moeprune.errors import MoepruneError
-from moeprune.output import Reporter, logger, messages, summary_file
+from moeprune.output import Reporter, logger, messages, summary_file, warn
 
 Names = Mapping[str, Sequence[str]]
 """Options by the name of another option, as parameters: with underscores."""
@@ -51,14 +52,14 @@ class Command(TyperCommand):
             context.meta["configuration"] = configure(context.find_root().params["config"])
             context.default_map = default_map(context.meta["configuration"], context.info_name)
             for option in self.params:
-                if option.param_type_name == "option":
-                    option.envvar = variables(context.info_name, option.name)
+                if isinstance(option, TyperOption):
+                    option.envvar, option.show_envvar = variables(context.info_name, option.name), False
         try:
             rest = super().parse_args(context, args)
         except typer.BadParameter as error:
-            place = origin(context, error.param)
-            if place is not None:
-                error.message += f" (set in {place})"
+            source = origin(context, error.param)
+            if source is not None:
+                error.message += f" (set in {source})"
             raise
         self._settle(context)
         return rest
@@ -72,7 +73,7 @@ class Command(TyperCommand):
             return RANKS.get(context.get_parameter_source(name).name, 0) if context.params[name] else 0
 
         def leave_out(name: str, why: str) -> None:
-            left_out.append(f"`{dashed(name)}` of {origin(context, options[name])} is left out: {why}")
+            left_out.append(f"`{dashed(name)}`, set in {origin(context, options[name])}, is left out: {why}")
             context.default_map.pop(name, None)
             context.set_parameter_source(name, None)
             context.params[name] = options[name].process_value(context, options[name].default)
@@ -111,16 +112,35 @@ def default_map(configuration: Configuration, command: str) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in configuration.values.get(command, {}).items()}
 
 
-def origin(context: Any, option: Any) -> str | None:
-    """Where an option's value comes from, None for the command line and for defaults."""
-    source = option is not None and context.get_parameter_source(option.name)
-    if source and source.name == "ENVIRONMENT":
-        return next(f"`${name}`" for name in option.envvar if os.environ.get(name))
-    if source and source.name == "DEFAULT_MAP":
-        configuration = context.meta["configuration"]
-        key = configuration.keys[context.info_name][option.name.replace("_", "-")]
-        return f"`{key}` of `{configuration.path}`"
+def place(context: Any, option: Any) -> str | None:
+    """The variable or the key of the file that an option's value comes from, if it comes from there."""
+    source = context.get_parameter_source(option.name)
+    if source is not None and source.name == "ENVIRONMENT":
+        return next(name for name in option.envvar if os.environ.get(name))
+    if source is not None and source.name == "DEFAULT_MAP":
+        return context.meta["configuration"].keys[context.info_name][option.name.replace("_", "-")]
     return None
+
+
+def origin(context: Any, option: Any) -> str | None:
+    """Where an option's value comes from, in words; None for the command line and for defaults."""
+    name = None if option is None else place(context, option)
+    if name is None:
+        return None
+    if context.get_parameter_source(option.name).name == "ENVIRONMENT":
+        return f"`${name}`"
+    return f"`{name}` of `{context.meta['configuration'].path}`"
+
+
+def unknown_variables(commands: Iterable[str]) -> Iterator[str]:
+    """What to say of variables that are to set options of these commands, and set none."""
+    for command in commands:
+        prefix = f"MOEPRUNE_{command}_".upper()
+        known = [variables(command, name.replace("-", "_"))[0] for name in options_of[command]]
+        for name in sorted(os.environ):
+            if name.startswith(prefix) and name not in known:
+                near = get_close_matches(name, known, n=1)
+                yield f"no option is set by `${name}`" + (f": did you mean `${near[0]}`?" if near else "")
 
 
 app = typer.Typer(
@@ -173,6 +193,8 @@ def add_command(function: Callable[..., int | None], displaces: Names = {}, need
     def run(context: typer.Context, **values: Any) -> None:
         try:
             with messages(values["quiet"], values["verbose"]) as warnings:
+                for warning in unknown_variables([name] if name != "config" else options_of):
+                    warn(warning)
                 for left_out in context.meta["left_out"]:
                     logger.info(left_out)
                 reporter = reporter_of(
@@ -227,12 +249,12 @@ def _with_origins(error: MoepruneError, context: Any) -> MoepruneError:
     """Say of options in the message where they were set, if not on the command line."""
     options = {dashed(option.name): option for option in context.command.params}
     named = dict.fromkeys(re.findall(r"--[a-z][a-z-]*", error.message))
-    places = [
-        f"`{name}` is set in {place}"
+    sources = [
+        f"`{name}` is set in {source}"
         for name in named
-        if name in options and (place := origin(context, options[name])) is not None
+        if name in options and (source := origin(context, options[name])) is not None
     ]
-    return MoepruneError("; ".join([error.message, *places]), error.hint)
+    return MoepruneError("; ".join([error.message, *sources]), error.hint)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

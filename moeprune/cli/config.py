@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperOption
 
-from moeprune.cli.command import default_map, origin, variables
+from moeprune.cli.command import default_map, place, variables
 from moeprune.output import Reporter
 
 SOURCES = {"ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
@@ -37,7 +38,7 @@ def _in_force(name: str, command: Any, context: typer.Context) -> dict[str, Any]
     of_command.default_map = default_map(context.meta["configuration"], name)
     options = {}
     for option in command.params:
-        if option.param_type_name != "option":
+        if not isinstance(option, TyperOption):
             continue
         option.envvar = variables(name, option.name)
         value, source = option.consume_value(of_command, {})
@@ -47,7 +48,7 @@ def _in_force(name: str, command: Any, context: typer.Context) -> dict[str, Any]
         options[option.name.replace("_", "-")] = {
             "value": _json_value(value),
             "source": SOURCES[source.name],
-            "place": origin(of_command, option),
+            "place": place(of_command, option),
         }
     return options
 
