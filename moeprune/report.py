@@ -426,6 +426,8 @@ def configuration(found: Mapping[str, Any]) -> Document:
 def _setting(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
     return "" if value is None else _plain(value)
 
 

@@ -59,7 +59,7 @@ def run_json(run: Callable[..., Result]) -> Callable[..., dict[str, Any]]:
         assert result.code == 0, result.stderr
         assert result.stderr == ""
         found = json.loads(result.stdout)
-        assert complaints(schema_of(str(arguments[0]), found), found) == []
+        assert complaints(schema_of(map(str, arguments), found), found) == []
         return found
 
     return run_json

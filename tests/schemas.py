@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
@@ -25,8 +26,9 @@ def validator(name: str) -> Draft202012Validator:
     return Draft202012Validator(FILES[name], registry=registry)
 
 
-def schema_of(command: str, found: dict[str, Any]) -> str:
-    """The schema of what a command reports."""
+def schema_of(words: Iterable[str], found: dict[str, Any]) -> str:
+    """The schema of what a command line reports."""
+    command = next(word for word in words if word in FILES)
     return "sweep" if command == "eval" and "rows" in found else command
 
 

@@ -70,7 +70,9 @@ class Command(TyperCommand):
         left_out = context.meta.setdefault("left_out", [])
 
         def rank(name: str) -> int:
-            return RANKS.get(context.get_parameter_source(name).name, 0) if context.params[name] else 0
+            is_given = context.params[name] not in (None, [], ()) and context.params[name] is not False
+            source = context.get_parameter_source(name)
+            return RANKS.get(source.name, 0) if is_given and source is not None else 0
 
         def leave_out(name: str, why: str) -> None:
             left_out.append(f"`{dashed(name)}`, set in {origin(context, options[name])}, is left out: {why}")
