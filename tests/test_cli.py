@@ -26,13 +26,14 @@ from moeprune.architecture import vit_from_json
 from moeprune.evaluation import Predictions, compare
 from moeprune.gate import judge
 from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.output import FORMATS
 from moeprune.plan import LayerPlan
 from moeprune.tensors import tensor_shapes
 
 SCOPES = ("static", "input", "batch")
 COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine")
 EXPERT_TENSORS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-COMMANDS = ("inspect", "analyze", "prune", "eval", "convert", "demo")
+COMMANDS = ("inspect", "analyze", "prune", "eval", "convert", "demo", "config")
 FLOPS_KEYS = {"total", "experts", "routing", "compensation", "other"}
 SIZE_KEYS = {"parameters", "bytes", "bytes_by_part", "flops_per_input", "experts_per_input"}
 MODEL_KEYS = SIZE_KEYS | {"accuracy", "accuracy_ci95", "top5_accuracy", "loss"}
@@ -586,7 +587,7 @@ def test_sweep_text_has_a_line_for_each_row(single, small_analysis, run):
 # --- files and repeatability -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output_format", ["text", "json"])
+@pytest.mark.parametrize("output_format", FORMATS)
 @pytest.mark.parametrize("command", ["inspect", "eval"])
 def test_output_file_gets_what_stdout_would(single, run, tmp_path, command, output_format):
     call = [command, single, "--output-format", output_format]
@@ -817,6 +818,7 @@ def test_help_and_wrong_options_do_not_import_torch():
     calls = [
         *([command, "--help"] for command in COMMANDS),
         ["--version"],
+        ["config"],
         ["prune", "x", "--keep", "0", "-o", "y"],
         ["prune", "x", "--keep", "1/8", "--scope", "some", "-o", "y"],
         ["eval", "x", "--data", "y", "--min-accuracy", "7"],
@@ -838,7 +840,7 @@ for call in {calls!r}:
 """
     result = python("-c", program)
     ends = [line for line in result.stdout.splitlines() if line.endswith(("True", "False"))]
-    assert ends == ["0 False"] * (len(COMMANDS) + 1) + ["2 False"] * 9
+    assert ends == ["0 False"] * (len(COMMANDS) + 2) + ["2 False"] * 9
 
 
 def test_inspect_imports_neither_torch_nor_numpy(single, tmp_path):
