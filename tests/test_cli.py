@@ -23,10 +23,11 @@ from typer.testing import CliRunner
 import moeprune
 from moeprune import cli
 from moeprune.architecture import vit_from_json
+from moeprune.cli import command
 from moeprune.evaluation import Predictions, compare
 from moeprune.gate import judge
 from moeprune.model import SoftMoEViT, soft_moe_layers
-from moeprune.output import FORMATS
+from moeprune.output import FORMATS, Reporter
 from moeprune.plan import LayerPlan
 from moeprune.tensors import tensor_shapes
 
@@ -924,21 +925,22 @@ def test_a_reader_that_stops_reading_gets_no_traceback(single):
     assert (process.returncode, errors) == (2, b"")
 
 
-def test_what_nobody_expected_exits_with_2_and_a_traceback(capsys):
+def test_what_nobody_expected_exits_with_2_and_a_traceback(run):
     """Under Typer an uncaught exception would exit with 1, as a failed gate does."""
 
-    def explode() -> None:
+    def explode(reporter: Reporter) -> None:
         raise ZeroDivisionError("boom")
 
-    explode = cli.command(explode)
-    cli.app.registered_commands.pop()
-    with pytest.raises(cli.typer.Exit) as end:
-        explode()
-    assert end.value.exit_code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "ZeroDivisionError: boom" in captured.err
-    assert captured.err.rstrip().splitlines()[-1].startswith("error: moeprune failed")
+    explode.__annotations__ = {"reporter": Reporter, "return": None}
+    command.add_command(explode)
+    try:
+        result = run("explode")
+    finally:
+        cli.app.registered_commands.pop()
+        command.options_of.pop("explode")
+    assert (result.code, result.stdout) == (2, "")
+    assert "ZeroDivisionError: boom" in result.stderr
+    assert result.stderr.rstrip().splitlines()[-1].startswith("error: moeprune failed")
 
 
 def test_shares_are_rounded_to_the_nearest_number_of_experts(single, run_json, tmp_path):

@@ -394,6 +394,7 @@ def on_a_terminal(*arguments):
     return written.decode()
 
 
+@pytest.mark.slow
 def test_progress_shows_samples_per_second_and_the_time_left_on_a_terminal_unless_quiet(single):
     call = ("eval", single, "--data", "digits", "--batch-size", 4)
     shown = on_a_terminal(*call)
