@@ -30,7 +30,6 @@ from moeprune.model import (
 )
 from moeprune.plan import LayerPlan
 from moeprune.runtime import Runtime
-from moeprune.selection import best_kept
 from moeprune.soft_moe import Observation, SoftMoE
 from moeprune.statistics import LayerMoments, LayerStatistics, MomentsAccumulator, StatisticsAccumulator
 from moeprune.surgery import prune_layer
@@ -163,9 +162,9 @@ def measure_sensitivity(
         if layer.config.dynamic_slots:
             continue
         n = layer.config.num_experts
-        gram = statistics[name].gram_mean
-        plan = LayerPlan("static", n // 8, n, "gram", "mean", best_kept(gram, n, n // 8))
-        errors[name] = gram.double()[list(plan.dropped)][:, list(plan.dropped)].sum()
+        kept = statistics[name].best_kept(n // 8, "mean")
+        plan = LayerPlan("static", n // 8, n, "gram", "mean", kept)
+        errors[name] = statistics[name].gram_mean.double()[list(plan.dropped)][:, list(plan.dropped)].sum()
         probes[name] = private_copy(model)
         probe = prune_layer(layer, plan, None, statistics[name].slot_mean.to(layer.fc2_weight.device))
         probes[name].set_submodule(name, probe)

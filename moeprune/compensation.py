@@ -128,14 +128,24 @@ def refit_kept(pruned: Model, full: Model, name: str, data: Dataset, runtime: Ru
 
 def require_affordable_refit(config: SoftMoEConfig, plan: LayerPlan, name: str) -> None:
     """Raise a MoepruneError if a layer's refit would take more than MAX_REGRESSORS regressors."""
-    n, p, d = config.num_experts, config.slots_per_expert, config.dim
-    regressors = plan.k * config.expert_width + n * p + 2 * d + 1
-    if plan.compensation == "refit" and plan.drops and regressors > MAX_REGRESSORS:
+    if not is_affordable_refit(config, plan):
+        regressors = _refit_regressors(config, plan)
         raise MoepruneError(
             f"`refit` of layer `{name}` takes {regressors:,} regressors: {plan.k} experts of width"
             f" {config.expert_width} are kept; {MAX_REGRESSORS:,} are possible",
             "keep fewer experts, or give `--compensate affine`",
         )
+
+
+def is_affordable_refit(config: SoftMoEConfig, plan: LayerPlan) -> bool:
+    """Whether a layer's plan takes no refit, or one with MAX_REGRESSORS regressors at most."""
+    is_refit = plan.compensation == "refit" and plan.drops
+    return not is_refit or _refit_regressors(config, plan) <= MAX_REGRESSORS
+
+
+def _refit_regressors(config: SoftMoEConfig, plan: LayerPlan) -> int:
+    n, p, d = config.num_experts, config.slots_per_expert, config.dim
+    return plan.k * config.expert_width + n * p + 2 * d + 1
 
 
 class _Halves:

@@ -57,6 +57,7 @@ class Dataset:
     classes: of the model; labels lie below it. 0 where the model has no head: labels are not looked at.
     read: batches of the samples at these ascending indices.
     limit: samples to take at most.
+    members: the samples that there are, ascending; None: all that can be read.
     fingerprint: SHA-256 of all inputs and labels as the model gets them; known after a whole pass.
     """
 
@@ -66,6 +67,7 @@ class Dataset:
     classes: int
     read: Callable[[Sequence[int], int], Iterator[Batch]]
     limit: int | None = None
+    members: Sequence[int] | None = None
     fingerprint: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +88,7 @@ class Dataset:
     @property
     def indices(self) -> Sequence[int]:
         """The samples that a pass gives, ascending: all of them, or as many as the limit, drawn."""
-        indices: Sequence[int] = range(self.available)
+        indices: Sequence[int] = range(self.available) if self.members is None else self.members
         if self.samples < self.available:
             # Not evenly spaced: a set whose classes take turns would lose some of them.
             indices = sorted(random.Random(0).sample(indices, self.samples))
@@ -133,11 +135,9 @@ def subset(data: Dataset, members: Sequence[int], name: str) -> Dataset:
         name: what messages call the part.
     """
     indices = data.indices
-
-    def read(places: Sequence[int], batch_size: int) -> Iterator[Batch]:
-        return data.read([indices[members[place]] for place in places], batch_size)
-
-    return Dataset(f"{data.spec} ({name})", len(members), data.has_labels, data.classes, read)
+    chosen = [indices[place] for place in members]
+    spec = f"{data.spec} ({name})"
+    return replace(data, spec=spec, samples=len(chosen), limit=None, members=chosen, fingerprint=None)
 
 
 def open_data(

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Cell = str | bool
-"""A text, or the verdict of a gate."""
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a gate passed, and how that is said."""
+
+    passed: bool
+    text: str
+
+
+Cell = str | Verdict
 
 
 @dataclass(frozen=True)

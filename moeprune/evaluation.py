@@ -194,20 +194,30 @@ def size_and_cost(model: Model, running: Mapping[str, float] | None = None) -> d
 def compare(
     model: dict[str, Any], baseline: dict[str, Any], predictions: Predictions, reference: Predictions
 ) -> dict[str, Any]:
-    """How a model differs from the baseline on the same inputs, as JSON values."""
-    right, reference_right = predictions.correct, reference.correct
-    both = int((right & reference_right).sum())
-    lost = int((~right & reference_right).sum())
-    won = int((right & ~reference_right).sum())
-    neither = len(right) - both - lost - won
+    """How a model differs from the baseline on the same inputs, as JSON values.
+
+    Of these, `outcomes` counts the inputs that both predict right, only the baseline (`lost`), only the model
+    (`won`), and neither.
+    """
+    counts = both, lost, won, neither = paired_counts(predictions, reference)
     return {
-        "accuracy_drop": (lost - won) / len(right),
-        "accuracy_drop_ci95": list(paired_difference(both, lost, won, neither)),
+        "accuracy_drop": (lost - won) / sum(counts),
+        "accuracy_drop_ci95": list(paired_difference(*counts)),
         "flops_reduction": _reduction(*(side["flops_per_input"]["total"] for side in (baseline, model))),
         "size_reduction": _reduction(baseline["bytes"], model["bytes"]),
         "agreement": float((predictions.predicted == reference.predicted).double().mean()),
         "mcnemar_p": mcnemar(lost, won),
+        "outcomes": {"both": both, "lost": lost, "won": won, "neither": neither},
     }
+
+
+def paired_counts(predictions: Predictions, reference: Predictions) -> tuple[int, int, int, int]:
+    """On how many of the same inputs both are right, only the reference, only the first, and neither."""
+    right, reference_right = predictions.correct, reference.correct
+    both = int((right & reference_right).sum())
+    lost = int((~right & reference_right).sum())
+    won = int((right & ~reference_right).sum())
+    return both, lost, won, len(right) - both - lost - won
 
 
 def _reduction(full: int, remaining: int) -> float:

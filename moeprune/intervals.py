@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from fractions import Fraction
+from statistics import NormalDist
 
 Z95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
+MOST_STEPS, MOST_TERMS = 100, 1_000_000
+"""Of the search for an exact bound, and of the continued fraction in it; far fewer are used."""
 
 
-def wilson(successes: float, trials: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a share (Wilson 1927).
 
     Args:
@@ -29,7 +34,7 @@ def wilson(successes: float, trials: int, z: float = Z95) -> tuple[float, float]
 
 
 def paired_difference(
-    both: int, only_first: int, only_second: int, neither: int, z: float = Z95
+    both: float, only_first: float, only_second: float, neither: float, z: float = Z95
 ) -> tuple[float, float]:
     """Interval of the difference of two shares measured on the same trials (first minus second).
 
@@ -48,7 +53,7 @@ def paired_difference(
     product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     correlation = 0.0
     if product:
-        covariance = float(both * neither - only_first * only_second)
+        covariance = both * neither - only_first * only_second
         if covariance > 0:
             covariance = max(0.0, covariance - trials / 2)
         correlation = covariance / math.sqrt(product)
@@ -76,3 +81,96 @@ def mcnemar(only_first: int, only_second: int) -> float:
         for i in range(fewer + 1)
     )
     return min(1.0, 2 * math.fsum(math.exp(log) for log in logs))
+
+
+def share_at_least(successes: float, trials: float, confidence: float) -> float:
+    """Exact one-sided lower bound of a share (Clopper and Pearson 1934).
+
+    The share at which as many successes or more come with probability 1 - confidence: whatever the true
+    share is, the bound lies above it with at most this probability.
+
+    Args:
+        successes, trials: of independent trials; need not be whole, so that rates can be carried over to
+            other numbers of trials.
+        confidence: in 0…1.
+
+    >>> round(share_at_least(100, 100, 0.95), 4)
+    0.9705
+    """
+    error = 1 - confidence
+    if successes <= 0:
+        return 0.0
+    if successes >= trials:
+        return error ** (1 / trials)
+    a, b = successes, trials - successes + 1
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    low, high = 0.0, successes / trials
+    share = min(wilson(successes, trials, NormalDist().inv_cdf(confidence))[0], a / (a + b))
+    for _ in range(MOST_STEPS):
+        excess = _incomplete_beta(a, b, share) - error
+        low, high = (low, share) if excess > 0 else (share, high)
+        slope = math.exp((a - 1) * math.log(share) + (b - 1) * math.log1p(-share) - log_beta)
+        newton = share - excess / slope if slope else low
+        before, share = share, newton if low < newton < high else (low + high) / 2
+        if abs(share - before) <= 1e-15 * share:
+            break
+    return share
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised I_x(a, b), by its continued fraction (DLMF 8.17.22), for x not far above a/(a + b)."""
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    numerators = 1.0
+    denominators = 1 / (1 - (a + b) * x / (a + 1))
+    fraction = denominators
+    for m in range(1, MOST_TERMS):
+        for term in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            denominators = 1 / (1 + term * denominators)
+            numerators = 1 + term / numerators
+            step = denominators * numerators
+            fraction *= step
+        if abs(step - 1) < 1e-15:
+            break
+    return math.exp(log_front) * fraction / a
+
+
+def drop_at_most(both: float, lost: float, won: float, neither: float, confidence: float) -> float:
+    """One-sided upper bound of an accuracy drop measured on the same inputs.
+
+    The end of Newcombe's interval, but never below the exact bound of a share of `lost - won` inputs: where
+    few inputs are lost and none is won, Newcombe's bound lies below the true drop too often.
+
+    Args:
+        both, lost, won, neither: numbers of inputs that both models predict right, only the full one, only
+            the pruned one, and neither.
+        confidence: in 0.5…1.
+    """
+    bound = paired_difference(both, lost, won, neither, NormalDist().inv_cdf(confidence))[1]
+    if lost >= won:
+        samples = both + lost + won + neither
+        bound = max(bound, 1 - share_at_least(samples - (lost - won), samples, confidence))
+    return bound
+
+
+def median_at_least(values: Sequence[float], confidence: float) -> float:
+    """One-sided lower bound of the median of what positive values are drawn from, whatever that is.
+
+    The largest value that has, of independent ones, at most `1 - confidence` as the probability to lie above
+    the median (Thompson 1936); 0 where there are too few for any.
+
+    >>> median_at_least([1.7, 1.1, 1.3, 1.2, 1.5], 0.95)
+    1.1
+    >>> median_at_least([1.7, 1.1, 1.3, 1.2], 0.95)
+    0.0
+    """
+    allowed = math.floor((1 - Fraction(confidence)) * 2 ** len(values))
+    below, bound = 0, 0.0
+    for rank, value in enumerate(sorted(values)):
+        below += math.comb(len(values), rank)
+        if below > allowed:
+            break
+        bound = value
+    return bound

@@ -162,15 +162,16 @@ def summarize_latency(model: Sequence[float], baseline: Sequence[float] | None =
 
     Returns:
         JSON values: `repetitions`; `speedup`, the median over repetitions of baseline/model;
-        `model_seconds` and `baseline_seconds`; and the 25 % and 75 % quantiles of each as
-        `speedup_iqr` and so on. Those that need a baseline are None without one.
+        `model_seconds` and `baseline_seconds`; the 25 % and 75 % quantiles of each as
+        `speedup_iqr` and so on; and `speedups` of the repetitions. Those that need a baseline are None
+        without one.
     """
     speedups = None if baseline is None else [b / m for m, b in zip(model, baseline, strict=True)]
     figures = {"speedup": speedups, "model_seconds": model, "baseline_seconds": baseline}
     summary: dict[str, Any] = {"repetitions": len(model)}
     for name, values in figures.items():
         summary[name], summary[f"{name}_iqr"] = (None, None) if values is None else _quartiles(values)
-    return summary
+    return summary | {"speedups": speedups}
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from moeprune.document import Block, Cell, Document, Facts, Lines
+from moeprune.document import Block, Cell, Document, Facts, Lines, Verdict
 
 SPECIAL = re.compile(r"[\\`*\[\]<>#~|$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=[\w+-]+:)")
 """What means something within a line."""
@@ -23,7 +23,7 @@ def to_markdown(document: Document) -> str:
     """
     title, blocks = document.title, list(document.blocks)
     if document.gates is not None:
-        title = f"{_verdict(document.passed)}: {title}"
+        title = f"{_mark(document.passed)} {'passed' if document.passed else 'FAILED'}: {title}"
         blocks.insert(0, document.gates)
     parts = [f"## {_inline(title)}", *(_block(block) for block in blocks)]
     return "\n\n".join(parts) + "\n"
@@ -49,15 +49,15 @@ def _row(cells: Iterable[Cell]) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    if isinstance(cell, bool):
-        return _verdict(cell)
+    if isinstance(cell, Verdict):
+        return f"{_mark(cell.passed)} {_cell(cell.text)}"
     text = " ".join(cell.split())
     indent = "&emsp;" if cell.startswith("  ") else ""
     return indent + re.sub(r"(?<!\\)\|", r"\\|", _inline(text))
 
 
-def _verdict(passed: bool) -> str:
-    return "✅ passed" if passed else "❌ FAILED"
+def _mark(passed: bool) -> str:
+    return "✅" if passed else "❌"
 
 
 def _inline(text: str) -> str:

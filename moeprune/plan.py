@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from fractions import Fraction
 from typing import Any
 
@@ -90,11 +90,12 @@ class LayerPlan:
     @property
     def is_calibrated(self) -> bool:
         """Whether something is used that only calibration data can tell."""
-        static = self.scope == "static"
-        ranks = self.kept is None and self.signal in (
-            ("combine", "deviation", "gram") if static else ("deviation",)
-        )
-        return ranks or self.has_surrogate
+        return (self.kept is None and self.is_ranked) or self.has_surrogate
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the signal ranks the experts by what only calibration data can tell."""
+        return self.signal in ("deviation", "gram") or (self.scope == "static" and self.signal == "combine")
 
     @property
     def is_fitted(self) -> bool:
@@ -162,10 +163,11 @@ def uniform_plan(
 
 
 def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
-    """Raise a MoepruneError that names a layer of a plan that a model lacks, or whose experts it has not.
+    """Raise a MoepruneError that names a layer of a plan that a model lacks, whose experts it has not, or
+    that cannot be pruned so.
 
     Args:
-        layers: of the model; each has `num_experts`.
+        layers: of the model; each has `num_experts` and `dynamic_slots` (see SoftMoEConfig).
     """
     for name, layer in plan.items():
         if name not in layers:
@@ -177,6 +179,12 @@ def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
             raise MoepruneError(
                 f"the plan of layer `{name}` is for {layer.num_experts} experts, the layer has"
                 f" {layers[name].num_experts}"
+            )
+        if layer.scope == "static" and layers[name].dynamic_slots:
+            raise MoepruneError(
+                f"layer `{name}` makes its slots anew from each input's tokens, and the number of its experts"
+                " sets how many tokens make one: without some of them it would be another layer",
+                "prune with `--scope input` or `--scope batch`",
             )
 
 
@@ -196,15 +204,25 @@ def plan_from_json(value: Any) -> Plan:
     plan = {}
     for name, layer in value.items():
         try:
-            layer = dict(layer)
-            if layer.get("kept") is not None:
-                layer["kept"] = tuple(layer["kept"])
-            plan[name] = LayerPlan(**layer)
-        except (TypeError, ValueError) as error:
-            raise MoepruneError(f"plan of `{name}`: {error}") from None
+            plan[name] = _layer_from_json(layer)
         except MoepruneError as error:
             raise MoepruneError(f"plan of `{name}`: {error.message}", error.hint) from None
     return plan
+
+
+def _layer_from_json(value: Any) -> LayerPlan:
+    if not isinstance(value, Mapping):
+        raise MoepruneError(f"found {type(value).__name__}, expected an object")
+    known = [field.name for field in fields(LayerPlan)]
+    needed = [field.name for field in fields(LayerPlan) if field.default is MISSING]
+    if spare := [key for key in value if key not in known]:
+        raise MoepruneError(f"`{spare[0]}` is unknown", f"a layer's plan has {', '.join(known)}")
+    if lacking := [key for key in needed if key not in value]:
+        raise MoepruneError(f"`{lacking[0]}` is missing")
+    kept = value.get("kept")
+    if not (kept is None or isinstance(kept, list | tuple)):
+        raise MoepruneError(f"`kept` is {kept!r}, expected a list of experts")
+    return LayerPlan(**{**value, "kept": None if kept is None else tuple(kept)})
 
 
 def parse_keep(text: str, option: str = "--keep") -> Fraction | int:

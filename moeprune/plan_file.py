@@ -38,7 +38,7 @@ def read_plan(path: str | Path, layers: Mapping[str, Any]) -> Plan:
 
     Args:
         path: of the file.
-        layers: of the model that it is for; each has `num_experts`.
+        layers: of the model that it is for; see moeprune.plan.require_fitting_plan.
 
     Raises:
         MoepruneError: the file is missing, no plan, or does not fit the layers.

@@ -19,8 +19,14 @@ from moeprune.calibration import Analysis
 from moeprune.errors import MoepruneError
 from moeprune.flops import model_flops, soft_moe_flops
 from moeprune.header import TensorInfo
-from moeprune.plan import LayerPlan, Plan, experts_to_keep, is_possible, uniform_plan
-from moeprune.selection import drop_order
+from moeprune.plan import (
+    LayerPlan,
+    Plan,
+    experts_to_keep,
+    is_possible,
+    require_fitting_plan,
+    uniform_plan,
+)
 from moeprune.tensors import layer_shapes, soft_moe_shapes
 
 
@@ -128,12 +134,15 @@ def plans_for(
         scope: see moeprune.plan.LayerPlan, like signal and compensation.
 
     Raises:
-        MoepruneError: the budget cannot be met, or more experts are to be kept than there are.
+        MoepruneError: the budget cannot be met, a layer cannot be pruned so, or more experts are to be kept
+            than there are.
     """
     if keep is not None or mass is not None:
         experts = {name: layer.num_experts for name, layer in config.soft_moe_layers.items()}
         keep = Fraction(1) if keep is None else keep
-        return [uniform_plan(experts, keep, scope, signal, compensation, mass)]
+        plan = uniform_plan(experts, keep, scope, signal, compensation, mass)
+        require_fitting_plan(plan, config.soft_moe_layers)
+        return [plan]
     if max_size is not None:
         costs, budget = size_costs(config, tensors, scope, signal, compensation), max_size
     else:
@@ -144,7 +153,9 @@ def plans_for(
         config, costs, budget, analysis,
         scope=scope, signal=signal, compensation=compensation, option=option,
     )  # fmt: skip
-    uniform = plan_of_experts(config, uniform_within(costs, budget), scope, signal, compensation)
+    require_fitting_plan(planned, config.soft_moe_layers)
+    share = uniform_within(costs, budget)
+    uniform = planned if share is None else plan_of_experts(config, share, scope, signal, compensation)
     return [planned] if uniform == planned else [planned, uniform]
 
 
@@ -173,14 +184,17 @@ def plan_within(
         option: how messages call the budget.
 
     Raises:
-        MoepruneError: even one expert in each layer costs more.
+        MoepruneError: even the cheapest plan costs more.
     """
-    least = dict.fromkeys(costs.layers, 1)
-    smallest = costs.of(least) / costs.full
+    if scope == "static":
+        smallest = costs.rest + math.fsum(min(layer[1:]) for layer in costs.layers.values())
+    else:
+        smallest = min(costs.of(experts) for experts in _uniform_choices(costs))
+    smallest /= costs.full
     if smallest > budget:
         raise MoepruneError(
-            f"`{option} {budget:g}` is less than what one expert in each layer takes with scope {scope} and"
-            f" compensation {compensation}",
+            f"`{option} {budget:g}` is less than any plan takes with scope {scope} and compensation"
+            f" {compensation}",
             f"the least that can be given is {math.ceil(smallest * 1e4) / 1e4:g}",
         )
     if scope == "static":
@@ -191,23 +205,25 @@ def plan_within(
         available = budget * costs.full - costs.rest
         experts = allocate(losses(analysis, compensation), costs.layers, available)
     else:
-        experts = uniform_within(costs, budget)
+        uniform = uniform_within(costs, budget)
+        assert uniform is not None
+        experts = uniform
     return plan_of_experts(config, experts, scope, signal, compensation)
 
 
-def uniform_within(costs: Costs, budget: float) -> dict[str, int]:
-    """The largest share of experts, the same in each layer, that costs a share of the full model at most.
-
-    One expert in each layer is taken to be affordable.
+def uniform_within(costs: Costs, budget: float) -> dict[str, int] | None:
+    """The experts of each layer with the largest share of them, the same in each, that costs a share of the
+    full model at most; None where there is no such share.
     """
+    affordable = [experts for experts in _uniform_choices(costs) if costs.of(experts) <= budget * costs.full]
+    return affordable[-1] if affordable else None
+
+
+def _uniform_choices(costs: Costs) -> list[dict[str, int]]:
+    """The experts of each layer with the same share of them in each, from the fewest to all."""
     sizes = {name: len(layer) - 1 for name, layer in costs.layers.items()}
     shares = sorted({Fraction(k, n) for n in sizes.values() for k in range(1, n + 1)})
-    best = dict.fromkeys(sizes, 1)
-    for share in shares:
-        experts = {name: experts_to_keep(share, n, name) for name, n in sizes.items()}
-        if costs.of(experts) <= budget * costs.full:
-            best = experts
-    return best
+    return [{name: experts_to_keep(share, n, name) for name, n in sizes.items()} for share in shares]
 
 
 def plan_of_experts(
@@ -225,7 +241,7 @@ def losses(analysis: Analysis, compensation: str) -> dict[str, list[float]]:
     found = {}
     for name, layer in analysis.layers.items():
         n = layer.num_experts
-        _, errors = drop_order(layer.gram_under(compensation).double(), n)
+        errors = layer.errors(compensation)
         power = max(float(layer.gram.sum()), 1e-30)  # of the layer's output
         scale = math.sqrt(max(float(layer.sensitivity), 0.0) / power)
         found[name] = [scale * max(errors[n - k], 0.0) for k in range(n + 1)]

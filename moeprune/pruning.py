@@ -105,10 +105,11 @@ def prune(
     for name, layer_plan in plan.items():
         require_affordable_refit(configs[name], layer_plan, name)
     model_fingerprint = fingerprint(model)
-    if not calibrated:
-        analysis = dataset = None
-    else:
-        require_analysis_of(configs, model_fingerprint, analysis)
+    if not any(layer.is_calibrated or layer.is_ranked for layer in plan.values()):
+        analysis = None
+    require_analysis_of(configs, model_fingerprint, analysis)
+    dataset = None
+    if calibrated:
         dataset = _calibration_data(model, analysis, data, needed=needs_pass(plan, one_shot))
 
     full = private_copy(model)
@@ -190,9 +191,9 @@ def prune_file(
         _require_one_shot(plan)
         if analysis is None:
             raise _not_calibrated(plan)
-        require_analysis_of(config.soft_moe_layers, source_fingerprint, analysis)
-    else:
+    elif not any(layer.is_ranked for layer in plan.values()):
         analysis = None
+    require_analysis_of(config.soft_moe_layers, source_fingerprint, analysis)
     entries: dict[str, Entry] = {name: Copied(name) for name in header.tensors}
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]
@@ -252,10 +253,9 @@ def _best_experts(
     if plan.signal == "gram":
         if gathered is not None:
             gram = lost_gram(*gathered.halves, moments.slot_mean, plan.compensation)
-        else:
-            assert isinstance(moments, LayerStatistics)
-            gram = moments.gram_under(plan.compensation)
-        return best_kept(gram, n, plan.k)
+            return best_kept(gram, n, plan.k)
+        assert isinstance(moments, LayerStatistics)
+        return moments.best_kept(plan.k, plan.compensation)
     scores = moments.mean_mass
     if plan.signal == "deviation":
         scores = scores * moments.deviation
@@ -311,15 +311,7 @@ def _full_plan(
         assert keep is not None
         experts = {name: layer.num_experts for name, layer in layers.items()}
         plan = uniform_plan(experts, keep, scope, signal, compensate)
-    else:
-        require_fitting_plan(plan, layers)
-    for name, layer in plan.items():
-        if layer.scope == "static" and layers[name].dynamic_slots:
-            raise MoepruneError(
-                f"layer `{name}` makes its slots anew from each input's tokens, and the number of its experts"
-                " sets how many tokens make one: without some of them it would be another layer",
-                "prune with `--scope input` or `--scope batch`",
-            )
+    require_fitting_plan(plan, layers)
     return {name: plan[name] for name in layers if name in plan}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from moeprune.document import Block, Cell, Document, Facts, Lines, Table
+from moeprune.document import Block, Cell, Document, Facts, Lines, Table, Verdict
 
 WORST_CLASSES = 3
 
@@ -145,12 +145,13 @@ def pruning(found: Mapping[str, Any]) -> Document:
     if search is not None:
         confirmed = search["confirmed"]
         low, high = confirmed["accuracy_drop_ci95"]
+        known = f"; {confirmed['plans']} plans were measured on them" if confirmed["plans"] > 1 else ""
         facts.append(
             (
                 "accuracy drop",
                 f"{points(confirmed['accuracy_drop'])} (95 %: {points(low)} to {points(high)}) on"
                 f" {confirmed['samples']} samples that the search of {len(search['tried'])} plans did not"
-                " see",
+                f" see{known}",
             )
         )
     for name, plan in found["plan"].items():
@@ -269,49 +270,67 @@ def _seconds(median: float, quartiles: Iterable[float]) -> str:
     return f"{middle} {unit} ({low} to {high})"
 
 
-def gates(results: Iterable[Mapping[str, Any]]) -> Table:
-    """A table of gates: their limits, values and whatever else is known of them."""
-    results = list(results)
-    more = dict.fromkeys(key for gate in results for key in gate if key not in _OF_EVERY_GATE)
+def gates(results: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of gates."""
+    level = next((gate["confidence"] for gate in results if gate["confidence"] is not None), None)
     rows: list[Sequence[Cell]] = [
         (
             gate["name"] + _GATE_NOTES.get(gate["name"], ""),
             f"{gate['limit']:g}",
-            figure(gate["value"]),
-            *(figure(gate.get(key)) for key in more),
-            gate["passed"],
+            f"{gate['value']:.4g}",
+            *(["exact" if gate["bound"] is None else f"{gate['bound']:.4g}"] if level else []),
+            Verdict(gate["passed"], gate_verdict(gate)),
         )
         for gate in results
     ]
-    return Table(("gate", "limit", "value", *(key.replace("_", " ") for key in more), ""), rows)
+    return Table(("gate", "limit", "value", *([f"bound at {100 * level:g} %"] if level else []), ""), rows)
 
 
-_OF_EVERY_GATE = ("name", "limit", "value", "passed")
-_GATE_NOTES = {"min_speedup": " (lowest of all batch sizes)"}
+def gate_verdict(gate: Mapping[str, Any]) -> str:
+    """Whether a gate passed, and if its value alone did, how many samples would decide.
 
-
-def figure(value: Any) -> str:
-    """What is known of a gate, in short: `0.0123`, `0.01 to 0.02`."""
-    if value is None:
-        return ""
-    if isinstance(value, list | tuple):
-        return " to ".join(figure(part) for part in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    Args:
+        gate: what moeprune.gate.judge returns of it.
+    """
+    if gate["reason"] == "undecided":
+        return f"FAILED: {_undecided(gate)}"
+    return "passed" if gate["passed"] else "FAILED"
 
 
 def gate_in_words(gate: Mapping[str, Any]) -> str:
-    """What a gate found, its limit and how far apart they are."""
-    value, limit = gate["value"], gate["limit"]
-    side = "above" if value > limit else "below"
-    distance = f"{abs(value - limit):.4g} {side}" if value != limit else "at"
-    more = [
-        f"{key.replace('_', ' ')} {figure(value)}"
-        for key, value in gate.items()
-        if key not in _OF_EVERY_GATE and value is not None
-    ]
-    return f"{gate['name']} is {figure(value)}, {distance} the limit of {limit:g}" + (
-        f" ({', '.join(more)})" if more else ""
-    )
+    """What a gate found, its limit and how far apart they are.
+
+    Args:
+        gate: what moeprune.gate.judge returns of it.
+    """
+    limit, bound = gate["limit"], gate["bound"]
+    words = f"{gate['name']} is {gate['value']:.4g}, {_distance(gate['value'], limit)} the limit of {limit:g}"
+    if bound is not None:
+        level = f"{100 * gate['confidence']:g} %"
+        words += f"; its bound at {level} is {bound:.4g}, {_distance(bound, limit)} the limit"
+    return f"{words}: {_undecided(gate)}" if gate["reason"] == "undecided" else words
+
+
+def _distance(value: float, limit: float) -> str:
+    if value == limit:
+        return "at"
+    return f"{abs(value - limit):.4g} {'above' if value > limit else 'below'}"
+
+
+def _undecided(gate: Mapping[str, Any]) -> str:
+    unit = "repetitions" if gate["name"] == "min_speedup" else "samples"
+    needed = gate["samples_needed"]
+    would = "nor would more like them" if needed is None else f"about {_rounded_up(needed):,} would"
+    return f"{gate['samples']:,} {unit} cannot show it, {would}"
+
+
+def _rounded_up(number: int) -> int:
+    """With two digits: `2345` is `2400`."""
+    step = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // step) * step
+
+
+_GATE_NOTES = {"min_speedup": " (lowest of all batch sizes)"}
 
 
 def conversion(found: Mapping[str, Any]) -> Document:

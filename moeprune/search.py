@@ -2,23 +2,27 @@
 
 The data is split in two by a hash of the samples' places. On one part plans from small to large are tried,
 halving the range each time; on the other, which no choice has seen, the result is confirmed, and where it
-is not, larger ones are tried until one is. What is reported is the confirmed drop.
+is not, larger ones are tried until one is. What is reported is the confirmed drop; its interval is so wide
+that it holds for all plans that were measured there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
 
 from moeprune.calibration import Analysis, analyze, require_analysis_of
 from moeprune.checkpoint import tensor_infos
+from moeprune.compensation import is_affordable_refit
 from moeprune.contributions import halves
 from moeprune.data import Dataset, subset
 from moeprune.errors import MoepruneError
-from moeprune.evaluation import Predictions, compare, describe, predict
+from moeprune.evaluation import compare, describe, paired_counts, predict
+from moeprune.intervals import mcnemar, paired_difference
 from moeprune.model import (
     Model,
     dataset_for,
@@ -34,7 +38,8 @@ from moeprune.runtime import Runtime
 
 COMPARED_INPUTS = 1000
 STEPS_OF_TWO = 2
-"""Plans to try for each halving of the cost."""
+"""Plans for each halving of what is kept or dropped."""
+LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class Found:
 
     model: pruned. report: JSON values: `max_accuracy_drop`; `tried`: for each plan its `k` by layer,
     `size` and `flops` as shares of the full model's, and the `accuracy_drop` on the part that was
-    searched; `confirmed`: `samples`, `accuracy_drop`, `accuracy_drop_ci95` and `mcnemar_p` on the other.
+    searched; `confirmed`: `samples`, `accuracy_drop`, `accuracy_drop_ci95` and `mcnemar_p` on the other, and
+    how many `plans` were measured on it until one was within the drop.
     """
 
     model: Model
@@ -122,13 +128,14 @@ def prune_within_drop(
         model: unpruned.
         data: labelled; half of it confirms what is found on the other half.
         max_accuracy_drop: a fraction.
-        analysis: of the model, whose own data everything is calibrated on; None: the half of the data
-            that is searched serves for that.
+        analysis: of the model, whose own data, other than this, everything is calibrated on; None: the half
+            of the data that is searched serves for that.
         scope: see moeprune.pruning.prune, like signal, compensate and seed.
         runtime: where and how models run.
 
     Raises:
-        MoepruneError: no plan is within the drop, or what `prune` and `evaluate` raise.
+        MoepruneError: no plan is within the drop, the analysis was made from the same data, or what `prune`
+            and `evaluate` raise.
     """
     require_dense_layers(model, ALREADY_PRUNED)
     data = dataset_for(model, data, "calibration")
@@ -138,57 +145,64 @@ def prune_within_drop(
         subset(data, members.tolist(), name)
         for members, name in zip(halves(0, data.samples), ("half to search", "half to confirm"), strict=True)
     )
+    if analysis is not None:
+        layers = {name: layer.config for name, layer in soft_moe_layers(model).items()}
+        require_analysis_of(layers, fingerprint(model), analysis)
+        _require_other_data(analysis, data, runtime)
+    [full_searched] = predict([model], searched, runtime, "full model")
     if analysis is None:
         calibration, analysis = searched, analyze(model, searched, runtime)
     else:
-        layers = {name: layer.config for name, layer in soft_moe_layers(model).items()}
-        require_analysis_of(layers, fingerprint(model), analysis)
         calibration = calibration_data(model, analysis)
-    [full_searched] = predict([model], searched, runtime, "full model")
+    described = describe(model, full_searched)
     plans = _ladder(model, analysis, scope, signal, compensate)
-    tried: dict[int, tuple[Model, dict[str, Any]]] = {}
+    tried: dict[int, dict[str, Any]] = {}
 
-    def attempt(index: int) -> dict[str, Any]:
-        if index not in tried:
-            pruned = prune(model, analysis, plan=plans[index], data=calibration, seed=seed, runtime=runtime)
-            [predictions] = predict([pruned], searched, runtime, f"try {len(tried) + 1}")
-            difference = _difference(model, full_searched, pruned, predictions)
-            tried[index] = (
-                pruned,
-                {
-                    "k": {name: layer.k for name, layer in plans[index].items()},
-                    "size": 1 - difference["size_reduction"],
-                    "flops": 1 - difference["flops_reduction"],
-                    "accuracy_drop": difference["accuracy_drop"],
-                },
-            )
-        return tried[index][1]
+    def attempt(index: int) -> Model | None:
+        """The pruned model, if it is within the drop on the part that is searched."""
+        pruned = prune(model, analysis, plan=plans[index], data=calibration, seed=seed, runtime=runtime)
+        [predictions] = predict([pruned], searched, runtime, f"try {len(tried) + 1}")
+        difference = compare(describe(pruned, predictions), described, predictions, full_searched)
+        tried[index] = {
+            "k": {name: layer.k for name, layer in plans[index].items()},
+            "size": 1 - difference["size_reduction"],
+            "flops": 1 - difference["flops_reduction"],
+            "accuracy_drop": difference["accuracy_drop"],
+        }
+        return pruned if difference["accuracy_drop"] <= max_accuracy_drop else None
 
     # The first plan that passes is in low…high; behind the last one would be the full model.
     low, high = 0, len(plans)
+    smallest: Model | None = None
     while low < high:
         middle = (low + high) // 2
-        if attempt(middle)["accuracy_drop"] <= max_accuracy_drop:
-            high = middle
+        pruned = attempt(middle)
+        if pruned is not None:
+            high, smallest = middle, pruned
         else:
             low = middle + 1
-    full_confirming: Predictions | None = None
+    [full_confirming] = predict([model], confirming, runtime, "full model")
+    measured = 0
     for index in range(high, len(plans)):
-        if attempt(index)["accuracy_drop"] > max_accuracy_drop:
+        pruned = smallest if index == high else attempt(index)
+        if pruned is None:
             continue
-        pruned = tried[index][0]
-        if full_confirming is None:
-            [full_confirming] = predict([model], confirming, runtime, "full model")
         [predictions] = predict([pruned], confirming, runtime, "confirm")
-        difference = _difference(model, full_confirming, pruned, predictions)
-        if difference["accuracy_drop"] <= max_accuracy_drop:
+        measured += 1
+        counts = _, lost, won, _ = paired_counts(predictions, full_confirming)
+        drop = (lost - won) / sum(counts)
+        if drop <= max_accuracy_drop:
+            quantile = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / measured)
             confirmed = {
                 "samples": confirming.samples,
-                **{k: difference[k] for k in ("accuracy_drop", "accuracy_drop_ci95", "mcnemar_p")},
+                "plans": measured,
+                "accuracy_drop": drop,
+                "accuracy_drop_ci95": list(paired_difference(*counts, quantile)),
+                "mcnemar_p": mcnemar(lost, won),
             }
             report = {
                 "max_accuracy_drop": max_accuracy_drop,
-                "tried": [tried[i][1] for i in sorted(tried)],
+                "tried": [tried[i] for i in sorted(tried)],
                 "confirmed": confirmed,
             }
             return Found(pruned, report)
@@ -197,7 +211,7 @@ def prune_within_drop(
             f"no plan of scope {scope} and compensation {compensate} makes the model smaller",
             "give another `--compensate` or `--scope`",
         )
-    least = min(entry["accuracy_drop"] for _, entry in tried.values())
+    least = min(entry["accuracy_drop"] for entry in tried.values())
     raise MoepruneError(
         f"no plan of scope {scope} and compensation {compensate} is within an accuracy drop of"
         f" {max_accuracy_drop:g} on both halves of `{data.spec}`; the least drop among {len(tried)} plans was"
@@ -206,8 +220,22 @@ def prune_within_drop(
     )
 
 
+def _require_other_data(analysis: Analysis, data: Dataset, runtime: Runtime) -> None:
+    """Raise a MoepruneError if the half that confirms would have been calibrated on."""
+    for _ in data.batches(runtime.batch_size):
+        pass  # the fingerprint is known behind it
+    if data.fingerprint == analysis.provenance["data"]["fingerprint"]:
+        raise MoepruneError(
+            f"the analysis was made from `{data.spec}` too: what confirms a drop must not be calibrated on",
+            "leave `--analysis` out, so that the half that is searched is calibrated on, or give other"
+            " labelled data",
+        )
+
+
 def _ladder(model: Model, analysis: Analysis, scope: str, signal: str, compensate: str) -> list[Plan]:
-    """Plans from the smallest to nearly the full model, each about the same factor larger than the last."""
+    """Plans from the smallest to nearly the full model: what is kept grows, or what is dropped shrinks, by
+    about the same factor each time. Those whose refit is not affordable are left out.
+    """
     config = model.config
     if scope == "static":
         costs = size_costs(config, tensor_infos(model.state_dict()), scope, signal, compensate)
@@ -216,9 +244,8 @@ def _ladder(model: Model, analysis: Analysis, scope: str, signal: str, compensat
     most = max(len(layer) - 1 for layer in costs.layers.values())
     plans: list[Plan] = []
     seen: set[tuple[int, ...]] = set()
-    steps = STEPS_OF_TWO * most.bit_length()
-    for step in range(steps, 0, -1):
-        share = 2 ** (-step / STEPS_OF_TWO)
+    halvings = [2 ** (-step / STEPS_OF_TWO) for step in range(1, STEPS_OF_TWO * most.bit_length() + 1)]
+    for share in sorted({*halvings, *(1 - part for part in halvings)}):
         experts = {name: max(1, round(share * (len(layer) - 1))) for name, layer in costs.layers.items()}
         if scope == "static":
             budget = costs.of(experts) / costs.full
@@ -235,11 +262,10 @@ def _ladder(model: Model, analysis: Analysis, scope: str, signal: str, compensat
         else:
             plan = plan_of_experts(config, experts, scope, signal, compensate)
         key = tuple(layer.k for layer in plan.values())
-        if key not in seen and any(layer.k < layer.num_experts for layer in plan.values()):
+        is_affordable = all(
+            is_affordable_refit(config.soft_moe_layers[name], layer) for name, layer in plan.items()
+        )
+        if key not in seen and is_affordable and any(layer.drops for layer in plan.values()):
             seen.add(key)
             plans.append(plan)
     return plans
-
-
-def _difference(model: Model, full: Predictions, pruned: Model, predictions: Predictions) -> dict[str, Any]:
-    return compare(describe(pruned, predictions), describe(model, full), predictions, full)

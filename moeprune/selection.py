@@ -2,7 +2,9 @@
 
 With E_j the part of expert j's contribution that is lost with it, and G_jl = E <E_j, E_l>, the expected
 squared error of the layer's output when the set Z is dropped is exactly the sum of G over Z×Z. The matrix
-may have rows and columns behind those of the n experts: what is lost whatever is dropped.
+may have rows and columns behind those of the n experts: what is lost whatever is dropped. Where the combine
+weights of the kept experts are made to sum to 1 again (`renorm`), that sum is to be divided by the square of
+the mass that they had, for which its mean over inputs and tokens serves.
 """
 
 from __future__ import annotations
@@ -11,32 +13,37 @@ import torch
 from torch import Tensor
 
 
-def drop_order(gram: Tensor, num_experts: int) -> tuple[list[int], list[float]]:
+def drop_order(gram: Tensor, num_experts: int, mass: Tensor | None = None) -> tuple[list[int], list[float]]:
     """Backward elimination: drop the expert that adds least error, again and again.
 
     Args:
         gram: G (r,r), whose first n rows are of the experts.
         num_experts: n.
+        mass: with `renorm` the mean combine mass of each expert (n).
 
     Returns:
         The experts in the order in which they are dropped (n), and the error with the first 0, 1, … n
         of them dropped (n + 1).
     """
     n = num_experts
+    gram, mass = gram.double(), _mass_or_zeros(mass, n)
     always = torch.ones(len(gram) - n, dtype=gram.dtype)
     added = gram.diagonal()[:n] + 2 * gram[:n, n:] @ always  # by dropping each expert now
+    lost, left = always @ gram[n:, n:] @ always, torch.ones((), dtype=gram.dtype)
     order: list[int] = []
-    errors = [float(always @ gram[n:, n:] @ always)]
+    errors = [float(lost)]
     for _ in range(n):
-        j = int(added.argmin())
+        after = _divided(lost + added, left - mass)
+        j = int(after.argmin())
         order.append(j)
-        errors.append(errors[-1] + float(added[j]))
+        errors.append(float(after[j]))
+        lost, left = lost + added[j], left - mass[j]
         added = added + 2 * gram[:n, j]
         added[j] = torch.inf
     return order, errors
 
 
-def best_kept(gram: Tensor, num_experts: int, k: int) -> tuple[int, ...]:
+def best_kept(gram: Tensor, num_experts: int, k: int, mass: Tensor | None = None) -> tuple[int, ...]:
     """The k experts to keep, ascending, of all sets that no exchange of two experts betters.
 
     Starts with backward elimination, then exchanges the two whose exchange gains most while one gains.
@@ -45,13 +52,14 @@ def best_kept(gram: Tensor, num_experts: int, k: int) -> tuple[int, ...]:
         gram: G (r,r), whose first n rows are of the experts.
         num_experts: n.
         k: 0 to n.
+        mass: with `renorm` the mean combine mass of each expert (n).
     """
     n = num_experts
-    gram = gram.double()
-    order, errors = drop_order(gram, n)
+    gram, mass = gram.double(), _mass_or_zeros(mass, n)
+    order, _ = drop_order(gram, n, mass)
     is_dropped = torch.zeros(n, dtype=torch.bool)
     is_dropped[order[: n - k]] = True
-    least = 1e-9 * max(abs(error) for error in errors)  # less is rounding
+    rounding = 1e-9 * float(gram.diagonal().sum())
     diagonal = gram.diagonal()[:n]
     while 0 < k < n:
         lost = torch.cat([is_dropped, is_dropped.new_ones(len(gram) - n)]).to(gram)
@@ -60,8 +68,20 @@ def best_kept(gram: Tensor, num_experts: int, k: int) -> tuple[int, ...]:
         added = by_dropping[:, None] + by_keeping - 2 * gram[:n, :n]  # drop the row's, keep the column's
         added[is_dropped] = torch.inf
         added[:, ~is_dropped] = torch.inf
-        dropped, kept = divmod(int(added.argmin()), n)
-        if not added[dropped, kept] < -least:
+        left = 1 - mass[is_dropped].sum()
+        total = lost @ gram @ lost
+        after = _divided(total + added, left - mass[:, None] + mass)
+        dropped, kept = divmod(int(after.argmin()), n)
+        if not after[dropped, kept] < _divided(total - rounding, left):
             break
         is_dropped[dropped], is_dropped[kept] = True, False
     return tuple((~is_dropped).nonzero().flatten().tolist())
+
+
+def _mass_or_zeros(mass: Tensor | None, num_experts: int) -> Tensor:
+    return torch.zeros(num_experts, dtype=torch.float64) if mass is None else mass.double()
+
+
+def _divided(lost: Tensor, left: Tensor) -> Tensor:
+    """What is lost, divided by the square of the mass that is left."""
+    return lost / left.clamp_min(1e-12).square()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moeprune.contributions import Contributions, halves, lost_gram, wide_dtype
 from moeprune.scores import rank
+from moeprune.selection import best_kept, drop_order
 from moeprune.soft_moe import Observation, SoftMoE, select
 
 MASS_LEVELS = (0.5, 0.9, 0.99)
@@ -55,8 +56,8 @@ class LayerStatistics(LayerMoments):
     gram: G_jl = E <R_j, R_l> (n,n), where R_j = sum over p of C_jp f_jp is what expert j adds: the expected
         squared error of the layer's output when the set Z is dropped is exactly the sum of G over Z×Z.
     gram_renorm, gram_mean, gram_lstsq, gram_affine: the same for what is lost under a compensation
-        (n,n). For `renorm` that is C_j·(f_j - Y), the error but for a factor that is the same for all
-        experts; for `lstsq` and `affine` what a regression on one half of the inputs leaves on the other.
+        (n,n). For `renorm` that is C_j·(f_j - Y), the error but for the division by the kept mass of each
+        token; for `lstsq` and `affine` what a regression on one half of the inputs leaves on the other.
     sensitivity: how much the model's output changes for each unit of squared error in the layer's (scalar):
         the divergence of the predictions from the full model's in nats, measured with this layer alone
         pruned.
@@ -78,6 +79,17 @@ class LayerStatistics(LayerMoments):
         """The Gram matrix (n,n) of what is lost under a compensation; `refit` gives some of it back."""
         compensation = "affine" if compensation == "refit" else compensation
         return self.gram if compensation == "none" else getattr(self, f"gram_{compensation}")
+
+    def best_kept(self, k: int, compensation: str) -> tuple[int, ...]:
+        """The k experts to keep for all inputs, by the error that they leave; see moeprune.selection."""
+        return best_kept(self.gram_under(compensation), self.num_experts, k, self._mass(compensation))
+
+    def errors(self, compensation: str) -> list[float]:
+        """The least error of the layer's output that is found with n, n-1, … 0 experts kept (n + 1)."""
+        return drop_order(self.gram_under(compensation), self.num_experts, self._mass(compensation))[1]
+
+    def _mass(self, compensation: str) -> Tensor | None:
+        return self.mean_mass if compensation == "renorm" else None
 
     def top_k_frequency(self, k: int) -> Tensor:
         """How often each expert is among the best k of an input: shares (n)."""

@@ -12,11 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 from moeprune.calibration import Analysis
+from moeprune.compensation import is_affordable_refit
 from moeprune.data import Dataset
 from moeprune.evaluation import Predictions, compare, describe, predict
 from moeprune.latency import measure_latency
 from moeprune.model import Model, require_soft_moe_layers
-from moeprune.plan import SCOPES, experts_to_keep, is_possible
+from moeprune.plan import SCOPES, LayerPlan, experts_to_keep, is_possible
 from moeprune.pruning import calibration_data, prune
 from moeprune.runtime import Runtime
 
@@ -67,6 +68,20 @@ def grid(
     for compensate in controlled:
         if compensate not in ("renorm", "refit"):  # without experts there is nothing to refit
             yield Variant(0, control_scope, "combine", compensate)
+
+
+def without_large_refits(variants: Iterable[Variant], model: Model) -> tuple[list[Variant], list[Variant]]:
+    """The variants, and apart from them those whose `refit` would take too many regressors."""
+    possible: list[Variant] = []
+    left_out: list[Variant] = []
+    for variant in variants:
+        is_affordable = True
+        for name, layer in model.config.soft_moe_layers.items():
+            k = experts_to_keep(variant.keep, layer.num_experts, name, "--sweep")
+            plan = LayerPlan(variant.scope, k, layer.num_experts, variant.signal, variant.compensate)
+            is_affordable &= is_affordable_refit(layer, plan)
+        (possible if is_affordable else left_out).append(variant)
+    return possible, left_out
 
 
 def sweep(

@@ -71,7 +71,7 @@ def _table(table: Table) -> rich_table.Table:
 def _cell(cell: Cell) -> Text | str:
     if isinstance(cell, str):
         return cell
-    return Text("passed", style="green") if cell else Text("FAILED", style="bold red")
+    return Text(cell.text, style="green" if cell.passed else "bold red")
 
 
 def _facts(rows: Iterable[tuple[str, str]]) -> rich_table.Table:

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 import moeprune
-from moeprune import cli
 from moeprune.architecture import vit_from_json
-from moeprune.cli import command
+from moeprune.cli import app, command
 from moeprune.evaluation import Predictions, compare
 from moeprune.gate import judge
 from moeprune.model import SoftMoEViT, soft_moe_layers
@@ -40,6 +39,7 @@ SIZE_KEYS = {"parameters", "bytes", "bytes_by_part", "flops_per_input", "experts
 MODEL_KEYS = SIZE_KEYS | {"accuracy", "accuracy_ci95", "top5_accuracy", "loss"}
 DIFFERENCE_KEYS = {
     "accuracy_drop", "accuracy_drop_ci95", "flops_reduction", "size_reduction", "agreement", "mcnemar_p",
+    "outcomes",
 }  # fmt: skip
 EVAL_KEYS = {
     "schema_version", "checkpoint", "baseline", "data", "model", "baseline_model", "difference", "forgetting",
@@ -419,7 +419,13 @@ def test_a_gate_passes_at_its_limit_and_fails_beyond(
         )  # fmt: skip
         found = json.loads(result.stdout)
         name = option.removeprefix("--").replace("-", "_")
-        assert found["gates"] == [{"name": name, "limit": limit, "value": value, "passed": passed}]
+        assert found["gates"] == [
+            {
+                "name": name, "limit": limit, "value": value, "passed": passed,
+                "reason": None if passed else "missed", "confidence": None, "bound": None, "samples": None,
+                "samples_needed": None,
+            }
+        ]  # fmt: skip
         assert found["passed"] is passed
         assert result.code == (0 if passed else 1)
         assert result.stderr == ""
@@ -491,6 +497,19 @@ def test_bf16_is_about_as_accurate(single, run_json):
 
 
 # --- eval --sweep ------------------------------------------------------------------------------
+
+
+def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis, run, monkeypatch):
+    monkeypatch.setattr("moeprune.compensation.MAX_REGRESSORS", 300)
+    found = run(
+        "eval", single, "--data", "digits", "--limit", 20, "--analysis", small_analysis,
+        "--sweep", "1/2,1/16", "--scope", "static", "--signal", "combine",
+        "--compensate", "refit", "--compensate", "mean", "--output-format", "json",
+    )  # fmt: skip
+    assert found.code == 0
+    assert "`refit` is left out at 1/2: it would take more than 300 regressors" in found.stderr
+    rows = {(row["keep"], row["compensate"]) for row in json.loads(found.stdout)["rows"]}
+    assert rows == {("1", None), ("0", "mean"), ("1/2", "mean"), ("1/16", "mean"), ("1/16", "refit")}
 
 
 def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, run_json):
@@ -713,7 +732,7 @@ def test_an_output_file_never_has_escape_codes(single, run, monkeypatch, tmp_pat
 def test_stdout_that_is_not_utf8_gets_text_all_the_same(single, tmp_path, charset):
     words = ["prune", single, "--keep", "1/8", "--scope", "input", "-o", tmp_path / "pruned.safetensors"]
     runner = CliRunner(charset=charset)
-    result = runner.invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    result = runner.invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     assert "blocks.0.soft_moe" in result.stdout
 
@@ -936,7 +955,7 @@ def test_what_nobody_expected_exits_with_2_and_a_traceback(run):
     try:
         result = run("explode")
     finally:
-        cli.app.registered_commands.pop()
+        app.registered_commands.pop()
         command.options_of.pop("explode")
     assert (result.code, result.stdout) == (2, "")
     assert "ZeroDivisionError: boom" in result.stderr

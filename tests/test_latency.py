@@ -17,7 +17,7 @@ from moeprune.latency import interleaved, ready_batches, seconds_of_call, summar
 CPU = torch.device("cpu")
 BATCH_KEYS = {
     "batch_size", "repetitions", "speedup", "speedup_iqr", "model_seconds", "model_seconds_iqr",
-    "baseline_seconds", "baseline_seconds_iqr",
+    "baseline_seconds", "baseline_seconds_iqr", "speedups",
 }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_summary_holds_medians_and_quartiles(repetitions):
     }.items():  # fmt: skip
         assert found.pop(name) == pytest.approx(np.median(values))
         assert found.pop(f"{name}_iqr") == pytest.approx(list(np.quantile(values, [0.25, 0.75])))
-    assert found == {}
+    assert found == {"speedups": list(baseline / model)}
 
 
 def test_speedup_is_the_median_of_ratios_within_repetitions():
@@ -174,6 +174,7 @@ def test_summary_without_a_baseline_compares_nothing():
     assert summarize_latency([3, 1, 2]) == {
         "repetitions": 3, "speedup": None, "speedup_iqr": None, "model_seconds": 2,
         "model_seconds_iqr": [1.5, 2.5], "baseline_seconds": None, "baseline_seconds_iqr": None,
+        "speedups": None,
     }  # fmt: skip
 
 
@@ -246,7 +247,7 @@ def test_batch_sizes_and_no_baseline(routed, run_json, brief):
         assert set(batch) == BATCH_KEYS
         assert batch["model_seconds"] > 0
         assert {key for key, value in batch.items() if value is None} == {
-            "speedup", "speedup_iqr", "baseline_seconds", "baseline_seconds_iqr",
+            "speedup", "speedup_iqr", "baseline_seconds", "baseline_seconds_iqr", "speedups",
         }  # fmt: skip
 
 
@@ -306,7 +307,8 @@ def test_gate_judges_the_worst_batch_size(call, run, known, limit, passed):
     known[32] = {"model": [1.0] * 3, "baseline": [1.75] * 3}
     result = run(*call, "--min-speedup", limit, "--output-format", "json")
     found = json.loads(result.stdout)
-    assert found["gates"] == [{"name": "min_speedup", "limit": limit, "value": 1.5, "passed": passed}]
+    [gate] = found["gates"]
+    assert (gate["name"], gate["limit"], gate["value"], gate["passed"]) == ("min_speedup", limit, 1.5, passed)
     assert found["passed"] is passed
     assert result.code == (0 if passed else 1)
     text = run(*call, "--min-speedup", limit)
@@ -314,6 +316,30 @@ def test_gate_judges_the_worst_batch_size(call, run, known, limit, passed):
     [row] = [re.split(r"  +", line) for line in text.stdout.splitlines() if line.startswith("min_speedup")]
     assert row[0] == "min_speedup (lowest of all batch sizes)"
     assert row[-1] == ("passed" if passed else "FAILED")
+
+
+def test_gate_with_confidence_judges_the_batch_size_that_shows_least(call, run, known):
+    """Ten repetitions of which eight are fast enough, and seven that all are."""
+    known[1] = {"model": [1.0] * 10, "baseline": [1.0, 1.1, *[2.0] * 8]}
+    known[8] = {"model": [1.0] * 7, "baseline": [1.5] * 7}
+    sizes = ("--latency-batch", 1, "--latency-batch", 8)
+    words = (*call, *sizes, "--confidence", 0.95, "--min-speedup")
+    [gate] = json.loads(run(*words, 1.2, "--output-format", "json").stdout)["gates"]
+    assert (gate["value"], gate["bound"], gate["samples"]) == (1.5, 1.1, 10)  # P(0 or 1 of 10) = 0.011
+    assert (gate["passed"], gate["reason"], gate["confidence"]) == (False, "undecided", 0.95)
+    assert 10 < gate["samples_needed"] <= 15
+    text = run(*words, 1.2).stdout
+    assert f"FAILED: 10 repetitions cannot show it, about {gate['samples_needed']} would" in text
+    passing = run(*words, 1.1)
+    assert (passing.code, passing.stdout.split()[-1]) == (0, "passed")
+
+
+def test_too_few_repetitions_for_the_level_show_nothing(call, run, known):
+    known[1] = {"model": [1.0] * 7, "baseline": [3.0] * 7}
+    words = (*call, "--latency-batch", 1, "--min-speedup", 2, "--output-format", "json", "--confidence")
+    enough, too_few = (json.loads(run(*words, level).stdout)["gates"][0] for level in (0.99, 0.999))
+    assert (enough["passed"], enough["bound"]) == (True, 3.0)
+    assert (too_few["reason"], too_few["bound"], too_few["samples_needed"]) == ("undecided", 0.0, 10)
 
 
 def test_gate_on_real_times(call, run, brief):

@@ -30,11 +30,11 @@ LEVELS = (
     (
         "architecture",
         "plan",
-        "gate",
         "configuration",
         "report",
         "text",
         "markdown",
+        "evidence",
         "forgetting",
         "files",
         "header",
@@ -46,6 +46,7 @@ LEVELS = (
     ),
     (
         "flops",
+        "gate",
         "plan_file",
         "tensors",
         "soft_moe",
@@ -77,9 +78,9 @@ LEVELS = (
 """A module imports from levels above its own in this table only, never from its own or below."""
 
 WITHOUT_TORCH = {
-    "errors", "plan", "plan_file", "gate", "flops", "intervals", "architecture", "report", "files", "header",
-    "preprocessing", "output", "tensors", "size", "description", "__init__", "sources", "configuration",
-    "document", "text", "markdown", "annotations", "junit", "cli.config",
+    "errors", "plan", "plan_file", "gate", "evidence", "flops", "intervals", "architecture", "report",
+    "files", "header", "preprocessing", "output", "tensors", "size", "description", "__init__", "sources",
+    "configuration", "document", "text", "markdown", "annotations", "junit", "cli.config",
 }  # fmt: skip
 TOP_LEVEL = {"moeprune", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"}
 FILES = {

@@ -176,7 +176,8 @@ def test_losses_are_those_of_backward_elimination_and_end_at_zero(analyzed):
             assert min(layer) >= 0
             everything = float(statistics.gram_under(compensation).sum())
             scale = (float(statistics.sensitivity) / float(statistics.gram.sum())) ** 0.5
-            assert layer[0] == pytest.approx(everything * scale, rel=1e-5, abs=1e-8)
+            if compensation != "renorm":  # which keeps one expert at least
+                assert layer[0] == pytest.approx(everything * scale, rel=1e-5, abs=1e-8)
 
 
 def test_planning_twelve_layers_of_128_experts_takes_seconds():
@@ -266,7 +267,8 @@ def test_what_a_plan_written_by_hand_leaves_out_has_defaults(tmp_path):
         ({"schema_version": 1, "plan": {FIRST: {"k": 7}}}, "`k` is 7, expected 0 to 6"),
         ({"schema_version": 1, "plan": {FIRST: {"kept": [1, 1]}}}, "2 different experts"),
         ({"schema_version": 1, "plan": {FIRST: {"kept": ["a"]}}}, "`kept` is ['a']"),
-        ({"schema_version": 1, "plan": {FIRST: {"k": 1, "nope": 1}}}, "nope"),
+        ({"schema_version": 1, "plan": {FIRST: {"k": 1, "nope": 1}}}, "`nope` is unknown"),
+        ({"schema_version": 1, "plan": {FIRST: {"k": 1, "kept": 1}}}, "`kept` is 1, expected a list"),
         ({"schema_version": 1, "plan": {FIRST: {"k": 1, "num_experts": 9}}}, "is for 9 experts"),
         (
             {"schema_version": 1, "plan": {FIRST: {"k": 1, "scope": "input", "signal": "gram"}}},

@@ -18,8 +18,9 @@ from markdown_it import MarkdownIt
 from torch import nn
 
 import moeprune
-from moeprune.annotations import annotation
+from moeprune.annotations import annotation, to_annotations
 from moeprune.document import Document, Facts, Lines, Table
+from moeprune.gate import judge as judge_gates
 from moeprune.junit import to_junit
 from moeprune.markdown import to_markdown
 from moeprune.report import gate_in_words, gates
@@ -288,27 +289,30 @@ def test_what_xml_cannot_hold_is_replaced(schema):
     assert suite.find("system-err").text == "w�\n"
 
 
-def test_whatever_else_is_known_of_a_gate_is_shown():
-    extended = {
-        "name": "max_accuracy_drop", "limit": 0.01, "value": 0.005, "passed": False,
-        "bound": 0.0312345, "confidence": 0.95, "samples_needed": 1200, "interval": [0.001, 0.02],
-        "note": None,
-    }  # fmt: skip
-    plain_gate = {"name": "min_accuracy", "limit": 0.9, "value": 0.9, "passed": True}
-    text = to_text(Document("t", [], gates([extended, plain_gate]), False))
-    header, _, first, second = text.splitlines()[1:]
-    assert header.split() == [
-        "gate", "limit", "value", "bound", "confidence", "samples", "needed", "interval", "note",
-    ]  # fmt: skip
-    assert first.split() == [
-        "max_accuracy_drop", "0.01", "0.005", "0.03123", "0.95", "1200", "0.001", "to", "0.02", "FAILED",
-    ]  # fmt: skip
-    assert second.split() == ["min_accuracy", "0.9", "0.9", "passed"]
-    assert gate_in_words(extended) == (
-        "max_accuracy_drop is 0.005, 0.005 below the limit of 0.01 (bound 0.03123, confidence 0.95,"
-        " samples needed 1200, interval 0.001 to 0.02)"
+def test_bounds_of_gates_are_told_in_words():
+    evaluation = {
+        "data": {"samples": 100},
+        "model": {"accuracy": 0.98, "bytes": 1, "accuracy_ci95": [0.9, 1]},
+        "difference": {"size_reduction": 0.5},
+    }
+    undecided, exact = judge_gates(evaluation, {"min_accuracy": 0.95, "min_size_reduction": 0.5}, 0.95)
+    assert undecided["reason"] == "undecided"
+    words = gate_in_words(undecided)
+    assert re.fullmatch(
+        r"min_accuracy is 0\.98, 0\.03 above the limit of 0\.95; its bound at 95 % is 0\.9\d+, 0\.01\d+ below"
+        r" the limit: 100 samples cannot show it, about \d+ would",
+        words,
     )
-    assert gate_in_words(plain_gate) == "min_accuracy is 0.9, at the limit of 0.9"
+    assert gate_in_words(exact) == "min_size_reduction is 0.5, at the limit of 0.5"
+    document = Document("t", [], gates([undecided, exact]), False)
+    assert "FAILED: 100 samples cannot show it" in to_text(document)
+    [[header, first, second]] = tables_of(to_markdown(document))
+    assert header == ["gate", "limit", "value", "bound at 95 %", ""]
+    assert first[-1].startswith("❌ FAILED: 100 samples cannot show it, about ")
+    assert second[-2:] == ["exact", "✅ passed"]
+    [error, notice] = annotations(to_annotations("moeprune eval", document, [undecided, exact], []))
+    assert error[::2] == ("error", f"t: {words}")
+    assert notice[0] == "notice"
 
 
 # --- the summary of a run ----------------------------------------------------------------------

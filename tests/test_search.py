@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
+from scipy.stats import norm
 
 import moeprune
 from moeprune.calibration import observe_layers
@@ -13,6 +15,7 @@ from moeprune.contributions import half_of
 from moeprune.data import subset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation import predict
+from moeprune.intervals import paired_difference
 from moeprune.model import soft_moe_layers
 from moeprune.plan import LayerPlan
 from moeprune.runtime import Runtime
@@ -69,6 +72,36 @@ def test_no_plan_within_the_drop_is_an_error_that_names_the_least(full):
         prune_within_drop(full, "digits", 0.0, signal="random", compensate="renorm", runtime=CPU)
 
 
+def test_what_confirms_must_not_have_been_calibrated_on(full):
+    analysis = moeprune.analyze(full, "digits:calibration", CPU)
+    with pytest.raises(MoepruneError, match="must not be calibrated on"):
+        prune_within_drop(full, "digits:calibration", 0.02, analysis=analysis, runtime=CPU)
+    found = prune_within_drop(full, "digits:test", 0.02, analysis=analysis, runtime=CPU)
+    assert found.report["confirmed"]["accuracy_drop"] <= 0.02
+
+
+def test_the_interval_holds_for_all_plans_that_were_measured(full):
+    """At a drop of half a point the first plan that the search finds fails on the other half."""
+    found = prune_within_drop(full, "digits:test", 0.005, compensate="mean", runtime=CPU)
+    confirmed = found.report["confirmed"]
+    data = moeprune.open_data("digits:test", full.input_format)
+    is_second = half_of(0, data.samples) == 1
+    whole, pruned = predict([full, found.model], data, CPU)
+    right, right_pruned = whole.correct[is_second], pruned.correct[is_second]
+    cells = [int((a & b).sum()) for a, b in product((right, ~right), (right_pruned, ~right_pruned))]
+    quantile = norm.isf(0.025 / confirmed["plans"])
+    assert confirmed["plans"] > 1
+    assert confirmed["accuracy_drop_ci95"] == pytest.approx(paired_difference(*cells, quantile))
+
+
+def test_nearly_all_experts_are_kept_where_less_will_not_do(full):
+    found = prune_within_drop(
+        full, "digits:calibration", 0.02, signal="random", compensate="renorm", runtime=CPU
+    )
+    [plan] = [layer.plan for layer in soft_moe_layers(found.model).values()]
+    assert 96 < plan.k < 128
+
+
 def test_one_sample_cannot_be_split(full):
     data = moeprune.open_data("digits:calibration", full.input_format, limit=1)
     with pytest.raises(MoepruneError, match="has one sample"):
@@ -82,6 +115,7 @@ def test_a_part_of_a_data_set_has_its_samples_in_any_batch_size(full):
     part = subset(data, members, "some")
     assert part.samples == 4
     assert part.spec == "digits:calibration (some)"
+    assert part.indices == [data.indices[place] for place in members]
     for size in (1, 3, 64):
         assert torch.equal(torch.cat([inputs for inputs, _ in part.batches(size)]), whole[members])
 
@@ -132,6 +166,10 @@ def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_
             "prune", vit, "--analysis", vit_analysis, "--plan", tmp_path / plan, "--one-shot", "-o", path
         )
         assert path.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    chosen = ("prune", vit, "--analysis", vit_analysis, "--one-shot")
+    run_json(*chosen, "--keep", 8, "-o", tmp_path / "c.safetensors", "--save-plan", tmp_path / "c.json")
+    run_json(*chosen, "--plan", tmp_path / "c.json", "-o", tmp_path / "d.safetensors")
+    assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
     cheap = run_json("prune", vit, "--max-flops", 0.92, "--scope", "input", "-o", tmp_path / "b.safetensors")
     assert (
         cheap["model"]["flops_per_input"]["total"] <= 0.92 * cheap["full_model"]["flops_per_input"]["total"]
@@ -202,7 +240,7 @@ def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path)
         (("--max-flops", 0, "-o", "o.st"), "is no share of the full model"),
         (("--max-accuracy-drop", 0.1, "-o", "o.st"), "searches and confirms on labelled data"),
         (("--max-accuracy-drop", -1, "--data", "pairs", "-o", "o.st"), "is no fraction"),
-        (("--keep", 4, "--save-plan", "o.st", "-o", "o.st"), "are both"),
+        (("--keep", 4, "--save-plan", "o.st", "-o", "o.st"), "`--save-plan` and another output are both"),
         (("--plan", "plan.json", "--scope", "static", "-o", "o.st"), "`--scope` does not go with `--plan`"),
         (("--plan", "missing.json", "-o", "o.st"), "no file `missing.json`"),
         (("--keep", 4, "--scope", "input", "--signal", "gram", "-o", "o.st"), "not for `--scope input`"),
@@ -215,6 +253,16 @@ def test_budgets_that_are_wrong(words, message, vit, vit_analysis, run, tmp_path
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_of_everything_keeps_everything(vit, vit_analysis, run_json, tmp_path):
+    for scope, compensate in (("static", "none"), ("static", "affine"), ("input", "affine")):
+        found = run_json(
+            "prune", vit, "--analysis", vit_analysis, "--max-size", 1, "--scope", scope,
+            "--compensate", compensate, "-o", tmp_path / "o.safetensors", "--force",
+        )  # fmt: skip
+        assert {layer["k"] for layer in found["plan"].values()} == {64}
+        assert found["model"]["bytes"] == found["full_model"]["bytes"]
 
 
 def test_a_static_budget_needs_an_analysis(vit, run, tmp_path):

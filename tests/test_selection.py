@@ -69,3 +69,32 @@ def test_what_is_lost_in_any_case_changes_the_choice():
 def test_equal_experts_are_kept_the_same_way_each_time():
     assert best_kept(torch.ones(5, 5), 5, 2) == best_kept(torch.ones(5, 5), 5, 2)
     assert best_kept(torch.zeros(5, 5), 5, 2) == best_kept(torch.zeros(5, 5), 5, 2)
+
+
+def renormed_error(gram: Tensor, n: int, mass: Tensor, dropped) -> float:
+    left = 1 - sum(float(mass[j]) for j in dropped)
+    return error(gram, n, dropped) / max(left, 1e-12) ** 2
+
+
+@pytest.mark.parametrize("k", range(1, 8))
+def test_the_mass_that_is_kept_divides_the_error(k):
+    n, best = 8, 0
+    for seed in range(20):
+        gram = random_gram(n, 0, seed)
+        mass = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(0)
+        order, errors = drop_order(gram, n, mass)
+        assert errors[n - k] == pytest.approx(renormed_error(gram, n, mass, order[: n - k]))
+        kept = best_kept(gram, n, k, mass)
+        dropped = set(range(n)) - set(kept)
+        found = renormed_error(gram, n, mass, dropped)
+        for out in dropped:
+            for into in kept:
+                assert renormed_error(gram, n, mass, dropped - {out} | {into}) >= found * (1 - 1e-6)
+        least = min(renormed_error(gram, n, mass, rest) for rest in combinations(range(n), n - k))
+        best += found <= least * (1 + 1e-6)
+    assert best >= 16
+
+
+def test_of_two_experts_that_lose_the_same_the_lighter_one_is_dropped():
+    gram = torch.eye(3)
+    assert best_kept(gram, 3, 1, torch.tensor([0.2, 0.5, 0.3])) == (1,)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,13 +25,18 @@ from moeprune.gate import GATES, check_limits, judge
 from moeprune.output import Reporter, check_choice, warn
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep
 
+if TYPE_CHECKING:
+    from moeprune.sweep import Variant
+
+JUDGED = tuple(gate.name for gate in GATES)
 DISPLACES = {
-    "sweep": ("baseline", *(gate.name for gate in GATES)),
-    "frontier": ("baseline", *(gate.name for gate in GATES), "scope", "signal", "compensate"),
+    "sweep": ("baseline", "confidence", *JUDGED),
+    "frontier": ("baseline", "confidence", *JUDGED, "scope", "signal", "compensate"),
 }
 NEEDS = {
     **dict.fromkeys(("analysis", "scope", "signal", "compensate"), ("sweep", "frontier")),
     "latency_batch": ("latency",),
+    "confidence": JUDGED,
 }
 
 
@@ -91,6 +97,13 @@ def eval(
             help="Gate, with --latency: times as fast as the baseline, at all batch sizes (the worst counts)."
         ),
     ] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            help="With gates: each judges the one-sided bound of its value at this level, such as 0.95, in"
+            " place of the value itself."
+        ),
+    ] = None,
     model: Factory = None,
     split: Split = None,
     preprocess: Preprocess = None,
@@ -120,17 +133,19 @@ def eval(
         for option, given in sweep_only.items():
             if given:
                 raise MoepruneError(f"`{option}` goes with `--sweep`", "add `--sweep 1/16,1/8,1/4`")
-        check_limits(limits, has_baseline=baseline is not None, has_latency=latency)
+        check_limits(limits, baseline is not None, latency, confidence)
         keeps = []
     else:
-        _check_sweep(reporter, frontier, sweep_only, baseline, latency, limits)
+        gates = [*limits.values(), confidence]
+        _check_sweep(reporter, frontier, sweep_only, baseline, latency, gates)
         keeps = [] if sweep is None else [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
     from moeprune import evaluation, report
     from moeprune.calibration import load_analysis
+    from moeprune.compensation import MAX_REGRESSORS
     from moeprune.frontier import KEEPS, on_frontier, variants
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
     from moeprune.plot import plot_frontier
-    from moeprune.sweep import grid, scopes_of
+    from moeprune.sweep import grid, scopes_of, without_large_refits
     from moeprune.sweep import sweep as run_sweep
 
     latency_batches = latency_batch or BATCH_SIZES
@@ -141,13 +156,20 @@ def eval(
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
     if analysis is not None:
         first, *others = scopes_of(loaded)
+        todo: Sequence[Variant]
+        labels: Sequence[str | None]
         if frontier is not None:
             labels, todo = zip(*variants(keeps or KEEPS, (first, *others)), strict=True)
         else:
             scopes = scope or (first, *others)
-            todo = tuple(
-                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS, control_scope=first)
+            todo, left_out = without_large_refits(
+                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS, first), loaded
             )
+            if left_out:
+                shares = ", ".join(dict.fromkeys(str(variant.keep) for variant in left_out))
+                warn(
+                    f"`refit` is left out at {shares}: it would take more than {MAX_REGRESSORS:,} regressors"
+                )
             labels = (None,) * len(todo)
         measured_batches = latency_batches if latency else None
         results = run_sweep(loaded, todo, load_analysis(analysis), dataset, seed, runtime, measured_batches)
@@ -175,7 +197,7 @@ def eval(
             f" {report.percent(entry['accuracy'])} of its {entry['samples']} samples, while the average"
             f" accuracy changed by {report.points(-found['difference']['accuracy_drop'])}"
         )
-    found["gates"] = judge(found, limits)
+    found["gates"] = judge(found, limits, confidence)
     found["passed"] = all(gate["passed"] for gate in found["gates"])
     reporter.emit(found, report.evaluation)
     return 0 if found["passed"] else 1
@@ -187,11 +209,11 @@ def _check_sweep(
     sweep_only: dict[str, Any],
     baseline: Path | None,
     latency: bool,
-    limits: dict[str, float | None],
+    gates: list[float | None],
 ) -> None:
     """Refuse what does not go with `--sweep` or `--frontier`."""
     which = "--sweep" if frontier is None else "--frontier"
-    if baseline is not None or any(limit is not None for limit in limits.values()):
+    if baseline is not None or any(value is not None for value in gates):
         raise MoepruneError(
             f"`{which}` prunes the full model in many ways: it takes no `--baseline` and no gates",
             "give them to an eval of the checkpoint that you choose",

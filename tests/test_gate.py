@@ -1,0 +1,364 @@
+"""Gates with confidence: bounds against SciPy, published figures and simulation, and eval's verdicts."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from scipy.stats import beta, binom, binomtest, bootstrap, norm
+
+import moeprune
+from moeprune.errors import MoepruneError
+from moeprune.evaluation import predict
+from moeprune.evidence import Drop, Median, Share, samples_needed
+from moeprune.gate import check_limits, judge
+from moeprune.intervals import drop_at_most, median_at_least, paired_difference, share_at_least
+from moeprune.runtime import Runtime
+
+LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99, 0.9999)
+GATE_KEYS = {
+    "name", "limit", "value", "passed", "reason", "confidence", "bound", "samples", "samples_needed",
+}  # fmt: skip
+
+
+# --- bounds of shares ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("right", "samples"),
+    [(0, 1), (1, 1), (0, 9), (9, 9), (1, 30), (3, 7), (95, 100), (1, 1000), (539, 540), (78_123, 100_000)],
+)
+def test_bound_of_a_share_is_scipys_exact_one(right, samples, level):
+    exact = binomtest(right, samples, alternative="greater").proportion_ci(level, method="exact").low
+    assert share_at_least(right, samples, level) == pytest.approx(exact, rel=1e-9, abs=1e-12)
+    assert Share(right, samples).bound(level) == share_at_least(right, samples, level)
+
+
+def test_bound_of_rates_carried_over_to_other_numbers_of_samples_is_a_beta_quantile():
+    generator = random.Random(0)
+    for _ in range(300):
+        samples = 10 ** generator.uniform(0.5, 7)
+        right = generator.choice([generator.uniform(1, samples), samples - generator.random() ** 4])
+        level = generator.choice(LEVELS)
+        exact = beta.ppf(1 - level, right, samples - right + 1)
+        assert share_at_least(right, samples, level) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("samples", [1, 5, 20, 100])
+def test_a_share_below_its_limit_passes_no_more_often_than_the_level_says(samples, level):
+    """By exact enumeration at the worst true shares, those right at a bound."""
+    counts = np.arange(samples + 1)
+    bounds = np.array([share_at_least(int(right), samples, level) for right in counts])
+    for share in bounds[1:]:
+        passes = binom.pmf(counts, samples, share)[bounds >= share].sum()
+        assert passes <= 1 - level + 1e-9
+
+
+# --- bounds of paired drops ----------------------------------------------------------------------
+
+
+def test_bound_of_a_drop_is_the_end_of_the_published_two_sided_interval_at_twice_the_error():
+    """Newcombe 1998; and Altman et al. 2000, table 6.2, where nothing is won: 5 lost of 41 are exact."""
+    assert Drop(36, 12, 2, 0).bound(0.975) == pytest.approx(0.3404, abs=5e-5)
+    exact = binomtest(5, 41, alternative="less").proportion_ci(0.975, method="exact").high
+    assert Drop(14, 5, 0, 22).bound(0.975) == pytest.approx(exact)
+    assert exact > 0.2265
+
+
+@pytest.mark.parametrize(
+    "table", [(1, 0, 0, 0), (0, 0, 0, 1), (80, 0, 0, 0), (0, 0, 0, 80), (70, 0, 0, 10), (97, 3, 0, 0)]
+)
+def test_without_a_won_input_the_bound_of_a_drop_is_never_below_the_exact_one(table):
+    """No input that only one model predicts right shows little where there are few inputs."""
+    for level in LEVELS:
+        samples, lost = sum(table), table[1]
+        exact = beta.ppf(level, lost + 1, samples - lost) if lost < samples else 1
+        assert Drop(*table).bound(level) >= exact - 1e-9
+    assert Drop(*table).bound(0.95) > (0.9 if sum(table) == 1 else 0.036)
+
+
+def test_a_model_that_loses_everything_has_the_whole_drop_as_its_bound():
+    assert Drop(0, 7, 0, 0).bound(0.95) == 1
+
+
+def test_a_better_model_may_have_a_drop_below_zero_for_sure():
+    assert Drop(400, 10, 60, 61).bound(0.95) < 0
+
+
+@pytest.mark.parametrize("level", [0.8, 0.9, 0.95])
+def test_a_drop_beyond_its_limit_passes_about_as_rarely_as_the_level_says(level):
+    """By simulation, at a true drop right at the limit, from models that hardly differ to ones that do."""
+    generator = np.random.default_rng(0)
+    rates = []
+    for samples in (100, 531):
+        for full, limit, won in (
+            (0.98, 0.01, 0.002), (0.98, 0.01, 0.01), (0.95, 0.02, 0.01), (0.9, 0.05, 0.005),
+            (0.75, 0.02, 0.06), (1.0, 0.02, 0.0), (1.0, 0.005, 0.0), (0.5, 0.02, 0.0),
+        ):  # fmt: skip
+            lost = limit + won
+            shares = (full - lost, lost, won, 1 - full - won)
+            tables, counts = np.unique(
+                generator.multinomial(samples, shares, 1000), axis=0, return_counts=True
+            )
+            passes = [drop_at_most(*map(int, table), level) <= limit for table in tables]
+            rates.append(counts[passes].sum() / 1000)
+    assert max(rates) < 1.35 * (1 - level) + 0.01
+    assert np.mean(rates) > 0.25 * (1 - level)
+
+
+@pytest.fixture(scope="module")
+def paired(single):
+    """Whether the full model and a pruned one are right on each test digit, two arrays of 0 and 1."""
+    full = moeprune.load(single)
+    pruned = moeprune.prune(full, keep="1/8", scope="input")
+    data = moeprune.open_data("digits:test", full.input_format)
+    return [
+        predictions.correct.numpy().astype(float)
+        for predictions in predict([full, pruned], data, Runtime("cpu"))
+    ]
+
+
+def test_bound_of_a_drop_on_real_predictions_is_near_a_paired_bootstraps(paired):
+    full, pruned = paired
+    pruned = pruned * (np.arange(len(pruned)) % 9 > 0)  # a clear drop: a bootstrap is good for no other
+    cells = [int(((full == f) & (pruned == p)).sum()) for f, p in ((1, 1), (1, 0), (0, 1), (0, 0))]
+    for level in (0.9, 0.95, 0.99):
+        found = bootstrap(
+            (full, pruned), lambda f, p, axis: (f - p).mean(axis), paired=True, vectorized=True,
+            confidence_level=level, alternative="less", method="BCa", n_resamples=4000,
+            rng=np.random.default_rng(0),
+        ).confidence_interval.high  # fmt: skip
+        assert Drop(*cells).bound(level) == pytest.approx(found, abs=0.004)
+        assert Drop(*cells).bound(level) > (full - pruned).mean()
+
+
+# --- bounds of medians ---------------------------------------------------------------------------
+
+
+def test_bound_of_a_median_is_the_order_statistic_of_the_binomial_distribution():
+    generator = np.random.default_rng(0)
+    for count in (1, 4, 5, 7, 8, 57, 200):
+        values = generator.lognormal(size=count)
+        for level in LEVELS:
+            allowed = [rank for rank in range(count) if binom.cdf(rank, count, 0.5) <= 1 - level + 1e-15]
+            expected = np.sort(values)[allowed[-1]] if allowed else 0
+            assert median_at_least(list(values), level) == expected
+
+
+def test_bound_of_a_median_lies_above_it_as_rarely_as_the_level_says():
+    generator = np.random.default_rng(1)
+    for count, level in ((7, 0.9), (20, 0.95), (60, 0.95)):
+        draws = generator.lognormal(size=(2000, count))  # a median of 1
+        above = np.mean([median_at_least(list(values), level) > 1 for values in draws])
+        rates = binom.cdf(range(count), count, 0.5)
+        assert above == pytest.approx(rates[rates <= 1 - level].max(), abs=0.015)
+
+
+# --- what is common to all -----------------------------------------------------------------------
+
+
+def observations(seed):
+    """Random evidence of each kind, with a limit that its value keeps by some margin."""
+    generator = random.Random(seed)
+    samples = generator.choice([1, 7, 40, 300, 3000])
+    right = round(samples * generator.uniform(0.5, 1))
+    yield Share(right, samples), right / samples - generator.uniform(0.01, 0.1)
+    both = generator.randint(0, samples)
+    lost = generator.randint(0, (samples - both) // 4)
+    won = generator.randint(0, (samples - both) // 4)
+    drop = Drop(both, lost, won, samples - both - lost - won)
+    yield drop, (lost - won) / samples + generator.uniform(0.01, 0.1)
+    values = [generator.lognormvariate(0.5, 0.3) for _ in range(generator.choice([7, 20, 101]))]
+    yield Median(values), sorted(values)[len(values) // 3]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bounds_are_against_the_model_the_more_so_the_higher_the_level(seed):
+    for evidence, limit in observations(seed):
+        bounds = [evidence.bound(level) for level in LEVELS]
+        assert bounds == sorted(bounds, reverse=not isinstance(evidence, Drop))
+        for level, bound in zip(LEVELS, bounds, strict=True):
+            is_kept = bound <= limit if isinstance(evidence, Drop) else bound >= limit
+            assert evidence.keeps(limit, level, evidence.samples) is is_kept
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_so_many_samples_as_are_needed_decide_and_one_fewer_does_not(seed):
+    for evidence, limit in observations(seed):
+        for level in (0.8, 0.95, 0.99):
+            if evidence.keeps(limit, level, evidence.samples):
+                continue
+            needed = samples_needed(evidence, limit, level)
+            assert needed > evidence.samples
+            assert evidence.keeps(limit, level, needed)
+            assert not evidence.keeps(limit, level, needed - 1)
+            times = -(-needed // evidence.samples)
+            if isinstance(evidence, Share):
+                assert Share(evidence.successes * times, evidence.samples * times).bound(level) >= limit
+            elif isinstance(evidence, Drop):
+                cells = (evidence.both, evidence.lost, evidence.won, evidence.neither)
+                assert Drop(*(times * cell for cell in cells)).bound(level) <= limit
+            else:
+                assert Median(list(evidence.values) * times).bound(level) >= limit
+
+
+def test_samples_needed_are_those_of_the_formula_where_there_is_one():
+    """All right: 0.98^149 is the first power below 5 %. No input that differs: the same of one per cent."""
+    assert samples_needed(Share(10, 10), 0.98, 0.95) == 149
+    assert samples_needed(Drop(10, 0, 0, 0), 0.01, 0.95) == 299
+    assert samples_needed(Median([2.0]), 1.0, 0.95) == 5
+    share, limit = 0.9, 0.89
+    approximate = norm.ppf(0.95) ** 2 * share * (1 - share) / (share - limit) ** 2
+    assert samples_needed(Share(90, 100), limit, 0.95) == pytest.approx(approximate, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "limit"),
+    [
+        (Share(10, 10), 1.0),
+        (Share(90, 100), 0.9),
+        (Drop(90, 0, 0, 10), 0.0),
+        (Drop(90, 3, 2, 5), 0.01),
+        (Median([1.0, 1.0, 2.0, 2.0]), 1.5),
+    ],
+)
+def test_no_number_of_samples_shows_what_is_met_exactly(evidence, limit):
+    assert samples_needed(evidence, limit, 0.95) is None
+
+
+# --- verdicts ------------------------------------------------------------------------------------
+
+
+def evaluation(right, lost, samples=100):
+    """What an evaluation says of a model that is right on so many samples and lost some of the full one's."""
+    outcomes = {"both": right, "lost": lost, "won": 0, "neither": samples - right - lost}
+    return {
+        "data": {"samples": samples},
+        "model": {"accuracy": right / samples},
+        "difference": {
+            "accuracy_drop": lost / samples, "agreement": (samples - lost) / samples, "outcomes": outcomes,
+            "size_reduction": 0.5, "flops_reduction": 0.25,
+        },
+    }  # fmt: skip
+
+
+def test_a_gate_is_missed_undecided_or_passed():
+    limits = {"min_accuracy": 0.9}
+    for right, reason in ((89, "missed"), (91, "undecided"), (97, None)):
+        [gate] = judge(evaluation(right, 0), limits, 0.95)
+        assert set(gate) == GATE_KEYS
+        assert (gate["reason"], gate["passed"]) == (reason, reason is None)
+        assert gate["bound"] == share_at_least(right, 100, 0.95) < gate["value"]
+        assert (gate["confidence"], gate["samples"]) == (0.95, 100)
+        assert (gate["samples_needed"] is not None) is (reason == "undecided")
+        [without] = judge(evaluation(right, 0), limits)
+        assert without["passed"] is (reason != "missed")
+        assert [without[key] for key in ("confidence", "bound", "samples", "samples_needed")] == [None] * 4
+
+
+def test_a_drop_is_judged_on_the_same_inputs():
+    [gate] = judge(evaluation(90, 1), {"max_accuracy_drop": 0.02}, 0.95)
+    assert gate["value"] == 0.01
+    assert gate["bound"] >= paired_difference(90, 1, 0, 9, norm.ppf(0.95))[1]
+    assert gate["reason"] == "undecided"
+
+
+def test_exact_figures_are_judged_as_they_are():
+    gates = judge(evaluation(90, 1), {"min_size_reduction": 0.5, "min_flops_reduction": 0.26}, 0.95)
+    assert [(gate["name"], gate["passed"], gate["reason"]) for gate in gates] == [
+        ("min_flops_reduction", False, "missed"), ("min_size_reduction", True, None),
+    ]  # fmt: skip
+    for gate in gates:
+        assert [gate[key] for key in ("confidence", "bound", "samples", "samples_needed")] == [None] * 4
+
+
+def test_one_half_asks_for_no_more_than_the_median_value():
+    """Of 100 right of 100, a share of which as many are right every other time."""
+    [gate] = judge(evaluation(100, 0), {"min_accuracy": 0.99}, 0.5)
+    assert gate["passed"]
+    assert gate["bound"] ** 100 == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.49, 1.0, 2.0, -1.0, float("nan"), float("inf")])
+def test_a_confidence_that_is_none_is_refused(confidence):
+    with pytest.raises(MoepruneError, match=r"`--confidence .*` is not within 0.5 and 1"):
+        check_limits({"min_accuracy": 0.5}, False, False, confidence)
+
+
+# --- eval ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pruned(single, single_analysis, run, tmp_path_factory):
+    """`single` with 1/8 of its experts, repaired."""
+    path = tmp_path_factory.mktemp("gate") / "pruned.safetensors"
+    words = ("--keep", "1/8", "--signal", "gram", "--compensate", "affine")
+    assert run("prune", single, "--analysis", single_analysis, *words, "-o", path).code == 0
+    return path
+
+
+@pytest.mark.parametrize(("limit", "passed"), [(100, False), (None, True)])
+def test_a_hundred_digits_cannot_show_what_all_of_them_do(limit, passed, pruned, single, run):
+    few = () if limit is None else ("--limit", limit)
+    words = (
+        "eval", pruned, "--data", "digits", "--baseline", single, *few, "--confidence", 0.95,
+        "--max-accuracy-drop", 0.015, "--min-accuracy", 0.95, "--min-size-reduction", 0.5,
+    )  # fmt: skip
+    result = run(*words, "--output-format", "json")
+    found = json.loads(result.stdout)
+    gates = {gate["name"]: gate for gate in found["gates"]}
+    assert result.code == (0 if passed else 1)
+    assert found["passed"] is passed
+    drop = gates["max_accuracy_drop"]
+    assert drop["reason"] == (None if passed else "undecided")
+    assert drop["value"] <= 0.015
+    assert (drop["bound"] <= 0.015) is passed
+    assert drop["bound"] == drop_at_most(**found["difference"]["outcomes"], confidence=0.95)
+    assert drop["samples"] == found["data"]["samples"]
+    assert gates["min_size_reduction"]["passed"]
+    cells = found["difference"]["outcomes"]
+    assert found["model"]["accuracy"] == (cells["both"] + cells["won"]) / sum(cells.values())
+    assert len(found["forgetting"]["lost"]) == cells["lost"]
+    text = run(*words).stdout
+    assert ("FAILED: 100 samples cannot show it, about" in text) is not passed
+    assert "bound at 95 %" in text
+    at = words.index("--confidence")
+    assert run(*words[:at], *words[at + 2 :]).code == 0
+
+
+def test_the_same_model_shows_no_drop_of_zero_however_many_samples(single, run):
+    words = ("--baseline", single, "--limit", 50, "--max-accuracy-drop", 0, "--confidence", 0.9)
+    result = run("eval", single, "--data", "digits", *words)
+    assert result.code == 1
+    assert "FAILED: 50 samples cannot show it, nor would more like them" in result.stdout
+
+
+def test_a_missed_limit_is_told_as_such(single, run):
+    result = run("eval", single, "--data", "digits", "--min-accuracy", 0.99, "--confidence", 0.9)
+    assert (result.code, result.stdout.split()[-1]) == (1, "FAILED")
+
+
+@pytest.mark.parametrize("confidence", ["0", "1", "nan", "-1", "2", "0.05", "inf"])
+def test_a_wrong_confidence_is_refused_before_any_work(confidence, run):
+    words = ("--data", "digits", "--min-accuracy", 0.5, f"--confidence={confidence}")
+    result = run("eval", "none.safetensors", *words)
+    assert (result.code, result.stdout) == (2, "")
+    assert f"`--confidence {float(confidence)}` is not within 0.5 and 1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--confidence", "high", "--min-accuracy", 0.5), "--confidence"),
+        (("--confidence", 0.95), "`--confidence` goes with a gate"),
+        (("--confidence", 0.95, "--sweep", "1/8", "--analysis", "a.safetensors"), "no gates"),
+    ],
+)
+def test_a_confidence_without_sense_is_refused(words, message, run):
+    result = run("eval", "none.safetensors", "--data", "digits", *words)
+    assert (result.code, result.stdout) == (2, "")
+    assert message in result.stderr
