@@ -148,10 +148,7 @@ class Reporter:
         if self.output_file is not None:
             write_text(self.output_file, text)
         else:
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print_out(text)
         if self.summary is not None:
             from moeprune.markdown import to_markdown
 
@@ -177,6 +174,22 @@ class Reporter:
 
         on_terminal = self.output_file is None and sys.stdout.isatty()
         return to_text(describe(found), shutil.get_terminal_size().columns if on_terminal else None)
+
+
+def print_out(text: str) -> None:
+    """Write to stdout, at once.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more; nothing is written to stdout from then on.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = None
+        raise
 
 
 def summary_file() -> Path:

@@ -29,6 +29,7 @@ from moeprune.model import SoftMoEViT, soft_moe_layers
 from moeprune.output import FORMATS, Reporter
 from moeprune.plan import LayerPlan
 from moeprune.tensors import tensor_shapes
+from tests.schemas import complaints
 
 SCOPES = ("static", "input", "batch")
 COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine")
@@ -757,6 +758,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
     assert files == expected
     summary = json.loads((output / "summary.json").read_text())
     assert set(summary) == {"schema_version", "models", "environment"}
+    assert complaints("demo", summary) == []
     assert set(summary["models"]) == {"single", "vit"}
     for name, shipped in (("single", single), ("vit", vit)):
         assert (output / name / "full.safetensors").read_bytes() == shipped.read_bytes()
@@ -777,6 +779,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
         for file in names:
             found = json.loads((output / name / f"{file}.json").read_text())
             assert set(found) == EVAL_KEYS
+            assert complaints("eval", found) == []
             scope, compensate, share = file.split("-", 2)
             signal = "gram" if compensate == "affine" else "combine"
             row = of[share.replace("-", "/"), scope, signal, compensate]
@@ -956,7 +959,7 @@ def test_what_nobody_expected_exits_with_2_and_a_traceback(run):
         result = run("explode")
     finally:
         app.registered_commands.pop()
-        command.options_of.pop("explode")
+        command.rules_of.pop("explode")
     assert (result.code, result.stdout) == (2, "")
     assert "ZeroDivisionError: boom" in result.stderr
     assert result.stderr.rstrip().splitlines()[-1].startswith("error: moeprune failed")

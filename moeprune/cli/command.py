@@ -4,6 +4,7 @@ how what it raises becomes an exit code.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -11,9 +12,10 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, get_args, get_origin
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -23,7 +25,7 @@ from moeprune import __version__
 from moeprune.cli.options import Force, OutputFile, OutputFormat, Quiet, Summary, Verbose
 from moeprune.configuration import Configuration, Option, read_configuration
 from moeprune.errors import MoepruneError
-from moeprune.output import Reporter, logger, messages, summary_file, warn
+from moeprune.output import Reporter, logger, messages, print_out, summary_file, warn
 
 Names = Mapping[str, Sequence[str]]
 """Options by the name of another option, as parameters: with underscores."""
@@ -31,29 +33,44 @@ Names = Mapping[str, Sequence[str]]
 RANKS = {"COMMANDLINE": 3, "ENVIRONMENT": 2, "DEFAULT_MAP": 1}
 """Where an option's value may come from: of the higher rank counts."""
 
-options_of: dict[str, dict[str, Option]] = {}
-"""What may stand in a configuration: by command, by option name with hyphens."""
+OF_ALL = {"quiet": ("verbose",), "verbose": ("quiet",)}
+"""What displaces what in every command."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the options of a command get their values.
+
+    options: what may stand in a configuration, by option name with hyphens.
+    displaces: options that do not go with another, and give way if that is given in a place that counts more:
+        `--keep` to the `max-size` of a file.
+    needs: options that are left out if none of those that they go with is given, and they were not asked for
+        on the command line.
+    """
+
+    options: Mapping[str, Option]
+    displaces: Names
+    needs: Names
+
+
+rules_of: dict[str, Rules] = {}
+"""By command."""
 
 
 class Command(TyperCommand):
-    """A command whose options come from the command line, the environment, a file or their defaults.
+    """A command whose options come from the command line, the environment, a file or their defaults."""
 
-    displaces: options that do not go with another, and give way if that is given in a place that counts more:
-        `--keep` to the `max-size` of a file. needs: options that are left out if none of those that they go
-        with is given, and they were not asked for on the command line.
-    """
-
-    displaces: ClassVar[Names] = {}
-    needs: ClassVar[Names] = {}
+    def __init__(self, name: str | None, **settings: Any):
+        super().__init__(name, **settings)
+        for option in self.params:
+            if isinstance(option, TyperOption):
+                option.envvar, option.show_envvar = variables(str(name), option.name), False
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
         """Take what the command line does not say from the environment and the configuration."""
         if set(args).isdisjoint(context.help_option_names):
             context.meta["configuration"] = configure(context.find_root().params["config"])
             context.default_map = default_map(context.meta["configuration"], context.info_name)
-            for option in self.params:
-                if isinstance(option, TyperOption):
-                    option.envvar, option.show_envvar = variables(context.info_name, option.name), False
         try:
             rest = super().parse_args(context, args)
         except typer.BadParameter as error:
@@ -80,11 +97,12 @@ class Command(TyperCommand):
             context.set_parameter_source(name, None)
             context.params[name] = options[name].process_value(context, options[name].default)
 
-        for name, others in self.displaces.items():
+        rules = rules_of[context.info_name]
+        for name, others in {**OF_ALL, **rules.displaces}.items():
             for other in others:
                 if 0 < rank(other) < rank(name):
                     leave_out(other, f"it does not go with `{dashed(name)}`")
-        for name, others in self.needs.items():
+        for name, others in rules.needs.items():
             if 0 < rank(name) < RANKS["COMMANDLINE"] and not any(rank(other) for other in others):
                 leave_out(name, f"it goes with `{dashed(others[0])}`")
 
@@ -104,7 +122,7 @@ def configure(path: Path | None) -> Configuration:
     wrong.
     """
     try:
-        return read_configuration(path, options_of)
+        return read_configuration(path, {command: rules.options for command, rules in rules_of.items()})
     except MoepruneError as error:
         _fail(f"error: {error}\n")
 
@@ -138,7 +156,7 @@ def unknown_variables(commands: Iterable[str]) -> Iterator[str]:
     """What to say of variables that are to set options of these commands, and set none."""
     for command in commands:
         prefix = f"MOEPRUNE_{command}_".upper()
-        known = [variables(command, name.replace("-", "_"))[0] for name in options_of[command]]
+        known = [variables(command, name.replace("-", "_"))[0] for name in rules_of[command].options]
         for name in sorted(os.environ):
             if name.startswith(prefix) and name not in known:
                 near = get_close_matches(name, known, n=1)
@@ -174,12 +192,14 @@ def reporter_of(
     return Reporter(command, output_format, output_file, appended, not quiet, force, warnings)
 
 
-def add_command(function: Callable[..., int | None], displaces: Names = {}, needs: Names = {}) -> None:  # noqa: B006
+def add_command(
+    function: Callable[..., int | None], displaces: Names | None = None, needs: Names | None = None
+) -> None:
     """Add a command that returns its exit code, None for 0; what it raises is mapped to exit codes.
 
     Args:
         function: takes a `reporter` beside its own options.
-        displaces: see Command, as needs.
+        displaces: see Rules, as needs.
     """
     name = function.__name__
     own = inspect.signature(function, eval_str=True).parameters
@@ -195,7 +215,7 @@ def add_command(function: Callable[..., int | None], displaces: Names = {}, need
     def run(context: typer.Context, **values: Any) -> None:
         try:
             with messages(values["quiet"], values["verbose"]) as warnings:
-                for warning in unknown_variables([name] if name != "config" else options_of):
+                for warning in unknown_variables([name] if name != "config" else rules_of):
                     warn(warning)
                 for left_out in context.meta["left_out"]:
                     logger.info(left_out)
@@ -208,10 +228,10 @@ def add_command(function: Callable[..., int | None], displaces: Names = {}, need
             if values["output_format"] == "github" and values["output_file"] is None:
                 from moeprune.annotations import annotation
 
-                sys.stdout.write(annotation("error", f"moeprune {name}", str(error)) + "\n")
+                with contextlib.suppress(BrokenPipeError):
+                    print_out(annotation("error", f"moeprune {name}", str(error)) + "\n")
             _fail(f"error: {_with_origins(error, context)}\n")
         except BrokenPipeError:
-            sys.stdout = None  # nobody reads it any more
             raise typer.Exit(2) from None
         except Exception as error:
             if _is_out_of_memory(error):
@@ -222,14 +242,13 @@ def add_command(function: Callable[..., int | None], displaces: Names = {}, need
 
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters.values()}
-    options_of[name] = {
+    options = {
         key.replace("_", "-"): option
         for key, parameter in parameters.items()
         if (option := _option(parameter.annotation)) is not None
     }
-    of_all = {"quiet": ("verbose",), "verbose": ("quiet",)}
-    attributes = {"displaces": {**displaces, **of_all}, "needs": needs}
-    app.command(name, cls=type("Command", (Command,), attributes))(run)
+    rules_of[name] = Rules(options, displaces or {}, needs or {})
+    app.command(name, cls=Command)(run)
 
 
 def _option(annotation: Any) -> Option | None:

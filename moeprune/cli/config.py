@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperOption
 
-from moeprune.cli.command import default_map, place, variables
+from moeprune.cli.command import default_map, place
 from moeprune.output import Reporter
 
 SOURCES = {"ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
@@ -40,7 +40,6 @@ def _in_force(name: str, command: Any, context: typer.Context) -> dict[str, Any]
     for option in command.params:
         if not isinstance(option, TyperOption):
             continue
-        option.envvar = variables(name, option.name)
         value, source = option.consume_value(of_command, {})
         of_command.set_parameter_source(option.name, source)
         if source.name != "DEFAULT":
