@@ -50,10 +50,10 @@ def _escape(text: str) -> str:
 
 
 def _in_short(document: Document) -> Iterator[str]:
-    """Its title, facts and lines; an annotation has no room for tables."""
+    """Its title, facts and lines; an annotation has no room for tables of more than two columns."""
     yield document.title
     for block in document.blocks:
-        if isinstance(block, Facts):
-            yield from (f"{label}: {text}" for label, text in block.rows)
-        elif isinstance(block, Lines):
+        if isinstance(block, Lines):
             yield from block.lines
+        elif isinstance(block, Facts) or len(block.columns) == 2:
+            yield from (f"{row[0]}: {row[1]}" for row in block.rows if row is not None)

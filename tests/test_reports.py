@@ -220,6 +220,12 @@ def test_what_was_found_is_a_notice(run, calls, command):
     assert message.splitlines()[0] == run(*calls[command]).stdout.splitlines()[0]
 
 
+def test_a_notice_of_an_eval_without_baseline_has_the_accuracy(run, single):
+    result = run("eval", single, "--data", "digits", "--output-format", "github")
+    [(_, _, message)] = annotations(result.stdout)
+    assert re.search(r"^accuracy: 98\.\d\d % ", message, flags=re.MULTILINE)
+
+
 def test_an_error_is_an_annotation_too(run, tmp_path):
     result = run("inspect", "missing", "--output-format", "github")
     assert result.code == 2
