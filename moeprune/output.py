@@ -125,17 +125,20 @@ class Reporter:
         if self.output_file is not None:
             check_output(self.output_file, self.force)
 
-    def check_outputs(self, *paths: Path | None) -> None:
-        """Refuse what a command is to write, before any work is done for it; what is None is not written."""
-        names = {} if self.output_file is None else {os.path.realpath(self.output_file): "`--output-file`"}
-        for path in paths:
+    def check_outputs(self, **paths: Path | None) -> None:
+        """Refuse what a command is to write, before any work is done for it.
+
+        Args:
+            paths: by the options that name them, with underscores; None is not written.
+        """
+        options: dict[str, str] = {}
+        for name, path in {**paths, "output_file": self.output_file}.items():
             if path is None:
                 continue
             check_output(path, self.force)
-            real = os.path.realpath(path)
-            if real in names:
-                raise MoepruneError(f"{names[real]} and another are both `{path}`", "give another path")
-            names[real] = "one output"
+            option = "--" + name.replace("_", "-")
+            if options.setdefault(os.path.realpath(path), option) != option:
+                raise MoepruneError(f"`{option}` and another output are both `{path}`", "give another path")
 
     def emit(self, found: Mapping[str, Any], describe: Callable[[Mapping[str, Any]], Document]) -> None:
         """Give the report, to a file or to stdout, and append it to the summary.

@@ -40,7 +40,7 @@ def analyze(
 
     Runs calibration data through an unpruned checkpoint, once.
     """
-    reporter.check_outputs(output)
+    reporter.check_outputs(output=output)
     from moeprune import calibration, report
     from moeprune.statistics import summarize
 

@@ -12,6 +12,7 @@ from moeprune.errors import MoepruneError
 from moeprune.output import Reporter, check_choice
 
 DISPLACES = {"model": ("source_arg",)}
+"""See moeprune.cli.command.Rules, like NEEDS."""
 NEEDS = {"model_arg": ("model",), "input_shape": ("model",)}
 
 
@@ -68,7 +69,7 @@ def convert(
 
     Proves on random images that the library's own model computes the same, where it is installed.
     """
-    reporter.check_outputs(output)
+    reporter.check_outputs(output=output)
     from moeprune.sources import LAYER_LIBRARIES, SOURCES
     from moeprune.sources.given import parse_settings
 

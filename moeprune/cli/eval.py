@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from moeprune.sweep import Variant
 
 JUDGED = tuple(gate.name for gate in GATES)
+"""Options that set limits."""
 DISPLACES = {
     "sweep": ("baseline", "confidence", *JUDGED),
     "frontier": ("baseline", "confidence", *JUDGED, "scope", "signal", "compensate"),
 }
+"""See moeprune.cli.command.Rules, like NEEDS."""
 NEEDS = {
     **dict.fromkeys(("analysis", "scope", "signal", "compensate"), ("sweep", "frontier")),
     "latency_batch": ("latency",),
@@ -233,5 +235,5 @@ def _check_sweep(
         return
     from moeprune.plot import check_plot
 
-    reporter.check_outputs(frontier)
+    reporter.check_outputs(frontier=frontier)
     check_plot(frontier)

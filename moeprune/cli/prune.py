@@ -24,13 +24,17 @@ from moeprune.output import Reporter, check_choice
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, is_possible, parse_keep
 
 AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
-DISPLACES = {
-    **{amount: tuple(other for other in AMOUNTS if other != amount) for amount in AMOUNTS},
+"""Options of which one says how many experts are kept."""
+OTHERS = {
+    "plan": ("scope", "signal", "compensate"),
+    "max_accuracy_drop": ("one_shot",),
     "data": ("one_shot",),
     "one_shot": ("data", "max_accuracy_drop"),
 }
-DISPLACES["plan"] += ("scope", "signal", "compensate")
-DISPLACES["max_accuracy_drop"] += ("one_shot",)
+DISPLACES = OTHERS | {
+    amount: (*(other for other in AMOUNTS if other != amount), *OTHERS.get(amount, ())) for amount in AMOUNTS
+}
+"""See moeprune.cli.command.Rules, like NEEDS."""
 NEEDS = {"split": ("data",), "limit": ("data",)}
 
 
@@ -122,7 +126,7 @@ def prune(
     """
     if output is None and save_plan is None:
         raise MoepruneError("nothing to write", "give `--output` or `--save-plan`")
-    reporter.check_outputs(output, save_plan)
+    reporter.check_outputs(output=output, save_plan=save_plan)
     amounts = {
         "--keep": keep, "--mass": mass, "--max-size": max_size, "--max-flops": max_flops,
         "--max-accuracy-drop": max_accuracy_drop, "--plan": plan,
