@@ -93,6 +93,26 @@ def expert_gram(combine_weights: Tensor, slot_outputs: Tensor, dtype: torch.dtyp
     return gram
 
 
+def renorm_gram(combine_weights: Tensor, slot_outputs: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over inputs of <C_j·(f_j - Y), C_l·(f_l - Y)> (n,n) in dtype, but for its first term <R_j, R_l>.
+
+    Args:
+        combine_weights: C (b,m,n,p).
+        slot_outputs: f (b,n,p,o).
+        output: Y (b,m,o).
+    """
+    _, _, n, p = combine_weights.shape
+    step = max(1, GRAM_WORKSPACE // (2 * (n * p) ** 2))
+    gram = combine_weights.new_zeros(n, n, dtype=dtype)
+    parts = (combine_weights.flatten(2), slot_outputs.flatten(1, 2), output)
+    for c, f, y in zip(*(part.split(step) for part in parts), strict=True):
+        with_output = c.mT @ (c * (y @ f.mT))  # C_lᵀ·(C_j∘<f_j, Y>) (b,S,S)
+        squares = (c * y.square().sum(2, keepdim=True)).mT @ c
+        slots = (squares - with_output - with_output.mT).sum(0, dtype=dtype)
+        gram += slots.view(n, p, n, p).sum((1, 3))
+    return gram
+
+
 def sums_in_bytes(layer: SoftMoE, compensation: str) -> int:
     """Bytes that both halves of a layer's sums take."""
     n, _, out = layer.slot_shape
@@ -123,9 +143,11 @@ class Contributions:
         rows = z.flatten(0, 1)
         wide = rows.to(self.power)
         self.power += wide.mT @ wide
-        shared = (z.mT @ weights.flatten(2)).unflatten(2, (n, p))  # ZᵀC (b,q,n,p)
-        of_expert = shared.permute(2, 1, 0, 3).reshape(n, -1, b * p)
-        self.cross[:n].baddbmm_(of_expert, outputs.transpose(0, 1).reshape(n, b * p, -1))
+        step = max(1, CHUNK // (z.shape[2] * n * p))
+        for some, c, f in zip(z.split(step), weights.split(step), outputs.split(step), strict=True):
+            shared = (some.mT @ c.flatten(2)).unflatten(2, (n, p))  # ZᵀC (b,q,n,p)
+            of_expert = shared.permute(2, 1, 0, 3).reshape(n, -1, len(c) * p)
+            self.cross[:n].baddbmm_(of_expert, f.transpose(0, 1).reshape(n, len(c) * p, -1))
         self.gram[:n, :n] += expert_gram(weights, outputs, self.gram.dtype)
         if gap is not None:
             gap = gap.float()

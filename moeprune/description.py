@@ -78,6 +78,8 @@ def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Deta
         expected = config.soft_moe_layers.get(name)
         if expected is None or expected.num_experts != layer.num_experts:
             raise MoepruneError(f"`{path}`: the plan of layer `{name}` does not fit the architecture")
+        if layer.merges and layer.merged_into is None:
+            raise MoepruneError(f"`{path}`: the plan of layer `{name}` lacks `merged_into`")
         if layer.scope == "static" and layer.kept is None:
             raise MoepruneError(f"`{path}`: the plan of layer `{name}` lacks `kept`")
     for key in ("source", "provenance"):

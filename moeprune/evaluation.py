@@ -56,11 +56,7 @@ def predict(
         MoepruneError: the data has no labels, or a model computes NaN or no logits for an image.
     """
     for model in models:
-        _require_logits_of_images(model)
-    if not data.has_labels:
-        raise MoepruneError(
-            f"`{data.spec}` has no labels, eval needs them", "add an array `labels` with each sample's class"
-        )
+        require_labelled_images(model, data, "eval")
     device = runtime.torch_device
     models = [private_copy(model).to(device) for model in models]
     labels: list[Tensor] = []
@@ -172,7 +168,12 @@ def describe(model: Model, predictions: Predictions) -> dict[str, Any]:
     }
 
 
-def _require_logits_of_images(model: Model) -> None:
+def require_labelled_images(model: Model, data: Dataset, who: str) -> None:
+    """Raise a MoepruneError unless the model gives logits for an image and the data has labels.
+
+    Args:
+        who: needs both.
+    """
     config = model.config
     if config.num_classes == 0:
         raise MoepruneError(
@@ -182,7 +183,11 @@ def _require_logits_of_images(model: Model) -> None:
         raise MoepruneError(
             f"the model gives logits for each of its {config.num_tokens} tokens, not for an image"
             " (`pooling` none)",
-            "analyze and prune work on it; eval needs a model that pools",
+            f"analyze and prune work on it; {who} needs a model that pools",
+        )
+    if not data.has_labels:
+        raise MoepruneError(
+            f"`{data.spec}` has no labels, {who} needs them", "add an array `labels` with each sample's class"
         )
 
 

@@ -60,6 +60,8 @@ def soft_moe_flops(
     k: float = plan.k if plan else n
     if running is not None:
         k = running
+    if plan and plan.merges:
+        k = n  # all slots run, each by the expert that its own was folded into
     routed = plan.routed_experts if plan else n
     surrogates = 0
     if plan and plan.has_surrogate:

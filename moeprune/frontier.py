@@ -17,6 +17,7 @@ METHODS = {
     ("input", "combine", "mean"): "input by combine, mean",
     ("input", "combine", "none"): "the paper's rule: input, none",
     ("static", "combine", "none"): "static by combine, none",
+    ("static", "combine", "merge"): "static by combine, merge",
     ("static", "random", "none"): "random experts: static, none",
 }
 COSTS = ("size", "flops")
@@ -32,7 +33,7 @@ def variants(keeps: Sequence[Fraction | int], scopes: Sequence[str]) -> Iterator
     for (scope, signal, compensate), label in METHODS.items():
         if scope not in scopes or not is_possible(scope, signal, compensate):
             continue
-        if scope == "static" and signal != "random":
+        if scope == "static" and signal != "random" and compensate != "merge":
             yield label, Variant(0, scope, signal, compensate)
         for keep in keeps:
             yield label, Variant(keep, scope, signal, compensate)

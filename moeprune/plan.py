@@ -11,7 +11,7 @@ from moeprune.errors import MoepruneError
 
 SCOPES = ("static", "input", "batch")
 SIGNALS = ("combine", "deviation", "gram", "random")
-COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine", "refit")
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine", "refit", "merge")
 FITTED = ("lstsq", "affine", "refit")
 """Compensations that a regression on data finds."""
 AFFINE = ("affine", "refit")
@@ -20,7 +20,9 @@ AFFINE = ("affine", "refit")
 
 def is_possible(scope: str, signal: str, compensation: str) -> bool:
     """Whether a scope, a signal and a compensation go together."""
-    return scope == "static" or (signal != "gram" and compensation != "refit")
+    if compensation == "merge" and signal == "gram":
+        return False  # what is lost by merging is no sum over pairs of experts
+    return scope == "static" or (signal != "gram" and compensation not in ("refit", "merge"))
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,12 @@ class LayerPlan:
         is taken over the kept ones (`renorm`), its mean output (`mean`), the output that fits
         the unpruned layer best (`lstsq`), or that beside a linear map of the layer's input (`affine`).
         `refit`, with scope `static` alone, does the last and fits the kept experts' second linears too.
+        `merge`, with scope `static` alone, folds dropped experts into kept ones, which run their slots too
+        (moeprune.merging).
     kept: with scope `static` the kept experts by their index in the unpruned layer, ascending; None where
         the signal is yet to choose them, which no checkpoint leaves open.
+    merged_into: with `merge`, for each dropped expert, ascending, the kept one that it is folded into; None
+        where data is yet to tell.
     mass: with scope `input`, that each input runs the fewest experts, best first, that hold this share of
         its combine mass; None: k of them.
     """
@@ -51,6 +57,7 @@ class LayerPlan:
     compensation: str
     kept: tuple[int, ...] | None = None
     mass: float | None = None
+    merged_into: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("scope", SCOPES), ("signal", SIGNALS), ("compensation", COMPENSATIONS)):
@@ -62,16 +69,18 @@ class LayerPlan:
             raise MoepruneError(f"plan: `k` and `num_experts` are {self.k!r}, {self.num_experts!r}")
         if not 0 <= self.k <= self.num_experts:
             raise MoepruneError(f"plan: `k` is {self.k}, expected 0 to {self.num_experts}")
-        if self.k == 0 and self.compensation == "renorm":
-            raise MoepruneError("plan: `renorm` needs at least one kept expert")
+        if self.k == 0 and self.compensation in ("renorm", "merge"):
+            raise MoepruneError(f"plan: `{self.compensation}` needs at least one kept expert")
         if self.mass is not None:
             if not (isinstance(self.mass, int | float) and 0 < self.mass <= 1):
                 raise MoepruneError(f"plan: `mass` is {self.mass!r}, expected a share above 0 and at most 1")
             if self.scope != "input" or self.k == 0:
                 raise MoepruneError("plan: `mass` goes with scope input, and at least one expert")
         if not is_possible(self.scope, self.signal, self.compensation):
-            what = "signal `gram` chooses" if self.signal == "gram" else "compensation `refit` is fitted to"
-            raise MoepruneError(f"plan: {what} one set for all inputs: it goes with scope static")
+            if self.scope == "static":
+                raise MoepruneError("plan: compensation `merge` does not go with signal `gram`")
+            what = f"compensation `{self.compensation}`" if self.signal != "gram" else "signal `gram`"
+            raise MoepruneError(f"plan: {what} is for one set for all inputs: it goes with scope static")
         if self.kept is not None and self.scope != "static":
             raise MoepruneError("plan: `kept` goes with scope static and with no other")
         if self.kept is not None:
@@ -80,6 +89,14 @@ class LayerPlan:
                 raise MoepruneError(
                     f"plan: `kept` is {list(self.kept)}, expected {self.k} different experts"
                     f" below {self.num_experts}, ascending"
+                )
+        if self.merged_into is not None:
+            if self.compensation != "merge" or self.kept is None:
+                raise MoepruneError("plan: `merged_into` goes with compensation `merge`, and `kept`")
+            if len(self.merged_into) != len(self.dropped) or not set(self.merged_into) <= set(self.kept):
+                raise MoepruneError(
+                    f"plan: `merged_into` is {list(self.merged_into)}, expected a kept expert for each of the"
+                    f" {len(self.dropped)} dropped ones"
                 )
 
     @property
@@ -90,7 +107,7 @@ class LayerPlan:
     @property
     def is_calibrated(self) -> bool:
         """Whether something is used that only calibration data can tell."""
-        return (self.kept is None and self.is_ranked) or self.has_surrogate
+        return (self.kept is None and self.is_ranked) or self.has_surrogate or self.merges
 
     @property
     def is_ranked(self) -> bool:
@@ -99,8 +116,19 @@ class LayerPlan:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether a regression on data finds what stands in for the dropped experts."""
-        return self.has_surrogate and self.compensation in FITTED
+        """Whether a pass over data finds what stands in for the dropped experts."""
+        return (self.has_surrogate and self.compensation in FITTED) or self.merges
+
+    @property
+    def merges(self) -> bool:
+        """Whether dropped experts are folded into kept ones."""
+        return self.compensation == "merge" and self.drops
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """With `merge` each kept expert, ascending, followed by those that are folded into it."""
+        folded = dict(zip(self.dropped, self.merged_into or (), strict=False))
+        return [[j, *(i for i in self.dropped if folded.get(i) == j)] for j in self.kept or ()]
 
     @property
     def stored_experts(self) -> int:
@@ -119,7 +147,11 @@ class LayerPlan:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """With scope `static` the experts that have router logits, in their order: kept ones first."""
+        """With scope `static` the experts that have router logits, in their order: kept ones first, or with
+        `merge` group by group.
+        """
+        if self.merges:
+            return tuple(j for group in self.groups for j in group)
         kept = self.kept or ()
         return kept if self.compensation == "renorm" else kept + self.dropped
 
@@ -222,7 +254,15 @@ def _layer_from_json(value: Any) -> LayerPlan:
     kept = value.get("kept")
     if not (kept is None or isinstance(kept, list | tuple)):
         raise MoepruneError(f"`kept` is {kept!r}, expected a list of experts")
-    return LayerPlan(**{**value, "kept": None if kept is None else tuple(kept)})
+    merged_into = value.get("merged_into")
+    if not (merged_into is None or (isinstance(merged_into, list | tuple) and _all_experts(merged_into))):
+        raise MoepruneError(f"`merged_into` is {merged_into!r}, expected a list of experts")
+    tuples = {key: tuple(value[key]) for key in ("kept", "merged_into") if value.get(key) is not None}
+    return LayerPlan(**{**value, **tuples})
+
+
+def _all_experts(values: Any) -> bool:
+    return all(type(value) is int for value in values)
 
 
 def parse_keep(text: str, option: str = "--keep") -> Fraction | int:

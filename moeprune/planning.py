@@ -101,7 +101,7 @@ def _plans_of(layer: SoftMoEConfig, scope: str, signal: str, compensation: str) 
     n = layer.num_experts
     return [
         None
-        if (k == 0 and compensation == "renorm") or not is_possible(scope, signal, compensation)
+        if (k == 0 and compensation in ("renorm", "merge")) or not is_possible(scope, signal, compensation)
         else LayerPlan(scope, k, n, signal, compensation, tuple(range(k)) if scope == "static" else None)
         for k in range(n + 1)
     ]

@@ -12,7 +12,7 @@ from moeprune.files import write_bytes
 from moeprune.frontier import METHODS, cost
 
 SUFFIXES = (".png", ".svg")
-COLORS = ("#0072b2", "#56b4e9", "#009e73", "#7fc97f", "#d55e00", "#e69f00", "#999999")
+COLORS = ("#0072b2", "#56b4e9", "#009e73", "#7fc97f", "#d55e00", "#e69f00", "#cc79a7", "#999999")
 """Of the methods, in their order: they differ for colour-blind readers too."""
 Point = Callable[[Mapping[str, Any]], float]
 

@@ -32,6 +32,7 @@ from moeprune.data import Dataset
 from moeprune.description import read_description
 from moeprune.errors import MoepruneError
 from moeprune.header import read_header
+from moeprune.merging import nearest_kept, require_scipy
 from moeprune.model import (
     Model,
     dataset_for,
@@ -104,6 +105,8 @@ def prune(
         _require_one_shot(plan)
     for name, layer_plan in plan.items():
         require_affordable_refit(configs[name], layer_plan, name)
+        if layer_plan.merges:
+            require_scipy()
     model_fingerprint = fingerprint(model)
     if not any(layer.is_calibrated or layer.is_ranked for layer in plan.values()):
         analysis = None
@@ -135,13 +138,14 @@ def prune(
         layer_plan = _chosen(layer_plan, moments, gathered, seed, index)
         score_weights = _score_weights(layer_plan, moments, seed, index)
         slot_mean = None if moments is None else moments.slot_mean
-        layer = prune_layer(dense_layers[name], layer_plan, score_weights, slot_mean)
+        mean_mass = None if moments is None else moments.mean_mass
+        layer = prune_layer(dense_layers[name], layer_plan, score_weights, slot_mean, mean_mass)
         pruned.set_submodule(name, layer)
-        if gathered is not None and dataset is not None:
+        if gathered is not None and dataset is not None and layer_plan.has_surrogate:
             add_correction(layer, fit_static(gathered, layer_plan))
             if layer_plan.compensation == "refit" and layer_plan.k:
                 refit_kept(pruned, full, name, dataset, runtime)
-        elif layer_plan.is_fitted and dataset is not None:
+        elif layer_plan.is_fitted and layer_plan.scope != "static" and dataset is not None:
             add_correction(layer, fit_routed(pruned, full, name, dataset, layer_plan.compensation, runtime))
         _require_data_of_analysis(analysis, dataset)
     provenance = _provenance(analysis, dataset, plan, runtime)
@@ -236,10 +240,15 @@ def needs_pass(plan: Plan, one_shot: bool) -> bool:
 def _chosen(
     plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, layer_index: int
 ) -> LayerPlan:
-    """The plan with its static set, where its signal is yet to choose it."""
-    if plan.scope != "static" or plan.kept is not None:
-        return plan
-    return replace(plan, kept=_best_experts(plan, moments, gathered, seed, layer_index))
+    """The plan with its static set and what is merged, where that is yet to be chosen."""
+    if plan.scope == "static" and plan.kept is None:
+        plan = replace(plan, kept=_best_experts(plan, moments, gathered, seed, layer_index))
+    if plan.merges and plan.merged_into is None:
+        assert gathered is not None
+        assert plan.kept is not None
+        power = gathered.halves[0].power + gathered.halves[1].power
+        plan = replace(plan, merged_into=nearest_kept(power, plan.kept, plan.num_experts))
+    return plan
 
 
 def _best_experts(
@@ -278,7 +287,7 @@ def _require_one_shot(plan: Plan) -> None:
     for name, layer in plan.items():
         if layer.is_fitted:
             raise MoepruneError(
-                f"`{layer.compensation}` of layer `{name}` is fitted to data, not in one shot",
+                f"`{layer.compensation}` of layer `{name}` is found on data, not in one shot",
                 "give another `--compensate`",
             )
 

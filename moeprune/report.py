@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moeprune.document import Block, Cell, Document, Facts, Lines, Table, Verdict
@@ -91,12 +91,71 @@ def analysis(found: Mapping[str, Any]) -> Document:
         for name, layer in found["layers"].items()
     ]
     verdicts = [f"{name}: {verdict(layer)}" for name, layer in found["layers"].items()]
-    return Document(_on_data(found), [Table(columns, rows), Lines(verdicts)])
+    compared = [] if found["oracle"] is None else _oracle(found["oracle"])
+    return Document(_on_data(found), [Table(columns, rows), Lines(verdicts), *compared])
 
 
 def _on_data(found: Mapping[str, Any]) -> str:
     data = found["data"]
     return f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)"
+
+
+def _oracle(found: Mapping[str, Any]) -> Iterator[Block]:
+    """For each layer how good the subsets are that signals pick, and the paper's in words."""
+    for name, layer in found["layers"].items():
+        if layer["reference"] == "exhaustive":
+            comparison = {
+                "found_best": "the best\nsubset",
+                "as_right": "as right\nas any",
+                "percentile": "subsets that are\nno better",
+            }
+        else:
+            comparison = {"as_right": "as right\nas greedy"}
+        columns = (
+            "experts",
+            "signal",
+            "accuracy",
+            "logit of the\ntrue class",
+            "its\nmargin",
+            *comparison.values(),
+        )
+        rows: list[Sequence[Cell] | None] = []
+        for previous, row in zip([None, *layer["rows"]], layer["rows"], strict=False):
+            if previous is not None and row["k"] != previous["k"]:
+                rows.append(None)
+            rows.append(
+                (
+                    str(row["k"]),
+                    row["signal"],
+                    percent(row["accuracy"]),
+                    f"{row['true_class_logit']:.3f}",
+                    f"{row['margin']:.3f}",
+                    *("" if row[key] is None else percent(row[key]) for key in comparison),
+                )
+            )
+        title = (
+            f"{name} pruned alone, on {found['data']['samples']} samples: {percent(found['accuracy'])} with"
+            f" all {layer['experts']} experts, {percent(layer['accuracy_without_experts'])} with none"
+        )
+        yield Table(columns, rows, title)
+        yield Lines([_paper_in_words(layer)])
+
+
+def _paper_in_words(layer: Mapping[str, Any]) -> str:
+    """How often the paper's signal finds the best subset of experts."""
+    rows = [row for row in layer["rows"] if row["signal"] == "combine" and row["as_right"] is not None]
+    kept = " / ".join(str(row["k"]) for row in rows)
+    right = " / ".join(percent(row["as_right"]) for row in rows)
+    if layer["reference"] == "greedy":
+        return (
+            f"combine picks {kept} experts that are as right as those of a greedy search by the label for"
+            f" {right} of inputs"
+        )
+    found = " / ".join(percent(row["found_best"]) for row in rows)
+    return (
+        f"combine picks the best subset of {kept} experts for {found} of inputs, and one that is as right as"
+        f" any for {right}"
+    )
 
 
 def verdict(layer: Mapping[str, Any]) -> str:

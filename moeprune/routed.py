@@ -171,12 +171,17 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Ten
     order = chosen.flatten().argsort(stable=True)
     rows_of_expert = [p * count for count in chosen.flatten().bincount(minlength=n).tolist()]
     rows = slot_inputs.reshape(b * k, p, d)[order].view(b * k * p, d)
-    if experts.fc1_weight is not None and experts.fc1_bias is not None:
-        rows = experts.activate(grouped_linear(rows, rows_of_expert, experts.fc1_weight, experts.fc1_bias))
-    rows = grouped_linear(rows, rows_of_expert, experts.fc2_weight.mT, experts.fc2_bias)
+    rows = run_sorted(rows, rows_of_expert, experts)
     outputs = torch.empty_like(rows).view(b * k, p, width)
     outputs[order] = rows.view(b * k, p, width)
     return outputs.view(b, k, p, width)
+
+
+def run_sorted(rows: Tensor, rows_of_expert: list[int], experts: Experts) -> Tensor:
+    """Outputs (r,o) of experts on rows (r,d): the first rows_of_expert[0] are expert 0's, and so on."""
+    if experts.fc1_weight is not None and experts.fc1_bias is not None:
+        rows = experts.activate(grouped_linear(rows, rows_of_expert, experts.fc1_weight, experts.fc1_bias))
+    return grouped_linear(rows, rows_of_expert, experts.fc2_weight.mT, experts.fc2_bias)
 
 
 def _run_some(slot_inputs: Tensor, chosen: Tensor, experts: Experts, active: Tensor) -> Tensor:

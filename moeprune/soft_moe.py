@@ -11,7 +11,8 @@ expert; k experts are kept. The maths (Puigcerver et al. 2023, arXiv 2308.00951,
 With only some experts kept, Y = sum over kept slots of C·f plus, with a surrogate, the sum over
 dropped slots of C·u, where u is a constant vector per slot. A static surrogate may also add a
 constant u to the output f of a kept slot. Compensation `affine` adds X·W + mean(X)·V + b to that, where
-X is the layer's input and mean(X) the mean of its tokens.
+X is the layer's input and mean(X) the mean of its tokens. With `merge` all slots run, those of dropped
+experts by kept ones.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from moeprune.architecture import SoftMoEConfig
 from moeprune.plan import LayerPlan
-from moeprune.routed import Experts, choose, kernels_for, run_chosen, run_experts
+from moeprune.routed import Experts, choose, kernels_for, run_chosen, run_experts, run_sorted
 from moeprune.scores import combine_mass, fewest_with_mass
 
 FEW_ROWS = 128
@@ -56,8 +57,8 @@ class SoftMoE(nn.Module):
     """A Soft MoE layer: tokens (b,m,d) in, tokens (b,m,d) out.
 
     Without a plan it is dense. With a plan of scope `static` only the kept experts have weights;
-    phi has their columns first, then those of the dropped ones. With scope `input` or `batch` all
-    weights are there and only those of the chosen experts are used.
+    phi has their columns first, then those of the dropped ones (with `merge`, group by group). With
+    scope `input` or `batch` all weights are there and only those of the chosen experts are used.
     """
 
     phi: Tensor  # (d,n,p); where slots are not dynamic
@@ -263,10 +264,11 @@ class SoftMoE(nn.Module):
         Returns:
             Output, slot outputs and slot inputs.
         """
-        stored = len(self.fc2_weight)
+        merges = self.plan is not None and self.plan.merges
+        stored = combine_weights.shape[2] if merges else len(self.fc2_weight)
         slot_inputs = self._dispatch_weights(router_logits, stored) @ tokens
         slot_inputs = slot_inputs.unflatten(1, (stored, self.config.slots_per_expert))
-        slot_outputs = self._run_experts(slot_inputs)
+        slot_outputs = self._run_merged(slot_inputs) if merges else self._run_experts(slot_inputs)
         weights = combine_weights.to(slot_outputs.dtype)
         of_stored, of_dropped = (part.flatten(2) for part in weights.tensor_split([stored], dim=2))
         if self.plan is not None and self.plan.has_surrogate:
@@ -285,6 +287,15 @@ class SoftMoE(nn.Module):
         rows = self._hidden_rows(slot_inputs)
         rows = torch.baddbmm(self.fc2_bias[:, None], rows, self.fc2_weight.mT)
         return rows.view(e, b, p, self.config.output_width).transpose(0, 1)
+
+    def _run_merged(self, slot_inputs: Tensor) -> Tensor:
+        """Each expert on the slots of its group: (b,n,p,d) to (b,n,p,d of the output)."""
+        assert self.plan is not None
+        b, n, p, d = slot_inputs.shape
+        rows = slot_inputs.transpose(0, 1).reshape(n * b * p, d)
+        rows_of_expert = [len(group) * b * p for group in self.plan.groups]
+        rows = run_sorted(rows, rows_of_expert, self.experts)
+        return rows.view(n, b, p, self.config.output_width).transpose(0, 1)
 
     def hidden(self, slot_inputs: Tensor) -> Tensor:
         """What the last linear of each expert that has weights takes: (b,e,p,d) to (b,e,p,h)."""

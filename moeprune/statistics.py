@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeprune.contributions import Contributions, halves, lost_gram, wide_dtype
+from moeprune.contributions import Contributions, halves, lost_gram, renorm_gram, wide_dtype
 from moeprune.scores import rank
 from moeprune.selection import best_kept, drop_order
 from moeprune.soft_moe import Observation, SoftMoE, select
@@ -76,8 +76,10 @@ class LayerStatistics(LayerMoments):
     sensitivity: Tensor
 
     def gram_under(self, compensation: str) -> Tensor:
-        """The Gram matrix (n,n) of what is lost under a compensation; `refit` gives some of it back."""
-        compensation = "affine" if compensation == "refit" else compensation
+        """The Gram matrix (n,n) of what is lost under a compensation; `refit` gives some of it back. That of
+        `mean` stands in for `merge`.
+        """
+        compensation = {"refit": "affine", "merge": "mean"}.get(compensation, compensation)
         return self.gram if compensation == "none" else getattr(self, f"gram_{compensation}")
 
     def best_kept(self, k: int, compensation: str) -> tuple[int, ...]:
@@ -188,14 +190,7 @@ class StatisticsAccumulator(MomentsAccumulator):
 
     def _add_grams(self, observation: Observation) -> None:
         weights, outputs = observation.combine_weights.float(), observation.slot_outputs.float()
-        c, f = weights.flatten(2), outputs.flatten(1, 2)
-        n, p = weights.shape[2:]
-        y = observation.output.float()
-        # <C_j·(f_j - Y), C_l·(f_l - Y)>, but for its first term, which is the Gram matrix's
-        with_output = c.mT @ (c * (y @ f.mT))  # C_lᵀ·(C_j∘<f_j, Y>) (b,S,S)
-        squares = (c * y.square().sum(2, keepdim=True)).mT @ c
-        slots = (squares - with_output - with_output.mT).sum(0, dtype=self.dtype)
-        self.gram_renorm += slots.view(n, p, n, p).sum((1, 3))
+        self.gram_renorm += renorm_gram(weights, outputs, observation.output.float(), self.dtype)
         members = halves(self.samples - len(weights), len(weights))
         for contributions, index in zip(self.halves, members, strict=True):
             contributions.add(select(observation, index.to(weights.device)))

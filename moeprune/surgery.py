@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeprune.merging import merged_experts
 from moeprune.plan import LayerPlan
 from moeprune.soft_moe import SoftMoE
 
@@ -17,6 +18,7 @@ def prune_layer(
     plan: LayerPlan,
     score_weights: Tensor | None = None,
     slot_mean: Tensor | None = None,
+    mean_mass: Tensor | None = None,
 ) -> SoftMoE:
     """A layer that follows the plan, made of a dense one; what `affine` adds is zero yet.
 
@@ -26,14 +28,19 @@ def prune_layer(
         score_weights: with scope `input` or `batch` what the signal multiplies each expert's mass with
             (`deviation`) or takes for it (`random`); None where the signal is the mass alone. (n)
         slot_mean: mu (n,p,d), for a compensation with surrogates.
+        mean_mass: of each expert (n), for `merge`.
     """
     tensors = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     device = layer.fc2_weight.device
     if plan.scope == "static":
         tensors["phi"] = tensors["phi"][:, list(plan.columns)]
-        for name in tensors:
-            if name.startswith("fc"):
-                tensors[name] = tensors[name][torch.tensor(plan.kept, dtype=torch.int64, device=device)]
+        if plan.merges:
+            assert mean_mass is not None
+            merged = merged_experts(layer.experts, plan, mean_mass)._asdict()
+            tensors |= {name: tensor for name, tensor in merged.items() if tensor is not None}
+        else:
+            kept = torch.tensor(plan.kept, dtype=torch.int64, device=device)
+            tensors |= {name: tensor[kept] for name, tensor in tensors.items() if name.startswith("fc")}
     elif score_weights is not None:
         tensors["score_weights"] = score_weights.to(device, torch.float32)
     if plan.has_surrogate:

@@ -17,11 +17,13 @@ from moeprune.data import Dataset
 from moeprune.evaluation import Predictions, compare, describe, predict
 from moeprune.latency import measure_latency
 from moeprune.model import Model, require_soft_moe_layers
-from moeprune.plan import SCOPES, LayerPlan, experts_to_keep, is_possible
+from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, experts_to_keep, is_possible
 from moeprune.pruning import calibration_data, prune
 from moeprune.runtime import Runtime
 
 RANDOM_DRAWS = 10
+COMPENSATIONS_TRIED = tuple(name for name in COMPENSATIONS if name != "merge")
+"""In a sweep that is not told which."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def grid(
         for compensate in controlled:
             yield Variant(keep, control_scope, "random", compensate)
     for compensate in controlled:
-        if compensate not in ("renorm", "refit"):  # without experts there is nothing to refit
+        if compensate not in ("renorm", "refit", "merge"):  # these make something of kept experts
             yield Variant(0, control_scope, "combine", compensate)
 
 

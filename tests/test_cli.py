@@ -178,7 +178,7 @@ def test_inspect_shows_paths_as_they_are(single, run, tmp_path, directory):
 def test_analyze_json_summarizes_each_layer(vit, run_json, tmp_path):
     path = tmp_path / "analysis.safetensors"
     found = run_json("analyze", vit, "--data", "pairs", "--limit", 30, "-o", path)
-    assert set(found) == {"schema_version", "checkpoint", "analysis", "data", "layers"}
+    assert set(found) == {"schema_version", "checkpoint", "analysis", "data", "layers", "oracle"}
     assert found["analysis"] == str(path)
     assert (found["data"]["spec"], found["data"]["samples"]) == ("pairs:calibration", 30)
     assert list(found["layers"]) == list(soft_moe(vit))

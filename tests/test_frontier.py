@@ -35,9 +35,10 @@ def test_a_point_is_on_the_frontier_where_no_other_is_better():
 
 def test_every_method_is_measured_at_every_share_and_static_ones_without_experts():
     found = list(variants(KEEPS, SCOPES))
-    for (scope, signal, _), label in METHODS.items():
+    for (scope, signal, compensate), label in METHODS.items():
         keeps = [variant.keep for name, variant in found if name == label]
-        expected = [0, *KEEPS] if scope == "static" and signal != "random" else list(KEEPS)
+        has_none = scope == "static" and signal != "random" and compensate != "merge"
+        expected = [0, *KEEPS] if has_none else list(KEEPS)
         assert keeps == expected
     routed = {label for label, _ in variants(KEEPS, ("input", "batch"))}
     assert routed == {label for (scope, _, _), label in METHODS.items() if scope == "input"}
@@ -47,7 +48,7 @@ def test_every_method_is_measured_at_every_share_and_static_ones_without_experts
 def rows():
     pytest.importorskip("matplotlib")
     labels = list(METHODS.values())
-    points = [row(0.5 + k / 20, 0.1 * k, 0.1 * k, labels[k % 7], f"1/{k}") for k in range(1, 9)]
+    points = [row(0.5 + k / 20, 0.1 * k, 0.1 * k, labels[k % len(labels)], f"1/{k}") for k in range(1, 9)]
     return [row(0.98, 1.0, 1.0, None, "1"), *points, row(0.3, 0.05, 0.1, labels[0], "0")]
 
 

@@ -46,6 +46,7 @@ LEVELS = (
     ),
     (
         "flops",
+        "merging",
         "gate",
         "plan_file",
         "tensors",
@@ -66,9 +67,9 @@ LEVELS = (
     ("adopted", "cli.inspect"),
     ("model",),
     ("calibration", "latency", "train", "parity", "cli.opening"),
-    ("compensation", "evaluation", "conversion", "adoption", "planning", "cli.analyze"),
-    ("pruning", "cli.convert"),
-    ("search", "sweep"),
+    ("compensation", "evaluation", "conversion", "adoption", "planning"),
+    ("pruning", "oracle", "cli.convert"),
+    ("search", "sweep", "cli.analyze"),
     ("demo", "frontier", "cli.prune"),
     ("plot", "cli.demo"),
     ("cli.eval",),
@@ -198,7 +199,8 @@ def test_the_package_imports_its_dependencies_only():
         "moeprune",
     }  # fmt: skip
     for module in MODULES:
-        own = {"sources.bwconrad": {"soft_moe"}, "plot": {"matplotlib"}}.get(module, set())
+        optional = {"sources.bwconrad": {"soft_moe"}, "plot": {"matplotlib"}, "merging": {"scipy"}}
+        own = optional.get(module, set())
         assert libraries(module) <= known | own | sys.stdlib_module_names, module
         assert not libraries(module, lazy=False) & own, module
 

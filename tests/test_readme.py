@@ -81,6 +81,14 @@ def test_commands_for_budgets_and_plans(workplace, run):
         assert (result.code, result.stderr) == (0, ""), arguments
 
 
+def test_command_that_compares_signals(workplace, run):
+    [block] = [block for block in blocks("sh") if "--oracle" in block]
+    [arguments] = commands(block)
+    result = run(*arguments, "--oracle-samples", 3)
+    assert (result.code, result.stderr) == (0, "")
+    assert "pruned alone, on 3 samples" in result.stdout
+
+
 def recipes():
     """The shell steps of each CI recipe, without those that install."""
     github, gitlab = (yaml.safe_load(block) for block in blocks("yaml"))

@@ -37,7 +37,9 @@ def reports(single, small_analysis, run_json, tmp_path_factory):
     )  # fmt: skip
     return {
         "inspect": run_json("inspect", pruned),
-        "analyze": run_json("analyze", single, *digits, "-o", folder / "analysis.safetensors"),
+        "analyze": run_json(
+            "analyze", single, *digits, "--oracle", "--oracle-samples", 2, "-o", folder / "a.safetensors"
+        ),
         "prune": searched,
         "eval": judged,
         "sweep": run_json("eval", single, *digits, *calibrated, "--sweep", "1/8", "--compensate", "mean"),

@@ -18,7 +18,11 @@ from moeprune.cli.options import (
     Preprocess,
     Split,
 )
+from moeprune.errors import MoepruneError
 from moeprune.output import Reporter, warn
+
+NEEDS = {"oracle_samples": ("oracle",)}
+"""See moeprune.cli.command.Rules."""
 
 
 def analyze(
@@ -28,6 +32,17 @@ def analyze(
         str, typer.Option(help="Calibration data: digits, pairs, a .npz, a .safetensors, or a folder.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The analysis to write (.safetensors).")],
+    oracle: Annotated[
+        bool,
+        typer.Option(
+            "--oracle/--no-oracle",
+            show_default=False,
+            help="On labelled data: also compare the experts that signals pick with the best subset.",
+        ),
+    ] = False,
+    oracle_samples: Annotated[
+        int | None, typer.Option(help="With --oracle: samples to compare.", min=1, show_default="256")
+    ] = None,
     model: Factory = None,
     split: Split = None,
     preprocess: Preprocess = None,
@@ -41,12 +56,18 @@ def analyze(
     Runs calibration data through an unpruned checkpoint, once.
     """
     reporter.check_outputs(output=output)
+    if oracle_samples is not None and not oracle:
+        raise MoepruneError("`--oracle-samples` goes with `--oracle`", "add `--oracle`")
     from moeprune import calibration, report
+    from moeprune.oracle import SAMPLES, compare_signals, require_comparable
     from moeprune.statistics import summarize
 
     runtime = runtime_for(device, dtype, batch_size, reporter.progress)
     loaded = load_model(checkpoint, model, preprocess)
-    analysis = calibration.analyze(loaded, open_data(data, loaded, split, "calibration", limit), runtime)
+    dataset = open_data(data, loaded, split, "calibration", limit)
+    if oracle:
+        require_comparable(loaded, dataset)
+    analysis = calibration.analyze(loaded, dataset, runtime)
     calibration.save_analysis(analysis, output)
     layers = {name: summarize(statistics) for name, statistics in analysis.layers.items()}
     for name, layer in layers.items():
@@ -56,11 +77,15 @@ def analyze(
                 " represent some simple convex functions, however large the expert is (Chung et al. 2024,"
                 " Theorem 1): train with many small experts"
             )
+    compared = None
+    if oracle:
+        compared = compare_signals(loaded, analysis, dataset, oracle_samples or SAMPLES, runtime)
     found = {
         "schema_version": 1,
         "checkpoint": str(checkpoint),
         "analysis": str(output),
         "data": analysis.provenance["data"],
         "layers": layers,
+        "oracle": compared,
     }
     reporter.emit(found, report.analysis)

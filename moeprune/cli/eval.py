@@ -147,7 +147,7 @@ def eval(
     from moeprune.frontier import KEEPS, on_frontier, variants
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
     from moeprune.plot import plot_frontier
-    from moeprune.sweep import grid, scopes_of, without_large_refits
+    from moeprune.sweep import COMPENSATIONS_TRIED, grid, scopes_of, without_large_refits
     from moeprune.sweep import sweep as run_sweep
 
     latency_batches = latency_batch or BATCH_SIZES
@@ -165,7 +165,7 @@ def eval(
         else:
             scopes = scope or (first, *others)
             todo, left_out = without_large_refits(
-                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS, first), loaded
+                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS_TRIED, first), loaded
             )
             if left_out:
                 shares = ", ".join(dict.fromkeys(str(variant.keep) for variant in left_out))
@@ -233,7 +233,9 @@ def _check_sweep(
                 "`--latency` does not go with `--sweep`", "give `--frontier`, or an eval of one"
             )
         return
+    from moeprune.merging import require_scipy
     from moeprune.plot import check_plot
 
     reporter.check_outputs(frontier=frontier)
     check_plot(frontier)
+    require_scipy()

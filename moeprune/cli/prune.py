@@ -91,7 +91,7 @@ def prune(
     compensate: Annotated[
         str | None,
         typer.Option(
-            help="What stands in for dropped experts: none, renorm, mean, lstsq, affine or refit.",
+            help="What stands in for dropped experts: none, renorm, mean, lstsq, affine, refit or merge.",
             show_default="none",
         ),
     ] = None,
@@ -150,6 +150,10 @@ def prune(
     check_choice("--scope", scope, SCOPES)
     check_choice("--signal", signal, SIGNALS)
     check_choice("--compensate", compensate, COMPENSATIONS)
+    if signal == "gram" and compensate == "merge":
+        raise MoepruneError(
+            "`--signal gram` does not go with `--compensate merge`", "give `--signal combine`"
+        )
     if not is_possible(scope, signal, compensate):
         static = f"--signal {signal}" if signal == "gram" else f"--compensate {compensate}"
         raise MoepruneError(

@@ -114,7 +114,7 @@ def table(model: Model, methods: Iterable[tuple[str, str, str]], keeps: Sequence
     for scope, signal, compensate in methods:
         cells = []
         for keep in (0, *keeps):
-            if keep == 0 and (scope != "static" or compensate == "renorm"):
+            if keep == 0 and (scope != "static" or compensate in ("renorm", "merge")):
                 cells.append(f"{'':21}")
                 continue
             results = []

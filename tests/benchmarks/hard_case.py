@@ -19,6 +19,7 @@ METHODS = [
     ("input", "deviation", "affine"),
     ("static", "combine", "none"),
     ("static", "gram", "none"),
+    ("static", "combine", "merge"),
     ("static", "deviation", "mean"),
     ("static", "gram", "mean"),
     ("static", "deviation", "lstsq"),

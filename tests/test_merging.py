@@ -1,0 +1,180 @@
+"""Merged experts, against the formulas with brute-force alignment, and on the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+import moeprune
+from moeprune.architecture import SoftMoEConfig
+from moeprune.errors import MoepruneError
+from moeprune.merging import nearest_kept
+from moeprune.model import soft_moe_layers
+from moeprune.plan import LayerPlan
+from moeprune.runtime import Runtime
+from moeprune.soft_moe import SoftMoE
+from moeprune.surgery import prune_layer
+from tests.reference import reference_layer
+
+CPU = Runtime("cpu", batch_size=64)
+KINDS = ("mlp", "geglu", "linear")
+D, N, P, H = 6, 5, 2, 4
+
+
+def dense_layer(kind: str, seed: int = 0) -> SoftMoE:
+    config = SoftMoEConfig(D, N, P, None if kind == "linear" else H, expert=kind)
+    layer = SoftMoE(config).double().requires_grad_(False).eval()
+    layer.reset_parameters(torch.Generator().manual_seed(seed), scale=4.0)
+    return layer
+
+
+def merge_plan(kept, merged_into) -> LayerPlan:
+    return LayerPlan("static", len(kept), N, "combine", "merge", tuple(kept), merged_into=tuple(merged_into))
+
+
+def reordered(layer: SoftMoE, of: int, order: list[int]) -> dict[str, torch.Tensor]:
+    """The tensors of an expert with its hidden units in another order."""
+    tensors = {name: tensor[of].clone() for name, tensor in layer.named_parameters() if name.startswith("fc")}
+    if "fc1_weight" in tensors:
+        columns = order if layer.fc1_bias.shape[1] == H else [*order, *(H + i for i in order)]
+        tensors["fc1_weight"] = tensors["fc1_weight"][:, columns]
+        tensors["fc1_bias"] = tensors["fc1_bias"][columns]
+        tensors["fc2_weight"] = tensors["fc2_weight"][:, order]
+    return tensors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_differ_in_the_order_of_hidden_units_alone_merge_without_loss(kind):
+    layer = dense_layer(kind)
+    order = [2, 0, 3, 1] if kind != "linear" else list(range(D))
+    for name, tensor in reordered(layer, 1, order).items():
+        getattr(layer, name)[3] = tensor
+    plan = merge_plan((0, 1, 2, 4), (1,))
+    merged = prune_layer(layer, plan, mean_mass=torch.rand(N))
+    x = torch.randn(3, 7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert (merged(x) - layer(x)).abs().max() < 1e-12
+    assert merged.fc2_weight.shape[0] == 4
+
+
+def best_order(layer: SoftMoE, reference: int, of: int) -> list[int]:
+    """By trying every order of the hidden units."""
+
+    def likeness(order) -> float:
+        other = reordered(layer, of, list(order))
+        names = ("fc1_weight", "fc1_bias", "fc2_weight")
+        return sum(float((getattr(layer, name)[reference] * other[name]).sum()) for name in names)
+
+    return list(max(permutations(range(H)), key=likeness))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_slot_runs_by_the_mean_of_its_group(kind):
+    layer = dense_layer(kind, seed=3)
+    mass = torch.tensor([0.3, 0.1, 0.25, 0.05, 0.3])
+    merged = prune_layer(layer, merge_plan((1, 2), (2, 1, 2)), mean_mass=mass)
+    tensors = {name: tensor.clone() for name, tensor in layer.named_parameters()}
+    for group in ((1, 3), (2, 0, 4)):
+        parts = []
+        for j in group:
+            order = best_order(layer, group[0], j) if kind != "linear" else list(range(D))
+            parts.append(reordered(layer, j, order))
+        total = sum(float(mass[j]) for j in group)
+        for name in parts[0]:
+            mean = sum(float(mass[j]) / total * part[name] for j, part in zip(group, parts, strict=True))
+            for j in group:
+                tensors[name][j] = mean
+    x = torch.randn(3, 7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = reference_layer(x, tensors, layer.config.router_norm, layer.config.dispatch_input)
+    assert (merged(x) - expected).abs().max() < 1e-9
+
+
+def test_each_dropped_expert_goes_to_the_kept_one_that_is_weighted_most_alike():
+    rng = np.random.default_rng(0)
+    weights = rng.random((200, N, P))
+    flat = weights.reshape(200, N * P)
+    found = nearest_kept(torch.from_numpy(flat.T @ flat), (0, 3), N)
+    expected = []
+    for j in (1, 2, 4):
+        of_slots = [weights[:, j, p] for p in range(P)]
+        cosines = []
+        for i in (0, 3):
+            others = [weights[:, i, p] for p in range(P)]
+            product = sum(float(a @ b) for a in of_slots for b in others)
+            lengths = [sum(float(a @ b) for a in one for b in one) for one in (of_slots, others)]
+            cosines.append(product / (lengths[0] * lengths[1]) ** 0.5)
+        expected.append((0, 3)[int(np.argmax(cosines))])
+    assert found == tuple(expected)
+
+
+def test_merging_on_the_command_line(vit, vit_analysis, run, run_json, tmp_path):
+    path, again = tmp_path / "merged.safetensors", tmp_path / "again.safetensors"
+    words = ("prune", vit, "--analysis", vit_analysis, "--keep", "1/2", "--compensate", "merge")
+    found = run_json(*words, "-o", path, "--save-plan", tmp_path / "plan.json")
+    for layer in found["plan"].values():
+        assert len(layer["merged_into"]) == 32
+        assert set(layer["merged_into"]) <= set(layer["kept"])
+    assert found["model"]["bytes"] < 0.7 * found["full_model"]["bytes"]
+    assert found["model"]["flops_per_input"] == found["full_model"]["flops_per_input"]
+    run_json("prune", vit, "--analysis", vit_analysis, "--plan", tmp_path / "plan.json", "-o", again)
+    assert again.read_bytes() == path.read_bytes()
+    evaluated = run_json("eval", path, "--data", "pairs", "--limit", 200, "--baseline", vit)
+    assert evaluated["difference"]["agreement"] > 0.5
+    model = moeprune.load(path)
+    for name, layer in soft_moe_layers(model).items():
+        assert layer.fc1_weight.shape[0] == 32
+        assert list(layer.plan.merged_into) == found["plan"][name]["merged_into"]
+    text = run("inspect", path)
+    assert "32 of 64 by combine, merge" in text.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--one-shot",), "is found on data, not in one shot"),
+        (("--scope", "input"), "not for `--scope input`"),
+        (("--signal", "gram"), "`--signal gram` does not go with `--compensate merge`"),
+    ],
+)
+def test_merging_that_is_not_possible(words, message, vit, vit_analysis, run, tmp_path):
+    result = run(
+        "prune", vit, "--analysis", vit_analysis, "--keep", 8, "--compensate", "merge", *words,
+        "-o", tmp_path / "o.safetensors",
+    )  # fmt: skip
+    assert (result.code, list(tmp_path.iterdir())) == (2, [])
+    assert message in result.stderr
+
+
+def test_merging_without_scipy_is_refused_before_any_pass(single, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(MoepruneError, match="merging experts needs scipy"):
+        moeprune.prune(moeprune.load(single), keep=8, compensate="merge", data="digits", runtime=CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merged_into": [1]}, "expected a kept expert for each of the 2 dropped ones"),
+        ({"merged_into": [0, 2]}, "expected a kept expert for each of the 2 dropped ones"),
+        ({"merged_into": ["a", "b"]}, "expected a list of experts"),
+        ({"merged_into": 3}, "expected a list of experts"),
+        ({"merged_into": [0, 0], "kept": None}, "goes with compensation `merge`, and `kept`"),
+        ({"merged_into": [0, 0], "compensation": "none"}, "goes with compensation `merge`, and `kept`"),
+        ({"k": 0, "kept": []}, "`merge` needs at least one kept expert"),
+        ({"signal": "gram"}, "does not go with signal `gram`"),
+    ],
+)
+def test_plans_of_merging_that_are_wrong(changes, message):
+    from moeprune.plan import plan_from_json
+
+    plan = {
+        "scope": "static", "k": 2, "num_experts": 4, "signal": "combine", "compensation": "merge",
+        "kept": [0, 1], "merged_into": [0, 1],
+    }  # fmt: skip
+    assert plan_from_json(json.loads(json.dumps({"a": plan})))["a"].groups == [[0, 2], [1, 3]]
+    with pytest.raises(MoepruneError, match=message):
+        plan_from_json({"a": {**plan, **changes}})
