@@ -406,7 +406,7 @@ def on_a_terminal(*arguments):
 
 @pytest.mark.slow
 def test_progress_shows_samples_per_second_and_the_time_left_on_a_terminal_unless_quiet(single):
-    call = ("eval", single, "--data", "digits", "--batch-size", 4)
+    call = ("eval", single, "--data", "digits", "--batch-size", 1)
     shown = on_a_terminal(*call)
     assert re.search(r"eval: +\d+%.*/531 \[00:\d\d<00:\d\d, +\d+(\.\d+)? samples/s\]", shown)
     assert on_a_terminal(*call, "--quiet") == ""
