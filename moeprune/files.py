@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from moeprune.errors import MoepruneError
+
+logger = logging.getLogger(__name__)
 
 temporaries: set[Path] = set()
 """Files that are being written; Ctrl-C removes them."""
@@ -56,6 +59,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+        logger.info(f"wrote `{path}` ({path.stat().st_size} bytes)")
     except OSError as error:
         raise MoepruneError(f"cannot write `{path}` ({error})") from None
     finally:

@@ -67,7 +67,7 @@ def measure_latency(
     for batch_size in tqdm(
         batch_sizes,
         desc="latency",
-        unit="batch size",
+        unit=" batch sizes",
         leave=False,
         disable=None if runtime.progress else True,
     ):

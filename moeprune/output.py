@@ -1,13 +1,17 @@
-"""Where commands write: checks before any work, and the report in the end."""
+"""Where commands write: checks before any work, messages meanwhile, and the report in the end."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +19,19 @@ from moeprune.errors import MoepruneError
 from moeprune.files import write_text
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from moeprune.document import Document
 
-FORMATS = ("text", "json")
-TEXT_WIDTH = 160
-"""Columns of text that goes to a file or a pipe: wide enough for every table."""
+FORMATS = ("text", "json", "markdown", "github", "junit")
+SUMMARY = "GITHUB_STEP_SUMMARY"
+"""The variable that names the file whose Markdown GitHub shows on the page of a run."""
+
+logger = logging.getLogger("moeprune")
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise a MoepruneError if an option has a value that is not among its choices."""
     if value not in choices:
         raise MoepruneError(f"`{option} {value}` is unknown", f"give one of {', '.join(choices)}")
-
-
-def check_report(output_format: str, output_file: Path | None, force: bool) -> None:
-    """Raise a MoepruneError if a report cannot be given in this format, or not written there."""
-    check_choice("--output-format", output_format, FORMATS)
-    if output_file is not None:
-        check_output(output_file, force)
 
 
 def check_output(path: Path, force: bool) -> None:
@@ -53,61 +52,174 @@ def check_output(path: Path, force: bool) -> None:
         raise MoepruneError(f"cannot write into `{path.parent}`", "check its permissions")
 
 
-def check_outputs(output: Path | None, save_plan: Path | None, output_file: Path | None, force: bool) -> None:
-    """Refuse what `prune` may not write, before any work is done for it."""
-    for path in (output, save_plan):
-        if path is not None:
-            check_output(path, force)
-            check_apart(path, output_file)
-    if output is not None and save_plan is not None:
-        check_apart(output, save_plan, "--save-plan")
-
-
-def check_apart(output: Path, other: Path | None, option: str = "--output-file") -> None:
-    """Raise a MoepruneError if another output, by default the report, would replace what a command writes."""
-    if other is not None and os.path.realpath(other) == os.path.realpath(output):
-        raise MoepruneError(f"`{option}` and another output are both `{output}`", "give another path")
-
-
 def warn(message: str) -> None:
-    """Say something on stderr."""
-    sys.stderr.write(f"warning: {message}\n")
+    """Say something that is no error; the commands show it on stderr and in reports of CI servers."""
+    logger.warning(message)
 
 
-def emit(
-    found: Mapping[str, Any],
-    render: Callable[[Mapping[str, Any]], Group],
-    output_format: str,
-    output_file: Path | None,
-) -> None:
-    """The report as text or JSON, to a file or to stdout."""
-    from rich.console import Console
-    from rich.table import Table
+@contextlib.contextmanager
+def messages(quiet: bool, verbose: bool) -> Iterator[list[str]]:
+    """Let messages of the package go to stderr meanwhile, and nothing that libraries warn of.
 
-    if output_format == "json":
-        text = json.dumps(found, indent=2) + "\n"
-    else:
-        on_terminal = output_file is None and sys.stdout.isatty()
-        text_width = shutil.get_terminal_size().columns if on_terminal else TEXT_WIDTH
-        console = Console(
-            width=text_width,
-            height=25,  # without it Rich takes no width on a dumb terminal
-            force_terminal=on_terminal,
-            no_color=None if on_terminal else True,
-            highlight=False,
-            markup=False,
-            emoji=False,
-        )
-        with console.capture() as capture:
-            for part in render(found).renderables:
-                # A table is never cut: on a narrower terminal its lines wrap.
-                console.width = max(text_width, TEXT_WIDTH) if isinstance(part, Table) else text_width
-                console.print(part)
-        text = "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
-    if output_file is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8
+    Args:
+        quiet: not even warnings.
+        verbose: also what is read, where it runs and how long it takes, and warnings of libraries.
+
+    Yields:
+        The warnings so far.
+    """
+    handler = _Messages(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    logger.propagate = False
+    try:
+        with warnings.catch_warnings():
+            if not verbose and not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            yield handler.warnings
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates
+
+
+class _Messages(logging.Handler):
+    """Writes messages from a level on to stderr, and remembers the warnings."""
+
+    def __init__(self, shown: int):
+        super().__init__()
+        self.shown = shown
+        self.warnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if record.levelno == logging.WARNING:
+            self.warnings.append(message)
+        if record.levelno >= self.shown:
+            sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """How a command reports, as the options that all commands have say it.
+
+    command: its name, such as `eval`. output_format: one of FORMATS. output_file: None for stdout.
+    summary: Markdown is appended there too, if it is not None. progress: show progress on a terminal.
+    force: replace files that exist. warnings: those so far.
+
+    Raises:
+        MoepruneError: the report cannot be given in this format, or not written there.
+    """
+
+    command: str
+    output_format: str
+    output_file: Path | None
+    summary: Path | None
+    progress: bool
+    force: bool
+    warnings: Sequence[str]
+
+    def __post_init__(self) -> None:
+        check_choice("--output-format", self.output_format, FORMATS)
+        if self.output_file is not None:
+            check_output(self.output_file, self.force)
+
+    def check_outputs(self, **paths: Path | None) -> None:
+        """Refuse what a command is to write, before any work is done for it.
+
+        Args:
+            paths: by the options that name them, with underscores; None is not written.
+        """
+        options: dict[str, str] = {}
+        for name, path in {**paths, "output_file": self.output_file}.items():
+            if path is None:
+                continue
+            check_output(path, self.force)
+            option = "--" + name.replace("_", "-")
+            if options.setdefault(os.path.realpath(path), option) != option:
+                raise MoepruneError(f"`{option}` and another output are both `{path}`", "give another path")
+
+    def emit(self, found: Mapping[str, Any], describe: Callable[[Mapping[str, Any]], Document]) -> None:
+        """Give the report, to a file or to stdout, and append it to the summary.
+
+        Args:
+            found: JSON values.
+            describe: makes a document of them.
+        """
+        text = self._render(found, describe)
+        if self.output_file is not None:
+            write_text(self.output_file, text)
+        else:
+            print_out(text)
+        if self.summary is not None:
+            from moeprune.markdown import to_markdown
+
+            append(self.summary, f"\n{to_markdown(describe(found))}")
+
+    def _render(self, found: Mapping[str, Any], describe: Callable[[Mapping[str, Any]], Document]) -> str:
+        if self.output_format == "json":
+            return json.dumps(found, indent=2) + "\n"
+        command, gates = f"moeprune {self.command}", found.get("gates") or ()
+        if self.output_format == "markdown":
+            from moeprune.markdown import to_markdown
+
+            return to_markdown(describe(found))
+        if self.output_format == "github":
+            from moeprune.annotations import to_annotations
+
+            return to_annotations(command, describe(found), gates, self.warnings)
+        if self.output_format == "junit":
+            from moeprune.junit import to_junit
+
+            return to_junit(command, describe(found), gates, self.warnings)
+        from moeprune.text import to_text
+
+        on_terminal = self.output_file is None and sys.stdout.isatty()
+        return to_text(describe(found), shutil.get_terminal_size().columns if on_terminal else None)
+
+
+def print_out(text: str) -> None:
+    """Write to stdout, at once.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more; nothing is written to stdout from then on.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8
+    try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    else:
-        write_text(output_file, text)
+    except BrokenPipeError:
+        sys.stdout = None
+        raise
+
+
+def summary_file() -> Path:
+    """Where `--summary` appends.
+
+    Raises:
+        MoepruneError: the variable SUMMARY is not set, or names what cannot be appended to.
+    """
+    name = os.environ.get(SUMMARY)
+    if not name:
+        raise MoepruneError(
+            f"`--summary` appends to the file that `${SUMMARY}` names, which is not set",
+            "leave `--summary` out, or set the variable where it is not GitHub Actions that runs this",
+        )
+    path = Path(name)
+    append(path, "")
+    return path
+
+
+def append(path: Path, text: str) -> None:
+    """Write at the end of a text file in UTF-8, which is made if there is none.
+
+    Raises:
+        MoepruneError: that is not possible.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except (OSError, ValueError) as error:
+        raise MoepruneError(f"`${SUMMARY}`: cannot append to `{path}` ({error})") from None

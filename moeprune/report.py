@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from moeprune.document import Block, Cell, Document, Facts, Lines, Table, Verdict
 
 WORST_CLASSES = 3
 
@@ -33,10 +30,9 @@ def amount(value: float, unit: str = "") -> str:
     return f"{digits} {prefix}{unit}".strip()
 
 
-def inspection(found: Mapping[str, Any]) -> Group:
-    """The text of `moeprune inspect`."""
+def inspection(found: Mapping[str, Any]) -> Document:
+    """The report of `moeprune inspect`."""
     architecture, preprocessing = found["architecture"], found["preprocessing"]
-    facts = _facts()
     if architecture["type"] == "module":
         arguments = ", ".join(f"{key}={value!r}" for key, value in architecture["arguments"].items())
         kind = _plain(f"{architecture['factory']}({arguments})")
@@ -44,44 +40,45 @@ def inspection(found: Mapping[str, Any]) -> Group:
     else:
         kind = f"{architecture['type']}, {len(architecture['blocks'])} blocks, d = {architecture['dim']}"
         shape = [architecture["in_channels"], *architecture["image_size"]]
-    facts.add_row("model", f"{kind}, {architecture['num_classes']} classes")
-    facts.add_row("input", f"{' × '.join(map(str, shape))} (channels × height × width)")
-    facts.add_row(
-        "preprocessing", ", ".join(f"{key} {_plain(value)}" for key, value in preprocessing.items())
-    )
-    facts.add_row("parameters", f"{amount(found['parameters'])} ({amount(found['bytes'], 'B')})")
-    facts.add_row("FLOPs per input", _flops(found["flops_per_input"]))
+    facts = [
+        ("model", f"{kind}, {architecture['num_classes']} classes"),
+        ("input", f"{' × '.join(map(str, shape))} (channels × height × width)"),
+        ("preprocessing", ", ".join(f"{key} {_plain(value)}" for key, value in preprocessing.items())),
+        ("parameters", f"{amount(found['parameters'])} ({amount(found['bytes'], 'B')})"),
+        ("FLOPs per input", _flops(found["flops_per_input"])),
+    ]
     for key in ("source", "provenance"):
-        for name, value in found[key].items():
-            facts.add_row(f"{key}: {name}", _plain(value))
-    layers = _table("layer", "experts", "slots", "hidden", "parameters", "plan")
-    kept = _facts()
+        facts += [(f"{key}: {name}", _plain(value)) for name, value in found[key].items()]
+    rows, kept = [], []
     for name, layer in found["layers"].items():
         plan = layer["plan"]
-        layers.add_row(
-            name,
-            str(layer["experts"]),
-            str(layer["slots_per_expert"]),
-            "" if layer["hidden_dim"] is None else str(layer["hidden_dim"]),
-            amount(layer["parameters"]),
-            "dense" if plan is None else _plan(plan),
+        rows.append(
+            (
+                name,
+                str(layer["experts"]),
+                str(layer["slots_per_expert"]),
+                "" if layer["hidden_dim"] is None else str(layer["hidden_dim"]),
+                amount(layer["parameters"]),
+                "dense" if plan is None else _plan(plan),
+            )
         )
         if plan is not None and plan["kept"] is not None:
-            kept.add_row(f"kept in {name}", _plain(plan["kept"]))
-    parts: list[RenderableType] = [Text(found["checkpoint"], style="bold"), facts, Text(), layers]
-    if kept.rows:
-        parts += [Text(), kept]
-    return Group(*parts)
+            kept.append((f"kept in {name}", _plain(plan["kept"])))
+    blocks: list[Block] = [
+        Facts(facts),
+        Table(("layer", "experts", "slots", "hidden", "parameters", "plan"), rows),
+    ]
+    return Document(found["checkpoint"], [*blocks, *([Facts(kept)] if kept else [])])
 
 
-def analysis(found: Mapping[str, Any]) -> Group:
-    """The text of `moeprune analyze`."""
-    table = _table(
+def analysis(found: Mapping[str, Any]) -> Document:
+    """The report of `moeprune analyze`."""
+    columns = (
         "layer", "experts", "mass of the best 1/8\nper input", "\none set for all", "\nuniform router",
         "experts with 50 / 90 / 99 %\nper input", "\nover all inputs", "unused\nexperts",
     )  # fmt: skip
-    for name, layer in found["layers"].items():
-        table.add_row(
+    rows = [
+        (
             name,
             str(layer["experts"]),
             percent(layer["best_eighth_mass"]),
@@ -91,14 +88,19 @@ def analysis(found: Mapping[str, Any]) -> Group:
             " / ".join(str(count) for count in layer["experts_for_mass_overall"]),
             str(len(layer["unused_experts"])),
         )
-    verdicts = [Text(f"{name}: {verdict(layer)}") for name, layer in found["layers"].items()]
-    data = found["data"]
-    title = Text(f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)", style="bold")
+        for name, layer in found["layers"].items()
+    ]
+    verdicts = [f"{name}: {verdict(layer)}" for name, layer in found["layers"].items()]
     compared = [] if found["oracle"] is None else _oracle(found["oracle"])
-    return Group(title, table, Text(), *verdicts, *compared)
+    return Document(_on_data(found), [Table(columns, rows), Lines(verdicts), *compared])
 
 
-def _oracle(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+def _on_data(found: Mapping[str, Any]) -> str:
+    data = found["data"]
+    return f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)"
+
+
+def _oracle(found: Mapping[str, Any]) -> Iterator[Block]:
     """For each layer how good the subsets are that signals pick, and the paper's in words."""
     for name, layer in found["layers"].items():
         if layer["reference"] == "exhaustive":
@@ -117,27 +119,26 @@ def _oracle(found: Mapping[str, Any]) -> Iterator[RenderableType]:
             "its\nmargin",
             *comparison.values(),
         )
-        table = _table(*columns)
-        previous = None
-        for row in layer["rows"]:
-            if row["k"] != previous:
-                table.add_section()
-                previous = row["k"]
-            table.add_row(
-                str(row["k"]),
-                row["signal"],
-                percent(row["accuracy"]),
-                f"{row['true_class_logit']:.3f}",
-                f"{row['margin']:.3f}",
-                *("" if row[key] is None else percent(row[key]) for key in comparison),
+        rows: list[Sequence[Cell] | None] = []
+        for previous, row in zip([None, *layer["rows"]], layer["rows"], strict=False):
+            if previous is not None and row["k"] != previous["k"]:
+                rows.append(None)
+            rows.append(
+                (
+                    str(row["k"]),
+                    row["signal"],
+                    percent(row["accuracy"]),
+                    f"{row['true_class_logit']:.3f}",
+                    f"{row['margin']:.3f}",
+                    *("" if row[key] is None else percent(row[key]) for key in comparison),
+                )
             )
         title = (
-            f"\n{name} pruned alone, on {found['data']['samples']} samples: {percent(found['accuracy'])} with"
+            f"{name} pruned alone, on {found['data']['samples']} samples: {percent(found['accuracy'])} with"
             f" all {layer['experts']} experts, {percent(layer['accuracy_without_experts'])} with none"
         )
-        yield Text(title, style="bold")
-        yield table
-        yield Text("\n" + _paper_in_words(layer))
+        yield Table(columns, rows, title)
+        yield Lines([_paper_in_words(layer)])
 
 
 def _paper_in_words(layer: Mapping[str, Any]) -> str:
@@ -182,67 +183,66 @@ def verdict(layer: Mapping[str, Any]) -> str:
     )
 
 
-def pruning(found: Mapping[str, Any]) -> Group:
-    """The text of `moeprune prune`."""
-    table = _facts()
+def pruning(found: Mapping[str, Any]) -> Document:
+    """The report of `moeprune prune`."""
+    facts: list[tuple[str, str]] = []
     full, pruned, search = found["full_model"], found["model"], found["search"]
     if pruned is not None:
         size, flops = pruned["bytes"], pruned["flops_per_input"]["total"]
-        table.add_row(
-            "size",
-            f"{amount(full['bytes'], 'B')} → {amount(size, 'B')} ({percent(size / full['bytes'])})",
-        )
+        sizes = f"{amount(full['bytes'], 'B')} → {amount(size, 'B')} ({percent(size / full['bytes'])})"
+        facts.append(("size", sizes))
         full_flops = full["flops_per_input"]["total"]
         is_adaptive = any(plan["mass"] is not None for plan in found["plan"].values())
-        table.add_row(
-            "FLOPs per input",
-            f"{amount(full_flops)} → {'at most ' if is_adaptive else ''}{_flops(pruned['flops_per_input'])},"
-            f" {percent(flops / full_flops)}{' (eval measures it)' if is_adaptive else ''}",
+        facts.append(
+            (
+                "FLOPs per input",
+                f"{amount(full_flops)} → {'at most ' if is_adaptive else ''}"
+                f"{_flops(pruned['flops_per_input'])}, {percent(flops / full_flops)}"
+                f"{' (eval measures it)' if is_adaptive else ''}",
+            )
         )
     if search is not None:
         confirmed = search["confirmed"]
         low, high = confirmed["accuracy_drop_ci95"]
-        table.add_row(
-            "accuracy drop",
-            f"{points(confirmed['accuracy_drop'])} (95 %: {points(low)} to {points(high)}) on"
-            f" {confirmed['samples']} samples that the search of {len(search['tried'])} plans did not see"
-            + (f"; {confirmed['plans']} plans were measured on them" if confirmed["plans"] > 1 else ""),
+        known = f"; {confirmed['plans']} plans were measured on them" if confirmed["plans"] > 1 else ""
+        facts.append(
+            (
+                "accuracy drop",
+                f"{points(confirmed['accuracy_drop'])} (95 %: {points(low)} to {points(high)}) on"
+                f" {confirmed['samples']} samples that the search of {len(search['tried'])} plans did not"
+                f" see{known}",
+            )
         )
     for name, plan in found["plan"].items():
         kept = f": {_plain(plan['kept'])}" if plan["kept"] is not None else ""
-        table.add_row(name, _plan(plan) + kept)
+        facts.append((name, _plan(plan) + kept))
     written = [path for path in (found["checkpoint"], found["saved_plan"]) if path is not None]
-    return Group(Text(f"wrote {' and '.join(written)}", style="bold"), table)
+    return Document(f"wrote {' and '.join(written)}", [Facts(facts)])
 
 
-def evaluation(found: Mapping[str, Any]) -> Group:
-    """The text of `moeprune eval`."""
+def evaluation(found: Mapping[str, Any]) -> Document:
+    """The report of `moeprune eval`."""
     model, baseline, difference = found["model"], found["baseline_model"], found["difference"]
-    data = found["data"]
-    title = f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)"
-    table = _table("", "model", *(["full model", "difference"] if baseline else []))
+    columns = ("", "model", *(("full model", "difference") if baseline else ()))
+    rows = []
     for label, text in _EVALUATION_ROWS:
         row = [label, text(model)]
         if baseline:
             row += [text(baseline), _difference(label, model, baseline, difference)]
-        table.add_row(*row)
-    parts: list[RenderableType] = [Text(title, style="bold"), table]
+        rows.append(row)
+    blocks: list[Block] = [Table(columns, rows)]
     if difference:
         low, high = difference["accuracy_drop_ci95"]
-        parts.append(
-            Text(
-                f"\naccuracy drop {points(difference['accuracy_drop'])}"
-                f" (95 %: {points(low)} to {points(high)}; McNemar p = {difference['mcnemar_p']:.3g}),"
-                " same prediction as the full model on"
-                f" {percent(difference['agreement'], 2)}"
-            )
+        drop = (
+            f"accuracy drop {points(difference['accuracy_drop'])}"
+            f" (95 %: {points(low)} to {points(high)}; McNemar p = {difference['mcnemar_p']:.3g}),"
+            f" same prediction as the full model on {percent(difference['agreement'], 2)}"
         )
-        parts.append(Text(_forgetting(found["forgetting"])))
+        blocks.append(Lines([drop, _forgetting(found["forgetting"])]))
     if found["latency"]:
-        parts += [Text(), *_latency(found["latency"], found["environment"]["device"])]
-    if found["gates"]:
-        parts += [Text(), gates(found["gates"])]
-    return Group(*parts)
+        blocks.append(_latency(found["latency"], found["environment"]["device"]))
+    judged = gates(found["gates"]) if found["gates"] else None
+    return Document(_on_data(found), blocks, judged, found["passed"])
 
 
 def _forgetting(found: Mapping[str, Any]) -> str:
@@ -301,14 +301,12 @@ def _difference(
     return ""
 
 
-def _latency(latency: Mapping[str, Any], device: str) -> list[RenderableType]:
+def _latency(latency: Mapping[str, Any], device: str) -> Table:
     threads = latency["threads"]
     where = device if device != "cpu" else f"cpu with {threads} thread{'s' if threads > 1 else ''}"
     rows = [_latency_row(batch) for batch in latency["batches"]]
-    table = _table(*rows[0])
-    for row in rows:
-        table.add_row(*row.values())
-    return [Text(f"latency on {where}: median (middle half) of the repetitions"), table]
+    title = f"latency on {where}: median (middle half) of the repetitions"
+    return Table(tuple(rows[0]), [tuple(row.values()) for row in rows], title)
 
 
 def _latency_row(batch: Mapping[str, Any]) -> dict[str, str]:
@@ -331,20 +329,20 @@ def _seconds(median: float, quartiles: Iterable[float]) -> str:
     return f"{middle} {unit} ({low} to {high})"
 
 
-def gates(results: Sequence[Mapping[str, Any]]) -> RenderableType:
+def gates(results: Sequence[Mapping[str, Any]]) -> Table:
     """A table of gates."""
     level = next((gate["confidence"] for gate in results if gate["confidence"] is not None), None)
-    table = _table("gate", "limit", "value", *([f"bound at {100 * level:g} %"] if level else []), "")
-    for gate in results:
-        bound = "exact" if gate["bound"] is None else f"{gate['bound']:.4g}"
-        table.add_row(
+    rows: list[Sequence[Cell]] = [
+        (
             gate["name"] + _GATE_NOTES.get(gate["name"], ""),
             f"{gate['limit']:g}",
             f"{gate['value']:.4g}",
-            *([bound] if level else []),
-            Text(gate_verdict(gate), style="green" if gate["passed"] else "bold red"),
+            *(["exact" if gate["bound"] is None else f"{gate['bound']:.4g}"] if level else []),
+            Verdict(gate["passed"], gate_verdict(gate)),
         )
-    return table
+        for gate in results
+    ]
+    return Table(("gate", "limit", "value", *([f"bound at {100 * level:g} %"] if level else []), ""), rows)
 
 
 def gate_verdict(gate: Mapping[str, Any]) -> str:
@@ -353,12 +351,36 @@ def gate_verdict(gate: Mapping[str, Any]) -> str:
     Args:
         gate: what moeprune.gate.judge returns of it.
     """
-    if gate["reason"] != "undecided":
-        return "passed" if gate["passed"] else "FAILED"
+    if gate["reason"] == "undecided":
+        return f"FAILED: {_undecided(gate)}"
+    return "passed" if gate["passed"] else "FAILED"
+
+
+def gate_in_words(gate: Mapping[str, Any]) -> str:
+    """What a gate found, its limit and how far apart they are.
+
+    Args:
+        gate: what moeprune.gate.judge returns of it.
+    """
+    limit, bound = gate["limit"], gate["bound"]
+    words = f"{gate['name']} is {gate['value']:.4g}, {_distance(gate['value'], limit)} the limit of {limit:g}"
+    if bound is not None:
+        level = f"{100 * gate['confidence']:g} %"
+        words += f"; its bound at {level} is {bound:.4g}, {_distance(bound, limit)} the limit"
+    return f"{words}: {_undecided(gate)}" if gate["reason"] == "undecided" else words
+
+
+def _distance(value: float, limit: float) -> str:
+    if value == limit:
+        return "at"
+    return f"{abs(value - limit):.4g} {'above' if value > limit else 'below'}"
+
+
+def _undecided(gate: Mapping[str, Any]) -> str:
     unit = "repetitions" if gate["name"] == "min_speedup" else "samples"
     needed = gate["samples_needed"]
     would = "nor would more like them" if needed is None else f"about {_rounded_up(needed):,} would"
-    return f"FAILED: {gate['samples']:,} {unit} cannot show it, {would}"
+    return f"{gate['samples']:,} {unit} cannot show it, {would}"
 
 
 def _rounded_up(number: int) -> int:
@@ -370,100 +392,121 @@ def _rounded_up(number: int) -> int:
 _GATE_NOTES = {"min_speedup": " (lowest of all batch sizes)"}
 
 
-def conversion(found: Mapping[str, Any]) -> Group:
-    """The text of `moeprune convert`."""
-    facts = _facts()
-    facts.add_row("from", f"{found['checkpoint']} ({found['from']})")
-    facts.add_row("to", found["to"])
-    facts.add_row("model", f"{amount(found['model']['parameters'])} parameters")
+def conversion(found: Mapping[str, Any]) -> Document:
+    """The report of `moeprune convert`."""
+    facts = [
+        ("from", f"{found['checkpoint']} ({found['from']})"),
+        ("to", found["to"]),
+        ("model", f"{amount(found['model']['parameters'])} parameters"),
+    ]
     if found["arguments"]:
-        facts.add_row("built with", _assignments(found["arguments"]))
+        facts.append(("built with", _assignments(found["arguments"])))
     if found["defaults"]:
-        facts.add_row("taken from the library's defaults", _assignments(found["defaults"]))
+        facts.append(("taken from the library's defaults", _assignments(found["defaults"])))
     if found["dropped"]:
-        facts.add_row("left out", f"{_plain(found['dropped'])} (the model does not use them)")
+        facts.append(("left out", f"{_plain(found['dropped'])} (the model does not use them)"))
     parity = found["parity"]
     if parity is not None:
-        facts.add_row(
-            "parity",
+        measured = (
             f"logits of {parity['images']} random images differ by at most"
-            f" {parity['max_relative_difference']:.1e} of the largest one ({parity['dtype']})",
+            f" {parity['max_relative_difference']:.1e} of the largest one ({parity['dtype']})"
         )
     else:
-        facts.add_row("parity", f"not measured: {found['parity_skipped']}")
-    return Group(Text(f"wrote {found['output']}", style="bold"), facts)
+        measured = f"not measured: {found['parity_skipped']}"
+    facts.append(("parity", measured))
+    return Document(f"wrote {found['output']}", [Facts(facts)])
 
 
 def _assignments(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
-def sweep(found: Mapping[str, Any]) -> Group:
-    """The text of `moeprune eval --sweep`: a row for each variant."""
-    table = _table(
-        "kept", "scope", "signal", "compensation", "accuracy", "of full", "same as full", "size", "FLOPs"
-    )
-    previous = None
+def sweep(found: Mapping[str, Any]) -> Document:
+    """The report of `moeprune eval --sweep` and `--frontier`: a row for each variant."""
+    columns = (
+        "kept", "scope", "signal", "compensation", "accuracy", "of full", "same as full", "size", "FLOPs",
+    )  # fmt: skip
+    rows: list[Sequence[Cell] | None] = []
+    previous = found["rows"][0]["keep"]
     for row in found["rows"]:
         if row["keep"] != previous:
-            table.add_section()
+            rows.append(None)
             previous = row["keep"]
         accuracy = percent(row["accuracy"], 2)
         if row["accuracy_sd"] is not None:
             accuracy += f" ± {100 * row['accuracy_sd']:.1f}"
-        table.add_row(
-            row["keep"],
-            row["scope"] or "full model",
-            row["signal"] or "",
-            row["compensate"] or "",
-            accuracy,
-            percent(row["retained"]) if row["retained"] is not None else "",
-            percent(row["agreement"]),
-            percent(1 - row["difference"]["size_reduction"]),
-            percent(1 - row["difference"]["flops_reduction"]),
-        )
-    data = found["data"]
-    title = f"{found['checkpoint']} on {data['spec']} ({data['samples']} samples)"
-    draws = max(row["draws"] for row in found["rows"])
-    note = f"random: mean ± standard deviation of {draws} draws. Size and FLOPs: of the whole model."
-    parts: list[RenderableType] = [Text(title, style="bold"), table, Text(note)]
-    if found["plot"] is not None:
-        parts.append(Text(f"drawn in {found['plot']}"))
-    return Group(*parts)
-
-
-def demo(found: Mapping[str, Any]) -> Group:
-    """The text of `moeprune demo`: for each model, methods in rows and kept shares in columns."""
-    parts: list[RenderableType] = []
-    for model in found["models"].values():
-        rows = model["rows"]
-        keeps = list(dict.fromkeys(row["keep"] for row in rows if row["keep"] not in ("0", "1")))
-        full = next(row for row in rows if row["keep"] == "1")
-        data = model["data"]
-        title = (
-            f"{model['title']}: full model {percent(full['accuracy'], 2)} on {data['spec']}"
-            f" ({data['samples']} samples)"
-        )
-        columns = [*(f"{keep}\nkept" for keep in keeps), f"size\nat {keeps[-1]}", f"FLOPs\nat {keeps[-1]}"]
-        table = _table("accuracy as a share\nof the full model's", *columns)
-        for label in dict.fromkeys(row["label"] for row in rows if row["keep"] not in ("0", "1")):
-            of_label = {row["keep"]: row for row in rows if row["label"] == label}
-            last = of_label[keeps[-1]]["difference"]
-            table.add_row(
-                label,
-                *(_retained(of_label[keep]) for keep in keeps),
-                percent(1 - last["size_reduction"]),
-                percent(1 - last["flops_reduction"]),
+        rows.append(
+            (
+                row["keep"],
+                row["scope"] or "full model",
+                row["signal"] or "",
+                row["compensate"] or "",
+                accuracy,
+                percent(row["retained"]) if row["retained"] is not None else "",
+                percent(row["agreement"]),
+                percent(1 - row["difference"]["size_reduction"]),
+                percent(1 - row["difference"]["flops_reduction"]),
             )
-        table.add_section()
-        for row in rows:
-            if row["keep"] == "0":
-                size, flops = row["difference"]["size_reduction"], row["difference"]["flops_reduction"]
-                cells = [_retained(row), *[""] * (len(keeps) - 1), percent(1 - size), percent(1 - flops)]
-                table.add_row(row["label"], *cells)
-        parts += [Text(title, style="bold"), table, Text()]
-    parts.append(Text(f"Checkpoints, analyses and evaluations are in {found['directory']}"))
-    return Group(*parts)
+        )
+    draws = max(row["draws"] for row in found["rows"])
+    notes = [f"random: mean ± standard deviation of {draws} draws. Size and FLOPs: of the whole model."]
+    if found["plot"] is not None:
+        notes.append(f"drawn in {found['plot']}")
+    return Document(_on_data(found), [Table(columns, rows), Lines(notes)])
+
+
+def demo(found: Mapping[str, Any]) -> Document:
+    """The report of `moeprune demo`: for each model, methods in rows and kept shares in columns."""
+    title = f"wrote checkpoints, analyses and evaluations into {found['directory']}"
+    return Document(title, [_demo_table(model) for model in found["models"].values()])
+
+
+def _demo_table(model: Mapping[str, Any]) -> Table:
+    of_experts = [row for row in model["rows"] if row["keep"] not in ("0", "1")]
+    keeps = list(dict.fromkeys(row["keep"] for row in of_experts))
+    full = next(row for row in model["rows"] if row["keep"] == "1")
+    data = model["data"]
+    title = (
+        f"{model['title']}: full model {percent(full['accuracy'], 2)} on {data['spec']}"
+        f" ({data['samples']} samples)"
+    )
+    columns = [*(f"{keep}\nkept" for keep in keeps), f"size\nat {keeps[-1]}", f"FLOPs\nat {keeps[-1]}"]
+    rows: list[Sequence[Cell] | None] = []
+    for label in dict.fromkeys(row["label"] for row in of_experts):
+        of_label = {row["keep"]: row for row in of_experts if row["label"] == label}
+        rows.append((label, *(_retained(of_label[keep]) for keep in keeps), *_remaining(of_label[keeps[-1]])))
+    rows.append(None)
+    for row in model["rows"]:
+        if row["keep"] == "0":
+            rows.append((row["label"], _retained(row), *[""] * (len(keeps) - 1), *_remaining(row)))
+    return Table(("accuracy as a share\nof the full model's", *columns), rows, title)
+
+
+def _remaining(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Shares of size and FLOPs that remain."""
+    difference = row["difference"]
+    return percent(1 - difference["size_reduction"]), percent(1 - difference["flops_reduction"])
+
+
+def configuration(found: Mapping[str, Any]) -> Document:
+    """The report of `moeprune config`: a table of each command's options."""
+    places = {"default": "default", "environment": "${}", "file": f"{{}} in {found['file']}"}
+    tables = []
+    for command, options in found["commands"].items():
+        rows = [
+            (name, _setting(option["value"]), places[option["source"]].format(option["place"]))
+            for name, option in options.items()
+        ]
+        tables.append(Table(("option", "value", "from"), rows, f"moeprune {command}"))
+    return Document(f"configuration: {found['file'] or 'no file'}", tables)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else _plain(value)
 
 
 def _retained(row: Mapping[str, Any]) -> str:
@@ -493,17 +536,3 @@ def _plain(value: Any) -> str:
         return ", ".join(_plain(part) for part in value)
     text = "automatic" if value is None else str(value)
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True, vertical="bottom")
-    return table
-
-
-def _facts() -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    return table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +14,8 @@ from tqdm import tqdm
 
 from moeprune.data import Batch, Dataset
 from moeprune.errors import MoepruneError
+
+logger = logging.getLogger(__name__)
 
 AUTOCAST_DTYPES = {"float32": None, "fp32": None, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
@@ -63,13 +67,21 @@ class Runtime:
 
     def batches(self, data: Dataset, what: str) -> Iterator[Batch]:
         """One pass over the data in batches on the device, with a progress bar called `what`."""
-        device = self.torch_device
+        device, start = self.torch_device, time.perf_counter()
         with tqdm(
-            total=data.samples, desc=what, unit="sample", leave=False, disable=None if self.progress else True
+            total=data.samples,
+            desc=what,
+            unit=" samples",
+            leave=False,
+            disable=None if self.progress else True,
         ) as bar:
             for inputs, labels in data.batches(self.batch_size):
                 yield inputs.to(device, non_blocking=True), labels
                 bar.update(len(inputs))
+        seconds = time.perf_counter() - start
+        logger.info(
+            f"{what}: {data.samples} samples in {seconds:.2f} s, {data.samples / seconds:.0f} samples/s"
+        )
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """The model's output, without gradients, in this runtime's precision."""

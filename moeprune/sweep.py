@@ -128,7 +128,7 @@ def sweep(
         return measure_latency(pruned, data, model, latency_batches, runtime)
 
     yield {**_row(unpruned, [(described, full)], described, full), "latency": latency(model)}, model
-    for variant in tqdm(todo, desc="sweep", unit="variant", disable=None if runtime.progress else True):
+    for variant in tqdm(todo, desc="sweep", unit=" variants", disable=None if runtime.progress else True):
         results = []
         for draw in range(RANDOM_DRAWS if variant.signal == "random" else 1):
             pruned = prune(

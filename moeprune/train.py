@@ -131,7 +131,7 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     draw = _drawer(recipe.config, recipe.batch_size, generator)
     model.train()
-    for _ in tqdm(range(recipe.steps), desc="train", unit="step", disable=None if progress else True):
+    for _ in tqdm(range(recipe.steps), desc="train", unit=" steps", disable=None if progress else True):
         images, labels = draw()
         images = images + recipe.noise * torch.randn(images.shape, generator=generator)
         loss = F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)

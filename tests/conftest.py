@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from moeprune.cli import app
+from tests.schemas import complaints, schema_of
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 if not torch.cuda.is_available():
@@ -51,13 +52,15 @@ def run() -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def run_json(run: Callable[..., Result]) -> Callable[..., dict[str, Any]]:
-    """Run a command that succeeds and read its JSON."""
+    """Run a command that succeeds and read its JSON, which the published schema allows."""
 
     def run_json(*arguments: object) -> dict[str, Any]:
         result = run(*arguments, "--output-format", "json")
         assert result.code == 0, result.stderr
         assert result.stderr == ""
-        return json.loads(result.stdout)
+        found = json.loads(result.stdout)
+        assert complaints(schema_of(map(str, arguments), found), found) == []
+        return found
 
     return run_json
 

@@ -18,23 +18,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import typer
 from typer.testing import CliRunner
 
 import moeprune
 from moeprune.architecture import vit_from_json
-from moeprune.cli import app
-from moeprune.cli.command import with_exit_code
+from moeprune.cli import app, command
 from moeprune.evaluation import Predictions, compare
 from moeprune.gate import judge
 from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.output import FORMATS, Reporter
 from moeprune.plan import LayerPlan
 from moeprune.tensors import tensor_shapes
+from tests.schemas import complaints
 
 SCOPES = ("static", "input", "batch")
 COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine")
 EXPERT_TENSORS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-COMMANDS = ("inspect", "analyze", "prune", "eval", "convert", "demo")
+COMMANDS = ("inspect", "analyze", "prune", "eval", "convert", "demo", "config")
 FLOPS_KEYS = {"total", "experts", "routing", "compensation", "other"}
 SIZE_KEYS = {"parameters", "bytes", "bytes_by_part", "flops_per_input", "experts_per_input"}
 MODEL_KEYS = SIZE_KEYS | {"accuracy", "accuracy_ci95", "top5_accuracy", "loss"}
@@ -608,7 +608,7 @@ def test_sweep_text_has_a_line_for_each_row(single, small_analysis, run):
 # --- files and repeatability -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output_format", ["text", "json"])
+@pytest.mark.parametrize("output_format", FORMATS)
 @pytest.mark.parametrize("command", ["inspect", "eval"])
 def test_output_file_gets_what_stdout_would(single, run, tmp_path, command, output_format):
     call = [command, single, "--output-format", output_format]
@@ -758,6 +758,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
     assert files == expected
     summary = json.loads((output / "summary.json").read_text())
     assert set(summary) == {"schema_version", "models", "environment"}
+    assert complaints("demo", summary) == []
     assert set(summary["models"]) == {"single", "vit"}
     for name, shipped in (("single", single), ("vit", vit)):
         assert (output / name / "full.safetensors").read_bytes() == shipped.read_bytes()
@@ -778,6 +779,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
         for file in names:
             found = json.loads((output / name / f"{file}.json").read_text())
             assert set(found) == EVAL_KEYS
+            assert complaints("eval", found) == []
             scope, compensate, share = file.split("-", 2)
             signal = "gram" if compensate == "affine" else "combine"
             row = of[share.replace("-", "/"), scope, signal, compensate]
@@ -839,6 +841,7 @@ def test_help_and_wrong_options_do_not_import_torch():
     calls = [
         *([command, "--help"] for command in COMMANDS),
         ["--version"],
+        ["config"],
         ["prune", "x", "--keep", "0", "-o", "y"],
         ["prune", "x", "--keep", "1/8", "--scope", "some", "-o", "y"],
         ["eval", "x", "--data", "y", "--min-accuracy", "7"],
@@ -860,7 +863,7 @@ for call in {calls!r}:
 """
     result = python("-c", program)
     ends = [line for line in result.stdout.splitlines() if line.endswith(("True", "False"))]
-    assert ends == ["0 False"] * (len(COMMANDS) + 1) + ["2 False"] * 9
+    assert ends == ["0 False"] * (len(COMMANDS) + 2) + ["2 False"] * 9
 
 
 def test_inspect_imports_neither_torch_nor_numpy(single, tmp_path):
@@ -944,19 +947,22 @@ def test_a_reader_that_stops_reading_gets_no_traceback(single):
     assert (process.returncode, errors) == (2, b"")
 
 
-def test_what_nobody_expected_exits_with_2_and_a_traceback(capsys):
+def test_what_nobody_expected_exits_with_2_and_a_traceback(run):
     """Under Typer an uncaught exception would exit with 1, as a failed gate does."""
 
-    def explode() -> None:
+    def explode(reporter: Reporter) -> None:
         raise ZeroDivisionError("boom")
 
-    with pytest.raises(typer.Exit) as end:
-        with_exit_code(explode)()
-    assert end.value.exit_code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "ZeroDivisionError: boom" in captured.err
-    assert captured.err.rstrip().splitlines()[-1].startswith("error: moeprune failed")
+    explode.__annotations__ = {"reporter": Reporter, "return": None}
+    command.add_command(explode)
+    try:
+        result = run("explode")
+    finally:
+        app.registered_commands.pop()
+        command.rules_of.pop("explode")
+    assert (result.code, result.stdout) == (2, "")
+    assert "ZeroDivisionError: boom" in result.stderr
+    assert result.stderr.rstrip().splitlines()[-1].startswith("error: moeprune failed")
 
 
 def test_shares_are_rounded_to_the_nearest_number_of_experts(single, run_json, tmp_path):

@@ -1,13 +1,17 @@
 """The README's commands and code do what it says."""
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from lxml import etree
 from PIL import Image
 from torch import nn
 
@@ -85,15 +89,70 @@ def test_command_that_compares_signals(workplace, run):
     assert "pruned alone, on 3 samples" in result.stdout
 
 
-def test_ci_recipe(workplace, run):
-    [recipe] = blocks("yaml")
-    steps = commands(recipe)
-    assert [step[0] for step in steps] == ["analyze", "prune", "eval"]
-    for step in steps:
-        result = run(*step)
-        assert (result.code, result.stderr) == (0, ""), step
-    result = run(*steps[-1], "--min-size-reduction", 0.99, "--force")
-    assert result.code == 1
+def recipes():
+    """The shell steps of each CI recipe, without those that install."""
+    github, gitlab = (yaml.safe_load(block) for block in blocks("yaml"))
+    [job], steps = github["jobs"].values(), gitlab["prune"]["script"]
+    return {
+        "github": [
+            step["run"] for step in job["steps"] if "run" in step and "pip install" not in step["run"]
+        ],
+        "gitlab": [step for step in steps if "pip install" not in step],
+    }
+
+
+@pytest.fixture(params=["github", "gitlab"])
+def recipe(request, workplace, monkeypatch):
+    """The steps of a recipe, where training has left its files and the configuration stands beside them."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(workplace / "summary.md"))
+    [configuration] = blocks("toml")
+    Path("moeprune.toml").write_text(configuration, encoding="utf-8")
+    return request.param, recipes()[request.param]
+
+
+def check_what_a_recipe_leaves(name, report, verdict):
+    if name == "github":
+        assert {"passed": "::notice title", "failed": "::error title"}[verdict] in report
+        written = Path("summary.md").read_text(encoding="utf-8")
+        assert written.count("\n## ") == 3
+        assert {"passed": "✅ passed: pruned", "failed": "❌ FAILED: pruned"}[verdict] in written
+    else:
+        assert report == ""
+        failures = etree.parse("gates.xml").findall(".//failure")
+        assert len(failures) == {"passed": 0, "failed": 1}[verdict]
+
+
+@pytest.mark.parametrize("verdict", ["passed", "failed"])
+def test_ci_recipe(recipe, run, monkeypatch, verdict):
+    name, steps = recipe
+    if verdict == "failed":
+        monkeypatch.setenv("MOEPRUNE_EVAL_MIN_SIZE_REDUCTION", "0.99")
+    words = [shlex.split(step)[1:] for step in steps]
+    assert [step[0] for step in words] == ["analyze", "prune", "eval"]
+    *before, judged = [run(*step) for step in words]
+    assert [(result.code, result.stderr) for result in before] == [(0, "")] * 2
+    assert (judged.code, judged.stderr) == ({"passed": 0, "failed": 1}[verdict], "")
+    check_what_a_recipe_leaves(name, judged.stdout, verdict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verdict", ["passed", "failed"])
+def test_ci_recipe_in_a_shell(recipe, workplace, monkeypatch, verdict):
+    """As a runner does it: the steps one after the other, each ending at the first command that fails."""
+    name, steps = recipe
+    Path("bin").mkdir()
+    tool = Path("bin/moeprune")
+    tool.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m moeprune "$@"\n')
+    tool.chmod(0o755)
+    root = Path(moeprune.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.setenv("PATH", f"{workplace / 'bin'}:{os.environ['PATH']}")
+    if verdict == "failed":
+        monkeypatch.setenv("MOEPRUNE_EVAL_MIN_SIZE_REDUCTION", "0.99")
+    ended = [subprocess.run(["bash", "-ec", step], capture_output=True, text=True) for step in steps]
+    assert [step.returncode for step in ended] == [0, 0, {"passed": 0, "failed": 1}[verdict]]
+    assert [step.stderr for step in ended] == ["", "", ""]
+    check_what_a_recipe_leaves(name, ended[-1].stdout, verdict)
 
 
 def test_python_code(tmp_path, monkeypatch):

@@ -3,15 +3,15 @@
 Torch is imported inside commands only: `--help` and usage errors answer at once.
 """
 
-from moeprune.cli.analyze import analyze
-from moeprune.cli.command import app, with_exit_code
-from moeprune.cli.convert import convert
-from moeprune.cli.demo import demo
-from moeprune.cli.eval import eval
-from moeprune.cli.inspect import inspect
-from moeprune.cli.prune import prune
+from moeprune.cli import analyze, config, convert, demo, eval, inspect, prune
+from moeprune.cli.command import add_command, app
 
-for command in (inspect, analyze, prune, eval, convert, demo):
-    app.command(command.__name__)(with_exit_code(command))
+add_command(inspect.inspect)
+add_command(analyze.analyze, needs=analyze.NEEDS)
+add_command(prune.prune, prune.DISPLACES, prune.NEEDS)
+add_command(eval.eval, eval.DISPLACES, eval.NEEDS)
+add_command(convert.convert, convert.DISPLACES, convert.NEEDS)
+add_command(demo.demo)
+add_command(config.config)
 
 __all__ = ["app"]

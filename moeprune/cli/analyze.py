@@ -14,18 +14,19 @@ from moeprune.cli.options import (
     Device,
     Dtype,
     Factory,
-    Force,
     Limit,
-    OutputFile,
-    OutputFormat,
     Preprocess,
     Split,
 )
 from moeprune.errors import MoepruneError
-from moeprune.output import check_apart, check_output, check_report, emit, warn
+from moeprune.output import Reporter, warn
+
+NEEDS = {"oracle_samples": ("oracle",)}
+"""See moeprune.cli.command.Rules."""
 
 
 def analyze(
+    reporter: Reporter,
     checkpoint: Checkpoint,
     data: Annotated[
         str, typer.Option(help="Calibration data: digits, pairs, a .npz, a .safetensors, or a folder.")
@@ -34,7 +35,8 @@ def analyze(
     oracle: Annotated[
         bool,
         typer.Option(
-            "--oracle",
+            "--oracle/--no-oracle",
+            show_default=False,
             help="On labelled data: also compare the experts that signals pick with the best subset.",
         ),
     ] = False,
@@ -48,24 +50,19 @@ def analyze(
     device: Device = "auto",
     dtype: Dtype = "float32",
     batch_size: BatchSize = 64,
-    output_format: OutputFormat = "text",
-    output_file: OutputFile = None,
-    force: Force = False,
 ) -> None:
     """Measure what each expert matters to each input.
 
     Runs calibration data through an unpruned checkpoint, once.
     """
-    check_report(output_format, output_file, force)
-    check_output(output, force)
-    check_apart(output, output_file)
+    reporter.check_outputs(output=output)
     if oracle_samples is not None and not oracle:
         raise MoepruneError("`--oracle-samples` goes with `--oracle`", "add `--oracle`")
     from moeprune import calibration, report
     from moeprune.oracle import SAMPLES, compare_signals, require_comparable
     from moeprune.statistics import summarize
 
-    runtime = runtime_for(device, dtype, batch_size)
+    runtime = runtime_for(device, dtype, batch_size, reporter.progress)
     loaded = load_model(checkpoint, model, preprocess)
     dataset = open_data(data, loaded, split, "calibration", limit)
     if oracle:
@@ -91,4 +88,4 @@ def analyze(
         "layers": layers,
         "oracle": compared,
     }
-    emit(found, report.analysis, output_format, output_file)
+    reporter.emit(found, report.analysis)

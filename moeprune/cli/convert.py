@@ -7,18 +7,17 @@ from typing import Annotated
 
 import typer
 
-from moeprune.cli.options import (
-    Factory,
-    Force,
-    OutputFile,
-    OutputFormat,
-    Preprocess,
-)
+from moeprune.cli.options import Factory, Preprocess
 from moeprune.errors import MoepruneError
-from moeprune.output import check_apart, check_choice, check_output, check_report, emit
+from moeprune.output import Reporter, check_choice
+
+DISPLACES = {"model": ("source_arg",)}
+"""See moeprune.cli.command.Rules, like NEEDS."""
+NEEDS = {"model_arg": ("model",), "input_shape": ("model",)}
 
 
 def convert(
+    reporter: Reporter,
     checkpoint: Annotated[
         Path,
         typer.Argument(
@@ -65,17 +64,12 @@ def convert(
         typer.Option(help="With --model: the shape of one input, such as 3,224,224.", metavar="C,H,W"),
     ] = None,
     preprocess: Preprocess = None,
-    output_format: OutputFormat = "text",
-    output_file: OutputFile = None,
-    force: Force = False,
 ) -> None:
     """Take a checkpoint of another library or of your own code, or give one back.
 
     Proves on random images that the library's own model computes the same, where it is installed.
     """
-    check_report(output_format, output_file, force)
-    check_output(output, force)
-    check_apart(output, output_file)
+    reporter.check_outputs(output=output)
     from moeprune.sources import LAYER_LIBRARIES, SOURCES
     from moeprune.sources.given import parse_settings
 
@@ -115,4 +109,4 @@ def convert(
         **converted.to_json(),
         "model": size_and_cost(converted.model),
     }
-    emit(found, report.conversion, output_format, output_file)
+    reporter.emit(found, report.conversion)

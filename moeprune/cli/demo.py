@@ -8,44 +8,39 @@ from typing import Annotated
 import typer
 
 from moeprune.cli.opening import runtime_for
-from moeprune.cli.options import (
-    Device,
-    Force,
-    OutputFile,
-    OutputFormat,
-    Seed,
-)
+from moeprune.cli.options import Device, Seed
 from moeprune.errors import MoepruneError
-from moeprune.output import check_report, emit
+from moeprune.output import Reporter
 
 
 def demo(
+    reporter: Reporter,
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write into.")] = Path(
         "moeprune-demo"
     ),
     train: Annotated[
         bool,
-        typer.Option("--train", help="Train both models anew first (minutes), as the shipped ones were."),
+        typer.Option(
+            "--train/--no-train",
+            show_default=False,
+            help="Train both models anew first (minutes), as the shipped ones were.",
+        ),
     ] = False,
     device: Device = "auto",
     seed: Seed = 0,
-    output_format: OutputFormat = "text",
-    output_file: OutputFile = None,
-    force: Force = False,
 ) -> None:
     """Show the whole story on two real checkpoints.
 
     Analyzes, prunes and evaluates them on scikit-learn's digits, in under a minute on two cores.
     """
-    check_report(output_format, output_file, force)
     if output.exists() and not output.is_dir():
         raise MoepruneError(f"`{output}` is a file, expected a directory", "give another with `-o`")
-    if output.is_dir() and any(output.iterdir()) and not force:
+    if output.is_dir() and any(output.iterdir()) and not reporter.force:
         raise MoepruneError(
             f"`{output}` is not empty", "give another with `-o`, or `--force` to write into it"
         )
     from moeprune import report
     from moeprune.demo import run_demo
 
-    found = run_demo(output, train, seed, runtime_for(device, "float32", 256))
-    emit(found, report.demo, output_format, output_file)
+    found = run_demo(output, train, seed, runtime_for(device, "float32", 256, reporter.progress))
+    reporter.emit(found, report.demo)

@@ -15,24 +15,35 @@ from moeprune.cli.options import (
     Device,
     Dtype,
     Factory,
-    Force,
     Limit,
-    OutputFile,
-    OutputFormat,
     Preprocess,
     Seed,
     Split,
 )
 from moeprune.errors import MoepruneError
-from moeprune.gate import check_limits, judge
-from moeprune.output import check_apart, check_choice, check_output, check_report, emit, warn
+from moeprune.gate import GATES, check_limits, judge
+from moeprune.output import Reporter, check_choice, warn
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep
 
 if TYPE_CHECKING:
     from moeprune.sweep import Variant
 
+JUDGED = tuple(gate.name for gate in GATES)
+"""Options that set limits."""
+DISPLACES = {
+    "sweep": ("baseline", "confidence", *JUDGED),
+    "frontier": ("baseline", "confidence", *JUDGED, "scope", "signal", "compensate"),
+}
+"""See moeprune.cli.command.Rules, like NEEDS."""
+NEEDS = {
+    **dict.fromkeys(("analysis", "scope", "signal", "compensate"), ("sweep", "frontier")),
+    "latency_batch": ("latency",),
+    "confidence": JUDGED,
+}
+
 
 def eval(
+    reporter: Reporter,
     checkpoint: Checkpoint,
     data: Annotated[
         str, typer.Option(help="Labelled data: digits, pairs, a .npz, a .safetensors, or a folder.")
@@ -73,7 +84,9 @@ def eval(
     latency: Annotated[
         bool,
         typer.Option(
-            "--latency", help="Time forward passes too; with --baseline, in turn with the full model's."
+            "--latency/--no-latency",
+            show_default=False,
+            help="Time forward passes too; with --baseline, in turn with the full model's.",
         ),
     ] = False,
     latency_batch: Annotated[
@@ -101,16 +114,12 @@ def eval(
     dtype: Dtype = "float32",
     batch_size: BatchSize = 64,
     seed: Seed = 0,
-    output_format: OutputFormat = "text",
-    output_file: OutputFile = None,
-    force: Force = False,
 ) -> int:
     """Report accuracy, size, FLOPs and latency, and judge them.
 
     Compares a checkpoint with the full model (--baseline); a gate that fails makes exit code 1. With
     --sweep, prunes a full model in many ways and evaluates each.
     """
-    check_report(output_format, output_file, force)
     limits = {
         "max_accuracy_drop": max_accuracy_drop,
         "min_accuracy": min_accuracy,
@@ -130,7 +139,7 @@ def eval(
         keeps = []
     else:
         gates = [*limits.values(), confidence]
-        _check_sweep(frontier, sweep_only, baseline, latency, gates, output_file, force)
+        _check_sweep(reporter, frontier, sweep_only, baseline, latency, gates)
         keeps = [] if sweep is None else [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
     from moeprune import evaluation, report
     from moeprune.calibration import load_analysis
@@ -143,7 +152,7 @@ def eval(
 
     latency_batches = latency_batch or BATCH_SIZES
     check_batch_sizes(latency_batches)
-    runtime = runtime_for(device, dtype, batch_size)
+    runtime = runtime_for(device, dtype, batch_size, reporter.progress)
     loaded = load_model(checkpoint, model, preprocess)
     dataset = open_data(data, loaded, split, "test", limit)
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
@@ -178,7 +187,7 @@ def eval(
         if frontier is not None:
             title = f"{checkpoint.name} on {dataset.spec} ({dataset.samples} samples)"
             plot_frontier(rows, title, frontier)
-        emit(found, report.sweep, output_format, output_file)
+        reporter.emit(found, report.sweep)
         return 0
     full = None if baseline is None else load_model(baseline, model, preprocess)
     found["baseline"] = None if baseline is None else str(baseline)
@@ -192,18 +201,17 @@ def eval(
         )
     found["gates"] = judge(found, limits, confidence)
     found["passed"] = all(gate["passed"] for gate in found["gates"])
-    emit(found, report.evaluation, output_format, output_file)
+    reporter.emit(found, report.evaluation)
     return 0 if found["passed"] else 1
 
 
 def _check_sweep(
+    reporter: Reporter,
     frontier: Path | None,
     sweep_only: dict[str, Any],
     baseline: Path | None,
     latency: bool,
     gates: list[float | None],
-    output_file: Path | None,
-    force: bool,
 ) -> None:
     """Refuse what does not go with `--sweep` or `--frontier`."""
     which = "--sweep" if frontier is None else "--frontier"
@@ -228,7 +236,6 @@ def _check_sweep(
     from moeprune.merging import require_scipy
     from moeprune.plot import check_plot
 
-    check_output(frontier, force)
-    check_apart(frontier, output_file)
+    reporter.check_outputs(frontier=frontier)
     check_plot(frontier)
     require_scipy()

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from moeprune.cli.options import (
-    Checkpoint,
-    Force,
-    OutputFile,
-    OutputFormat,
-)
-from moeprune.output import check_report, emit
+from moeprune.cli.options import Checkpoint
+from moeprune.output import Reporter
 
 
-def inspect(
-    checkpoint: Checkpoint,
-    output_format: OutputFormat = "text",
-    output_file: OutputFile = None,
-    force: Force = False,
-) -> None:
+def inspect(reporter: Reporter, checkpoint: Checkpoint) -> None:
     """Show what is in a checkpoint.
 
     Layers, experts, parameters, size, FLOPs, plan and provenance, from the file's header alone.
     """
-    check_report(output_format, output_file, force)
     from moeprune import report
     from moeprune.description import read_description
     from moeprune.header import read_header
@@ -51,4 +40,4 @@ def inspect(
         "source": details.source,
         "provenance": details.provenance,
     }
-    emit(found, report.inspection, output_format, output_file)
+    reporter.emit(found, report.inspection)

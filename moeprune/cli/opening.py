@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeprune.errors import MoepruneError
-from moeprune.output import warn
+from moeprune.output import logger, warn
+from moeprune.report import amount
 
 if TYPE_CHECKING:
     from moeprune.data import Dataset
@@ -21,6 +22,10 @@ def load_model(path: Path, factory: str | None, preprocess: list[str] | None) ->
     from moeprune.model import load
 
     model = load(path, factory)
+    parameters = amount(sum(tensor.numel() for tensor in model.state_dict().values()))
+    logger.info(
+        f"read `{path}`: {parameters} parameters, {len(model.config.soft_moe_layers)} Soft MoE layers"
+    )
     for name, layer in model.config.soft_moe_layers.items():
         if layer.dispatch_over == "batch":
             warn(
@@ -42,13 +47,15 @@ def open_data(spec: str, model: Model, split: str | None, default_split: str, li
         raise MoepruneError(
             f"`--split {split}` does not go with `{spec}`", f"it picks a split of {' or '.join(BUILT_IN)}"
         )
-    return dataset_for(model, spec, split or default_split, limit)
+    data = dataset_for(model, spec, split or default_split, limit)
+    logger.info(f"read `{data.spec}`: {data.samples} samples{'' if data.has_labels else ' without labels'}")
+    return data
 
 
-def runtime_for(device: str, dtype: str, batch_size: int) -> Runtime:
+def runtime_for(device: str, dtype: str, batch_size: int, progress: bool) -> Runtime:
     """The runtime of `--device`, `--dtype` and `--batch-size`; a missing device is told before any work."""
     from moeprune.runtime import Runtime
 
-    runtime = Runtime(device, dtype, batch_size, progress=True)
-    _ = runtime.torch_device
+    runtime = Runtime(device, dtype, batch_size, progress)
+    logger.info(f"runs on {runtime.torch_device} in {dtype}, {batch_size} inputs at a time")
     return runtime

@@ -30,6 +30,30 @@ Preprocess = Annotated[
         help="Override one preprocessing setting, such as resize=256 or mean=0.5.", metavar="KEY=VALUE"
     ),
 ]
-OutputFormat = Annotated[str, typer.Option(help="Format of the report: text or json.")]
+OutputFormat = Annotated[
+    str, typer.Option(help="Format of the report: text, json, markdown, github (annotations) or junit.")
+]
 OutputFile = Annotated[Path | None, typer.Option(help="Write the report there, not to stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace output files that exist.")]
+Summary = Annotated[
+    bool,
+    typer.Option(
+        "--summary/--no-summary",
+        show_default=False,
+        help="Append the report as Markdown to the file of $GITHUB_STEP_SUMMARY.",
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet/--no-quiet", show_default=False, help="Errors only: no progress, no warnings."),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose/--no-verbose",
+        show_default=False,
+        help="Say what is read, where it runs and how long it takes.",
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force/--no-force", show_default=False, help="Replace output files that exist.")
+]

@@ -14,20 +14,32 @@ from moeprune.cli.options import (
     Device,
     Dtype,
     Factory,
-    Force,
     Limit,
-    OutputFile,
-    OutputFormat,
     Preprocess,
     Seed,
     Split,
 )
 from moeprune.errors import MoepruneError
-from moeprune.output import check_choice, check_outputs, check_report, emit
+from moeprune.output import Reporter, check_choice
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, is_possible, parse_keep
+
+AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
+"""Options of which one says how many experts are kept."""
+OTHERS = {
+    "plan": ("scope", "signal", "compensate", "energy"),
+    "max_accuracy_drop": ("one_shot",),
+    "data": ("one_shot",),
+    "one_shot": ("data", "max_accuracy_drop"),
+}
+DISPLACES = OTHERS | {
+    amount: (*(other for other in AMOUNTS if other != amount), *OTHERS.get(amount, ())) for amount in AMOUNTS
+}
+"""See moeprune.cli.command.Rules, like NEEDS."""
+NEEDS = {"split": ("data",), "limit": ("data",)}
 
 
 def prune(
+    reporter: Reporter,
     checkpoint: Checkpoint,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The checkpoint to write (.safetensors).")
@@ -101,7 +113,8 @@ def prune(
     one_shot: Annotated[
         bool,
         typer.Option(
-            "--one-shot",
+            "--one-shot/--no-one-shot",
+            show_default=False,
             help="Take all layers from the analysis, without a pass over data that measures each behind the"
             " already pruned ones.",
         ),
@@ -114,18 +127,14 @@ def prune(
     dtype: Dtype = "float32",
     batch_size: BatchSize = 64,
     seed: Seed = 0,
-    output_format: OutputFormat = "text",
-    output_file: OutputFile = None,
-    force: Force = False,
 ) -> None:
     """Write a checkpoint that runs few experts.
 
     Say how many with one of --keep, --mass, --max-size, --max-flops, --max-accuracy-drop and --plan.
     """
-    check_report(output_format, output_file, force)
     if output is None and save_plan is None:
         raise MoepruneError("nothing to write", "give `--output` or `--save-plan`")
-    check_outputs(output, save_plan, output_file, force)
+    reporter.check_outputs(output=output, save_plan=save_plan)
     amounts = {
         "--keep": keep, "--mass": mass, "--max-size": max_size, "--max-flops": max_flops,
         "--max-accuracy-drop": max_accuracy_drop, "--plan": plan,
@@ -189,7 +198,7 @@ def prune(
     from moeprune.size import size_and_cost
     from moeprune.streaming import file_fingerprint
 
-    runtime = runtime_for(device, dtype, batch_size)
+    runtime = runtime_for(device, dtype, batch_size, reporter.progress)
     full = read_header(checkpoint)
     config, existing, details = read_description(full)
     pruning.require_unpruned(existing)
@@ -258,4 +267,4 @@ def prune(
         "full_model": size_and_cost(config, {}, full.tensors),
         "search": search,
     }
-    emit(found, report.pruning, output_format, output_file)
+    reporter.emit(found, report.pruning)

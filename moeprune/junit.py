@@ -1,0 +1,54 @@
+"""A report as JUnit XML, the format of test results that CI servers read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+from moeprune.document import Document
+from moeprune.report import gate_in_words
+from moeprune.text import to_text
+
+NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def to_junit(
+    command: str, document: Document, gates: Sequence[Mapping[str, Any]], warnings: Sequence[str]
+) -> str:
+    """A test case for each gate, or one for the command where nothing was judged.
+
+    No times: equal runs give equal bytes.
+
+    Args:
+        command: what ran, such as `moeprune eval`.
+        document: its report, which goes to `system-out`.
+        gates: what moeprune.gate.judge returns; empty where nothing was judged.
+        warnings: what it warned of, which goes to `system-err`.
+    """
+    counts = {
+        "tests": str(len(gates) or 1),
+        "failures": str(sum(not gate["passed"] for gate in gates)),
+        "errors": "0",
+    }
+    suites = ElementTree.Element("testsuites", {"name": "moeprune", **counts})
+    suite = ElementTree.SubElement(suites, "testsuite", {"name": command, **counts, "skipped": "0"})
+    for gate in gates:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": command, "name": gate["name"]})
+        if not gate["passed"]:
+            words = gate_in_words(gate)
+            failure = ElementTree.SubElement(case, "failure", {"type": "gate", "message": words})
+            failure.text = _legal(f"{document.title}: {words}")
+    if not gates:
+        ElementTree.SubElement(suite, "testcase", {"classname": "moeprune", "name": command})
+    ElementTree.SubElement(suite, "system-out").text = _legal(to_text(document))
+    if warnings:
+        ElementTree.SubElement(suite, "system-err").text = _legal("\n".join(warnings) + "\n")
+    ElementTree.indent(suites)
+    return f"<?xml version='1.0' encoding='UTF-8'?>\n{ElementTree.tostring(suites, encoding='unicode')}\n"
+
+
+def _legal(text: str) -> str:
+    """Without characters that XML has no way to write."""
+    return NOT_IN_XML.sub("\ufffd", text)

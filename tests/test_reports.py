@@ -1,0 +1,448 @@
+"""Reports where people look: Markdown, annotations, JUnit, the summary of a run; and what stays silent."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import struct
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lxml import etree
+from markdown_it import MarkdownIt
+from torch import nn
+
+import moeprune
+from moeprune.annotations import annotation, to_annotations
+from moeprune.document import Document, Facts, Lines, Table
+from moeprune.gate import judge as judge_gates
+from moeprune.junit import to_junit
+from moeprune.markdown import to_markdown
+from moeprune.report import gate_in_words, gates
+from moeprune.text import to_text
+
+NASTY = "a|b*c*, 50% _d_ <e> [f](g): &amp; ~~h~~ #1 $i$"
+GATES = ("--max-accuracy-drop", 0, "--min-agreement", 0.5)
+
+
+@pytest.fixture(scope="module")
+def forgetful(single, tmp_path_factory):
+    """`single` with a head that never says 3: a class that collapses, and gates that fail."""
+    model = moeprune.load(single)
+    with torch.no_grad():
+        model.head.bias[3] = -1e3
+    path = tmp_path_factory.mktemp("forgetful") / "forgetful.safetensors"
+    moeprune.save(model, path)
+    return path
+
+
+@pytest.fixture
+def judge(run, forgetful, single):
+    """The eval of a model that fails one gate of two, in a format."""
+
+    def judge(output_format, *more):
+        call = ("eval", forgetful, "--data", "digits", "--baseline", single, *GATES, *more)
+        return run(*call, "--output-format", output_format)
+
+    return judge
+
+
+@pytest.fixture(scope="module")
+def calls(forgetful, single, small_analysis, tmp_path_factory):
+    """A call of each command that reports."""
+    folder = tmp_path_factory.mktemp("calls")
+    digits = ("--data", "digits", "--limit", 40)
+    return {
+        "inspect": ("inspect", single),
+        "analyze": ("analyze", single, *digits, "--force", "-o", folder / "analysis.safetensors"),
+        "prune": (
+            "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--compensate", "mean",
+            "--force", "-o", folder / "pruned.safetensors",
+        ),
+        "eval": ("eval", forgetful, *digits, "--baseline", single),
+        "sweep": (
+            "eval", single, *digits, "--analysis", small_analysis, "--sweep", "1/8", "--compensate", "none",
+        ),
+        "config": ("config",),
+    }  # fmt: skip
+
+
+COMMANDS = ("inspect", "analyze", "prune", "eval", "sweep", "config")
+
+# --- Markdown ----------------------------------------------------------------------------------
+
+
+def parsed(markdown):
+    return MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(markdown)
+
+
+def plain(token):
+    """What a reader sees of an inline token."""
+    return "".join(child.content for child in token.children or () if child.type in ("text", "code_inline"))
+
+
+def tables_of(markdown):
+    """Headings and cells of each table, as a reader sees them."""
+    tables, rows = [], None
+    for token in parsed(markdown):
+        if token.type == "table_open":
+            tables.append(rows := [])
+        elif token.type == "tr_open":
+            rows.append([])
+        elif token.type == "table_close":
+            rows = None
+        elif token.type == "inline" and rows is not None:
+            rows[-1].append(plain(token))
+    return tables
+
+
+def squeezed(text):
+    return re.sub(r"[─\s]+", "", text.replace("`", ""))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_markdown_shows_what_text_shows(run, calls, command):
+    text = run(*calls[command])
+    markdown = run(*calls[command], "--output-format", "markdown")
+    assert (text.code, markdown.code) == (0, 0)
+    tables = tables_of(markdown.stdout)
+    assert tables
+    for rows in tables:
+        assert len({len(row) for row in rows}) == 1
+        for row in rows:
+            for cell in row:
+                parts = cell.split() if row is rows[0] else [cell]
+                assert all(squeezed(part) in squeezed(text.stdout) for part in parts), cell
+    sizes = {"sweep": 8, "inspect": 8, "analyze": 2, "prune": 4, "eval": 16, "config": 7}
+    assert sum(map(len, tables)) >= sizes[command]
+    shown = [plain(token) for token in parsed(markdown.stdout) if token.type == "inline"]
+    for line in text.stdout.splitlines():
+        if ": " in line and "  " not in line:
+            assert any(squeezed(line) in squeezed(part) for part in shown), line
+
+
+def test_the_verdict_stands_first_in_markdown_and_last_in_text(judge):
+    markdown = judge("markdown")
+    assert markdown.code == 1
+    assert markdown.stdout.startswith("## ❌ FAILED: ")
+    first, *_ = tables_of(markdown.stdout)
+    assert first[0] == ["gate", "limit", "value", ""]
+    assert [(row[0], row[-1]) for row in first[1:]] == [
+        ("max_accuracy_drop", "❌ FAILED"),
+        ("min_agreement", "✅ passed"),
+    ]
+    lines = judge("text").stdout.splitlines()
+    assert lines[-2].split()[-1] == "FAILED"
+    assert lines[-1].split()[-1] == "passed"
+    passing = judge("markdown", "--max-accuracy-drop", 1)
+    assert passing.code == 0
+    assert passing.stdout.startswith("## ✅ passed: ")
+
+
+def test_a_path_is_shown_as_it_is_in_markdown(single, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = f"{NASTY}.safetensors"
+    Path(name).write_bytes(single.read_bytes())
+    printed = run("inspect", name, "--output-format", "markdown").stdout
+    heading, *_ = (token for token in parsed(printed) if token.type == "inline")
+    assert plain(heading) == name
+
+
+def test_any_text_is_shown_as_it_is_in_markdown():
+    rng = random.Random(0)
+    alphabet = "ab1 .-+=()!&;:#|\\*_[]<>~$'\"{}"
+    for _ in range(500):
+        texts = ["x" + "".join(rng.choices(alphabet, k=12)).strip() + "x" for _ in range(4)]
+        line = "".join(rng.choices(alphabet, k=9)).strip() + "x"
+        document = Document(
+            texts[0],
+            [Table(("", texts[1]), [(texts[2], "y")]), Facts([(texts[3], "z")]), Lines([line])],
+        )
+        markdown = to_markdown(document)
+        heading, *_ = (token for token in parsed(markdown) if token.type == "inline")
+        *_, last = (token for token in parsed(markdown) if token.type == "inline")
+        expected = [" ".join(text.split()) for text in (*texts, line)]
+        assert plain(heading) == expected[0], markdown
+        assert tables_of(markdown) == [
+            [["", expected[1]], [expected[2], "y"]],
+            [["", ""], [expected[3], "z"]],
+        ]
+        assert plain(last) == expected[4], markdown
+
+
+def test_names_in_backticks_are_code_in_markdown():
+    markdown = to_markdown(Document("x", [Lines(["give `--keep 1/8|2`"]), Facts([("y", "`a|b`")])]))
+    assert "give `--keep 1/8|2`" in markdown
+    assert tables_of(markdown)[0][1] == ["y", "a|b"]
+
+
+# --- annotations -------------------------------------------------------------------------------
+
+
+def annotations(text):
+    """Level, title and message of workflow commands, as the runner takes them apart."""
+    found = []
+    for line in text.splitlines():
+        level, title, message = re.fullmatch(r"::(\w+) title=([^,:]*)::(.*)", line).groups()
+        for code, character in (("%3A", ":"), ("%2C", ","), ("%0D", "\r"), ("%0A", "\n"), ("%25", "%")):
+            title = title.replace(code, character)
+            message = message.replace(code, character) if code not in ("%3A", "%2C") else message
+        found.append((level, title, message))
+    return found
+
+
+def test_one_annotation_for_each_gate_and_each_warning(judge, forgetful):
+    result = judge("github")
+    assert result.code == 1
+    collapsed, failed, passed = annotations(result.stdout)
+    assert collapsed[:2] == ("warning", "moeprune eval")
+    assert collapsed[2].startswith("class 3 collapsed: ")
+    assert result.stderr == f"warning: {collapsed[2]}\n"
+    assert failed[:2] == ("error", "moeprune eval: max_accuracy_drop failed")
+    assert re.fullmatch(
+        rf"{re.escape(str(forgetful))} on digits:test \(531 samples\):"
+        r" max_accuracy_drop is (0\.\d+), \1 above the limit of 0",
+        failed[2],
+    )
+    assert passed[:2] == ("notice", "moeprune eval: min_agreement passed")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_was_found_is_a_notice(run, calls, command):
+    result = run(*calls[command], "--output-format", "github")
+    *_, (level, title, message) = annotations(result.stdout)
+    assert (level, title) == ("notice", f"moeprune {calls[command][0]}")
+    assert message.splitlines()[0] == run(*calls[command]).stdout.splitlines()[0]
+
+
+def test_a_notice_of_an_eval_without_baseline_has_the_accuracy(run, single):
+    result = run("eval", single, "--data", "digits", "--output-format", "github")
+    [(_, _, message)] = annotations(result.stdout)
+    assert re.search(r"^accuracy: 98\.\d\d % ", message, flags=re.MULTILINE)
+
+
+def test_an_error_is_an_annotation_too(run, tmp_path):
+    result = run("inspect", "missing", "--output-format", "github")
+    assert result.code == 2
+    assert annotations(result.stdout) == [("error", "moeprune inspect", "no file `missing`")]
+    assert result.stderr == "error: no file `missing`\n"
+    path = tmp_path / "report"
+    result = run("inspect", "missing", "--output-format", "github", "--output-file", path)
+    assert result.stdout == ""
+    assert not path.exists()
+
+
+def test_annotations_are_escaped():
+    text = annotation("error", NASTY, f"{NASTY}\r\n::error::% %0A")
+    assert "\n" not in text
+    assert annotations(text) == [("error", NASTY, f"{NASTY}\r\n::error::% %0A")]
+
+
+# --- JUnit -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def schema():
+    return etree.XMLSchema(file=str(Path(__file__).parent / "junit.xsd"))
+
+
+def suite_of(text, schema):
+    root = etree.fromstring(text.encode())
+    schema.assertValid(root)
+    [suite] = root
+    assert {key: root.get(key) for key in ("tests", "failures", "errors")} == {
+        "tests": str(len(suite.findall("testcase"))),
+        "failures": str(len(suite.findall("testcase/failure"))),
+        "errors": "0",
+    }
+    return suite
+
+
+def test_a_test_case_for_each_gate(judge, schema):
+    result = judge("junit")
+    assert result.code == 1
+    suite = suite_of(result.stdout, schema)
+    assert suite.get("name") == "moeprune eval"
+    failed, passed = suite.findall("testcase")
+    assert (failed.get("name"), passed.get("name")) == ("max_accuracy_drop", "min_agreement")
+    assert (failed.get("classname"), passed.get("classname")) == ("moeprune eval", "moeprune eval")
+    words = failed.find("failure").get("message")
+    assert re.fullmatch(r"max_accuracy_drop is (0\.\d+), \1 above the limit of 0", words)
+    assert words in failed.find("failure").text
+    assert passed.find("failure") is None
+    assert suite.find("system-out").text == judge("text").stdout
+    assert suite.find("system-err").text.startswith("class 3 collapsed")
+    assert judge("junit").stdout == result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_test_case_for_a_command_without_gates(run, calls, schema, command):
+    suite = suite_of(run(*calls[command], "--output-format", "junit").stdout, schema)
+    [case] = suite.findall("testcase")
+    assert case.get("name") == f"moeprune {calls[command][0]}"
+    assert case.find("failure") is None
+
+
+def test_what_xml_cannot_hold_is_replaced(schema):
+    document = Document("a\x00b\x1b[31m <c> & ]]> \ud800 é\ufffe", [])
+    suite = suite_of(to_junit("moeprune eval", document, [], ["w\x07"]), schema)
+    assert suite.find("system-out").text == "a�b�[31m <c> & ]]> � é�\n"
+    assert suite.find("system-err").text == "w�\n"
+
+
+def test_bounds_of_gates_are_told_in_words():
+    evaluation = {
+        "data": {"samples": 100},
+        "model": {"accuracy": 0.98, "bytes": 1, "accuracy_ci95": [0.9, 1]},
+        "difference": {"size_reduction": 0.5},
+    }
+    undecided, exact = judge_gates(evaluation, {"min_accuracy": 0.95, "min_size_reduction": 0.5}, 0.95)
+    assert undecided["reason"] == "undecided"
+    words = gate_in_words(undecided)
+    assert re.fullmatch(
+        r"min_accuracy is 0\.98, 0\.03 above the limit of 0\.95; its bound at 95 % is 0\.9\d+, 0\.01\d+ below"
+        r" the limit: 100 samples cannot show it, about \d+ would",
+        words,
+    )
+    assert gate_in_words(exact) == "min_size_reduction is 0.5, at the limit of 0.5"
+    document = Document("t", [], gates([undecided, exact]), False)
+    assert "FAILED: 100 samples cannot show it" in to_text(document)
+    [[header, first, second]] = tables_of(to_markdown(document))
+    assert header == ["gate", "limit", "value", "bound at 95 %", ""]
+    assert first[-1].startswith("❌ FAILED: 100 samples cannot show it, about ")
+    assert second[-2:] == ["exact", "✅ passed"]
+    [error, notice] = annotations(to_annotations("moeprune eval", document, [undecided, exact], []))
+    assert error[::2] == ("error", f"t: {words}")
+    assert notice[0] == "notice"
+
+
+# --- the summary of a run ----------------------------------------------------------------------
+
+
+def test_a_summary_is_appended(judge, single, run, tmp_path, monkeypatch):
+    path = tmp_path / "summary.md"
+    path.write_text("# Before")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(path))
+    assert judge("json", "--summary").code == 1
+    inspected = run("inspect", single, "--summary")
+    assert inspected.code == 0
+    assert inspected.stdout == run("inspect", single).stdout
+    markdown = [
+        judge("markdown").stdout,
+        run("inspect", single, "--output-format", "markdown").stdout,
+    ]
+    assert path.read_text(encoding="utf-8") == f"# Before\n{markdown[0]}\n{markdown[1]}"
+
+
+@pytest.mark.parametrize("value", ["", "missing/summary.md", "."])
+def test_a_summary_that_cannot_be_written_is_told_before_any_work(single, run, tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", value)
+    result = run("analyze", single, "--data", "digits", "-o", "analysis.safetensors", "--summary")
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert "GITHUB_STEP_SUMMARY" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY")
+    assert "which is not set" in run("inspect", single, "--summary").stderr
+
+
+# --- what is said meanwhile --------------------------------------------------------------------
+
+
+def test_quiet_leaves_warnings_out_and_errors_in(judge, run):
+    assert judge("text").stderr.startswith("warning: class 3 collapsed")
+    assert judge("text", "--quiet").stderr == ""
+    assert annotations(judge("github", "--quiet").stdout)[0][0] == "warning"
+    assert run("inspect", "missing", "--quiet").stderr == "error: no file `missing`\n"
+    assert "do not go together" in run("inspect", "x", "--quiet", "--verbose").stderr
+
+
+def test_verbose_says_what_is_read_where_it_runs_and_how_long_it_takes(single, run, tmp_path):
+    path = tmp_path / "analysis.safetensors"
+    call = ("analyze", single, "--data", "digits", "--limit", 50, "-o", path)
+    said = run(*call, "--verbose")
+    assert said.stdout == run(*call, "--force").stdout
+    assert all(line.startswith("info: ") for line in said.stderr.splitlines())
+    for fragment in (
+        f"read `{single}`: 42.5 k parameters, 1 Soft MoE layers",
+        "read `digits:calibration`: 50 samples",
+        "runs on ",
+        f"wrote `{path}` ({path.stat().st_size} bytes)",
+    ):
+        assert fragment in said.stderr
+    assert re.search(r"analyze: 50 samples in \d+\.\d\d s, \d+ samples/s", said.stderr)
+    assert run(*call, "--force").stderr == ""
+
+
+def on_a_terminal(*arguments):
+    """What a command writes to stderr where that is a terminal."""
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moeprune", *map(str, arguments)],
+        stdout=subprocess.DEVNULL, stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    written = b""
+    while True:
+        try:
+            chunk = os.read(main, 4096)
+        except OSError:
+            break
+        if not chunk:
+            break
+        written += chunk
+    os.close(main)
+    assert process.wait() == 0
+    return written.decode()
+
+
+@pytest.mark.slow
+def test_progress_shows_samples_per_second_and_the_time_left_on_a_terminal_unless_quiet(single):
+    call = ("eval", single, "--data", "digits", "--batch-size", 1)
+    shown = on_a_terminal(*call)
+    assert re.search(r"eval: +\d+%.*/531 \[00:\d\d<00:\d\d, +\d+(\.\d+)? samples/s\]", shown)
+    assert on_a_terminal(*call, "--quiet") == ""
+
+
+def test_warnings_of_libraries_are_shown_if_wished_alone(run, tmp_path, monkeypatch):
+    soft_moe_pytorch = pytest.importorskip("soft_moe_pytorch")
+
+    def build():
+        warnings.warn("noise", stacklevel=1)
+        return nn.Sequential(
+            nn.Conv2d(3, 12, 8, 8), soft_moe_pytorch.SoftMoE(12, num_experts=8, num_slots=1),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
+        )  # fmt: skip
+
+    module = type(sys)("noisy")
+    module.build = build
+    monkeypatch.setitem(sys.modules, "noisy", module)
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(build().state_dict(), "model.pt")
+    call = (
+        "convert",
+        "model.pt",
+        "--model",
+        "noisy:build",
+        "--input-shape",
+        "3,16,16",
+        "--force",
+        "-o",
+        "a.st",
+    )
+    result = run(*call)
+    assert (result.code, result.stderr) == (0, "")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert run(*call, "--verbose").code == 0
+    assert "noise" in {str(warning.message) for warning in seen}
