@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from fractions import Fraction
 from typing import Any
@@ -23,6 +23,16 @@ def is_possible(scope: str, signal: str, compensation: str) -> bool:
     if compensation == "merge" and signal == "gram":
         return False  # what is lost by merging is no sum over pairs of experts
     return scope == "static" or (signal != "gram" and compensation not in ("refit", "merge"))
+
+
+def scopes_of(layers: Iterable[Any]) -> tuple[str, ...]:
+    """The scopes in which layers can be pruned together: not `static` where slots of one are dynamic.
+
+    Args:
+        layers: each has `dynamic_slots` (see SoftMoEConfig).
+    """
+    is_dynamic = any(layer.dynamic_slots for layer in layers)
+    return tuple(scope for scope in SCOPES if not (is_dynamic and scope == "static"))
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def verdict(layer: Mapping[str, Any]) -> str:
     """In plain words: whether the combine mass tells experts apart, and what to try.
 
     Args:
-        layer: what moeprune.statistics.summarize returns.
+        layer: what moeprune.statistics.summarize returns, and the `scopes` that are possible.
     """
     n = layer["experts"]
     if n == 1:
@@ -173,13 +173,17 @@ def verdict(layer: Mapping[str, Any]) -> str:
     if not layer["informative"]:
         return (
             f"the combine signal is weak: the best 1/8 hold {best} of an input's mass (uniform: {uniform}),"
-            " so that dropping the others costs much. Compensate (`--compensate lstsq`), and compare with"
+            " so that dropping the others costs much. Compensate (`--compensate affine`), and compare with"
             " `random` and no experts at all in a sweep"
         )
-    return (
+    text = (
         f"the combine signal is informative: the best 1/8 of each input hold {best} of its mass, one set for"
-        f" all inputs {static}, a uniform router's {uniform}. Without compensation scope `input` loses"
-        " least; `static` with `--compensate mean` or `lstsq` comes close to it, and shrinks the file"
+        f" all inputs {static}, a uniform router's {uniform}. Without compensation scope `input` loses least"
+    )
+    if "static" not in layer["scopes"]:
+        return text + " (`static` is not possible: slots are made anew from each input's tokens)"
+    return (
+        text + "; `static` with `--signal gram --compensate affine` comes close to it, and shrinks the file"
     )
 
 

@@ -17,7 +17,7 @@ from moeprune.data import Dataset
 from moeprune.evaluation import Predictions, compare, describe, predict
 from moeprune.latency import measure_latency
 from moeprune.model import Model, require_soft_moe_layers
-from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, experts_to_keep, is_possible
+from moeprune.plan import COMPENSATIONS, LayerPlan, experts_to_keep, is_possible
 from moeprune.pruning import calibration_data, prune
 from moeprune.runtime import Runtime
 
@@ -38,12 +38,6 @@ class Variant:
     def to_json(self) -> dict[str, str]:
         """As JSON values."""
         return {**asdict(self), "keep": str(self.keep)}
-
-
-def scopes_of(model: Model) -> tuple[str, ...]:
-    """The scopes in which a model can be pruned: not `static` where a layer's slots are dynamic."""
-    is_dynamic = any(layer.dynamic_slots for layer in model.config.soft_moe_layers.values())
-    return tuple(scope for scope in SCOPES if not (is_dynamic and scope == "static"))
 
 
 def grid(

@@ -60,6 +60,7 @@ def analyze(
         raise MoepruneError("`--oracle-samples` goes with `--oracle`", "add `--oracle`")
     from moeprune import calibration, report
     from moeprune.oracle import SAMPLES, compare_signals, require_comparable
+    from moeprune.plan import scopes_of
     from moeprune.statistics import summarize
 
     runtime = runtime_for(device, dtype, batch_size, reporter.progress)
@@ -69,7 +70,10 @@ def analyze(
         require_comparable(loaded, dataset)
     analysis = calibration.analyze(loaded, dataset, runtime)
     calibration.save_analysis(analysis, output)
-    layers = {name: summarize(statistics) for name, statistics in analysis.layers.items()}
+    layers = {
+        name: {**summarize(statistics), "scopes": scopes_of([loaded.config.soft_moe_layers[name]])}
+        for name, statistics in analysis.layers.items()
+    }
     for name, layer in layers.items():
         if layer["experts"] == 1:
             warn(

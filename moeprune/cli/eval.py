@@ -23,7 +23,7 @@ from moeprune.cli.options import (
 from moeprune.errors import MoepruneError
 from moeprune.gate import GATES, check_limits, judge
 from moeprune.output import Reporter, check_choice, warn
-from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep
+from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep, scopes_of
 
 if TYPE_CHECKING:
     from moeprune.sweep import Variant
@@ -147,7 +147,7 @@ def eval(
     from moeprune.frontier import KEEPS, on_frontier, variants
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
     from moeprune.plot import plot_frontier
-    from moeprune.sweep import COMPENSATIONS_TRIED, grid, scopes_of, without_large_refits
+    from moeprune.sweep import COMPENSATIONS_TRIED, grid, without_large_refits
     from moeprune.sweep import sweep as run_sweep
 
     latency_batches = latency_batch or BATCH_SIZES
@@ -157,7 +157,7 @@ def eval(
     dataset = open_data(data, loaded, split, "test", limit)
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
     if analysis is not None:
-        first, *others = scopes_of(loaded)
+        first, *others = scopes_of(loaded.config.soft_moe_layers.values())
         todo: Sequence[Variant]
         labels: Sequence[str | None]
         if frontier is not None:
