@@ -75,8 +75,9 @@ def gather(
 
 def fit_routed(
     pruned: Model, full: Model, name: str, data: Dataset, compensation: str, runtime: Runtime
-) -> Tensor:
-    """V (q,o): what to add to a routed layer by the regression of what it lacks, by one pass over data.
+) -> tuple[Tensor, Tensor]:
+    """V (q,o): what to add to a routed layer by the regression of what it lacks, by one pass over data; and
+    ZᵀZ (q,q) of its regressors.
 
     One V for all subsets of experts, fitted over those that the inputs choose.
 
@@ -89,18 +90,22 @@ def fit_routed(
     equations = _Halves(sum(kinds), layer.config.output_width, runtime.torch_device)
     for members, seen, gap in _observed(pruned, full, name, data, runtime):
         equations.add(members, regressors(seen, compensation), gap)
-    return equations.solve(kinds)
+    return equations.solve(kinds), equations.power[0] + equations.power[1]
 
 
-def fit_static(gathered: Gathered, plan: LayerPlan) -> Tensor:
-    """V (q,o): what to add to a static layer, whose surrogates are means; by the order of its columns."""
+def fit_static(gathered: Gathered, plan: LayerPlan) -> tuple[Tensor, Tensor]:
+    """V (q,o): what to add to a static layer, whose surrogates are means; and ZᵀZ (q,q) of its regressors.
+    Both are by the order of the layer's columns.
+    """
     first, second = gathered.halves
     mean, dropped = gathered.moments.slot_mean, plan.dropped
     equations = first.equations(dropped, mean), second.equations(dropped, mean)
     correction = solve_held_out(*equations, first.kinds)
     n, p, _ = mean.shape
-    of_slots = correction[: n * p].unflatten(0, (n, p))[list(plan.columns)]
-    return torch.cat([of_slots.flatten(0, 1), correction[n * p :]])
+    rows = torch.arange(len(correction))
+    rows[: n * p] = rows[: n * p].view(n, p)[list(plan.columns)].flatten()
+    power = equations[0].power + equations[1].power
+    return correction[rows], power[rows][:, rows]
 
 
 def refit_kept(pruned: Model, full: Model, name: str, data: Dataset, runtime: Runtime) -> None:

@@ -20,12 +20,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeprune.plan import AFFINE
 from moeprune.regression import Equations, choose_ridge, column_scale
-from moeprune.soft_moe import Observation, SoftMoE, mean_token
+from moeprune.soft_moe import Observation, SoftMoE, is_dropped, mean_token
 
 GRAM_WORKSPACE = 2**24
 """Numbers at most in the two matrices over slots that the Gram matrix of some inputs needs."""
@@ -65,9 +64,7 @@ def regressors(observation: Observation, compensation: str) -> Tensor:
     """
     weights = observation.combine_weights.float()
     if observation.chosen is not None:
-        dropped = torch.ones_like(weights[:, 0, :, 0])  # (b,n)
-        dropped = F.pad(dropped, (0, 1)).scatter_(1, observation.chosen, 0)[:, :-1]  # n stands for none
-        weights = weights * dropped[:, None, :, None]
+        weights = weights * is_dropped(observation.chosen, weights)[:, None, :, None]
     weights = weights.flatten(2)
     if compensation not in AFFINE:
         return weights

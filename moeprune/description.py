@@ -80,6 +80,8 @@ def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Deta
             raise MoepruneError(f"`{path}`: the plan of layer `{name}` does not fit the architecture")
         if layer.merges and layer.merged_into is None:
             raise MoepruneError(f"`{path}`: the plan of layer `{name}` lacks `merged_into`")
+        if layer.energy is not None:
+            raise MoepruneError(f"`{path}`: the plan of layer `{name}` leaves its `rank` open")
         if layer.scope == "static" and layer.kept is None:
             raise MoepruneError(f"`{path}`: the plan of layer `{name}` lacks `kept`")
     for key in ("source", "provenance"):

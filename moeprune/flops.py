@@ -48,7 +48,8 @@ def soft_moe_flops(
     expert of two linears 2·p·(d·f + h·o) with f the width after the first, one of one linear 2·p·d·o.
     Dynamic slots cost 2·d·d·n·p more, to project what stands for phi. Of the surrogates, scope `static`
     multiplies those of the dropped slots, the others those of all. `affine` costs 2·m·d·o more for the
-    tokens and 2·d·o for their mean.
+    tokens and 2·d·o for their mean. With a rank r, o in these is r, the slots are all n·p, and 2·m·r·o is
+    added for the directions.
 
     Args:
         config: of the layer.
@@ -63,10 +64,12 @@ def soft_moe_flops(
     if plan and plan.merges:
         k = n  # all slots run, each by the expert that its own was folded into
     routed = plan.routed_experts if plan else n
-    surrogates = 0
+    surrogates, added, basis = 0, out, 0
     if plan and plan.has_surrogate:
         surrogates = n - plan.k if plan.scope == "static" else n
-    affine = 2 * (tokens + 1) * d * out if plan and plan.has_affine else 0
+    if plan and plan.has_basis and plan.rank is not None:
+        surrogates, added, basis = n, plan.rank, 2 * tokens * plan.rank * out
+    affine = 2 * (tokens + 1) * d * added if plan and plan.has_affine else 0
     projection = 2 * d * d * n * p if config.dynamic_slots else 0
     if config.dynamic_slots:
         tokens = n * p  # padded to so many
@@ -74,8 +77,13 @@ def soft_moe_flops(
     return Flops(
         experts=round(2 * k * p * (first + config.expert_width * out)),
         routing=round(2 * tokens * p * (d * routed + (d + out) * k)) + projection,
-        compensation=2 * tokens * out * p * surrogates + affine,
+        compensation=2 * tokens * added * p * surrogates + affine + basis,
     )
+
+
+def tokens_of(config: ViTConfig | ModuleConfig, name: str) -> int:
+    """The tokens of one input, m, that a Soft MoE layer of a model gets."""
+    return config.num_tokens if isinstance(config, ViTConfig) else config.layers[name].tokens
 
 
 def model_flops(

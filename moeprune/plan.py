@@ -44,6 +44,10 @@ class LayerPlan:
         (moeprune.merging).
     kept: with scope `static` the kept experts by their index in the unpruned layer, ascending; None where
         the signal is yet to choose them, which no checkpoint leaves open.
+    rank: with a fitted compensation, in how many directions of the output it is given (moeprune.narrowing);
+        None: in all of them.
+    energy: that the rank is yet to be chosen: the fewest directions that hold this share of what the
+        compensation adds, if that makes it cheaper.
     merged_into: with `merge`, for each dropped expert, ascending, the kept one that it is folded into; None
         where data is yet to tell.
     mass: with scope `input`, that each input runs the fewest experts, best first, that hold this share of
@@ -58,6 +62,8 @@ class LayerPlan:
     kept: tuple[int, ...] | None = None
     mass: float | None = None
     merged_into: tuple[int, ...] | None = None
+    rank: int | None = None
+    energy: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("scope", SCOPES), ("signal", SIGNALS), ("compensation", COMPENSATIONS)):
@@ -90,6 +96,7 @@ class LayerPlan:
                     f"plan: `kept` is {list(self.kept)}, expected {self.k} different experts"
                     f" below {self.num_experts}, ascending"
                 )
+        self._check_rank()
         if self.merged_into is not None:
             if self.compensation != "merge" or self.kept is None:
                 raise MoepruneError("plan: `merged_into` goes with compensation `merge`, and `kept`")
@@ -98,6 +105,16 @@ class LayerPlan:
                     f"plan: `merged_into` is {list(self.merged_into)}, expected a kept expert for each of the"
                     f" {len(self.dropped)} dropped ones"
                 )
+
+    def _check_rank(self) -> None:
+        if self.rank is None and self.energy is None:
+            return
+        if self.compensation not in FITTED:
+            raise MoepruneError(f"plan: `rank` and `energy` go with compensations {', '.join(FITTED)}")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise MoepruneError(f"plan: `rank` is {self.rank!r}, expected a number of directions, at least 1")
+        if self.energy is not None and not (isinstance(self.energy, int | float) and 0 < self.energy < 1):
+            raise MoepruneError(f"plan: `energy` is {self.energy!r}, expected a share above 0 and below 1")
 
     @property
     def drops(self) -> bool:
@@ -161,6 +178,11 @@ class LayerPlan:
         return self.compensation in ("mean", *FITTED) and self.drops
 
     @property
+    def has_basis(self) -> bool:
+        """Whether what stands in for the dropped experts is given in few directions of the output."""
+        return self.has_surrogate and self.rank is not None
+
+    @property
     def has_affine(self) -> bool:
         """Whether a linear map of the layer's input is added to its output."""
         return self.compensation in AFFINE and self.drops
@@ -177,19 +199,22 @@ def uniform_plan(
     signal: str,
     compensation: str,
     mass: float | None = None,
+    energy: float | None = None,
 ) -> Plan:
     """The same share or number of experts in each layer, which the signal is yet to choose.
 
     Args:
         layers: the number of experts of each layer.
         keep: as parse_keep returns it.
-        scope: see LayerPlan, like signal, compensation and mass.
+        scope: see LayerPlan, like signal, compensation, mass and energy.
 
     Raises:
         MoepruneError: more experts asked for than a layer has, or values that do not fit each other.
     """
     return {
-        name: LayerPlan(scope, experts_to_keep(keep, n, name), n, signal, compensation, mass=mass)
+        name: LayerPlan(
+            scope, experts_to_keep(keep, n, name), n, signal, compensation, mass=mass, energy=energy
+        )
         for name, n in layers.items()
     }
 
@@ -199,7 +224,7 @@ def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
     that cannot be pruned so.
 
     Args:
-        layers: of the model; each has `num_experts` and `dynamic_slots` (see SoftMoEConfig).
+        layers: of the model; each has `num_experts`, `output_width` and `dynamic_slots` (see SoftMoEConfig).
     """
     for name, layer in plan.items():
         if name not in layers:
@@ -211,6 +236,11 @@ def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
             raise MoepruneError(
                 f"the plan of layer `{name}` is for {layer.num_experts} experts, the layer has"
                 f" {layers[name].num_experts}"
+            )
+        if layer.rank is not None and layer.rank > layers[name].output_width:
+            raise MoepruneError(
+                f"the plan of layer `{name}` has the rank {layer.rank}, the layer's output has"
+                f" {layers[name].output_width} directions"
             )
         if layer.scope == "static" and layers[name].dynamic_slots:
             raise MoepruneError(

@@ -11,13 +11,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from moeprune.architecture import ModuleConfig, SoftMoEConfig, ViTConfig
 from moeprune.calibration import Analysis
 from moeprune.errors import MoepruneError
-from moeprune.flops import model_flops, soft_moe_flops
+from moeprune.flops import model_flops, soft_moe_flops, tokens_of
 from moeprune.header import TensorInfo
 from moeprune.plan import (
     LayerPlan,
@@ -87,7 +87,7 @@ def flops_costs(config: ViTConfig | ModuleConfig, scope: str, signal: str, compe
     layers = {}
     dense = 0
     for name, layer in config.soft_moe_layers.items():
-        tokens = config.num_tokens if isinstance(config, ViTConfig) else config.layers[name].tokens
+        tokens = tokens_of(config, name)
         dense += soft_moe_flops(layer, tokens).total
         layers[name] = [
             math.inf if plan is None else float(soft_moe_flops(layer, tokens, plan).total)
@@ -119,6 +119,7 @@ def plans_for(
     scope: str,
     signal: str,
     compensation: str,
+    energy: float | None = None,
 ) -> list[Plan]:
     """Plans for a number of experts or a budget, one of which is given: the planned one, and for a budget
     that is split over layers also the one that keeps the same share in each, where that is another.
@@ -131,7 +132,8 @@ def plans_for(
         mass: the share of an input's combine mass that its experts hold, with scope `input`.
         max_size: the share of the model's bytes that may remain.
         max_flops: likewise, of its FLOPs.
-        scope: see moeprune.plan.LayerPlan, like signal and compensation.
+        scope: see moeprune.plan.LayerPlan, like signal, compensation and energy. Budgets are met without what
+            an energy may save.
 
     Raises:
         MoepruneError: the budget cannot be met, a layer cannot be pruned so, or more experts are to be kept
@@ -140,7 +142,7 @@ def plans_for(
     if keep is not None or mass is not None:
         experts = {name: layer.num_experts for name, layer in config.soft_moe_layers.items()}
         keep = Fraction(1) if keep is None else keep
-        plan = uniform_plan(experts, keep, scope, signal, compensation, mass)
+        plan = uniform_plan(experts, keep, scope, signal, compensation, mass, energy)
         require_fitting_plan(plan, config.soft_moe_layers)
         return [plan]
     if max_size is not None:
@@ -156,7 +158,8 @@ def plans_for(
     require_fitting_plan(planned, config.soft_moe_layers)
     share = uniform_within(costs, budget)
     uniform = planned if share is None else plan_of_experts(config, share, scope, signal, compensation)
-    return [planned] if uniform == planned else [planned, uniform]
+    plans = [planned] if uniform == planned else [planned, uniform]
+    return [{name: replace(layer, energy=energy) for name, layer in plan.items()} for plan in plans]
 
 
 def plan_within(

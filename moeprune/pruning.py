@@ -31,6 +31,7 @@ from moeprune.contributions import lost_gram
 from moeprune.data import Dataset
 from moeprune.description import read_description
 from moeprune.errors import MoepruneError
+from moeprune.flops import tokens_of
 from moeprune.header import read_header
 from moeprune.merging import nearest_kept, require_scipy
 from moeprune.model import (
@@ -41,6 +42,7 @@ from moeprune.model import (
     require_dense_layers,
     soft_moe_layers,
 )
+from moeprune.narrowing import narrowed
 from moeprune.plan import LayerPlan, Plan, parse_keep, plan_to_json, require_fitting_plan, uniform_plan
 from moeprune.preprocessing import Preprocessing
 from moeprune.runtime import Runtime
@@ -62,6 +64,7 @@ def prune(
     scope: str = "static",
     signal: str = "combine",
     compensate: str = "none",
+    energy: float | None = None,
     data: Dataset | str | None = None,
     one_shot: bool = False,
     seed: int = 0,
@@ -77,11 +80,13 @@ def prune(
         analysis: of this model; may be None with data, or where nothing calibrated is used.
         keep: the share of experts to keep in each layer (`"1/8"`, 0.125, a Fraction) or their number
             (`"16"`, 16).
-        plan: instead of keep, scope, signal and compensate: what to do with each layer. Layers that it
-            does not name stay dense.
+        plan: instead of keep, scope, signal, compensate and energy: what to do with each layer. Layers that
+            it does not name stay dense.
         scope: see moeprune.plan.LayerPlan, as for signal and compensate.
         signal: ranks the experts.
         compensate: what stands in for dropped experts.
+        energy: give what a fitted compensation adds in the fewest directions of the output that hold this
+            share of it, where that is cheaper; None: in all of them.
         data: calibration data, or its spec; beside an analysis the same data. Where it is None, the
             analysis's own is opened again if layers behind the first, or a fit, need it. Labels are
             not used.
@@ -97,7 +102,7 @@ def prune(
     """
     dense = require_dense_layers(model, ALREADY_PRUNED)
     configs = {name: layer.config for name, layer in dense.items()}
-    plan = _full_plan(configs, keep, plan, scope, signal, compensate)
+    plan = _full_plan(configs, keep, plan, scope, signal, compensate, energy)
     calibrated = any(layer.is_calibrated for layer in plan.values())
     if calibrated and analysis is None and data is None:
         raise _not_calibrated(plan)
@@ -135,18 +140,23 @@ def prune(
             moments = measured[name].result()
         if moments is not None and dataset is not None:
             require_finite({name: moments}, dataset)
-        layer_plan = _chosen(layer_plan, moments, gathered, seed, index)
+        wanted = _chosen(layer_plan, moments, gathered, seed, index)
+        layer_plan = replace(wanted, rank=None, energy=None)
         score_weights = _score_weights(layer_plan, moments, seed, index)
         slot_mean = None if moments is None else moments.slot_mean
         mean_mass = None if moments is None else moments.mean_mass
         layer = prune_layer(dense_layers[name], layer_plan, score_weights, slot_mean, mean_mass)
         pruned.set_submodule(name, layer)
         if gathered is not None and dataset is not None and layer_plan.has_surrogate:
-            add_correction(layer, fit_static(gathered, layer_plan))
+            correction, power = fit_static(gathered, layer_plan)
+            add_correction(layer, correction)
             if layer_plan.compensation == "refit" and layer_plan.k:
                 refit_kept(pruned, full, name, dataset, runtime)
         elif layer_plan.is_fitted and layer_plan.scope != "static" and dataset is not None:
-            add_correction(layer, fit_routed(pruned, full, name, dataset, layer_plan.compensation, runtime))
+            correction, power = fit_routed(pruned, full, name, dataset, layer_plan.compensation, runtime)
+            add_correction(layer, correction)
+        if layer_plan.is_fitted and not layer_plan.merges and wanted != layer_plan:
+            pruned.set_submodule(name, narrowed(layer, wanted, power, tokens_of(model.config, name)))
         _require_data_of_analysis(analysis, dataset)
     provenance = _provenance(analysis, dataset, plan, runtime)
     provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}
@@ -189,7 +199,7 @@ def prune_file(
     header = read_header(source)
     config, existing, details = read_description(header)
     require_unpruned(existing)
-    plan = _full_plan(config.soft_moe_layers, keep, plan, "static", signal, compensate)
+    plan = _full_plan(config.soft_moe_layers, keep, plan, "static", signal, compensate, None)
     source_fingerprint = file_fingerprint(header)
     if any(layer.is_calibrated for layer in plan.values()):
         _require_one_shot(plan)
@@ -308,6 +318,7 @@ def _full_plan(
     scope: str,
     signal: str,
     compensate: str,
+    energy: float | None,
 ) -> Plan:
     """What to do with each layer, in the order of the data flow."""
     if (keep is None) == (plan is None):
@@ -319,7 +330,7 @@ def _full_plan(
             keep = parse_keep(str(Fraction(keep)), "keep")
         assert keep is not None
         experts = {name: layer.num_experts for name, layer in layers.items()}
-        plan = uniform_plan(experts, keep, scope, signal, compensate)
+        plan = uniform_plan(experts, keep, scope, signal, compensate, energy=energy)
     require_fitting_plan(plan, layers)
     return {name: plan[name] for name in layers if name in plan}
 

@@ -520,7 +520,8 @@ def _plan(plan: Mapping[str, Any]) -> str:
     kept = f"{plan['k']} of {plan['num_experts']}"
     if plan["mass"] is not None:
         kept = f"mass {plan['mass']:g} in at most {kept}"
-    return f"{plan['scope']}, {kept} by {plan['signal']}, {plan['compensation']}"
+    rank = "" if plan["rank"] is None else f" in {plan['rank']} directions"
+    return f"{plan['scope']}, {kept} by {plan['signal']}, {plan['compensation']}{rank}"
 
 
 def _flops(flops: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ that it holds for all plans that were measured there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -119,6 +119,7 @@ def prune_within_drop(
     scope: str = "static",
     signal: str = "combine",
     compensate: str = "none",
+    energy: float | None = None,
     seed: int = 0,
     runtime: Runtime = Runtime(),
 ) -> Found:
@@ -130,7 +131,7 @@ def prune_within_drop(
         max_accuracy_drop: a fraction.
         analysis: of the model, whose own data, other than this, everything is calibrated on; None: the half
             of the data that is searched serves for that.
-        scope: see moeprune.pruning.prune, like signal, compensate and seed.
+        scope: see moeprune.pruning.prune, like signal, compensate, energy and seed.
         runtime: where and how models run.
 
     Raises:
@@ -160,7 +161,8 @@ def prune_within_drop(
 
     def attempt(index: int) -> Model | None:
         """The pruned model, if it is within the drop on the part that is searched."""
-        pruned = prune(model, analysis, plan=plans[index], data=calibration, seed=seed, runtime=runtime)
+        plan = {name: replace(layer, energy=energy) for name, layer in plans[index].items()}
+        pruned = prune(model, analysis, plan=plan, data=calibration, seed=seed, runtime=runtime)
         [predictions] = predict([pruned], searched, runtime, f"try {len(tried) + 1}")
         difference = compare(describe(pruned, predictions), described, predictions, full_searched)
         tried[index] = {

@@ -68,6 +68,7 @@ class SoftMoE(nn.Module):
     affine_token: Tensor  # W (d,d), V (d,d) and b (d); where the plan has them
     affine_mean: Tensor
     affine_bias: Tensor
+    basis: Tensor  # (r,d): the r directions that the last dimension of these stands for, where they are few
     score_weights: Tensor  # (n); where a routed plan's signal is not the mass alone
 
     def __init__(self, config: SoftMoEConfig, plan: LayerPlan | None = None):
@@ -93,12 +94,15 @@ class SoftMoE(nn.Module):
             self.fc1_bias = nn.Parameter(torch.empty(stored, config.first_width))
         self.fc2_weight = nn.Parameter(torch.empty(stored, out, config.expert_width))
         self.fc2_bias = nn.Parameter(torch.empty(stored, out))
+        added = plan.rank if plan is not None and plan.rank is not None else out
         if plan is not None and plan.has_surrogate:
-            self.register_buffer("surrogate", torch.zeros(routed, p, out))
+            self.register_buffer("surrogate", torch.zeros(routed, p, added))
         if plan is not None and plan.has_affine:
-            self.register_buffer("affine_token", torch.zeros(d, out))
-            self.register_buffer("affine_mean", torch.zeros(d, out))
-            self.register_buffer("affine_bias", torch.zeros(out))
+            self.register_buffer("affine_token", torch.zeros(d, added))
+            self.register_buffer("affine_mean", torch.zeros(d, added))
+            self.register_buffer("affine_bias", torch.zeros(added))
+        if plan is not None and plan.has_basis:
+            self.register_buffer("basis", torch.zeros(added, out))
         if plan is not None and plan.scope != "static" and plan.signal != "combine":
             self.register_buffer("score_weights", torch.ones(config.num_experts))
         self.reset_parameters()
@@ -173,9 +177,13 @@ class SoftMoE(nn.Module):
             output, slot_outputs = self._run_chosen(tokens, router_logits, combine_weights, chosen)
         else:
             output, slot_outputs, slot_inputs = self._run_stored(tokens, router_logits, combine_weights)
-        if self.plan is not None and self.plan.has_affine:
-            of_input = mean_token(x, mask) @ self.affine_mean + self.affine_bias
-            output = output + (x @ self.affine_token + of_input[:, None])
+        if self.plan is not None and self.plan.has_basis:
+            added = self._of_dropped(combine_weights, chosen) @ self.surrogate.flatten(0, 1)
+            if self.plan.has_affine:
+                added = added + self._of_input(x, mask)
+            output = output + added @ self.basis
+        elif self.plan is not None and self.plan.has_affine:
+            output = output + self._of_input(x, mask)
         if self.observer is not None and mass is not None:
             seen, shown, taken = combine_weights, output, x
             if mask is not None:
@@ -184,6 +192,17 @@ class SoftMoE(nn.Module):
             with torch.autocast(output.device.type, enabled=False):  # statistics are never narrower
                 self.observer(Observation(seen, mass, slot_outputs, chosen, shown, taken, mask, slot_inputs))
         return output
+
+    def _of_input(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """What `affine` adds for the tokens x (b,m,d)."""
+        of_mean = mean_token(x, mask) @ self.affine_mean + self.affine_bias
+        return x @ self.affine_token + of_mean[:, None]
+
+    def _of_dropped(self, combine_weights: Tensor, chosen: Tensor | None) -> Tensor:
+        """C (b,m,n·p), zero for slots that ran for their own input."""
+        if chosen is not None:
+            combine_weights = combine_weights * is_dropped(chosen, combine_weights)[:, None, :, None]
+        return combine_weights.flatten(2).to(self.surrogate.dtype)
 
     def route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Router logits (b,m,n,p) of the tokens x (b,m,d), and the tokens that are dispatched.
@@ -271,7 +290,7 @@ class SoftMoE(nn.Module):
         slot_outputs = self._run_merged(slot_inputs) if merges else self._run_experts(slot_inputs)
         weights = combine_weights.to(slot_outputs.dtype)
         of_stored, of_dropped = (part.flatten(2) for part in weights.tensor_split([stored], dim=2))
-        if self.plan is not None and self.plan.has_surrogate:
+        if self.plan is not None and self.plan.has_surrogate and not self.plan.has_basis:
             kept, dropped = self.surrogate.to(slot_outputs.dtype).tensor_split([stored])
             output = of_dropped @ dropped.flatten(0, 1)
             output = torch.baddbmm(output, of_stored, (slot_outputs + kept).flatten(1, 2))
@@ -322,7 +341,7 @@ class SoftMoE(nn.Module):
             chosen,
             self.experts,
             renorm=self.plan.compensation == "renorm",
-            surrogate=self.surrogate if self.plan.has_surrogate else None,
+            surrogate=self.surrogate if self.plan.has_surrogate and not self.plan.has_basis else None,
             over_batch=self.config.dispatch_over == "batch",
             is_ragged=self.plan.mass is not None,
         )
@@ -336,6 +355,16 @@ class SoftMoE(nn.Module):
         wide = torch.promote_types(router_logits.dtype, torch.float32)
         weights = router_logits[:, :, :stored].softmax(0 if over_batch else 1, dtype=wide)
         return weights.flatten(2).mT.to(router_logits.dtype)
+
+
+def is_dropped(chosen: Tensor, combine_weights: Tensor) -> Tensor:
+    """1 for experts that an input did not choose, else 0: (b,n), like C (b,m,n,p).
+
+    Args:
+        chosen: experts that ran (b,e); n stands for none.
+    """
+    dropped = torch.ones_like(combine_weights[:, 0, :, 0])
+    return F.pad(dropped, (0, 1)).scatter_(1, chosen, 0)[:, :-1]
 
 
 def mean_token(x: Tensor, mask: Tensor | None) -> Tensor:

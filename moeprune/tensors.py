@@ -78,10 +78,13 @@ def soft_moe_shapes(config: SoftMoEConfig, plan: LayerPlan | None) -> Shapes:
         shapes["scale"] = (1,)
     elif config.router_norm in ("rms", "layer"):
         shapes |= {"input_gain": (d,), "phi_gain": (d,)}
+    added = plan.rank if plan is not None and plan.rank is not None else out
     if plan is not None and plan.has_surrogate:
-        shapes["surrogate"] = (routed, p, out)
+        shapes["surrogate"] = (routed, p, added)
     if plan is not None and plan.has_affine:
-        shapes |= {"affine_token": (d, out), "affine_mean": (d, out), "affine_bias": (out,)}
+        shapes |= {"affine_token": (d, added), "affine_mean": (d, added), "affine_bias": (added,)}
+    if plan is not None and plan.has_basis:
+        shapes["basis"] = (added, out)
     if plan is not None and plan.scope != "static" and plan.signal != "combine":
         shapes["score_weights"] = (config.num_experts,)
     return shapes
@@ -105,7 +108,8 @@ def part_of(name: str, layers: Container[str]) -> str:
         return "other"
     if tensor.startswith("fc"):
         return "experts"
-    return "compensation" if tensor == "surrogate" or tensor.startswith("affine") else "routing"
+    is_compensation = tensor in ("surrogate", "basis") or tensor.startswith("affine")
+    return "compensation" if is_compensation else "routing"
 
 
 def differences(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:

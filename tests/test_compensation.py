@@ -255,7 +255,7 @@ def nearest_ridge(R: np.ndarray, T: np.ndarray, kinds: list[int], correction: Te
 def test_routed_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(compensation, tmp_path):
     """The layer before it is pruned too: the targets hold what that one broke."""
     full, pruned, data = behind_a_pruned_layer(tmp_path, "input")
-    correction = fit_routed(pruned, full, LAST, data, compensation, CPU)
+    correction, _ = fit_routed(pruned, full, LAST, data, compensation, CPU)
     before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
     weights = before.combine_weights.clone()
     for i, experts in enumerate(before.chosen.tolist()):
@@ -270,7 +270,7 @@ def test_static_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outp
     full, pruned, data = behind_a_pruned_layer(tmp_path)
     gathered = without_means(gather(pruned, full, LAST, data, compensation, CPU))
     plan = LayerPlan("static", 2, 5, "combine", compensation, (1, 3))
-    correction = fit_static(gathered, plan)
+    correction, _ = fit_static(gathered, plan)
     before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
     outputs = before.slot_outputs[:, list(plan.dropped)]
     dropped = torch.einsum("bmnp,bnpd->bmd", before.combine_weights[:, :, list(plan.dropped)], outputs)
@@ -320,9 +320,10 @@ def test_correction_does_not_depend_on_the_batch_size(scope, tmp_path):
         runtime = Runtime(device="cpu", batch_size=size)
         if scope == "static":
             plan = LayerPlan("static", 2, 5, "combine", "affine", (1, 3))
-            found.append(fit_static(without_means(gather(pruned, full, LAST, data, "affine", runtime)), plan))
+            gathered = without_means(gather(pruned, full, LAST, data, "affine", runtime))
+            found.append(fit_static(gathered, plan)[0])
         else:
-            found.append(fit_routed(pruned, full, LAST, data, "affine", runtime))
+            found.append(fit_routed(pruned, full, LAST, data, "affine", runtime)[0])
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-3
 
 

@@ -11,7 +11,7 @@ import moeprune
 from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
 from moeprune.flops import Flops, soft_moe_flops, vit_flops
 from moeprune.model import SoftMoEViT, plan_of
-from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, is_possible
+from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, LayerPlan, is_possible
 from moeprune.soft_moe import SoftMoE
 from moeprune.surgery import prune_layer
 from moeprune.train import initialize, pairs_config, single_layer_config
@@ -88,7 +88,7 @@ PLANS = [
     (scope, compensation, k)
     for scope, compensation, k in product(SCOPES, COMPENSATIONS, (0, 1, 4, 6))
     if is_possible(scope, "combine", compensation)
-    if k or compensation != "renorm"
+    if k or compensation not in ("renorm", "merge")
 ]
 
 
@@ -106,9 +106,25 @@ def test_flops_of_a_pruned_layer_equal_what_torch_counts(scope, compensation, k,
     layer.reset_parameters(torch.Generator().manual_seed(0))
     is_static = scope == "static"
     plan = LayerPlan(scope, k, 6, "combine", compensation, tuple(range(k)) if is_static else None)
-    pruned = prune_layer(layer, plan, None, torch.ones(layer.slot_shape))
+    if plan.merges:
+        plan = replace(plan, merged_into=tuple(j % k for j in plan.dropped))
+    pruned = prune_layer(layer, plan, None, torch.ones(layer.slot_shape), torch.ones(6))
     x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
     assert counted(pruned, x) == 2 * soft_moe_flops(config, 9, pruned.plan).total
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config.expert)
+@pytest.mark.parametrize("compensation", FITTED)
+@pytest.mark.parametrize("scope", ["static", "input"])
+def test_flops_of_few_directions_equal_what_torch_counts(scope, compensation, config):
+    if not is_possible(scope, "combine", compensation):
+        return
+    plan = LayerPlan(
+        scope, 4, 6, "combine", compensation, (0, 1, 2, 5) if scope == "static" else None, rank=3
+    )
+    layer = SoftMoE(config, plan)
+    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
+    assert counted(layer, x) == 2 * soft_moe_flops(config, 9, plan).total
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ from moeprune.cli.options import (
 )
 from moeprune.errors import MoepruneError
 from moeprune.output import Reporter, check_choice
-from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, is_possible, parse_keep
+from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, is_possible, parse_keep
 
 AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
 """Options of which one says how many experts are kept."""
 OTHERS = {
-    "plan": ("scope", "signal", "compensate"),
+    "plan": ("scope", "signal", "compensate", "energy"),
     "max_accuracy_drop": ("one_shot",),
     "data": ("one_shot",),
     "one_shot": ("data", "max_accuracy_drop"),
@@ -95,6 +95,14 @@ def prune(
             show_default="none",
         ),
     ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="With lstsq, affine or refit: give what they add in the fewest directions of the output that"
+            " hold this share of it, such as 0.99, where that is cheaper.",
+            show_default="all directions",
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -140,7 +148,7 @@ def prune(
             raise MoepruneError(f"`{option} {share:g}` is no share of the full model", "give one in 0…1")
     if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
         raise MoepruneError(f"`--max-accuracy-drop {max_accuracy_drop:g}` is no fraction", "give one in 0…1")
-    ways = {"--scope": scope, "--signal": signal, "--compensate": compensate}
+    ways = {"--scope": scope, "--signal": signal, "--compensate": compensate, "--energy": energy}
     if plan is not None and (spare := [option for option, value in ways.items() if value is not None]):
         raise MoepruneError(f"`{spare[0]}` does not go with `--plan`", "the plan says it for each layer")
     if scope is None:
@@ -158,6 +166,11 @@ def prune(
         static = f"--signal {signal}" if signal == "gram" else f"--compensate {compensate}"
         raise MoepruneError(
             f"`{static}` is for one set for all inputs, not for `--scope {scope}`", "give `--scope static`"
+        )
+    if energy is not None and (compensate not in FITTED or not 0 < energy < 1):
+        raise MoepruneError(
+            f"`--energy {energy:g}` with `--compensate {compensate}`",
+            f"give a share above 0 and below 1, with {', '.join(FITTED)}",
         )
     if mass is not None and (scope != "input" or not 0 < mass <= 1):
         raise MoepruneError(
@@ -204,6 +217,7 @@ def prune(
             scope=scope,
             signal=signal,
             compensate=compensate,
+            energy=energy,
             seed=seed,
             runtime=runtime,
         )
@@ -216,7 +230,7 @@ def prune(
         else:
             plans = plans_for(
                 config, full.tensors, measured, keep=kept, mass=mass, max_size=max_size, max_flops=max_flops,
-                scope=scope, signal=signal, compensation=compensate,
+                scope=scope, signal=signal, compensation=compensate, energy=energy,
             )  # fmt: skip
         wanted = plans[0]
         is_static = all(layer.scope == "static" for layer in wanted.values())

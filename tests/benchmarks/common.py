@@ -101,8 +101,12 @@ def accuracy(model: Model, data: Dataset) -> float:
     return float(found.correct.double().mean())
 
 
-def table(model: Model, methods: Iterable[tuple[str, str, str]], keeps: Sequence[str] = KEEPS) -> None:
-    """Print for each method (scope, signal, compensation) what it keeps: mean and range over SEEDS.
+Method = tuple[str, str, str] | tuple[str, str, str, float]
+"""Scope, signal, compensation, and where it is not all of it the energy that the compensation holds."""
+
+
+def table(model: Model, methods: Iterable[Method], keeps: Sequence[str] = KEEPS) -> None:
+    """Print for each method what it keeps: mean and range over SEEDS.
 
     The first column is of no experts at all.
     """
@@ -111,7 +115,7 @@ def table(model: Model, methods: Iterable[tuple[str, str, str]], keeps: Sequence
     draws = [calibration(model, seed) for seed in SEEDS]
     print(f"full model {full:.4f}; mean (least to most) of {len(SEEDS)} draws of calibration data")
     print(f"{'kept':36}", *(f"{keep:>21}" for keep in ("none at all", *keeps)))
-    for scope, signal, compensate in methods:
+    for scope, signal, compensate, *energy in methods:
         cells = []
         for keep in (0, *keeps):
             if keep == 0 and (scope != "static" or compensate in ("renorm", "merge")):
@@ -121,9 +125,10 @@ def table(model: Model, methods: Iterable[tuple[str, str, str]], keeps: Sequence
             for seed, data in zip(SEEDS, draws, strict=True):
                 pruned = moeprune.prune(
                     model, keep=keep, scope=scope, signal=signal, compensate=compensate, data=data, seed=seed,
-                    runtime=RUNTIME,
+                    energy=energy[0] if energy else None, runtime=RUNTIME,
                 )  # fmt: skip
                 results.append(accuracy(pruned, test) / full)
             mean = statistics.fmean(results)
             cells.append(f"{mean:7.3f} ({min(results):.3f}-{max(results):.3f})")
-        print(f"{scope + ', ' + signal + ', ' + compensate:36}", *cells, flush=True)
+        way = f"{scope}, {signal}, {compensate}" + (f" {energy[0]:g}" if energy else "")
+        print(f"{way:36}", *cells, flush=True)

@@ -1,0 +1,168 @@
+"""Compensation in few directions, against the formulas, and on the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import moeprune
+from moeprune.calibration import observe_layers
+from moeprune.contributions import regressors
+from moeprune.errors import MoepruneError
+from moeprune.model import soft_moe_layers
+from moeprune.plan import FITTED, plan_from_json
+from moeprune.runtime import Runtime
+from tests.reference import reference_layer, reference_mass
+
+CPU = Runtime("cpu", batch_size=64)
+LAYER = "blocks.0.soft_moe"
+WAYS = [*(("static", way) for way in FITTED), ("input", "lstsq"), ("input", "affine")]
+
+
+@pytest.fixture(scope="module")
+def pruned(single):
+    """For each way a model with its compensation in full and one in the directions of an energy of 0.9."""
+    full = moeprune.load(single)
+    data = moeprune.open_data("digits:calibration", full.input_format, limit=150)
+    analysis = moeprune.analyze(full, data, CPU)
+
+    def prune(scope, compensate, energy):
+        return moeprune.prune(
+            full, analysis, keep="1/16", scope=scope, compensate=compensate, energy=energy, data=data,
+            runtime=CPU,
+        )  # fmt: skip
+
+    return data, {way: (prune(*way, None), prune(*way, 0.9)) for way in WAYS}
+
+
+def layer_of(model):
+    return soft_moe_layers(model)[LAYER]
+
+
+def added(layer) -> torch.Tensor:
+    parts = [layer.surrogate.flatten(0, 1)]
+    if layer.plan.has_affine:
+        parts += [layer.affine_token, layer.affine_mean, layer.affine_bias[None]]
+    return torch.cat(parts).double()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_rank_is_the_least_that_holds_the_energy_and_no_other_of_that_rank_is_nearer(way, pruned):
+    data, models = pruned
+    full, narrow = (layer_of(model) for model in models[way])
+    rows = []
+    for inputs, _ in data.batches(50):
+        observe_layers(
+            models[way][0], [LAYER], lambda _, seen: rows.append(regressors(seen, way[1])), inputs, CPU
+        )
+    z = torch.cat(rows).flatten(0, 1).double()
+    given = z @ added(full)
+    singular = torch.linalg.svdvals(given)
+    left = (given - z @ added(narrow) @ narrow.basis.double()).square().sum()
+    rank = narrow.plan.rank
+    assert narrow.basis.shape == (rank, 32)
+    assert left == pytest.approx(float(singular[rank:].square().sum()), rel=1e-3)
+    assert singular[:rank].square().sum() >= 0.9 * singular.square().sum()
+    assert singular[: rank - 1].square().sum() < 0.9 * singular.square().sum()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_with_few_directions_computes_their_product(way, pruned, single):
+    _, models = pruned
+    scope = way[0]
+    layer = layer_of(models[way][1])
+    dense = dict(layer_of(moeprune.load(single)).named_parameters())
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    if scope == "static":
+        kept = [layer.plan.kept] * 2
+        for name in ("fc2_weight", "fc2_bias"):  # refit changes them
+            dense[name] = dense[name].clone()
+            dense[name][list(layer.plan.kept)] = getattr(layer, name)
+        place = torch.tensor(layer.plan.columns).argsort()
+    else:
+        masses = reference_mass(x, dense, "l2", layer.config.dispatch_input)
+        kept = [sorted(range(128), key=lambda j, mass=mass: -mass[j])[: layer.plan.k] for mass in masses]
+        place = torch.arange(128)
+    stand_ins = (layer.surrogate.double() @ layer.basis.double())[place]
+    affine = {}
+    if layer.plan.has_affine:
+        affine = {f"affine_{part}": getattr(layer, f"affine_{part}").double() @ layer.basis.double()
+                  for part in ("token", "mean", "bias")}  # fmt: skip
+    config = layer.config
+    expected = reference_layer(
+        x, dense, config.router_norm, config.dispatch_input, kept, "affine", stand_ins,
+        static_correction=scope == "static", affine=affine,
+    )  # fmt: skip
+    assert (layer(x).double() - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_few_directions_cost_less_and_change_little(way, pruned):
+    data, models = pruned
+    full, narrow = (moeprune.evaluate(model, data, runtime=CPU)["model"] for model in models[way])
+    for figure in ("flops_per_input", "bytes_by_part"):
+        assert narrow[figure]["compensation"] < full[figure]["compensation"]
+        assert narrow[figure]["experts"] == full[figure]["experts"]
+    assert narrow["accuracy"] > full["accuracy"] - 0.05
+
+
+def test_where_the_products_are_no_cheaper_all_directions_stay(single):
+    full = moeprune.load(single)
+    data = moeprune.open_data("digits:calibration", full.input_format, limit=60)
+    found = moeprune.prune(full, keep="1/2", compensate="lstsq", energy=1 - 1e-9, data=data, runtime=CPU)
+    expected = moeprune.prune(full, keep="1/2", compensate="lstsq", data=data, runtime=CPU)
+    assert layer_of(found).plan == layer_of(expected).plan
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
+
+
+def test_few_directions_on_the_command_line(vit, vit_analysis, run, run_json, tmp_path):
+    path, again, plan = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "plan.json"))
+    words = ("prune", vit, "--analysis", vit_analysis)
+    found = run_json(
+        *words, "--keep", 4, "--compensate", "affine", "--energy", 0.9, "-o", path, "--save-plan", plan
+    )
+    for layer in found["plan"].values():
+        assert 1 <= layer["rank"] < 64
+        assert layer["energy"] is None
+    run_json(*words, "--plan", plan, "-o", again)
+    assert again.read_bytes() == path.read_bytes()
+    assert run_json("eval", path, "--data", "pairs", "--limit", 100)["model"]["accuracy"] > 0.8
+    assert "directions" in run("inspect", path).stdout
+    text = json.loads(plan.read_text())
+    text["plan"]["blocks.1.soft_moe"]["rank"] = 65
+    plan.write_text(json.dumps(text))
+    result = run(*words, "--plan", plan, "-o", again, "--force")
+    assert result.code == 2
+    assert "has the rank 65, the layer's output has 64 directions" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--compensate", "mean", "--energy", 0.9), ("--compensate", "affine", "--energy", 1), ("--energy", 0.9)],
+)
+def test_an_energy_that_is_wrong(words, vit, run, tmp_path):
+    result = run("prune", vit, "--keep", 4, "--data", "pairs", *words, "-o", tmp_path / "o.safetensors")
+    assert (result.code, list(tmp_path.iterdir())) == (2, [])
+    assert "give a share above 0 and below 1, with lstsq, affine, refit" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "expected a number of directions"),
+        ({"rank": 2.5}, "expected a number of directions"),
+        ({"energy": 1}, "expected a share above 0 and below 1"),
+        ({"energy": "much"}, "expected a share above 0 and below 1"),
+        ({"rank": 4, "compensation": "mean"}, "go with compensations lstsq, affine, refit"),
+    ],
+)
+def test_plans_of_few_directions_that_are_wrong(changes, message):
+    plan = {"scope": "static", "k": 2, "num_experts": 4, "signal": "combine", "compensation": "affine"}
+    [layer] = plan_from_json({"a": {**plan, "rank": 3}}).values()
+    assert layer == replace(layer, rank=3)
+    with pytest.raises(MoepruneError, match=message):
+        plan_from_json({"a": {**plan, **changes}})
