@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 import traceback
@@ -12,6 +13,9 @@ import typer
 
 from moeprune import __version__
 from moeprune.errors import MoepruneError
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""What writing to stdout may raise; of files it has become a MoepruneError."""
 
 app = typer.Typer(
     help="Inference-time expert pruning of Soft Mixture-of-Experts models.",
@@ -41,6 +45,9 @@ def add_command(function: Callable[..., int | None]) -> None:
             if _is_out_of_memory(error):
                 sizes = "`--batch-size`" + (" or `--latency-batch`" if kwargs.get("latency") else "")
                 _fail(f"error: out of memory ({error})\n\nhint: give a smaller {sizes}\n")
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                sys.stdout = None  # else it is tried again in the end
+                _fail(f"error: cannot write to stdout ({error.strerror})\n")
             _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")
         raise typer.Exit(code)
 
@@ -63,7 +70,7 @@ def _fail(message: str) -> NoReturn:
 
 def _show_version(value: bool) -> None:
     if value:
-        print(f"moeprune {__version__}")  # noqa: T201
+        print(f"moeprune {__version__}", flush=True)  # noqa: T201
         raise typer.Exit
 
 

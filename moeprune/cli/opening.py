@@ -42,7 +42,7 @@ def open_data(spec: str, model: Model, split: str | None, default_split: str, li
         raise MoepruneError(
             f"`--split {split}` does not go with `{spec}`", f"it picks a split of {' or '.join(BUILT_IN)}"
         )
-    return dataset_for(model, spec, split or default_split, limit)
+    return dataset_for(model, spec, default_split if split is None else split, limit)
 
 
 def runtime_for(device: str, dtype: str, batch_size: int) -> Runtime:
