@@ -1,5 +1,6 @@
 """The entry point of `moeprune` and `python -m moeprune`."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,13 +13,19 @@ def main() -> None:
         signal.signal(stop, _exit_at_once)
     from moeprune.cli import app
 
-    app(prog_name="moeprune")
+    try:
+        app(prog_name="moeprune")
+    except OSError as error:  # of --help and --version
+        sys.stdout = None  # else it is tried again in the end
+        sys.stderr.write(f"error: cannot write to stdout ({error.strerror})\n")
+        sys.exit(2)
 
 
 def _exit_at_once(signal_number: int, _: Any) -> None:
     """Libraries swallow a KeyboardInterrupt while they are imported, or make an ImportError of it."""
     for path in tuple(getattr(sys.modules.get("moeprune.files"), "temporaries", ())):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
     os._exit(128 + signal_number)
 
 

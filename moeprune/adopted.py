@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ from moeprune.soft_moe import SoftMoE
 from moeprune.sources import bwconrad_layer, fkodom, lucidrains
 from moeprune.tensors import differences
 
+MAX_ELEMENTS = 2**28
+"""Values of one input; more are a mistake and fill the memory."""
 LIBRARIES: tuple[ModuleType, ...] = (bwconrad_layer, lucidrains, fkodom)
 
 
@@ -237,10 +240,10 @@ def parse_arguments(given: Iterable[str]) -> dict[str, Any]:
             raise MoepruneError(f"`--model-arg {key}` is given twice")
         try:
             arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             arguments[key] = value
     try:
-        return dict(json.loads(json.dumps(arguments)))
+        return dict(json.loads(json.dumps(arguments, allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise MoepruneError(f"`--model-arg`: {error}", "give numbers, texts, lists and the like") from None
 
@@ -269,11 +272,12 @@ def parse_shape(text: str | None) -> tuple[int, int, int]:
         MoepruneError: there is none, or it is another.
     """
     sides = (text or "").split(",")
-    if text is None or len(sides) != 3 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    fits = len(sides) == 3 and all(re.fullmatch("[1-9][0-9]{0,5}", side) for side in sides)
+    if not fits or math.prod(map(int, sides)) > MAX_ELEMENTS:
         found = "none is given" if text is None else f"given is `{text}`"
         raise MoepruneError(
             f"a model of your own code needs the shape of one input, {found}",
-            "give channels, height and width: `--input-shape 3,224,224`",
+            f"give channels, height and width, {MAX_ELEMENTS} values at most: `--input-shape 3,224,224`",
         )
     channels, height, width = map(int, sides)
     return channels, height, width
@@ -305,12 +309,19 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: str | 
     """Give a module the tensors of a file, which must be all of its own and no others.
 
     Raises:
-        MoepruneError: tensors are missing, unexpected or of other shapes; all are listed.
+        MoepruneError: tensors are missing, unexpected, of other shapes, or no floats where the module has
+            some; all are listed.
     """
+    own = module.state_dict()
     problems = differences(
         {name: tensor.shape for name, tensor in tensors.items()},
-        {name: tensor.shape for name, tensor in module.state_dict().items()},
+        {name: tensor.shape for name, tensor in own.items()},
     )
+    problems += [
+        f"`{name}` has the type {tensors[name].dtype}, expected {own[name].dtype}"
+        for name in sorted(set(tensors) & set(own))
+        if tensors[name].is_floating_point() != own[name].is_floating_point()
+    ]
     if problems:
         raise MoepruneError(
             f"`{path}` does not fit the model that its factory builds: {'; '.join(problems)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def give_back(path: str | Path, output: str | Path, to: str, factory: str | None
 
 def is_own_model(path: str | Path) -> bool:
     """Whether a file is a checkpoint of ours, of a model of the user's own code."""
-    if is_pickle(Path(path)) or Path(path).is_dir():
+    if is_pickle(Path(path)) or os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises where a name is too long)
         return False
     header = read_header(path)
     metadata_of_ours = header.metadata or {}

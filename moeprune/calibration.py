@@ -286,12 +286,14 @@ def load_analysis(path: str | Path) -> Analysis:
             for name in metadata["layers"]
         }
         provenance = metadata["provenance"]
-        made_from = dict(provenance["data"])
-        _ = provenance["checkpoint"]["fingerprint"]
+        made_from, made_for = provenance["data"], provenance["checkpoint"]
     except (KeyError, TypeError) as error:
         raise MoepruneError(f"`{path}` lacks {error}", "write it again with `moeprune analyze`") from None
-    texts = provenance["checkpoint"]["fingerprint"], *(made_from.get(k) for k in ("spec", "fingerprint"))
-    if not all(isinstance(text, str) for text in texts) or type(made_from.get("samples")) is not int:
+    if not isinstance(made_from, Mapping) or not isinstance(made_for, Mapping):
+        raise MoepruneError(f"`{path}`: `data` or `checkpoint` of its provenance is no object")
+    texts = made_for.get("fingerprint"), *(made_from.get(key) for key in ("spec", "fingerprint"))
+    samples = made_from.get("samples")
+    if not all(isinstance(text, str) for text in texts) or type(samples) is not int or samples < 1:
         raise MoepruneError(
             f"`{path}`: its checkpoint's `fingerprint`, or `spec`, `fingerprint` or `samples` of its data,"
             " is missing or damaged"

@@ -88,7 +88,12 @@ def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         write(path, tensors, None)
         return
     with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(dict(tensors), file)  # by a path, its name would be in the bytes
+        try:
+            torch.save(dict(tensors), file)  # by a path, its name would be in the bytes
+        except RuntimeError as error:  # torch's own, after one of the file
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,9 +108,10 @@ def _read(
     path: str | Path, source: str | None, arguments: Mapping[str, str], to: str, key: str | None
 ) -> Converted:
     if is_ours(path):
-        if source is not None or arguments:
+        if source is not None or arguments or key is not None:
             raise MoepruneError(
-                f"`--source` and `--source-arg` do not go with `{path}`: it is a checkpoint of moeprune"
+                f"`--source`, `--source-arg` and `--key` do not go with `{path}`:"
+                " it is a checkpoint of moeprune"
             )
         if to == OURS:
             raise MoepruneError(f"`{path}` is a checkpoint of moeprune already", "give a library with `--to`")
@@ -195,5 +197,6 @@ def _name(library: Source | None) -> str:
 def is_ours(path: str | Path) -> bool:
     """Whether a file is a checkpoint of moeprune."""
     path = Path(path)
-    is_safetensors = not path.is_dir() and path.suffix != ".json" and not is_pickle(path)
+    is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where a name is too long)
+    is_safetensors = not is_folder and path.suffix != ".json" and not is_pickle(path)
     return is_safetensors and read_header(path).metadata is not None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import random
 import zlib
@@ -23,8 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, TypeVar
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from moeprune.digits import SPLITS, digits, pairs
 from moeprune.errors import MoepruneError
+from moeprune.header import require_file
 from moeprune.images import read_image
 from moeprune.preprocessing import InputFormat
 
@@ -163,10 +166,11 @@ def open_data(
         pixels, labels = BUILT_IN[name](split)
         return _from_tensors(f"{name}:{split}", pixels, labels, input_format, limit)
     path = Path(spec)
-    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long)
+    if not spec or not os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long)
         raise MoepruneError(f"no data `{spec}`", SPECS_HINT)
     if path.is_dir():
         return _from_folder(path, input_format, limit)
+    require_file(path, "an array file or a folder of images")
     if path.suffix == ".npz":
         return _from_npz(path, input_format, limit)
     if path.suffix == ".safetensors":
@@ -276,27 +280,23 @@ def _from_npz(path: Path, input_format: InputFormat, limit: int | None) -> Datas
             names = set(archive.namelist())
             if "inputs.npy" not in names:
                 raise MoepruneError(f"no `inputs` in `{spec}`, found {sorted(names)}", SPECS_HINT)
-            with archive.open("inputs.npy") as member:
-                shape, dtype = _npy_header(member, spec)
+            shape, dtype, start = _npy_header(archive, "inputs", spec)
             arrange = _arranger(spec, shape, input_format)
             labels = None
             if "labels.npy" in names:
-                with archive.open("labels.npy") as member:
-                    labels_shape, labels_dtype = _npy_header(member, spec)
-                    _check_labels(spec, labels_shape, shape[0], labels_dtype.kind in "iu")
-                    raw = np.frombuffer(member.read(), labels_dtype)
+                labels_shape, labels_dtype, labels_start = _npy_header(archive, "labels", spec)
+                _check_labels(spec, labels_shape, shape[0], labels_dtype.kind in "iu")
+                raw = np.frombuffer(archive.read("labels.npy"), labels_dtype, offset=labels_start)
                 if raw.size and raw.max() > np.iinfo(np.int64).max:
                     raise MoepruneError(f"`labels` of `{spec}` go up to {raw.max()}")
                 labels = torch.from_numpy(raw.astype(np.int64))
     except DAMAGES as error:
         raise MoepruneError(f"`{spec}` is no readable .npz file ({error})") from None
-    sample_bytes = dtype.itemsize * int(np.prod(shape[1:]))
+    sample_bytes = dtype.itemsize * math.prod(shape[1:])
 
     def read(indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
         try:
             with ZipFile(path) as archive, archive.open("inputs.npy") as member:
-                _npy_header(member, spec)
-                start = member.tell()
                 for chunk in chunks(indices, batch_size):
                     buffer = bytearray()
                     for first, count in runs(chunk):
@@ -312,12 +312,24 @@ def _from_npz(path: Path, input_format: InputFormat, limit: int | None) -> Datas
     return Dataset(spec, shape[0], labels is not None, input_format.classes, read, limit)
 
 
-def _npy_header(member: Any, spec: str) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(member)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read_header:
-        raise MoepruneError(f"`{spec}` has an array of .npy version {version}, expected 1.0 or 2.0")
-    shape, fortran_order, dtype = read_header[version](member)
+def _npy_header(archive: ZipFile, name: str, spec: str) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and type of an array in an archive, and where its values start in its member."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.flag_bits & 1 or info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+        raise MoepruneError(f"`{spec}` is encrypted, or compressed as np.savez does not", "write it again")
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in read_header:
+            raise MoepruneError(f"`{spec}` has an array of .npy version {version}, expected 1.0 or 2.0")
+        try:
+            shape, fortran_order, dtype = read_header[version](member)
+        except (SyntaxError, TokenError, TypeError, RecursionError) as error:
+            raise MoepruneError(f"`{spec}`: the header of `{name}` is damaged ({error})") from None
+        start = member.tell()
     if fortran_order and len(shape) > 1:
         raise MoepruneError(f"`{spec}` has an array in Fortran order", "save it with np.ascontiguousarray")
     if dtype.hasobject:
@@ -326,7 +338,12 @@ def _npy_header(member: Any, spec: str) -> tuple[tuple[int, ...], np.dtype]:
         torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))
     except TypeError:
         raise MoepruneError(f"`inputs` or `labels` of `{spec}` are {dtype}", "save it as numbers") from None
-    return shape, dtype
+    found = info.file_size - start
+    if min(shape, default=0) < 0 or found != dtype.itemsize * math.prod(shape):
+        raise MoepruneError(
+            f"`{name}` of `{spec}` has {found} bytes, which are no {list(shape)} of {dtype}", "write it again"
+        )
+    return shape, dtype, start
 
 
 # --- image folders -----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,13 +44,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
         MoepruneError: the path cannot be written.
     """
     path = Path(path)
+    temporary = path.parent / f".{path.name[:48]}.{secrets.token_hex(8)}.part"
+    temporaries.add(temporary)  # before it is there: a signal may come in between
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        temporary.touch(0o600, exist_ok=False)
     except OSError as error:
+        temporaries.discard(temporary)
         raise MoepruneError(f"cannot write `{path}` ({error.strerror})") from None
-    os.close(descriptor)
-    temporary = Path(name)
-    temporaries.add(temporary)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -61,7 +61,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
         logger.info(f"wrote `{path}` ({path.stat().st_size} bytes)")
     except OSError as error:
-        raise MoepruneError(f"cannot write `{path}` ({error})") from None
+        raise MoepruneError(f"cannot write `{path}` ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
         temporaries.discard(temporary)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, BinaryIO
 from moeprune.errors import MoepruneError
 
 METADATA_KEY = "moeprune"
+MAX_DEPTH = 100
+"""Levels of the metadata's JSON; deeper ones are a mistake."""
 MAX_LENGTH = 100_000_000
 """Bytes of the longest header, as in the library."""
 
@@ -93,10 +96,7 @@ def read_header(path: str | Path) -> Header:
             `moeprune` is damaged.
     """
     path = Path(path)
-    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long)
-        raise MoepruneError(f"no file `{path}`")
-    if path.is_dir():
-        raise MoepruneError(f"`{path}` is a folder, expected a safetensors file")
+    require_file(path, "a safetensors file")
     if path.stat().st_size == 0:
         raise MoepruneError(f"`{path}` is empty", "write it again")
     try:
@@ -114,8 +114,28 @@ def read_header(path: str | Path) -> Header:
     return Header(path, tensors, offsets, None if metadata is None else _parse_metadata(path, metadata))
 
 
+def require_file(path: Path, expected: str) -> None:
+    """Raise a MoepruneError unless a path leads to a regular file: pipes and devices may never end.
+
+    Args:
+        expected: what the file should be, in words.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise MoepruneError(f"no file `{path}`") from None
+    except (OSError, ValueError) as error:
+        raise MoepruneError(f"cannot read `{path}` ({getattr(error, 'strerror', None) or error})") from None
+    if stat.S_ISDIR(mode):
+        raise MoepruneError(f"`{path}` is a folder, expected {expected}")
+    if not stat.S_ISREG(mode):
+        raise MoepruneError(f"`{path}` is no regular file, expected {expected}")
+
+
 def is_pickle(path: Path) -> bool:
     """Whether a file starts as a zip archive of torch.save or a pickle does, and is no safetensors file."""
+    if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises where a name is too long)
+        return False
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -240,4 +260,29 @@ def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
         raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` is no JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` is no JSON object")
+    if flaw := _flaw(parsed):
+        raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` cannot be used: {flaw}")
     return parsed
+
+
+def _flaw(value: Any, where: str = "", depth: int = 0) -> str | None:
+    """Why a value that was read as JSON could not be written as JSON again, if that is so."""
+    if depth > MAX_DEPTH:
+        return f"it is nested more than {MAX_DEPTH} deep"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"`{where}` is {value}"
+    if isinstance(value, str) and not _is_text(value):
+        return f"`{where}` has half a surrogate pair, which is no text"
+    parts: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        if odd := next((key for key in value if not _is_text(key)), None):
+            return f"{odd!r} in `{where}` has half a surrogate pair, which is no text"
+        parts = ((f"{where}.{key}" if where else key, part) for key, part in value.items())
+    elif isinstance(value, list):
+        parts = ((f"{where}[{index}]", part) for index, part in enumerate(value))
+    return next((flaw for at, part in parts if (flaw := _flaw(part, at, depth + 1))), None)
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text can be encoded: half a surrogate pair cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moeprune.errors import MoepruneError
-from moeprune.preprocessing import InputFormat
+from moeprune.header import require_file
+from moeprune.preprocessing import MAX_SIDE, InputFormat
 
 
 def read_image(path: Path, input_format: InputFormat) -> Tensor:
@@ -24,6 +25,7 @@ def read_image(path: Path, input_format: InputFormat) -> Tensor:
     modes = {1: "L", 3: "RGB"}
     if channels not in modes:
         raise MoepruneError(f"the model takes {channels} channels, images have 1 (grey) or 3 (colour)")
+    require_file(path, "an image")
     try:
         # Only these decoders: others run programs (EPS) or are seldom tested.
         with Image.open(path, formats=("PNG", "JPEG")) as file:
@@ -42,6 +44,11 @@ def read_image(path: Path, input_format: InputFormat) -> Tensor:
         raise MoepruneError(
             f"`{path}` is {resized[0]}×{resized[1]} after `resize` {preprocessing.resize},"
             f" smaller than the {width}×{height} that the model takes"
+        )
+    if max(resized) > MAX_SIDE:
+        raise MoepruneError(
+            f"`{path}` of {image.width}×{image.height} would be resized to {resized[0]}×{resized[1]},"
+            f" which is more than {MAX_SIDE} pixels on a side"
         )
     if resized != image.size:
         image = image.resize(resized, Image.Resampling[preprocessing.interpolation.upper()])

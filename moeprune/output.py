@@ -49,7 +49,10 @@ def check_output(path: Path, force: bool) -> None:
     if not path.parent.is_dir():
         raise MoepruneError(f"no directory `{path.parent}` for `{path}`", "make it first")
     if not os.access(path.parent, os.W_OK):
-        raise MoepruneError(f"cannot write into `{path.parent}`", "check its permissions")
+        raise MoepruneError(
+            f"cannot write into `{path.parent}`",
+            "check its permissions, and whether its file system is read-only",
+        )
 
 
 def warn(message: str) -> None:

@@ -320,6 +320,8 @@ def parse_keep(text: str, option: str = "--keep") -> Fraction | int:
     hint = "give a share of the experts such as 1/8 or 0.125, or a number of experts such as 16"
     text = text.strip()
     try:
+        if "e" in text.lower() and not 1e-9 < abs(float(text)) < 1e9:
+            raise ValueError  # a Fraction writes all digits out
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise MoepruneError(f"`{option} {text}` is no fraction and no number", hint) from None

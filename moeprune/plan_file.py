@@ -15,7 +15,7 @@ from typing import Any
 
 from moeprune.errors import MoepruneError
 from moeprune.files import write_text
-from moeprune.header import read_header
+from moeprune.header import MAX_LENGTH, read_header, require_file
 from moeprune.plan import Plan, plan_from_json, plan_to_json, require_fitting_plan
 
 SCHEMA_VERSION = 1
@@ -63,10 +63,11 @@ def _of_checkpoint(path: Path) -> Any:
 
 
 def _of_json(path: Path) -> Any:
+    require_file(path, "a plan as JSON, or a checkpoint that was pruned")
     try:
+        if path.stat().st_size > MAX_LENGTH:
+            raise ValueError(f"longer than {MAX_LENGTH} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MoepruneError(f"no file `{path}`") from None
     except OSError as error:
         raise MoepruneError(f"cannot read `{path}` ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

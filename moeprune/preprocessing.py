@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+MAX_SIDE = 16384
+"""Pixels of the longest side that an image is resized to; larger ones are a mistake and fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def preprocessing_from_json(value: Any) -> Preprocessing:
         fits = (
             all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
             and all(std > 0 for std in made.std)
-            and (made.resize is None or (type(made.resize) is int and made.resize > 0))
+            and (made.resize is None or (type(made.resize) is int and 0 < made.resize <= MAX_SIDE))
             and made.interpolation in INTERPOLATIONS
         )
     except (TypeError, AttributeError, OverflowError) as error:
@@ -76,8 +78,8 @@ def preprocessing_from_json(value: Any) -> Preprocessing:
     if not fits:
         raise MoepruneError(
             f"preprocessing: {value} does not fit",
-            f"resize is a whole number above 0, interpolation one of {', '.join(INTERPOLATIONS)},"
-            " mean and std are numbers, std above 0",
+            f"resize is a whole number from 1 to {MAX_SIDE}, interpolation one of"
+            f" {', '.join(INTERPOLATIONS)}, mean and std are numbers, std above 0",
         )
     return made
 

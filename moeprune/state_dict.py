@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import re
-import stat
 import warnings
 import zipfile
 from collections import Counter
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from moeprune import checkpoint
 from moeprune.errors import MoepruneError
-from moeprune.header import MAX_LENGTH, Header, read_header
+from moeprune.header import MAX_LENGTH, Header, read_header, require_file
 from moeprune.tensors import FLOATS
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -154,14 +153,11 @@ def _kind(path: Path) -> str:
 
 
 def _first_bytes(path: Path) -> bytes:
+    require_file(path, "a checkpoint")
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise MoepruneError(f"`{path}` is no regular file, expected a checkpoint")
         with path.open("rb") as file:
             start = file.read(512)
-    except FileNotFoundError:
-        raise MoepruneError(f"no file `{path}`") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _cannot_read(path, error) from None
     if not start:
         raise MoepruneError(f"`{path}` is empty", "write it again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from moeprune.cli import app
 from tests.schemas import complaints, schema_of
+from tests.stock import Stock, make_stock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 if not torch.cuda.is_available():
@@ -111,3 +113,11 @@ def vit_analysis(vit: Path, run: Callable[..., Result], tmp_path_factory: pytest
     result = run("analyze", vit, "--data", "pairs", "--limit", 100, "-o", path)
     assert result.code == 0, result.stderr
     return path
+
+
+@pytest.fixture(scope="session")
+def stock(run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
+    """Small good files of every kind; who changes one puts it back."""
+    before = list(sys.path)
+    yield make_stock(tmp_path_factory.mktemp("stock"), run)
+    sys.path[:] = before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import moeprune
 from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
 from moeprune.model import SoftMoEViT
+from tests.endings import files_under
 
 SAMPLES = 12
 LAYER = "blocks.0.soft_moe"
@@ -143,6 +146,28 @@ class Workshop:
         np.savez_compressed(path, **self.arrays(**changed))
         return path
 
+    def claiming(self, name: str, old: str, new: str, cut: int = 0) -> Path:
+        """Good arrays, but for the header of one, or without the last bytes of it, in a sound archive."""
+        path = self.npz()
+        with zipfile.ZipFile(path) as archive:
+            members = {member: archive.read(member) for member in archive.namelist()}
+        member = members[f"{name}.npy"]
+        end = 10 + int.from_bytes(member[8:10], "little")
+        header = member[10:end].replace(old.encode(), new.encode())
+        values = member[end : len(member) - cut]
+        members[f"{name}.npy"] = member[:8] + len(header).to_bytes(2, "little") + header + values
+        with zipfile.ZipFile(path, "w") as archive:
+            for key, content in members.items():
+                archive.writestr(key, content)
+        return path
+
+    def encrypted(self) -> Path:
+        """An archive whose directory says that its members are encrypted."""
+        content = bytearray(self.npz().read_bytes())
+        for place in re.finditer(b"PK\1\2", bytes(content)):
+            content[place.start() + 8] |= 1
+        return self.file(bytes(content), ".npz")
+
     def safetensors(self, **changed: object) -> Path:
         path = self.path(".safetensors")
         save_arrays({name: np.asarray(array) for name, array in self.arrays(**changed).items()}, path)
@@ -224,13 +249,6 @@ def workshop(tmp_path, single, small_analysis, run):
 Build = Callable[[Workshop], list[object]]
 Case = tuple[str, Build, tuple[str, ...]]
 """A name, how to make the command line, and what the error must name."""
-
-
-def files_under(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
 
 
 def check_refused(workshop: Workshop, words: list[object], fragments: tuple[str, ...]) -> str:
@@ -383,6 +401,18 @@ NO_CHECKPOINT: list[tuple[str, Callable[[Workshop], Path], tuple[str, ...]]] = [
     ("deviation of 0", lambda w: w.with_metadata(preprocessing={"std": [0]}), ("preprocessing", "std")),
     ("mean is text", lambda w: w.with_metadata(preprocessing={"mean": "0"}), ("preprocessing", "mean")),
     ("NaN", lambda w: w.with_metadata(preprocessing={"mean": [float("nan")]}), ("preprocessing", "mean")),
+    ("images resized beyond all bounds", lambda w: w.with_metadata(
+        preprocessing={"resize": 10**6}
+    ), ("preprocessing", "resize", "16384")),
+    ("infinite provenance", lambda w: w.with_metadata(
+        provenance={"training": [float("inf")]}
+    ), ("`provenance.training[0]`", "inf")),
+    ("provenance nested too deep", lambda w: w.with_metadata(
+        provenance={"a": json.loads("[" * 300 + "]" * 300)}
+    ), ("`moeprune`", "100 deep")),
+    ("provenance that is no text", lambda w: w.with_metadata(
+        provenance={"a": "\ud800"}
+    ), ("`provenance.a`", "surrogate")),
     ("source is text", lambda w: w.with_metadata(source="mine"), ("source",)),
     ("provenance is null", lambda w: w.with_metadata(provenance=None), ("provenance",)),
     (
@@ -470,6 +500,14 @@ ANALYSES: list[Case] = [
     ("samples that are text", lambda w: w.with_analysis(
         w.analysis_with({"data": {"samples": "all"}}), "--compensate", "lstsq"
     ), ("samples",)),
+    ("fewer samples than none", lambda w: w.with_analysis(
+        w.analysis_with({"data": {"samples": -1}}), "--compensate", "lstsq"
+    ), ("samples",)),
+    ("data that is text", lambda w: w.with_analysis(
+        w.save(
+            w.tensors(w.analysis), w.metadata(w.analysis) | {"provenance": {"checkpoint": {}, "data": "a"}}
+        )
+    ), ("`data`", "no object")),
     *(
         (f"no {key} of its data", lambda w, key=key: w.with_analysis(
             w.analysis_without("data", key), "--compensate", "lstsq"
@@ -583,6 +621,19 @@ DATA: list[Case] = [
     ("a label above all integers", lambda w: w.evaluating(
         w.npz(labels=np.full(SAMPLES, 2**64 - 1, "u8"))
     ), ("label", str(2**64 - 1))),
+    *(
+        (f"an array that claims {shape}", lambda w, shape=shape: w.evaluating(
+            w.claiming("inputs", "(12, 1", shape)
+        ), ("`inputs`", "made1.npz", "bytes"))
+        for shape in ("(-1, 1", "(10000000000, 1", f"({2**70}, 1")
+    ),
+    ("labels that are cut", lambda w: w.evaluating(
+        w.claiming("labels", "", "", cut=8)
+    ), ("`labels`", "88 bytes")),
+    ("a header that is no literal", lambda w: w.evaluating(
+        w.claiming("inputs", "(12, 1, 8, 8)", "(12, 1, 8, 8")
+    ), ("`inputs`", "made1.npz")),
+    ("an encrypted archive", lambda w: w.evaluating(w.encrypted()), ("made2.npz", "encrypted")),
     ("inputs that are text", lambda w: w.evaluating(
         w.npz(inputs=np.full((SAMPLES, 1, 8, 8), "a"))
     ), ("inputs", "made1.npz")),
@@ -984,6 +1035,14 @@ def test_the_workshop_makes_good_files_where_nothing_is_changed(workshop):
     for call in words:
         result = workshop.run(*call)
         assert result.code == 0, (call, result.stderr)
+
+
+def test_the_longest_names_can_be_written(workshop):
+    """The temporary beside them has a name that is no longer."""
+    path = workshop.out / ("ä" * 127)
+    result = workshop.run("inspect", workshop.single, "--output-file", path)
+    assert (result.code, result.stderr) == (0, "")
+    assert list(workshop.out.iterdir()) == [path]
 
 
 def test_a_plan_that_fits_is_read(workshop):

@@ -1,4 +1,4 @@
-"""Ctrl-C ends every command with 130 and leaves no partial file behind."""
+"""Ctrl-C ends every command with 130, SIGTERM with 143, at once, and no partial file is left behind."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
 import moeprune
+from moeprune.__main__ import main
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.model import SoftMoEViT
+from tests.endings import time_limit
+from tests.stock import SOURCE_ARGS, Stock
 
 fcntl = pytest.importorskip("fcntl", reason="needs a Unix terminal")
 termios = pytest.importorskip("termios", reason="needs a Unix terminal")
@@ -33,8 +40,11 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-def interrupt(words: list[object], ready: Callable[[bytes], bool]) -> tuple[int, bytes, bytes]:
-    """Start a command with a terminal as stderr and press Ctrl-C once what it shows there says it works.
+def interrupt(
+    words: list[object], ready: Callable[[bytes], bool], number: int = signal.SIGINT
+) -> tuple[int, bytes, bytes]:
+    """Start a command with a terminal as stderr and send a signal, that of Ctrl-C if no other is given, once
+    what it shows there says it works.
 
     Returns:
         Its exit code, stdout and stderr.
@@ -52,7 +62,7 @@ def interrupt(words: list[object], ready: Callable[[bytes], bool]) -> tuple[int,
                 assert time.monotonic() < deadline, shown
                 if select.select([terminal], [], [], 0.1)[0]:
                     shown += read(terminal)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             output = process.stdout.read()
             process.wait(PATIENCE)
             while more := read(terminal):
@@ -96,8 +106,8 @@ def data_analysis(single, data, run, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_interrupted_work_leaves_files_as_they_were(single, data, data_analysis, tmp_path, name):
+@pytest.mark.parametrize(("name", "number"), zip(CALLS, 2 * (signal.SIGINT, signal.SIGTERM), strict=True))
+def test_interrupted_work_leaves_files_as_they_were(single, data, data_analysis, tmp_path, name, number):
     bar, words = CALLS[name]
     words = [*words, single, "--data", data, "--batch-size", 1, "--force"]
     if name == "fit":
@@ -105,8 +115,8 @@ def test_interrupted_work_leaves_files_as_they_were(single, data, data_analysis,
     output = tmp_path / "output"
     output.write_bytes(b"old")
     words += ["--output-file" if name == "eval" else "-o", output]
-    code, stdout, shown = interrupt(words, bar_moves(bar))
-    assert (code, stdout) == (130, b"")
+    code, stdout, shown = interrupt(words, bar_moves(bar), number)
+    assert (code, stdout) == (128 + number, b"")
     assert b"Traceback" not in shown
     assert b"error" not in shown
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
@@ -146,3 +156,178 @@ def test_interrupted_imports_are_an_interrupt_too(single, tmp_path, library):
         output, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output, errors) == (130, b"", b"")
     assert not list(tmp_path.iterdir())
+
+
+# --- any command, any moment -------------------------------------------------------------------
+
+PROMPT = 2.0
+"""Seconds in which a command ends after a signal; on a machine that is too busy, as many times that."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MOMENTS = 10
+COMMANDS: dict[str, Callable[[Stock, Path], list[object]]] = {
+    "inspect": lambda s, o: ["inspect", s.path("dense.safetensors"), "--output-file", o],
+    "analyze": lambda s, o: ["analyze", *s.dense_and_data, "-o", o],
+    "prune from file to file": lambda s, o: [
+        "prune", s.path("dense.safetensors"), "--keep", 2, "--signal", "random", "-o", o,
+    ],
+    "prune with a fit": lambda s, o: [
+        "prune", *s.dense_and_data, "--keep", 2, "--compensate", "lstsq", "-o", o,
+    ],
+    "eval": lambda s, o: ["eval", *s.dense_and_data, "--output-file", o],
+    "frontier": lambda s, o: [
+        "eval", *s.dense_and_data, "--analysis", s.path("analysis.safetensors"), "--frontier", o,
+    ],
+    "convert": lambda s, o: ["convert", s.path("foreign.safetensors"), *SOURCE_ARGS, "-o", o],
+    "convert back": lambda s, o: ["convert", s.path("dense.safetensors"), "--to", "soft-moe", "-o", o],
+}  # fmt: skip
+
+
+@dataclass
+class Started:
+    """A command in a process of its own, a fork of this one so that nothing is imported anew."""
+
+    pid: int
+    shown: BinaryIO
+    code: int | None = None
+
+    def is_done(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
+
+    def finish(self) -> bytes:
+        """Wait until it is done; returns what it wrote to stdout and stderr."""
+        with time_limit(PATIENCE):
+            shown = self.shown.read()
+            self.shown.close()
+            while not self.is_done():
+                time.sleep(0.001)
+        return shown
+
+
+def started(words: list[object]) -> Started:
+    """A command that handles signals by now."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        sys.argv = ["moeprune", *(str(word) for word in words)]
+        code = 99
+        try:
+            main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(writing)
+    process = Started(pid, open(reading, "rb"))  # noqa: PTH123, SIM115
+    while not process.is_done():
+        caught = next(
+            line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line
+        )
+        if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
+            break
+    return process
+
+
+def check_stopped(process: Started, *signals: int) -> int:
+    """Send signals; the process ends soon, by one of them or because it was done. Returns its code."""
+    start = time.monotonic()
+    for number in signals:
+        if not process.is_done():
+            os.kill(process.pid, number)
+    shown = process.finish()
+    took = time.monotonic() - start
+    assert process.code in (0, *(128 + number for number in signals)), shown
+    assert b"Traceback" not in shown
+    if process.code:
+        assert shown == b""
+        assert took < PROMPT * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+    return process.code
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="watches processes")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_signal_at_any_moment_leaves_whole_files_only(stock, tmp_path, name):
+    suffix = {"inspect": ".json", "eval": ".json", "frontier": ".svg"}.get(name, ".safetensors")
+    if suffix == ".svg":
+        pytest.importorskip("matplotlib")
+    output = tmp_path / f"output{suffix}"
+    words = [*COMMANDS[name](stock, output), "--force"]
+    output.write_bytes(b"old")
+    process, start = started(words), time.monotonic()
+    shown = process.finish()
+    takes = time.monotonic() - start
+    whole = output.read_bytes()
+    assert (process.code, whole != b"old") == (0, True), shown
+    codes = set()
+    for number in range(MOMENTS):
+        output.write_bytes(b"old")
+        process = started(words)
+        time.sleep(number / MOMENTS * takes)
+        code = check_stopped(process, SIGNALS[number % 2])
+        codes.add(code)
+        assert [path.name for path in tmp_path.iterdir()] == [output.name]
+        if code:
+            assert output.read_bytes() in (b"old", whole)
+        else:
+            assert output.read_bytes() == whole
+    assert {130, 143} <= codes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="watches processes")
+def test_a_signal_at_any_moment_of_a_demo_leaves_whole_files_only(tmp_path):
+    pytest.importorskip("sklearn")
+    for number in range(6):
+        output = tmp_path / f"demo{number}"
+        process = started(["demo", "-o", output])
+        time.sleep(0.4 * number)
+        assert check_stopped(process, SIGNALS[number % 2])
+        for path in (path for path in output.rglob("*") if path.is_file()):
+            assert not path.name.startswith(".")
+            if path.suffix == ".safetensors":
+                (moeprune.load_analysis if path.stem == "analysis" else moeprune.load)(path)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A checkpoint of 130 MB: writing it takes a while."""
+    blocks = (BlockConfig(soft_moe=SoftMoEConfig(256, 128, 1, 512)),)
+    config = ViTConfig((8, 8), (4, 4), 1, 10, 256, 4, blocks, final_norm=False, head_norm=True)
+    path = tmp_path_factory.mktemp("large") / "large.safetensors"
+    moeprune.save(SoftMoEViT(config).eval(), path)
+    return path
+
+
+WRITING = {
+    "from file to file": ("x.safetensors", ["prune", "--keep", "120", "--signal", "random"]),
+    "in memory": ("x.safetensors", ["prune", "--keep", "2", "--scope", "input"]),
+    "to another library": ("x.safetensors", ["convert", "--to", "soft-moe"]),
+    "to a torch file": ("x.pt", ["convert", "--to", "soft-moe"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="watches processes")
+@pytest.mark.parametrize("name", WRITING)
+def test_a_file_that_is_being_written_is_removed(large, tmp_path, name):
+    file, words = WRITING[name]
+    output = tmp_path / file
+    stopped = 0
+    for signals in ((signal.SIGTERM,), (signal.SIGINT,), (signal.SIGTERM, signal.SIGINT, signal.SIGTERM)):
+        output.write_bytes(b"old")
+        process = started([*words, large, "-o", output, "--force"])
+        while not process.is_done() and len(list(tmp_path.iterdir())) == 1:
+            time.sleep(0.0005)
+        code = check_stopped(process, *signals)
+        assert list(tmp_path.iterdir()) == [output]
+        assert (output.read_bytes() == b"old") == bool(code)
+        stopped += bool(code)
+    assert stopped

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from moeprune.errors import MoepruneError
 from moeprune.state_dict import PREFIXES, STATE_DICT_KEYS, StateDict, read_state_dict
+from tests.damage import mutated
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about what people still have in files
 MIB = 1 << 20
@@ -651,25 +652,6 @@ def test_shards_of_another_format_are_refused(tmp_path):
 
 
 # Anything at all
-
-
-def mutated(whole: bytes, chance: random.Random) -> bytes:
-    """A part of the bytes, or all with some of them changed, put in or left out."""
-    content = bytearray(whole)
-    if chance.random() < 0.3:
-        return bytes(content[: chance.randrange(len(content))])
-    for _ in range(chance.choice((1, 1, 2, 5, 50))):
-        at = chance.randrange(len(content))
-        match chance.randrange(4):
-            case 0:
-                content[at] = chance.randrange(256)
-            case 1:
-                content[at] ^= 1 << chance.randrange(8)
-            case 2:
-                content[at:at] = chance.randbytes(chance.randrange(1, 5))
-            case 3:
-                del content[at : at + chance.randrange(1, 9)]
-    return bytes(content)
 
 
 def with_pickle(path: Path, content: bytes) -> None:

@@ -5,6 +5,7 @@ how what it raises becomes an exit code.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import os
@@ -163,6 +164,9 @@ def unknown_variables(commands: Iterable[str]) -> Iterator[str]:
                 yield f"no option is set by `${name}`" + (f": did you mean `${near[0]}`?" if near else "")
 
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""What writing to stdout may raise; of files it has become a MoepruneError."""
+
 app = typer.Typer(
     help="Inference-time expert pruning of Soft Mixture-of-Experts models.",
     epilog="Exit codes: 0 passed, 1 a gate failed, 2 anything wrong with the call, the input or the"
@@ -237,6 +241,9 @@ def add_command(
             if _is_out_of_memory(error):
                 sizes = "`--batch-size`" + (" or `--latency-batch`" if values.get("latency") else "")
                 _fail(f"error: out of memory ({error})\n\nhint: give a smaller {sizes}\n")
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                sys.stdout = None  # else it is tried again in the end
+                _fail(f"error: cannot write to stdout ({error.strerror})\n")
             _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")
         raise typer.Exit(code)
 
@@ -294,7 +301,7 @@ def _fail(message: str) -> NoReturn:
 
 def _show_version(value: bool) -> None:
     if value:
-        print(f"moeprune {__version__}")  # noqa: T201
+        print(f"moeprune {__version__}", flush=True)  # noqa: T201
         raise typer.Exit
 
 

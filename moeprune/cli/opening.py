@@ -47,7 +47,7 @@ def open_data(spec: str, model: Model, split: str | None, default_split: str, li
         raise MoepruneError(
             f"`--split {split}` does not go with `{spec}`", f"it picks a split of {' or '.join(BUILT_IN)}"
         )
-    data = dataset_for(model, spec, split or default_split, limit)
+    data = dataset_for(model, spec, default_split if split is None else split, limit)
     logger.info(f"read `{data.spec}`: {data.samples} samples{'' if data.has_labels else ' without labels'}")
     return data
 

@@ -1,0 +1,156 @@
+"""Small good files of every kind that the tool reads, for tests that damage them or write beside them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+
+import moeprune
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
+from moeprune.description import Details
+from moeprune.model import SoftMoEViT
+from moeprune.preprocessing import Preprocessing
+from moeprune.train import initialize
+from tests.endings import complaint
+
+SAMPLES = 12
+SOURCE_ARGS = ("--source-arg", "num_heads=2", "--source-arg", "global_pool=avg")
+"""What the foreign files do not tell."""
+LAYER = "blocks.1.soft_moe"
+FACTORY = "fuzzed_model:build"
+FACTORY_CODE = """
+import torch
+from soft_moe_pytorch import SoftMoE
+
+class Tower(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(1, width, 4, 4)
+        self.layer = SoftMoE(width, num_slots=2, num_experts=4, expert_mult=2)
+        self.head = torch.nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embed(x)).flatten(2).mean(2))
+
+def build(width=8):
+    torch.manual_seed(0)
+    return Tower(width)
+"""
+
+
+@dataclass
+class Stock:
+    """Good files of every kind, each in a folder of its own, made once; `out` is what commands may write."""
+
+    root: Path
+    run: Callable[..., Any]
+
+    @property
+    def output(self) -> Path:
+        """A file that is there already."""
+        return self.root / "out" / "old.safetensors"
+
+    @property
+    def new(self) -> Path:
+        """A file that is not there yet."""
+        return self.root / "out" / "new.safetensors"
+
+    @property
+    def dense_and_data(self) -> tuple[object, ...]:
+        """A checkpoint, and the option that names data for it."""
+        return self.path("dense.safetensors"), "--data", self.path("data.npz")
+
+    def make(self, *words: object) -> None:
+        result = self.run(*words)
+        assert result.code == 0, (words, result.stderr)
+
+    def complaint(self, words: list[object]) -> str | None:
+        """What is wrong with how a command ends; the outputs are as before afterwards."""
+        found = complaint(self.run, words, self.root / "out")
+        self.output.write_bytes(b"old")
+        return found
+
+    def words(self, options: Iterable[object]) -> list[object]:
+        """Options with paths in the place of names that start with `@`."""
+        return [self.path(str(word)[1:]) if str(word).startswith("@") else word for word in options]
+
+    def path(self, kind: str) -> Path:
+        return self.root / kind
+
+
+def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
+    stock = Stock(root, run)
+    for folder in ("out", "shards", "images", "code", "empty"):
+        (root / folder).mkdir()
+    stock.output.write_bytes(b"old")
+    blocks = BlockConfig(mlp_dim=16), BlockConfig(soft_moe=SoftMoEConfig(8, 4, 1, 16))
+    config = ViTConfig(
+        (8, 8), (4, 4), 1, 10, dim=8, num_heads=2, blocks=blocks, final_norm=False, head_norm=True
+    )
+    details = Details(
+        Preprocessing(mean=(0.3,), std=(0.4,)), {"library": "moeprune"}, {"training": {"seed": 0}}
+    )
+    model = SoftMoEViT(config, details=details)
+    initialize(model, 5.0, 1.0, torch.Generator().manual_seed(0))
+    dense, analysis = stock.path("dense.safetensors"), stock.path("analysis.safetensors")
+    moeprune.save(model.eval(), dense)
+    inputs = np.random.default_rng(0).random((SAMPLES, 1, 8, 8), dtype=np.float32)
+    arrays = {"inputs": inputs, "labels": np.arange(SAMPLES) % 10}
+    np.savez(stock.path("data.npz"), **arrays)
+    np.savez_compressed(stock.path("packed.npz"), **arrays)
+    save_arrays(arrays, stock.path("data.safetensors"))
+    data = stock.path("data.npz")
+    stock.make("analyze", dense, "--data", data, "-o", analysis)
+    for name, *ways in (
+        ("static", "--compensate", "affine"),
+        ("routed", "--scope", "input", "--signal", "deviation", "--compensate", "mean"),
+    ):
+        output = stock.path(f"{name}.safetensors")
+        stock.make("prune", dense, "--analysis", analysis, "--keep", 2, *ways, "-o", output)
+    words = "prune", dense, "--analysis", analysis, "--keep", 2, "--compensate", "mean"
+    stock.make(*words, "--save-plan", stock.path("plan.json"), "-o", stock.path("mean.safetensors"))
+    foreign = stock.path("foreign.safetensors")
+    stock.make("convert", dense, "--to", "soft-moe", "-o", foreign)
+    tensors = load_file(foreign)
+    torch.save({"model": tensors, "epoch": 3}, stock.path("foreign.pt"))
+    torch.save(tensors, stock.path("legacy.pt"), _use_new_zipfile_serialization=False)
+    names = list(tensors)
+    shards = {"one.safetensors": names[:5], "two.safetensors": names[5:]}
+    for shard, held in shards.items():
+        save_file({name: tensors[name] for name in held}, root / "shards" / shard)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: shard for shard, held in shards.items() for name in held},
+    }
+    (root / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    return stock
+
+
+def add_images(stock: Stock) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 16, 12), dtype=np.uint8)
+    for label in range(10):
+        folder = stock.path("images") / str(label)
+        folder.mkdir()
+        image.fromarray(pixels[label]).save(folder / f"a.{'png' if label % 2 else 'jpg'}")
+
+
+def add_adopted(stock: Stock) -> None:
+    pytest.importorskip("soft_moe_pytorch")
+    (stock.path("code") / "fuzzed_model.py").write_text(FACTORY_CODE)
+    sys.path.insert(0, str(stock.path("code")))
+    import fuzzed_model
+
+    save_file(fuzzed_model.build().state_dict(), stock.path("own.safetensors"))
+    words = "convert", stock.path("own.safetensors"), "--model", FACTORY, "--input-shape", "1,8,8"
+    stock.make(*words, "-o", stock.path("adopted.safetensors"))

@@ -1,0 +1,298 @@
+"""Thousands of damaged files, of every kind that the tool reads: read, or refused with an error that a person
+can read; nothing hangs, nothing is left behind, and what was there stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.damage import (
+    EXTREMES,
+    damaged_json,
+    damaged_safetensors,
+    encoded,
+    metadata_of,
+    mutated,
+    places,
+    removed,
+    replaced,
+    with_metadata,
+)
+from tests.stock import FACTORY, SOURCE_ARGS, Stock, add_adopted, add_images
+
+# --- kinds of files, and the commands that read them -------------------------------------------
+
+
+def damaged_npz(whole: bytes, chance: random.Random) -> bytes:
+    """The archive damaged, or one of its arrays in a sound archive."""
+    if chance.random() < 0.4:
+        return mutated(whole, chance)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = chance.choice(sorted(members))
+    member = members[name]
+    if chance.random() < 0.3:
+        members[name] = mutated(member, chance)
+    else:  # the text of its header
+        end = 10 + int.from_bytes(member[8:10], "little")
+        text, shape = member[10:end], b"(12, 1, 8, 8)" if name == "inputs.npy" else b"(12,)"
+        sizes = (
+            b"(-1,",
+            b"(0,",
+            b"(True,",
+            b"(1.0,",
+            b"(1000000,",
+            b"(1000000000000000,",
+            b"(%d," % 2**70,
+            b"((12,),",
+        )
+        text = chance.choice(
+            (
+                text.replace(b"(12,", chance.choice(sizes)),
+                text.replace(
+                    shape, chance.choice((b"()", b"(12, 1, 8", b"12", b"[12]", b"None", b"(" * 300))
+                ),
+                text.replace(b"False", chance.choice((b"True", b"None", b"0", b"b''"))),
+                text.replace(b"'<", chance.choice((b"'>", b"'|", b"'O", b"'(", b"'%d" % 2**40))),
+                text.replace(b"descr", chance.choice((b"de", b"\xff\xff"))),
+                mutated(text, chance),
+            )
+        )
+        members[name] = member[:8] + len(text).to_bytes(2, "little") + text + member[end:]
+    if chance.random() < 0.2:
+        members["labels.npy"] = members["inputs.npy"]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", chance.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def damaged_torch(whole: bytes, chance: random.Random) -> bytes:
+    """The file damaged, or its pickle in a sound archive."""
+    if not whole.startswith(b"PK") or chance.random() < 0.4:
+        return mutated(whole, chance)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, mutated(content, chance) if name.endswith("/data.pkl") else content)
+    return buffer.getvalue()
+
+
+def damaged_image(whole: bytes, chance: random.Random) -> bytes:
+    """The file damaged, or a PNG of another size or kind with right checksums."""
+    if not whole.startswith(b"\x89PNG") or chance.random() < 0.5:
+        return mutated(whole, chance)
+    size = chance.choice(
+        ((1, 1), (65535, 1), (1, 2**31 - 1), (2**31 - 1, 2**31 - 1), (30000, 30000), (0, 5), (9000, 9000))
+    )
+    start = b"".join(side.to_bytes(4, "big") for side in size) + bytes(
+        (chance.choice((1, 8, 16, 3)), chance.choice((0, 2, 3, 4, 6, 7)), 0, 0, chance.choice((0, 1)))
+    )
+    chunk = b"IHDR" + start
+    return whole[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + whole[33:]
+
+
+def damaged_text(whole: bytes, chance: random.Random) -> bytes:
+    return damaged_json(json.loads(whole), chance).encode("utf-8", "surrogatepass")
+
+
+DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    ".safetensors": damaged_safetensors,
+    ".json": damaged_text,
+    ".npz": damaged_npz,
+    ".pt": damaged_torch,
+    ".png": damaged_image,
+    ".jpg": damaged_image,
+}
+"""How a file is damaged, by its suffix."""
+
+CASES = 60
+"""Damaged files of each kind."""
+
+Command = Callable[[Stock], list[object]]
+
+
+def analyzing(kind: str, data: str = "data.npz") -> Command:
+    return lambda s: ["analyze", s.path(kind), "--data", s.path(data), "-o", s.output, "--force"]
+
+
+def pruning(kind: str, *options: object) -> Command:
+    return lambda s: ["prune", s.path(kind), *s.words(options), "-o", s.output, "--force"]
+
+
+def evaluating(kind: str, *options: object, data: str = "data.npz") -> Command:
+    return lambda s: ["eval", s.path(kind), "--data", s.path(data), *s.words(options)]
+
+
+def inspecting(kind: str, *options: object) -> Command:
+    return lambda s: ["inspect", s.path(kind), *options]
+
+
+def converting(kind: str, *options: object) -> Command:
+    return lambda s: ["convert", s.path(kind), "-o", s.output, "--force", *options]
+
+
+ANALYSIS = ("--analysis", "@analysis.safetensors")
+GRAM = ("--signal", "gram")
+RANDOM = ("--signal", "random", "--keep", 2)
+ROUTED = ("--scope", "input", "--signal", "deviation")
+KINDS: dict[str, tuple[Command, ...]] = {
+    "dense.safetensors": (
+        inspecting("dense.safetensors"),
+        inspecting("dense.safetensors", "--output-format", "json"),
+        analyzing("dense.safetensors"),
+        pruning("dense.safetensors", *RANDOM),
+        pruning("dense.safetensors", *RANDOM, "--scope", "input"),
+        pruning("dense.safetensors", "--keep", 2, "--compensate", "mean", *ANALYSIS),
+        evaluating("dense.safetensors"),
+        evaluating("static.safetensors", "--baseline", "@dense.safetensors"),
+        converting("dense.safetensors", "--to", "soft-moe"),
+    ),
+    "static.safetensors": (
+        inspecting("static.safetensors"),
+        evaluating("static.safetensors", "--baseline", "@dense.safetensors"),
+        pruning("dense.safetensors", "--plan", "@static.safetensors", *ANALYSIS),
+        converting("static.safetensors", "--to", "soft-moe"),
+    ),
+    "routed.safetensors": (
+        inspecting("routed.safetensors"),
+        evaluating("routed.safetensors", "--baseline", "@dense.safetensors"),
+        pruning("dense.safetensors", "--plan", "@routed.safetensors", *ANALYSIS),
+    ),
+    "analysis.safetensors": (
+        pruning("dense.safetensors", "--keep", 2, "--compensate", "mean", *ANALYSIS),
+        pruning("dense.safetensors", "--keep", 2, *GRAM, "--compensate", "affine", *ANALYSIS),
+        pruning("dense.safetensors", "--max-size", 0.8, *GRAM, "--compensate", "mean", *ANALYSIS),
+        pruning("dense.safetensors", "--keep", 2, *ROUTED, "--compensate", "lstsq", *ANALYSIS),
+        evaluating("dense.safetensors", "--sweep", "1/2", *GRAM, "--scope", "static", *ANALYSIS),
+    ),
+    "plan.json": (
+        pruning("dense.safetensors", "--plan", "@plan.json", *ANALYSIS),
+        pruning("dense.safetensors", "--plan", "@plan.json", "--output-format", "json", *ANALYSIS),
+    ),
+    "foreign.safetensors": (
+        converting("foreign.safetensors", *SOURCE_ARGS),
+        inspecting("foreign.safetensors"),
+    ),
+    "foreign.pt": (converting("foreign.pt", *SOURCE_ARGS), inspecting("foreign.pt")),
+    "legacy.pt": (converting("legacy.pt", *SOURCE_ARGS),),
+    "shards": (converting("shards", *SOURCE_ARGS),),
+    "data.npz": (evaluating("dense.safetensors"), analyzing("dense.safetensors")),
+    "packed.npz": (evaluating("dense.safetensors", "--limit", 7, data="packed.npz"),),
+    "data.safetensors": (
+        evaluating("dense.safetensors", data="data.safetensors"),
+        analyzing("dense.safetensors", "data.safetensors"),
+    ),
+    "images": (
+        evaluating("dense.safetensors", data="images"),
+        evaluating("dense.safetensors", "--preprocess", "resize=9", data="images"),
+    ),
+    "adopted.safetensors": (
+        inspecting("adopted.safetensors"),
+        inspecting("adopted.safetensors", "--output-format", "json"),
+        pruning("adopted.safetensors", *RANDOM),
+        evaluating("adopted.safetensors", "--model", FACTORY),
+        converting("adopted.safetensors", "--to", "soft-moe-pytorch", "--model", FACTORY),
+    ),
+    "own.safetensors": (converting("own.safetensors", "--model", FACTORY, "--input-shape", "1,8,8"),),
+}  # fmt: skip
+"""Files and folders by their name in the stock: one file at a time is damaged, and one command reads it."""
+REFUSED = {
+    ("foreign.safetensors", "inspect"),
+    ("foreign.pt", "inspect"),
+    ("static.safetensors", "convert"),
+}
+"""What is refused even where nothing is damaged."""
+ADDED = {"images": add_images, "adopted.safetensors": add_adopted, "own.safetensors": add_adopted}
+"""What needs a library that may be missing."""
+
+
+def case(stock: Stock, kind: str, number: int) -> tuple[Path, bytes, list[object]]:
+    """A file of the stock, what to write into it, and a command that reads it."""
+    chance = random.Random(f"{kind} {number}")
+    whole = stock.path(kind)
+    file = whole if whole.is_file() else chance.choice(sorted(p for p in whole.rglob("*") if p.is_file()))
+    commands = KINDS[kind]
+    return file, DAMAGES[file.suffix](file.read_bytes(), chance), commands[number % len(commands)](stock)
+
+
+@contextlib.contextmanager
+def content(file: Path, damaged: bytes) -> Iterator[None]:
+    """A file with other bytes, for as long as a command runs."""
+    whole = file.read_bytes()
+    file.write_bytes(damaged)
+    try:
+        yield
+    finally:
+        file.write_bytes(whole)
+
+
+@pytest.fixture
+def quiet_places(stock, tmp_path, monkeypatch):
+    """Folders where nothing may be written: the current one, and the one for temporaries."""
+    monkeypatch.chdir(stock.path("empty"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield
+    assert not [*tmp_path.iterdir(), *stock.path("empty").iterdir()]
+
+
+def check(stock: Stock, kind: str, numbers: range) -> None:
+    complaints = []
+    for number in numbers:
+        file, damaged, words = case(stock, kind, number)
+        with content(file, damaged):
+            if found := stock.complaint(words):
+                complaints.append(f"{kind} {number}: {' '.join(map(str, words))}: {found}")
+    assert not complaints, "\n\n".join(complaints[:20]) + f"\n{len(complaints)} in all"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_read_or_refused(stock, kind, quiet_places):
+    if kind in ADDED and not stock.path(kind).is_file() and not list(stock.path(kind).glob("*")):
+        ADDED[kind](stock)
+    for command in KINDS[kind]:
+        words = command(stock)
+        result = stock.run(*words)
+        assert result.code == (2 if (kind, words[0]) in REFUSED else 0), (words, result.stderr)
+    stock.output.write_bytes(b"old")
+    check(stock, kind, range(CASES))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["dense", "static", "routed", "adopted"])
+def test_every_key_of_the_metadata_of_a_checkpoint(stock, kind, quiet_places):
+    """Removed, or with extreme values in its place."""
+    name = f"{kind}.safetensors"
+    if name in ADDED and not stock.path(name).exists():
+        ADDED[name](stock)
+    whole = stock.path(name).read_bytes()
+    metadata = metadata_of(whole)
+    chance = random.Random(kind)
+    texts = [encoded(removed(metadata, place)) for place in places(metadata) if place]
+    texts += [
+        encoded(replaced(metadata, place, new))
+        for place in places(metadata)
+        for new in chance.sample(EXTREMES, 12)
+    ]
+    complaints = []
+    for number, text in enumerate(texts):
+        with content(stock.path(name), with_metadata(whole, text)):
+            words = ["inspect", stock.path(name), *(("--output-format", "json") if number % 2 else ())]
+            if found := stock.complaint(words):
+                complaints.append(f"{text[:3000]}: {found}")
+    assert not complaints, "\n\n".join(complaints[:20]) + f"\n{len(complaints)} in all of {len(texts)}"

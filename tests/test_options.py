@@ -1,0 +1,204 @@
+"""Every option of every command is given wrong values: refused with an error that names it.
+
+A new option without a wrong value in WRONG fails a test here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from moeprune.cli import app
+from tests.endings import complaint
+
+COMMANDS = typer.main.get_command(app).commands
+OPTIONS = [
+    (command, option.opts[0], option.is_flag)
+    for command, found in COMMANDS.items()
+    for option in found.params
+    if option.opts[0].startswith("--")
+]
+GOOD: dict[str, tuple[str, ...]] = {
+    "inspect": ("CKPT", "@single"),
+    "analyze": ("CKPT", "@single", "--data", "digits", "--limit", "9", "--output", "@new"),
+    "prune": (
+        "CKPT", "@single", "--keep", "1/8", "--scope", "input", "--data", "digits", "--limit", "9",
+        "--output", "@new",
+    ),
+    "eval": ("CKPT", "@single", "--data", "digits", "--limit", "9"),
+    "convert": ("CKPT", "@single", "--to", "soft-moe", "--output", "@new"),
+    "demo": ("--output", "@new"),
+}  # fmt: skip
+"""Words of each command in which an option is replaced, or to which it is added; `@` stands for a file."""
+
+NEEDS = {
+    ("prune", "--mass"): {"--keep": None},
+    ("prune", "--max-size"): {"--keep": None},
+    ("prune", "--max-flops"): {"--keep": None},
+    ("prune", "--max-accuracy-drop"): {"--keep": None},
+    ("prune", "--plan"): {"--keep": None, "--scope": None},
+    ("eval", "--scope"): {"--sweep": "1/8", "--analysis": "@analysis"},
+    ("eval", "--signal"): {"--sweep": "1/8", "--analysis": "@analysis"},
+    ("eval", "--compensate"): {"--sweep": "1/8", "--analysis": "@analysis"},
+    ("eval", "--sweep"): {"--analysis": "@analysis", "--scope": "static", "--compensate": "none"},
+    ("eval", "--frontier"): {"--analysis": "@analysis"},
+    ("eval", "--analysis"): {"--sweep": "1/8"},
+    ("eval", "--latency-batch"): {"--latency": ""},
+    ("eval", "--min-speedup"): {"--latency": "", "--baseline": "@single"},
+    **{
+        ("eval", gate): {"--baseline": "@single"}
+        for gate in (
+            "--max-accuracy-drop",
+            "--min-flops-reduction",
+            "--min-size-reduction",
+            "--min-agreement",
+        )
+    },
+    ("convert", "--model-arg"): {
+        "--model": "os:getcwd",
+        "--input-shape": "3,8,8",
+        "--to": None,
+        "CKPT": "@torch",
+    },
+    ("convert", "--input-shape"): {"--model": "os:getcwd", "--to": None, "CKPT": "@torch"},
+}
+"""What else an option needs, or does not go with (None)."""
+
+SHARES = ("-0.1", "1.5", "nan", "inf", "x", "")
+COUNTS = ("0", "-1", "1.5", "x", "")
+CHOICE = ("some", "", "STATIC")
+NO_FILE = ("@missing", "@folder", "@text")
+NO_OUTPUT = ("@folder", "@missing/x", "@text/x", "@text")
+WRONG: dict[str, tuple[str, ...]] = {
+    "--output-format": CHOICE,
+    "--output-file": NO_OUTPUT,
+    "--output": NO_OUTPUT,
+    "--save-plan": NO_OUTPUT,
+    "--frontier": (*NO_OUTPUT, "@new"),
+    "--data": ("mnist", "digits:all", "@missing", "@text", ""),
+    "--baseline": NO_FILE,
+    "--analysis": NO_FILE,
+    "--plan": NO_FILE,
+    "--model": ("package", "no.such.package:build", "os:nothing", ":", ""),
+    "--split": CHOICE,
+    "--preprocess": ("crop=3", "mean=x", "std=0", "resize=0", "resize=1000000", "mean", ""),
+    "--limit": COUNTS,
+    "--batch-size": COUNTS,
+    "--latency-batch": COUNTS,
+    "--device": ("gpu", "cuda:97", ""),
+    "--dtype": ("int8", ""),
+    "--seed": ("-1", "1.5", "x", str(2**63), ""),
+    "--keep": ("0", "-1", "9/8", "200", "nan", "x", "1e999999999", "1e-999999999", ""),
+    "--mass": (*SHARES, "0"),
+    "--max-size": (*SHARES, "0"),
+    "--max-flops": (*SHARES, "0"),
+    "--max-accuracy-drop": SHARES,
+    "--min-accuracy": SHARES,
+    "--min-flops-reduction": SHARES,
+    "--min-size-reduction": SHARES,
+    "--min-agreement": SHARES,
+    "--min-speedup": ("-1", "nan", "inf", "x", ""),
+    "--sweep": ("0", "1/8,", "x", "200", "1e999999999", ""),
+    "--scope": CHOICE,
+    "--signal": CHOICE,
+    "--compensate": CHOICE,
+    "--to": CHOICE,
+    "--source": CHOICE,
+    "--source-arg": ("num_heads", "=3", "depth=x", "nothing=3", ""),
+    "--key": ("nothing", ""),
+    "--model-arg": ("depth", "=3", "1=2", "a=1e999", ""),
+    "--input-shape": ("3", "3,8", "3,8,x", "3,8,0", "3,8,-8", "3,100000,100000", "3,8," + "9" * 5000, ""),
+}
+"""Values that are refused, whatever the command; flags take none."""
+
+WRONG_FOR = {("demo", "--output"): ("@", "@text", "@text/x")}
+"""Where a command refuses other values of an option."""
+
+BY_VALUE = {
+    "--output", "--output-file", "--save-plan", "--frontier", "--data", "--baseline", "--analysis", "--plan",
+    "--device", "--key", "--preprocess",
+}  # fmt: skip
+"""Options whose value, a path or a name in backticks, may stand in the error in their own place."""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").write_text("old")
+    torch.save({"weight": torch.ones(1)}, tmp_path / "torch")
+    return tmp_path
+
+
+@pytest.fixture
+def words_with(folder, single, small_analysis):
+    """The words of a command with an option and a value, with paths in the place of `@` names."""
+
+    def path(word: str) -> str:
+        known = {"@single": single, "@analysis": small_analysis}
+        return str(known.get(word, folder / word[1:])) if word.startswith("@") else word
+
+    def words_with(command: str, option: str, value: str) -> tuple[list[str], str]:
+        given = dict(zip(GOOD[command][::2], GOOD[command][1::2], strict=True))
+        given |= NEEDS.get((command, option), {})
+        words = [command]
+        for key, word in given.items():
+            if word is not None and key != option:
+                words += [path(word)] if key == "CKPT" else [key, path(word)] if word else [key]
+        return [*words, f"{option}={path(value)}"], path(value)
+
+    return words_with
+
+
+@pytest.mark.parametrize(("command", "option", "is_flag"), OPTIONS)
+def test_a_wrong_value_is_refused_by_name(words_with, folder, run, command, option, is_flag):
+    assert is_flag or option in WRONG, f"`{option}` needs wrong values in {__name__}.WRONG"
+    value = "wrong" if is_flag else WRONG_FOR.get((command, option), WRONG[option])[0]
+    check_refused(words_with, folder, run, command, option, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, option) for command, option, is_flag in OPTIONS if not is_flag]
+)
+def test_all_wrong_values_are_refused_by_name(words_with, folder, run, command, option):
+    for value in WRONG_FOR.get((command, option), WRONG[option]):
+        check_refused(words_with, folder, run, command, option, value)
+
+
+def check_refused(words_with, folder, run, command, option, value):
+    words, given = words_with(command, option, value)
+    of_value = [f"`{given}", option.strip("-")] if option in BY_VALUE else []
+    assert complaint(run, words, folder, f"`{option}", f"'{option}'", *of_value) is None, words
+
+
+EXTREMES = (
+    "", " ", "-", "--", "=", ",", ":", "/", ".", "..", "0", "-0", "1", "+1", "٣", "²", "1e9", "1e999",
+    "1e-400", "1e999999999", "nan", "-inf", "0x10", "1_0", "True", "None", "null", "9" * 30, "9" * 5000,
+    "x" * 300, "x" * 5000, "ä😀", "a\x1b[31mb", "a\nb", "\udcff", "../../..", "/dev/null", "/dev/zero",
+    "/dev/full", "/proc/self/mem", "{}", "[" * 2000, "(" * 100, "-" * 5000 + "1", "a=" + "-" * 5000 + "1",
+    "a=[1]", "1/0", "1,2,3", "%s%n", "{0}", "$HOME", "~", "*", "[bold]", "\\",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, option) for command, option, is_flag in OPTIONS if not is_flag and command != "demo"],
+)
+def test_odd_values_are_taken_or_refused(words_with, folder, run, command, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder / "folder")
+    complaints = []
+    for value in EXTREMES:
+        words, _ = words_with(command, option, value)
+        words += ["--force"]
+        if found := complaint(run, words, folder):
+            complaints.append(f"{value[:50]!r}: {found}")
+        for name in set(map(str, folder.rglob("*"))) - {
+            str(folder / name) for name in ("folder", "text", "torch")
+        }:
+            if Path(name).is_file():
+                Path(name).unlink()
+    assert not complaints, "\n\n".join(complaints)
