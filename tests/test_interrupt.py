@@ -106,7 +106,7 @@ def data_analysis(single, data, run, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("name", "number"), zip(CALLS, 2 * (signal.SIGINT, signal.SIGTERM), strict=True))
+@pytest.mark.parametrize(("name", "number"), [*zip(CALLS, 2 * (signal.SIGINT, signal.SIGTERM), strict=True)])
 def test_interrupted_work_leaves_files_as_they_were(single, data, data_analysis, tmp_path, name, number):
     bar, words = CALLS[name]
     words = [*words, single, "--data", data, "--batch-size", 1, "--force"]

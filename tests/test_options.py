@@ -31,6 +31,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "eval": ("CKPT", "@single", "--data", "digits", "--limit", "9"),
     "convert": ("CKPT", "@single", "--to", "soft-moe", "--output", "@new"),
     "demo": ("--output", "@new"),
+    "config": (),
 }  # fmt: skip
 """Words of each command in which an option is replaced, or to which it is added; `@` stands for a file."""
 
@@ -40,6 +41,9 @@ NEEDS = {
     ("prune", "--max-flops"): {"--keep": None},
     ("prune", "--max-accuracy-drop"): {"--keep": None},
     ("prune", "--plan"): {"--keep": None, "--scope": None},
+    ("prune", "--energy"): {"--scope": None, "--compensate": "affine"},
+    ("analyze", "--oracle-samples"): {"--oracle": ""},
+    ("eval", "--confidence"): {"--min-accuracy": "0.5"},
     ("eval", "--scope"): {"--sweep": "1/8", "--analysis": "@analysis"},
     ("eval", "--signal"): {"--sweep": "1/8", "--analysis": "@analysis"},
     ("eval", "--compensate"): {"--sweep": "1/8", "--analysis": "@analysis"},
@@ -86,6 +90,9 @@ WRONG: dict[str, tuple[str, ...]] = {
     "--split": CHOICE,
     "--preprocess": ("crop=3", "mean=x", "std=0", "resize=0", "resize=1000000", "mean", ""),
     "--limit": COUNTS,
+    "--oracle-samples": COUNTS,
+    "--energy": (*SHARES, "0", "1"),
+    "--confidence": (*SHARES, "0", "0.4", "1"),
     "--batch-size": COUNTS,
     "--latency-batch": COUNTS,
     "--device": ("gpu", "cuda:97", ""),

@@ -36,11 +36,14 @@ MIXED = ViTConfig(
 )
 FIRST, SECOND = MIXED.soft_moe_layers
 PLANS = [
-    LayerPlan(scope, k, 5, signal, compensation, tuple(range(5 - k, 5)) if scope == "static" else None)
+    LayerPlan(
+        scope, k, 5, signal, compensation, tuple(range(5 - k, 5)) if scope == "static" else None,
+        merged_into=(4,) * (5 - k) if compensation == "merge" else None,
+    )
     for scope, signal, compensation, k in product(SCOPES, SIGNALS, COMPENSATIONS, (0, 1, 3, 5))
     if is_possible(scope, signal, compensation)
-    if k or compensation != "renorm"
-]
+    if k or compensation not in ("renorm", "merge")
+]  # fmt: skip
 
 
 def with_router(config: ViTConfig, router_norm: str) -> ViTConfig:
@@ -112,7 +115,9 @@ def test_shapes_of_pruned_models(plan, router_norm):
     config = with_router(MIXED, router_norm)
     check_shapes(config, {FIRST: plan})
     kept = (0,) if plan.scope == "static" else None
-    check_shapes(config, {FIRST: plan, SECOND: replace(plan, k=1, num_experts=1, kept=kept)})
+    check_shapes(
+        config, {FIRST: plan, SECOND: replace(plan, k=1, num_experts=1, kept=kept, merged_into=None)}
+    )
 
 
 def test_what_tensors_serve():
