@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from moeprune.errors import MoepruneError
@@ -151,7 +152,7 @@ class LayerPlan:
         """Whether dropped experts are folded into kept ones."""
         return self.compensation == "merge" and self.drops
 
-    @property
+    @cached_property
     def groups(self) -> list[list[int]]:
         """With `merge` each kept expert, ascending, followed by those that are folded into it."""
         folded = dict(zip(self.dropped, self.merged_into or (), strict=False))
