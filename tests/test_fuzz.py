@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import sys
 import tempfile
@@ -238,6 +239,12 @@ ADDED = {"images": add_images, "adopted.safetensors": add_adopted, "own.safetens
 """What needs a library that may be missing."""
 
 
+def add(stock: Stock, kind: str) -> None:
+    """Make a kind of file if it is not there yet."""
+    if kind in ADDED and not stock.path(kind).is_file() and not list(stock.path(kind).glob("*")):
+        ADDED[kind](stock)
+
+
 def case(stock: Stock, kind: str, number: int) -> tuple[Path, bytes, list[object]]:
     """A file of the stock, what to write into it, and a command that reads it."""
     chance = random.Random(f"{kind} {number}")
@@ -281,8 +288,7 @@ def check(stock: Stock, kind: str, numbers: range) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_read_or_refused(stock, kind, quiet_places):
-    if kind in ADDED and not stock.path(kind).is_file() and not list(stock.path(kind).glob("*")):
-        ADDED[kind](stock)
+    add(stock, kind)
     for command in KINDS[kind]:
         words = command(stock)
         result = stock.run(*words)
@@ -292,13 +298,26 @@ def test_damaged_files_are_read_or_refused(stock, kind, quiet_places):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_program_reads_or_refuses_damaged_files(stock, program, kind, quiet_places, monkeypatch):
+    """In a process of its own, as users start it."""
+    add(stock, kind)
+    monkeypatch.setenv("PYTHONPATH", str(stock.path("code")), prepend=os.pathsep)
+
+    stock.output.write_bytes(b"old")
+    file, damaged, words = case(stock, kind, CASES + len(kind))
+    with content(file, damaged):
+        assert complaint(program, words, stock.root / "out") is None, words
+    stock.output.write_bytes(b"old")
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", ["dense", "static", "routed", "merged", "narrowed", "adopted"])
 def test_every_key_of_the_metadata_of_a_checkpoint(stock, kind, quiet_places):
     """Removed, or with extreme values in its place."""
     name = f"{kind}.safetensors"
-    if name in ADDED and not stock.path(name).exists():
-        ADDED[name](stock)
+    add(stock, name)
     whole = stock.path(name).read_bytes()
     metadata = metadata_of(whole)
     chance = random.Random(kind)

@@ -174,3 +174,13 @@ def remove_all_but(folder: Path, files: set[Path]) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and path not in files:
             path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3))
+def test_the_program_takes_or_refuses_damaged_configurations(stock, program, folder, number):
+    """In a process of its own, as users start it."""
+    chance = random.Random(number)
+    (folder / "moeprune.toml").write_bytes(damaged(good(stock), (), chance)[0])
+
+    assert complaint(program, stock.words(COMMANDS[number]), folder) is None
