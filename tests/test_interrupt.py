@@ -106,12 +106,20 @@ def data_analysis(stock, data) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("name", "number"), [*zip(CALLS, 2 * (signal.SIGINT, signal.SIGTERM), strict=True)])
-def test_interrupted_work_leaves_files_as_they_were(stock, data, data_analysis, tmp_path, name, number):
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("analyze", signal.SIGINT),
+        ("eval", signal.SIGTERM),
+        pytest.param("measuring", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("fit", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_interrupted_work_leaves_files_as_they_were(stock, data, request, tmp_path, name, number):
     bar, words = CALLS[name]
     words = [*words, stock.path("dense.safetensors"), "--data", data, "--batch-size", 1, "--force"]
     if name == "fit":
-        words += ["--analysis", data_analysis]
+        words += ["--analysis", request.getfixturevalue("data_analysis")]
     output = tmp_path / "output"
     output.write_bytes(b"old")
     words += ["--output-file" if name == "eval" else "-o", output]

@@ -167,7 +167,10 @@ def test_weights_are_used_where_they_lie(scope):
     assert peak_bytes(layer, torch.randn(1, 8, 64)) < layer.fc1_weight[0].nbytes / 4
 
 
-@pytest.mark.parametrize("compensation", ["none", "renorm", "mean"])
+@pytest.mark.parametrize(
+    "compensation",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "renorm")), "mean"],
+)
 def test_activations_of_a_routed_layer_are_no_more_than_the_dense_layers(compensation):
     config = SoftMoEConfig(384, 128, 1, 1536)  # of a ViT-S
     dense, x = SoftMoE(config).eval(), torch.randn(32, 196, 384)

@@ -306,7 +306,7 @@ def test_all_experts_are_the_unpruned_model(small, monkeypatch):
 
 
 @pytest.mark.parametrize("factory", ["tower", "dynamic"])
-@pytest.mark.parametrize("num_experts", [4, 5])
+@pytest.mark.parametrize("num_experts", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_layers_in_models_of_other_libraries(monkeypatch, factory, num_experts):
     """Images, tokens with padding, single tokens, and slots made of the input itself."""
     pytest.importorskip("soft_moe_pytorch")

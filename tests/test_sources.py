@@ -144,8 +144,18 @@ def write(tmp_path):
 # --- every option, in and out --------------------------------------------------------------------
 
 
+COMBINED = set(OPTIONS["all at once"])
+"""Options that are tested by themselves where time does not matter."""
+
+
 @needs_library
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if options and set(options) < COMBINED else name
+        for name, options in OPTIONS.items()
+    ],
+)
 def test_every_option_comes_in_and_goes_back(name, write, tmp_path, run_json, run):
     options = OPTIONS[name]
     theirs = library_model(**options)
