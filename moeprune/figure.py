@@ -1,0 +1,102 @@
+"""What can be drawn in a report: values, not how they look."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What stands along an axis.
+
+    unit: `%` shows shares as percent; any other stands behind the numbers. low, high: where it starts and
+    ends; None: where the values do.
+    """
+
+    label: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one kind.
+
+    shape: `line`, `dashes`, `dots` (joined by a thin line), `crosses` or `star`. color: a number that stands
+    for one colour in all panels; None is that of the text. notes: what is said of each point, if anything.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    shape: str
+    color: int | None = None
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Series over two axes; mark: a place on the x axis, and what is there."""
+
+    title: str
+    x: Axis
+    y: Axis
+    series: Sequence[Series]
+    mark: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A bar for each height, side by side; those at the marked places stand out, and a line at the level."""
+
+    title: str
+    x: Axis
+    y: Axis
+    heights: Sequence[float]
+    marked: Collection[int] = ()
+    names: tuple[str, str] = ("marked", "others")
+    level: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """What wholes consist of, one bar below the other on one scale.
+
+    rows: what each is called, its size in words, and the values of its parts. parts: their names.
+    """
+
+    title: str
+    rows: Sequence[tuple[str, str, Sequence[float]]]
+    parts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Values of 0 and more, in rows from top to bottom; columns at the marked places stand out.
+
+    rows: their names. marks: what is said of the marked columns.
+    """
+
+    title: str
+    x: str
+    y: str
+    values: Sequence[Sequence[float]]
+    rows: Sequence[str]
+    marked: Collection[int] = ()
+    marks: str = ""
+
+
+Panel = Plot | Bars | Stacks | HeatMap
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels side by side.
+
+    description: what is to be seen, for those who do not see it. caption: how to read it.
+    """
+
+    panels: Sequence[Panel]
+    description: str
+    caption: str = ""
