@@ -15,7 +15,7 @@ from moeprune.markup import escape
 from moeprune.png import data_uri, png
 
 WIDTH, HEIGHT = 400, 270
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 30, 40
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 42, 40
 COLORS = 8
 MOST_CELLS = 256
 """Rows and columns that a heat map draws; of more, neighbours are averaged."""
@@ -59,7 +59,7 @@ def _panel(panel: Panel) -> str:
     elif isinstance(panel, Bars):
         content = _bars(panel)
     else:
-        content, height = _stacks(panel), TOP + 44 * len(panel.rows)
+        content, height = _stacks(panel), 26 + 44 * len(panel.rows)
     title = f'<text class="title" x="4" y="14">{escape(panel.title)}</text>'
     return f'<svg class="panel" viewBox="0 0 {WIDTH} {height}">{title}{content}</svg>'
 
@@ -136,7 +136,7 @@ def _stacks(panel: Stacks) -> str:
     longest = max(sum(values) for _, _, values in panel.rows) or 1
     drawn = []
     for index, (name, size, values) in enumerate(panel.rows):
-        y, x = TOP + 44 * index, 4.0
+        y, x = 26 + 44 * index, 4.0
         drawn.append(f'<text x="4" y="{y + 10}">{escape(name)}</text>')
         drawn.append(f'<text class="end" x="{WIDTH - 4}" y="{y + 10}">{escape(size)}</text>')
         for color, value in enumerate(values):
@@ -179,7 +179,7 @@ class _Frame:
             drawn.append(f'<text class="end" x="{LEFT - 5}" y="{_number(place + 4)}">{text}</text>')
         middle = (LEFT + WIDTH - RIGHT) / 2
         drawn.append(f'<text class="middle" x="{_number(middle)}" y="{HEIGHT - 6}">{escape(x.label)}</text>')
-        return "".join(drawn) + f'<text class="faint" x="4" y="{TOP - 3}">{escape(y.label)}</text>'
+        return "".join(drawn) + f'<text class="faint" x="4" y="{TOP - 9}">{escape(y.label)}</text>'
 
     def mark(self, mark: tuple[float, str] | None) -> str:
         """A vertical line, and what is there."""

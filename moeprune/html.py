@@ -94,9 +94,10 @@ def _block(block: Block) -> str:
 
 
 def _highlight(label: str, value: str, note: str) -> str:
-    return (
-        f'<div><dt>{_inline(label)}</dt><dd class="value">{_inline(value)}</dd><dd>{_inline(note)}</dd></div>'
+    value, note = (
+        _inline(text).replace(" %", "\u00a0%").replace(" pt", "\u00a0pt") for text in (value, note)
     )
+    return f'<div><dt>{_inline(label)}</dt><dd class="value">{value}</dd><dd>{note}</dd></div>'
 
 
 def _table(table: Table) -> str:

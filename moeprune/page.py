@@ -5,6 +5,7 @@ Figures, every class, every expert, and what the figures rest on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,8 @@ NEAR = 0.01
 """Accuracy below the full model's that still counts as near it."""
 CLOSE_UP = 0.05
 """Accuracy below the full model's that a figure of its own shows."""
+SMALL = 0.25
+"""Share of a fair share of the mass, below which an expert stands for no class."""
 CLASSES_SHOWN = 20
 MOST_CLASSES = 1000
 """Classes that a table lists."""
@@ -102,11 +105,13 @@ def _highlights(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "accuracy drop", points(difference["accuracy_drop"]), f"95 %: {points(low)} to {points(high)}"
     accuracies = f"{_between(model['accuracy_ci95'])}; full model {percent(full['accuracy'], 2)}"
     yield "accuracy", percent(model["accuracy"], 2), accuracies
-    sizes = f"{amount(full['bytes'], 'B')} → {amount(model['bytes'], 'B')}"
-    yield "size, of the full model's", percent(1 - difference["size_reduction"]), sizes
+    sizes = " → ".join(amount(side["bytes"], "B") for side in (full, model))
+    yield "size", percent(1 - difference["size_reduction"]), f"of the full model's: {sizes}"
     flops = " → ".join(amount(side["flops_per_input"]["total"]) for side in (full, model))
-    yield "FLOPs, of the full model's", percent(1 - difference["flops_reduction"]), f"{flops} per input"
-    yield "same prediction", percent(difference["agreement"], 2), "as the full model"
+    yield "FLOPs per input", percent(1 - difference["flops_reduction"]), f"of the full model's: {flops}"
+    flips = difference["outcomes"]
+    flipped = f"as the full model; flips: {flips['lost']} to wrong, {flips['won']} to right"
+    yield "same prediction", percent(difference["agreement"], 2), flipped
     if found["latency"] is not None:
         slowest = min(found["latency"]["batches"], key=lambda batch: batch["speedup"])
         yield "speed-up, at least", f"{slowest['speedup']:.2f}×", f"at batch {slowest['batch_size']}"
@@ -135,14 +140,12 @@ def _parts(found: Mapping[str, Any]) -> Figure:
 def _classes(found: Mapping[str, Any]) -> Iterator[Block]:
     """The change of each class, those that collapsed first."""
     yield Heading("Classes")
-    lost, won = len(found["lost"]), len(found["won"])
     entries = sorted(found["classes"], key=lambda entry: entry["class"] not in found["collapsed"])
     less = sum(entry["accuracy_drop_ci95"][0] > 0 for entry in entries)
     more = sum(entry["accuracy_drop_ci95"][1] < 0 for entry in entries)
     text = (
-        f"{lost + won} inputs flip: {lost} from right to wrong, {won} from wrong to right. Of"
-        f" {len(entries)} classes {less} lost and {more} gained more than chance explains at 95 %, each taken"
-        " by itself."
+        f"Of {len(entries)} classes {less} lost and {more} gained more than chance explains at 95 %, each"
+        " taken by itself."
     )
     beyond = len(entries) - MOST_CLASSES
     yield Lines([text, *([f"The {beyond} classes that changed least are left out."] if beyond > 0 else [])])
@@ -150,18 +153,18 @@ def _classes(found: Mapping[str, Any]) -> Iterator[Block]:
     rows: list[Sequence[Cell]] = []
     for entry in entries[:MOST_CLASSES]:
         low, high = (-bound + 0.0 for bound in reversed(entry["accuracy_drop_ci95"]))
-        change = f"{points(-entry['accuracy_drop'])} ({points(low)} to {points(high)})"
+        change = f"{points(-entry['accuracy_drop'])} ({100 * low:+.1f} to {100 * high:+.1f})"
         rows.append(
             (
                 str(entry["class"]),
-                Verdict(False, "collapsed") if entry["class"] in found["collapsed"] else "",
-                str(entry["samples"]),
+                Interval(change, low, -entry["accuracy_drop"], high, reach),
                 percent(entry["baseline_accuracy"]),
                 percent(entry["accuracy"]),
-                Interval(change, low, -entry["accuracy_drop"], high, reach),
+                str(entry["samples"]),
+                Verdict(False, "collapsed") if entry["class"] in found["collapsed"] else "",
             )
         )
-    columns = ("class", "", "samples", "full model", "model", "change (95 %)")
+    columns = ("class", "change (95 %)", "full model", "model", "samples", "")
     yield Table(columns, rows, shown=max(CLASSES_SHOWN, len(found["collapsed"])))
 
 
@@ -357,12 +360,15 @@ def _class_map(
     statistics: LayerStatistics, by_class: Mapping[int, list[float]], kept: Collection[int]
 ) -> Figure:
     order, masses = _by_mass(statistics), statistics.mean_mass.tolist()
-    order.sort(key=lambda expert: _largest(by_class, expert)[0])
+    fair = 1 / len(masses)
+    order.sort(
+        key=lambda expert: math.inf if masses[expert] < SMALL * fair else _largest(by_class, expert)[0]
+    )
     marked = [place for place, expert in enumerate(order) if expert in kept]
     values = [[row[expert] for expert in order] for row in by_class.values()]
     panel = HeatMap(
         "mass of each expert over the inputs of each class",
-        f"{len(masses)} experts, by the class of their largest mass, then by mass",
+        f"{len(masses)} experts, by the class of their largest mass; those of little mass stand at the end",
         "class",
         values,
         [str(index) for index in by_class],
