@@ -80,6 +80,7 @@ def _entry(shape: str, color: int | None, name: str) -> str:
         "line": '<path class="line" d="M0 7H18"/>',
         "dashes": '<path class="dashes" d="M0 7H18"/>',
         "dots": f'<path class="thin" d="M0 7H18"/>{_dot(9, 7)}',
+        "points": _dot(9, 7),
         "crosses": _cross(9, 7),
         "star": _star(9, 7),
         "bar": '<path class="area" d="M2 2h14v10h-14z"/>',
@@ -100,7 +101,7 @@ def _series(series: Series, frame: _Frame) -> str:
     if series.shape in ("line", "dashes"):
         drawn = f'<path class="{series.shape}" d="{line}"/>'
     else:
-        shape = {"dots": _dot, "crosses": _cross, "star": _star}[series.shape]
+        shape = {"dots": _dot, "points": _dot, "crosses": _cross, "star": _star}[series.shape]
         notes = series.notes or [""] * len(places)
         drawn = f'<path class="thin" d="{line}"/>' if series.shape == "dots" and len(places) > 1 else ""
         drawn += "".join(shape(*place, note) for place, note in zip(places, notes, strict=True))
@@ -204,9 +205,9 @@ def _bounds(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, unit: str) -> Iterator[tuple[float, str]]:
-    """About five round numbers within the bounds, and how they are written."""
+    """A handful of round numbers within the bounds, and how they are written."""
     scale = 100 if unit == "%" else 1
-    rough = (high - low) * scale / 5
+    rough = (high - low) * scale / 6
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step * power for step in (1, 2, 5, 10) if rough <= step * power * 1.0001)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))

@@ -24,8 +24,9 @@ class Axis:
 class Series:
     """Points of one kind.
 
-    shape: `line`, `dashes`, `dots` (joined by a thin line), `crosses` or `star`. color: a number that stands
-    for one colour in all panels; None is that of the text. notes: what is said of each point, if anything.
+    shape: `line`, `dashes`, `dots` (joined by a thin line), `points`, `crosses` or `star`. color: a number,
+    which stands for one colour in all panels; None is that of the text. notes: what is said of each point, if
+    anything.
     """
 
     name: str
