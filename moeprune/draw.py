@@ -71,7 +71,7 @@ def _entries(panels: Iterable[Panel]) -> Iterator[tuple[str, int | None, str]]:
             yield from ((series.shape, series.color, series.name) for series in panel.series)
         elif isinstance(panel, Stacks):
             yield from (("bar", color, name) for color, name in enumerate(panel.parts))
-        elif isinstance(panel, Bars) and panel.marked:
+        elif isinstance(panel, Bars) and panel.marked is not None:
             yield from (("bar", 0, panel.names[0]), ("bar", None, panel.names[1]))
 
 
@@ -115,11 +115,11 @@ def _bars(panel: Bars) -> str:
     paths = {True: "", False: ""}
     for index, height in enumerate(panel.heights):
         left, right, top = frame.x(index + gap / 2), frame.x(index + 1 - gap / 2), frame.y(height)
-        paths[index in panel.marked] += (
+        paths[panel.marked is None or index in panel.marked] += (
             f"M{_number(left)} {_number(frame.y(0))}V{_number(top)}H{_number(right)}V{_number(frame.y(0))}z"
         )
     bars = "".join(
-        f'<path class="area {_color(0 if marked or not panel.marked else None)}" d="{path}"/>'
+        f'<path class="area {_color(0 if marked else None)}" d="{path}"/>'
         for marked, path in paths.items()
         if path
     )
@@ -239,6 +239,8 @@ def _heat_map(panel: HeatMap) -> str:
     key = f'<span class="key"><i class="heat"></i>{scale}</span>'
     if panel.marked:
         key += f'<span class="key"><i class="marked"></i>{escape(panel.marks)}</span>'
+    if max(len(panel.values), len(panel.values[0])) > MOST_CELLS:
+        key += f'<span class="key">neighbours averaged to {len(values[0])} × {len(values)} cells</span>'
     return (
         f'<div class="map"><p class="title">{escape(panel.title)}</p><p class="y">{escape(panel.y)}</p>'
         f'<div class="names" style="height:{height}px">{names}</div>'

@@ -49,13 +49,16 @@ class Plot:
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar for each height, side by side; those at the marked places stand out, and a line at the level."""
+    """A bar for each height, side by side, and a line at the level.
+
+    marked: places that stand out; None: all bars are alike. names: of the marked ones and the others.
+    """
 
     title: str
     x: Axis
     y: Axis
     heights: Sequence[float]
-    marked: Collection[int] = ()
+    marked: Collection[int] | None = None
     names: tuple[str, str] = ("marked", "others")
     level: tuple[float, str] | None = None
 
@@ -74,9 +77,9 @@ class Stacks:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Values of 0 and more, in rows from top to bottom; columns at the marked places stand out.
+    """Values of 0 and more, in rows from top to bottom.
 
-    rows: their names. marks: what is said of the marked columns.
+    rows: their names. marked: places of columns that stand out. marks: what is said of them.
     """
 
     title: str

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from moeprune import report
 from moeprune.document import Block, Heading, Lines, Table
 from moeprune.figure import Axis, Bars, Figure, HeatMap, Plot, Series
 from moeprune.plan import LayerPlan, plan_to_json
 from moeprune.report import percent, plan_in_words
-from moeprune.statistics import LayerStatistics, summarize
+from moeprune.statistics import LayerStatistics
 
 SMALL = 0.25
 """Share of a fair share of the mass, below which an expert stands for no class."""
@@ -25,8 +24,9 @@ def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -
         plan: what it keeps; None: all.
     """
     yield Heading(f"Experts of `{name}`")
-    yield Lines(list(_in_words(statistics, plan)))
-    kept = frozenset(plan.kept or ()) if plan is not None else frozenset()
+    if plan is not None:
+        yield Lines([_in_words(statistics, plan)])
+    kept = None if plan is None else plan.kept
     yield Figure(
         [_masses(statistics, kept), _curve(statistics, plan)],
         _masses_in_words(statistics),
@@ -35,21 +35,18 @@ def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -
     by_class = _by_class(statistics)
     if by_class:
         yield _class_map(statistics, by_class, kept)
-    yield _experts(statistics, by_class, kept, plan)
+    yield _experts(statistics, by_class, kept)
 
 
-def _in_words(statistics: LayerStatistics, plan: LayerPlan | None) -> Iterator[str]:
-    yield report.verdict(summarize(statistics))
-    if plan is None:
-        return
+def _in_words(statistics: LayerStatistics, plan: LayerPlan) -> str:
     text = plan_in_words(plan_to_json({"": plan})[""])
     if plan.kept is not None:
         mass = float(statistics.mean_mass[list(plan.kept)].sum())
         text += f": the kept experts hold {percent(mass)} of the mass of all inputs"
-    elif plan.scope == "input" and plan.mass is None and plan.k:
+    elif plan.scope == "input" and plan.signal == "combine" and plan.mass is None and plan.k:
         mass = float(statistics.kept_mass[plan.k - 1])
         text += f": the best {plan.k} of an input hold {percent(mass)} of its mass"
-    yield text
+    return text
 
 
 def _by_mass(statistics: LayerStatistics) -> list[int]:
@@ -58,16 +55,20 @@ def _by_mass(statistics: LayerStatistics) -> list[int]:
     return sorted(range(len(masses)), key=lambda expert: (-masses[expert], expert))
 
 
-def _masses(statistics: LayerStatistics, kept: Collection[int]) -> Bars:
+def _places(order: Sequence[int], kept: Collection[int] | None) -> list[int] | None:
+    """Where the kept experts stand in an order."""
+    return None if kept is None else [place for place, expert in enumerate(order) if expert in kept]
+
+
+def _masses(statistics: LayerStatistics, kept: Collection[int] | None) -> Bars:
     order, masses = _by_mass(statistics), statistics.mean_mass.tolist()
     n = len(order)
-    marked = [place for place, expert in enumerate(order) if expert in kept]
     return Bars(
         "mean mass of each expert",
         Axis("experts, the largest first", low=0, high=n),
         Axis("mass", "%", low=0),
         [masses[expert] for expert in order],
-        marked,
+        _places(order, kept),
         ("kept", "dropped"),
         (1 / n, "uniform"),
     )
@@ -85,7 +86,7 @@ def _curve(statistics: LayerStatistics, plan: LayerPlan | None) -> Plot:
         Series("one set of k for all inputs", overall, "line", 2),
         Series("uniform router", [(0, 0), (n, 1)], "dashes"),
     ]
-    mark = None if plan is None else (float(plan.k), f"k = {plan.k}")
+    mark = None if plan is None or plan.mass is not None else (float(plan.k), f"k = {plan.k}")
     return Plot("mass of k experts", Axis("k", low=0, high=n), Axis("mass", "%", 0, 1), series, mark)
 
 
@@ -107,14 +108,13 @@ def _by_class(statistics: LayerStatistics) -> dict[int, list[float]]:
 
 
 def _class_map(
-    statistics: LayerStatistics, by_class: Mapping[int, list[float]], kept: Collection[int]
+    statistics: LayerStatistics, by_class: Mapping[int, list[float]], kept: Collection[int] | None
 ) -> Figure:
     order, masses = _by_mass(statistics), statistics.mean_mass.tolist()
     fair = 1 / len(masses)
     order.sort(
         key=lambda expert: math.inf if masses[expert] < SMALL * fair else _largest(by_class, expert)[0]
     )
-    marked = [place for place, expert in enumerate(order) if expert in kept]
     values = [[row[expert] for expert in order] for row in by_class.values()]
     panel = HeatMap(
         "mass of each expert over the inputs of each class",
@@ -122,7 +122,7 @@ def _class_map(
         "class",
         values,
         [str(index) for index in by_class],
-        marked,
+        _places(order, kept) or (),
         "kept",
     )
     (index, expert), most = max(
@@ -146,11 +146,9 @@ def _largest(by_class: Mapping[int, list[float]], expert: int) -> tuple[int, flo
 def _experts(
     statistics: LayerStatistics,
     by_class: Mapping[int, list[float]],
-    kept: Collection[int],
-    plan: LayerPlan | None,
+    kept: Collection[int] | None,
 ) -> Table:
     masses, most = statistics.mean_mass.tolist(), statistics.max_mass.tolist()
-    has_kept = plan is not None and plan.kept is not None
     columns = ["expert", "mean mass", "largest mass\nof an input"]
     columns += ["class of the\nlargest mass", "mass over its\ninputs"] if by_class else []
     rows = []
@@ -159,5 +157,8 @@ def _experts(
         if by_class:
             index, mass = _largest(by_class, expert)
             row += [str(index), percent(mass, 2)]
-        rows.append([*row, *(["kept" if expert in kept else ""] if has_kept else [])])
-    return Table((*columns, *([""] if has_kept else [])), rows, "experts in numbers", shown=0)
+        if kept is not None:
+            row.append("kept" if expert in kept else "")
+        rows.append(row)
+    columns += [] if kept is None else [""]
+    return Table(tuple(columns), rows, "experts in numbers", shown=0)

@@ -60,7 +60,7 @@ def evaluation(found: Mapping[str, Any], background: Background) -> Document:
     blocks: list[Block] = [Highlights(list(_highlights(found)))]
     if found["forgetting"] is not None and found["forgetting"]["collapsed"]:
         collapsed = ", ".join(map(str, found["forgetting"]["collapsed"]))
-        blocks.append(Lines([f"Collapsed, while the average hides it: class {collapsed}."]))
+        blocks.append(Lines([f"Classes that collapsed while the average hides it: {collapsed}."]))
     blocks += [Heading("Accuracy, size and FLOPs"), _parts(found), *told.blocks]
     if found["forgetting"] is not None:
         blocks += _classes(found["forgetting"])
