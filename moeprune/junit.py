@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
 from moeprune.document import Document
+from moeprune.markup import legal
 from moeprune.report import gate_in_words
 from moeprune.text import to_text
-
-NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def to_junit(
@@ -39,16 +37,11 @@ def to_junit(
         if not gate["passed"]:
             words = gate_in_words(gate)
             failure = ElementTree.SubElement(case, "failure", {"type": "gate", "message": words})
-            failure.text = _legal(f"{document.title}: {words}")
+            failure.text = legal(f"{document.title}: {words}")
     if not gates:
         ElementTree.SubElement(suite, "testcase", {"classname": "moeprune", "name": command})
-    ElementTree.SubElement(suite, "system-out").text = _legal(to_text(document))
+    ElementTree.SubElement(suite, "system-out").text = legal(to_text(document))
     if warnings:
-        ElementTree.SubElement(suite, "system-err").text = _legal("\n".join(warnings) + "\n")
+        ElementTree.SubElement(suite, "system-err").text = legal("\n".join(warnings) + "\n")
     ElementTree.indent(suites)
     return f"<?xml version='1.0' encoding='UTF-8'?>\n{ElementTree.tostring(suites, encoding='unicode')}\n"
-
-
-def _legal(text: str) -> str:
-    """Without characters that XML has no way to write."""
-    return NOT_IN_XML.sub("\ufffd", text)

@@ -82,6 +82,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "--output": NO_OUTPUT,
     "--save-plan": NO_OUTPUT,
     "--frontier": (*NO_OUTPUT, "@new"),
+    "--report": (*NO_OUTPUT, "@new"),
     "--data": ("mnist", "digits:all", "@missing", "@text", ""),
     "--baseline": NO_FILE,
     "--analysis": NO_FILE,
@@ -125,7 +126,7 @@ WRONG_FOR = {("demo", "--output"): ("@", "@text", "@text/x")}
 """Where a command refuses other values of an option."""
 
 BY_VALUE = {
-    "--output", "--output-file", "--save-plan", "--frontier", "--data", "--baseline", "--analysis", "--plan",
+    "--output", "--output-file", "--save-plan", "--frontier", "--report", "--data", "--baseline", "--analysis", "--plan",
     "--device", "--key", "--preprocess",
 }  # fmt: skip
 """Options whose value, a path or a name in backticks, may stand in the error in their own place."""
