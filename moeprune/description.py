@@ -8,7 +8,7 @@ from typing import Any
 from moeprune.architecture import ModuleConfig, ViTConfig, module_from_json, vit_from_json
 from moeprune.errors import MoepruneError
 from moeprune.header import Header, is_too_large, require_format
-from moeprune.plan import Plan, plan_from_json
+from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 from moeprune.preprocessing import Preprocessing, preprocessing_from_json
 from moeprune.sources import not_ours
 from moeprune.tensors import layer_shapes, require_one_type, require_tensors, tensor_shapes
@@ -69,15 +69,13 @@ def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Deta
         is_module = isinstance(architecture, dict) and architecture.get("type") == "module"
         config = module_from_json(architecture) if is_module else vit_from_json(architecture)
         plan = plan_from_json(metadata.get("plan", {}))
+        require_fitting_plan(plan, config.soft_moe_layers)
         preprocessing = preprocessing_from_json(metadata.get("preprocessing", {}))
     except MoepruneError as error:
         raise MoepruneError(f"`{path}`: {error.message}", error.hint) from None
     if not config.soft_moe_layers:
         raise MoepruneError(f"no Soft MoE layers in `{path}`", "there is nothing to prune in it")
     for name, layer in plan.items():
-        expected = config.soft_moe_layers.get(name)
-        if expected is None or expected.num_experts != layer.num_experts:
-            raise MoepruneError(f"`{path}`: the plan of layer `{name}` does not fit the architecture")
         if layer.merges and layer.merged_into is None:
             raise MoepruneError(f"`{path}`: the plan of layer `{name}` lacks `merged_into`")
         if layer.energy is not None:

@@ -182,6 +182,29 @@ class Reporter:
         return to_text(describe(found), shutil.get_terminal_size().columns if on_terminal else None)
 
 
+def emit_error(command: str, error: MoepruneError, output_format: str, output_file: Path | None) -> None:
+    """Give an error where CI servers look for it: as an annotation on stdout, or as a test case of JUnit.
+
+    Args:
+        command: its name.
+        error: what is wrong.
+        output_format: one of FORMATS; with others than `github` and `junit` nothing is written.
+        output_file: of the report that is not given, None for stdout; annotations are read from stdout alone.
+    """
+    if output_format == "github" and output_file is None:
+        from moeprune.annotations import annotation
+
+        print_out(annotation("error", f"moeprune {command}", str(error)) + "\n")
+    elif output_format == "junit":
+        from moeprune.junit import error_to_junit
+
+        text = error_to_junit(f"moeprune {command}", error)
+        if output_file is None:
+            print_out(text)
+        else:
+            write_text(output_file, text)
+
+
 def print_out(text: str) -> None:
     """Write to stdout, at once.
 

@@ -111,10 +111,11 @@ class LayerPlan:
         if self.merged_into is not None:
             if self.compensation != "merge" or self.kept is None:
                 raise MoepruneError("plan: `merged_into` goes with compensation `merge`, and `kept`")
-            if len(self.merged_into) != len(self.dropped) or not set(self.merged_into) <= set(self.kept):
+            dropped = self.num_experts - self.k  # may be so many that they must not be listed
+            if len(self.merged_into) != dropped or not set(self.merged_into) <= set(self.kept):
                 raise MoepruneError(
                     f"plan: `merged_into` is {list(self.merged_into)}, expected a kept expert for each of the"
-                    f" {len(self.dropped)} dropped ones"
+                    f" {dropped} dropped ones"
                 )
 
     def _check_rank(self) -> None:
@@ -155,8 +156,10 @@ class LayerPlan:
     @cached_property
     def groups(self) -> list[list[int]]:
         """With `merge` each kept expert, ascending, followed by those that are folded into it."""
-        folded = dict(zip(self.dropped, self.merged_into or (), strict=False))
-        return [[j, *(i for i in self.dropped if folded.get(i) == j)] for j in self.kept or ()]
+        groups = {j: [j] for j in self.kept or ()}
+        for i, j in zip(self.dropped, self.merged_into or (), strict=False):
+            groups[j].append(i)
+        return [*groups.values()]
 
     @property
     def stored_experts(self) -> int:

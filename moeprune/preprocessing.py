@@ -40,7 +40,7 @@ class Preprocessing:
         Raises:
             MoepruneError: an unknown key or a value that does not fit.
         """
-        values = self.to_json()
+        made, values = self, self.to_json()
         for setting in settings:
             key, _, text = setting.partition("=")
             if key not in values:
@@ -54,7 +54,11 @@ class Preprocessing:
                     values[key] = int(text) if key == "resize" else text
             except ValueError:
                 raise MoepruneError(f"`--preprocess {setting}`: `{text}` is no number") from None
-        return preprocessing_from_json(values)
+            try:
+                made = preprocessing_from_json(values)
+            except MoepruneError as error:
+                raise MoepruneError(f"`--preprocess {setting}` does not fit", error.hint) from None
+        return made
 
 
 def preprocessing_from_json(value: Any) -> Preprocessing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -50,6 +51,18 @@ def run() -> Callable[..., Result]:
         return Result(result.exit_code, result.stdout, result.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[..., Result]:
+    """Run a command in a process of its own, as users start it."""
+
+    def program(*arguments: object) -> Result:
+        words = [sys.executable, "-m", "moeprune", *map(str, arguments)]
+        ended = subprocess.run(words, capture_output=True, text=True, check=False)
+        return Result(ended.returncode, ended.stdout, ended.stderr)
+
+    return program
 
 
 @pytest.fixture(scope="session")

@@ -108,6 +108,26 @@ def damaged_json(value: Any, chance: random.Random) -> str:
             return encoded(replaced(value, place, chance.choice(EXTREMES)))
 
 
+def toml(table: dict[str, Any]) -> str:
+    """The TOML text of a table: its own values first, then the tables in it."""
+    return "\n".join(_toml_lines(table, ""))
+
+
+def _toml_lines(table: dict[str, Any], name: str) -> Iterator[str]:
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    yield from (f"{json.dumps(key)} = {_toml(value)}" for key, value in table.items() if key not in tables)
+    for key, value in tables.items():
+        inner = f"{name}.{json.dumps(key)}" if name else json.dumps(key)
+        yield f"[{inner}]"
+        yield from _toml_lines(value, inner)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(part) for part in value)}]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def parts_of(whole: bytes) -> tuple[dict[str, Any], bytes]:
     """Header and data of a safetensors file."""
     length = int.from_bytes(whole[:8], "little")

@@ -63,7 +63,9 @@ def complaint(run: Callable[..., Any], words: Sequence[object], folder: Path, *n
     if not good or "Traceback" in result.stderr or "a defect" in result.stderr:
         return f"exit code {result.code}: {result.stderr[-700:]}"
     after = files_under(folder)
-    message = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("warning: "))
+    message = "\n".join(
+        line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "info: "))
+    )
     if any(name.endswith(".part") for name in after):
         return f"left {sorted(after)}"
     if result.code != 2:

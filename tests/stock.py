@@ -119,6 +119,15 @@ def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
         stock.make("prune", dense, "--analysis", analysis, "--keep", 2, *ways, "-o", output)
     words = "prune", dense, "--analysis", analysis, "--keep", 2, "--compensate", "mean"
     stock.make(*words, "--save-plan", stock.path("plan.json"), "-o", stock.path("mean.safetensors"))
+    stock.make(
+        *words[:-1], "merge", "--save-plan", stock.path("merge.json"), "-o", stock.path("merged.safetensors")
+    )
+    layer = {"k": 2, "compensation": "affine", "rank": 2}
+    stock.path("rank.json").write_text(json.dumps({"schema_version": 1, "plan": {LAYER: layer}}))
+    stock.make(
+        "prune", dense, "--plan", stock.path("rank.json"), "--analysis", analysis,
+        "--save-plan", stock.path("narrow.json"), "-o", stock.path("narrowed.safetensors"),
+    )  # fmt: skip
     foreign = stock.path("foreign.safetensors")
     stock.make("convert", dense, "--to", "soft-moe", "-o", foreign)
     tensors = load_file(foreign)

@@ -318,3 +318,24 @@ def test_a_variable_that_sets_nothing_is_warned_of(single, run, monkeypatch):
         " did you mean `$MOEPRUNE_EVAL_MIN_ACCURACY`?\n"
     )
     assert run("inspect", single).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('data = "nothing"', "no data `nothing`; `--data` is set in `data` of `moeprune.toml`"),
+        (
+            'preprocess = ["std=0"]',
+            "`--preprocess std=0` does not fit; `--preprocess` is set in `preprocess` of `moeprune.toml`",
+        ),
+        (
+            'output-file = "missing/x"',
+            "no directory `missing` for `missing/x`; `--output-file` is set in `output-file` of",
+        ),
+    ],
+)
+def test_an_error_that_tells_a_value_tells_where_it_is_set(single, run, line, message):
+    write(line if line.startswith("data") else f'data = "digits"\n{line}')
+    result = run("eval", single)
+    assert result.code == 2
+    assert result.stderr.startswith(f"error: {message}")

@@ -7,7 +7,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -28,6 +30,7 @@ from tests.damage import (
     replaced,
     with_metadata,
 )
+from tests.endings import complaint
 from tests.stock import FACTORY, SOURCE_ARGS, Stock, add_adopted, add_images
 
 # --- kinds of files, and the commands that read them -------------------------------------------
@@ -171,6 +174,18 @@ KINDS: dict[str, tuple[Command, ...]] = {
         evaluating("routed.safetensors", "--baseline", "@dense.safetensors"),
         pruning("dense.safetensors", "--plan", "@routed.safetensors", *ANALYSIS),
     ),
+    "merged.safetensors": (
+        inspecting("merged.safetensors"),
+        evaluating("merged.safetensors", "--baseline", "@dense.safetensors"),
+        evaluating("merged.safetensors", "--output-format", "json"),
+        pruning("dense.safetensors", "--plan", "@merged.safetensors", *ANALYSIS),
+    ),
+    "narrowed.safetensors": (
+        inspecting("narrowed.safetensors", "--output-format", "json"),
+        evaluating("narrowed.safetensors", "--baseline", "@dense.safetensors"),
+        evaluating("narrowed.safetensors", "--output-format", "json"),
+        pruning("dense.safetensors", "--plan", "@narrowed.safetensors", *ANALYSIS),
+    ),
     "analysis.safetensors": (
         pruning("dense.safetensors", "--keep", 2, "--compensate", "mean", *ANALYSIS),
         pruning("dense.safetensors", "--keep", 2, *GRAM, "--compensate", "affine", *ANALYSIS),
@@ -181,6 +196,11 @@ KINDS: dict[str, tuple[Command, ...]] = {
     "plan.json": (
         pruning("dense.safetensors", "--plan", "@plan.json", *ANALYSIS),
         pruning("dense.safetensors", "--plan", "@plan.json", "--output-format", "json", *ANALYSIS),
+    ),
+    "merge.json": (pruning("dense.safetensors", "--plan", "@merge.json", *ANALYSIS),),
+    "narrow.json": (
+        pruning("dense.safetensors", "--plan", "@narrow.json", *ANALYSIS),
+        pruning("dense.safetensors", "--plan", "@narrow.json", "--data", "@data.npz"),
     ),
     "foreign.safetensors": (
         converting("foreign.safetensors", *SOURCE_ARGS),
@@ -217,6 +237,12 @@ REFUSED = {
 """What is refused even where nothing is damaged."""
 ADDED = {"images": add_images, "adopted.safetensors": add_adopted, "own.safetensors": add_adopted}
 """What needs a library that may be missing."""
+
+
+def add(stock: Stock, kind: str) -> None:
+    """Make a kind of file if it is not there yet."""
+    if kind in ADDED and not stock.path(kind).is_file() and not list(stock.path(kind).glob("*")):
+        ADDED[kind](stock)
 
 
 def case(stock: Stock, kind: str, number: int) -> tuple[Path, bytes, list[object]]:
@@ -262,8 +288,7 @@ def check(stock: Stock, kind: str, numbers: range) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_read_or_refused(stock, kind, quiet_places):
-    if kind in ADDED and not stock.path(kind).is_file() and not list(stock.path(kind).glob("*")):
-        ADDED[kind](stock)
+    add(stock, kind)
     for command in KINDS[kind]:
         words = command(stock)
         result = stock.run(*words)
@@ -273,13 +298,26 @@ def test_damaged_files_are_read_or_refused(stock, kind, quiet_places):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_program_reads_or_refuses_damaged_files(stock, program, kind, quiet_places, monkeypatch):
+    """In a process of its own, as users start it."""
+    add(stock, kind)
+    monkeypatch.setenv("PYTHONPATH", str(stock.path("code")), prepend=os.pathsep)
+
+    stock.output.write_bytes(b"old")
+    file, damaged, words = case(stock, kind, CASES + len(kind))
+    with content(file, damaged):
+        assert complaint(program, words, stock.root / "out") is None, words
+    stock.output.write_bytes(b"old")
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("kind", ["dense", "static", "routed", "adopted"])
+@pytest.mark.parametrize("kind", ["dense", "static", "routed", "merged", "narrowed", "adopted"])
 def test_every_key_of_the_metadata_of_a_checkpoint(stock, kind, quiet_places):
     """Removed, or with extreme values in its place."""
     name = f"{kind}.safetensors"
-    if name in ADDED and not stock.path(name).exists():
-        ADDED[name](stock)
+    add(stock, name)
     whole = stock.path(name).read_bytes()
     metadata = metadata_of(whole)
     chance = random.Random(kind)
@@ -296,3 +334,70 @@ def test_every_key_of_the_metadata_of_a_checkpoint(stock, kind, quiet_places):
             if found := stock.complaint(words):
                 complaints.append(f"{text[:3000]}: {found}")
     assert not complaints, "\n\n".join(complaints[:20]) + f"\n{len(complaints)} in all of {len(texts)}"
+
+
+LARGE = (9, 1000, 2**31, 2**40, 2**63, 10**400)
+WRONG = {
+    "merged": {
+        "merged_into": (
+            None, [], [0], [0, 0, 0], [9, 9], [-1, -1], [True, False], [0.0, 1.0], ["0", "1"], [[0], [1]],
+            {}, "01", [2**63, 2**63], [10**400, 0], [0, 1, 2, 3], 0,
+        ),
+        "k": (0, 1, 3, 4, *LARGE),
+        "kept": (None, [], [0], [0, 1, 2], [3, 3], [2**63, 2**64]),
+        "compensation": ("mean", "affine", "refit", "renorm"),
+        "rank": (1, 2, *LARGE),
+        "num_experts": LARGE,
+    },
+    "narrowed": {
+        "rank": (None, 0, -1, 1, 3, 8, *LARGE, 2.0, "2", True, [2], 1e308),
+        "energy": (0.5, 1, 0, 2, "1"),
+        "compensation": ("mean", "lstsq", "merge", "none"),
+        "num_experts": LARGE,
+        "k": (1, 3, 4, *LARGE),
+    },
+}  # fmt: skip
+"""Values by key of a layer's plan that do not fit the tensors of a checkpoint."""
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """Lets the process have 256 MB more than it has, where the system knows such limits."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eval", "prune"))]
+)
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in WRONG.items() for key in keys])
+def test_a_plan_that_does_not_fit_its_checkpoint_is_refused(stock, quiet_places, kind, key, command):
+    """At once: nothing is allocated that it asks for."""
+    file = stock.path(f"{kind}.safetensors")
+    whole = file.read_bytes()
+    metadata = metadata_of(whole)
+    [layer] = metadata["plan"]
+    commands = {
+        "inspect": inspecting(file.name), "eval": evaluating(file.name),
+        "prune": pruning("dense.safetensors", "--plan", f"@{file.name}", *ANALYSIS),
+    }  # fmt: skip
+    words = commands[command](stock)
+    complaints = []
+    for value in WRONG[kind][key]:
+        damaged = with_metadata(whole, encoded(replaced(metadata, ("plan", layer, key), value)))
+        with content(file, damaged), little_memory():
+            found = complaint(stock.run, words, stock.root / "out", *(() if command == "prune" else (layer,)))
+        stock.output.write_bytes(b"old")
+        if found:
+            complaints.append(f"{str(value)[:50]}: {found}")
+    assert not complaints, "\n\n".join(complaints)

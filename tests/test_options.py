@@ -5,7 +5,9 @@ A new option without a wrong value in WRONG fails a test here.
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ GOOD: dict[str, tuple[str, ...]] = {
         "--output", "@new",
     ),
     "eval": ("CKPT", "@single", "--data", "digits", "--limit", "9"),
-    "convert": ("CKPT", "@single", "--to", "soft-moe", "--output", "@new"),
+    "convert": ("CKPT", "@vit", "--to", "soft-moe", "--output", "@new"),
     "demo": ("--output", "@new"),
     "config": (),
 }  # fmt: skip
@@ -67,7 +69,12 @@ NEEDS = {
         "--to": None,
         "CKPT": "@torch",
     },
-    ("convert", "--input-shape"): {"--model": "os:getcwd", "--to": None, "CKPT": "@torch"},
+    ("convert", "--input-shape"): {
+        "--model": "os:getcwd",
+        "--input-shape": "3,8,8",
+        "--to": None,
+        "CKPT": "@torch",
+    },
 }
 """What else an option needs, or does not go with (None)."""
 
@@ -141,11 +148,11 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def words_with(folder, single, small_analysis):
+def words_with(folder, single, vit, small_analysis):
     """The words of a command with an option and a value, with paths in the place of `@` names."""
 
     def path(word: str) -> str:
-        known = {"@single": single, "@analysis": small_analysis}
+        known = {"@single": single, "@vit": vit, "@analysis": small_analysis}
         return str(known.get(word, folder / word[1:])) if word.startswith("@") else word
 
     def words_with(command: str, option: str, value: str) -> tuple[list[str], str]:
@@ -204,9 +211,62 @@ def test_odd_values_are_taken_or_refused(words_with, folder, run, command, optio
         words += ["--force"]
         if found := complaint(run, words, folder):
             complaints.append(f"{value[:50]!r}: {found}")
-        for name in set(map(str, folder.rglob("*"))) - {
-            str(folder / name) for name in ("folder", "text", "torch")
-        }:
-            if Path(name).is_file():
-                Path(name).unlink()
+        remove_new(folder)
     assert not complaints, "\n\n".join(complaints)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "option", "is_flag"), [given for given in OPTIONS if given[0] not in ("demo", "config")]
+)
+def test_odd_values_of_variables_are_taken_or_refused_by_name(
+    words_with, folder, run, command, option, is_flag, monkeypatch
+):
+    """Of variables for one command and for all; the wrong values are refused."""
+    monkeypatch.chdir(folder / "folder")
+    chance = random.Random(f"{command} {option}")
+    wrong = () if is_flag else WRONG_FOR.get((command, option), WRONG[option])
+    complaints = []
+    as_ever = {error_of(run(*words)) for words in words_without(words_with, command, option)}
+    remove_new(folder)
+    for value in (*filter(None, wrong), *chance.sample(EXTREMES, 15)):
+        words, given = words_with(command, option, value)
+        name = f"MOEPRUNE_{chance.choice(('', f'{command}_'))}{option[2:]}".upper().replace("-", "_")
+        monkeypatch.setenv(name, given)
+        ends = []
+
+        def remembered(*words: object, ends=ends) -> Any:
+            ends.append(run(*words))
+            return ends[-1]
+
+        found = complaint(remembered, words[:-1], folder)
+        error = error_of(ends[0])
+        if found is None and error is not None and error not in as_ever and f"`${name}`" not in error:
+            found = f"names no variable: {error[:600]}"
+        if found is None and value in wrong and value and (error is None or error in as_ever):
+            found = f"is not told: {error}"
+        if found is not None:
+            complaints.append(f"{name} {value[:50]!r}: {found}")
+        monkeypatch.delenv(name)
+        remove_new(folder)
+    assert not complaints, "\n\n".join(complaints)
+
+
+def words_without(words_with, command, option):
+    """The words of a command without an option, and with a good value of it where it has one."""
+    good = {
+        **dict(zip(GOOD[command][::2], GOOD[command][1::2], strict=True)),
+        **NEEDS.get((command, option), {}),
+    }
+    words, _ = words_with(command, option, good.get(option, ""))
+    return [words[:-1], words] if option in good else [words[:-1]]
+
+
+def error_of(result: Any) -> str | None:
+    return " ".join(result.stderr.split()) if result.code == 2 else None
+
+
+def remove_new(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and (path.parent != folder or path.name not in ("text", "torch")):
+            path.unlink()

@@ -258,7 +258,7 @@ def suite_of(text, schema):
     assert {key: root.get(key) for key in ("tests", "failures", "errors")} == {
         "tests": str(len(suite.findall("testcase"))),
         "failures": str(len(suite.findall("testcase/failure"))),
-        "errors": "0",
+        "errors": str(len(suite.findall("testcase/error"))),
     }
     return suite
 
@@ -286,6 +286,40 @@ def test_a_test_case_for_a_command_without_gates(run, calls, schema, command):
     [case] = suite.findall("testcase")
     assert case.get("name") == f"moeprune {calls[command][0]}"
     assert case.find("failure") is None
+
+
+def test_an_error_is_a_test_case_too(run, tmp_path, schema):
+    result = run("inspect", "missing\x1b", "--output-format", "junit")
+    assert (result.code, result.stderr) == (2, "error: no file `missing\x1b`\n")
+    suite = suite_of(result.stdout, schema)
+    [case] = suite.findall("testcase")
+    assert (suite.get("name"), case.get("name")) == ("moeprune inspect", "moeprune inspect")
+    assert case.find("error").get("message") == "no file `missing\ufffd`"
+    assert case.find("failure") is None
+    path = tmp_path / "gates.xml"
+    call = ("inspect", "missing\x1b", "--output-format", "junit", "--output-file", path)
+    assert run(*call)[:2] == (2, "")
+    assert path.read_text() == result.stdout
+
+
+def test_an_error_takes_the_place_of_an_older_report_where_that_may_be_replaced(run, tmp_path, schema):
+    path = tmp_path / "gates.xml"
+    path.write_text("passed")
+    call = ("inspect", "missing", "--output-format", "junit", "--output-file", path)
+    result = run(*call)
+    assert (result.code, result.stdout, path.read_text()) == (2, "", "passed")
+    assert result.stderr.startswith(f"error: `{path}` exists")
+    assert run(*call, "--force").stderr == "error: no file `missing`\n"
+    assert suite_of(path.read_text(), schema).find("testcase/error").text == "no file `missing`"
+
+
+def test_an_error_says_in_every_form_where_a_value_was_set(run, single, monkeypatch):
+    monkeypatch.setenv("MOEPRUNE_DATA", "nothing")
+    words = "no data `nothing`; `--data` is set in `$MOEPRUNE_DATA`"
+    for output_format in ("text", "github", "junit"):
+        result = run("eval", single, "--output-format", output_format)
+        assert result.stderr.startswith(f"error: {words}\n")
+        assert words in result.stdout or output_format == "text"
 
 
 def test_what_xml_cannot_hold_is_replaced(schema):

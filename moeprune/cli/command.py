@@ -26,7 +26,7 @@ from moeprune import __version__
 from moeprune.cli.options import Force, OutputFile, OutputFormat, Quiet, Summary, Verbose
 from moeprune.configuration import Configuration, Option, read_configuration
 from moeprune.errors import MoepruneError
-from moeprune.output import Reporter, logger, messages, print_out, summary_file, warn
+from moeprune.output import Reporter, emit_error, logger, messages, summary_file, warn
 
 Names = Mapping[str, Sequence[str]]
 """Options by the name of another option, as parameters: with underscores."""
@@ -217,6 +217,7 @@ def add_command(
 
     @functools.wraps(function)
     def run(context: typer.Context, **values: Any) -> None:
+        reporter = None
         try:
             with messages(values["quiet"], values["verbose"]) as warnings:
                 for warning in unknown_variables([name] if name != "config" else rules_of):
@@ -229,12 +230,11 @@ def add_command(
                 given = {"reporter": reporter, "context": context, **values}
                 code = function(**{parameter: given[parameter] for parameter in own}) or 0
         except MoepruneError as error:
-            if values["output_format"] == "github" and values["output_file"] is None:
-                from moeprune.annotations import annotation
-
-                with contextlib.suppress(BrokenPipeError):
-                    print_out(annotation("error", f"moeprune {name}", str(error)) + "\n")
-            _fail(f"error: {_with_origins(error, context)}\n")
+            error = _with_origins(error, context)
+            if reporter is not None or values["output_file"] is None:
+                with contextlib.suppress(BrokenPipeError, MoepruneError):
+                    emit_error(name, error, values["output_format"], values["output_file"])
+            _fail(f"error: {error}\n")
         except BrokenPipeError:
             raise typer.Exit(2) from None
         except Exception as error:
@@ -274,15 +274,21 @@ def _option(annotation: Any) -> Option | None:
 
 
 def _with_origins(error: MoepruneError, context: Any) -> MoepruneError:
-    """Say of options in the message where they were set, if not on the command line."""
-    options = {dashed(option.name): option for option in context.command.params}
-    named = dict.fromkeys(re.findall(r"--[a-z][a-z-]*", error.message))
+    """Say of options in the message, by name or by value, where they were set, if not on the command line."""
+    named = set(re.findall(r"--[a-z][a-z-]*", error.message))
     sources = [
-        f"`{name}` is set in {source}"
-        for name in named
-        if name in options and (source := origin(context, options[name])) is not None
+        f"`{dashed(option.name)}` is set in {source}"
+        for option in context.command.params
+        if (dashed(option.name) in named or _names_value(error.message, context.params.get(option.name)))
+        and (source := origin(context, option)) is not None
     ]
     return MoepruneError("; ".join([error.message, *sources]), error.hint)
+
+
+def _names_value(message: str, value: Any) -> bool:
+    """Whether a text or a path, or one of a list of them, stands in a message in backticks."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(f"`{text}`" in message for text in values if isinstance(text, str | Path))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

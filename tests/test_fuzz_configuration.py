@@ -1,0 +1,186 @@
+"""Hundreds of odd configuration files: taken, or refused with an error that says where it is set."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.damage import EXTREMES, mutated, places, removed, replaced, toml
+from tests.endings import complaint
+from tests.stock import Stock
+
+CASES = 100
+"""Damaged files of each kind."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory where nothing is set."""
+    for name in [name for name in os.environ if name.startswith("MOEPRUNE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def good(stock: Stock) -> dict[str, Any]:
+    """A configuration with options of every type, for all commands and for one."""
+    return {
+        "limit": 9,
+        "batch-size": 4,
+        "data": str(stock.path("data.npz")),
+        "dtype": "float32",
+        "quiet": False,
+        "inspect": {"output-format": "json"},
+        "analyze": {"output": "analysis.safetensors", "oracle": False},
+        "prune": {"output": "pruned.safetensors", "keep": "1/2", "signal": "random", "seed": 3},
+        "eval": {
+            "baseline": str(stock.path("dense.safetensors")),
+            "min-accuracy": 0.0,
+            "min-agreement": 0,
+            "latency-batch": [1, 2],
+            "latency": False,
+            "preprocess": ["resize=8"],
+            "confidence": 0.9,
+        },
+    }
+
+
+COMMANDS = (
+    ("config",),
+    ("config", "--output-format", "json"),
+    ("inspect", "@static.safetensors"),
+    ("analyze", "@dense.safetensors"),
+    ("prune", "@dense.safetensors"),
+    ("eval", "@static.safetensors"),
+)
+FILES = {
+    "moeprune.toml": (),
+    "pyproject.toml": ("tool", "moeprune"),
+    "ci/given.toml": (),
+    "ci/pyproject.toml": ("tool", "moeprune"),
+}
+"""Where the options stand in a file; those of a folder are named by `--config`."""
+
+RAW = (
+    "", "=", "1e999", "-inf", "nan", "0x1F", "1_000", "+9", "9" * 5000, "-" + "9" * 4000, "1979-05-27",
+    "07:32:00", "1979-05-27T07:32:00Z", "'''a\nb'''", '"\\u0000\\u001b[31m"', '"\\ud800"',
+    "[" * 900 + "]" * 900, "[" * 5000, "{a=" * 900 + "1" + "}" * 900, "{}", "{a = 1, a = 2}", "[1, 'a', [2]]",
+    "[[]]", "[nan]", "True", "'x' y", "1 # text", "[1,\n2]", "1\r", "1\n1 = 2", "1\n[a.b.c]\nd = 1",
+    "1\n[[eval]]\nlimit = 1", "\ufeff1",
+)  # fmt: skip
+"""Values as they stand in a file, many of which are none."""
+KEYS = (
+    "limt",
+    "",
+    "eval",
+    "a.b",
+    "x" * 3000,
+    "ä😀",
+    "a\x1b[31m",
+    "batch_size",
+    "checkpoint",
+    "--limit",
+    "tool",
+)
+
+
+def damaged(table: dict[str, Any], start: tuple[str, ...], chance: random.Random) -> tuple[bytes, str]:
+    """A file with a damage, and the key that it has, empty where it may be any."""
+    whole = toml(table)
+    place = chance.choice([place for place in places(table) if len(place) > len(start)])
+    [name, *_] = [key for key in place[::-1] if isinstance(key, str)]
+    match chance.randrange(8):
+        case 0:
+            return mutated(whole.encode(), chance), ""
+        case 1:
+            content = whole.encode()
+            at = content.index(f'"{name}"'.encode())
+            return content[:at] + chance.choice((b"\xff", b"\0", b"\xed\xa0\x80", b"\xef\xbb\xbf")) + content[
+                at:
+            ], ""
+        case 2:
+            return toml(removed(table, place)).encode(), ""
+        case 3:
+            key = chance.choice(KEYS)
+            return toml(
+                replaced(table, (*place[:-1], key) if isinstance(place[-1], str) else place, 1)
+            ).encode(), ""
+        case 4:
+            line = chance.choice(whole.splitlines())
+            return whole.replace(line, f"{line}\n{line}").encode(), ""
+        case 5 | 6:
+            new = toml(replaced(table, place, "@raw")).replace('"@raw"', chance.choice(RAW))
+            return new.encode("utf-8", "surrogatepass"), ""
+        case _:
+            values = [value for value in EXTREMES if "@" not in str(value) and "None" not in str(value)]
+            return toml(replaced(table, place, chance.choice(values))).encode(), name
+
+
+@pytest.fixture
+def refusal(run, folder):
+    """The error of a command, None where there is none; fails if it is not one that a person can read."""
+
+    def refusal(words: list[object]) -> str | None:
+        ends = []
+
+        def remembered(*words: object) -> Any:
+            ends.append(run(*words))
+            return ends[-1]
+
+        found = complaint(remembered, words, folder)
+        assert found is None, f"{' '.join(map(str, words))}: {found}"
+        return " ".join(ends[0].stderr.split()) if ends[0].code == 2 else None
+
+    return refusal
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_configurations_are_taken_or_refused(stock, folder, refusal, name):
+    table = good(stock)
+    start = FILES[name]
+    for key in start[::-1]:
+        table = {key: table}
+    file = folder / name
+    file.parent.mkdir(exist_ok=True)
+    files = {file}
+    complaints = []
+    for number in range(-len(COMMANDS), CASES):
+        chance = random.Random(f"{name} {number}")
+        content, key = damaged(table, start, chance) if number >= 0 else (toml(table).encode(), "")
+        file.write_bytes(content)
+        words = stock.words(COMMANDS[number % len(COMMANDS)])
+        words = ["--config", name, *words] if "/" in name else words
+        error = refusal(words)
+        if error is not None and not (
+            is_lacking(error) or (f"`{name}`" in error and key in error and number >= 0)
+        ):
+            complaints.append(f"{number}: {words} {content[:3000]!r}: {error[:1000]}")
+        remove_all_but(folder, files)
+    assert not complaints, "\n\n".join(complaints[:20]) + f"\n{len(complaints)} in all"
+
+
+def is_lacking(error: str) -> bool:
+    """Whether an option that is needed is nowhere; no file is to blame."""
+    return "Missing option" in error or "nothing to write" in error
+
+
+def remove_all_but(folder: Path, files: set[Path]) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in files:
+            path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3))
+def test_the_program_takes_or_refuses_damaged_configurations(stock, program, folder, number):
+    """In a process of its own, as users start it."""
+    chance = random.Random(number)
+    (folder / "moeprune.toml").write_bytes(damaged(good(stock), (), chance)[0])
+
+    assert complaint(program, stock.words(COMMANDS[number]), folder) is None
