@@ -141,7 +141,6 @@ WITHOUT_TORCH = {
     "files", "header", "preprocessing", "output", "tensors", "size", "description", "__init__", "sources",
     "configuration", "document", "text", "markdown", "annotations", "junit", "cli.config",
     "figure", "markup", "png", "draw", "html", "trade_off",
-    "figure", "markup", "png", "draw", "html", "trade_off",
 }  # fmt: skip
 TOP_LEVEL = {"moeprune", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"}
 FILES = {
