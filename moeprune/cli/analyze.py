@@ -21,7 +21,6 @@ from moeprune.cli.options import (
 )
 from moeprune.errors import MoepruneError
 from moeprune.files import write_text
-from moeprune.html import check_page, to_html
 from moeprune.output import Reporter, warn
 
 NEEDS = {"oracle_samples": ("oracle",)}
@@ -61,12 +60,15 @@ def analyze(
     """
     reporter.check_outputs(output=output, report=report)
     if report is not None:
+        from moeprune.html import check_page
+
         check_page(report)
     if oracle_samples is not None and not oracle:
         raise MoepruneError("`--oracle-samples` goes with `--oracle`", "add `--oracle`")
     from moeprune import calibration, page
     from moeprune import report as reports
     from moeprune.evaluation import environment
+    from moeprune.html import to_html
     from moeprune.oracle import SAMPLES, compare_signals, require_comparable
     from moeprune.plan import scopes_of
     from moeprune.statistics import summarize

@@ -24,7 +24,6 @@ from moeprune.cli.options import (
 from moeprune.errors import MoepruneError
 from moeprune.files import write_text
 from moeprune.gate import GATES, check_limits, judge
-from moeprune.html import check_page, to_html
 from moeprune.output import Reporter, check_choice, warn
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep, scopes_of
 
@@ -138,6 +137,8 @@ def eval(
     sweep_only = {"--scope": scope, "--signal": signal, "--compensate": compensate}
     reporter.check_outputs(frontier=frontier, report=report)
     if report is not None:
+        from moeprune.html import check_page
+
         check_page(report)
     is_sweep = sweep is not None or frontier is not None
     if not is_sweep:
@@ -159,6 +160,7 @@ def eval(
     from moeprune.calibration import load_analysis, require_analysis_of
     from moeprune.compensation import MAX_REGRESSORS
     from moeprune.frontier import KEEPS, on_frontier, variants
+    from moeprune.html import to_html
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
     from moeprune.model import plan_of, unpruned_fingerprint
     from moeprune.plot import plot_frontier
