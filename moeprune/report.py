@@ -15,6 +15,10 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def points(difference: float) -> str:
     """A difference of shares as percentage points, with its sign."""
     return f"{100 * difference + 0.0:+.2f} pt"
@@ -38,7 +42,8 @@ def inspection(found: Mapping[str, Any]) -> Document:
         kind = plain(f"{architecture['factory']}({arguments})")
         shape = architecture["input_shape"]
     else:
-        kind = f"{architecture['type']}, {len(architecture['blocks'])} blocks, d = {architecture['dim']}"
+        depth = _many(len(architecture["blocks"]), "block")
+        kind = f"{architecture['type']}, {depth}, d = {architecture['dim']}"
         shape = [architecture["in_channels"], *architecture["image_size"]]
     facts = [
         ("model", f"{kind}, {architecture['num_classes']} classes"),
@@ -167,24 +172,23 @@ def verdict(layer: Mapping[str, Any]) -> str:
     n = layer["experts"]
     if n == 1:
         return "one expert: nothing to prune"
+    few = f"the best {max(1, n // 8)} of {n} experts"
     best, static, uniform = (
         percent(layer[key], 0) for key in ("best_eighth_mass", "static_eighth_mass", "uniform_mass")
     )
     if not layer["informative"]:
         return (
-            f"the combine signal is weak: the best 1/8 hold {best} of an input's mass (uniform: {uniform}),"
+            f"the combine signal is weak: {few} hold {best} of an input's mass (uniform: {uniform}),"
             " so that dropping the others costs much. Compensate (`--compensate affine`), and compare with"
             " `random` and no experts at all in a sweep"
         )
     text = (
-        f"the combine signal is informative: the best 1/8 of each input hold {best} of its mass, one set for"
-        f" all inputs {static}, a uniform router's {uniform}. Without compensation scope `input` loses least"
+        f"the combine signal is informative: {few} hold {best} of an input's mass, one set for all inputs"
+        f" {static}, a uniform router's {uniform}. Without compensation scope `input` loses least"
     )
     if "static" not in layer["scopes"]:
         return text + " (`static` is not possible: slots are made anew from each input's tokens)"
-    return (
-        text + "; `static` with `--signal gram --compensate affine` comes close to it, and shrinks the file"
-    )
+    return f"{text}; `static` with `--signal gram --compensate affine` often keeps more, and shrinks the file"
 
 
 def pruning(found: Mapping[str, Any]) -> Document:
@@ -208,13 +212,13 @@ def pruning(found: Mapping[str, Any]) -> Document:
     if search is not None:
         confirmed = search["confirmed"]
         low, high = confirmed["accuracy_drop_ci95"]
-        known = f"; {confirmed['plans']} plans were measured on them" if confirmed["plans"] > 1 else ""
+        first = f"; the first of {confirmed['plans']} that is within there" if confirmed["plans"] > 1 else ""
         facts.append(
             (
                 "accuracy drop",
                 f"{points(confirmed['accuracy_drop'])} (95 %: {points(low)} to {points(high)}) on"
-                f" {confirmed['samples']} samples that the search of {len(search['tried'])} plans did not"
-                f" see{known}",
+                f" {confirmed['samples']} samples that were not searched"
+                f" ({len(search['tried'])} plans tried{first})",
             )
         )
     for name, plan in found["plan"].items():
@@ -525,7 +529,8 @@ def plan_in_words(plan: Mapping[str, Any]) -> str:
     kept = f"{plan['k']} of {plan['num_experts']}"
     if plan["mass"] is not None:
         kept = f"mass {plan['mass']:g} in at most {kept}"
-    rank = "" if plan["rank"] is None else f" in {plan['rank']} directions"
+    is_narrow = plan["rank"] is not None and plan["k"] < plan["num_experts"]
+    rank = f" in {_many(plan['rank'], 'direction')}" if is_narrow else ""
     return f"{plan['scope']}, {kept} by {plan['signal']}, {plan['compensation']}{rank}"
 
 

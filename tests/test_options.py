@@ -133,8 +133,8 @@ WRONG_FOR = {("demo", "--output"): ("@", "@text", "@text/x")}
 """Where a command refuses other values of an option."""
 
 BY_VALUE = {
-    "--output", "--output-file", "--save-plan", "--frontier", "--report", "--data", "--baseline", "--analysis", "--plan",
-    "--device", "--key", "--preprocess",
+    "--output", "--output-file", "--save-plan", "--frontier", "--report", "--data", "--baseline",
+    "--analysis", "--plan", "--device", "--key", "--preprocess",
 }  # fmt: skip
 """Options whose value, a path or a name in backticks, may stand in the error in their own place."""
 

@@ -79,7 +79,6 @@ def analyze(
     if oracle:
         require_comparable(loaded, dataset)
     analysis = calibration.analyze(loaded, dataset, runtime)
-    calibration.save_analysis(analysis, output)
     layers = {
         name: {**summarize(statistics), "scopes": scopes_of([loaded.config.soft_moe_layers[name]])}
         for name, statistics in analysis.layers.items()
@@ -94,6 +93,7 @@ def analyze(
     compared = None
     if oracle:
         compared = compare_signals(loaded, analysis, dataset, oracle_samples or SAMPLES, runtime)
+    calibration.save_analysis(analysis, output)
     found = {
         "schema_version": 1,
         "checkpoint": str(checkpoint),

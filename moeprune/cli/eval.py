@@ -162,7 +162,7 @@ def eval(
     from moeprune.frontier import KEEPS, on_frontier, variants
     from moeprune.html import to_html
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
-    from moeprune.model import plan_of, unpruned_fingerprint
+    from moeprune.model import fingerprint, plan_of, unpruned_fingerprint
     from moeprune.plot import plot_frontier
     from moeprune.sweep import COMPENSATIONS_TRIED, grid, without_large_refits
     from moeprune.sweep import sweep as run_sweep
@@ -189,6 +189,11 @@ def eval(
             todo, left_out = without_large_refits(
                 grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS_TRIED, first), loaded
             )
+            if not any(v.signal != "random" and v.keep for v in (*todo, *left_out)) and signal != ["random"]:
+                raise MoepruneError(
+                    "no way to prune has such a scope, signal and compensation together",
+                    "`gram`, `refit` and `merge` go with scope static alone, `merge` not with `gram`",
+                )
             if left_out:
                 shares = ", ".join(dict.fromkeys(str(variant.keep) for variant in left_out))
                 warn(
@@ -214,6 +219,13 @@ def eval(
         reporter.emit(found, reports.sweep)
         return 0
     full = None if baseline is None else load_model(baseline, model, preprocess)
+    if full is not None and plan_of(full):
+        raise MoepruneError(
+            f"`--baseline {baseline}` is pruned itself, expected the full model",
+            "give the checkpoint that the model was pruned from",
+        )
+    if full is not None and plan_of(loaded) and unpruned_fingerprint(loaded) != fingerprint(full):
+        warn(f"`{checkpoint}` was not pruned from `{baseline}`: what is compared is another full model")
     if analysed is not None:
         require_analysis_of(loaded.config.soft_moe_layers, unpruned_fingerprint(loaded), analysed)
     found["baseline"] = None if baseline is None else str(baseline)
