@@ -161,7 +161,7 @@ def require_known_variables() -> None:
             known.update(variables(command, option.replace("-", "_")))
     for name in sorted(os.environ):
         if name.startswith("MOEPRUNE_") and name not in known:
-            near = get_close_matches(name, known, n=1)
+            near = get_close_matches(name, known, n=1, cutoff=0.8)
             hint = f"did you mean `${near[0]}`?" if near else "unset it; `moeprune config` shows all options"
             raise MoepruneError(f"no option is set by `${name}`", hint)
 
