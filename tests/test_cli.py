@@ -928,10 +928,10 @@ def test_help_and_usage_errors_have_no_escape_codes(variable):
     assert "\x1b" not in shown.stdout + wrong.stderr
 
 
-def test_the_entry_point_tells_a_failed_gate_from_a_wrong_call(single):
+def test_the_entry_point_tells_a_failed_gate_from_a_wrong_call(single, stock):
     gate = python(
-        "-m", "moeprune", "eval", single, "--data", "digits", "--limit", 20, "--min-accuracy", 1,
-        "--split", "test", "--preprocess", "mean=5", GITHUB_ACTIONS="true", TERM="dumb",
+        "-m", "moeprune", "eval", *stock.dense_and_data, "--min-accuracy", 1, GITHUB_ACTIONS="true",
+        TERM="dumb",
     )  # fmt: skip
     assert (gate.returncode, gate.stderr) == (1, "")
     assert "FAILED" in gate.stdout
@@ -974,13 +974,13 @@ def test_shares_are_rounded_to_the_nearest_number_of_experts(single, run_json, t
         assert made["plan"]["blocks.0.soft_moe"]["k"] == k, Fraction(keep)
 
 
-def test_a_narrow_terminal_cuts_no_table(single, tmp_path):
+def test_a_narrow_terminal_cuts_no_table(single, stock, tmp_path):
     """On 80 columns lines wrap, but no cell loses a character."""
     import pty
 
     main, terminal = pty.openpty()
     environment = {**os.environ, "COLUMNS": "80", "TERM": "dumb"}
-    arguments = ["analyze", single, "--data", "digits", "--limit", "20", "-o", tmp_path / "a.safetensors"]
+    arguments = ["analyze", single, "--data", stock.path("data.npz"), "-o", tmp_path / "a.safetensors"]
     process = subprocess.Popen(
         [sys.executable, "-m", "moeprune", *map(str, arguments)], stdout=terminal, env=environment
     )

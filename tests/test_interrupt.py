@@ -100,16 +100,16 @@ CALLS = {
 
 
 @pytest.fixture(scope="module")
-def data_analysis(single, data, run, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("analysis") / "analysis.safetensors"
-    assert run("analyze", single, "--data", data, "--batch-size", 500, "-o", path).code == 0
+def data_analysis(stock, data) -> Path:
+    path = data.parent / "analysis.safetensors"
+    stock.make("analyze", stock.path("dense.safetensors"), "--data", data, "--batch-size", 500, "-o", path)
     return path
 
 
 @pytest.mark.parametrize(("name", "number"), [*zip(CALLS, 2 * (signal.SIGINT, signal.SIGTERM), strict=True)])
-def test_interrupted_work_leaves_files_as_they_were(single, data, data_analysis, tmp_path, name, number):
+def test_interrupted_work_leaves_files_as_they_were(stock, data, data_analysis, tmp_path, name, number):
     bar, words = CALLS[name]
-    words = [*words, single, "--data", data, "--batch-size", 1, "--force"]
+    words = [*words, stock.path("dense.safetensors"), "--data", data, "--batch-size", 1, "--force"]
     if name == "fit":
         words += ["--analysis", data_analysis]
     output = tmp_path / "output"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -154,25 +155,28 @@ def tree(module: str) -> ast.Module:
     return ast.parse(FILES[module].read_text(encoding="utf-8"))
 
 
-def imports(module: str, lazy: bool = True) -> Iterator[str]:
+@functools.cache
+def imports(module: str, lazy: bool = True) -> tuple[str, ...]:
     """Dotted names that a module imports when it runs: not those under TYPE_CHECKING.
 
     Args:
         lazy: with those inside functions.
     """
+    names: list[str] = []
     waiting: list[ast.AST] = [tree(module)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
+            names += (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports relatively"
             assert node.module is not None
-            yield from (f"{node.module}.{name.name}" for name in node.names)
+            names += (f"{node.module}.{name.name}" for name in node.names)
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             waiting += node.orelse
         elif lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             waiting += ast.iter_child_nodes(node)
+    return tuple(names)
 
 
 def imported_modules(module: str, lazy: bool = True) -> set[str]:

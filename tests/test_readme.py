@@ -37,19 +37,28 @@ def without_numbers(text):
     return [re.sub(r"[+-]?\d+(\.\d+)?(e-\d+)?", "0", line).split() for line in lines]
 
 
-@pytest.fixture
-def workplace(tmp_path, monkeypatch, single):
-    """What the README's commands read, in the current directory."""
-    monkeypatch.chdir(tmp_path)
-    Path("model.safetensors").write_bytes(single.read_bytes())
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """The digits as arrays and as folders of images."""
+    root = tmp_path_factory.mktemp("images")
     for name in ("calibration", "test"):
         pixels, labels = (tensor.numpy() for tensor in digits(name))
         pixels = np.round(pixels * 255).astype(np.uint8)
-        np.savez(f"{name}.npz", inputs=pixels, labels=labels)
+        np.savez(root / f"{name}.npz", inputs=pixels, labels=labels)
         for index, label in enumerate(labels):
-            folder = Path(name, str(label))
+            folder = root / name / str(label)
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[index, 0]).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, single, images):
+    """What the README's commands read, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.safetensors").write_bytes(single.read_bytes())
+    for path in images.iterdir():
+        Path(path.name).symlink_to(path)
     return tmp_path
 
 
