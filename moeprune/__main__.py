@@ -11,6 +11,11 @@ def main() -> None:
     """Run the command line; Ctrl-C exits with 130 from the first import on, SIGTERM with 143."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, _exit_at_once)
+    if sys.stderr is None:  # it was closed
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    if sys.stdout is None:
+        sys.stderr.write("error: stdout is closed\n\nhint: send it to a file, or to /dev/null\n")
+        sys.exit(2)
     from moeprune.cli import app
 
     try:

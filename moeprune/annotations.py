@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from moeprune.document import Document, Facts, Lines
+from moeprune.document import Document, Facts, Lines, Table
 from moeprune.report import gate_in_words
 
 
@@ -55,5 +55,5 @@ def _in_short(document: Document) -> Iterator[str]:
     for block in document.blocks:
         if isinstance(block, Lines):
             yield from block.lines
-        elif isinstance(block, Facts) or len(block.columns) == 2:
+        elif isinstance(block, Facts) or (isinstance(block, Table) and len(block.columns) == 2):
             yield from (f"{row[0]}: {row[1]}" for row in block.rows if row is not None)

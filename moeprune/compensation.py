@@ -53,7 +53,7 @@ class Gathered(NamedTuple):
 def gather(
     pruned: Model, full: Model, name: str, data: Dataset, compensation: str, runtime: Runtime
 ) -> Gathered:
-    """What a static set takes that is chosen for and compensated by `lstsq` or `affine`.
+    """What a static set takes whose compensation is found on data.
 
     Args:
         pruned: with the layers before the named one pruned, and that one dense.

@@ -64,6 +64,8 @@ def soft_moe_flops(
     if plan and plan.merges:
         k = n  # all slots run, each by the expert that its own was folded into
     routed = plan.routed_experts if plan else n
+    if config.dynamic_slots:
+        tokens = n * p  # padded to so many
     surrogates, added, basis = 0, out, 0
     if plan and plan.has_surrogate:
         surrogates = n - plan.k if plan.scope == "static" else n
@@ -71,8 +73,6 @@ def soft_moe_flops(
         surrogates, added, basis = n, plan.rank, 2 * tokens * plan.rank * out
     affine = 2 * (tokens + 1) * d * added if plan and plan.has_affine else 0
     projection = 2 * d * d * n * p if config.dynamic_slots else 0
-    if config.dynamic_slots:
-        tokens = n * p  # padded to so many
     first = d * config.first_width if config.expert != "linear" else 0
     return Flops(
         experts=round(2 * k * p * (first + config.expert_width * out)),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
 from moeprune.document import Document
 from moeprune.errors import MoepruneError
+from moeprune.markup import legal
 from moeprune.report import gate_in_words
 from moeprune.text import to_text
-
-NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def to_junit(
@@ -34,12 +32,12 @@ def to_junit(
         if not gate["passed"]:
             words = gate_in_words(gate)
             failure = ElementTree.SubElement(case, "failure", {"type": "gate", "message": words})
-            failure.text = _legal(f"{document.title}: {words}")
+            failure.text = legal(f"{document.title}: {words}")
     if not gates:
         ElementTree.SubElement(suite, "testcase", {"classname": "moeprune", "name": command})
-    ElementTree.SubElement(suite, "system-out").text = _legal(to_text(document))
+    ElementTree.SubElement(suite, "system-out").text = legal(to_text(document))
     if warnings:
-        ElementTree.SubElement(suite, "system-err").text = _legal("\n".join(warnings) + "\n")
+        ElementTree.SubElement(suite, "system-err").text = legal("\n".join(warnings) + "\n")
     return _document(suites)
 
 
@@ -52,8 +50,8 @@ def error_to_junit(command: str, error: MoepruneError) -> str:
     """
     suites, suite = _suite(command, 1, errors=1)
     case = ElementTree.SubElement(suite, "testcase", {"classname": "moeprune", "name": command})
-    found = ElementTree.SubElement(case, "error", {"type": "error", "message": _legal(error.message)})
-    found.text = _legal(str(error))
+    found = ElementTree.SubElement(case, "error", {"type": "error", "message": legal(error.message)})
+    found.text = legal(str(error))
     return _document(suites)
 
 
@@ -69,8 +67,3 @@ def _suite(
 def _document(suites: ElementTree.Element) -> str:
     ElementTree.indent(suites)
     return f"<?xml version='1.0' encoding='UTF-8'?>\n{ElementTree.tostring(suites, encoding='unicode')}\n"
-
-
-def _legal(text: str) -> str:
-    """Without characters that XML has no way to write."""
-    return NOT_IN_XML.sub("\ufffd", text)

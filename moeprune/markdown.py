@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from moeprune.document import Block, Cell, Document, Facts, Lines, Verdict
+from moeprune.document import Block, Cell, Document, Facts, Heading, Highlights, Interval, Lines, Verdict
+from moeprune.figure import Figure
 
 SPECIAL = re.compile(r"[\\`*\[\]<>#~|$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=[\w+-]+:)")
 """What means something within a line."""
@@ -34,6 +35,12 @@ def _block(block: Block) -> str:
         return "\n\n".join(_start(_inline(line)) for line in block.lines)
     if isinstance(block, Facts):
         return _table(("", ""), block.rows, (":--", ":--"))
+    if isinstance(block, Highlights):
+        return _table(("", "", ""), block.rows, (":--", "--:", ":--"))
+    if isinstance(block, Heading):
+        return f"### {_inline(block.text)}"
+    if isinstance(block, Figure):
+        return _start(_inline(block.description))
     alignments = (":--", *["--:"] * (len(block.columns) - 1))
     table = _table(block.columns, [row for row in block.rows if row is not None], alignments)
     return table if block.title is None else f"### {_inline(block.title)}\n\n{table}"
@@ -51,6 +58,8 @@ def _row(cells: Iterable[Cell]) -> str:
 def _cell(cell: Cell) -> str:
     if isinstance(cell, Verdict):
         return f"{_mark(cell.passed)} {_cell(cell.text)}"
+    if isinstance(cell, Interval):
+        return _cell(cell.text)
     text = " ".join(cell.split())
     indent = "&emsp;" if cell.startswith("  ") else ""
     return indent + re.sub(r"(?<!\\)\|", r"\\|", _inline(text))

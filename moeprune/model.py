@@ -207,6 +207,14 @@ def fingerprint(model: Model) -> str:
     return checkpoint.fingerprint(model.state_dict(), model.config.to_json())
 
 
+def unpruned_fingerprint(model: Model) -> str:
+    """The fingerprint of the model that this one was pruned from, as far as it says so, or else its own."""
+    pruned_from = model.details.provenance.get("pruned_from")
+    if isinstance(pruned_from, dict) and isinstance(pruned_from.get("fingerprint"), str):
+        return pruned_from["fingerprint"]
+    return fingerprint(model)
+
+
 def save(model: Model, path: str | Path) -> None:
     """Write a checkpoint: equal models give equal bytes.
 

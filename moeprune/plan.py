@@ -83,13 +83,15 @@ class LayerPlan:
                     f"plan: `{name}` is {getattr(self, name)!r}, expected one of {', '.join(choices)}"
                 )
         if type(self.k) is not int or type(self.num_experts) is not int:
-            raise MoepruneError(f"plan: `k` and `num_experts` are {self.k!r}, {self.num_experts!r}")
+            raise MoepruneError(
+                f"plan: `k` and `num_experts` are {self.k!r} and {self.num_experts!r}, expected whole numbers"
+            )
         if not 0 <= self.k <= self.num_experts:
             raise MoepruneError(f"plan: `k` is {self.k}, expected 0 to {self.num_experts}")
         if self.k == 0 and self.compensation in ("renorm", "merge"):
             raise MoepruneError(f"plan: `{self.compensation}` needs at least one kept expert")
         if self.mass is not None:
-            if not (isinstance(self.mass, int | float) and 0 < self.mass <= 1):
+            if not (type(self.mass) in (int, float) and 0 < self.mass <= 1):
                 raise MoepruneError(f"plan: `mass` is {self.mass!r}, expected a share above 0 and at most 1")
             if self.scope != "input" or self.k == 0:
                 raise MoepruneError("plan: `mass` goes with scope input, and at least one expert")
@@ -123,9 +125,11 @@ class LayerPlan:
             return
         if self.compensation not in FITTED:
             raise MoepruneError(f"plan: `rank` and `energy` go with compensations {', '.join(FITTED)}")
+        if self.rank is not None and self.energy is not None:
+            raise MoepruneError("plan: `rank` and `energy` do not go together: the energy chooses the rank")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise MoepruneError(f"plan: `rank` is {self.rank!r}, expected a number of directions, at least 1")
-        if self.energy is not None and not (isinstance(self.energy, int | float) and 0 < self.energy < 1):
+        if self.energy is not None and not (type(self.energy) is float and 0 < self.energy < 1):
             raise MoepruneError(f"plan: `energy` is {self.energy!r}, expected a share above 0 and below 1")
 
     @property
@@ -282,7 +286,8 @@ def plan_from_json(value: Any) -> Plan:
         try:
             plan[name] = _layer_from_json(layer)
         except MoepruneError as error:
-            raise MoepruneError(f"plan of `{name}`: {error.message}", error.hint) from None
+            message = error.message.removeprefix("plan: ")
+            raise MoepruneError(f"plan of `{name}`: {message}", error.hint) from None
     return plan
 
 

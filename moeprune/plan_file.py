@@ -72,12 +72,14 @@ def _of_json(path: Path) -> Any:
         raise MoepruneError(f"cannot read `{path}` ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise MoepruneError(f"`{path}` is no JSON ({error})") from None
-    if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
-        version = found.get("schema_version") if isinstance(found, dict) else None
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise MoepruneError(
             f"`{path}`: `schema_version` is {version!r}, expected {SCHEMA_VERSION}",
             'a plan is {"schema_version": 1, "plan": {"LAYER": {"k": 8, ...}}}',
         )
+    if spare := [key for key in found if key not in ("schema_version", "plan")]:
+        raise MoepruneError(f"`{path}`: unknown key `{spare[0]}`", "a plan has `schema_version` and `plan`")
     return found.get("plan")
 
 

@@ -188,7 +188,7 @@ def prune_file(
         keep: as in `prune`, like plan, signal and seed.
         plan: of scope static alone.
         signal: ranks the experts.
-        compensate: anything but `lstsq` and `affine`.
+        compensate: `none`, `renorm` or `mean`.
         preprocessing: takes the place of the checkpoint's.
         seed: draws the experts of the signal `random`.
 

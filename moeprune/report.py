@@ -15,6 +15,10 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def points(difference: float) -> str:
     """A difference of shares as percentage points, with its sign."""
     return f"{100 * difference + 0.0:+.2f} pt"
@@ -35,20 +39,21 @@ def inspection(found: Mapping[str, Any]) -> Document:
     architecture, preprocessing = found["architecture"], found["preprocessing"]
     if architecture["type"] == "module":
         arguments = ", ".join(f"{key}={value!r}" for key, value in architecture["arguments"].items())
-        kind = _plain(f"{architecture['factory']}({arguments})")
+        kind = plain(f"{architecture['factory']}({arguments})")
         shape = architecture["input_shape"]
     else:
-        kind = f"{architecture['type']}, {len(architecture['blocks'])} blocks, d = {architecture['dim']}"
+        depth = _many(len(architecture["blocks"]), "block")
+        kind = f"{architecture['type']}, {depth}, d = {architecture['dim']}"
         shape = [architecture["in_channels"], *architecture["image_size"]]
     facts = [
         ("model", f"{kind}, {architecture['num_classes']} classes"),
         ("input", f"{' × '.join(map(str, shape))} (channels × height × width)"),
-        ("preprocessing", ", ".join(f"{key} {_plain(value)}" for key, value in preprocessing.items())),
+        ("preprocessing", ", ".join(f"{key} {plain(value)}" for key, value in preprocessing.items())),
         ("parameters", f"{amount(found['parameters'])} ({amount(found['bytes'], 'B')})"),
         ("FLOPs per input", _flops(found["flops_per_input"])),
     ]
     for key in ("source", "provenance"):
-        facts += [(f"{key}: {name}", _plain(value)) for name, value in found[key].items()]
+        facts += [(f"{key}: {name}", plain(value)) for name, value in found[key].items()]
     rows, kept = [], []
     for name, layer in found["layers"].items():
         plan = layer["plan"]
@@ -59,11 +64,11 @@ def inspection(found: Mapping[str, Any]) -> Document:
                 str(layer["slots_per_expert"]),
                 "" if layer["hidden_dim"] is None else str(layer["hidden_dim"]),
                 amount(layer["parameters"]),
-                "dense" if plan is None else _plan(plan),
+                "dense" if plan is None else plan_in_words(plan),
             )
         )
         if plan is not None and plan["kept"] is not None:
-            kept.append((f"kept in {name}", _plain(plan["kept"])))
+            kept.append((f"kept in {name}", plain(plan["kept"])))
     blocks: list[Block] = [
         Facts(facts),
         Table(("layer", "experts", "slots", "hidden", "parameters", "plan"), rows),
@@ -167,24 +172,23 @@ def verdict(layer: Mapping[str, Any]) -> str:
     n = layer["experts"]
     if n == 1:
         return "one expert: nothing to prune"
+    few = f"the best {max(1, n // 8)} of {n} experts"
     best, static, uniform = (
         percent(layer[key], 0) for key in ("best_eighth_mass", "static_eighth_mass", "uniform_mass")
     )
     if not layer["informative"]:
         return (
-            f"the combine signal is weak: the best 1/8 hold {best} of an input's mass (uniform: {uniform}),"
+            f"the combine signal is weak: {few} hold {best} of an input's mass (uniform: {uniform}),"
             " so that dropping the others costs much. Compensate (`--compensate affine`), and compare with"
             " `random` and no experts at all in a sweep"
         )
     text = (
-        f"the combine signal is informative: the best 1/8 of each input hold {best} of its mass, one set for"
-        f" all inputs {static}, a uniform router's {uniform}. Without compensation scope `input` loses least"
+        f"the combine signal is informative: {few} hold {best} of an input's mass, one set for all inputs"
+        f" {static}, a uniform router's {uniform}. Without compensation scope `input` loses least"
     )
     if "static" not in layer["scopes"]:
         return text + " (`static` is not possible: slots are made anew from each input's tokens)"
-    return (
-        text + "; `static` with `--signal gram --compensate affine` comes close to it, and shrinks the file"
-    )
+    return f"{text}; `static` with `--signal gram --compensate affine` often keeps more, and shrinks the file"
 
 
 def pruning(found: Mapping[str, Any]) -> Document:
@@ -208,18 +212,18 @@ def pruning(found: Mapping[str, Any]) -> Document:
     if search is not None:
         confirmed = search["confirmed"]
         low, high = confirmed["accuracy_drop_ci95"]
-        known = f"; {confirmed['plans']} plans were measured on them" if confirmed["plans"] > 1 else ""
+        first = f"; the first of {confirmed['plans']} that is within there" if confirmed["plans"] > 1 else ""
         facts.append(
             (
                 "accuracy drop",
                 f"{points(confirmed['accuracy_drop'])} (95 %: {points(low)} to {points(high)}) on"
-                f" {confirmed['samples']} samples that the search of {len(search['tried'])} plans did not"
-                f" see{known}",
+                f" {confirmed['samples']} samples that were not searched"
+                f" ({len(search['tried'])} plans tried{first})",
             )
         )
     for name, plan in found["plan"].items():
-        kept = f": {_plain(plan['kept'])}" if plan["kept"] is not None else ""
-        facts.append((name, _plan(plan) + kept))
+        kept = f": {plain(plan['kept'])}" if plan["kept"] is not None else ""
+        facts.append((name, plan_in_words(plan) + kept))
     written = [path for path in (found["checkpoint"], found["saved_plan"]) if path is not None]
     return Document(f"wrote {' and '.join(written)}", [Facts(facts)])
 
@@ -342,7 +346,7 @@ def gates(results: Sequence[Mapping[str, Any]]) -> Table:
             f"{gate['limit']:g}",
             f"{gate['value']:.4g}",
             *(["exact" if gate["bound"] is None else f"{gate['bound']:.4g}"] if level else []),
-            Verdict(gate["passed"], gate_verdict(gate)),
+            Verdict(gate["passed"], gate_verdict(gate), gate["reason"] == "undecided"),
         )
         for gate in results
     ]
@@ -408,7 +412,7 @@ def conversion(found: Mapping[str, Any]) -> Document:
     if found["defaults"]:
         facts.append(("taken from the library's defaults", _assignments(found["defaults"])))
     if found["dropped"]:
-        facts.append(("left out", f"{_plain(found['dropped'])} (the model does not use them)"))
+        facts.append(("left out", f"{plain(found['dropped'])} (the model does not use them)"))
     parity = found["parity"]
     if parity is not None:
         measured = (
@@ -510,7 +514,7 @@ def _setting(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
-    return "" if value is None else _plain(value)
+    return "" if value is None else plain(value)
 
 
 def _retained(row: Mapping[str, Any]) -> str:
@@ -520,11 +524,13 @@ def _retained(row: Mapping[str, Any]) -> str:
     return text
 
 
-def _plan(plan: Mapping[str, Any]) -> str:
+def plan_in_words(plan: Mapping[str, Any]) -> str:
+    """What one layer's plan keeps and how."""
     kept = f"{plan['k']} of {plan['num_experts']}"
     if plan["mass"] is not None:
         kept = f"mass {plan['mass']:g} in at most {kept}"
-    rank = "" if plan["rank"] is None else f" in {plan['rank']} directions"
+    is_narrow = plan["rank"] is not None and plan["k"] < plan["num_experts"]
+    rank = f" in {_many(plan['rank'], 'direction')}" if is_narrow else ""
     return f"{plan['scope']}, {kept} by {plan['signal']}, {plan['compensation']}{rank}"
 
 
@@ -533,10 +539,11 @@ def _flops(flops: Mapping[str, int]) -> str:
     return f"{amount(flops['total'])} ({parts})"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """JSON values as text on one line, without control characters."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
+        return ", ".join(f"{key} {plain(part)}" for key, part in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_plain(part) for part in value)
+        return ", ".join(plain(part) for part in value)
     text = "automatic" if value is None else str(value)
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

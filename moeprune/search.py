@@ -8,8 +8,10 @@ that it holds for all plans that were measured there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -184,15 +186,18 @@ def prune_within_drop(
         else:
             low = middle + 1
     [full_confirming] = predict([model], confirming, runtime, "full model")
+    drops = {index: entry["accuracy_drop"] for index, entry in tried.items()}  # on the worse half
     measured = 0
     for index in range(high, len(plans)):
         pruned = smallest if index == high else attempt(index)
+        drops[index] = tried[index]["accuracy_drop"]
         if pruned is None:
             continue
         [predictions] = predict([pruned], confirming, runtime, "confirm")
         measured += 1
         counts = _, lost, won, _ = paired_counts(predictions, full_confirming)
         drop = (lost - won) / sum(counts)
+        drops[index] = max(drops[index], drop)
         if drop <= max_accuracy_drop:
             quantile = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / measured)
             confirmed = {
@@ -213,25 +218,33 @@ def prune_within_drop(
             f"no plan of scope {scope} and compensation {compensate} makes the model smaller",
             "give another `--compensate` or `--scope`",
         )
-    least = min(entry["accuracy_drop"] for entry in tried.values())
     raise MoepruneError(
         f"no plan of scope {scope} and compensation {compensate} is within an accuracy drop of"
-        f" {max_accuracy_drop:g} on both halves of `{data.spec}`; the least drop among {len(tried)} plans was"
-        f" {least:.4g}",
+        f" {max_accuracy_drop:g} on both halves of `{data.spec}`; the least drop on the worse half among"
+        f" {len(tried)} plans was {min(drops.values()):.4g}",
         "allow a larger drop, or compensate (`--compensate affine`)",
     )
 
 
 def _require_other_data(analysis: Analysis, data: Dataset, runtime: Runtime) -> None:
-    """Raise a MoepruneError if the half that confirms would have been calibrated on."""
+    """Raise a MoepruneError if the half that confirms may have been calibrated on: if the data is the same,
+    however many of its samples.
+    """
+    made_from = analysis.provenance["data"]
     for _ in data.batches(runtime.batch_size):
         pass  # the fingerprint is known behind it
-    if data.fingerprint == analysis.provenance["data"]["fingerprint"]:
+    if data.fingerprint == made_from["fingerprint"] or _is_same_source(data.spec, made_from["spec"]):
         raise MoepruneError(
             f"the analysis was made from `{data.spec}` too: what confirms a drop must not be calibrated on",
             "leave `--analysis` out, so that the half that is searched is calibrated on, or give other"
             " labelled data",
         )
+
+
+def _is_same_source(spec: str, other: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return Path(spec).samefile(other)
+    return spec == other
 
 
 def _ladder(model: Model, analysis: Analysis, scope: str, signal: str, compensate: str) -> list[Plan]:

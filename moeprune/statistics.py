@@ -236,7 +236,7 @@ def summarize(statistics: LayerStatistics) -> dict[str, Any]:
         `experts_for_mass_per_input` and `experts_for_mass_overall`: how many experts hold 50, 90 and
         99 % of one input's mass (mean), and of the mass of all inputs; `unused_experts`: those that
         never hold a tenth of a fair share 1/n; `informative`: whether the mass is concentrated enough
-        for the signal `combine` to tell experts apart (see INFORMATIVE_MASS).
+        for the signal `combine` to tell experts apart (see INFORMATIVE_MASS), and twice a uniform router's.
     """
     n = statistics.num_experts
     eighth = max(1, n // 8)
@@ -250,5 +250,5 @@ def summarize(statistics: LayerStatistics) -> dict[str, Any]:
         "experts_for_mass_per_input": statistics.experts_for_mass.tolist(),
         "experts_for_mass_overall": [int((overall < level * overall[-1]).sum()) + 1 for level in MASS_LEVELS],
         "unused_experts": (statistics.max_mass < 0.1 / n).nonzero().flatten().tolist(),
-        "informative": best_eighth_mass >= INFORMATIVE_MASS,
+        "informative": best_eighth_mass >= max(INFORMATIVE_MASS, 2 * eighth / n),
     }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
 from rich import table as rich_table
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from moeprune.document import Block, Cell, Document, Facts, Lines, Table
+from moeprune.document import Block, Cell, Document, Facts, Heading, Highlights, Interval, Lines, Table
+from moeprune.figure import Figure
 
 WIDTH = 160
 """Columns of text that goes to a file or a pipe: wide enough for every table."""
@@ -48,8 +49,12 @@ def to_text(document: Document, terminal_width: int | None = None) -> str:
 def _parts(block: Block) -> Iterator[RenderableType]:
     if isinstance(block, Lines):
         yield from (Text(line) for line in block.lines)
-    elif isinstance(block, Facts):
+    elif isinstance(block, Facts | Highlights):
         yield _facts(block.rows)
+    elif isinstance(block, Heading):
+        yield Text(block.text, style="bold")
+    elif isinstance(block, Figure):
+        yield Text(block.description)
     else:
         if block.title is not None:
             yield Text(block.title, style="bold")
@@ -71,10 +76,12 @@ def _table(table: Table) -> rich_table.Table:
 def _cell(cell: Cell) -> Text | str:
     if isinstance(cell, str):
         return cell
+    if isinstance(cell, Interval):
+        return cell.text
     return Text(cell.text, style="green" if cell.passed else "bold red")
 
 
-def _facts(rows: Iterable[tuple[str, str]]) -> rich_table.Table:
+def _facts(rows: Iterable[Sequence[str]]) -> rich_table.Table:
     drawn = rich_table.Table(box=None, show_header=False, pad_edge=False)
     drawn.add_column(no_wrap=True)
     drawn.add_column(overflow="fold")

@@ -1059,3 +1059,39 @@ def test_a_share_or_a_number_of_experts_may_be_kept(single, keep):
 def test_no_expert_at_all_is_a_control_of_the_python_api(single, keep):
     [layer] = soft_moe_layers(moeprune.prune(moeprune.load(single), keep=keep, scope="input")).values()
     assert layer.plan.k == 0
+
+
+def test_a_baseline_is_the_full_model(pruned, single, vit, run, tmp_path):
+    result = run("eval", single, "--data", "digits", "--limit", 9, "--baseline", pruned)
+    assert (result.code, result.stdout) == (2, "")
+    assert "is pruned itself, expected the full model" in result.stderr
+    model = moeprune.load(single)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    moeprune.save(model, tmp_path / "other.safetensors")
+    result = run(
+        "eval", pruned, "--data", "digits", "--limit", 9, "--baseline", tmp_path / "other.safetensors"
+    )
+    assert result.code == 0
+    assert "was not pruned from" in result.stderr
+
+
+def test_a_sweep_of_ways_that_do_not_exist_is_refused(single, small_analysis, run):
+    words = ("--scope", "input", "--compensate", "merge", "--signal", "combine")
+    result = run("eval", single, "--data", "digits", "--sweep", "1/8", "--analysis", small_analysis, *words)
+    assert (result.code, result.stdout) == (2, "")
+    assert "no way to prune has such a scope, signal and compensation together" in result.stderr
+
+
+def test_a_plan_alone_reads_no_data(single, run, tmp_path):
+    result = run("prune", single, "--keep", 8, "--data", "digits", "--save-plan", tmp_path / "plan.json")
+    assert (result.code, list(tmp_path.iterdir())) == (2, [])
+    assert "`--save-plan` alone reads no `--data`" in result.stderr
+
+
+@pytest.mark.parametrize(("closing", "code"), [("2>&-", 2), (">&-", 2), (">&- 2>&-", 2)])
+def test_closed_streams(closing, code):
+    command = f'"{sys.executable}" -m moeprune inspect nothing.safetensors {closing}'
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert "Traceback" not in result.stderr

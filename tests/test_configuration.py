@@ -308,16 +308,22 @@ def test_a_value_that_the_option_refuses_is_told_with_its_place(single, run, mon
     )
 
 
-def test_a_variable_that_sets_nothing_is_warned_of(single, run, monkeypatch):
-    monkeypatch.setenv("MOEPRUNE_EVAL_MIN_ACURACY", "1")
-    monkeypatch.setenv("MOEPRUNE_ELSEWHERE", "1")
-    result = run("eval", single, "--data", "digits", "--limit", 9)
-    assert result.code == 0
-    assert result.stderr == (
-        "warning: no option is set by `$MOEPRUNE_EVAL_MIN_ACURACY`:"
-        " did you mean `$MOEPRUNE_EVAL_MIN_ACCURACY`?\n"
-    )
-    assert run("inspect", single).stderr == ""
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("MOEPRUNE_EVAL_MIN_ACURACY", "did you mean `$MOEPRUNE_EVAL_MIN_ACCURACY`?"),
+        ("MOEPRUNE_MIN_ACURACY", "did you mean `$MOEPRUNE_MIN_ACCURACY`?"),
+        ("MOEPRUNE_ZZZ", "unset it"),
+    ],
+)
+def test_a_variable_that_sets_nothing_is_an_error(name, near, single, run, monkeypatch):
+    """Else a gate that is mistyped there would be no gate."""
+    monkeypatch.setenv(name, "1")
+    for words in (("eval", single, "--data", "digits", "--limit", 9, "--quiet"), ("inspect", single)):
+        result = run(*words)
+        assert (result.code, result.stdout) == (2, "")
+        assert f"error: no option is set by `${name}`" in result.stderr
+        assert near in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,16 @@ def test_flops_of_few_directions_equal_what_torch_counts(scope, compensation, co
 )
 def test_flops_are_split_by_what_they_are_for(plan, expected):
     assert soft_moe_flops(MOE, 9, plan) == expected
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("compensation", ["mean", "lstsq", "affine"])
+def test_flops_of_dynamic_slots_count_padded_tokens(compensation, rank):
+    config = SoftMoEConfig(8, 4, 4, 6, router_norm="none", dynamic_slots=True)
+    if rank is not None and compensation == "mean":
+        return
+    plan = LayerPlan("input", 2, 4, "combine", compensation, rank=rank)
+    layer = SoftMoE(config, plan)
+    for tokens in (13, 16):
+        x = torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(1))
+        assert counted(layer, x) == 2 * soft_moe_flops(config, tokens, plan).total

@@ -89,6 +89,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "--output": NO_OUTPUT,
     "--save-plan": NO_OUTPUT,
     "--frontier": (*NO_OUTPUT, "@new"),
+    "--report": (*NO_OUTPUT, "@new"),
     "--data": ("mnist", "digits:all", "@missing", "@text", ""),
     "--baseline": NO_FILE,
     "--analysis": NO_FILE,
@@ -132,8 +133,8 @@ WRONG_FOR = {("demo", "--output"): ("@", "@text", "@text/x")}
 """Where a command refuses other values of an option."""
 
 BY_VALUE = {
-    "--output", "--output-file", "--save-plan", "--frontier", "--data", "--baseline", "--analysis", "--plan",
-    "--device", "--key", "--preprocess",
+    "--output", "--output-file", "--save-plan", "--frontier", "--report", "--data", "--baseline",
+    "--analysis", "--plan", "--device", "--key", "--preprocess",
 }  # fmt: skip
 """Options whose value, a path or a name in backticks, may stand in the error in their own place."""
 

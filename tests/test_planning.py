@@ -295,3 +295,28 @@ def test_a_plan_that_is_not_there(tmp_path, single):
         read_plan(tmp_path, layers)
     with pytest.raises(MoepruneError, match="is no pruned checkpoint"):
         read_plan(single, layers)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"schema_version": True, "plan": {FIRST: {"k": 1}}}, "`schema_version` is True, expected 1"),
+        ({"schema_version": 1, "plan": {FIRST: {"k": 1}}, "extra": 1}, "unknown key `extra`"),
+        ({"schema_version": 1, "plan": {FIRST: {"k": 1, "scope": "input", "mass": True}}}, "`mass` is True"),
+        ({"schema_version": 1, "plan": {FIRST: {"k": "1"}}}, "'1' and 6, expected whole numbers"),
+        (
+            {
+                "schema_version": 1,
+                "plan": {FIRST: {"k": 1, "compensation": "affine", "rank": 2, "energy": 0.5}},
+            },
+            "`rank` and `energy` do not go together",
+        ),
+    ],
+)
+def test_plans_that_are_nearly_right(content, message, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(MoepruneError) as caught:
+        read_plan(path, three_layers().config.soft_moe_layers)
+    assert message in caught.value.message
+    assert "plan: " not in caught.value.message

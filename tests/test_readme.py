@@ -120,6 +120,9 @@ def recipe(request, workplace, monkeypatch):
 
 
 def check_what_a_recipe_leaves(name, report, verdict):
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert {"passed": ">passed<", "failed": ">FAILED<"}[verdict] in page
+    assert "Experts of <code>blocks.0.soft_moe</code>" in page
     if name == "github":
         assert {"passed": "::notice title", "failed": "::error title"}[verdict] in report
         written = Path("summary.md").read_text(encoding="utf-8")

@@ -66,16 +66,21 @@ def test_a_larger_drop_never_takes_more_experts(full):
 
 
 def test_no_plan_within_the_drop_is_an_error_that_names_the_least(full):
+    data = moeprune.open_data("digits:test", full.input_format, limit=30)
     with pytest.raises(
-        MoepruneError, match=r"within an accuracy drop of 0 on both halves.*the least drop among"
-    ):
-        prune_within_drop(full, "digits", 0.0, signal="random", compensate="renorm", runtime=CPU)
+        MoepruneError, match=r"drop of 0 on both halves.*the least drop on the worse half"
+    ) as e:
+        prune_within_drop(full, data, 0.0, signal="random", compensate="none", runtime=CPU)
+    assert float(e.value.message.split()[-1]) > 0
 
 
 def test_what_confirms_must_not_have_been_calibrated_on(full):
     analysis = moeprune.analyze(full, "digits:calibration", CPU)
     with pytest.raises(MoepruneError, match="must not be calibrated on"):
         prune_within_drop(full, "digits:calibration", 0.02, analysis=analysis, runtime=CPU)
+    some = moeprune.open_data("digits:calibration", full.input_format, limit=300)
+    with pytest.raises(MoepruneError, match="must not be calibrated on"):
+        prune_within_drop(full, some, 0.02, analysis=analysis, runtime=CPU)
     found = prune_within_drop(full, "digits:test", 0.02, analysis=analysis, runtime=CPU)
     assert found.report["confirmed"]["accuracy_drop"] <= 0.02
 
@@ -188,7 +193,7 @@ def test_a_search_on_the_command_line(single, run, run_json, tmp_path):
     assert found["plan"]["blocks.0.soft_moe"]["k"] <= 16
     text = run(*words, "-o", tmp_path / "again.safetensors")
     assert text.code == 0
-    assert "samples that the search of" in text.stdout
+    assert "samples that were not searched" in text.stdout
     assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
 

@@ -16,9 +16,11 @@ from moeprune.cli.options import (
     Factory,
     Limit,
     Preprocess,
+    Report,
     Split,
 )
 from moeprune.errors import MoepruneError
+from moeprune.files import write_text
 from moeprune.output import Reporter, warn
 
 NEEDS = {"oracle_samples": ("oracle",)}
@@ -43,6 +45,7 @@ def analyze(
     oracle_samples: Annotated[
         int | None, typer.Option(help="With --oracle: samples to compare.", min=1, show_default="256")
     ] = None,
+    report: Report = None,
     model: Factory = None,
     split: Split = None,
     preprocess: Preprocess = None,
@@ -55,10 +58,17 @@ def analyze(
 
     Runs calibration data through an unpruned checkpoint, once.
     """
-    reporter.check_outputs(output=output)
+    reporter.check_outputs(output=output, report=report)
+    if report is not None:
+        from moeprune.html import check_page
+
+        check_page(report)
     if oracle_samples is not None and not oracle:
         raise MoepruneError("`--oracle-samples` goes with `--oracle`", "add `--oracle`")
-    from moeprune import calibration, report
+    from moeprune import calibration, page
+    from moeprune import report as reports
+    from moeprune.evaluation import environment
+    from moeprune.html import to_html
     from moeprune.oracle import SAMPLES, compare_signals, require_comparable
     from moeprune.plan import scopes_of
     from moeprune.statistics import summarize
@@ -69,7 +79,6 @@ def analyze(
     if oracle:
         require_comparable(loaded, dataset)
     analysis = calibration.analyze(loaded, dataset, runtime)
-    calibration.save_analysis(analysis, output)
     layers = {
         name: {**summarize(statistics), "scopes": scopes_of([loaded.config.soft_moe_layers[name]])}
         for name, statistics in analysis.layers.items()
@@ -84,6 +93,7 @@ def analyze(
     compared = None
     if oracle:
         compared = compare_signals(loaded, analysis, dataset, oracle_samples or SAMPLES, runtime)
+    calibration.save_analysis(analysis, output)
     found = {
         "schema_version": 1,
         "checkpoint": str(checkpoint),
@@ -92,4 +102,9 @@ def analyze(
         "layers": layers,
         "oracle": compared,
     }
-    reporter.emit(found, report.analysis)
+    if report is not None:
+        background = page.Background(
+            provenance=loaded.details.provenance, analysis=analysis, environment=environment(runtime)
+        )
+        write_text(report, to_html(page.analysis(found, background)))
+    reporter.emit(found, reports.analysis)

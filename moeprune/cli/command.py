@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,7 +26,7 @@ from moeprune import __version__
 from moeprune.cli.options import Force, OutputFile, OutputFormat, Quiet, Summary, Verbose
 from moeprune.configuration import Configuration, Option, read_configuration
 from moeprune.errors import MoepruneError
-from moeprune.output import Reporter, emit_error, logger, messages, summary_file, warn
+from moeprune.output import Reporter, emit_error, logger, messages, summary_file
 
 Names = Mapping[str, Sequence[str]]
 """Options by the name of another option, as parameters: with underscores."""
@@ -153,15 +153,17 @@ def origin(context: Any, option: Any) -> str | None:
     return f"`{name}` of `{context.meta['configuration'].path}`"
 
 
-def unknown_variables(commands: Iterable[str]) -> Iterator[str]:
-    """What to say of variables that are to set options of these commands, and set none."""
-    for command in commands:
-        prefix = f"MOEPRUNE_{command}_".upper()
-        known = [variables(command, name.replace("-", "_"))[0] for name in rules_of[command].options]
-        for name in sorted(os.environ):
-            if name.startswith(prefix) and name not in known:
-                near = get_close_matches(name, known, n=1)
-                yield f"no option is set by `${name}`" + (f": did you mean `${near[0]}`?" if near else "")
+def require_known_variables() -> None:
+    """Raise a MoepruneError if a variable is to set an option, and sets none: a gate may be missing."""
+    known = {"MOEPRUNE_CONFIG"}
+    for command, rules in rules_of.items():
+        for option in rules.options:
+            known.update(variables(command, option.replace("-", "_")))
+    for name in sorted(os.environ):
+        if name.startswith("MOEPRUNE_") and name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.8)
+            hint = f"did you mean `${near[0]}`?" if near else "unset it; `moeprune config` shows all options"
+            raise MoepruneError(f"no option is set by `${name}`", hint)
 
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -220,8 +222,7 @@ def add_command(
         reporter = None
         try:
             with messages(values["quiet"], values["verbose"]) as warnings:
-                for warning in unknown_variables([name] if name != "config" else rules_of):
-                    warn(warning)
+                require_known_variables()
                 for left_out in context.meta["left_out"]:
                     logger.info(left_out)
                 reporter = reporter_of(

@@ -17,10 +17,12 @@ from moeprune.cli.options import (
     Factory,
     Limit,
     Preprocess,
+    Report,
     Seed,
     Split,
 )
 from moeprune.errors import MoepruneError
+from moeprune.files import write_text
 from moeprune.gate import GATES, check_limits, judge
 from moeprune.output import Reporter, check_choice, warn
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep, scopes_of
@@ -36,7 +38,8 @@ DISPLACES = {
 }
 """See moeprune.cli.command.Rules, like NEEDS."""
 NEEDS = {
-    **dict.fromkeys(("analysis", "scope", "signal", "compensate"), ("sweep", "frontier")),
+    **dict.fromkeys(("scope", "signal", "compensate"), ("sweep", "frontier")),
+    "analysis": ("sweep", "frontier", "report"),
     "latency_batch": ("latency",),
     "confidence": JUDGED,
 }
@@ -61,7 +64,7 @@ def eval(
         ),
     ] = None,
     analysis: Annotated[
-        Path | None, typer.Option(help="With --sweep or --frontier: what `moeprune analyze` wrote.")
+        Path | None, typer.Option(help="With --sweep, --frontier or --report: what `moeprune analyze` wrote.")
     ] = None,
     scope: Annotated[
         list[str] | None, typer.Option(help="With --sweep: only this scope (repeatable).")
@@ -106,6 +109,7 @@ def eval(
             " place of the value itself."
         ),
     ] = None,
+    report: Report = None,
     model: Factory = None,
     split: Split = None,
     preprocess: Preprocess = None,
@@ -130,22 +134,35 @@ def eval(
     }
     if latency_batch and not latency:
         raise MoepruneError("`--latency-batch` goes with `--latency`", "add `--latency`")
-    sweep_only = {"--analysis": analysis, "--scope": scope, "--signal": signal, "--compensate": compensate}
-    if sweep is None and frontier is None:
+    sweep_only = {"--scope": scope, "--signal": signal, "--compensate": compensate}
+    reporter.check_outputs(frontier=frontier, report=report)
+    if report is not None:
+        from moeprune.html import check_page
+
+        check_page(report)
+    is_sweep = sweep is not None or frontier is not None
+    if not is_sweep:
         for option, given in sweep_only.items():
             if given:
                 raise MoepruneError(f"`{option}` goes with `--sweep`", "add `--sweep 1/16,1/8,1/4`")
+        if analysis is not None and report is None:
+            raise MoepruneError(
+                "`--analysis` goes with `--sweep`, `--frontier` or `--report`", "add `--sweep 1/16,1/8,1/4`"
+            )
         check_limits(limits, baseline is not None, latency, confidence)
         keeps = []
     else:
         gates = [*limits.values(), confidence]
-        _check_sweep(reporter, frontier, sweep_only, baseline, latency, gates)
+        _check_sweep(frontier, analysis, sweep_only, baseline, latency, gates)
         keeps = [] if sweep is None else [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
-    from moeprune import evaluation, report
-    from moeprune.calibration import load_analysis
+    from moeprune import evaluation, page
+    from moeprune import report as reports
+    from moeprune.calibration import load_analysis, require_analysis_of
     from moeprune.compensation import MAX_REGRESSORS
     from moeprune.frontier import KEEPS, on_frontier, variants
+    from moeprune.html import to_html
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
+    from moeprune.model import fingerprint, plan_of, unpruned_fingerprint
     from moeprune.plot import plot_frontier
     from moeprune.sweep import COMPENSATIONS_TRIED, grid, without_large_refits
     from moeprune.sweep import sweep as run_sweep
@@ -156,7 +173,12 @@ def eval(
     loaded = load_model(checkpoint, model, preprocess)
     dataset = open_data(data, loaded, split, "test", limit)
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
-    if analysis is not None:
+    analysed = None if analysis is None else load_analysis(analysis)
+    background = page.Background(
+        plan_of(loaded), loaded.details.provenance, analysed, evaluation.environment(runtime)
+    )
+    if is_sweep:
+        assert analysed is not None
         first, *others = scopes_of(loaded.config.soft_moe_layers.values())
         todo: Sequence[Variant]
         labels: Sequence[str | None]
@@ -167,6 +189,11 @@ def eval(
             todo, left_out = without_large_refits(
                 grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS_TRIED, first), loaded
             )
+            if not any(v.signal != "random" and v.keep for v in (*todo, *left_out)) and signal != ["random"]:
+                raise MoepruneError(
+                    "no way to prune has such a scope, signal and compensation together",
+                    "`gram`, `refit` and `merge` go with scope static alone, `merge` not with `gram`",
+                )
             if left_out:
                 shares = ", ".join(dict.fromkeys(str(variant.keep) for variant in left_out))
                 warn(
@@ -174,7 +201,7 @@ def eval(
                 )
             labels = (None,) * len(todo)
         measured_batches = latency_batches if latency else None
-        results = run_sweep(loaded, todo, load_analysis(analysis), dataset, seed, runtime, measured_batches)
+        results = run_sweep(loaded, todo, analysed, dataset, seed, runtime, measured_batches)
         rows = [{"label": label, **row} for label, (row, _) in zip((None, *labels), results, strict=True)]
         for row, best in zip(rows, on_frontier(rows), strict=True):
             row["on_frontier"] = best
@@ -187,27 +214,40 @@ def eval(
         if frontier is not None:
             title = f"{checkpoint.name} on {dataset.spec} ({dataset.samples} samples)"
             plot_frontier(rows, title, frontier)
-        reporter.emit(found, report.sweep)
+        if report is not None:
+            write_text(report, to_html(page.sweep(found, background)))
+        reporter.emit(found, reports.sweep)
         return 0
     full = None if baseline is None else load_model(baseline, model, preprocess)
+    if full is not None and plan_of(full):
+        raise MoepruneError(
+            f"`--baseline {baseline}` is pruned itself, expected the full model",
+            "give the checkpoint that the model was pruned from",
+        )
+    if full is not None and plan_of(loaded) and unpruned_fingerprint(loaded) != fingerprint(full):
+        warn(f"`{checkpoint}` was not pruned from `{baseline}`: what is compared is another full model")
+    if analysed is not None:
+        require_analysis_of(loaded.config.soft_moe_layers, unpruned_fingerprint(loaded), analysed)
     found["baseline"] = None if baseline is None else str(baseline)
     found |= evaluation.evaluate(loaded, dataset, full, runtime, latency_batches if latency else None)
     for name in (found["forgetting"] or {}).get("collapsed", ()):
         entry = next(entry for entry in found["forgetting"]["classes"] if entry["class"] == name)
         warn(
-            f"class {name} collapsed: {report.percent(entry['baseline_accuracy'])} →"
-            f" {report.percent(entry['accuracy'])} of its {entry['samples']} samples, while the average"
-            f" accuracy changed by {report.points(-found['difference']['accuracy_drop'])}"
+            f"class {name} collapsed: {reports.percent(entry['baseline_accuracy'])} →"
+            f" {reports.percent(entry['accuracy'])} of its {entry['samples']} samples, while the average"
+            f" accuracy changed by {reports.points(-found['difference']['accuracy_drop'])}"
         )
     found["gates"] = judge(found, limits, confidence)
     found["passed"] = all(gate["passed"] for gate in found["gates"])
-    reporter.emit(found, report.evaluation)
+    if report is not None:
+        write_text(report, to_html(page.evaluation(found, background)))
+    reporter.emit(found, reports.evaluation)
     return 0 if found["passed"] else 1
 
 
 def _check_sweep(
-    reporter: Reporter,
     frontier: Path | None,
+    analysis: Path | None,
     sweep_only: dict[str, Any],
     baseline: Path | None,
     latency: bool,
@@ -220,7 +260,7 @@ def _check_sweep(
             f"`{which}` prunes the full model in many ways: it takes no `--baseline` and no gates",
             "give them to an eval of the checkpoint that you choose",
         )
-    if sweep_only["--analysis"] is None:
+    if analysis is None:
         raise MoepruneError(f"`{which}` needs `--analysis`", "write one with `moeprune analyze`")
     for option, choices in (("--scope", SCOPES), ("--signal", SIGNALS), ("--compensate", COMPENSATIONS)):
         if frontier is not None and sweep_only[option]:
@@ -236,6 +276,5 @@ def _check_sweep(
     from moeprune.merging import require_scipy
     from moeprune.plot import check_plot
 
-    reporter.check_outputs(frontier=frontier)
     check_plot(frontier)
     require_scipy()

@@ -30,6 +30,10 @@ Preprocess = Annotated[
         help="Override one preprocessing setting, such as resize=256 or mean=0.5.", metavar="KEY=VALUE"
     ),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option(help="Write a page with figures there too: one file of HTML that needs nothing beside it."),
+]
 OutputFormat = Annotated[
     str, typer.Option(help="Format of the report: text, json, markdown, github (annotations) or junit.")
 ]

@@ -165,7 +165,8 @@ def prune(
     if not is_possible(scope, signal, compensate):
         static = f"--signal {signal}" if signal == "gram" else f"--compensate {compensate}"
         raise MoepruneError(
-            f"`{static}` is for one set for all inputs, not for `--scope {scope}`", "give `--scope static`"
+            f"`{static}` is for one set for all inputs, not for `--scope {scope}`",
+            f"give `--scope static`, or another `{static.split()[0]}`",
         )
     if energy is not None and (compensate not in FITTED or not 0 < energy < 1):
         raise MoepruneError(
@@ -178,6 +179,11 @@ def prune(
         )
     if one_shot and data is not None:
         raise MoepruneError("`--one-shot` reads no data", "leave `--data` or `--one-shot` out")
+    if data is not None and output is None:
+        raise MoepruneError(
+            "`--save-plan` alone reads no `--data`",
+            "leave it out, or give `--output` to choose experts by it",
+        )
     if data is None and (split is not None or limit is not None):
         raise MoepruneError("`--split` and `--limit` go with `--data`", "give the data that they are of")
     if max_accuracy_drop is not None and (data is None or output is None or one_shot):
