@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from moeprune.architecture import ModuleConfig, ViTConfig, module_from_json, vit_from_json
 from moeprune.errors import MoepruneError
+from moeprune.flops import tokens_of
 from moeprune.header import Header, is_too_large, require_format
 from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 from moeprune.preprocessing import Preprocessing, preprocessing_from_json
@@ -75,6 +77,14 @@ def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Deta
         raise MoepruneError(f"`{path}`: {error.message}", error.hint) from None
     if not config.soft_moe_layers:
         raise MoepruneError(f"no Soft MoE layers in `{path}`", "there is nothing to prune in it")
+    for name, moe in config.soft_moe_layers.items():
+        tokens = tokens_of(config, name)
+        slots = math.ceil(tokens / moe.num_experts)
+        if moe.dynamic_slots and moe.slots_per_expert != slots:
+            raise MoepruneError(
+                f"`{path}`: layer `{name}` has {moe.slots_per_expert} dynamic slots per expert, expected"
+                f" {slots}: {tokens} tokens for {moe.num_experts} experts"
+            )
     for name, layer in plan.items():
         if layer.merges and layer.merged_into is None:
             raise MoepruneError(f"`{path}`: the plan of layer `{name}` lacks `merged_into`")

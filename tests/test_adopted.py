@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import moeprune
 from moeprune import adopted
 from moeprune.adopted import AdoptedModel, adopt
+from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
 from moeprune.checkpoint import read
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
-from moeprune.model import soft_moe_layers
+from moeprune.model import SoftMoEViT, soft_moe_layers
 from moeprune.pruning import prune
 from moeprune.runtime import Runtime
 from tests.test_soft_moe import relative_error
@@ -543,3 +544,12 @@ def test_a_factory_does_not_go_with_a_model_of_ours(run, single):
     result = run("eval", single, "--data", "digits", "--model", "user_models:tower")
     assert result.code == 2
     assert "needs no `--model`" in result.stderr
+
+
+def test_a_checkpoint_with_other_dynamic_slots_than_its_tokens_make_is_refused(tmp_path):
+    soft_moe = SoftMoEConfig(8, 4, 5, 6, router_norm="none", dynamic_slots=True)
+    config = ViTConfig((8, 8), (2, 2), 1, 3, dim=8, num_heads=2, blocks=(BlockConfig(soft_moe=soft_moe),))
+    model = SoftMoEViT(config)
+    moeprune.save(model, tmp_path / "model.safetensors")
+    with pytest.raises(MoepruneError, match="has 5 dynamic slots per expert, expected 4: 16 tokens for 4"):
+        moeprune.load(tmp_path / "model.safetensors")

@@ -45,11 +45,16 @@ def _in_force(name: str, command: Any, context: typer.Context) -> dict[str, Any]
         if source.name != "DEFAULT":
             value = option.process_value(of_command, value)
         options[option.name.replace("_", "-")] = {
-            "value": _json_value(value),
+            "value": _json_value(option.show_default if value is None and _is_said(option) else value),
             "source": SOURCES[source.name],
             "place": place(of_command, option),
         }
     return options
+
+
+def _is_said(option: TyperOption) -> bool:
+    """Whether the help says what an option without a value stands for."""
+    return isinstance(option.show_default, str)
 
 
 def _json_value(value: Any) -> Any:
