@@ -24,7 +24,7 @@ from moeprune.errors import MoepruneError
 from moeprune.flops import soft_moe_flops
 from moeprune.plan import LayerPlan, Plan
 from moeprune.preprocessing import InputFormat
-from moeprune.soft_moe import SoftMoE
+from moeprune.soft_moe import SoftMoE, layer_of_tensors
 from moeprune.sources import bwconrad_layer, fkodom, lucidrains
 from moeprune.tensors import differences
 
@@ -97,10 +97,8 @@ def adopt(
     for name, library in libraries.items():
         layer_version = version if named == library.LIBRARY else None
         config, tensors = library.describe(module.get_submodule(name), name, tokens[name], layer_version)
-        with torch.device("meta"):
-            ours = SoftMoE(config)
-        ours.load_state_dict({key: tensor.detach() for key, tensor in tensors.items()}, assign=True)
-        module = _replaced(module, name, ours.requires_grad_(False).eval())
+        ours = layer_of_tensors(config, None, {key: tensor.detach() for key, tensor in tensors.items()})
+        module = _replaced(module, name, ours)
     total, classes = _flops(module, input_shape)
     layers = {
         f"module.{name}".rstrip("."): AdoptedLayer(layer_of(module, name).config, libraries[name].LIBRARY, m)

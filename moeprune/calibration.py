@@ -189,11 +189,8 @@ def divergences(
     """
     changes = {name: torch.zeros((), dtype=torch.float64) for name in models}
     has_head = full.input_format.classes > 0
-    for inputs, _ in runtime.batches(data, what):
-        expected = runtime.forward(full, inputs).float()
-        for name, model in models.items():
-            found = runtime.forward(model, inputs).float()
-            changes[name] += _change(found, expected, has_head).sum().to("cpu", torch.float64)
+    for name, found, expected in runtime.beside(models, full, data, what):
+        changes[name] += _change(found, expected, has_head).sum().to("cpu", torch.float64)
     return {name: change / data.samples for name, change in changes.items()}
 
 

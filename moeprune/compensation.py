@@ -25,7 +25,14 @@ from torch import Tensor
 
 from moeprune.architecture import SoftMoEConfig
 from moeprune.calibration import observe_layers
-from moeprune.contributions import Contributions, halves, kinds_of_regressors, regressors, wide_dtype
+from moeprune.contributions import (
+    Contributions,
+    added_tensors,
+    halves,
+    kinds_of_regressors,
+    regressors,
+    wide_dtype,
+)
 from moeprune.data import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.model import Model, soft_moe_layers
@@ -185,14 +192,8 @@ def add_correction(layer: SoftMoE, correction: Tensor) -> None:
     Its rows are of the layer's slots in the order of phi's columns, then for `affine` of the input's
     tokens, of their mean, and of the bias.
     """
-    n, p, _ = layer.slot_shape
-    correction = correction.to(layer.surrogate)
-    layer.surrogate += correction[: n * p].unflatten(0, (n, p))
-    if layer.plan is not None and layer.plan.has_affine:
-        token, mean, bias = correction[n * p :].split([layer.config.dim, layer.config.dim, 1])
-        layer.affine_token += token
-        layer.affine_mean += mean
-        layer.affine_bias += bias[0]
+    for name, rows in added_tensors(layer, correction.to(layer.surrogate)).items():
+        getattr(layer, name).add_(rows)
 
 
 def _observed(

@@ -58,6 +58,20 @@ def kinds_of_regressors(layer: SoftMoE, compensation: str) -> list[int]:
     return [n * p, d, d, 1] if compensation in AFFINE else [n * p]
 
 
+def added_tensors(layer: SoftMoE, rows: Tensor) -> dict[str, Tensor]:
+    """The rows (q,…) that go with a pruned layer's regressors, slots in the order of phi's columns, as the
+    tensors of the layer that hold what they add.
+    """
+    assert layer.plan is not None
+    n, p, _ = layer.slot_shape
+    of_slots, *affine = rows.split(kinds_of_regressors(layer, layer.plan.compensation))
+    tensors = {"surrogate": of_slots.unflatten(0, (n, p))}
+    if affine:
+        token, mean, bias = affine
+        tensors |= {"affine_token": token, "affine_mean": mean, "affine_bias": bias[0]}
+    return tensors
+
+
 def regressors(observation: Observation, compensation: str) -> Tensor:
     """Z (b,m,q): the combine weights, without those of the slots that ran for their own input; for
     `affine` also the layer's input, the mean of its tokens, and 1.

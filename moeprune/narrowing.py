@@ -15,9 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moeprune.contributions import added_tensors
 from moeprune.flops import soft_moe_flops
 from moeprune.plan import LayerPlan
-from moeprune.soft_moe import SoftMoE
+from moeprune.soft_moe import SoftMoE, layer_of_tensors
 
 
 def narrowed(layer: SoftMoE, wanted: LayerPlan, power: Tensor, tokens: int) -> SoftMoE:
@@ -59,16 +60,6 @@ def _added(layer: SoftMoE) -> Tensor:
 
 def _with_basis(layer: SoftMoE, plan: LayerPlan, factor: Tensor, basis: Tensor) -> SoftMoE:
     """The layer with V·Bᵀ (q,r) and B (r,o) in place of V."""
-    n, p, _ = layer.slot_shape
-    tensors = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    narrow = {"surrogate": factor[: n * p].unflatten(0, (n, p)), "basis": basis}
-    if plan.has_affine:
-        token, mean, bias = factor[n * p :].split([layer.config.dim, layer.config.dim, 1])
-        narrow |= {"affine_token": token, "affine_mean": mean, "affine_bias": bias[0]}
-    tensors |= {name: tensor.to(layer.surrogate).contiguous() for name, tensor in narrow.items()}
-    if plan.scope != "static" and plan.signal != "combine":
-        tensors["score_weights"] = layer.score_weights
-    with torch.device("meta"):
-        result = SoftMoE(layer.config, plan)
-    result.load_state_dict(tensors, assign=True)
-    return result.requires_grad_(False).eval()
+    narrow = {**added_tensors(layer, factor), "basis": basis}
+    tensors = {name: tensor.to(layer.surrogate).contiguous() for name, tensor in narrow.items()}
+    return layer_of_tensors(layer.config, plan, {**layer.state_dict(), **tensors})

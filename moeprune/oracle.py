@@ -40,7 +40,6 @@ from moeprune.model import (
 from moeprune.plan import experts_to_keep
 from moeprune.runtime import Runtime
 from moeprune.scores import top_k
-from moeprune.selection import best_kept
 from moeprune.soft_moe import Observation, SoftMoE, mean_token
 from moeprune.statistics import LayerStatistics
 
@@ -99,8 +98,7 @@ def compare_signals(
     layers = require_dense_layers(model, "compare signals on the unpruned checkpoint")
     data = dataset_for(model, data, split="test")
     require_comparable(model, data)
-    configs = {name: layer.config for name, layer in layers.items()}
-    require_analysis_of(configs, fingerprint(model), analysis)
+    require_analysis_of(model.config.soft_moe_layers, fingerprint(model), analysis)
     data = data.few(samples)
     model.to(runtime.torch_device)
     contests = {name: _Contest(model, name, analysis.layers[name], runtime) for name in layers}
@@ -216,7 +214,7 @@ class _Contest:
         self.runtime = runtime
         self.ks = sorted({experts_to_keep(share, n, name) for share in SHARES})
         self.deviation = statistics.deviation.to(device)
-        self.of_gram = {k: torch.tensor([best_kept(statistics.gram, n, k)], device=device) for k in self.ks}
+        self.of_gram = {k: torch.tensor([statistics.best_kept(k, "none")], device=device) for k in self.ks}
         self.ks_of_greedy = self.ks if n <= EXHAUSTIVE_EXPERTS else self.ks[:1]
         self.all_masks = {k: all_subsets(n, k).to(device) for k in self.ks if n <= EXHAUSTIVE_EXPERTS}
         self.generator = torch.Generator().manual_seed(0)  # of the signal `random`

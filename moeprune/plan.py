@@ -55,14 +55,14 @@ class LayerPlan:
         (moeprune.merging).
     kept: with scope `static` the kept experts by their index in the unpruned layer, ascending; None where
         the signal is yet to choose them, which no checkpoint leaves open.
+    mass: with scope `input`, that each input runs the fewest experts, best first, that hold this share of
+        its combine mass; None: k of them.
+    merged_into: with `merge`, for each dropped expert, ascending, the kept one that it is folded into; None
+        where data is yet to tell.
     rank: with a fitted compensation, in how many directions of the output it is given (moeprune.narrowing);
         None: in all of them.
     energy: that the rank is yet to be chosen: the fewest directions that hold this share of what the
         compensation adds, if that makes it cheaper.
-    merged_into: with `merge`, for each dropped expert, ascending, the kept one that it is folded into; None
-        where data is yet to tell.
-    mass: with scope `input`, that each input runs the fewest experts, best first, that hold this share of
-        its combine mass; None: k of them.
     """
 
     scope: str

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 from moeprune.architecture import ModuleConfig, SoftMoEConfig, ViTConfig
@@ -153,13 +153,14 @@ def plans_for(
     option = "--max-flops" if max_size is None else "--max-size"
     planned = plan_within(
         config, costs, budget, analysis,
-        scope=scope, signal=signal, compensation=compensation, option=option,
+        scope=scope, signal=signal, compensation=compensation, energy=energy, option=option,
     )  # fmt: skip
     require_fitting_plan(planned, config.soft_moe_layers)
     share = uniform_within(costs, budget)
-    uniform = planned if share is None else plan_of_experts(config, share, scope, signal, compensation)
-    plans = [planned] if uniform == planned else [planned, uniform]
-    return [{name: replace(layer, energy=energy) for name, layer in plan.items()} for plan in plans]
+    uniform = (
+        planned if share is None else plan_of_experts(config, share, scope, signal, compensation, energy)
+    )
+    return [planned] if uniform == planned else [planned, uniform]
 
 
 def plan_within(
@@ -171,6 +172,7 @@ def plan_within(
     scope: str,
     signal: str,
     compensation: str,
+    energy: float | None = None,
     option: str,
 ) -> Plan:
     """The plan that costs a share of the full model at most and is expected to lose least.
@@ -183,7 +185,7 @@ def plan_within(
         costs: of its plans.
         budget: the share.
         analysis: of the model; needed with scope `static`.
-        scope: see moeprune.plan.LayerPlan, like signal and compensation.
+        scope: see moeprune.plan.LayerPlan, like signal, compensation and energy.
         option: how messages call the budget.
 
     Raises:
@@ -211,7 +213,7 @@ def plan_within(
         uniform = uniform_within(costs, budget)
         assert uniform is not None
         experts = uniform
-    return plan_of_experts(config, experts, scope, signal, compensation)
+    return plan_of_experts(config, experts, scope, signal, compensation, energy)
 
 
 def uniform_within(costs: Costs, budget: float) -> dict[str, int] | None:
@@ -230,11 +232,16 @@ def _uniform_choices(costs: Costs) -> list[dict[str, int]]:
 
 
 def plan_of_experts(
-    config: ViTConfig | ModuleConfig, experts: Mapping[str, int], scope: str, signal: str, compensation: str
+    config: ViTConfig | ModuleConfig,
+    experts: Mapping[str, int],
+    scope: str,
+    signal: str,
+    compensation: str,
+    energy: float | None = None,
 ) -> Plan:
     """The plan that keeps k experts in each layer, which the signal is yet to choose."""
     return {
-        name: LayerPlan(scope, experts[name], layer.num_experts, signal, compensation)
+        name: LayerPlan(scope, experts[name], layer.num_experts, signal, compensation, energy=energy)
         for name, layer in config.soft_moe_layers.items()
     }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from moeprune.data import Batch, Dataset
 from moeprune.errors import MoepruneError
 
 logger = logging.getLogger(__name__)
+K = TypeVar("K")
 
 AUTOCAST_DTYPES = {"float32": None, "fp32": None, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
@@ -82,6 +84,15 @@ class Runtime:
         logger.info(
             f"{what}: {data.samples} samples in {seconds:.2f} s, {data.samples / seconds:.0f} samples/s"
         )
+
+    def beside(
+        self, models: Mapping[K, nn.Module], full: nn.Module, data: Dataset, what: str
+    ) -> Iterator[tuple[K, Tensor, Tensor]]:
+        """For each batch of one pass and each model: its key, its output and the full model's, in float32."""
+        for inputs, _ in self.batches(data, what):
+            expected = self.forward(full, inputs).float()
+            for key, model in models.items():
+                yield key, self.forward(model, inputs).float(), expected
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """The model's output, without gradients, in this runtime's precision."""

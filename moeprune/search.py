@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -31,7 +31,6 @@ from moeprune.model import (
     fingerprint,
     private_copy,
     require_dense_layers,
-    soft_moe_layers,
 )
 from moeprune.plan import Plan
 from moeprune.planning import flops_costs, plan_of_experts, plan_within, size_costs
@@ -103,12 +102,9 @@ def _differences(
     full, *copies = (private_copy(model).to(device) for model in (full, *models))
     changed = torch.zeros(len(models), dtype=torch.int64)
     squares = torch.zeros(len(models), dtype=torch.float64)
-    for inputs, _ in runtime.batches(data, "compare plans"):
-        expected = runtime.forward(full, inputs).float()
-        for index, model in enumerate(copies):
-            found = runtime.forward(model, inputs).float()
-            changed[index] += (found.argmax(-1) != expected.argmax(-1)).sum().cpu()
-            squares[index] += (found - expected).square().sum().cpu()
+    for index, found, expected in runtime.beside(dict(enumerate(copies)), full, data, "compare plans"):
+        changed[index] += (found.argmax(-1) != expected.argmax(-1)).sum().cpu()
+        squares[index] += (found - expected).square().sum().cpu()
     return list(zip(changed.tolist(), squares.tolist(), strict=True))
 
 
@@ -149,8 +145,7 @@ def prune_within_drop(
         for members, name in zip(halves(0, data.samples), ("half to search", "half to confirm"), strict=True)
     )
     if analysis is not None:
-        layers = {name: layer.config for name, layer in soft_moe_layers(model).items()}
-        require_analysis_of(layers, fingerprint(model), analysis)
+        require_analysis_of(model.config.soft_moe_layers, fingerprint(model), analysis)
         _require_other_data(analysis, data, runtime)
     [full_searched] = predict([model], searched, runtime, "full model")
     if analysis is None:
@@ -158,13 +153,12 @@ def prune_within_drop(
     else:
         calibration = calibration_data(model, analysis)
     described = describe(model, full_searched)
-    plans = _ladder(model, analysis, scope, signal, compensate)
+    plans = _ladder(model, analysis, scope, signal, compensate, energy)
     tried: dict[int, dict[str, Any]] = {}
 
     def attempt(index: int) -> Model | None:
         """The pruned model, if it is within the drop on the part that is searched."""
-        plan = {name: replace(layer, energy=energy) for name, layer in plans[index].items()}
-        pruned = prune(model, analysis, plan=plan, data=calibration, seed=seed, runtime=runtime)
+        pruned = prune(model, analysis, plan=plans[index], data=calibration, seed=seed, runtime=runtime)
         [predictions] = predict([pruned], searched, runtime, f"try {len(tried) + 1}")
         difference = compare(describe(pruned, predictions), described, predictions, full_searched)
         tried[index] = {
@@ -231,9 +225,12 @@ def _require_other_data(analysis: Analysis, data: Dataset, runtime: Runtime) -> 
     however many of its samples.
     """
     made_from = analysis.provenance["data"]
-    for _ in data.batches(runtime.batch_size):
-        pass  # the fingerprint is known behind it
-    if data.fingerprint == made_from["fingerprint"] or _is_same_source(data.spec, made_from["spec"]):
+    is_same = _is_same_source(data.spec, made_from["spec"])
+    if not is_same:
+        for _ in data.batches(runtime.batch_size):
+            pass  # the fingerprint is known behind it
+        is_same = data.fingerprint == made_from["fingerprint"]
+    if is_same:
         raise MoepruneError(
             f"the analysis was made from `{data.spec}` too: what confirms a drop must not be calibrated on",
             "leave `--analysis` out, so that the half that is searched is calibrated on, or give other"
@@ -247,7 +244,9 @@ def _is_same_source(spec: str, other: str) -> bool:
     return spec == other
 
 
-def _ladder(model: Model, analysis: Analysis, scope: str, signal: str, compensate: str) -> list[Plan]:
+def _ladder(
+    model: Model, analysis: Analysis, scope: str, signal: str, compensate: str, energy: float | None
+) -> list[Plan]:
     """Plans from the smallest to nearly the full model: what is kept grows, or what is dropped shrinks, by
     about the same factor each time. Those whose refit is not affordable are left out.
     """
@@ -272,10 +271,11 @@ def _ladder(model: Model, analysis: Analysis, scope: str, signal: str, compensat
                 scope=scope,
                 signal=signal,
                 compensation=compensate,
+                energy=energy,
                 option="keep",
             )
         else:
-            plan = plan_of_experts(config, experts, scope, signal, compensate)
+            plan = plan_of_experts(config, experts, scope, signal, compensate, energy)
         key = tuple(layer.k for layer in plan.values())
         is_affordable = all(
             is_affordable_refit(config.soft_moe_layers[name], layer) for name, layer in plan.items()

@@ -18,7 +18,7 @@ experts by kept ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -355,6 +355,14 @@ class SoftMoE(nn.Module):
         wide = torch.promote_types(router_logits.dtype, torch.float32)
         weights = router_logits[:, :, :stored].softmax(0 if over_batch else 1, dtype=wide)
         return weights.flatten(2).mT.to(router_logits.dtype)
+
+
+def layer_of_tensors(config: SoftMoEConfig, plan: LayerPlan | None, tensors: Mapping[str, Tensor]) -> SoftMoE:
+    """A layer that has these tensors themselves as parameters and buffers, to run and not to train."""
+    with torch.device("meta"):
+        layer = SoftMoE(config, plan)
+    layer.load_state_dict(tensors, assign=True)
+    return layer.requires_grad_(False).eval()
 
 
 def is_dropped(chosen: Tensor, combine_weights: Tensor) -> Tensor:

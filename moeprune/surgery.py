@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moeprune.merging import merged_experts
 from moeprune.plan import LayerPlan
-from moeprune.soft_moe import SoftMoE
+from moeprune.soft_moe import SoftMoE, layer_of_tensors
+from moeprune.tensors import soft_moe_shapes
 
 
 def prune_layer(
@@ -48,13 +49,10 @@ def prune_layer(
         if plan.scope == "static":
             slot_mean = static_surrogate(plan, slot_mean)
         tensors["surrogate"] = slot_mean.to(layer.fc2_weight, copy=True)
-    with torch.device("meta"):
-        pruned = SoftMoE(layer.config, plan)
-    if plan.has_affine:
-        shapes = {name: buffer.shape for name, buffer in pruned.named_buffers() if name.startswith("affine")}
-        tensors |= {name: layer.fc2_weight.new_zeros(shape) for name, shape in shapes.items()}
-    pruned.load_state_dict(tensors, assign=True)
-    return pruned.requires_grad_(False).eval()
+    for name, shape in soft_moe_shapes(layer.config, plan).items():
+        if name.startswith("affine"):
+            tensors[name] = layer.fc2_weight.new_zeros(shape)
+    return layer_of_tensors(layer.config, plan, tensors)
 
 
 def static_surrogate(plan: LayerPlan, slot_mean: Tensor) -> Tensor:

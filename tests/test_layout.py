@@ -70,7 +70,6 @@ LEVELS = (
         "data",
         "contributions",
         "surgery",
-        "narrowing",
         "sources.checks",
         "state_dict",
         "streaming",
@@ -80,6 +79,7 @@ LEVELS = (
     (
         "output",
         "runtime",
+        "narrowing",
         "statistics",
         "sources.bwconrad",
     ),

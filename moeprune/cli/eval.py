@@ -28,6 +28,9 @@ from moeprune.output import Reporter, check_choice, warn
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep, scopes_of
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from moeprune.model import Model
     from moeprune.sweep import Variant
 
 JUDGED = tuple(gate.name for gate in GATES)
@@ -158,13 +161,11 @@ def eval(
     from moeprune import evaluation, page
     from moeprune import report as reports
     from moeprune.calibration import load_analysis, require_analysis_of
-    from moeprune.compensation import MAX_REGRESSORS
     from moeprune.frontier import KEEPS, on_frontier, variants
     from moeprune.html import to_html
     from moeprune.latency import BATCH_SIZES, check_batch_sizes
     from moeprune.model import fingerprint, plan_of, unpruned_fingerprint
     from moeprune.plot import plot_frontier
-    from moeprune.sweep import COMPENSATIONS_TRIED, grid, without_large_refits
     from moeprune.sweep import sweep as run_sweep
 
     latency_batches = latency_batch or BATCH_SIZES
@@ -179,26 +180,13 @@ def eval(
     )
     if is_sweep:
         assert analysed is not None
-        first, *others = scopes_of(loaded.config.soft_moe_layers.values())
+        scopes = scopes_of(loaded.config.soft_moe_layers.values())
         todo: Sequence[Variant]
         labels: Sequence[str | None]
         if frontier is not None:
-            labels, todo = zip(*variants(keeps or KEEPS, (first, *others)), strict=True)
+            labels, todo = zip(*variants(keeps or KEEPS, scopes), strict=True)
         else:
-            scopes = scope or (first, *others)
-            todo, left_out = without_large_refits(
-                grid(keeps, scopes, signal or SIGNALS, compensate or COMPENSATIONS_TRIED, first), loaded
-            )
-            if not any(v.signal != "random" and v.keep for v in (*todo, *left_out)) and signal != ["random"]:
-                raise MoepruneError(
-                    "no way to prune has such a scope, signal and compensation together",
-                    "`gram`, `refit` and `merge` go with scope static alone, `merge` not with `gram`",
-                )
-            if left_out:
-                shares = ", ".join(dict.fromkeys(str(variant.keep) for variant in left_out))
-                warn(
-                    f"`refit` is left out at {shares}: it would take more than {MAX_REGRESSORS:,} regressors"
-                )
+            todo = _ways(loaded, keeps, scopes, scope, signal, compensate)
             labels = (None,) * len(todo)
         measured_batches = latency_batches if latency else None
         results = run_sweep(loaded, todo, analysed, dataset, seed, runtime, measured_batches)
@@ -243,6 +231,32 @@ def eval(
         write_text(report, to_html(page.evaluation(found, background)))
     reporter.emit(found, reports.evaluation)
     return 0 if found["passed"] else 1
+
+
+def _ways(
+    model: Model,
+    keeps: Sequence[Fraction | int],
+    possible_scopes: Sequence[str],
+    scopes: list[str] | None,
+    signals: list[str] | None,
+    compensations: list[str] | None,
+) -> list[Variant]:
+    """What a sweep evaluates: all that is possible of what was asked for; warns of what is left out."""
+    from moeprune.compensation import MAX_REGRESSORS
+    from moeprune.sweep import COMPENSATIONS_TRIED, grid, without_large_refits
+
+    compensations = compensations or list(COMPENSATIONS_TRIED)
+    every = grid(keeps, scopes or possible_scopes, signals or SIGNALS, compensations, possible_scopes[0])
+    ways, left_out = without_large_refits(every, model)
+    if not any(way.signal != "random" and way.keep for way in (*ways, *left_out)) and signals != ["random"]:
+        raise MoepruneError(
+            "no way to prune has such a scope, signal and compensation together",
+            "`gram`, `refit` and `merge` go with scope static alone, `merge` not with `gram`",
+        )
+    if left_out:
+        shares = ", ".join(dict.fromkeys(str(way.keep) for way in left_out))
+        warn(f"`refit` is left out at {shares}: it would take more than {MAX_REGRESSORS:,} regressors")
+    return ways
 
 
 def _check_sweep(
