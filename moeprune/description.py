@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +78,7 @@ def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Deta
         raise MoepruneError(f"no Soft MoE layers in `{path}`", "there is nothing to prune in it")
     for name, moe in config.soft_moe_layers.items():
         tokens = tokens_of(config, name)
-        slots = math.ceil(tokens / moe.num_experts)
+        slots = -(-tokens // moe.num_experts)  # rounded up, also where a damaged file has endless tokens
         if moe.dynamic_slots and moe.slots_per_expert != slots:
             raise MoepruneError(
                 f"`{path}`: layer `{name}` has {moe.slots_per_expert} dynamic slots per expert, expected"
