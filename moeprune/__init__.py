@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeprune.adopted import adopt
-    from moeprune.calibration import analyze, load_analysis, save_analysis
-    from moeprune.data import open_data
+    from moeprune.calibration.analysis import analyze, load_analysis, save_analysis
+    from moeprune.data.datasets import open_data
     from moeprune.errors import MoepruneError
-    from moeprune.evaluation import evaluate
-    from moeprune.model import load, save
-    from moeprune.pruning import prune
-    from moeprune.runtime import Runtime
+    from moeprune.evaluation.evaluate import evaluate
+    from moeprune.models.adopted import adopt
+    from moeprune.models.model import load, save
+    from moeprune.models.runtime import Runtime
+    from moeprune.pruning.apply import prune
 
 __version__ = "0.1.0"
 
@@ -33,16 +33,16 @@ __all__ = [
 
 _HOMES = {
     "MoepruneError": "errors",
-    "Runtime": "runtime",
-    "adopt": "adopted",
-    "analyze": "calibration",
-    "evaluate": "evaluation",
-    "load": "model",
-    "load_analysis": "calibration",
-    "open_data": "data",
-    "prune": "pruning",
-    "save": "model",
-    "save_analysis": "calibration",
+    "Runtime": "models.runtime",
+    "adopt": "models.adopted",
+    "analyze": "calibration.analysis",
+    "evaluate": "evaluation.evaluate",
+    "load": "models.model",
+    "load_analysis": "calibration.analysis",
+    "open_data": "data.datasets",
+    "prune": "pruning.apply",
+    "save": "models.model",
+    "save_analysis": "calibration.analysis",
 }
 
 

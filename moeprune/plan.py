@@ -45,22 +45,21 @@ class LayerPlan:
         one set for each batch (Algorithm 2).
     k: experts that run; with a mass, that run at most.
     num_experts: experts of the unpruned layer (n).
-    signal: the score that ranks the experts (moeprune.scores); `gram`, with scope `static` alone, looks
-        at sets of experts (moeprune.selection).
+    signal: the score that ranks the experts ; `gram`, with scope `static` alone, looks at sets
+        of experts.
     compensation: what a dropped expert gives: nothing (`none`), nothing while the combine softmax
         is taken over the kept ones (`renorm`), its mean output (`mean`), the output that fits
         the unpruned layer best (`lstsq`), or that beside a linear map of the layer's input (`affine`).
         `refit`, with scope `static` alone, does the last and fits the kept experts' second linears too.
         `merge`, with scope `static` alone, folds dropped experts into kept ones, which run their slots too
-        (moeprune.merging).
+        (moeprune.layers.merging).
     kept: with scope `static` the kept experts by their index in the unpruned layer, ascending; None where
         the signal is yet to choose them, which no checkpoint leaves open.
     mass: with scope `input`, that each input runs the fewest experts, best first, that hold this share of
         its combine mass; None: k of them.
     merged_into: with `merge`, for each dropped expert, ascending, the kept one that it is folded into; None
         where data is yet to tell.
-    rank: with a fitted compensation, in how many directions of the output it is given (moeprune.narrowing);
-        None: in all of them.
+    rank: with a fitted compensation, in how many directions of the output it is given ; None: in all of them.
     energy: that the rank is yet to be chosen: the fewest directions that hold this share of what the
         compensation adds, if that makes it cheaper.
     """

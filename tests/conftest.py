@@ -81,7 +81,7 @@ def run_json(run: Callable[..., Result]) -> Callable[..., dict[str, Any]]:
 
 
 def _shipped(name: str) -> Iterator[Path]:
-    with resources.as_file(resources.files("moeprune") / "checkpoints" / f"{name}.safetensors") as path:
+    with resources.as_file(resources.files("moeprune.demo") / "checkpoints" / f"{name}.safetensors") as path:
         yield path
 
 

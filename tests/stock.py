@@ -16,11 +16,12 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 import moeprune
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.description import Details
-from moeprune.model import SoftMoEViT
-from moeprune.preprocessing import Preprocessing
-from moeprune.train import initialize
+from moeprune.data.preprocessing import Preprocessing
+from moeprune.demo.train import initialize
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.description import Details
+from moeprune.models.model import SoftMoEViT
 from tests.endings import complaint
 
 SAMPLES = 12

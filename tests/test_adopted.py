@@ -13,15 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import moeprune
-from moeprune import adopted
-from moeprune.adopted import AdoptedModel, adopt
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.checkpoint import read
-from moeprune.data import Dataset
+from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
-from moeprune.model import SoftMoEViT, soft_moe_layers
-from moeprune.pruning import prune
-from moeprune.runtime import Runtime
+from moeprune.files.checkpoint import read
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models import adopted
+from moeprune.models.adopted import AdoptedModel, adopt
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT, soft_moe_layers
+from moeprune.models.runtime import Runtime
+from moeprune.pruning.apply import prune
 from tests.test_soft_moe import relative_error
 
 lucidrains = pytest.importorskip("soft_moe_pytorch")
@@ -249,7 +250,7 @@ def test_flops_of_an_adopted_model_equal_what_torch_counts():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from moeprune.evaluation import size_and_cost
+    from moeprune.evaluation.evaluate import size_and_cost
 
     theirs = randomized(encoder())
     model = adopt(theirs, SHAPE)

@@ -20,8 +20,9 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 import moeprune
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.model import SoftMoEViT
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT
 from tests.endings import files_under
 
 SAMPLES = 12

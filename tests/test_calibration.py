@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 import moeprune
-from moeprune import calibration
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.calibration import observe_layers
-from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.calibration import analysis as calibration
+from moeprune.calibration.analysis import observe_layers
+from moeprune.calibration.selection import best_kept
+from moeprune.calibration.statistics import LayerStatistics
+from moeprune.demo.train import initialize
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.surgery import prune_layer
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT, soft_moe_layers
+from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
-from moeprune.runtime import Runtime
-from moeprune.selection import best_kept
-from moeprune.statistics import LayerStatistics
-from moeprune.surgery import prune_layer
-from moeprune.train import initialize
 
 CPU = Runtime(device="cpu")
 MODELS = ("single", "two_layers")
@@ -47,7 +48,7 @@ def write_inputs(path, labels: list[int] | None, samples: int = 23) -> str:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> dict:
     """By model: the model and its calibration data, 60 and 23 samples."""
-    single = moeprune.load(files("moeprune") / "checkpoints" / "single.safetensors")
+    single = moeprune.load(files("moeprune.demo") / "checkpoints" / "single.safetensors")
     random = two_layer_model()
     path = write_inputs(tmp_path_factory.mktemp("data") / "a.npz", [(0, 2, 5)[i % 3] for i in range(23)])
     return {
@@ -200,7 +201,7 @@ def test_statistics_do_not_depend_on_the_batch_size(name, batch_size, cases, ana
 
 
 def test_gram_matrix_of_a_batch_in_parts_is_the_same(monkeypatch, cases, analyses):
-    monkeypatch.setattr("moeprune.contributions.GRAM_WORKSPACE", 1000)  # 5 inputs of 10 slots at once
+    monkeypatch.setattr("moeprune.calibration.sums.GRAM_WORKSPACE", 1000)  # 5 inputs of 10 slots at once
     parts = moeprune.analyze(*cases["two_layers"], CPU)
     for layer, statistics in analyses["two_layers"].layers.items():
         torch.testing.assert_close(parts.layers[layer].gram, statistics.gram, rtol=1e-5, atol=1e-6)

@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 import moeprune
-from moeprune.architecture import vit_from_json
 from moeprune.cli import app, command
-from moeprune.evaluation import Predictions, compare
-from moeprune.gate import judge
-from moeprune.model import SoftMoEViT, soft_moe_layers
-from moeprune.output import FORMATS, Reporter
+from moeprune.cli.reporter import FORMATS, Reporter
+from moeprune.evaluation.evaluate import Predictions, compare
+from moeprune.evaluation.gates import judge
+from moeprune.models.architecture import vit_from_json
+from moeprune.models.model import SoftMoEViT, soft_moe_layers
+from moeprune.models.tensors import tensor_shapes
 from moeprune.plan import LayerPlan
-from moeprune.tensors import tensor_shapes
 from tests.schemas import complaints
 
 SCOPES = ("static", "input", "batch")
@@ -179,7 +179,7 @@ def test_inspect_shows_paths_as_they_are(single, run, tmp_path, directory):
 def test_analyze_json_summarizes_each_layer(vit, run_json, tmp_path):
     path = tmp_path / "analysis.safetensors"
     found = run_json("analyze", vit, "--data", "pairs", "--limit", 30, "-o", path)
-    assert set(found) == {"schema_version", "checkpoint", "analysis", "data", "layers", "oracle"}
+    assert set(found) == {"schema_version", "checkpoint", "analysis", "data", "layers"}
     assert found["analysis"] == str(path)
     assert (found["data"]["spec"], found["data"]["samples"]) == ("pairs:calibration", 30)
     assert list(found["layers"]) == list(soft_moe(vit))
@@ -502,7 +502,7 @@ def test_bf16_is_about_as_accurate(single, run_json):
 
 
 def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis, run, monkeypatch):
-    monkeypatch.setattr("moeprune.compensation.MAX_REGRESSORS", 300)
+    monkeypatch.setattr("moeprune.pruning.compensation.MAX_REGRESSORS", 300)
     found = run(
         "eval", single, "--data", "digits", "--limit", 20, "--analysis", small_analysis,
         "--sweep", "1/2,1/16", "--scope", "static", "--signal", "combine",

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 import moeprune
-from moeprune import compensation as compensation_module
-from moeprune.calibration import observe_layers
-from moeprune.compensation import Gathered, fit_routed, fit_static, gather, refit_kept
-from moeprune.contributions import regressors
-from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.calibration.analysis import observe_layers
+from moeprune.calibration.ridge import GAIN_KEPT, LAMBDAS, Equations, solve_held_out
+from moeprune.calibration.sums import regressors
+from moeprune.layers.scores import combine_mass
+from moeprune.layers.soft_moe import Observation
+from moeprune.layers.surgery import prune_layer
+from moeprune.models.model import SoftMoEViT, soft_moe_layers
+from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
-from moeprune.regression import GAIN_KEPT, LAMBDAS, Equations, solve_held_out
-from moeprune.runtime import Runtime
-from moeprune.scores import combine_mass
-from moeprune.soft_moe import Observation
-from moeprune.surgery import prune_layer
+from moeprune.pruning import compensation as compensation_module
+from moeprune.pruning.compensation import Gathered, fit_routed, fit_static, gather, refit_kept
 from tests.reference import reference_layer
 from tests.test_calibration import two_layer_model, write_inputs
 
@@ -133,7 +133,7 @@ def test_only_slots_that_did_not_run_for_their_input_are_regressors():
 
 @pytest.fixture(scope="module")
 def calibrated():
-    model = moeprune.load(files("moeprune") / "checkpoints" / "single.safetensors")
+    model = moeprune.load(files("moeprune.demo") / "checkpoints" / "single.safetensors")
     data = moeprune.open_data("digits:calibration", model.input_format, limit=200)
     return model, data, moeprune.analyze(model, data, CPU)
 
@@ -198,7 +198,7 @@ def test_the_set_that_the_gram_matrix_chooses_leaves_less_error(compensate, cali
 
 
 def test_lstsq_repairs_what_earlier_pruned_layers_broke():
-    model = moeprune.load(files("moeprune") / "checkpoints" / "vit.safetensors")
+    model = moeprune.load(files("moeprune.demo") / "checkpoints" / "vit.safetensors")
     data = moeprune.open_data("pairs:calibration", model.input_format, limit=300)
     last, runtime = list(soft_moe_layers(model))[-1], Runtime(device="cpu", batch_size=150)
     errors = []

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from moeprune import contributions
-from moeprune.contributions import Contributions, half_of, lost_gram, regressors
-from moeprune.regression import LAMBDAS
-from moeprune.soft_moe import select
-from moeprune.statistics import MomentsAccumulator
+from moeprune.calibration import sums as contributions
+from moeprune.calibration.ridge import LAMBDAS
+from moeprune.calibration.statistics import MomentsAccumulator
+from moeprune.calibration.sums import Contributions, half_of, lost_gram, regressors
+from moeprune.layers.soft_moe import select
 from tests.test_compensation import column_scale, direct_ridge
 from tests.test_soft_moe import D, M, N, dense_layer, inputs, observe
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import moeprune
-from moeprune.preprocessing import InputFormat, Preprocessing
+from moeprune.data.preprocessing import InputFormat, Preprocessing
 
 GREY = InputFormat(1, 8, 8, classes=10)
 COLOUR = InputFormat(3, 8, 8, classes=10)

@@ -8,13 +8,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import moeprune
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.flops import Flops, soft_moe_flops, vit_flops
-from moeprune.model import SoftMoEViT, plan_of
+from moeprune.demo.train import initialize, pairs_config, single_layer_config
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.flops import Flops
+from moeprune.layers.soft_moe import SoftMoE
+from moeprune.layers.surgery import prune_layer
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.flops import vit_flops
+from moeprune.models.model import SoftMoEViT, plan_of
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, LayerPlan, is_possible
-from moeprune.soft_moe import SoftMoE
-from moeprune.surgery import prune_layer
-from moeprune.train import initialize, pairs_config, single_layer_config
 
 MOE = SoftMoEConfig(12, num_experts=6, slots_per_expert=2, hidden_dim=5)
 ATTENTION_AND_MLP = BlockConfig(mlp_dim=20)
@@ -110,7 +112,7 @@ def test_flops_of_a_pruned_layer_equal_what_torch_counts(scope, compensation, k,
         plan = replace(plan, merged_into=tuple(j % k for j in plan.dropped))
     pruned = prune_layer(layer, plan, None, torch.ones(layer.slot_shape), torch.ones(6))
     x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
-    assert counted(pruned, x) == 2 * soft_moe_flops(config, 9, pruned.plan).total
+    assert counted(pruned, x) == 2 * config.flops(9, pruned.plan).total
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.expert)
@@ -124,7 +126,7 @@ def test_flops_of_few_directions_equal_what_torch_counts(scope, compensation, co
     )
     layer = SoftMoE(config, plan)
     x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
-    assert counted(layer, x) == 2 * soft_moe_flops(config, 9, plan).total
+    assert counted(layer, x) == 2 * config.flops(9, plan).total
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_flops_of_few_directions_equal_what_torch_counts(scope, compensation, co
     ],
 )
 def test_flops_are_split_by_what_they_are_for(plan, expected):
-    assert soft_moe_flops(MOE, 9, plan) == expected
+    assert MOE.flops(9, plan) == expected
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -159,4 +161,4 @@ def test_flops_of_dynamic_slots_count_padded_tokens(compensation, rank):
     layer = SoftMoE(config, plan)
     for tokens in (13, 16):
         x = torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(1))
-        assert counted(layer, x) == 2 * soft_moe_flops(config, tokens, plan).total
+        assert counted(layer, x) == 2 * config.flops(tokens, plan).total

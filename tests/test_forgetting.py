@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from moeprune.forgetting import forgetting
-from moeprune.intervals import paired_difference
+from moeprune.evaluation.forgetting import forgetting
+from moeprune.evaluation.intervals import paired_difference
 
 
 def case(seed: int, samples=400, classes=6) -> tuple[list[int], list[int], list[int]]:

@@ -9,9 +9,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from moeprune.errors import MoepruneError
-from moeprune.frontier import KEEPS, METHODS, on_frontier, variants
 from moeprune.plan import SCOPES
-from moeprune.plot import check_plot, plot_frontier
+from moeprune.pruning.frontier import KEEPS, METHODS, on_frontier, variants
+from moeprune.report.plot import check_plot, plot_frontier
 
 
 def row(accuracy, size, flops, label="static by gram, affine", keep="1/8"):

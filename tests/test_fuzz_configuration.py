@@ -35,7 +35,7 @@ def good(stock: Stock) -> dict[str, Any]:
         "dtype": "float32",
         "quiet": False,
         "inspect": {"output-format": "json"},
-        "analyze": {"output": "analysis.safetensors", "oracle": False},
+        "analyze": {"output": "analysis.safetensors"},
         "prune": {"output": "pruned.safetensors", "keep": "1/2", "signal": "random", "seed": 3},
         "eval": {
             "baseline": str(stock.path("dense.safetensors")),

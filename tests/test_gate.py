@@ -11,11 +11,11 @@ from scipy.stats import beta, binom, binomtest, bootstrap, norm
 
 import moeprune
 from moeprune.errors import MoepruneError
-from moeprune.evaluation import predict
-from moeprune.evidence import Drop, Median, Share, samples_needed
-from moeprune.gate import check_limits, judge
-from moeprune.intervals import drop_at_most, median_at_least, paired_difference, share_at_least
-from moeprune.runtime import Runtime
+from moeprune.evaluation.evaluate import predict
+from moeprune.evaluation.evidence import Drop, Median, Share, samples_needed
+from moeprune.evaluation.gates import check_limits, judge
+from moeprune.evaluation.intervals import drop_at_most, median_at_least, paired_difference, share_at_least
+from moeprune.models.runtime import Runtime
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99, 0.9999)
 GATE_KEYS = {

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from moeprune.checkpoint import tensor_infos
 from moeprune.errors import MoepruneError
-from moeprune.header import DTYPES, TensorInfo, read_header
+from moeprune.files.checkpoint import tensor_infos
+from moeprune.files.header import DTYPES, TensorInfo, read_header
 
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 SECOND = {**GOOD, "data_offsets": [8, 16]}

@@ -19,16 +19,16 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import moeprune
-from moeprune.document import Document, Facts, Heading, Highlights, Interval, Lines, Table
-from moeprune.figure import Axis, Bars, Figure, HeatMap, Plot, Series
-from moeprune.gate import judge
-from moeprune.html import to_html
-from moeprune.markdown import to_markdown
-from moeprune.masses import experts_of
-from moeprune.page import Background, analysis
+from moeprune.evaluation.gates import judge
 from moeprune.plan import LayerPlan
-from moeprune.report import gates
-from moeprune.text import to_text
+from moeprune.report.commands import gates
+from moeprune.report.document import Document, Facts, Heading, Highlights, Interval, Lines, Table
+from moeprune.report.figure import Axis, Bars, Figure, HeatMap, Plot, Series
+from moeprune.report.html import to_html
+from moeprune.report.markdown import to_markdown
+from moeprune.report.masses import experts_of
+from moeprune.report.page import Background, analysis
+from moeprune.report.text import to_text
 
 NASTY = "<script>alert(1)<script>&\"'<b>`x`</b>"
 LIMITS = ("--max-accuracy-drop", 0.001, "--min-size-reduction", 0.5)

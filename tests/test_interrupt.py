@@ -19,8 +19,9 @@ import pytest
 
 import moeprune
 from moeprune.__main__ import main
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.model import SoftMoEViT
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT
 from tests.endings import time_limit
 from tests.stock import SOURCE_ARGS, Stock
 

@@ -4,7 +4,7 @@ from math import comb, factorial
 import pytest
 from scipy.stats import binomtest
 
-from moeprune.intervals import mcnemar, paired_difference, wilson
+from moeprune.evaluation.intervals import mcnemar, paired_difference, wilson
 
 Z90 = 1.6448536269514722
 

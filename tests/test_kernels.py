@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import moeprune
-from moeprune import routed, soft_moe
-from moeprune.runtime import Runtime
-from moeprune.scores import top_k
+from moeprune.layers import experts as routed
+from moeprune.layers import soft_moe
+from moeprune.layers.scores import top_k
+from moeprune.models.runtime import Runtime
 from tests.reference import best_subset, reference_layer
 from tests.test_soft_moe import (
     COMPENSATIONS,
@@ -32,7 +33,7 @@ from tests.test_soft_moe import (
     surrogates,
 )
 
-kernels = pytest.importorskip("moeprune.kernels", reason="Triton is not installed")
+kernels = pytest.importorskip("moeprune.layers.kernels", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [
     torch.float16,
@@ -270,8 +271,8 @@ def test_layer_without_experts_runs(scope):
 
 def test_without_triton_there_are_no_kernels(monkeypatch):
     routed._kernels.cache_clear()
-    monkeypatch.setitem(sys.modules, "moeprune.kernels", None)
-    monkeypatch.delattr("moeprune.kernels")
+    monkeypatch.setitem(sys.modules, "moeprune.layers.kernels", None)
+    monkeypatch.delattr("moeprune.layers.kernels")
     assert routed._kernels() is None
     routed._kernels.cache_clear()
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import moeprune
-from moeprune import latency
-from moeprune.latency import interleaved, ready_batches, seconds_of_call, summarize_latency
+from moeprune.evaluation import latency
+from moeprune.evaluation.latency import interleaved, ready_batches, seconds_of_call, summarize_latency
 
 CPU = torch.device("cpu")
 BATCH_KEYS = {
@@ -413,7 +413,7 @@ def test_out_of_memory_asks_for_smaller_batches(call, run, monkeypatch, measure)
 
 
 def test_out_of_memory_without_latency_does_not_speak_of_it(call, run, monkeypatch):
-    monkeypatch.setattr("moeprune.evaluation.predict", no_memory)
+    monkeypatch.setattr("moeprune.evaluation.evaluate.predict", no_memory)
     result = run(*call[:-1])
     assert result.code == 2
     assert result.stderr.endswith("\n\nhint: give a smaller `--batch-size`\n")

@@ -1,9 +1,8 @@
-"""How the package is laid out: imports go down only, heavy libraries stay where they belong."""
+"""How the package is laid out: imports go down only, and heavy libraries stay out of the start-up."""
 
 from __future__ import annotations
 
 import ast
-import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,263 +14,67 @@ import moeprune
 
 PACKAGE = Path(moeprune.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
-
-LEVELS = (
-    (
-        "errors",
-        "intervals",
-        "scores",
-        "selection",
-        "regression",
-        "kernels",
-        "sources.lookalikes",
-        "cli.options",
-        "figure",
-        "markup",
-        "png",
-    ),
-    (
-        "document",
-        "architecture",
-        "plan",
-        "configuration",
-        "evidence",
-        "forgetting",
-        "files",
-        "header",
-        "preprocessing",
-        "digits",
-        "routed",
-        "sources.given",
-        "sources.modules",
-    ),
-    (
-        "report",
-        "text",
-        "markdown",
-        "flops",
-        "merging",
-        "gate",
-        "plan_file",
-        "tensors",
-        "soft_moe",
-        "checkpoint",
-        "images",
-        "sources.interface",
-        "sources.bwconrad_layer",
-        "sources.lucidrains",
-        "sources.fkodom",
-        "draw",
-    ),
-    (
-        "annotations",
-        "junit",
-        "size",
-        "data",
-        "contributions",
-        "surgery",
-        "sources.checks",
-        "state_dict",
-        "streaming",
-        "html",
-        "trade_off",
-    ),
-    (
-        "output",
-        "runtime",
-        "narrowing",
-        "statistics",
-        "sources.bwconrad",
-    ),
-    (
-        "cli.command",
-        "sources",
-        "masses",
-    ),
-    (
-        "cli.config",
-        "description",
-    ),
-    (
-        "adopted",
-        "cli.inspect",
-    ),
-    ("model",),
-    (
-        "calibration",
-        "latency",
-        "train",
-        "parity",
-        "cli.opening",
-    ),
-    (
-        "compensation",
-        "evaluation",
-        "conversion",
-        "adoption",
-        "planning",
-        "page",
-    ),
-    (
-        "pruning",
-        "oracle",
-        "cli.convert",
-    ),
-    (
-        "search",
-        "sweep",
-        "cli.analyze",
-    ),
-    (
-        "demo",
-        "frontier",
-        "cli.prune",
-    ),
-    (
-        "plot",
-        "cli.demo",
-    ),
-    ("cli.eval",),
-    ("cli",),
-    ("__main__",),
-)
-"""A module imports from levels above its own in this table only, never from its own or below."""
-
-WITHOUT_TORCH = {
-    "errors", "plan", "plan_file", "gate", "evidence", "flops", "intervals", "architecture", "report",
-    "files", "header", "preprocessing", "output", "tensors", "size", "description", "__init__", "sources",
-    "configuration", "document", "text", "markdown", "annotations", "junit", "cli.config",
-    "figure", "markup", "png", "draw", "html", "trade_off",
-}  # fmt: skip
-TOP_LEVEL = {"moeprune", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"}
+LEVELS = [
+    "errors",
+    "plan",
+    "layers",
+    "files",
+    "data",
+    "models",
+    "calibration",
+    "evaluation",
+    "pruning",
+    "demo",
+    "report",
+    "cli",
+]
+"""A package imports from those to its left."""
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-MODULES = sorted(FILES)
+TOP_LEVEL = {"moeprune", "tests", "pyproject.toml", "README.md", "CHANGELOG.md"}
 
 
-def tree(module: str) -> ast.Module:
-    return ast.parse(FILES[module].read_text(encoding="utf-8"))
-
-
-@functools.cache
-def imports(module: str, lazy: bool = True) -> tuple[str, ...]:
-    """Dotted names that a module imports when it runs: not those under TYPE_CHECKING.
-
-    Args:
-        lazy: with those inside functions.
-    """
+def imports(module: str) -> set[str]:
+    """The modules of the package that a module imports, also inside functions, not under TYPE_CHECKING."""
     names: list[str] = []
-    waiting: list[ast.AST] = [tree(module)]
+    waiting: list[ast.AST] = [ast.parse(FILES[module].read_text(encoding="utf-8"))]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.Import):
-            names += (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} imports relatively"
-            assert node.module is not None
+        if isinstance(node, ast.ImportFrom) and node.module:
             names += (f"{node.module}.{name.name}" for name in node.names)
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             waiting += node.orelse
-        elif lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        else:
             waiting += ast.iter_child_nodes(node)
-    return tuple(names)
+    own = [name.removeprefix("moeprune.") for name in names if name.startswith("moeprune.")]
+    return {name if name in FILES else name.rpartition(".")[0] for name in own} - {""}
 
 
-def imported_modules(module: str, lazy: bool = True) -> set[str]:
-    """The modules of the package that a module imports."""
-    names = [name.removeprefix("moeprune.") for name in imports(module, lazy) if name.startswith("moeprune.")]
-    return {found for name in names if (found := module_of(name)) is not None}
+@pytest.mark.parametrize("module", sorted(set(FILES) - {"__init__", "__main__"}))
+def test_imports_go_down_only(module):
+    own = LEVELS.index(module.split(".")[0])
+    assert all(LEVELS.index(name.split(".")[0]) <= own for name in imports(module))
 
 
-def module_of(name: str) -> str | None:
-    """The module that a dotted name stands in, without the package's own name."""
-    while name and name not in MODULES:
-        name = name.rpartition(".")[0]
-    return name or None
-
-
-def libraries(module: str, lazy: bool = True) -> set[str]:
-    return {name.split(".")[0] for name in imports(module, lazy)}
-
-
-def test_the_table_names_every_module():
-    named = [module for level in LEVELS for module in level]
-    assert sorted([*named, "__init__"]) == MODULES
+def test_no_imports_go_round_in_a_circle():
+    left = {module: imports(module) - {module} for module in FILES}
+    while free := {module for module, needed in left.items() if not needed & set(left)}:
+        left = {module: needed for module, needed in left.items() if module not in free}
+    assert not left
 
 
 @pytest.mark.parametrize(
-    ("level", "module"), [(i, module) for i, level in enumerate(LEVELS) for module in level]
+    ("code", "absent"),
+    [
+        ("import moeprune.cli", {"torch", "numpy", "scipy", "rich"}),
+        ("from moeprune.models.description import read_description", {"torch", "numpy"}),
+    ],
 )
-def test_imports_go_down_only(level, module):
-    lower = {name for names in LEVELS[:level] for name in names}
-    assert imported_modules(module) <= lower
-
-
-@pytest.mark.parametrize("level", range(1, len(LEVELS)))
-def test_no_level_is_higher_than_it_must_be(level):
-    """Every module of a level needs one of the level right below."""
-    for module in LEVELS[level]:
-        assert imported_modules(module) & set(LEVELS[level - 1]), module
-
-
-def test_the_package_itself_imports_nothing_of_it_at_once():
-    assert imported_modules("__init__", lazy=False) == set()
-
-
-@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH))
-def test_plain_modules_and_all_they_import_do_without_torch(module):
-    waiting, seen = [module], set()
-    while waiting:
-        name = waiting.pop()
-        seen.add(name)
-        assert not libraries(name) & {"torch", "numpy", "safetensors"}, name
-        waiting += imported_modules(name) - seen
-
-
-def test_the_command_line_imports_torch_in_its_commands_only():
-    waiting, seen = ["__main__", "cli"], set()
-    while waiting:
-        name = waiting.pop()
-        seen.add(name)
-        assert not libraries(name, lazy=False) & {"torch", "numpy", "safetensors", "rich"}, name
-        waiting += imported_modules(name, lazy=False) - seen
-    assert {"gate", "plan", "errors"} <= seen
-
-
-def users_of(library: str) -> set[str]:
-    return {module for module in MODULES if library in libraries(module)}
-
-
-def test_libraries_are_used_where_they_belong():
-    assert all(name.startswith("cli.") for name in users_of("typer"))
-    assert users_of("rich") == {"text"}
-    assert users_of("safetensors") == {"checkpoint", "data"}
-    assert users_of("sklearn") == {"digits"}
-    assert "sklearn" not in libraries("digits", lazy=False)
-    assert users_of("triton") == {"kernels"}
-    assert "kernels" not in imported_modules("routed", lazy=False)
-    assert users_of("PIL") <= {"data", "images"}
-    assert "PIL" not in libraries("data", lazy=False) | libraries("images", lazy=False)
-
-
-def test_the_package_imports_its_dependencies_only():
-    known = {
-        "torch", "numpy", "typer", "safetensors", "rich", "tqdm", "tomli", "sklearn", "PIL", "triton",
-        "moeprune",
-    }  # fmt: skip
-    for module in MODULES:
-        optional = {"sources.bwconrad": {"soft_moe"}, "plot": {"matplotlib"}, "merging": {"scipy"}}
-        own = optional.get(module, set())
-        assert libraries(module) <= known | own | sys.stdlib_module_names, module
-        assert not libraries(module, lazy=False) & own, module
-
-
-def test_only_the_file_of_a_library_knows_its_name():
-    of_libraries = {"sources.bwconrad"}
-    for module in MODULES:
-        assert not imported_modules(module) & of_libraries or module == "sources", module
+def test_start_up_does_without_heavy_libraries(code, absent):
+    check = f"{code}; import sys; print(*(set(sys.modules) & {absent!r}))"
+    assert subprocess.check_output([sys.executable, "-c", check], text=True).split() == []
 
 
 def test_the_repository_holds_little_at_its_top():
@@ -295,9 +98,9 @@ def public_definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AS
                 yield from public_definitions(child, f"{prefix}.{child.name}")
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", sorted(FILES))
 def test_everything_public_has_a_docstring(module):
-    parsed = tree(module)
+    parsed = ast.parse(FILES[module].read_text(encoding="utf-8"))
     assert ast.get_docstring(parsed)
     lacking = [name for name, node in public_definitions(parsed, module) if not ast.get_docstring(node)]
     assert lacking == []

@@ -14,16 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import moeprune
-from moeprune import checkpoint
-from moeprune.adoption import adopt_file
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.conversion import convert
 from moeprune.errors import MoepruneError
-from moeprune.header import read_header
-from moeprune.model import SoftMoEViT
+from moeprune.files import checkpoint
+from moeprune.files.header import read_header
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.soft_moe import SoftMoE
+from moeprune.layers.surgery import prune_layer
+from moeprune.models.adoption import adopt_file
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.conversion import convert
+from moeprune.models.model import SoftMoEViT
 from moeprune.plan import LayerPlan
-from moeprune.soft_moe import SoftMoE
-from moeprune.surgery import prune_layer
 from tests.peers import has
 
 MIB = 1 << 20
@@ -31,7 +32,7 @@ RESIDENT = """
 import json, sys
 import torch
 import moeprune
-from moeprune.model import soft_moe_layers
+from moeprune.models.model import soft_moe_layers
 
 def resident():
     mapped, total = False, 0

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import moeprune
-from moeprune.architecture import SoftMoEConfig
 from moeprune.errors import MoepruneError
-from moeprune.merging import nearest_kept
-from moeprune.model import soft_moe_layers
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.merging import nearest_kept
+from moeprune.layers.soft_moe import SoftMoE
+from moeprune.layers.surgery import prune_layer
+from moeprune.models.model import soft_moe_layers
+from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
-from moeprune.runtime import Runtime
-from moeprune.soft_moe import SoftMoE
-from moeprune.surgery import prune_layer
 from tests.reference import reference_layer
 
 CPU = Runtime("cpu", batch_size=64)

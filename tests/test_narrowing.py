@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import moeprune
-from moeprune.calibration import observe_layers
-from moeprune.contributions import regressors
+from moeprune.calibration.analysis import observe_layers
+from moeprune.calibration.sums import regressors
 from moeprune.errors import MoepruneError
-from moeprune.model import soft_moe_layers
+from moeprune.models.model import soft_moe_layers
+from moeprune.models.runtime import Runtime
 from moeprune.plan import FITTED, plan_from_json
-from moeprune.runtime import Runtime
 from tests.reference import reference_layer, reference_mass
 
 CPU = Runtime("cpu", batch_size=64)

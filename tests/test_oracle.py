@@ -1,4 +1,4 @@
-"""Subsets of experts that signals pick, against the best one: brute force, pruned models, the command."""
+"""Subsets of experts that signals pick, against the best one: brute force and pruned models."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 import moeprune
-from moeprune import oracle
-from moeprune.adopted import adopt
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.data import Dataset
+from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
-from moeprune.model import SoftMoEViT, soft_moe_layers
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.soft_moe import SoftMoE
+from moeprune.models.adopted import adopt
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT, soft_moe_layers
+from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
-from moeprune.runtime import Runtime
-from moeprune.soft_moe import SoftMoE
+from tests.benchmarks import oracle_subsets as oracle
 from tests.reference import reference_combine, reference_router, reference_slot_output
 
 CPU = Runtime("cpu", batch_size=5)
@@ -33,7 +34,7 @@ class Small(NamedTuple):
 
     model: SoftMoEViT
     data: Dataset
-    analysis: moeprune.calibration.Analysis
+    analysis: moeprune.calibration.analysis.Analysis
     found: dict
 
 
@@ -350,55 +351,3 @@ def test_what_lacks_labels_or_is_anothers_or_pruned_is_refused(small):
 
 
 # --- the command -------------------------------------------------------------------------------
-
-
-def test_analyze_reports_the_oracle_when_asked(single, run_json, run, tmp_path):
-    words = ["analyze", single, "--data", "digits", "--split", "test", "--limit", 12]
-    plain = run_json(*words, "-o", tmp_path / "plain.safetensors")
-    assert plain["oracle"] is None
-    words += ["--oracle", "--oracle-samples", 5, "--force"]
-    path = tmp_path / "analysis.safetensors"
-    found = run_json(*words, "-o", path)
-    assert path.read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
-    assert found["oracle"]["data"]["samples"] == 5
-    assert list(found["oracle"]["layers"]) == list(found["layers"])
-    assert run_json(*words, "-o", path) == found
-    text = run(*words, "-o", path).stdout
-    assert "pruned alone, on 5 samples" in text
-    assert "combine picks 16 experts that are as right as those of a greedy search" in text
-
-
-def test_the_text_of_a_layer_whose_subsets_are_all_tried(small, run, tmp_path):
-    model, data, analysis = tmp_path / "m.safetensors", tmp_path / "d.npz", tmp_path / "a.safetensors"
-    moeprune.save(small.model, model)
-    images, labels = zip(*samples(small.data), strict=True)
-    import numpy as np
-
-    np.savez(data, inputs=torch.cat(images).float().numpy(), labels=np.array(labels))
-    text = run("analyze", model, "--data", data, "--oracle", "-o", analysis).stdout
-    [row] = [
-        row
-        for row in small.found["layers"]["blocks.1.soft_moe"]["rows"]
-        if (row["k"], row["signal"]) == (1, "combine")
-    ]
-    line = f"combine picks the best subset of 1 / 2 / 3 experts for {100 * row['found_best']:.1f} % / "
-    assert line in text
-    assert f"one that is as right as any for {100 * row['as_right']:.1f} % / " in text
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--oracle-samples", 3], "`--oracle-samples` goes with `--oracle`"),
-        (["--oracle"], "has no labels, the oracle needs them"),
-    ],
-)
-def test_what_does_not_go_is_told_before_any_pass(single, run, tmp_path, words, message):
-    import numpy as np
-
-    data, analysis = tmp_path / "unlabelled.npz", tmp_path / "a.safetensors"
-    np.savez(data, inputs=np.zeros((4, 1, 8, 8), dtype=np.float32))
-    result = run("analyze", single, "--data", data, "-o", analysis, *words)
-    assert result.code == 2
-    assert message in result.stderr
-    assert not analysis.exists()

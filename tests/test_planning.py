@@ -11,15 +11,18 @@ import pytest
 import torch
 
 import moeprune
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.calibration import Analysis
-from moeprune.checkpoint import tensor_infos
+from moeprune.calibration.analysis import Analysis
+from moeprune.calibration.statistics import LayerStatistics
 from moeprune.errors import MoepruneError
-from moeprune.evaluation import size_and_cost
-from moeprune.model import SoftMoEViT
+from moeprune.evaluation.evaluate import size_and_cost
+from moeprune.files.checkpoint import tensor_infos
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT
+from moeprune.models.runtime import Runtime
 from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, is_possible
-from moeprune.plan_file import read_plan, write_plan
-from moeprune.planning import (
+from moeprune.pruning.apply import prune
+from moeprune.pruning.budgets import (
     allocate,
     flops_costs,
     losses,
@@ -28,9 +31,7 @@ from moeprune.planning import (
     size_costs,
     uniform_within,
 )
-from moeprune.pruning import prune
-from moeprune.runtime import Runtime
-from moeprune.statistics import LayerStatistics
+from moeprune.pruning.plan_file import read_plan, write_plan
 
 CPU = Runtime("cpu")
 FIRST = "blocks.0.soft_moe"

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import moeprune
-from moeprune.digits import digits
+from moeprune.data.digits import digits
 from tests import peers
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -65,7 +65,7 @@ def workplace(tmp_path, monkeypatch, single, images):
 def test_transcript_at_the_top(workplace, run):
     transcript = blocks("console")[0]
     printed = dict(re.findall(r"^\$ moeprune (.*)\n((?:(?!\$ ).*\n)*)", transcript, flags=re.MULTILINE))
-    assert "moeprune/checkpoints/single.safetensors model.safetensors" in transcript
+    assert "moeprune/demo/checkpoints/single.safetensors model.safetensors" in transcript
     assert [line.split()[0] for line in printed] == ["analyze", "prune", "eval"]
     for line, expected in printed.items():
         result = run(*shlex.split(line))
@@ -88,14 +88,6 @@ def test_commands_for_budgets_and_plans(workplace, run):
     for arguments in commands(block):
         result = run(*arguments)
         assert (result.code, result.stderr) == (0, ""), arguments
-
-
-def test_command_that_compares_signals(workplace, run):
-    [block] = [block for block in blocks("sh") if "--oracle" in block]
-    [arguments] = commands(block)
-    result = run(*arguments, "--oracle-samples", 3)
-    assert (result.code, result.stderr) == (0, "")
-    assert "pruned alone, on 3 samples" in result.stdout
 
 
 def recipes():

@@ -18,13 +18,13 @@ from markdown_it import MarkdownIt
 from torch import nn
 
 import moeprune
-from moeprune.annotations import annotation, to_annotations
-from moeprune.document import Document, Facts, Lines, Table
-from moeprune.gate import judge as judge_gates
-from moeprune.junit import to_junit
-from moeprune.markdown import to_markdown
-from moeprune.report import gate_in_words, gates
-from moeprune.text import to_text
+from moeprune.evaluation.gates import judge as judge_gates
+from moeprune.report.annotations import annotation, to_annotations
+from moeprune.report.commands import gate_in_words, gates
+from moeprune.report.document import Document, Facts, Lines, Table
+from moeprune.report.junit import to_junit
+from moeprune.report.markdown import to_markdown
+from moeprune.report.text import to_text
 
 NASTY = "a|b*c*, 50% _d_ <e> [f](g): &amp; ~~h~~ #1 $i$"
 GATES = ("--max-accuracy-drop", 0, "--min-agreement", 0.5)

@@ -9,9 +9,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import moeprune
-from moeprune import architecture, plan, preprocessing
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.model import SoftMoEViT
+from moeprune import plan
+from moeprune.data import preprocessing
+from moeprune.layers import config
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT
 from tests.schemas import FILES, complaints, validator
 
 OPEN = {"arguments", "defaults", "provenance", "source"}
@@ -37,9 +40,7 @@ def reports(single, small_analysis, run_json, tmp_path_factory):
     )  # fmt: skip
     return {
         "inspect": run_json("inspect", pruned),
-        "analyze": run_json(
-            "analyze", single, *digits, "--oracle", "--oracle-samples", 2, "-o", folder / "a.safetensors"
-        ),
+        "analyze": run_json("analyze", single, *digits, "-o", folder / "a.safetensors"),
         "prune": searched,
         "eval": judged,
         "sweep": run_json("eval", single, *digits, *calibrated, "--sweep", "1/8", "--compensate", "mean"),
@@ -123,8 +124,8 @@ def test_schemas_name_the_choices_of_the_code():
     assert of_plan["signal"]["enum"] == list(plan.SIGNALS)
     assert of_plan["compensation"]["enum"] == list(plan.COMPENSATIONS)
     of_layer = definitions["soft_moe"]["properties"]
-    assert of_layer["expert"]["enum"] == list(architecture.EXPERTS)
-    assert of_layer["router_norm"]["enum"] == list(architecture.ROUTER_NORMS)
+    assert of_layer["expert"]["enum"] == list(config.EXPERTS)
+    assert of_layer["router_norm"]["enum"] == list(config.ROUTER_NORMS)
     assert definitions["preprocessing"]["properties"]["interpolation"]["enum"] == list(
         preprocessing.INTERPOLATIONS
     )

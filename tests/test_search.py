@@ -10,16 +10,16 @@ import torch
 from scipy.stats import norm
 
 import moeprune
-from moeprune.calibration import observe_layers
-from moeprune.contributions import half_of
-from moeprune.data import subset
+from moeprune.calibration.analysis import observe_layers
+from moeprune.calibration.sums import half_of
+from moeprune.data.datasets import subset
 from moeprune.errors import MoepruneError
-from moeprune.evaluation import predict
-from moeprune.intervals import paired_difference
-from moeprune.model import soft_moe_layers
+from moeprune.evaluation.evaluate import predict
+from moeprune.evaluation.intervals import paired_difference
+from moeprune.models.model import soft_moe_layers
+from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
-from moeprune.runtime import Runtime
-from moeprune.search import prune_best, prune_within_drop
+from moeprune.pruning.search import prune_best, prune_within_drop
 
 CPU = Runtime("cpu", batch_size=256)
 WAYS = [("static", "gram", "affine"), ("static", "combine", "mean"), ("input", "combine", "none")]
@@ -278,7 +278,7 @@ def test_a_static_budget_needs_an_analysis(vit, run, tmp_path):
 
 
 def test_plans_yet_to_be_chosen_are_no_checkpoint(vit, tmp_path):
-    from moeprune import checkpoint
+    from moeprune.files import checkpoint
     from moeprune.plan import plan_to_json
 
     file = checkpoint.read(vit)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeprune.selection import best_kept, drop_order
+from moeprune.calibration.selection import best_kept, drop_order
 
 
 def random_gram(n: int, always: int, seed: int) -> Tensor:

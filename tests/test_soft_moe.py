@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeprune import routed
-from moeprune.architecture import SoftMoEConfig
+from moeprune.layers import experts as routed
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.experts import grouped_linear
+from moeprune.layers.scores import top_k
+from moeprune.layers.soft_moe import Observation, SoftMoE
+from moeprune.layers.surgery import prune_layer
 from moeprune.plan import LayerPlan
-from moeprune.routed import grouped_linear
-from moeprune.scores import top_k
-from moeprune.soft_moe import Observation, SoftMoE
-from moeprune.surgery import prune_layer
 from tests.reference import (
     best_subset,
     reference_combine,

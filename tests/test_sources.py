@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import moeprune
-from moeprune import conversion, parity, sources
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig, vit_from_json
-from moeprune.model import SoftMoEViT, soft_moe_layers
-from moeprune.sources.bwconrad import SoftMoEPackage
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models import conversion, parity
+from moeprune.models import libraries as sources
+from moeprune.models.architecture import BlockConfig, ViTConfig, vit_from_json
+from moeprune.models.libraries.bwconrad import SoftMoEPackage
+from moeprune.models.model import SoftMoEViT, soft_moe_layers
 from tests import peers
 
 needs_library = pytest.mark.skipif(not peers.has("soft_moe"), reason="soft-moe is not installed")

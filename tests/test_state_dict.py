@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from moeprune.errors import MoepruneError
-from moeprune.state_dict import PREFIXES, STATE_DICT_KEYS, StateDict, read_state_dict
+from moeprune.files.state_dict import PREFIXES, STATE_DICT_KEYS, StateDict, read_state_dict
 from tests.damage import mutated
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about what people still have in files
@@ -291,7 +291,7 @@ def test_values_that_are_not_finite_are_named(tmp_path, form):
 SYSTEM_MEMORY = """
 import json, sys
 import torch
-from moeprune.state_dict import read_state_dict
+from moeprune.files.state_dict import read_state_dict
 
 def kilobytes(name):
     with open("/proc/self/status") as status:

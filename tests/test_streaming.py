@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 import moeprune
-from moeprune import checkpoint
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.calibration import load_analysis
+from moeprune.calibration.analysis import load_analysis
 from moeprune.errors import MoepruneError
-from moeprune.header import read_header
-from moeprune.model import SoftMoEViT
-from moeprune.pruning import prune, prune_file
-from moeprune.runtime import Runtime
-from moeprune.streaming import Copied, file_fingerprint, write_from
+from moeprune.files import checkpoint
+from moeprune.files.header import read_header
+from moeprune.files.streaming import Copied, file_fingerprint, write_from
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT
+from moeprune.models.runtime import Runtime
+from moeprune.pruning.apply import prune, prune_file
 
 CHOICES = list(product(("combine", "deviation", "random"), ("none", "renorm", "mean"), ("1", "1/8", "1/1")))
 
@@ -85,7 +86,7 @@ def test_one_shot_without_an_analysis(run, vit, tmp_path):
 
 
 def test_fingerprint_stands_in_the_file_and_is_that_of_the_model(single, single_analysis, tmp_path):
-    from moeprune.model import fingerprint
+    from moeprune.models.model import fingerprint
 
     header, model = read_header(single), moeprune.load(single)
     assert header.metadata["fingerprint"] == fingerprint(model) == file_fingerprint(header)
@@ -142,7 +143,7 @@ def test_tensors_of_many_blocks(monkeypatch, single, single_analysis, tmp_path):
 PEAK = """
 import resource, sys
 import moeprune
-from moeprune.pruning import prune_file
+from moeprune.pruning.apply import prune_file
 
 prune_file(sys.argv[1], sys.argv[2] + "small", keep=1, signal="random")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

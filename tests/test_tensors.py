@@ -8,16 +8,17 @@ from itertools import product
 import pytest
 import torch
 
-from moeprune.architecture import ROUTER_NORMS, BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.checkpoint import tensor_infos
-from moeprune.evaluation import size_and_cost
-from moeprune.header import read_header
-from moeprune.model import SoftMoEViT, plan_of, save, soft_moe_layers
+from moeprune.demo.train import pairs_config, single_layer_config
+from moeprune.evaluation.evaluate import size_and_cost
+from moeprune.files.checkpoint import tensor_infos
+from moeprune.files.header import read_header
+from moeprune.layers.config import ROUTER_NORMS, SoftMoEConfig
+from moeprune.layers.soft_moe import SoftMoE
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT, plan_of, save, soft_moe_layers
+from moeprune.models.size import size_and_cost as size_and_cost_of_tensors
+from moeprune.models.tensors import part_of, tensor_shapes
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, LayerPlan, is_possible
-from moeprune.size import size_and_cost as size_and_cost_of_tensors
-from moeprune.soft_moe import SoftMoE
-from moeprune.tensors import part_of, soft_moe_shapes, tensor_shapes
-from moeprune.train import pairs_config, single_layer_config
 
 MOE = SoftMoEConfig(dim=12, num_experts=5, slots_per_expert=2, hidden_dim=7)
 MIXED = ViTConfig(
@@ -69,7 +70,7 @@ def test_shapes_of_layers_of_every_kind(plan, kind):
     with torch.device("meta"):
         layer = SoftMoE(config, plan)
     expected = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-    assert soft_moe_shapes(config, plan) == expected
+    assert config.shapes(plan) == expected
 
 
 def check_shapes(config: ViTConfig, plan: dict[str, LayerPlan]) -> None:

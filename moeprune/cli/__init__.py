@@ -7,7 +7,7 @@ from moeprune.cli import analyze, config, convert, demo, eval, inspect, prune
 from moeprune.cli.command import add_command, app
 
 add_command(inspect.inspect)
-add_command(analyze.analyze, needs=analyze.NEEDS)
+add_command(analyze.analyze)
 add_command(prune.prune, prune.DISPLACES, prune.NEEDS)
 add_command(eval.eval, eval.DISPLACES, eval.NEEDS)
 add_command(convert.convert, convert.DISPLACES, convert.NEEDS)

@@ -19,12 +19,8 @@ from moeprune.cli.options import (
     Report,
     Split,
 )
-from moeprune.errors import MoepruneError
-from moeprune.files import write_text
-from moeprune.output import Reporter, warn
-
-NEEDS = {"oracle_samples": ("oracle",)}
-"""See moeprune.cli.command.Rules."""
+from moeprune.cli.reporter import Reporter, warn
+from moeprune.files.writing import write_text
 
 
 def analyze(
@@ -34,17 +30,6 @@ def analyze(
         str, typer.Option(help="Calibration data: digits, pairs, a .npz, a .safetensors, or a folder.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The analysis to write (.safetensors).")],
-    oracle: Annotated[
-        bool,
-        typer.Option(
-            "--oracle/--no-oracle",
-            show_default=False,
-            help="On labelled data: also compare the experts that signals pick with the best subset.",
-        ),
-    ] = False,
-    oracle_samples: Annotated[
-        int | None, typer.Option(help="With --oracle: samples to compare.", min=1, show_default="256")
-    ] = None,
     report: Report = None,
     model: Factory = None,
     split: Split = None,
@@ -60,24 +45,20 @@ def analyze(
     """
     reporter.check_outputs(output=output, report=report)
     if report is not None:
-        from moeprune.html import check_page
+        from moeprune.report.html import check_page
 
         check_page(report)
-    if oracle_samples is not None and not oracle:
-        raise MoepruneError("`--oracle-samples` goes with `--oracle`", "add `--oracle`")
-    from moeprune import calibration, page
-    from moeprune import report as reports
-    from moeprune.evaluation import environment
-    from moeprune.html import to_html
-    from moeprune.oracle import SAMPLES, compare_signals, require_comparable
+    from moeprune.calibration import analysis as calibration
+    from moeprune.calibration.statistics import summarize
+    from moeprune.evaluation.evaluate import environment
     from moeprune.plan import scopes_of
-    from moeprune.statistics import summarize
+    from moeprune.report import commands as reports
+    from moeprune.report import page
+    from moeprune.report.html import to_html
 
     runtime = runtime_for(device, dtype, batch_size, reporter.progress)
     loaded = load_model(checkpoint, model, preprocess)
     dataset = open_data(data, loaded, split, "calibration", limit)
-    if oracle:
-        require_comparable(loaded, dataset)
     analysis = calibration.analyze(loaded, dataset, runtime)
     layers = {
         name: {**summarize(statistics), "scopes": scopes_of([loaded.config.soft_moe_layers[name]])}
@@ -90,9 +71,6 @@ def analyze(
                 " represent some simple convex functions, however large the expert is (Chung et al. 2024,"
                 " Theorem 1): train with many small experts"
             )
-    compared = None
-    if oracle:
-        compared = compare_signals(loaded, analysis, dataset, oracle_samples or SAMPLES, runtime)
     calibration.save_analysis(analysis, output)
     found = {
         "schema_version": 1,
@@ -100,7 +78,6 @@ def analyze(
         "analysis": str(output),
         "data": analysis.provenance["data"],
         "layers": layers,
-        "oracle": compared,
     }
     if report is not None:
         background = page.Background(

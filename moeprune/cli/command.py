@@ -23,10 +23,10 @@ from typer.core import TyperCommand, TyperOption
 from typer.models import OptionInfo
 
 from moeprune import __version__
+from moeprune.cli.configuration import Configuration, Option, read_configuration
 from moeprune.cli.options import Force, OutputFile, OutputFormat, Quiet, Summary, Verbose
-from moeprune.configuration import Configuration, Option, read_configuration
+from moeprune.cli.reporter import Reporter, emit_error, logger, messages, summary_file
 from moeprune.errors import MoepruneError
-from moeprune.output import Reporter, emit_error, logger, messages, summary_file
 
 Names = Mapping[str, Sequence[str]]
 """Options by the name of another option, as parameters: with underscores."""

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperOption
 
 from moeprune.cli.command import default_map, place
-from moeprune.output import Reporter
+from moeprune.cli.reporter import Reporter
 
 SOURCES = {"ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "default"}
 
@@ -20,7 +20,7 @@ def config(reporter: Reporter, context: typer.Context) -> None:
     The value of every option of every command where the command line does not say it, and where it comes
     from: the environment, moeprune.toml or pyproject.toml, or its default.
     """
-    from moeprune import report
+    from moeprune.report import commands as report
 
     commands = context.find_root().command.commands  # type: ignore[attr-defined]
     configuration = context.meta["configuration"]

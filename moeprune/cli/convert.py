@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from moeprune.cli.options import Factory, Preprocess
+from moeprune.cli.reporter import Reporter, check_choice
 from moeprune.errors import MoepruneError
-from moeprune.output import Reporter, check_choice
 
 DISPLACES = {"model": ("source_arg",)}
 """See moeprune.cli.command.Rules, like NEEDS."""
@@ -70,8 +70,8 @@ def convert(
     Proves on random images that the library's own model computes the same, where it is installed.
     """
     reporter.check_outputs(output=output)
-    from moeprune.sources import LAYER_LIBRARIES, SOURCES
-    from moeprune.sources.given import parse_settings
+    from moeprune.models.libraries import LAYER_LIBRARIES, SOURCES
+    from moeprune.models.libraries.given import parse_settings
 
     check_choice("--to", to, ("moeprune", *SOURCES, *LAYER_LIBRARIES))
     if source is not None and model is None:
@@ -83,9 +83,10 @@ def convert(
         )
     if model is not None and arguments:
         raise MoepruneError("`--source-arg` does not go with `--model`", "give `--model-arg`")
-    from moeprune import adoption, conversion, report
-    from moeprune.adopted import parse_arguments, parse_shape
-    from moeprune.evaluation import size_and_cost
+    from moeprune.evaluation.evaluate import size_and_cost
+    from moeprune.models import adoption, conversion
+    from moeprune.models.adopted import parse_arguments, parse_shape
+    from moeprune.report import commands as report
 
     converted: adoption.Adopted | conversion.Converted
     if to != "moeprune" and adoption.is_own_model(checkpoint):

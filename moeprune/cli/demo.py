@@ -9,8 +9,8 @@ import typer
 
 from moeprune.cli.opening import runtime_for
 from moeprune.cli.options import Device, Seed
+from moeprune.cli.reporter import Reporter
 from moeprune.errors import MoepruneError
-from moeprune.output import Reporter
 
 
 def demo(
@@ -39,8 +39,8 @@ def demo(
         raise MoepruneError(
             f"`{output}` is not empty", "give another with `-o`, or `--force` to write into it"
         )
-    from moeprune import report
-    from moeprune.demo import run_demo
+    from moeprune.demo.run import run_demo
+    from moeprune.report import commands as report
 
     found = run_demo(output, train, seed, runtime_for(device, "float32", 256, reporter.progress))
     reporter.emit(found, report.demo)

@@ -21,17 +21,17 @@ from moeprune.cli.options import (
     Seed,
     Split,
 )
+from moeprune.cli.reporter import Reporter, check_choice, warn
 from moeprune.errors import MoepruneError
-from moeprune.files import write_text
-from moeprune.gate import GATES, check_limits, judge
-from moeprune.output import Reporter, check_choice, warn
+from moeprune.evaluation.gates import GATES, check_limits, judge
+from moeprune.files.writing import write_text
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep, scopes_of
 
 if TYPE_CHECKING:
     from fractions import Fraction
 
-    from moeprune.model import Model
-    from moeprune.sweep import Variant
+    from moeprune.models.model import Model
+    from moeprune.pruning.sweep import Variant
 
 JUDGED = tuple(gate.name for gate in GATES)
 """Options that set limits."""
@@ -140,7 +140,7 @@ def eval(
     sweep_only = {"--scope": scope, "--signal": signal, "--compensate": compensate}
     reporter.check_outputs(frontier=frontier, report=report)
     if report is not None:
-        from moeprune.html import check_page
+        from moeprune.report.html import check_page
 
         check_page(report)
     is_sweep = sweep is not None or frontier is not None
@@ -158,15 +158,16 @@ def eval(
         gates = [*limits.values(), confidence]
         _check_sweep(frontier, analysis, sweep_only, baseline, latency, gates)
         keeps = [] if sweep is None else [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
-    from moeprune import evaluation, page
-    from moeprune import report as reports
-    from moeprune.calibration import load_analysis, require_analysis_of
-    from moeprune.frontier import KEEPS, on_frontier, variants
-    from moeprune.html import to_html
-    from moeprune.latency import BATCH_SIZES, check_batch_sizes
-    from moeprune.model import fingerprint, plan_of, unpruned_fingerprint
-    from moeprune.plot import plot_frontier
-    from moeprune.sweep import sweep as run_sweep
+    from moeprune.calibration.analysis import load_analysis, require_analysis_of
+    from moeprune.evaluation import evaluate as evaluation
+    from moeprune.evaluation.latency import BATCH_SIZES, check_batch_sizes
+    from moeprune.models.model import fingerprint, plan_of, unpruned_fingerprint
+    from moeprune.pruning.frontier import KEEPS, on_frontier, variants
+    from moeprune.pruning.sweep import sweep as run_sweep
+    from moeprune.report import commands as reports
+    from moeprune.report import page
+    from moeprune.report.html import to_html
+    from moeprune.report.plot import plot_frontier
 
     latency_batches = latency_batch or BATCH_SIZES
     check_batch_sizes(latency_batches)
@@ -242,8 +243,8 @@ def _ways(
     compensations: list[str] | None,
 ) -> list[Variant]:
     """What a sweep evaluates: all that is possible of what was asked for; warns of what is left out."""
-    from moeprune.compensation import MAX_REGRESSORS
-    from moeprune.sweep import COMPENSATIONS_TRIED, grid, without_large_refits
+    from moeprune.pruning.compensation import MAX_REGRESSORS
+    from moeprune.pruning.sweep import COMPENSATIONS_TRIED, grid, without_large_refits
 
     compensations = compensations or list(COMPENSATIONS_TRIED)
     every = grid(keeps, scopes or possible_scopes, signals or SIGNALS, compensations, possible_scopes[0])
@@ -287,8 +288,8 @@ def _check_sweep(
                 "`--latency` does not go with `--sweep`", "give `--frontier`, or an eval of one"
             )
         return
-    from moeprune.merging import require_scipy
-    from moeprune.plot import check_plot
+    from moeprune.layers.merging import require_scipy
+    from moeprune.report.plot import check_plot
 
     check_plot(frontier)
     require_scipy()

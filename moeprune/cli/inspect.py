@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moeprune.cli.options import Checkpoint
-from moeprune.output import Reporter
+from moeprune.cli.reporter import Reporter
 
 
 def inspect(reporter: Reporter, checkpoint: Checkpoint) -> None:
@@ -11,11 +11,11 @@ def inspect(reporter: Reporter, checkpoint: Checkpoint) -> None:
 
     Layers, experts, parameters, size, FLOPs, plan and provenance, from the file's header alone.
     """
-    from moeprune import report
-    from moeprune.description import read_description
-    from moeprune.header import read_header
+    from moeprune.files.header import read_header
+    from moeprune.models.description import read_description
+    from moeprune.models.size import size_and_cost
     from moeprune.plan import plan_to_json
-    from moeprune.size import size_and_cost
+    from moeprune.report import commands as report
 
     header = read_header(checkpoint)
     config, plan, details = read_description(header)

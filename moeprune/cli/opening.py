@@ -5,21 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeprune.cli.reporter import logger, warn
 from moeprune.errors import MoepruneError
-from moeprune.output import logger, warn
-from moeprune.report import amount
+from moeprune.report.commands import amount
 
 if TYPE_CHECKING:
-    from moeprune.data import Dataset
-    from moeprune.model import Model
-    from moeprune.runtime import Runtime
+    from moeprune.data.datasets import Dataset
+    from moeprune.models.model import Model
+    from moeprune.models.runtime import Runtime
 
 
 def load_model(path: Path, factory: str | None, preprocess: list[str] | None) -> Model:
     """The model of a checkpoint, with what `--preprocess` overrides; warns if results depend on the batch."""
     from dataclasses import replace
 
-    from moeprune.model import load
+    from moeprune.models.model import load
 
     model = load(path, factory)
     parameters = amount(sum(tensor.numel() for tensor in model.state_dict().values()))
@@ -40,8 +40,8 @@ def load_model(path: Path, factory: str | None, preprocess: list[str] | None) ->
 
 def open_data(spec: str, model: Model, split: str | None, default_split: str, limit: int | None) -> Dataset:
     """The data set that `--data`, `--split` and `--limit` name."""
-    from moeprune.data import BUILT_IN
-    from moeprune.model import dataset_for
+    from moeprune.data.datasets import BUILT_IN
+    from moeprune.models.model import dataset_for
 
     if split is not None and spec not in BUILT_IN:
         raise MoepruneError(
@@ -54,7 +54,7 @@ def open_data(spec: str, model: Model, split: str | None, default_split: str, li
 
 def runtime_for(device: str, dtype: str, batch_size: int, progress: bool) -> Runtime:
     """The runtime of `--device`, `--dtype` and `--batch-size`; a missing device is told before any work."""
-    from moeprune.runtime import Runtime
+    from moeprune.models.runtime import Runtime
 
     runtime = Runtime(device, dtype, batch_size, progress)
     logger.info(f"runs on {runtime.torch_device} in {dtype}, {batch_size} inputs at a time")

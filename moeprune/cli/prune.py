@@ -19,8 +19,8 @@ from moeprune.cli.options import (
     Seed,
     Split,
 )
+from moeprune.cli.reporter import Reporter, check_choice
 from moeprune.errors import MoepruneError
-from moeprune.output import Reporter, check_choice
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, is_possible, parse_keep
 
 AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
@@ -192,17 +192,18 @@ def prune(
             "give it with `--data`, and `--output`, without `--one-shot`",
         )
     kept = None if keep is None else parse_keep(keep)
-    from moeprune import pruning, report
-    from moeprune.calibration import load_analysis, require_analysis_of
-    from moeprune.description import read_description
-    from moeprune.header import read_header
-    from moeprune.model import save
+    from moeprune.calibration.analysis import load_analysis, require_analysis_of
+    from moeprune.files.header import read_header
+    from moeprune.files.streaming import file_fingerprint
+    from moeprune.models.description import read_description
+    from moeprune.models.model import save
+    from moeprune.models.size import size_and_cost
     from moeprune.plan import plan_to_json
-    from moeprune.plan_file import read_plan, write_plan
-    from moeprune.planning import plans_for
-    from moeprune.search import prune_best, prune_within_drop
-    from moeprune.size import size_and_cost
-    from moeprune.streaming import file_fingerprint
+    from moeprune.pruning import apply as pruning
+    from moeprune.pruning.budgets import plans_for
+    from moeprune.pruning.plan_file import read_plan, write_plan
+    from moeprune.pruning.search import prune_best, prune_within_drop
+    from moeprune.report import commands as report
 
     runtime = runtime_for(device, dtype, batch_size, reporter.progress)
     full = read_header(checkpoint)

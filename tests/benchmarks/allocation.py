@@ -15,11 +15,11 @@ from fractions import Fraction
 from common import RUNTIME, SEEDS, accuracy, calibration, shipped, test_set, without_residuals
 
 import moeprune
-from moeprune.checkpoint import tensor_infos
-from moeprune.model import SoftMoEViT
+from moeprune.files.checkpoint import tensor_infos
+from moeprune.models.model import SoftMoEViT
 from moeprune.plan import uniform_plan
-from moeprune.planning import plan_within, size_costs
-from moeprune.search import prune_best
+from moeprune.pruning.budgets import plan_within, size_costs
+from moeprune.pruning.search import prune_best
 
 SHARES = ("1/32", "1/16", "1/8", "1/4", "1/2")
 COMPENSATIONS = ("mean", "lstsq", "affine")

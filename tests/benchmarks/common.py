@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 import moeprune
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.data import Batch, Dataset
-from moeprune.digits import digits
-from moeprune.evaluation import predict
-from moeprune.model import Model, SoftMoEViT
-from moeprune.runtime import Runtime
-from moeprune.train import Recipe, train
+from moeprune.data.datasets import Batch, Dataset
+from moeprune.data.digits import digits
+from moeprune.demo.train import Recipe, train
+from moeprune.evaluation.evaluate import predict
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import Model, SoftMoEViT
+from moeprune.models.runtime import Runtime
 
 SEEDS = (0, 1, 2)
 KEEPS = ("1/32", "1/16", "1/8", "1/4")
@@ -33,7 +34,7 @@ DIGITS = 300
 
 def shipped(name: str) -> SoftMoEViT:
     """One of the two demo checkpoints, `single` or `vit`."""
-    model = moeprune.load(str(resources.files("moeprune") / "checkpoints" / f"{name}.safetensors"))
+    model = moeprune.load(str(resources.files("moeprune.demo") / "checkpoints" / f"{name}.safetensors"))
     assert isinstance(model, SoftMoEViT)
     return model
 

@@ -15,9 +15,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import moeprune
-from moeprune.evaluation import predict
-from moeprune.pruning import prune
-from moeprune.train import single_layer_recipe, train
+from moeprune.demo.train import single_layer_recipe, train
+from moeprune.evaluation.evaluate import predict
+from moeprune.pruning.apply import prune
 
 EXPERTS = (8, 16, 32, 64, 128)
 SHARES = tuple(Fraction(1, part) for part in (8, 4, 2, 1))

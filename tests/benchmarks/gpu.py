@@ -22,11 +22,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moeprune.architecture import SoftMoEConfig
-from moeprune.flops import soft_moe_flops
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.soft_moe import Observation, SoftMoE
+from moeprune.layers.surgery import prune_layer
 from moeprune.plan import LayerPlan
-from moeprune.soft_moe import Observation, SoftMoE
-from moeprune.surgery import prune_layer
 
 TOKENS, SLOTS = 196, 128
 SIZES = {"ViT-S": (384, 1536), "ViT-B": (768, 3072), "ViT-L": (1024, 4096)}
@@ -90,7 +89,7 @@ def roofline(layer: SoftMoE, x: Tensor, ceiling: tuple[float, float]) -> float:
     chosen, config = seen[0].chosen, layer.config
     touched = len(layer.fc2_weight) if chosen is None else len(chosen.unique())
     size = 2 * touched * config.dim * config.hidden_dim * x.element_size() + 2 * x.nbytes
-    flops = len(x) * soft_moe_flops(config, TOKENS, layer.plan).total
+    flops = len(x) * config.flops(TOKENS, layer.plan).total
     return max(size / ceiling[0], flops / ceiling[1])
 
 

@@ -20,14 +20,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.flops import soft_moe_flops
-from moeprune.latency import interleaved
-from moeprune.model import SoftMoEViT
+from moeprune.evaluation.latency import interleaved
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.soft_moe import SoftMoE
+from moeprune.layers.surgery import prune_layer
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT
 from moeprune.plan import LayerPlan
-from moeprune.pruning import prune
-from moeprune.soft_moe import SoftMoE
-from moeprune.surgery import prune_layer
+from moeprune.pruning.apply import prune
 
 TOKENS = 196
 INPUTS = 4
@@ -119,7 +119,7 @@ def measure_layer(name: str, config: SoftMoEConfig, batches: tuple[int, ...]) ->
         {"soft-moe": lambda: bwconrad(config), "soft-moe-pytorch": lambda: lucidrains(config)}
     )
     static = LayerPlan("static", k, n, "combine", "renorm", tuple(range(k)))
-    share = soft_moe_flops(config, TOKENS, static).total / soft_moe_flops(config, TOKENS).total
+    share = config.flops(TOKENS, static).total / config.flops(TOKENS).total
     for batch in batches:
         inputs = [torch.randn(batch, TOKENS, config.dim) for _ in range(INPUTS)]
         for _ in range(ATTEMPTS):

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 import moeprune
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.model import SoftMoEViT, soft_moe_layers
-from moeprune.soft_moe import Observation
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.soft_moe import Observation
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT, soft_moe_layers
 
 MOE = SoftMoEConfig(dim=384, num_experts=128, slots_per_expert=1, hidden_dim=1280)
 INPUTS = 12

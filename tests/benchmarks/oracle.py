@@ -13,10 +13,10 @@ import statistics
 from typing import Any
 
 from common import RUNTIME, SEEDS, test_set
+from oracle_subsets import compare_signals
 
 import moeprune
-from moeprune.oracle import compare_signals
-from moeprune.train import single_layer_recipe, train
+from moeprune.demo.train import single_layer_recipe, train
 
 EXPERTS = (4, 8, 12)
 FIGURES = ("accuracy", "found_best", "as_right", "percentile")

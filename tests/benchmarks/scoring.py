@@ -13,16 +13,15 @@ from __future__ import annotations
 import statistics
 import time
 from importlib import resources
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import moeprune
-from moeprune.architecture import SoftMoEConfig
-from moeprune.model import soft_moe_layers
-from moeprune.scores import combine_mass, top_k
-from moeprune.soft_moe import Observation, SoftMoE
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.scores import combine_mass, top_k
+from moeprune.layers.soft_moe import Observation, SoftMoE
+from moeprune.models.model import soft_moe_layers
 
 REPETITIONS = 51
 
@@ -56,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cases: list[tuple[str, nn.Module, Tensor]] = []
     for name, data in (("single", "digits:test"), ("vit", "pairs:test")):
-        model = moeprune.load(Path(str(resources.files("moeprune"))) / "checkpoints" / f"{name}.safetensors")
+        model = moeprune.load(str(resources.files("moeprune.demo") / "checkpoints" / f"{name}.safetensors"))
         dataset = moeprune.open_data(data, model.input_format)
         cases += [(name, model, next(dataset.batches(batch))[0]) for batch in (1, 64, 256)]
     layer = SoftMoE(SoftMoEConfig(384, 128, 1, 1536))

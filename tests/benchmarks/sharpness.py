@@ -15,9 +15,9 @@ import dataclasses
 from fractions import Fraction
 
 import moeprune
-from moeprune.statistics import INFORMATIVE_MASS, summarize
-from moeprune.sweep import Variant, sweep
-from moeprune.train import single_layer_recipe, train
+from moeprune.calibration.statistics import INFORMATIVE_MASS, summarize
+from moeprune.demo.train import single_layer_recipe, train
+from moeprune.pruning.sweep import Variant, sweep
 
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
 SHARE = Fraction(1, 8)

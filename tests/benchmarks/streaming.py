@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 
 import moeprune
-from moeprune.architecture import BlockConfig, SoftMoEConfig, ViTConfig
-from moeprune.model import SoftMoEViT
-from moeprune.pruning import prune_file
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import SoftMoEViT
+from moeprune.pruning.apply import prune_file
 
 REPETITIONS = 5
 KEEPS = ("1/8", "1/2", "1/1")

@@ -1,0 +1,1 @@
+"""Run data through a model and keep sums."""

@@ -1,0 +1,353 @@
+"""What calibration data says about every Soft MoE layer, in one streaming pass, and its file.
+
+Axes: b inputs, m tokens, d model width, n experts, p slots per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moeprune import __version__
+from moeprune.calibration.statistics import (
+    LayerMoments,
+    LayerStatistics,
+    MomentsAccumulator,
+    StatisticsAccumulator,
+)
+from moeprune.calibration.sums import sums_in_bytes, wide_dtype
+from moeprune.data.datasets import Dataset
+from moeprune.errors import MoepruneError
+from moeprune.files import checkpoint
+from moeprune.files.header import require_format
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.soft_moe import Observation, SoftMoE
+from moeprune.layers.surgery import prune_layer
+from moeprune.models.model import (
+    Model,
+    dataset_for,
+    fingerprint,
+    private_copy,
+    require_dense_layers,
+    soft_moe_layers,
+)
+from moeprune.models.runtime import Runtime
+from moeprune.plan import LayerPlan
+
+FORMAT = 1
+PROBE_INPUTS = 256
+WORKSPACE = 2 << 30
+"""Bytes of sums over inputs that an analysis holds at once."""
+A = TypeVar("A", bound=MomentsAccumulator)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The statistics of a model's Soft MoE layers by name, and what they were made from.
+
+    provenance: `checkpoint` (fingerprint), `data` (spec, samples, fingerprint), `moeprune` (version).
+    """
+
+    layers: dict[str, LayerStatistics]
+    provenance: dict[str, Any]
+
+
+def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> Analysis:
+    """Statistics of every Soft MoE layer of an unpruned model, from a pass over the data.
+
+    Memory does not depend on the number of samples, nor the result on the batch size (beyond
+    rounding). Where the sums of all layers take more than WORKSPACE, there are several passes, each for
+    some of the layers.
+
+    Raises:
+        MoepruneError: no Soft MoE layer, a pruned one, or data that does not fit the model.
+    """
+    model = private_copy(model)
+    layers = require_dense_layers(model, "analyze the unpruned checkpoint")
+    data = dataset_for(model, data, split="calibration")
+    statistics: dict[str, LayerStatistics] = {}
+    fingerprints = set()
+    for names in _groups({name: sums_in_bytes(layer, "affine") for name, layer in layers.items()}):
+        accumulators = measure(model, names, data, runtime, "analyze", StatisticsAccumulator)
+        statistics |= {name: accumulator.result() for name, accumulator in accumulators.items()}
+        del accumulators  # before the next sums are made
+        fingerprints.add(data.fingerprint)
+    if len(fingerprints) > 1:
+        raise MoepruneError(f"`{data.spec}` changed while it was read", "try again")
+    require_finite(statistics, data)
+    sensitivities = measure_sensitivity(model, statistics, data, runtime)
+    statistics = {
+        name: replace(layer, sensitivity=sensitivities.get(name, layer.sensitivity))
+        for name, layer in statistics.items()
+    }
+    provenance = {
+        "checkpoint": {"fingerprint": fingerprint(model)},
+        "data": data.to_json(),
+        "moeprune": __version__,
+    }
+    return Analysis(statistics, provenance)
+
+
+def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Layers in their order, as many at a time as fit into the workspace, but one at least."""
+    groups: list[list[str]] = []
+    left = 0
+    for name, size in sizes.items():
+        if not groups or size > left:
+            groups.append([])
+            left = WORKSPACE
+        groups[-1].append(name)
+        left -= size
+    return groups
+
+
+def measure(
+    model: Model,
+    names: Sequence[str],
+    data: Dataset,
+    runtime: Runtime,
+    what: str,
+    accumulator: Callable[[SoftMoE], A],
+) -> dict[str, A]:
+    """Accumulated over the data: what the named layers compute, in one pass as far as the last of them.
+
+    Args:
+        model: a private copy; it is moved to the runtime's device.
+        names: of dense layers.
+        data: labels are not needed.
+        runtime: where and how the model runs.
+        what: the progress bar's title.
+        accumulator: makes one for a layer.
+    """
+    model.to(runtime.torch_device)
+    layers = soft_moe_layers(model)
+    accumulators = {name: accumulator(layers[name]) for name in names}
+    for inputs, labels in runtime.batches(data, what):
+
+        def observe(name: str, observation: Observation, labels: Tensor | None = labels) -> None:
+            accumulators[name].add(observation, labels)
+
+        observe_layers(model, names, observe, inputs, runtime)
+    return accumulators
+
+
+def require_finite(layers: Mapping[str, LayerMoments], data: Dataset) -> None:
+    """Raise a MoepruneError that names a layer with NaN or infinite statistics."""
+    for name, layer in layers.items():
+        if not all(getattr(layer, field.name).isfinite().all() for field in fields(layer)):
+            raise MoepruneError(
+                f"layer `{name}` computes NaN or infinite numbers on `{data.spec}`",
+                "check the checkpoint and the scale of the inputs, or use `--dtype float32`",
+            )
+
+
+def measure_sensitivity(
+    model: Model, statistics: Mapping[str, LayerStatistics], data: Dataset, runtime: Runtime
+) -> dict[str, Tensor]:
+    """How much the output of a model changes for each unit of squared error in a layer's (scalars).
+
+    Each layer is pruned by itself, to an eighth of its experts with `mean`, and the mean divergence of the
+    predictions from the unpruned model's, in nats, is divided by the layer's error, which the Gram matrix
+    tells. Where the model has no head, the change of its features takes the divergence's place. Layers with
+    dynamic slots, which cannot be pruned so, are left out.
+
+    Args:
+        model: a private copy of the unpruned one, on the runtime's device.
+        statistics: of all its layers.
+        data: PROBE_INPUTS of it are used, drawn with a fixed seed.
+        runtime: where and how models run.
+    """
+    probes, errors = {}, {}
+    for name, layer in soft_moe_layers(model).items():
+        if layer.config.dynamic_slots:
+            continue
+        n = layer.config.num_experts
+        kept = statistics[name].best_kept(n // 8, "mean")
+        plan = LayerPlan("static", n // 8, n, "gram", "mean", kept)
+        errors[name] = statistics[name].gram_mean.double()[list(plan.dropped)][:, list(plan.dropped)].sum()
+        probes[name] = private_copy(model)
+        probe = prune_layer(layer, plan, None, statistics[name].slot_mean.to(layer.fc2_weight.device))
+        probes[name].set_submodule(name, probe)
+    changes = divergences(probes, model, data.few(PROBE_INPUTS), runtime, "probe layers")
+    tiny = torch.finfo(torch.float32).tiny
+    return {name: (change / errors[name].clamp_min(tiny)).float() for name, change in changes.items()}
+
+
+def divergences(
+    models: Mapping[str, Model], full: Model, data: Dataset, runtime: Runtime, what: str
+) -> dict[str, Tensor]:
+    """How far the predictions of models are from those of the full one: mean divergences in nats (scalars).
+
+    Where there is no head, the change of the features, as a share of their square, takes its place.
+
+    Args:
+        models: private copies on the runtime's device, like full.
+        full: the unpruned model.
+        data: labels are not used.
+        runtime: where and how models run.
+        what: the progress bar's title.
+    """
+    changes = {name: torch.zeros((), dtype=torch.float64) for name in models}
+    has_head = full.input_format.classes > 0
+    for name, found, expected in runtime.beside(models, full, data, what):
+        changes[name] += _change(found, expected, has_head).sum().to("cpu", torch.float64)
+    return {name: change / data.samples for name, change in changes.items()}
+
+
+def _change(found: Tensor, expected: Tensor, has_head: bool) -> Tensor:
+    """How far outputs (b,…) are from the expected ones, input by input."""
+    if has_head:
+        wide = wide_dtype(found.device)  # else rounding makes small divergences negative
+        found, expected = found.log_softmax(-1, dtype=wide), expected.log_softmax(-1, dtype=wide)
+        change = (expected.exp() * (expected - found)).sum(-1).clamp_min(0)
+    else:
+        change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
+    return change.flatten(1).mean(1) if change.ndim > 1 else change
+
+
+class _Enough(Exception):
+    """Every layer that was asked for has been observed."""
+
+
+def observe_layers(
+    model: nn.Module,
+    names: Sequence[str],
+    observe: Callable[[str, Observation], None],
+    inputs: Tensor,
+    runtime: Runtime,
+) -> None:
+    """Run the model on inputs as far as the named layers and hand each one's observation over."""
+    waiting = set(names)
+
+    def observer(name: str) -> Callable[[Observation], None]:
+        def seen(observation: Observation) -> None:
+            observe(name, observation)
+            waiting.discard(name)
+            if not waiting:
+                raise _Enough
+
+        return seen
+
+    with _observing(model, {name: observer(name) for name in names}), suppress(_Enough):
+        runtime.forward(model, inputs)
+
+
+@contextmanager
+def _observing(model: nn.Module, observers: Mapping[str, Callable[[Observation], None]]) -> Iterator[None]:
+    layers = soft_moe_layers(model)
+    for name, observer in observers.items():
+        layers[name].observer = observer
+    try:
+        yield
+    finally:
+        for name in observers:
+            layers[name].observer = None
+
+
+def save_analysis(analysis: Analysis, path: str | Path) -> None:
+    """Write an analysis file: equal analyses give equal bytes.
+
+    Raises:
+        MoepruneError: the path cannot be written.
+    """
+    tensors = {
+        f"{name}.{field.name}": getattr(statistics, field.name)
+        for name, statistics in analysis.layers.items()
+        for field in fields(statistics)
+    }
+    metadata = {
+        "format": FORMAT,
+        "kind": "analysis",
+        "layers": list(analysis.layers),
+        "provenance": analysis.provenance,
+    }
+    checkpoint.write(path, tensors, metadata)
+
+
+def load_analysis(path: str | Path) -> Analysis:
+    """Read an analysis file.
+
+    Raises:
+        MoepruneError: it is missing, damaged, no analysis, or of an unknown format.
+    """
+    file = checkpoint.read(path)
+    metadata = file.header.metadata or {}
+    if metadata.get("kind") != "analysis":
+        raise MoepruneError(f"`{path}` is no analysis", "write one with `moeprune analyze`")
+    require_format(metadata, FORMAT, path)
+    try:
+        layers = {
+            name: LayerStatistics(
+                **{field.name: file.tensors[f"{name}.{field.name}"] for field in fields(LayerStatistics)}
+            )
+            for name in metadata["layers"]
+        }
+        provenance = metadata["provenance"]
+        made_from, made_for = provenance["data"], provenance["checkpoint"]
+    except (KeyError, TypeError) as error:
+        raise MoepruneError(f"`{path}` lacks {error}", "write it again with `moeprune analyze`") from None
+    if not isinstance(made_from, Mapping) or not isinstance(made_for, Mapping):
+        raise MoepruneError(f"`{path}`: `data` or `checkpoint` of its provenance is no object")
+    texts = made_for.get("fingerprint"), *(made_from.get(key) for key in ("spec", "fingerprint"))
+    samples = made_from.get("samples")
+    if not all(isinstance(text, str) for text in texts) or type(samples) is not int or samples < 1:
+        raise MoepruneError(
+            f"`{path}`: its checkpoint's `fingerprint`, or `spec`, `fingerprint` or `samples` of its data,"
+            " is missing or damaged"
+        )
+    for name, layer in layers.items():
+        _require_consistent(layer, name, path)
+    for name, layer in layers.items():
+        checkpoint.check_finite({f"{name}.{f.name}": getattr(layer, f.name) for f in fields(layer)}, path)
+    return Analysis(layers, provenance)
+
+
+def _require_consistent(layer: LayerStatistics, name: str, path: str | Path) -> None:
+    n, p, d = (*layer.slot_mean.shape, 0, 0, 0)[:3]
+    shapes = {
+        "mean_mass": (n,), "max_mass": (n,), "rank_frequency": (n, n), "kept_mass": (n,),
+        "experts_for_mass": (3,), "class_mass": (len(layer.class_mass), n),
+        "slot_mean": (n, p, d), "deviation": (n,),
+        "sensitivity": (),
+        **dict.fromkeys(("gram", "gram_renorm", "gram_mean", "gram_lstsq", "gram_affine"), (n, n)),
+    }  # fmt: skip
+    for key, shape in shapes.items():
+        tensor = getattr(layer, key)
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise MoepruneError(
+                f"`{path}`: `{name}.{key}` is {tensor.dtype} {list(tensor.shape)}, expected {list(shape)}",
+                "write it again with `moeprune analyze`",
+            )
+
+
+def require_analysis_of(
+    layers: Mapping[str, SoftMoEConfig], fingerprint: str, analysis: Analysis | None
+) -> None:
+    """Raise a MoepruneError if the analysis was made for a checkpoint of another fingerprint, or damaged.
+
+    Args:
+        layers: of the unpruned checkpoint. fingerprint: of the same. analysis: None is right for any.
+    """
+    if analysis is None:
+        return
+    found = analysis.provenance["checkpoint"]["fingerprint"]
+    if found != fingerprint:
+        raise MoepruneError(
+            f"the analysis was made for another checkpoint (fingerprint {found[:12]}…, this one has"
+            f" {fingerprint[:12]}…)",
+            "run `moeprune analyze` on this checkpoint",
+        )
+    for name, layer in layers.items():
+        expected_shape = [layer.num_experts, layer.slots_per_expert, layer.output_width]
+        shape = list(analysis.layers[name].slot_mean.shape) if name in analysis.layers else None
+        if shape != expected_shape:
+            raise MoepruneError(
+                f"the analysis does not fit: `{name}.slot_mean` is {shape}, expected {expected_shape}",
+                "write it again with `moeprune analyze`",
+            )

@@ -1,0 +1,254 @@
+"""Running statistics of a Soft MoE layer: sums over inputs that do not grow with their number.
+
+Axes: b inputs, m tokens, d model width, n experts, p slots per expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeprune.calibration.selection import best_kept, drop_order
+from moeprune.calibration.sums import Contributions, halves, lost_gram, renorm_gram, wide_dtype
+from moeprune.layers.scores import rank
+from moeprune.layers.soft_moe import Observation, SoftMoE, select
+
+MASS_LEVELS = (0.5, 0.9, 0.99)
+INFORMATIVE_MASS = 0.45
+"""Mass of an input's best n/8 experts from which on the signal `combine` is called informative: on the
+digits the paper's rule kept 97 % of the accuracy and more above it, 44 to 84 % below it
+(tests/benchmarks/sharpness.py)."""
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """What pruning a layer takes: its experts' means over calibration inputs, in float32 on the CPU.
+
+    mean_mass: the mean combine mass of each expert (n).
+    slot_mean: mu, the mean output of each slot weighted by its combine mass (n,p,d).
+    deviation: sigma, the root mean square of |f - mu| with the same weights (n).
+    """
+
+    mean_mass: Tensor
+    slot_mean: Tensor
+    deviation: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts, n."""
+        return len(self.mean_mass)
+
+
+@dataclass(frozen=True)
+class LayerStatistics(LayerMoments):
+    """The moments, and what a person or a planner wants to know beside them.
+
+    max_mass: the maximum over inputs of each expert's combine mass (n).
+    rank_frequency: row r, column j: share of inputs whose r-th best expert is j (n,n). The sum of
+        the first k rows is how often an expert is among the best k.
+    kept_mass: entry k-1: mean mass of the best k experts of an input (n).
+    experts_for_mass: mean number of an input's experts that hold each of MASS_LEVELS (3).
+    class_mass: mean mass of each expert over the inputs of a class (classes,n); no rows without
+        labels.
+    gram: G_jl = E <R_j, R_l> (n,n), where R_j = sum over p of C_jp f_jp is what expert j adds: the expected
+        squared error of the layer's output when the set Z is dropped is exactly the sum of G over Z×Z.
+    gram_renorm, gram_mean, gram_lstsq, gram_affine: the same for what is lost under a compensation
+        (n,n). For `renorm` that is C_j·(f_j - Y), the error but for the division by the kept mass of each
+        token; for `lstsq` and `affine` what a regression on one half of the inputs leaves on the other.
+    sensitivity: how much the model's output changes for each unit of squared error in the layer's (scalar):
+        the divergence of the predictions from the full model's in nats, measured with this layer alone
+        pruned.
+    """
+
+    max_mass: Tensor
+    rank_frequency: Tensor
+    kept_mass: Tensor
+    experts_for_mass: Tensor
+    class_mass: Tensor
+    gram: Tensor
+    gram_renorm: Tensor
+    gram_mean: Tensor
+    gram_lstsq: Tensor
+    gram_affine: Tensor
+    sensitivity: Tensor
+
+    def gram_under(self, compensation: str) -> Tensor:
+        """The Gram matrix (n,n) of what is lost under a compensation; `refit` gives some of it back. That of
+        `mean` stands in for `merge`.
+        """
+        compensation = {"refit": "affine", "merge": "mean"}.get(compensation, compensation)
+        return self.gram if compensation == "none" else getattr(self, f"gram_{compensation}")
+
+    def best_kept(self, k: int, compensation: str) -> tuple[int, ...]:
+        """The k experts to keep for all inputs, by the error that they leave."""
+        return best_kept(self.gram_under(compensation), self.num_experts, k, self._mass(compensation))
+
+    def errors(self, compensation: str) -> list[float]:
+        """The least error of the layer's output that is found with n, n-1, … 0 experts kept (n + 1)."""
+        return drop_order(self.gram_under(compensation), self.num_experts, self._mass(compensation))[1]
+
+    def _mass(self, compensation: str) -> Tensor | None:
+        return self.mean_mass if compensation == "renorm" else None
+
+    def top_k_frequency(self, k: int) -> Tensor:
+        """How often each expert is among the best k of an input: shares (n)."""
+        return self.rank_frequency[:k].sum(0)
+
+
+class MomentsAccumulator:
+    """Sums up the moments of a dense layer."""
+
+    def __init__(self, layer: SoftMoE):
+        n, p, d = layer.slot_shape
+        self.device = layer.fc2_weight.device
+        self.dtype = wide_dtype(self.device)
+        self.samples = 0
+        self.mass = self._zeros(n)
+        self.slot_mass = self._zeros(n, p)
+        self.weighted_outputs = self._zeros(n, p, d)
+        self.weighted_squares = self._zeros(n, p)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+
+    def add(self, observation: Observation, labels: Tensor | None) -> None:
+        """Add the inputs of one forward pass."""
+        slot_mass = observation.combine_weights.sum(1, dtype=torch.float32)  # (b,n,p)
+        slot_outputs = observation.slot_outputs.float()
+        weighted = slot_mass[..., None] * slot_outputs  # (b,n,p,d)
+        self.samples += len(slot_mass)
+        self.mass += observation.mass.sum(0, dtype=self.dtype)
+        self.slot_mass += slot_mass.sum(0, dtype=self.dtype)
+        self.weighted_outputs += weighted.sum(0, dtype=self.dtype)
+        self.weighted_squares += (weighted * slot_outputs).sum(-1).sum(0, dtype=self.dtype)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The fields of LayerMoments."""
+        # A slot without any mass (it underflowed) has no mean; zero is as good as any.
+        slot_mass = self.slot_mass.clamp_min(torch.finfo(self.dtype).tiny)
+        slot_mean = self.weighted_outputs / slot_mass[..., None]
+        spread = self.weighted_squares - self.slot_mass * slot_mean.square().sum(-1)
+        variance = spread.sum(1).clamp_min(0) / slot_mass.sum(1)
+        return {
+            "mean_mass": self.mass / self.samples,
+            "slot_mean": slot_mean,
+            "deviation": variance.sqrt(),
+        }
+
+    def result(self) -> LayerMoments:
+        """The moments of all inputs so far."""
+        return LayerMoments(**_on_cpu(self.moments()))
+
+
+class StatisticsAccumulator(MomentsAccumulator):
+    """Sums up all statistics of a layer."""
+
+    def __init__(self, layer: SoftMoE):
+        super().__init__(layer)
+        n = layer.config.num_experts
+        self.max_mass = self._zeros(n)
+        self.rank_counts = torch.zeros(n * n, device=self.device, dtype=torch.int64)
+        self.kept_mass = self._zeros(n)
+        self.experts_for_mass = self._zeros(len(MASS_LEVELS))
+        self.class_mass = self._zeros(0, n)
+        self.class_samples = torch.zeros(0, device=self.device, dtype=torch.int64)
+        self.gram_renorm = self._zeros(n, n)
+        self.halves = Contributions(layer, "affine"), Contributions(layer, "affine")
+
+    def add(self, observation: Observation, labels: Tensor | None) -> None:
+        """Add the inputs of one forward pass, and their classes (b) if they have any."""
+        super().add(observation, labels)
+        mass = observation.mass.to(self.dtype)  # (b,n)
+        self.max_mass = torch.maximum(self.max_mass, mass.amax(0))
+        self._add_ranks(mass)
+        if labels is not None:
+            self._add_classes(mass, labels)
+        self._add_grams(observation)
+
+    def _add_ranks(self, mass: Tensor) -> None:
+        n = mass.shape[1]
+        order = rank(mass)
+        cells = (torch.arange(n, device=mass.device) * n + order).flatten()
+        self.rank_counts.scatter_add_(0, cells, torch.ones_like(cells))
+        best = mass.gather(1, order).cumsum(1)  # of the best k, k = 1…n
+        self.kept_mass += best.sum(0)
+        for index, level in enumerate(MASS_LEVELS):
+            missing = (best < level * best[:, -1:]).sum(1)
+            self.experts_for_mass[index] += (missing + 1).sum()
+
+    def _add_classes(self, mass: Tensor, labels: Tensor) -> None:
+        new = int(labels.max()) + 1 - len(self.class_mass)
+        if new > 0:
+            self.class_mass = torch.cat([self.class_mass, self.class_mass.new_zeros(new, mass.shape[1])])
+            self.class_samples = torch.cat([self.class_samples, self.class_samples.new_zeros(new)])
+        labels = labels.to(mass.device)
+        self.class_mass.index_add_(0, labels, mass)
+        self.class_samples.index_add_(0, labels, torch.ones_like(labels))
+
+    def _add_grams(self, observation: Observation) -> None:
+        weights, outputs = observation.combine_weights.float(), observation.slot_outputs.float()
+        self.gram_renorm += renorm_gram(weights, outputs, observation.output.float(), self.dtype)
+        members = halves(self.samples - len(weights), len(weights))
+        for contributions, index in zip(self.halves, members, strict=True):
+            contributions.add(select(observation, index.to(weights.device)))
+
+    def result(self) -> LayerStatistics:
+        """The statistics of all inputs so far."""
+        n = len(self.mass)
+        sums = {
+            "rank_frequency": self.rank_counts.view(n, n),
+            "kept_mass": self.kept_mass,
+            "experts_for_mass": self.experts_for_mass,
+            **self._grams(),
+        }
+        fields = {name: total / self.samples for name, total in sums.items()}
+        fields["max_mass"] = self.max_mass
+        fields["sensitivity"] = self._zeros()  # not known yet
+        fields["class_mass"] = self.class_mass / self.class_samples.clamp_min(1)[:, None]
+        return LayerStatistics(**_on_cpu(self.moments() | fields))
+
+    def _grams(self) -> dict[str, Tensor]:
+        n = len(self.mass)
+        first, second = self.halves
+        gram = (first.gram + second.gram)[:n, :n]
+        slot_mean = self.moments()["slot_mean"].to("cpu", torch.float64)
+        lost = {
+            f"gram_{compensation}": lost_gram(first, second, slot_mean, compensation)[:n, :n]
+            for compensation in ("mean", "lstsq", "affine")
+        }
+        return {"gram": gram, "gram_renorm": self.gram_renorm + gram, **lost}
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", torch.float32) for name, tensor in tensors.items()}
+
+
+def summarize(statistics: LayerStatistics) -> dict[str, Any]:
+    """What a person wants to know of a layer, as JSON values.
+
+    Returns:
+        `experts`; `best_eighth_mass`: the mean mass of an input's best n/8 experts,
+        `static_eighth_mass`: that of the n/8 experts that are best over all inputs, and
+        `uniform_mass`: what they would hold if the router told no experts apart;
+        `experts_for_mass_per_input` and `experts_for_mass_overall`: how many experts hold 50, 90 and
+        99 % of one input's mass (mean), and of the mass of all inputs; `unused_experts`: those that
+        never hold a tenth of a fair share 1/n; `informative`: whether the mass is concentrated enough
+        for the signal `combine` to tell experts apart (see INFORMATIVE_MASS), and twice a uniform router's.
+    """
+    n = statistics.num_experts
+    eighth = max(1, n // 8)
+    overall = statistics.mean_mass.double().sort(descending=True).values.cumsum(0)
+    best_eighth_mass = float(statistics.kept_mass[eighth - 1])
+    return {
+        "experts": n,
+        "best_eighth_mass": best_eighth_mass,
+        "static_eighth_mass": float(overall[eighth - 1]),
+        "uniform_mass": eighth / n,
+        "experts_for_mass_per_input": statistics.experts_for_mass.tolist(),
+        "experts_for_mass_overall": [int((overall < level * overall[-1]).sum()) + 1 for level in MASS_LEVELS],
+        "unused_experts": (statistics.max_mass < 0.1 / n).nonzero().flatten().tolist(),
+        "informative": best_eighth_mass >= max(INFORMATIVE_MASS, 2 * eighth / n),
+    }

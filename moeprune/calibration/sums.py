@@ -1,0 +1,262 @@
+"""What each expert of a dense layer adds to the output, and the part of it that is lost when it is dropped.
+
+Expert j adds R_j = sum over p of C_jp·f_jp (m,o). What stands in for it when it is dropped is a constant
+for each slot, C_j·mu_j, and, where a regression is fitted, Z·V_j with the regressors Z (m,q): the combine
+weights C of all slots (`lstsq`), and beside them the layer's input, the mean of its tokens and 1 (`affine`).
+The sums over inputs
+
+    power ZᵀZ (q,q)      cross ZᵀR_j (n+1,q,o)      gram <R_j, R_l> (n+1,n+1)
+
+are all that such regressions take, for every set of experts: what a set adds is the sum of what its
+experts add. The last of n + 1 is the gap: what is missing whatever is dropped, such as what pruned layers
+before this one broke.
+
+Axes: b inputs, m tokens, d width of the input, o width of the output, n experts, p slots per expert,
+S = n·p slots, q regressors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moeprune.calibration.ridge import Equations, choose_ridge, column_scale
+from moeprune.layers.soft_moe import Observation, SoftMoE, is_dropped, mean_token
+from moeprune.plan import AFFINE
+
+GRAM_WORKSPACE = 2**24
+"""Numbers at most in the two matrices over slots that the Gram matrix of some inputs needs."""
+CHUNK = 2**24
+"""Numbers at most in each of the tensors that the lost parts of some outputs need."""
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest float that sums over a data set can be kept in on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def half_of(first: int, count: int) -> Tensor:
+    """In which half, 0 or 1, the inputs first, first + 1, … are (count): by the hash of their number."""
+    mixed = torch.arange(first, first + count)
+    for multiplier in (0x45D9F3B, 0x119DE1F3):
+        mixed = ((mixed ^ (mixed >> 16)) * multiplier) % 2**32
+    return (mixed >> 16) & 1
+
+
+def halves(first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Which of the inputs first, first + 1, … are in either half: their places from 0 on, ascending."""
+    half = half_of(first, count)
+    return (half == 0).nonzero().flatten(), (half == 1).nonzero().flatten()
+
+
+def kinds_of_regressors(layer: SoftMoE, compensation: str) -> list[int]:
+    """How many regressors there are of each kind, in the order of `regressors`."""
+    n, p, _ = layer.slot_shape
+    d = layer.config.dim
+    return [n * p, d, d, 1] if compensation in AFFINE else [n * p]
+
+
+def added_tensors(layer: SoftMoE, rows: Tensor) -> dict[str, Tensor]:
+    """The rows (q,…) that go with a pruned layer's regressors, slots in the order of phi's columns, as the
+    tensors of the layer that hold what they add.
+    """
+    assert layer.plan is not None
+    n, p, _ = layer.slot_shape
+    of_slots, *affine = rows.split(kinds_of_regressors(layer, layer.plan.compensation))
+    tensors = {"surrogate": of_slots.unflatten(0, (n, p))}
+    if affine:
+        token, mean, bias = affine
+        tensors |= {"affine_token": token, "affine_mean": mean, "affine_bias": bias[0]}
+    return tensors
+
+
+def regressors(observation: Observation, compensation: str) -> Tensor:
+    """Z (b,m,q): the combine weights, without those of the slots that ran for their own input; for
+    `affine` also the layer's input, the mean of its tokens, and 1.
+    """
+    weights = observation.combine_weights.float()
+    if observation.chosen is not None:
+        weights = weights * is_dropped(observation.chosen, weights)[:, None, :, None]
+    weights = weights.flatten(2)
+    if compensation not in AFFINE:
+        return weights
+    tokens, mask = observation.tokens.float(), observation.mask
+    one = torch.ones_like(tokens[:, :, :1]) if mask is None else mask[:, :, None].float()
+    return torch.cat([weights, tokens, one * mean_token(tokens, mask)[:, None], one], dim=2)
+
+
+def expert_gram(combine_weights: Tensor, slot_outputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over inputs of <R_j, R_l> = sum over p, q of (CᵀC)_jp,lq · <f_jp, f_lq>: (n,n) in dtype.
+
+    Args:
+        combine_weights: C (b,m,n,p).
+        slot_outputs: f (b,n,p,o).
+    """
+    _, _, n, p = combine_weights.shape
+    step = max(1, GRAM_WORKSPACE // (2 * (n * p) ** 2))
+    weights, outputs = combine_weights.flatten(2).split(step), slot_outputs.flatten(1, 2).split(step)
+    gram = combine_weights.new_zeros(n, n, dtype=dtype)
+    for c, f in zip(weights, outputs, strict=True):
+        slots = ((c.mT @ c) * (f @ f.mT)).sum(0, dtype=dtype)  # (n·p,n·p)
+        gram += slots.view(n, p, n, p).sum((1, 3))
+    return gram
+
+
+def renorm_gram(combine_weights: Tensor, slot_outputs: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over inputs of <C_j·(f_j - Y), C_l·(f_l - Y)> (n,n) in dtype, but for its first term <R_j, R_l>.
+
+    Args:
+        combine_weights: C (b,m,n,p).
+        slot_outputs: f (b,n,p,o).
+        output: Y (b,m,o).
+    """
+    _, _, n, p = combine_weights.shape
+    step = max(1, GRAM_WORKSPACE // (2 * (n * p) ** 2))
+    gram = combine_weights.new_zeros(n, n, dtype=dtype)
+    parts = (combine_weights.flatten(2), slot_outputs.flatten(1, 2), output)
+    for c, f, y in zip(*(part.split(step) for part in parts), strict=True):
+        with_output = c.mT @ (c * (y @ f.mT))  # C_lᵀ·(C_j∘<f_j, Y>) (b,S,S)
+        squares = (c * y.square().sum(2, keepdim=True)).mT @ c
+        slots = (squares - with_output - with_output.mT).sum(0, dtype=dtype)
+        gram += slots.view(n, p, n, p).sum((1, 3))
+    return gram
+
+
+def sums_in_bytes(layer: SoftMoE, compensation: str) -> int:
+    """Bytes that both halves of a layer's sums take."""
+    n, _, out = layer.slot_shape
+    q = sum(kinds_of_regressors(layer, compensation))
+    return 2 * (8 * q * q + 4 * (n + 1) * q * out)
+
+
+class Contributions:
+    """The sums of one layer over some inputs."""
+
+    def __init__(self, layer: SoftMoE, compensation: str):
+        n, _, out = layer.slot_shape
+        device = layer.fc2_weight.device
+        self.compensation = compensation
+        self.kinds = kinds_of_regressors(layer, compensation)
+        q, dtype = sum(self.kinds), wide_dtype(device)
+        self.power = torch.zeros(q, q, device=device, dtype=dtype)
+        self.cross = torch.zeros(n + 1, q, out, device=device)
+        self.gram = torch.zeros(n + 1, n + 1, device=device, dtype=dtype)
+
+    def add(self, observation: Observation, gap: Tensor | None = None) -> None:
+        """Add inputs: what the dense layer computed, and the gap (b,m,o) that is missing in any case."""
+        weights, outputs = observation.combine_weights.float(), observation.slot_outputs.float()
+        b, _, n, p = weights.shape
+        if b == 0:
+            return
+        z = regressors(observation, self.compensation)
+        rows = z.flatten(0, 1)
+        wide = rows.to(self.power)
+        self.power += wide.mT @ wide
+        step = max(1, CHUNK // (z.shape[2] * n * p))
+        for some, c, f in zip(z.split(step), weights.split(step), outputs.split(step), strict=True):
+            shared = (some.mT @ c.flatten(2)).unflatten(2, (n, p))  # ZᵀC (b,q,n,p)
+            of_expert = shared.permute(2, 1, 0, 3).reshape(n, -1, len(c) * p)
+            self.cross[:n].baddbmm_(of_expert, f.transpose(0, 1).reshape(n, len(c) * p, -1))
+        self.gram[:n, :n] += expert_gram(weights, outputs, self.gram.dtype)
+        if gap is not None:
+            gap = gap.float()
+            self.cross[n] += rows.mT @ gap.flatten(0, 1)
+            with_gap = (weights.flatten(2).mT @ gap) * outputs.flatten(1, 2)  # (b,S,o)
+            with_gap = with_gap.sum((0, 2), dtype=self.gram.dtype).view(n, p).sum(1)
+            self.gram[:n, n] += with_gap
+            self.gram[n, :n] += with_gap
+            self.gram[n, n] += gap.square().sum(dtype=self.gram.dtype)
+
+    def equations(self, dropped: Sequence[int], slot_mean: Tensor) -> Equations:
+        """Of the regression on the gap and what the dropped experts add beside their means.
+
+        Args:
+            slot_mean: mu (n,p,o).
+
+        Returns:
+            On the CPU in float64.
+        """
+        index = torch.tensor(dropped, dtype=torch.int64, device=self.cross.device)
+        n, p, out = slot_mean.shape
+        cross = (self.cross[n] + self.cross[index].sum(0)).to("cpu", torch.float64)
+        power = self.power.to("cpu", torch.float64)
+        means = torch.zeros(n, p, out, dtype=torch.float64)
+        means[list(dropped)] = slot_mean[list(dropped)].double()
+        return Equations(power, cross - power[:, : n * p] @ means.flatten(0, 1))
+
+
+def lost_gram(first: Contributions, second: Contributions, slot_mean: Tensor, compensation: str) -> Tensor:
+    """Gram matrix (n+1,n+1) of what is lost of each expert's contribution under a compensation.
+
+    Args:
+        first, second: two halves of the inputs.
+        slot_mean: mu (n,p,o).
+        compensation: `mean` or a fitted one, for which the regression is fitted to one half and its error
+            is measured on the other, both ways; `refit` is taken for `affine`.
+
+    Returns:
+        The sum over the inputs of both, in float64 on the CPU. The last row and column are the gap's. NaN
+        where the sums are not finite.
+    """
+    n, p, out = slot_mean.shape
+    parts = [_on_cpu(half, compensation) for half in (first, second)]
+    if not all(power.isfinite().all() and gram.isfinite().all() for power, _, gram in parts):
+        return torch.full((n + 1, n + 1), torch.nan, dtype=torch.float64)
+    q = len(parts[0][0])
+    scale = torch.ones(q, dtype=torch.float64)
+    ridge = None
+    if compensation != "mean":
+        kinds = first.kinds if compensation in AFFINE else first.kinds[:1]
+        scale = column_scale(parts[0][0] + parts[1][0], kinds)
+        everything = [half.equations(range(n), slot_mean) for half in (first, second)]
+        cut = [Equations(power[:q, :q], cross[:q]).scaled(scale) for power, cross in everything]
+        ridge = choose_ridge(*cut)
+    scaled_powers = [power / (scale[:, None] * scale) for power, _, _ in parts]
+    factors: list[Tensor | None] = [None, None]
+    if ridge is not None:
+        identity = torch.eye(q, dtype=torch.float64)
+        factors = [torch.linalg.cholesky(power + ridge / 2 * identity) for power in scaled_powers]
+    lost = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    step = max(1, CHUNK // ((n + 1) * q))
+    for start in range(0, out, step):
+        means = slot_mean[:, :, start : start + step].double()
+        crosses, fits = [], []
+        for (power, cross, _), factor in zip(parts, factors, strict=True):
+            own = cross[:, :, start : start + step].to("cpu", torch.float64)
+            lost -= _with_means(power, own, means)
+            own[:n] -= torch.einsum("qjp,jpo->jqo", power[:, : n * p].unflatten(1, (n, p)), means)
+            own /= scale[:, None]
+            crosses.append(own)
+            if factor is not None:
+                columns = own.transpose(0, 1).flatten(1)  # (q,(n+1)·o)
+                fits.append(torch.cholesky_solve(columns, factor).unflatten(1, (n + 1, -1)).transpose(0, 1))
+        others = reversed(crosses), reversed(scaled_powers)
+        for fit, measured, scaled in zip(fits, *others, strict=False):
+            of_both = torch.einsum("jqo,lqo->jl", measured, fit)
+            lost += torch.einsum("jqo,lqo->jl", fit, scaled @ fit) - of_both - of_both.mT
+    return lost + parts[0][2] + parts[1][2]
+
+
+def _on_cpu(half: Contributions, compensation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Power, cross and gram with the regressors of a compensation; of cross a view where it lies."""
+    q = sum(half.kinds) if compensation in AFFINE else half.kinds[0]
+    power = half.power[:q, :q].to("cpu", torch.float64)
+    return power, half.cross[:, :q], half.gram.to("cpu", torch.float64)
+
+
+def _with_means(power: Tensor, cross: Tensor, means: Tensor) -> Tensor:
+    """What subtracting C_j·mu_j from each expert's contribution takes off the Gram matrix (n+1,n+1).
+
+    Args:
+        power: (q,q). cross: (n+1,q,o). means: mu (n,p,o).
+    """
+    n, p, _ = means.shape
+    taken = torch.zeros(n + 1, n + 1, dtype=power.dtype)
+    of_means = torch.einsum("jlpo,lpo->jl", cross[:, : n * p].unflatten(1, (n, p)), means)  # <R_j, C_l·mu_l>
+    taken[:, :n] += of_means
+    taken[:n] += of_means.mT
+    overlap = power[: n * p, : n * p].view(n, p, n, p)
+    taken[:n, :n] -= torch.einsum("jplq,jpo,lqo->jl", overlap, means, means)
+    return taken

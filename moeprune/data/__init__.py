@@ -1,0 +1,1 @@
+"""Data specs into batches."""

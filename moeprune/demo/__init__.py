@@ -1,0 +1,1 @@
+"""The story on shipped checkpoints, and the training that made them."""

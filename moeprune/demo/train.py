@@ -1,0 +1,161 @@
+"""Trains the two demo models on scikit-learn's digits, from scratch and seeded.
+
+Only the `train` split is seen here; nothing is chosen on the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moeprune import __version__
+from moeprune.data.digits import digits
+from moeprune.data.preprocessing import InputFormat, Preprocessing
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.soft_moe import SoftMoE
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.description import Details
+from moeprune.models.model import SoftMoEViT
+
+PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # about what the digits have
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one demo model is made and trained.
+
+    steps: batches of batch_size images.
+    scale: where the router's scale starts; the sharper the router, the more the combine mass says
+        about an expert.
+    position: standard deviation of the first position embeddings; the more tokens differ, the fewer
+        experts a sharp router leaves unused.
+    noise: standard deviation of what is added to normalised pixels.
+    """
+
+    config: ViTConfig
+    steps: int
+    learning_rate: float
+    weight_decay: float
+    scale: float
+    position: float
+    noise: float
+    label_smoothing: float
+    batch_size: int = 128
+
+
+def single_layer_config(num_experts: int = 128, hidden_units: int = 512) -> ViTConfig:
+    """One Soft MoE layer without residual on the digits: 16 tokens, d=32, hidden_units in all."""
+    soft_moe = SoftMoEConfig(32, num_experts, slots_per_expert=1, hidden_dim=hidden_units // num_experts)
+    block = BlockConfig(attention=False, soft_moe=soft_moe, residual=False)
+    return ViTConfig((8, 8), (2, 2), 1, 10, dim=32, num_heads=4, blocks=(block,), final_norm=False)
+
+
+def pairs_config() -> ViTConfig:
+    """Four blocks with residuals on pairs of digits, 32 tokens, d=64; the last three have 64 experts."""
+    mlp = BlockConfig(mlp_dim=128)
+    moe = BlockConfig(soft_moe=SoftMoEConfig(64, num_experts=64, slots_per_expert=2, hidden_dim=16))
+    return ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=(mlp, moe, moe, moe))
+
+
+def single_layer_recipe(num_experts: int = 128) -> Recipe:
+    """The recipe of the single-layer model; its experts share 512 hidden units, however many they are."""
+    return Recipe(
+        single_layer_config(num_experts),
+        steps=1500,
+        learning_rate=3e-3,
+        weight_decay=0.1,
+        scale=5.0,
+        position=1.0,
+        noise=0.3,
+        label_smoothing=0.05,
+    )
+
+
+def pairs_recipe() -> Recipe:
+    """The recipe of the vision transformer on pairs of digits."""
+    return Recipe(
+        pairs_config(),
+        steps=3000,
+        learning_rate=2e-3,
+        weight_decay=0.01,
+        scale=16.0,
+        position=0.1,
+        noise=0.2,
+        label_smoothing=0.0,
+    )
+
+
+def initialize(model: SoftMoEViT, scale: float, position: float, generator: torch.Generator) -> None:
+    """Draw initial weights, all from one generator."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SoftMoE):
+                module.reset_parameters(generator, scale)
+            elif isinstance(module, nn.Linear):
+                module.weight.normal_(std=1 / math.sqrt(module.in_features), generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+        model.position.normal_(std=position, generator=generator)
+        if model.config.class_token:
+            model.class_token.normal_(std=0.1, generator=generator)
+
+
+def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
+    """A model trained by the recipe, in eval mode; the same seed gives the same weights."""
+    generator = torch.Generator().manual_seed(seed)
+    settings = {name: value for name, value in asdict(recipe).items() if name != "config"}
+    trained = {"data": "digits:train", "seed": seed, "recipe": settings, "moeprune": __version__}
+    model = SoftMoEViT(
+        recipe.config, details=Details(PREPROCESSING, {"library": "moeprune"}, {"training": trained})
+    )
+    initialize(model, recipe.scale, recipe.position, generator)
+    no_decay = [p for name, p in model.named_parameters() if p.ndim <= 1]
+    decay = [p for name, p in model.named_parameters() if p.ndim > 1]
+    groups = [
+        {"params": decay, "weight_decay": recipe.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    warm_up = max(1, recipe.steps // 20)
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (recipe.steps - warm_up)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    draw = _drawer(recipe.config, recipe.batch_size, generator)
+    model.train()
+    for _ in tqdm(range(recipe.steps), desc="train", unit=" steps", disable=None if progress else True):
+        images, labels = draw()
+        images = images + recipe.noise * torch.randn(images.shape, generator=generator)
+        loss = F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.requires_grad_(False).eval()
+
+
+def _drawer(
+    config: ViTConfig, batch_size: int, generator: torch.Generator
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Draws batches of digits, or of pairs of them where the model takes images twice as wide."""
+    pixels, labels = digits("train")
+    images = InputFormat(1, 8, 8, 10, PREPROCESSING).normalize(pixels)
+    sides = config.image_size[1] // 8
+
+    def draw() -> tuple[Tensor, Tensor]:
+        index = torch.randint(len(images), (sides, batch_size), generator=generator)
+        classes = labels[index]
+        label = classes[0] if sides == 1 else 10 * classes[0] + classes[1]
+        return torch.cat(list(images[index]), dim=3), label
+
+    return draw

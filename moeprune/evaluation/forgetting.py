@@ -1,0 +1,75 @@
+"""What pruning forgets: the change of every class, the inputs that flip, and classes that collapse.
+
+An average hides a class that is lost: one of a hundred classes is one point of accuracy.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeprune.evaluation.intervals import paired_difference
+
+LEVEL = 0.95
+KNOWN = 0.5
+"""Accuracy of the full model in a class from which on the class counts as known."""
+HIDES = 5
+"""How many times the average drop a class's must be for the average to hide it."""
+
+
+def forgetting(labels: Tensor, predicted: Tensor, reference: Tensor) -> dict[str, Any]:
+    """How predictions differ from those of the full model, class by class and input by input.
+
+    Args:
+        labels: the true classes (samples), int64.
+        predicted: by the pruned model, likewise.
+        reference: by the full model, likewise.
+
+    Returns:
+        JSON values. `classes`: for each class with samples, the largest drop first: `class`, `samples`,
+        `accuracy`, `baseline_accuracy`, `accuracy_drop` and its `accuracy_drop_ci95`. `lost`, `won`: the
+        places, in the order of the labels, of inputs that flip from right to wrong, and from wrong to right.
+        `collapsed`: classes that the full model knows (an accuracy of KNOWN or more), of whose accuracy at
+        most half is left, and whose drop the average hides: it is HIDES times as large, and larger beyond
+        doubt, as its interval, at a level that holds for all classes at once, lies above the average.
+    """
+    right, reference_right = predicted == labels, reference == labels
+    samples = len(labels)
+    lost, won = reference_right & ~right, right & ~reference_right
+    average = (int(lost.sum()) - int(won.sum())) / samples
+    counts = [
+        torch.bincount(labels[mask]) if mask is not None else torch.bincount(labels)
+        for mask in (right & reference_right, lost, won, None)
+    ]
+    num_classes = len(counts[-1])
+    both, only_full, only_pruned, total = (
+        torch.nn.functional.pad(count, (0, num_classes - len(count))).tolist() for count in counts
+    )
+    present = [c for c in range(num_classes) if total[c]]
+    strict = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / len(present))
+    classes, collapsed = [], []
+    for c in present:
+        cells = both[c], only_full[c], only_pruned[c], total[c] - both[c] - only_full[c] - only_pruned[c]
+        accuracy, full = (both[c] + only_pruned[c]) / total[c], (both[c] + only_full[c]) / total[c]
+        classes.append(
+            {
+                "class": c,
+                "samples": total[c],
+                "accuracy": accuracy,
+                "baseline_accuracy": full,
+                "accuracy_drop": full - accuracy,
+                "accuracy_drop_ci95": list(paired_difference(*cells)),
+            }
+        )
+        is_lost = full >= KNOWN and accuracy <= full / 2
+        if is_lost and full - accuracy >= HIDES * average and paired_difference(*cells, strict)[0] > average:
+            collapsed.append(c)
+    return {
+        "classes": sorted(classes, key=lambda entry: (-entry["accuracy_drop"], entry["class"])),
+        "lost": lost.nonzero().flatten().tolist(),
+        "won": won.nonzero().flatten().tolist(),
+        "collapsed": collapsed,
+    }

@@ -1,0 +1,179 @@
+"""How fast models run: warm-up, then interleaved repetitions of all of them on the same inputs."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moeprune.data.datasets import Dataset
+from moeprune.errors import MoepruneError
+from moeprune.models.model import Model, private_copy
+from moeprune.models.runtime import Runtime
+
+BATCH_SIZES = (1, 8, 32)
+WARM_UP_CALLS, WARM_UP_SECONDS = 2, 0.2
+"""Warm-up ends when each function was called so often, and so much time is over."""
+MIN_REPETITIONS, MAX_REPETITIONS, MEASURED_SECONDS = 7, 200, 2.0
+"""Repetitions end when all calls together took so long, within these bounds."""
+MOST_INPUTS = 1_000_000
+READY_BATCHES, READY_INPUTS = 8, 256
+"""Most batches, and inputs in all of them, that lie ready on the device; never fewer than two batches."""
+
+
+def check_batch_sizes(batch_sizes: Iterable[int]) -> None:
+    """Raise a MoepruneError if a batch size is below 1 or absurd."""
+    for batch_size in batch_sizes:
+        if not 1 <= batch_size <= MOST_INPUTS:
+            raise MoepruneError(
+                f"`--latency-batch {batch_size}` is not within 1 and {MOST_INPUTS}",
+                "give how many inputs come at once, such as 8",
+            )
+
+
+def measure_latency(
+    model: Model,
+    data: Dataset,
+    baseline: Model | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    runtime: Runtime = Runtime(),
+) -> dict[str, Any]:
+    """Measure the seconds of a forward pass, alone and against a baseline on the same inputs.
+
+    Inputs are batches of the data that lie ready on the device, another one in each repetition:
+    a routed model chooses other experts for other inputs. The runtime's own batch size plays no part.
+
+    Returns:
+        JSON values: `threads` of torch on the CPU, and in `batches` for each batch size what
+        `summarize_latency` returns.
+
+    Raises:
+        MoepruneError: a batch size below 1, data that cannot be read, or no such device.
+    """
+    check_batch_sizes(batch_sizes)
+    device = runtime.torch_device
+    models = {"model": model} | ({} if baseline is None else {"baseline": baseline})
+    functions = {
+        name: partial(runtime.forward, private_copy(module).to(device)) for name, module in models.items()
+    }
+    batches = []
+    for batch_size in tqdm(
+        batch_sizes,
+        desc="latency",
+        unit=" batch sizes",
+        leave=False,
+        disable=None if runtime.progress else True,
+    ):
+        seconds = interleaved(functions, ready_batches(data, batch_size, device))
+        summary = summarize_latency(seconds["model"], seconds.get("baseline"))
+        batches.append({"batch_size": batch_size, **summary})
+    return {"threads": torch.get_num_threads(), "batches": batches}
+
+
+def ready_batches(data: Dataset, batch_size: int, device: torch.device) -> list[Tensor]:
+    """Different batches (batch_size,c,H,W) on the device: the first samples of the data, in order.
+
+    After the last sample comes the first again.
+    """
+    count = max(2, min(READY_BATCHES, READY_INPUTS // batch_size))
+    batches = [inputs for inputs, _ in itertools.islice(data.batches(batch_size), count)]
+    if data.samples < count * batch_size:
+        samples = torch.cat(batches)
+        places = torch.arange(count * batch_size) % len(samples)
+        batches = [samples[part] for part in places.split(batch_size)]
+    return [inputs.to(device) for inputs in batches]
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[Tensor], object]],
+    inputs: Sequence[Tensor],
+    seconds_of: Callable[[Callable[[], object]], float] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each function in each repetition, after a warm-up of all of them.
+
+    A repetition calls every function once on the same input, the next repetition on the next input,
+    and in the opposite order: what drifts meanwhile (clock rates, other programs) meets all alike, so
+    that ratios within a repetition are steadier than the seconds are.
+
+    Args:
+        functions: by name.
+        inputs: used in turn, again from the first after the last; all on one device.
+        seconds_of: how a call is timed; `seconds_of_call` on the inputs' device if this is None.
+    """
+    seconds_of = seconds_of or partial(seconds_of_call, device=inputs[0].device)
+    warm_at = time.perf_counter() + WARM_UP_SECONDS
+    for index in itertools.count():
+        if index >= WARM_UP_CALLS and time.perf_counter() >= warm_at:
+            break
+        for function in functions.values():
+            seconds_of(partial(function, inputs[index % len(inputs)]))
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order, spent = list(functions), 0.0
+    for repetition in range(MAX_REPETITIONS):
+        if repetition >= MIN_REPETITIONS and spent >= MEASURED_SECONDS:
+            break
+        for name in order:
+            took = seconds_of(partial(functions[name], inputs[repetition % len(inputs)]))
+            seconds[name].append(took)
+            spent += took
+        order.reverse()
+    return seconds
+
+
+def seconds_of_call(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds from a call to the end of the work that it gives to the device.
+
+    On CUDA two events on the device's own clock enclose the work, so that the host's way back from
+    waiting does not count. The device is idle before each call, as before a request: behind the work
+    of an earlier call, the host would launch this call's kernels unnoticed, and a model that is bound
+    by launches would look as fast as its kernels alone. Nothing waits between the two events but
+    what the call itself waits for.
+    """
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record(stream)
+        call()
+        end.record(stream)
+        end.synchronize()
+        return start.elapsed_time(end) / 1000  # milliseconds
+    if device.type == "mps":
+        torch.mps.synchronize()
+    begin = time.perf_counter()
+    call()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter() - begin
+
+
+def summarize_latency(model: Sequence[float], baseline: Sequence[float] | None = None) -> dict[str, Any]:
+    """Medians and quartiles of a model's seconds, and of how many times as fast as a baseline it is.
+
+    Args:
+        model, baseline: seconds of each repetition, at least two.
+
+    Returns:
+        JSON values: `repetitions`; `speedup`, the median over repetitions of baseline/model;
+        `model_seconds` and `baseline_seconds`; the 25 % and 75 % quantiles of each as
+        `speedup_iqr` and so on; and `speedups` of the repetitions. Those that need a baseline are None
+        without one.
+    """
+    speedups = None if baseline is None else [b / m for m, b in zip(model, baseline, strict=True)]
+    figures = {"speedup": speedups, "model_seconds": model, "baseline_seconds": baseline}
+    summary: dict[str, Any] = {"repetitions": len(model)}
+    for name, values in figures.items():
+        summary[name], summary[f"{name}_iqr"] = (None, None) if values is None else _quartiles(values)
+    return summary | {"speedups": speedups}
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, list[float]]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, [low, high]

@@ -1,0 +1,1 @@
+"""Bytes on disk: headers, shards, foreign files, whole-or-nothing writes, streaming."""

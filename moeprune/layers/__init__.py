@@ -1,0 +1,1 @@
+"""One MoE layer: its maths, weights, execution and surgery."""

@@ -1,0 +1,235 @@
+"""Routed execution: each input runs its k best experts, and no others.
+
+    scores (b,n)          -> chosen (b,k)                       choose
+    logits, chosen        -> dispatch (b,s,m), combine (b,m,s)  slot_weights
+    dispatch · tokens     -> slot inputs (b,k,p,d)
+    slot inputs, chosen   -> slot outputs (b,k,p,d)             run_experts
+    combine · outputs     -> tokens (b,m,d)
+
+Logits and combine weights of all experts are there beforehand: they are cheap, and they choose the
+experts. From there on only the slots of chosen experts are dispatched, computed and combined. The rows
+of all inputs are grouped by expert, so that each expert's weights are used where they lie, and once.
+
+On the CPU that is a loop over views of the stacked weights (or, where all that is chosen is small, a
+product of gathered copies, which saves the loop). On a GPU it is the kernels of
+moeprune.layers.kernels, which need no word from the host; the loop, which needs one a layer, serves there too
+where gradients are wanted, in float64, and without Triton.
+
+Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert;
+k experts run for an input, with s = k·p slots in the order of `chosen`.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeprune.layers.scores import top_k
+
+GATHERED = 2 << 20
+"""Bytes of chosen experts' weights up to which copying them is faster than a loop over experts."""
+
+
+class Experts(NamedTuple):
+    """The stacked weights of all experts, h contiguous in both; d is the width of the output in fc2."""
+
+    fc1_weight: Tensor | None  # (n,d,h), or (n,d,2·h) with a gate; None where an expert is one linear
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor  # (n,d,h)
+    fc2_bias: Tensor  # (n,d)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether half of what the first linear gives is a gate for the other half."""
+        return self.fc1_weight is not None and self.fc1_weight.shape[2] == 2 * self.fc2_weight.shape[2]
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """What the second linear takes (…,h), from what the first one gives."""
+        if not self.is_gated:
+            return F.gelu(hidden)
+        values, gate = hidden.chunk(2, dim=-1)
+        return values * F.gelu(gate)
+
+
+def run_chosen(
+    tokens: Tensor,
+    router_logits: Tensor,
+    combine_weights: Tensor,
+    chosen: Tensor,
+    experts: Experts,
+    renorm: bool,
+    surrogate: Tensor | None,
+    over_batch: bool = False,
+    is_ragged: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Output tokens (b,m,d), and the outputs (b,k,p,d) of the chosen experts' slots.
+
+    Args:
+        tokens: those that are dispatched (b,m,d).
+        router_logits: L (b,m,n,p).
+        combine_weights: C (b,m,n,p).
+        chosen: experts to run (b,k), ascending.
+        experts: all of them.
+        renorm: the combine softmax is over the chosen slots alone.
+        surrogate: what stands in for the slots that do not run (n,p,d), or None for zero.
+        over_batch: the dispatch softmax is over the inputs, not over the tokens of each.
+        is_ragged: where `chosen` says n, no expert runs.
+    """
+    n, p = router_logits.shape[2:]
+    idle = chosen == n if is_ragged else None
+    someone = chosen.clamp_max(n - 1) if is_ragged else chosen  # in place of none, and then not counted
+    dispatch, combine = slot_weights(
+        router_logits, None if renorm else combine_weights, someone, over_batch, idle
+    )
+    slot_inputs = (dispatch @ tokens).unflatten(1, (chosen.shape[1], p))
+    slot_outputs = run_experts(slot_inputs, chosen, experts, idle)
+    if surrogate is None:
+        return combine @ slot_outputs.flatten(1, 2), slot_outputs
+    # The surrogates of all slots, corrected where a slot has its real output.
+    output = combine_weights.flatten(2).to(combine.dtype) @ surrogate.flatten(0, 1)
+    corrections = (slot_outputs - surrogate[someone]).flatten(1, 2)
+    return torch.baddbmm(output, combine, corrections), slot_outputs
+
+
+def choose(scores: Tensor, k: int) -> Tensor:
+    """The k best experts of each input, ascending (b,k), for scores (b,n); see `top_k`."""
+    kernels = kernels_for(scores)
+    return kernels.choose(scores, k) if kernels and k else top_k(scores, k)
+
+
+def slot_weights(
+    router_logits: Tensor,
+    combine_weights: Tensor | None,
+    chosen: Tensor,
+    over_batch: bool = False,
+    idle: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dispatch weights Dᵀ (b,s,m) and combine weights (b,m,s) of the chosen experts' slots, in the type
+    of the logits; softmaxes are computed in float32 or better.
+
+    Args:
+        router_logits: L (b,m,n,p).
+        combine_weights: C (b,m,n,p); None for a softmax over the chosen slots alone.
+        chosen: expert indices (b,k).
+        over_batch: the dispatch softmax is over the inputs, not over the tokens of each.
+        idle: which of the chosen do not count (b,k): their combine weights are zero; None: all do.
+    """
+    kernels, dtype = None if over_batch else kernels_for(router_logits), router_logits.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    if kernels and chosen.shape[1]:
+        source, width = (router_logits, wide) if combine_weights is None else (combine_weights, dtype)
+        dispatch, combine = kernels.slot_weights(router_logits, chosen, source, width)
+    else:
+        index = chosen[:, None, :, None].expand(-1, *router_logits.shape[1:2], -1, router_logits.shape[3])
+        chosen_logits = router_logits.gather(2, index).flatten(2)  # (b,m,s)
+        if over_batch:
+            dispatch = router_logits.softmax(0, dtype=wide).gather(2, index).flatten(2).mT
+        else:
+            dispatch = chosen_logits.softmax(1, dtype=wide).mT
+        combine = chosen_logits
+        if combine_weights is not None:
+            combine = combine_weights.gather(2, index).flatten(2)
+    if idle is not None:
+        is_idle_slot = idle.repeat_interleave(router_logits.shape[3], 1)[:, None]  # (b,1,s)
+        combine = combine.masked_fill(is_idle_slot, -torch.inf if combine_weights is None else 0)
+    if combine_weights is None:
+        combine = combine.softmax(2, dtype=wide)
+    return dispatch.to(dtype), combine.to(dtype)
+
+
+def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Tensor | None = None) -> Tensor:
+    """Expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): outputs (b,k,p,d), d that of the output.
+
+    Where idle (b,k) says so, chosen is n, no expert runs, and the output is zero.
+    """
+    kernels = kernels_for(slot_inputs, *experts)
+    n, width = experts.fc2_bias.shape
+    if kernels and chosen.shape[1]:
+        rows = slot_inputs.flatten(0, 1)
+        pairs, counts = kernels.group_by_expert(chosen, n)
+        if experts.fc1_weight is not None:
+            fuse = not experts.is_gated
+            rows = kernels.grouped_linear(
+                rows, pairs, counts, experts.fc1_weight, experts.fc1_bias, gelu=fuse
+            )
+            rows = rows if fuse else experts.activate(rows)
+        rows = kernels.grouped_linear(rows, pairs, counts, experts.fc2_weight.mT, experts.fc2_bias)
+        rows = rows.view(*slot_inputs.shape[:-1], width)
+        return rows if idle is None else rows.masked_fill_(idle[:, :, None, None], 0)  # nobody wrote there
+    b, k, p, d = slot_inputs.shape
+    bytes_of_one = sum(weight[0].nbytes for weight in experts if weight is not None) if n else 0
+    if idle is not None:
+        return _run_some(slot_inputs, chosen, experts, ~idle)
+    if 0 < chosen.numel() * bytes_of_one <= GATHERED:
+        rows = _run_gathered(slot_inputs.flatten(0, 1), chosen.flatten(), experts)
+        return rows.view(b, k, p, width)
+    order = chosen.flatten().argsort(stable=True)
+    rows_of_expert = [p * count for count in chosen.flatten().bincount(minlength=n).tolist()]
+    rows = slot_inputs.reshape(b * k, p, d)[order].view(b * k * p, d)
+    rows = run_sorted(rows, rows_of_expert, experts)
+    outputs = torch.empty_like(rows).view(b * k, p, width)
+    outputs[order] = rows.view(b * k, p, width)
+    return outputs.view(b, k, p, width)
+
+
+def run_sorted(rows: Tensor, rows_of_expert: list[int], experts: Experts) -> Tensor:
+    """Outputs (r,o) of experts on rows (r,d): the first rows_of_expert[0] are expert 0's, and so on."""
+    if experts.fc1_weight is not None and experts.fc1_bias is not None:
+        rows = experts.activate(grouped_linear(rows, rows_of_expert, experts.fc1_weight, experts.fc1_bias))
+    return grouped_linear(rows, rows_of_expert, experts.fc2_weight.mT, experts.fc2_bias)
+
+
+def _run_some(slot_inputs: Tensor, chosen: Tensor, experts: Experts, active: Tensor) -> Tensor:
+    """The same on the active pairs (b,k) alone, as if each were an input of its own with one expert."""
+    outputs = slot_inputs.new_zeros(*slot_inputs.shape[:-1], experts.fc2_bias.shape[1])
+    outputs[active] = run_experts(slot_inputs[active][:, None], chosen[active][:, None], experts)[:, 0]
+    return outputs
+
+
+def _run_gathered(rows: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
+    """Expert chosen[i] (r) on rows[i] (r,p,d), with a copy of its weights: outputs (r,p,d)."""
+    if experts.fc1_weight is not None and experts.fc1_bias is not None:
+        hidden = torch.baddbmm(experts.fc1_bias[chosen][:, None], rows, experts.fc1_weight[chosen])
+        rows = experts.activate(hidden)
+    return torch.baddbmm(experts.fc2_bias[chosen][:, None], rows, experts.fc2_weight[chosen].mT)
+
+
+def grouped_linear(rows: Tensor, rows_of_expert: list[int], weight: Tensor, bias: Tensor) -> Tensor:
+    """rows @ weight[e] + bias[e], where the first rows_of_expert[0] rows belong to expert 0, and so on.
+
+    Args:
+        rows: (r,in), sorted by expert.
+        rows_of_expert: how many each expert has, n numbers.
+        weight: (n,in,out).
+        bias: (n,out).
+    """
+    used = [expert for expert, count in enumerate(rows_of_expert) if count]
+    if not used:
+        return rows.new_empty(0, weight.shape[2])
+    groups = rows.split([rows_of_expert[expert] for expert in used])
+    return torch.cat([torch.addmm(bias[j], group, weight[j]) for j, group in zip(used, groups, strict=True)])
+
+
+def kernels_for(*given: Tensor | None) -> ModuleType | None:
+    """The module moeprune.layers.kernels where it can compute with these tensors, else None."""
+    tensors = [tensor for tensor in given if tensor is not None]
+    if not tensors[0].is_cuda:
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    kernels = _kernels()
+    return kernels if kernels and all(tensor.dtype in kernels.DTYPES for tensor in tensors) else None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from moeprune.layers import kernels
+    except ImportError:  # no Triton for this platform
+        return None
+    return kernels

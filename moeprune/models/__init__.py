@@ -1,0 +1,1 @@
+"""Models that hold MoE layers: find them, load, save and cost them."""

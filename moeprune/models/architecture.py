@@ -1,0 +1,266 @@
+"""What a model is made of, as plain data: all that is needed to build it, and its JSON form.
+
+Axes, here and everywhere: b inputs, m tokens, d model width, n experts, p slots per expert,
+h hidden width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+from moeprune.errors import MoepruneError
+from moeprune.layers.config import SoftMoEConfig, later, require_bool, require_choice, require_positive
+
+POOLINGS = ("mean", "token", "none")
+
+
+def _to_json(config: Any) -> dict[str, Any]:
+    """A config as JSON values, without fields that came later and have their default.
+
+    What is written of older models, and their fingerprints, stay as they were.
+    """
+    values = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if not (f.metadata.get("later") and getattr(config, f.name) == f.default)
+    }
+    return {name: _json_value(value) for name, value in values.items()}
+
+
+def _json_value(value: Any) -> Any:
+    if is_dataclass(value):
+        return _to_json(value)
+    return [_json_value(part) for part in value] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One pre-norm block: attention (or none), then an MLP of width mlp_dim or a Soft MoE.
+
+    residual says whether the MLP or Soft MoE is added to its input or replaces it; attention
+    always has a residual.
+    """
+
+    attention: bool = True
+    mlp_dim: int | None = None
+    soft_moe: SoftMoEConfig | None = None
+    residual: bool = True
+
+    def __post_init__(self) -> None:
+        require_bool(self, "attention", "residual")
+        if (self.mlp_dim is None) == (self.soft_moe is None):
+            raise MoepruneError("a block has either `mlp_dim` or `soft_moe`, never both or none")
+        if self.mlp_dim is not None:
+            require_positive(self, "mlp_dim")
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer in which some blocks have a Soft MoE; images (b,c,H,W) in, logits out.
+
+    num_classes: 0 where there is no head, so that pooled features come out.
+    pooling: over the patch tokens (`mean`), or takes the class token (`token`); with `none` every
+        token, the class token too, gives logits.
+    class_position: whether the class token has a row of its own in the position embedding.
+    embedding_norm: a norm follows the position embedding, and patches are embedded without a bias.
+    final_norm, head_norm: a norm before and one after the pooling.
+    qk_norm: queries and keys are normalised, each head by itself.
+    qkv_bias: queries, keys and values have a bias.
+    layer_scale: learned factors scale what attention and the MLP or Soft MoE give, channel by channel.
+    norm_eps: of every norm.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    in_channels: int
+    num_classes: int
+    dim: int
+    num_heads: int
+    blocks: tuple[BlockConfig, ...]
+    class_token: bool = False
+    pooling: str = "mean"
+    final_norm: bool = True
+    class_position: bool = later(True)
+    embedding_norm: bool = later(False)
+    head_norm: bool = later(False)
+    qk_norm: bool = later(False)
+    qkv_bias: bool = later(True)
+    layer_scale: bool = later(False)
+    norm_eps: float = later(1e-5)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "in_channels", "dim", "num_heads")
+        if self.num_classes != 0:
+            require_positive(self, "num_classes")
+        require_bool(self, *(f.name for f in fields(self) if f.type == "bool"))
+        require_choice(self, "pooling", POOLINGS)
+        if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
+            raise MoepruneError(f"`norm_eps` is {self.norm_eps!r}, expected a number in 0…1")
+        for size, patch in zip(self.image_size, self.patch_size, strict=True):
+            if patch < 1 or size < patch or size % patch:
+                raise MoepruneError(
+                    f"`image_size` {list(self.image_size)} is not a multiple of"
+                    f" `patch_size` {list(self.patch_size)}"
+                )
+        if self.dim % self.num_heads:
+            raise MoepruneError(f"`dim` {self.dim} is not a multiple of `num_heads` {self.num_heads}")
+        if self.pooling == "token" and not self.class_token:
+            raise MoepruneError("`pooling` token needs `class_token` true")
+        if not self.class_position and not self.class_token:
+            raise MoepruneError("`class_position` false needs `class_token` true")
+        for block in self.blocks:
+            for width in (block.soft_moe.dim, block.soft_moe.output_width) if block.soft_moe else ():
+                if width != self.dim:
+                    raise MoepruneError(f"a Soft MoE of `dim` {width} stands in a model of `dim` {self.dim}")
+
+    @property
+    def num_patches(self) -> int:
+        """Of one image."""
+        (height, width), (patch_height, patch_width) = self.image_size, self.patch_size
+        return (height // patch_height) * (width // patch_width)
+
+    @property
+    def num_tokens(self) -> int:
+        """m: the patches, and the class token if there is one."""
+        return self.num_patches + self.class_token
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position embedding."""
+        return self.num_patches + (self.class_token and self.class_position)
+
+    @property
+    def soft_moe_layers(self) -> dict[str, SoftMoEConfig]:
+        """The Soft MoE layers by name, in the order of the data flow."""
+        return {
+            f"blocks.{index}.soft_moe": block.soft_moe
+            for index, block in enumerate(self.blocks)
+            if block.soft_moe is not None
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as JSON values; `vit_from_json` reads it back."""
+        return {"type": "vit", **_to_json(self)}
+
+
+def vit_from_json(value: Any) -> ViTConfig:
+    """Read a ViTConfig from JSON values.
+
+    Raises:
+        MoepruneError: an unknown type, an unknown or missing key, or a value that does not fit.
+    """
+    values = _mapping(value, "architecture")
+    if values.pop("type", None) != "vit":
+        raise MoepruneError(
+            f"architecture: `type` is {_mapping(value, 'architecture').get('type')!r}, expected 'vit'",
+            "the checkpoint was written by a newer moeprune, or not by moeprune at all",
+        )
+    blocks = values.get("blocks")
+    if not isinstance(blocks, list | tuple):
+        raise MoepruneError("architecture: `blocks` is missing or no list")
+    values["blocks"] = tuple(_block_from_json(block, i) for i, block in enumerate(blocks))
+    for key in ("image_size", "patch_size"):
+        size = values.get(key)
+        if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(s) is int for s in size)):
+            raise MoepruneError(f"architecture: `{key}` is {size!r}, expected [height, width]")
+        values[key] = tuple(size)
+    return _build(ViTConfig, values, "architecture")
+
+
+def _block_from_json(value: Any, index: int) -> BlockConfig:
+    where = f"architecture: blocks[{index}]"
+    values = _mapping(value, where)
+    if values.get("soft_moe") is not None:
+        soft_moe = _mapping(values["soft_moe"], f"{where}.soft_moe")
+        values["soft_moe"] = _build(SoftMoEConfig, soft_moe, f"{where}.soft_moe")
+    return _build(BlockConfig, values, where)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise MoepruneError(f"{where}: found {type(value).__name__}, expected an object")
+    return dict(value)
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise MoepruneError(f"{where}: unknown keys {unknown}, expected {sorted(known)}")
+    try:
+        return cls(**values)
+    except TypeError as error:  # a missing key
+        raise MoepruneError(f"{where}: {error}") from None
+    except MoepruneError as error:
+        raise MoepruneError(f"{where}: {error.message}", error.hint) from None
+
+
+@dataclass(frozen=True)
+class AdoptedLayer:
+    """A Soft MoE layer that took the place of another library's.
+
+    soft_moe: what it is. library: whose it was. tokens: m, of an input of the model's input_shape.
+    """
+
+    soft_moe: SoftMoEConfig
+    library: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """A model of the user's own code whose Soft MoE layers were adopted.
+
+    factory: `package.module:function` that builds the model as it was before, or None if it is not
+        known. arguments: keyword arguments of the factory, JSON values.
+    input_shape: of one input (c,H,W). num_classes: of its output.
+    layers: the adopted layers by name, in the order of the data flow.
+    other_flops: FLOPs of one input outside of them.
+    """
+
+    factory: str | None
+    arguments: dict[str, Any]
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    layers: dict[str, AdoptedLayer]
+    other_flops: int
+
+    @property
+    def soft_moe_layers(self) -> dict[str, SoftMoEConfig]:
+        """The Soft MoE layers by name, in the order of the data flow."""
+        return {name: layer.soft_moe for name, layer in self.layers.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as JSON values; `module_from_json` reads it back."""
+        layers = {name: asdict(layer) for name, layer in self.layers.items()}
+        return {"type": "module", **_to_json(self), "layers": layers}
+
+
+def module_from_json(value: Any) -> ModuleConfig:
+    """Read a ModuleConfig from JSON values.
+
+    Raises:
+        MoepruneError: an unknown or missing key, or a value that does not fit.
+    """
+    values = _mapping(value, "architecture")
+    values.pop("type", None)
+    factory, arguments = values.get("factory"), _mapping(values.get("arguments"), "architecture: arguments")
+    if not (factory is None or isinstance(factory, str)) or not all(isinstance(k, str) for k in arguments):
+        raise MoepruneError("architecture: `factory` or `arguments` are damaged")
+    shape = values.get("input_shape")
+    if not (isinstance(shape, list) and len(shape) == 3 and all(type(s) is int and s > 0 for s in shape)):
+        raise MoepruneError(f"architecture: `input_shape` is {shape!r}, expected [channels, height, width]")
+    values["input_shape"] = tuple(shape)
+    for key in ("num_classes", "other_flops"):
+        if type(values.get(key)) is not int or values[key] < 0:
+            raise MoepruneError(f"architecture: `{key}` is {values.get(key)!r}, expected a whole number")
+    layers = {}
+    for name, layer in _mapping(values.get("layers"), "architecture: layers").items():
+        where = f"architecture: layers: {name}"
+        parts = _mapping(layer, where)
+        parts["soft_moe"] = _build(SoftMoEConfig, _mapping(parts.get("soft_moe"), where), where)
+        layers[name] = _build(AdoptedLayer, parts, where)
+        require_positive(layers[name], "tokens")
+    values["layers"] = layers
+    return _build(ModuleConfig, values, "architecture")

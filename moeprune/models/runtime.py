@@ -1,0 +1,111 @@
+"""Where and how a model runs: device, precision, batch size, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moeprune.data.datasets import Batch, Dataset
+from moeprune.errors import MoepruneError
+
+logger = logging.getLogger(__name__)
+K = TypeVar("K")
+
+AUTOCAST_DTYPES = {"float32": None, "fp32": None, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How models run over a data set.
+
+    device: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for CUDA where there is one and else the CPU.
+    dtype: `float32` runs in the precision of the weights, `bf16` under autocast.
+    batch_size: inputs a forward pass; with the scope `batch` also the batch of Algorithm 2.
+    progress: show a progress bar on stderr when that is a terminal.
+    """
+
+    device: str = "auto"
+    dtype: str = "float32"
+    batch_size: int = 64
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in AUTOCAST_DTYPES:
+            raise MoepruneError(
+                f"`--dtype {self.dtype}` is unknown", f"give one of {', '.join(AUTOCAST_DTYPES)}"
+            )
+        if self.batch_size < 1:
+            raise MoepruneError(f"`--batch-size {self.batch_size}` is below 1")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that `device` names.
+
+        Raises:
+            MoepruneError: there is no such device here.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise _no_device(self.device) from None
+        there = {
+            "cpu": device.index in (None, 0),
+            "cuda": (device.index or 0) < torch.cuda.device_count(),
+            "mps": device.index in (None, 0) and torch.backends.mps.is_available(),
+        }
+        if not there.get(device.type, False):
+            raise _no_device(self.device)
+        return device
+
+    def batches(self, data: Dataset, what: str) -> Iterator[Batch]:
+        """One pass over the data in batches on the device, with a progress bar called `what`."""
+        device, start = self.torch_device, time.perf_counter()
+        with tqdm(
+            total=data.samples,
+            desc=what,
+            unit=" samples",
+            leave=False,
+            disable=None if self.progress else True,
+        ) as bar:
+            for inputs, labels in data.batches(self.batch_size):
+                yield inputs.to(device, non_blocking=True), labels
+                bar.update(len(inputs))
+        seconds = time.perf_counter() - start
+        logger.info(
+            f"{what}: {data.samples} samples in {seconds:.2f} s, {data.samples / seconds:.0f} samples/s"
+        )
+
+    def beside(
+        self, models: Mapping[K, nn.Module], full: nn.Module, data: Dataset, what: str
+    ) -> Iterator[tuple[K, Tensor, Tensor]]:
+        """For each batch of one pass and each model: its key, its output and the full model's, in float32."""
+        for inputs, _ in self.batches(data, what):
+            expected = self.forward(full, inputs).float()
+            for key, model in models.items():
+                yield key, self.forward(model, inputs).float(), expected
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """The model's output, without gradients, in this runtime's precision."""
+        autocast = AUTOCAST_DTYPES[self.dtype]
+        precision: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if autocast is not None:
+            precision = torch.autocast(inputs.device.type, autocast)
+        with torch.inference_mode(), precision:
+            return model(inputs.to(next(model.parameters()).dtype))
+
+
+def _no_device(name: str) -> MoepruneError:
+    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return MoepruneError(f"no device `{name}` here", f"found: {', '.join(found)}; or give `auto`")

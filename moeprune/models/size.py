@@ -1,0 +1,45 @@
+"""How large and how costly a model is, from its tensors' shapes and types alone; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeprune.files.header import TensorInfo
+from moeprune.models.architecture import ModuleConfig, ViTConfig
+from moeprune.models.flops import model_flops
+from moeprune.models.tensors import part_of
+from moeprune.plan import Plan
+
+
+def size_and_cost(
+    config: ViTConfig | ModuleConfig,
+    plan: Plan,
+    tensors: Mapping[str, TensorInfo],
+    running: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Parameters, bytes, FLOPs per input and experts per input of a model as JSON values.
+
+    Bytes and FLOPs are split into experts, routing, compensation and other. Where a plan says a mass, as
+    many experts are counted as run at most, if it is not known how many do.
+
+    Args:
+        config: of the unpruned model.
+        plan: of its pruned layers.
+        tensors: of the model.
+        running: experts that run in a layer, in the mean, where its plan does not fix it.
+    """
+    measured = running or {}
+    parts = {"experts": 0, "routing": 0, "compensation": 0, "other": 0}
+    for name, tensor in tensors.items():
+        parts[part_of(name, config.soft_moe_layers)] += tensor.nbytes
+    experts: dict[str, float] = {name: layer.num_experts for name, layer in config.soft_moe_layers.items()}
+    experts |= {name: layer.k for name, layer in plan.items()}
+    experts |= measured
+    return {
+        "parameters": sum(tensor.numel for tensor in tensors.values()),
+        "bytes": sum(parts.values()),
+        "bytes_by_part": parts,
+        "flops_per_input": model_flops(config, plan, measured).to_json(),
+        "experts_per_input": float(sum(experts.values())),
+    }

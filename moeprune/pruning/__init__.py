@@ -1,0 +1,1 @@
+"""Choose experts, fit what compensates for the others, and apply both."""

@@ -1,0 +1,397 @@
+"""From a model and what calibration says about it to a pruned or routed model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moeprune import __version__
+from moeprune.calibration.analysis import (
+    Analysis,
+    measure,
+    require_analysis_of,
+    require_finite,
+)
+from moeprune.calibration.selection import best_kept
+from moeprune.calibration.statistics import (
+    LayerMoments,
+    LayerStatistics,
+    MomentsAccumulator,
+    StatisticsAccumulator,
+)
+from moeprune.calibration.sums import lost_gram
+from moeprune.data.datasets import Dataset
+from moeprune.data.preprocessing import Preprocessing
+from moeprune.errors import MoepruneError
+from moeprune.files.header import read_header
+from moeprune.files.streaming import Copied, Entry, file_fingerprint, read_tensor, write_from
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.merging import nearest_kept, require_scipy
+from moeprune.layers.scores import random_scores, top_k
+from moeprune.layers.surgery import prune_layer, static_surrogate
+from moeprune.models.description import read_description
+from moeprune.models.flops import tokens_of
+from moeprune.models.model import (
+    Model,
+    dataset_for,
+    fingerprint,
+    private_copy,
+    require_dense_layers,
+    soft_moe_layers,
+)
+from moeprune.models.runtime import Runtime
+from moeprune.plan import LayerPlan, Plan, parse_keep, plan_to_json, require_fitting_plan, uniform_plan
+from moeprune.pruning.compensation import (
+    Gathered,
+    add_correction,
+    fit_routed,
+    fit_static,
+    gather,
+    refit_kept,
+    require_affordable_refit,
+)
+from moeprune.pruning.narrowing import narrowed
+
+ALREADY_PRUNED = "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
+
+
+def prune(
+    model: Model,
+    analysis: Analysis | None = None,
+    *,
+    keep: str | float | Fraction | None = None,
+    plan: Plan | None = None,
+    scope: str = "static",
+    signal: str = "combine",
+    compensate: str = "none",
+    energy: float | None = None,
+    data: Dataset | str | None = None,
+    one_shot: bool = False,
+    seed: int = 0,
+    runtime: Runtime = Runtime(),
+) -> Model:
+    """A model in which Soft MoE layers run k of their experts.
+
+    Layers are pruned in the order of the data flow, and all that is calibrated in a layer is measured
+    behind the already pruned ones before it. For the first layer that is what the analysis says.
+
+    Args:
+        model: unpruned; it stays as it is. What pruning does not change lies in the same memory.
+        analysis: of this model; may be None with data, or where nothing calibrated is used.
+        keep: the share of experts to keep in each layer (`"1/8"`, 0.125, a Fraction) or their number
+            (`"16"`, 16).
+        plan: instead of keep, scope, signal, compensate and energy: what to do with each layer. Layers that
+            it does not name stay dense.
+        scope: see moeprune.plan.LayerPlan, as for signal and compensate.
+        signal: ranks the experts.
+        compensate: what stands in for dropped experts.
+        energy: give what a fitted compensation adds in the fewest directions of the output that hold this
+            share of it, where that is cheaper; None: in all of them.
+        data: calibration data, or its spec; beside an analysis the same data. Where it is None, the
+            analysis's own is opened again if layers behind the first, or a fit, need it. Labels are
+            not used.
+        one_shot: take all layers' statistics from the analysis, without measuring any layer behind the
+            pruned ones before it.
+        seed: draws the experts of the signal `random`.
+        runtime: where and how models run over the data; the result lies where the model does.
+
+    Raises:
+        MoepruneError: the model is pruned already, the analysis is another model's or other data's,
+            the plan does not fit the model, or something calibrated is asked for without an analysis
+            or data.
+    """
+    dense = require_dense_layers(model, ALREADY_PRUNED)
+    configs = {name: layer.config for name, layer in dense.items()}
+    plan = _full_plan(configs, keep, plan, scope, signal, compensate, energy)
+    calibrated = any(layer.is_calibrated for layer in plan.values())
+    if calibrated and analysis is None and data is None:
+        raise _not_calibrated(plan)
+    if one_shot:
+        _require_one_shot(plan)
+    for name, layer_plan in plan.items():
+        require_affordable_refit(configs[name], layer_plan, name)
+        if layer_plan.merges:
+            require_scipy()
+    model_fingerprint = fingerprint(model)
+    if not any(layer.is_calibrated or layer.is_ranked for layer in plan.values()):
+        analysis = None
+    require_analysis_of(configs, model_fingerprint, analysis)
+    dataset = None
+    if calibrated:
+        dataset = _calibration_data(model, analysis, data, needed=needs_pass(plan, one_shot))
+
+    full = private_copy(model)
+    if dataset is not None:
+        full.to(runtime.torch_device)
+    pruned = private_copy(full)
+    dense_layers = soft_moe_layers(full)
+    for index, (name, layer_plan) in enumerate(plan.items()):
+        moments: LayerMoments | None = None
+        gathered: Gathered | None = None
+        if layer_plan.scope == "static" and layer_plan.is_fitted and dataset is not None:
+            gathered = gather(pruned, full, name, dataset, layer_plan.compensation, runtime)
+            moments = gathered.moments
+        elif layer_plan.is_calibrated and analysis is not None and (index == 0 or one_shot):
+            moments = analysis.layers[name]
+        elif layer_plan.is_calibrated and dataset is not None:
+            chooses = layer_plan.signal == "gram" and layer_plan.kept is None
+            accumulator = StatisticsAccumulator if chooses else MomentsAccumulator
+            measured = measure(pruned, [name], dataset, runtime, f"measure {name}", accumulator)
+            moments = measured[name].result()
+        if moments is not None and dataset is not None:
+            require_finite({name: moments}, dataset)
+        wanted = _chosen(layer_plan, moments, gathered, seed, index)
+        layer_plan = replace(wanted, rank=None, energy=None)
+        score_weights = _score_weights(layer_plan, moments, seed, index)
+        slot_mean = None if moments is None else moments.slot_mean
+        mean_mass = None if moments is None else moments.mean_mass
+        layer = prune_layer(dense_layers[name], layer_plan, score_weights, slot_mean, mean_mass)
+        pruned.set_submodule(name, layer)
+        if gathered is not None and dataset is not None and layer_plan.has_surrogate:
+            correction, power = fit_static(gathered, layer_plan)
+            add_correction(layer, correction)
+            if layer_plan.compensation == "refit" and layer_plan.k:
+                refit_kept(pruned, full, name, dataset, runtime)
+        elif layer_plan.is_fitted and layer_plan.scope != "static" and dataset is not None:
+            correction, power = fit_routed(pruned, full, name, dataset, layer_plan.compensation, runtime)
+            add_correction(layer, correction)
+        if layer_plan.is_fitted and not layer_plan.merges and wanted != layer_plan:
+            pruned.set_submodule(name, narrowed(layer, wanted, power, tokens_of(model.config, name)))
+        _require_data_of_analysis(analysis, dataset)
+    provenance = _provenance(analysis, dataset, plan, runtime)
+    provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}
+    pruned.details = replace(model.details, provenance={**model.details.provenance, **provenance})
+    return pruned.to(next(model.parameters()).device)
+
+
+def prune_file(
+    source: str | Path,
+    target: str | Path,
+    analysis: Analysis | None = None,
+    *,
+    keep: str | float | Fraction | None = None,
+    plan: Plan | None = None,
+    signal: str = "combine",
+    compensate: str = "none",
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+) -> None:
+    """Prune a checkpoint statically in one shot, from file to file: the memory it takes is small.
+
+    Writes what `moeprune.save(prune(load(source), ..., one_shot=True), target)` writes. No model is
+    built, so that the factory of a model of the user's own code is not needed.
+
+    Args:
+        source: an unpruned checkpoint.
+        target: the file to write.
+        analysis: of this checkpoint; may be None where nothing calibrated is used.
+        keep: as in `prune`, like plan, signal and seed.
+        plan: of scope static alone.
+        signal: ranks the experts.
+        compensate: `none`, `renorm` or `mean`.
+        preprocessing: takes the place of the checkpoint's.
+        seed: draws the experts of the signal `random`.
+
+    Raises:
+        MoepruneError: the checkpoint is damaged or pruned already, the analysis is another one's, the
+            target cannot be written, or values are NaN or infinite.
+    """
+    header = read_header(source)
+    config, existing, details = read_description(header)
+    require_unpruned(existing)
+    plan = _full_plan(config.soft_moe_layers, keep, plan, "static", signal, compensate, None)
+    source_fingerprint = file_fingerprint(header)
+    if any(layer.is_calibrated for layer in plan.values()):
+        _require_one_shot(plan)
+        if analysis is None:
+            raise _not_calibrated(plan)
+    elif not any(layer.is_ranked for layer in plan.values()):
+        analysis = None
+    require_analysis_of(config.soft_moe_layers, source_fingerprint, analysis)
+    entries: dict[str, Entry] = {name: Copied(name) for name in header.tensors}
+    for index, (name, layer_plan) in enumerate(plan.items()):
+        moments = None if analysis is None else analysis.layers[name]
+        chosen = _chosen(layer_plan, moments, None, seed, index)
+        plan[name] = chosen
+        phi = read_tensor(header, f"{name}.phi")
+        entries[f"{name}.phi"] = phi[:, list(chosen.columns)]
+        for tensor in header.tensors:
+            if tensor.startswith(f"{name}.fc"):
+                entries[tensor] = Copied(tensor, chosen.kept)
+        if chosen.has_surrogate:
+            assert moments is not None
+            entries[f"{name}.surrogate"] = static_surrogate(chosen, moments.slot_mean).to(phi)
+    provenance = _provenance(analysis, None, plan, Runtime())
+    provenance |= {"pruned_from": {"fingerprint": source_fingerprint}, "seed": seed}
+    assert header.metadata is not None
+    metadata = {key: value for key, value in header.metadata.items() if key != "fingerprint"} | {
+        "plan": plan_to_json(plan),
+        "provenance": {**details.provenance, **provenance},
+    }
+    if preprocessing is not None:
+        metadata["preprocessing"] = preprocessing.to_json()
+    write_from(header, Path(target), entries, metadata)
+
+
+def require_unpruned(plan: Plan) -> None:
+    """Raise a MoepruneError if a checkpoint has a plan already."""
+    if plan:
+        names = ", ".join(f"`{name}`" for name in plan)
+        raise MoepruneError(f"layers {names} are already pruned", ALREADY_PRUNED)
+
+
+def needs_pass(plan: Plan, one_shot: bool) -> bool:
+    """Whether something has to be measured that the analysis of the unpruned model does not say."""
+    behind_others = list(plan.values())[1:]
+    measured = not one_shot and any(layer.is_calibrated for layer in behind_others)
+    return measured or any(layer.is_fitted for layer in plan.values())
+
+
+def _chosen(
+    plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, layer_index: int
+) -> LayerPlan:
+    """The plan with its static set and what is merged, where that is yet to be chosen."""
+    if plan.scope == "static" and plan.kept is None:
+        plan = replace(plan, kept=_best_experts(plan, moments, gathered, seed, layer_index))
+    if plan.merges and plan.merged_into is None:
+        assert gathered is not None
+        assert plan.kept is not None
+        power = gathered.halves[0].power + gathered.halves[1].power
+        plan = replace(plan, merged_into=nearest_kept(power, plan.kept, plan.num_experts))
+    return plan
+
+
+def _best_experts(
+    plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, layer_index: int
+) -> tuple[int, ...]:
+    """The experts that a static set keeps, ascending."""
+    n = plan.num_experts
+    if plan.signal == "random":
+        return tuple(top_k(random_scores(n, seed, layer_index), plan.k).tolist())
+    assert moments is not None
+    if plan.signal == "gram":
+        if gathered is not None:
+            gram = lost_gram(*gathered.halves, moments.slot_mean, plan.compensation)
+            return best_kept(gram, n, plan.k)
+        assert isinstance(moments, LayerStatistics)
+        return moments.best_kept(plan.k, plan.compensation)
+    scores = moments.mean_mass
+    if plan.signal == "deviation":
+        scores = scores * moments.deviation
+    return tuple(top_k(scores, plan.k).tolist())
+
+
+def _score_weights(
+    plan: LayerPlan, moments: LayerMoments | None, seed: int, layer_index: int
+) -> Tensor | None:
+    """What the signal of a routed plan multiplies each expert's mass with, or takes for it (n)."""
+    if plan.scope == "static" or plan.signal == "combine":
+        return None
+    if plan.signal == "random":
+        return random_scores(plan.num_experts, seed, layer_index)
+    assert moments is not None
+    return moments.deviation
+
+
+def _require_one_shot(plan: Plan) -> None:
+    for name, layer in plan.items():
+        if layer.is_fitted:
+            raise MoepruneError(
+                f"`{layer.compensation}` of layer `{name}` is found on data, not in one shot",
+                "give another `--compensate`",
+            )
+
+
+def _not_calibrated(plan: Plan) -> MoepruneError:
+    layer = next(layer for layer in plan.values() if layer.is_calibrated)
+    return MoepruneError(
+        f"scope {layer.scope} with signal {layer.signal} and compensation {layer.compensation} needs"
+        " calibration",
+        "give an analysis (`--analysis`) or calibration data (`--data`)",
+    )
+
+
+def _full_plan(
+    layers: Mapping[str, SoftMoEConfig],
+    keep: str | float | Fraction | None,
+    plan: Plan | None,
+    scope: str,
+    signal: str,
+    compensate: str,
+    energy: float | None,
+) -> Plan:
+    """What to do with each layer, in the order of the data flow."""
+    if (keep is None) == (plan is None):
+        raise MoepruneError("give either `keep` or a plan")
+    if plan is None:
+        if isinstance(keep, str):
+            keep = parse_keep(keep)
+        elif isinstance(keep, float):
+            keep = parse_keep(str(Fraction(keep)), "keep")
+        assert keep is not None
+        experts = {name: layer.num_experts for name, layer in layers.items()}
+        plan = uniform_plan(experts, keep, scope, signal, compensate, energy=energy)
+    require_fitting_plan(plan, layers)
+    return {name: plan[name] for name in layers if name in plan}
+
+
+def calibration_data(model: Model, analysis: Analysis) -> Dataset:
+    """The data that an analysis was made from, opened again.
+
+    Raises:
+        MoepruneError: it is not there any more.
+    """
+    made_from = analysis.provenance["data"]
+    try:
+        return dataset_for(model, made_from["spec"], "calibration", made_from["samples"])
+    except MoepruneError as error:
+        raise MoepruneError(
+            f"cannot read the analysis's own data again: {error.message}",
+            "say with `--data` where it is now, or run `moeprune analyze` again",
+        ) from None
+
+
+def _calibration_data(
+    model: Model, analysis: Analysis | None, data: Dataset | str | None, needed: bool
+) -> Dataset | None:
+    """The data to measure layers on, opened; None where the analysis has all that is needed."""
+    if data is None:
+        return calibration_data(model, analysis) if needed and analysis is not None else None
+    dataset = dataset_for(model, data, "calibration")
+    _require_data_of_analysis(analysis, dataset)
+    return dataset if needed or analysis is None else None
+
+
+def _require_data_of_analysis(analysis: Analysis | None, data: Dataset | None) -> None:
+    """Raise a MoepruneError if the data is not that of the analysis, as far as is known before a pass."""
+    if analysis is None or data is None:
+        return
+    made_from = analysis.provenance["data"]
+    if data.samples != made_from["samples"] or data.fingerprint not in (None, made_from["fingerprint"]):
+        raise MoepruneError(
+            f"`{data.spec}` ({data.samples} samples) is not the data of the analysis"
+            f" (`{made_from['spec']}`, {made_from['samples']} samples), or has changed since",
+            "give the same data with the same `--limit`, or run `moeprune analyze` again",
+        )
+
+
+def _provenance(
+    analysis: Analysis | None, data: Dataset | None, plan: Plan, runtime: Runtime
+) -> dict[str, Any]:
+    """What the result was calibrated on, without paths that would make equal runs differ."""
+    provenance: dict[str, Any] = {"moeprune": __version__}
+    used = None
+    if analysis is not None:
+        used = analysis.provenance["data"]
+    elif data is not None:
+        used = data.to_json()
+    if used is not None:
+        provenance["calibration"] = {**used, "spec": Path(used["spec"]).name}
+        if any(layer.scope == "batch" for layer in plan.values()):
+            provenance["calibration"]["batch_size"] = runtime.batch_size
+    return provenance

@@ -1,0 +1,69 @@
+"""A report as JUnit XML, the format of test results that CI servers read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+from moeprune.errors import MoepruneError
+from moeprune.report.commands import gate_in_words
+from moeprune.report.document import Document
+from moeprune.report.markup import legal
+from moeprune.report.text import to_text
+
+
+def to_junit(
+    command: str, document: Document, gates: Sequence[Mapping[str, Any]], warnings: Sequence[str]
+) -> str:
+    """A test case for each gate, or one for the command where nothing was judged.
+
+    No times: equal runs give equal bytes.
+
+    Args:
+        command: what ran, such as `moeprune eval`.
+        document: its report, which goes to `system-out`.
+        gates: what moeprune.evaluation.gates.judge returns; empty where nothing was judged.
+        warnings: what it warned of, which goes to `system-err`.
+    """
+    suites, suite = _suite(command, len(gates) or 1, failures=sum(not gate["passed"] for gate in gates))
+    for gate in gates:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": command, "name": gate["name"]})
+        if not gate["passed"]:
+            words = gate_in_words(gate)
+            failure = ElementTree.SubElement(case, "failure", {"type": "gate", "message": words})
+            failure.text = legal(f"{document.title}: {words}")
+    if not gates:
+        ElementTree.SubElement(suite, "testcase", {"classname": "moeprune", "name": command})
+    ElementTree.SubElement(suite, "system-out").text = legal(to_text(document))
+    if warnings:
+        ElementTree.SubElement(suite, "system-err").text = legal("\n".join(warnings) + "\n")
+    return _document(suites)
+
+
+def error_to_junit(command: str, error: MoepruneError) -> str:
+    """One test case, which could not be judged.
+
+    Args:
+        command: what ran, such as `moeprune eval`.
+        error: why it did not end.
+    """
+    suites, suite = _suite(command, 1, errors=1)
+    case = ElementTree.SubElement(suite, "testcase", {"classname": "moeprune", "name": command})
+    found = ElementTree.SubElement(case, "error", {"type": "error", "message": legal(error.message)})
+    found.text = legal(str(error))
+    return _document(suites)
+
+
+def _suite(
+    command: str, tests: int, failures: int = 0, errors: int = 0
+) -> tuple[ElementTree.Element, ElementTree.Element]:
+    """The root, and the one test suite in it."""
+    counts = {"tests": str(tests), "failures": str(failures), "errors": str(errors)}
+    suites = ElementTree.Element("testsuites", {"name": "moeprune", **counts})
+    return suites, ElementTree.SubElement(suites, "testsuite", {"name": command, **counts, "skipped": "0"})
+
+
+def _document(suites: ElementTree.Element) -> str:
+    ElementTree.indent(suites)
+    return f"<?xml version='1.0' encoding='UTF-8'?>\n{ElementTree.tostring(suites, encoding='unicode')}\n"

@@ -1,0 +1,90 @@
+"""A report as text for a terminal, a file or a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich import box
+from rich import table as rich_table
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from moeprune.report.document import Block, Cell, Document, Facts, Heading, Highlights, Interval, Lines, Table
+from moeprune.report.figure import Figure
+
+WIDTH = 160
+"""Columns of text that goes to a file or a pipe: wide enough for every table."""
+
+
+def to_text(document: Document, terminal_width: int | None = None) -> str:
+    """The report as text; what gates say stands last, nearest to the prompt.
+
+    Args:
+        terminal_width: columns of the terminal that it is for, which gets colours; None: it is for none.
+    """
+    on_terminal = terminal_width is not None
+    width = terminal_width or WIDTH
+    console = Console(
+        width=width,
+        height=25,  # without it Rich takes no width on a dumb terminal
+        force_terminal=on_terminal,
+        no_color=None if on_terminal else True,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    blocks = [*document.blocks, *([document.gates] if document.gates is not None else [])]
+    with console.capture() as capture:
+        console.print(Text(document.title, style="bold"))
+        for index, block in enumerate(blocks):
+            if index or (isinstance(block, Table) and block.title is not None):
+                console.print()
+            for part in _parts(block):
+                # A table is never cut: on a narrower terminal its lines wrap.
+                console.width = max(width, WIDTH) if isinstance(part, rich_table.Table) else width
+                console.print(part)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def _parts(block: Block) -> Iterator[RenderableType]:
+    if isinstance(block, Lines):
+        yield from (Text(line) for line in block.lines)
+    elif isinstance(block, Facts | Highlights):
+        yield _facts(block.rows)
+    elif isinstance(block, Heading):
+        yield Text(block.text, style="bold")
+    elif isinstance(block, Figure):
+        yield Text(block.description)
+    else:
+        if block.title is not None:
+            yield Text(block.title, style="bold")
+        yield _table(block)
+
+
+def _table(table: Table) -> rich_table.Table:
+    drawn = rich_table.Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, column in enumerate(table.columns):
+        drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=True, vertical="bottom")
+    for row in table.rows:
+        if row is None:
+            drawn.add_section()
+        else:
+            drawn.add_row(*(_cell(cell) for cell in row))
+    return drawn
+
+
+def _cell(cell: Cell) -> Text | str:
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, Interval):
+        return cell.text
+    return Text(cell.text, style="green" if cell.passed else "bold red")
+
+
+def _facts(rows: Iterable[Sequence[str]]) -> rich_table.Table:
+    drawn = rich_table.Table(box=None, show_header=False, pad_edge=False)
+    drawn.add_column(no_wrap=True)
+    drawn.add_column(overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
