@@ -20,7 +20,7 @@ from moeprune.layers.config import SoftMoEConfig
 from moeprune.models import adopted
 from moeprune.models.adopted import AdoptedModel, adopt
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT, soft_moe_layers
+from moeprune.models.model import SoftMoEViT, moe_layers
 from moeprune.models.runtime import Runtime
 from moeprune.pruning.apply import prune
 from tests.test_soft_moe import relative_error
@@ -149,7 +149,7 @@ def test_adopted_models_compute_what_their_libraries_do(case, dtype, tolerance):
 
 def test_layers_are_named_in_the_order_in_which_they_run():
     model = adopt(randomized(tower()), SHAPE)
-    assert list(soft_moe_layers(model)) == ["module.layers.0", "module.layers.1", "module.late"]
+    assert list(moe_layers(model)) == ["module.layers.0", "module.layers.1", "module.late"]
     assert [layer.tokens for layer in model.config.layers.values()] == [16, 16, 1]
 
 
@@ -236,7 +236,7 @@ def test_dispatch_over_the_batch_where_the_user_names_the_release(monkeypatch):
     theirs = randomized(encoder()).double()
     softmax = Tensor.softmax
     model = adopt(copy.deepcopy(theirs), SHAPE, source="soft-mixture-of-experts==0.1.0")
-    assert {layer.dispatch_over for layer in model.config.soft_moe_layers.values()} == {"batch"}
+    assert {layer.dispatch_over for layer in model.config.moe_layers.values()} == {"batch"}
     monkeypatch.setattr(Tensor, "softmax", lambda x, dim: softmax(x, dim=0 if dim == 1 else dim))
     expected = theirs(images())
     monkeypatch.undo()

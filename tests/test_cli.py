@@ -27,7 +27,7 @@ from moeprune.cli.reporter import FORMATS, Reporter
 from moeprune.evaluation.evaluate import Predictions, compare
 from moeprune.evaluation.gates import judge
 from moeprune.models.architecture import vit_from_json
-from moeprune.models.model import SoftMoEViT, soft_moe_layers
+from moeprune.models.model import SoftMoEViT, moe_layers
 from moeprune.models.tensors import tensor_shapes
 from moeprune.plan import LayerPlan
 from tests.schemas import complaints
@@ -258,7 +258,7 @@ def test_layers_of_a_deep_model_are_pruned_one_after_the_other(vit, vit_analysis
     pruned = moeprune.prune(model, analysis, keep="1/8", compensate="mean", data=data)
     test = moeprune.open_data("pairs", model.input_format, limit=60)
     assert found["model"] == moeprune.evaluate(pruned, test)["model"]
-    *_, (name, last) = soft_moe_layers(pruned).items()
+    *_, (name, last) = moe_layers(pruned).items()
     of_unpruned = analysis.layers[name].slot_mean[list(last.plan.dropped)]
     assert not torch.allclose(last.surrogate[last.plan.k :], of_unpruned, rtol=1e-3)
 
@@ -1051,13 +1051,13 @@ def test_an_analysis_and_other_uses_of_the_model_do_not_disturb_each_other(singl
 @pytest.mark.parametrize("keep", ["16", 16, 0.125, "0.125", Fraction(1, 8)])
 def test_a_share_or_a_number_of_experts_may_be_kept(single, keep):
     model = moeprune.load(single)
-    [layer] = soft_moe_layers(moeprune.prune(model, keep=keep, scope="input")).values()
+    [layer] = moe_layers(moeprune.prune(model, keep=keep, scope="input")).values()
     assert layer.plan.k == 16
 
 
 @pytest.mark.parametrize("keep", [0, Fraction(0)])
 def test_no_expert_at_all_is_a_control_of_the_python_api(single, keep):
-    [layer] = soft_moe_layers(moeprune.prune(moeprune.load(single), keep=keep, scope="input")).values()
+    [layer] = moe_layers(moeprune.prune(moeprune.load(single), keep=keep, scope="input")).values()
     assert layer.plan.k == 0
 
 

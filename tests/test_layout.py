@@ -14,20 +14,9 @@ import moeprune
 
 PACKAGE = Path(moeprune.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
-LEVELS = [
-    "errors",
-    "plan",
-    "layers",
-    "files",
-    "data",
-    "models",
-    "calibration",
-    "evaluation",
-    "pruning",
-    "demo",
-    "report",
-    "cli",
-]
+LEVELS = """
+    errors records plan layers files data models calibration evaluation pruning demo report cli
+""".split()  # noqa: SIM905
 """A package imports from those to its left."""
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -32,7 +32,7 @@ RESIDENT = """
 import json, sys
 import torch
 import moeprune
-from moeprune.models.model import soft_moe_layers
+from moeprune.models.model import moe_layers
 
 def resident():
     mapped, total = False, 0
@@ -45,7 +45,7 @@ def resident():
     return total
 
 model = moeprune.load(sys.argv[1])
-[layer] = soft_moe_layers(model).values()
+[layer] = moe_layers(model).values()
 seen, rows = [], [(0, resident())]
 layer.observer = lambda observation: seen.append(observation.chosen)
 torch.manual_seed(0)

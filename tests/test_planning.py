@@ -122,7 +122,7 @@ def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):
     full = size_and_cost(model)
     assert (sizes.full, flops.full) == (full["bytes"], full["flops_per_input"]["total"])
     for ks in ((1, 1, 1), (2, 3, 7), (6, 4, 8)):
-        experts = dict(zip(model.config.soft_moe_layers, ks, strict=True))
+        experts = dict(zip(model.config.moe_layers, ks, strict=True))
         plan = plan_of_experts(model.config, experts, scope, signal, compensation)
         found = size_and_cost(prune(model, plan=plan, data=data, runtime=CPU))
         assert sizes.of(experts) == found["bytes"]
@@ -163,7 +163,7 @@ def test_routed_plans_keep_the_same_share_everywhere_and_no_larger_one_is_within
     within = [
         share for share in shares
         if costs.of({name: max(1, int(share * c.num_experts + Fraction(1, 2)))
-                     for name, c in model.config.soft_moe_layers.items()}) <= 0.8 * costs.full
+                     for name, c in model.config.moe_layers.items()}) <= 0.8 * costs.full
     ]  # fmt: skip
     largest = max(within)
     assert list(experts.values()) == [max(1, int(largest * n + Fraction(1, 2))) for n in (6, 4, 8)]
@@ -218,16 +218,16 @@ def test_a_plan_file_round_trips_and_equal_plans_give_equal_checkpoints(analyzed
         "blocks.2.soft_moe": LayerPlan("input", 3, 8, "deviation", "affine"),
     }
     write_plan(plan, tmp_path / "plan.json")
-    assert read_plan(tmp_path / "plan.json", model.config.soft_moe_layers) == plan
+    assert read_plan(tmp_path / "plan.json", model.config.moe_layers) == plan
     assert len((tmp_path / "plan.json").read_text().splitlines()) == 7
     for index in (1, 2):
-        read = read_plan(tmp_path / "plan.json", model.config.soft_moe_layers)
+        read = read_plan(tmp_path / "plan.json", model.config.moe_layers)
         moeprune.save(
             prune(model, analysis, plan=read, data=data, runtime=CPU), tmp_path / f"{index}.safetensors"
         )
     first, second = ((tmp_path / f"{index}.safetensors").read_bytes() for index in (1, 2))
     assert first == second
-    assert read_plan(tmp_path / "1.safetensors", model.config.soft_moe_layers) == plan
+    assert read_plan(tmp_path / "1.safetensors", model.config.moe_layers) == plan
     pruned = moeprune.load(tmp_path / "1.safetensors")
     assert pruned.get_submodule("blocks.1.soft_moe").plan is None  # it is not in the plan
 
@@ -238,14 +238,14 @@ def test_a_plan_applied_is_what_the_options_give(scope, analyzed, tmp_path):
     options = {"scope": scope, "signal": "deviation", "compensate": "lstsq"}
     by_options = prune(model, analysis, keep=2, data=data, runtime=CPU, **options)
     moeprune.save(by_options, tmp_path / "a.safetensors")
-    plan = read_plan(tmp_path / "a.safetensors", model.config.soft_moe_layers)
+    plan = read_plan(tmp_path / "a.safetensors", model.config.moe_layers)
     moeprune.save(prune(model, analysis, plan=plan, data=data, runtime=CPU), tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_what_a_plan_written_by_hand_leaves_out_has_defaults(tmp_path):
     path = tmp_path / "plan.json"
-    layers = three_layers().config.soft_moe_layers
+    layers = three_layers().config.moe_layers
     path.write_text(json.dumps({
         "schema_version": 1,
         "plan": {FIRST: {"k": 2}, "blocks.1.soft_moe": {"kept": [3, 0], "compensation": "mean"}},
@@ -282,13 +282,13 @@ def test_plans_that_are_wrong(content, message, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(MoepruneError) as caught:
-        read_plan(path, three_layers().config.soft_moe_layers)
+        read_plan(path, three_layers().config.moe_layers)
     assert message in caught.value.message
     assert str(path) in caught.value.message
 
 
 def test_a_plan_that_is_not_there(tmp_path, single):
-    layers = three_layers().config.soft_moe_layers
+    layers = three_layers().config.moe_layers
     for path in (tmp_path / "none.json", tmp_path / "none.safetensors"):
         with pytest.raises(MoepruneError, match="no file"):
             read_plan(path, layers)
@@ -318,6 +318,6 @@ def test_plans_that_are_nearly_right(content, message, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(content))
     with pytest.raises(MoepruneError) as caught:
-        read_plan(path, three_layers().config.soft_moe_layers)
+        read_plan(path, three_layers().config.moe_layers)
     assert message in caught.value.message
     assert "plan: " not in caught.value.message

@@ -163,7 +163,7 @@ def test_python_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks("python"):
         exec(block, {})
-    assert moeprune.load("model.safetensors").config.soft_moe_layers
+    assert moeprune.load("model.safetensors").config.moe_layers
 
 
 @pytest.mark.slow

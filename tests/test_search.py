@@ -16,7 +16,7 @@ from moeprune.data.datasets import subset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import predict
 from moeprune.evaluation.intervals import paired_difference
-from moeprune.models.model import soft_moe_layers
+from moeprune.models.model import moe_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
 from moeprune.pruning.search import prune_best, prune_within_drop
@@ -103,7 +103,7 @@ def test_nearly_all_experts_are_kept_where_less_will_not_do(full):
     found = prune_within_drop(
         full, "digits:calibration", 0.02, signal="random", compensate="renorm", runtime=CPU
     )
-    [plan] = [layer.plan for layer in soft_moe_layers(found.model).values()]
+    [plan] = [layer.plan for layer in moe_layers(found.model).values()]
     assert 96 < plan.k < 128
 
 
@@ -128,7 +128,7 @@ def test_a_part_of_a_data_set_has_its_samples_in_any_batch_size(full):
 def test_of_several_plans_the_one_nearest_to_the_full_model_is_kept(vit):
     model = moeprune.load(vit)
     data = moeprune.open_data("pairs:calibration", model.input_format, limit=60)
-    names = list(model.config.soft_moe_layers)
+    names = list(model.config.moe_layers)
     plans = [
         {name: LayerPlan("static", k, 64, "combine", "none") for name, k in zip(names, ks, strict=True)}
         for ks in ((0, 0, 40), (14, 14, 14))
@@ -143,7 +143,7 @@ def test_of_several_plans_the_one_nearest_to_the_full_model_is_kept(vit):
     nearest = changed.index(min(changed))
     for ordered, given in ((plans, None), (plans[::-1], analysis)):
         found = prune_best(model, ordered, given, data=data, runtime=CPU)
-        assert [layer.plan.k for layer in soft_moe_layers(found).values()] == [
+        assert [layer.plan.k for layer in moe_layers(found).values()] == [
             plan.k for plan in plans[nearest].values()
         ]
 

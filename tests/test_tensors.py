@@ -15,7 +15,7 @@ from moeprune.files.header import read_header
 from moeprune.layers.config import ROUTER_NORMS, SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT, plan_of, save, soft_moe_layers
+from moeprune.models.model import SoftMoEViT, moe_layers, plan_of, save
 from moeprune.models.size import size_and_cost as size_and_cost_of_tensors
 from moeprune.models.tensors import part_of, tensor_shapes
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, LayerPlan, is_possible
@@ -35,7 +35,7 @@ MIXED = ViTConfig(
         BlockConfig(attention=False, soft_moe=replace(MOE, num_experts=1, slots_per_expert=1)),
     ),
 )
-FIRST, SECOND = MIXED.soft_moe_layers
+FIRST, SECOND = MIXED.moe_layers
 PLANS = [
     LayerPlan(
         scope, k, 5, signal, compensation, tuple(range(5 - k, 5)) if scope == "static" else None,
@@ -146,6 +146,6 @@ def test_a_model_and_its_file_are_of_one_size(plan, tmp_path):
     assert size == size_and_cost_of_tensors(model.config, plan_of(model), tensors)
     assert size["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
     assert size["bytes"] == sum(size["bytes_by_part"].values()) == 2 * size["parameters"]
-    stored = sum(len(layer.fc1_weight) for layer in soft_moe_layers(model).values())
+    stored = sum(len(layer.fc1_weight) for layer in moe_layers(model).values())
     assert size["bytes_by_part"]["experts"] == 2 * stored * (12 * 7 + 7 + 7 * 12 + 12)
     assert size["experts_per_input"] == 1 + (5 if plan is None else plan.k)

@@ -33,9 +33,9 @@ from moeprune.models.model import (
     Model,
     dataset_for,
     fingerprint,
+    moe_layers,
     private_copy,
     require_dense_layers,
-    soft_moe_layers,
 )
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
@@ -126,7 +126,7 @@ def measure(
         accumulator: makes one for a layer.
     """
     model.to(runtime.torch_device)
-    layers = soft_moe_layers(model)
+    layers = moe_layers(model)
     accumulators = {name: accumulator(layers[name]) for name in names}
     for inputs, labels in runtime.batches(data, what):
 
@@ -164,7 +164,7 @@ def measure_sensitivity(
         runtime: where and how models run.
     """
     probes, errors = {}, {}
-    for name, layer in soft_moe_layers(model).items():
+    for name, layer in moe_layers(model).items():
         if layer.config.dynamic_slots:
             continue
         n = layer.config.num_experts
@@ -240,7 +240,7 @@ def observe_layers(
 
 @contextmanager
 def _observing(model: nn.Module, observers: Mapping[str, Callable[[Observation], None]]) -> Iterator[None]:
-    layers = soft_moe_layers(model)
+    layers = moe_layers(model)
     for name, observer in observers.items():
         layers[name].observer = observer
     try:

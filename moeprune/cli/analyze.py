@@ -61,7 +61,7 @@ def analyze(
     dataset = open_data(data, loaded, split, "calibration", limit)
     analysis = calibration.analyze(loaded, dataset, runtime)
     layers = {
-        name: {**summarize(statistics), "scopes": scopes_of([loaded.config.soft_moe_layers[name]])}
+        name: {**summarize(statistics), "scopes": scopes_of([loaded.config.moe_layers[name]])}
         for name, statistics in analysis.layers.items()
     }
     for name, layer in layers.items():

@@ -181,7 +181,7 @@ def eval(
     )
     if is_sweep:
         assert analysed is not None
-        scopes = scopes_of(loaded.config.soft_moe_layers.values())
+        scopes = scopes_of(loaded.config.moe_layers.values())
         todo: Sequence[Variant]
         labels: Sequence[str | None]
         if frontier is not None:
@@ -216,7 +216,7 @@ def eval(
     if full is not None and plan_of(loaded) and unpruned_fingerprint(loaded) != fingerprint(full):
         warn(f"`{checkpoint}` was not pruned from `{baseline}`: what is compared is another full model")
     if analysed is not None:
-        require_analysis_of(loaded.config.soft_moe_layers, unpruned_fingerprint(loaded), analysed)
+        require_analysis_of(loaded.config.moe_layers, unpruned_fingerprint(loaded), analysed)
     found["baseline"] = None if baseline is None else str(baseline)
     found |= evaluation.evaluate(loaded, dataset, full, runtime, latency_batches if latency else None)
     for name in (found["forgetting"] or {}).get("collapsed", ()):

@@ -28,7 +28,7 @@ def inspect(reporter: Reporter, checkpoint: Checkpoint) -> None:
             "parameters": sum(t.numel for key, t in header.tensors.items() if key.startswith(f"{name}.")),
             "plan": plans.get(name),
         }
-        for name, layer in config.soft_moe_layers.items()
+        for name, layer in config.moe_layers.items()
     }
     found = {
         "schema_version": 1,

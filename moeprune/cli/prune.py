@@ -211,7 +211,7 @@ def prune(
     pruning.require_unpruned(existing)
     measured = None if analysis is None else load_analysis(analysis)
     if measured is not None and (max_size is not None or max_flops is not None):
-        require_analysis_of(config.soft_moe_layers, file_fingerprint(full), measured)
+        require_analysis_of(config.moe_layers, file_fingerprint(full), measured)
     search = None
     if max_accuracy_drop is not None:
         dense = load_model(checkpoint, model, preprocess)
@@ -233,7 +233,7 @@ def prune(
         search = result.report
     else:
         if plan is not None:
-            plans = [read_plan(plan, config.soft_moe_layers)]
+            plans = [read_plan(plan, config.moe_layers)]
         else:
             plans = plans_for(
                 config, full.tensors, measured, keep=kept, mass=mass, max_size=max_size, max_flops=max_flops,

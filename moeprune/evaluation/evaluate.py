@@ -22,7 +22,7 @@ from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.soft_moe import Observation
 from moeprune.models import size
 from moeprune.models.architecture import ViTConfig
-from moeprune.models.model import Model, dataset_for, plan_of, private_copy, soft_moe_layers
+from moeprune.models.model import Model, dataset_for, moe_layers, plan_of, private_copy
 from moeprune.models.runtime import Runtime
 
 SCHEMA_VERSION = 1
@@ -92,7 +92,7 @@ def predict(
 def _count_running(model: Model) -> dict[str, list[Tensor]]:
     """Where layers will note how many experts ran for a batch, if their plans do not fix it."""
     counts: dict[str, list[Tensor]] = {}
-    for name, layer in soft_moe_layers(model).items():
+    for name, layer in moe_layers(model).items():
         if layer.plan is not None and layer.plan.mass is not None:
             counts[name] = []
 

@@ -132,7 +132,7 @@ class ViTConfig:
         return self.num_patches + (self.class_token and self.class_position)
 
     @property
-    def soft_moe_layers(self) -> dict[str, SoftMoEConfig]:
+    def moe_layers(self) -> dict[str, SoftMoEConfig]:
         """The Soft MoE layers by name, in the order of the data flow."""
         return {
             f"blocks.{index}.soft_moe": block.soft_moe
@@ -227,7 +227,7 @@ class ModuleConfig:
     other_flops: int
 
     @property
-    def soft_moe_layers(self) -> dict[str, SoftMoEConfig]:
+    def moe_layers(self) -> dict[str, SoftMoEConfig]:
         """The Soft MoE layers by name, in the order of the data flow."""
         return {name: layer.soft_moe for name, layer in self.layers.items()}
 

@@ -70,13 +70,13 @@ def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Deta
         is_module = isinstance(architecture, dict) and architecture.get("type") == "module"
         config = module_from_json(architecture) if is_module else vit_from_json(architecture)
         plan = plan_from_json(metadata.get("plan", {}))
-        require_fitting_plan(plan, config.soft_moe_layers)
+        require_fitting_plan(plan, config.moe_layers)
         preprocessing = preprocessing_from_json(metadata.get("preprocessing", {}))
     except MoepruneError as error:
         raise MoepruneError(f"`{path}`: {error.message}", error.hint) from None
-    if not config.soft_moe_layers:
+    if not config.moe_layers:
         raise MoepruneError(f"no Soft MoE layers in `{path}`", "there is nothing to prune in it")
-    for name, moe in config.soft_moe_layers.items():
+    for name, moe in config.moe_layers.items():
         tokens = tokens_of(config, name)
         slots = -(-tokens // moe.num_experts)  # rounded up, also where a damaged file has endless tokens
         if moe.dynamic_slots and moe.slots_per_expert != slots:

@@ -154,16 +154,16 @@ Model = SoftMoEViT | AdoptedModel
 M = TypeVar("M", bound=nn.Module)
 
 
-def soft_moe_layers(model: nn.Module) -> dict[str, SoftMoE]:
+def moe_layers(model: nn.Module) -> dict[str, SoftMoE]:
     """The Soft MoE layers of a model by name, in the order of the data flow."""
     if isinstance(model, AdoptedModel):
         return {name: adopted.layer_of(model, name) for name in model.config.layers}
     return {name: module for name, module in model.named_modules() if isinstance(module, SoftMoE)}
 
 
-def require_soft_moe_layers(model: nn.Module) -> dict[str, SoftMoE]:
+def require_moe_layers(model: nn.Module) -> dict[str, SoftMoE]:
     """The same, or a MoepruneError where there is none."""
-    layers = soft_moe_layers(model)
+    layers = moe_layers(model)
     if not layers:
         raise MoepruneError("no Soft MoE layer in the model", "there is nothing to prune in it")
     return layers
@@ -171,7 +171,7 @@ def require_soft_moe_layers(model: nn.Module) -> dict[str, SoftMoE]:
 
 def require_dense_layers(model: nn.Module, hint: str) -> dict[str, SoftMoE]:
     """The Soft MoE layers, or a MoepruneError where there is none or one is pruned already."""
-    layers = require_soft_moe_layers(model)
+    layers = require_moe_layers(model)
     if pruned := [f"`{name}`" for name, layer in layers.items() if layer.plan is not None]:
         raise MoepruneError(f"layers {', '.join(pruned)} are already pruned", hint)
     return layers
@@ -190,7 +190,7 @@ def private_copy(model: M) -> M:
 
 def plan_of(model: nn.Module) -> Plan:
     """The plans of the pruned layers of a model."""
-    return {name: layer.plan for name, layer in soft_moe_layers(model).items() if layer.plan is not None}
+    return {name: layer.plan for name, layer in moe_layers(model).items() if layer.plan is not None}
 
 
 def dataset_for(model: Model, data: Dataset | str, split: str, limit: int | None = None) -> Dataset:

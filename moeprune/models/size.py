@@ -32,8 +32,8 @@ def size_and_cost(
     measured = running or {}
     parts = {"experts": 0, "routing": 0, "compensation": 0, "other": 0}
     for name, tensor in tensors.items():
-        parts[part_of(name, config.soft_moe_layers)] += tensor.nbytes
-    experts: dict[str, float] = {name: layer.num_experts for name, layer in config.soft_moe_layers.items()}
+        parts[part_of(name, config.moe_layers)] += tensor.nbytes
+    experts: dict[str, float] = {name: layer.num_experts for name, layer in config.moe_layers.items()}
     experts |= {name: layer.k for name, layer in plan.items()}
     experts |= measured
     return {

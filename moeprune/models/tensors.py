@@ -55,7 +55,7 @@ def layer_shapes(config: ViTConfig | ModuleConfig, plan: Plan) -> Shapes:
     """The shape of each tensor of the Soft MoE layers alone, by its name in the model."""
     return {
         f"{name}.{tensor}": shape
-        for name, layer in config.soft_moe_layers.items()
+        for name, layer in config.moe_layers.items()
         for tensor, shape in layer.shapes(plan.get(name)).items()
     }
 

@@ -40,9 +40,9 @@ from moeprune.models.model import (
     Model,
     dataset_for,
     fingerprint,
+    moe_layers,
     private_copy,
     require_dense_layers,
-    soft_moe_layers,
 )
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Plan, parse_keep, plan_to_json, require_fitting_plan, uniform_plan
@@ -129,7 +129,7 @@ def prune(
     if dataset is not None:
         full.to(runtime.torch_device)
     pruned = private_copy(full)
-    dense_layers = soft_moe_layers(full)
+    dense_layers = moe_layers(full)
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments: LayerMoments | None = None
         gathered: Gathered | None = None
@@ -204,7 +204,7 @@ def prune_file(
     header = read_header(source)
     config, existing, details = read_description(header)
     require_unpruned(existing)
-    plan = _full_plan(config.soft_moe_layers, keep, plan, "static", signal, compensate, None)
+    plan = _full_plan(config.moe_layers, keep, plan, "static", signal, compensate, None)
     source_fingerprint = file_fingerprint(header)
     if any(layer.is_calibrated for layer in plan.values()):
         _require_one_shot(plan)
@@ -212,7 +212,7 @@ def prune_file(
             raise _not_calibrated(plan)
     elif not any(layer.is_ranked for layer in plan.values()):
         analysis = None
-    require_analysis_of(config.soft_moe_layers, source_fingerprint, analysis)
+    require_analysis_of(config.moe_layers, source_fingerprint, analysis)
     entries: dict[str, Entry] = {name: Copied(name) for name in header.tensors}
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]

@@ -65,7 +65,7 @@ def size_costs(
     full = float(sum(tensor.nbytes for tensor in tensors.values()))
     in_layers = sum(tensors[name].nbytes for name in layer_shapes(config, {}))
     layers = {}
-    for name, layer in config.soft_moe_layers.items():
+    for name, layer in config.moe_layers.items():
         weight = tensors[f"{name}.fc2_weight"]
         item = weight.nbytes / weight.numel
         layers[name] = [
@@ -87,7 +87,7 @@ def flops_costs(config: ViTConfig | ModuleConfig, scope: str, signal: str, compe
     full = model_flops(config, {}).total
     layers = {}
     dense = 0
-    for name, layer in config.soft_moe_layers.items():
+    for name, layer in config.moe_layers.items():
         tokens = tokens_of(config, name)
         dense += layer.flops(tokens).total
         layers[name] = [
@@ -141,10 +141,10 @@ def plans_for(
             than there are.
     """
     if keep is not None or mass is not None:
-        experts = {name: layer.num_experts for name, layer in config.soft_moe_layers.items()}
+        experts = {name: layer.num_experts for name, layer in config.moe_layers.items()}
         keep = Fraction(1) if keep is None else keep
         plan = uniform_plan(experts, keep, scope, signal, compensation, mass, energy)
-        require_fitting_plan(plan, config.soft_moe_layers)
+        require_fitting_plan(plan, config.moe_layers)
         return [plan]
     if max_size is not None:
         costs, budget = size_costs(config, tensors, scope, signal, compensation), max_size
@@ -156,7 +156,7 @@ def plans_for(
         config, costs, budget, analysis,
         scope=scope, signal=signal, compensation=compensation, energy=energy, option=option,
     )  # fmt: skip
-    require_fitting_plan(planned, config.soft_moe_layers)
+    require_fitting_plan(planned, config.moe_layers)
     share = uniform_within(costs, budget)
     uniform = (
         planned if share is None else plan_of_experts(config, share, scope, signal, compensation, energy)
@@ -243,7 +243,7 @@ def plan_of_experts(
     """The plan that keeps k experts in each layer, which the signal is yet to choose."""
     return {
         name: LayerPlan(scope, experts[name], layer.num_experts, signal, compensation, energy=energy)
-        for name, layer in config.soft_moe_layers.items()
+        for name, layer in config.moe_layers.items()
     }
 
 

@@ -145,7 +145,7 @@ def prune_within_drop(
         for members, name in zip(halves(0, data.samples), ("half to search", "half to confirm"), strict=True)
     )
     if analysis is not None:
-        require_analysis_of(model.config.soft_moe_layers, fingerprint(model), analysis)
+        require_analysis_of(model.config.moe_layers, fingerprint(model), analysis)
         _require_other_data(analysis, data, runtime)
     [full_searched] = predict([model], searched, runtime, "full model")
     if analysis is None:
@@ -278,7 +278,7 @@ def _ladder(
             plan = plan_of_experts(config, experts, scope, signal, compensate, energy)
         key = tuple(layer.k for layer in plan.values())
         is_affordable = all(
-            is_affordable_refit(config.soft_moe_layers[name], layer) for name, layer in plan.items()
+            is_affordable_refit(config.moe_layers[name], layer) for name, layer in plan.items()
         )
         if key not in seen and is_affordable and any(layer.drops for layer in plan.values()):
             seen.add(key)

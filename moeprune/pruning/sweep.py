@@ -15,7 +15,7 @@ from moeprune.calibration.analysis import Analysis
 from moeprune.data.datasets import Dataset
 from moeprune.evaluation.evaluate import Predictions, compare, describe, predict
 from moeprune.evaluation.latency import measure_latency
-from moeprune.models.model import Model, require_soft_moe_layers
+from moeprune.models.model import Model, require_moe_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import COMPENSATIONS, LayerPlan, experts_to_keep, is_possible
 from moeprune.pruning.apply import calibration_data, prune
@@ -72,7 +72,7 @@ def without_large_refits(variants: Iterable[Variant], model: Model) -> tuple[lis
     left_out: list[Variant] = []
     for variant in variants:
         is_affordable = True
-        for name, layer in model.config.soft_moe_layers.items():
+        for name, layer in model.config.moe_layers.items():
             k = experts_to_keep(variant.keep, layer.num_experts, name, "--sweep")
             plan = LayerPlan(variant.scope, k, layer.num_experts, variant.signal, variant.compensate)
             is_affordable &= is_affordable_refit(layer, plan)
@@ -109,7 +109,7 @@ def sweep(
         `latency` as in moeprune.evaluation.evaluate.evaluate, of the model that comes with it.
     """
     todo = list(variants)
-    for variant, (name, layer) in product(todo, require_soft_moe_layers(model).items()):
+    for variant, (name, layer) in product(todo, require_moe_layers(model).items()):
         experts_to_keep(variant.keep, layer.config.num_experts, name, "--sweep")
     calibration = calibration_data(model, analysis)
     [full] = predict([model], data, runtime)

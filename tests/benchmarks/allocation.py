@@ -32,7 +32,7 @@ def compare(model: SoftMoEViT) -> None:
     print(f"{'':8}", *(f"{share:>18}" for share in SHARES))
     draws = [calibration(model, seed) for seed in SEEDS]
     analyses = [moeprune.analyze(model, data, RUNTIME) for data in draws]
-    experts = {name: layer.num_experts for name, layer in model.config.soft_moe_layers.items()}
+    experts = {name: layer.num_experts for name, layer in model.config.moe_layers.items()}
     infos = tensor_infos(model.state_dict())
     for compensation in COMPENSATIONS:
         costs = size_costs(model.config, infos, "static", "gram", compensation)

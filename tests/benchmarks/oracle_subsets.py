@@ -36,9 +36,9 @@ from moeprune.models.model import (
     SoftMoEViT,
     dataset_for,
     fingerprint,
+    moe_layers,
     private_copy,
     require_dense_layers,
-    soft_moe_layers,
 )
 from moeprune.models.runtime import Runtime
 from moeprune.plan import experts_to_keep
@@ -98,7 +98,7 @@ def compare_signals(
     layers = require_dense_layers(model, "compare signals on the unpruned checkpoint")
     data = dataset_for(model, data, split="test")
     require_comparable(model, data)
-    require_analysis_of(model.config.soft_moe_layers, fingerprint(model), analysis)
+    require_analysis_of(model.config.moe_layers, fingerprint(model), analysis)
     data = data.few(samples)
     model.to(runtime.torch_device)
     contests = {name: _Contest(model, name, analysis.layers[name], runtime) for name in layers}
@@ -121,7 +121,7 @@ def compare_signals(
 def require_comparable(model: Model, data: Dataset) -> None:
     """Raise a MoepruneError where subsets of experts cannot be compared on the data."""
     require_labelled_images(model, data, "the oracle")
-    for name, layer in model.config.soft_moe_layers.items():
+    for name, layer in model.config.moe_layers.items():
         if layer.dispatch_over == "batch":
             raise MoepruneError(
                 f"layer `{name}` takes its dispatch softmax over the batch: how good a subset of experts is"
@@ -209,7 +209,7 @@ class _Contest:
 
     def __init__(self, model: Model, name: str, statistics: LayerStatistics, runtime: Runtime):
         n, device = statistics.num_experts, runtime.torch_device
-        self.layer = soft_moe_layers(model)[name]
+        self.layer = moe_layers(model)[name]
         self.rest = _Rest(model, name, runtime)
         self.runtime = runtime
         self.ks = sorted({experts_to_keep(share, n, name) for share in SHARES})
@@ -302,7 +302,7 @@ class _Rest:
 
     def __init__(self, model: Model, name: str, runtime: Runtime):
         self.model = private_copy(model)
-        self.given = _Given(soft_moe_layers(self.model)[name])
+        self.given = _Given(moe_layers(self.model)[name])
         self.model.set_submodule(name, self.given)
         self.runtime = runtime
         # In our own architecture what is before the layer runs once for all candidates: what is behind it

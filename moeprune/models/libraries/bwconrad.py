@@ -82,7 +82,7 @@ class SoftMoEPackage:
                 refused.append(f"block {index} has no attention")
             if not block.residual:
                 refused.append(f"block {index} has no residual around its MLP or Soft MoE")
-        for name, layer in config.soft_moe_layers.items():
+        for name, layer in config.moe_layers.items():
             for key, (value, known) in _differences(layer).items():
                 refused.append(f"layer `{name}` has `{key}` {value}, expected {known}")
         if config.final_norm == config.head_norm:
@@ -90,8 +90,8 @@ class SoftMoEPackage:
             refused.append(f"{both} of `final_norm` and `head_norm` are there, expected one")
         hidden_dims = {*_hidden_dims(config, True), *_hidden_dims(config, False)}
         for what, values in (
-            ("experts", {layer.num_experts for layer in config.soft_moe_layers.values()}),
-            ("slots an expert", {layer.slots_per_expert for layer in config.soft_moe_layers.values()}),
+            ("experts", {layer.num_experts for layer in config.moe_layers.values()}),
+            ("slots an expert", {layer.slots_per_expert for layer in config.moe_layers.values()}),
             ("hidden units of MLPs and experts", hidden_dims),
         ):
             if len(values) > 1:
@@ -104,7 +104,7 @@ class SoftMoEPackage:
 
     def arguments(self, config: ViTConfig) -> dict[str, Any]:
         """See Source.arguments; where layers differ, a list of what they have."""
-        layers = config.soft_moe_layers
+        layers = config.moe_layers
         mlp_ratio, moe_mlp_ratio = (
             _one(_ratio(h, config.dim) for h in _hidden_dims(config, of_experts))
             for of_experts in (False, True)
@@ -158,7 +158,7 @@ class SoftMoEPackage:
 def _entries(config: ViTConfig, stacked: bool) -> Iterator[Entry]:
     """All tensors of a model, in the order of the data flow."""
     d, (patch_height, patch_width) = config.dim, config.patch_size
-    phi = next(iter(config.soft_moe_layers)).replace("soft_moe", "mlp.phi")
+    phi = next(iter(config.moe_layers)).replace("soft_moe", "mlp.phi")
     patches = (d, config.in_channels, patch_height, patch_width)
     if config.class_token:
         yield Entry("class_token", ("cls_token",), (1, 1, d), phi)
@@ -445,7 +445,7 @@ def _require_agreement(
 def _hidden_dims(config: ViTConfig, of_experts: bool) -> list[int]:
     """Different widths of the experts, or of the MLPs; if there are none of the one, of the other."""
     of_mlps = {block.mlp_dim for block in config.blocks if block.mlp_dim is not None}
-    experts = {layer.expert_width for layer in config.soft_moe_layers.values()}
+    experts = {layer.expert_width for layer in config.moe_layers.values()}
     return sorted(experts if of_experts or not of_mlps else of_mlps)
 
 
