@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from moeprune.errors import MoepruneError
     from moeprune.evaluation.evaluate import evaluate
     from moeprune.models.adopted import adopt
-    from moeprune.models.model import load, save
+    from moeprune.models.model import save
+    from moeprune.models.opening import load
     from moeprune.models.runtime import Runtime
     from moeprune.pruning.apply import prune
 
@@ -37,7 +38,7 @@ _HOMES = {
     "adopt": "models.adopted",
     "analyze": "calibration.analysis",
     "evaluate": "evaluation.evaluate",
-    "load": "models.model",
+    "load": "models.opening",
     "load_analysis": "calibration.analysis",
     "open_data": "data.datasets",
     "prune": "pruning.apply",

@@ -20,8 +20,8 @@ from moeprune.data.preprocessing import Preprocessing
 from moeprune.demo.train import initialize
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.description import Details
-from moeprune.models.model import SoftMoEViT
+from moeprune.models.details import Details
+from moeprune.models.vit import SoftMoEViT
 from tests.endings import complaint
 
 SAMPLES = 12

@@ -18,10 +18,11 @@ from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import read
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models import adopted
-from moeprune.models.adopted import AdoptedModel, adopt
+from moeprune.models.adopted import adopt
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT, moe_layers
+from moeprune.models.module import AdoptedModel, build
 from moeprune.models.runtime import Runtime
+from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.apply import prune
 from tests.test_soft_moe import relative_error
 
@@ -149,7 +150,7 @@ def test_adopted_models_compute_what_their_libraries_do(case, dtype, tolerance):
 
 def test_layers_are_named_in_the_order_in_which_they_run():
     model = adopt(randomized(tower()), SHAPE)
-    assert list(moe_layers(model)) == ["module.layers.0", "module.layers.1", "module.late"]
+    assert list(model.moe_layers) == ["module.layers.0", "module.layers.1", "module.late"]
     assert [layer.tokens for layer in model.config.layers.values()] == [16, 16, 1]
 
 
@@ -250,15 +251,13 @@ def test_flops_of_an_adopted_model_equal_what_torch_counts():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from moeprune.evaluation.evaluate import size_and_cost
-
     theirs = randomized(encoder())
     model = adopt(theirs, SHAPE)
     pruned = prune(model, keep=2, signal="random", compensate="renorm")
     for one in (model, pruned):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             one(images(1, dtype=torch.float32))
-        assert size_and_cost(one)["flops_per_input"]["total"] == counter.get_total_flops()
+        assert one.cost()["flops_per_input"]["total"] == counter.get_total_flops()
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -390,7 +389,7 @@ def test_a_layer_that_runs_twice_is_refused():
 )
 def test_factories_that_fail(package, factory, message):
     with pytest.raises(MoepruneError, match=message):
-        adopted.build(factory, {})
+        build(factory, {})
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT
+from moeprune.models.vit import SoftMoEViT
 from tests.endings import files_under
 
 SAMPLES = 12

@@ -15,8 +15,8 @@ from moeprune.demo.train import initialize
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.surgery import prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT, moe_layers
 from moeprune.models.runtime import Runtime
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 
 CPU = Runtime(device="cpu")
@@ -69,7 +69,7 @@ def observations(cases) -> dict:
 
 
 def observed_one_by_one(model, data) -> tuple[dict[str, list], list[int]]:
-    seen: dict[str, list] = {name: [] for name in moe_layers(model)}
+    seen: dict[str, list] = {name: [] for name in model.moe_layers}
     labels = []
 
     def observe(name, observation):
@@ -221,7 +221,7 @@ def test_an_analysis_in_several_passes_is_the_same(monkeypatch, cases, analyses)
 
 def layer_inputs_and_outputs(model, layer, data) -> tuple[Tensor, Tensor]:
     seen = []
-    handle = moe_layers(model)[layer].register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
+    handle = model.moe_layers[layer].register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
     with torch.no_grad():
         for inputs, _ in data.batches(64):
             model(inputs)
@@ -236,7 +236,7 @@ def test_gram_matrix_tells_the_error_of_every_static_plan(name, dropped_share, c
     """E|Y - Y'|² when the set Z is dropped is the sum of G over Z×Z."""
     model, data = cases[name]
     for seed, (layer, statistics) in enumerate(analyses[name].layers.items()):
-        dense, n = moe_layers(model)[layer], statistics.num_experts
+        dense, n = model.moe_layers[layer], statistics.num_experts
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         k = n - max(1, int(dropped_share * n))
         plan = LayerPlan("static", k, n, "combine", compensation, tuple(sorted(order[:k])))
@@ -279,7 +279,7 @@ def test_sensitivity_is_the_divergence_over_the_error_of_a_probe(name, cases, an
 
 def test_router_that_tells_no_experts_apart_gives_uniform_masses_and_ranks_by_index(cases):
     model = two_layer_model(num_experts=8)
-    for layer in moe_layers(model).values():
+    for layer in model.moe_layers.values():
         layer.phi.zero_()  # each mass is exactly 1/8
     for statistics in moeprune.analyze(model, cases["two_layers"][1], CPU).layers.values():
         assert torch.equal(statistics.mean_mass, torch.full((8,), 0.125))
@@ -346,7 +346,7 @@ def test_statistics_are_taken_outside_of_autocast(single):
     """Else the products of the Gram matrix would be rounded to bfloat16."""
     model = moeprune.load(single)
     inputs, _ = next(moeprune.open_data("digits", model.input_format).batches(4))
-    [name] = moe_layers(model)
+    [name] = model.moe_layers
     seen = []
 
     def observe(_, observation):

@@ -26,9 +26,8 @@ from moeprune.cli import app, command
 from moeprune.cli.reporter import FORMATS, Reporter
 from moeprune.evaluation.evaluate import Predictions, compare
 from moeprune.evaluation.gates import judge
-from moeprune.models.architecture import vit_from_json
-from moeprune.models.model import SoftMoEViT, moe_layers
-from moeprune.models.tensors import tensor_shapes
+from moeprune.models.architecture import architecture_from_json
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from tests.schemas import complaints
 
@@ -258,7 +257,7 @@ def test_layers_of_a_deep_model_are_pruned_one_after_the_other(vit, vit_analysis
     pruned = moeprune.prune(model, analysis, keep="1/8", compensate="mean", data=data)
     test = moeprune.open_data("pairs", model.input_format, limit=60)
     assert found["model"] == moeprune.evaluate(pruned, test)["model"]
-    *_, (name, last) = moe_layers(pruned).items()
+    *_, (name, last) = pruned.moe_layers.items()
     of_unpruned = analysis.layers[name].slot_mean[list(last.plan.dropped)]
     assert not torch.allclose(last.surrogate[last.plan.k :], of_unpruned, rtol=1e-3)
 
@@ -897,7 +896,7 @@ def test_a_checkpoint_of_2_gb_is_inspected_in_2_seconds(single, tmp_path):
     metadata["architecture"]["blocks"][0]["soft_moe"]["hidden_dim"] = 60_000
     header = {"__metadata__": {"moeprune": json.dumps(metadata)}}
     size = 0
-    for name, shape in tensor_shapes(vit_from_json(metadata["architecture"]), {}).items():
+    for name, shape in architecture_from_json(metadata["architecture"]).shapes({}).items():
         start, size = size, size + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, size]}
     text = json.dumps(header).encode()
@@ -1051,13 +1050,13 @@ def test_an_analysis_and_other_uses_of_the_model_do_not_disturb_each_other(singl
 @pytest.mark.parametrize("keep", ["16", 16, 0.125, "0.125", Fraction(1, 8)])
 def test_a_share_or_a_number_of_experts_may_be_kept(single, keep):
     model = moeprune.load(single)
-    [layer] = moe_layers(moeprune.prune(model, keep=keep, scope="input")).values()
+    [layer] = moeprune.prune(model, keep=keep, scope="input").moe_layers.values()
     assert layer.plan.k == 16
 
 
 @pytest.mark.parametrize("keep", [0, Fraction(0)])
 def test_no_expert_at_all_is_a_control_of_the_python_api(single, keep):
-    [layer] = moe_layers(moeprune.prune(moeprune.load(single), keep=keep, scope="input")).values()
+    [layer] = moeprune.prune(moeprune.load(single), keep=keep, scope="input").moe_layers.values()
     assert layer.plan.k == 0
 
 

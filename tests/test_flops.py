@@ -14,8 +14,7 @@ from moeprune.layers.flops import Flops
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.flops import vit_flops
-from moeprune.models.model import SoftMoEViT, plan_of
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, LayerPlan, is_possible
 
 MOE = SoftMoEConfig(12, num_experts=6, slots_per_expert=2, hidden_dim=5)
@@ -73,7 +72,7 @@ def images(config: ViTConfig, b: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_of_a_dense_model_equal_what_torch_counts(name, b):
     config = CONFIGS[name]
-    assert counted(random_model(config), images(config, b)) == b * vit_flops(config).total
+    assert counted(random_model(config), images(config, b)) == b * config.flops({}).total
 
 
 @pytest.mark.parametrize("name", ["vit", "class_token", "no_attention"])
@@ -81,8 +80,8 @@ def test_flops_of_a_dense_model_equal_what_torch_counts(name, b):
 def test_flops_of_a_static_renorm_model_equal_what_torch_counts(name, keep):
     model = random_model(CONFIGS[name])
     pruned = moeprune.prune(model, keep=keep, signal="random", compensate="renorm")
-    flops = vit_flops(model.config, plan_of(pruned))
-    assert flops.total < vit_flops(model.config).total
+    flops = model.config.flops(pruned.plan)
+    assert flops.total < model.config.flops({}).total
     assert counted(pruned, images(model.config, 2)) == 2 * flops.total
 
 

@@ -21,7 +21,7 @@ import moeprune
 from moeprune.__main__ import main
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT
+from moeprune.models.vit import SoftMoEViT
 from tests.endings import time_limit
 from tests.stock import SOURCE_ARGS, Stock
 

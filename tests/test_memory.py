@@ -23,7 +23,7 @@ from moeprune.layers.surgery import prune_layer
 from moeprune.models.adoption import adopt_file
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.conversion import convert
-from moeprune.models.model import SoftMoEViT
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from tests.peers import has
 
@@ -32,7 +32,6 @@ RESIDENT = """
 import json, sys
 import torch
 import moeprune
-from moeprune.models.model import moe_layers
 
 def resident():
     mapped, total = False, 0
@@ -45,7 +44,7 @@ def resident():
     return total
 
 model = moeprune.load(sys.argv[1])
-[layer] = moe_layers(model).values()
+[layer] = model.moe_layers.values()
 seen, rows = [], [(0, resident())]
 layer.observer = lambda observation: seen.append(observation.chosen)
 torch.manual_seed(0)

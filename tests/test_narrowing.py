@@ -12,7 +12,6 @@ import moeprune
 from moeprune.calibration.analysis import observe_layers
 from moeprune.calibration.sums import regressors
 from moeprune.errors import MoepruneError
-from moeprune.models.model import moe_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import FITTED, plan_from_json
 from tests.reference import reference_layer, reference_mass
@@ -39,7 +38,7 @@ def pruned(single):
 
 
 def layer_of(model):
-    return moe_layers(model)[LAYER]
+    return model.moe_layers[LAYER]
 
 
 def added(layer) -> torch.Tensor:

@@ -19,8 +19,8 @@ from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.adopted import adopt
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT, moe_layers
 from moeprune.models.runtime import Runtime
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from tests.benchmarks import oracle_subsets as oracle
 from tests.reference import reference_combine, reference_router, reference_slot_output
@@ -77,7 +77,7 @@ def samples(data: Dataset) -> Iterator[tuple[Tensor, int]]:
 def with_experts(model: SoftMoEViT, name: str, kept: tuple[int, ...]) -> SoftMoEViT:
     """The model in which all other experts of a layer give zero."""
     masked = copy.deepcopy(model)
-    layer = moe_layers(masked)[name]
+    layer = masked.moe_layers[name]
     for j in range(layer.config.num_experts):
         if j not in kept:
             layer.fc2_weight[j] = 0
@@ -88,7 +88,7 @@ def with_experts(model: SoftMoEViT, name: str, kept: tuple[int, ...]) -> SoftMoE
 def tokens_of(model: SoftMoEViT, name: str, image: Tensor) -> Tensor:
     """What a layer takes for one image (m,d)."""
     seen = []
-    hook = moe_layers(model)[name].register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    hook = model.moe_layers[name].register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
     model(image)
     hook.remove()
     return seen[0]
@@ -127,7 +127,7 @@ def by_brute_force(small: Small, name: str) -> dict[tuple[int, str], dict[str, f
     n = statistics.num_experts
     subsets = [kept for k in range(n + 1) for kept in combinations(range(n), k)]
     models = {kept: with_experts(small.model, name, kept) for kept in subsets}
-    layer = moe_layers(small.model)[name]
+    layer = small.model.moe_layers[name]
     outcomes: dict[tuple[int, str], list[dict[str, float]]] = {}
     for image, label in samples(small.data):
         logits = {kept: model(image)[0] for kept, model in models.items()}
@@ -182,7 +182,7 @@ def test_rows_are_what_running_every_subset_as_a_model_gives(small, name):
 
 
 def test_contributions_sum_to_the_output_on_padding_too(small):
-    layer = copy.deepcopy(moe_layers(small.model)["blocks.0.soft_moe"])
+    layer = copy.deepcopy(small.model.moe_layers["blocks.0.soft_moe"])
     seen = []
     layer.observer = seen.append
     tokens = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).double()

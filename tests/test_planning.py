@@ -14,12 +14,11 @@ import moeprune
 from moeprune.calibration.analysis import Analysis
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.errors import MoepruneError
-from moeprune.evaluation.evaluate import size_and_cost
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT
 from moeprune.models.runtime import Runtime
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, is_possible
 from moeprune.pruning.apply import prune
 from moeprune.pruning.budgets import (
@@ -119,12 +118,12 @@ def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):
     signal = "combine" if scope == "static" else "deviation"
     sizes = size_costs(model.config, infos, scope, signal, compensation)
     flops = flops_costs(model.config, scope, signal, compensation)
-    full = size_and_cost(model)
+    full = model.cost()
     assert (sizes.full, flops.full) == (full["bytes"], full["flops_per_input"]["total"])
     for ks in ((1, 1, 1), (2, 3, 7), (6, 4, 8)):
         experts = dict(zip(model.config.moe_layers, ks, strict=True))
         plan = plan_of_experts(model.config, experts, scope, signal, compensation)
-        found = size_and_cost(prune(model, plan=plan, data=data, runtime=CPU))
+        found = prune(model, plan=plan, data=data, runtime=CPU).cost()
         assert sizes.of(experts) == found["bytes"]
         assert flops.of(experts) == found["flops_per_input"]["total"]
 
@@ -149,7 +148,7 @@ def test_plans_within_a_budget(budget, compensation, analyzed):
         scope="static", signal=signal, compensation=compensation, option="--max-size",
     )  # fmt: skip
     pruned = prune(model, analysis, plan=plan, data=data, runtime=CPU)
-    assert size_and_cost(pruned)["bytes"] <= budget * costs.full
+    assert pruned.cost()["bytes"] <= budget * costs.full
     assert {layer.signal for layer in plan.values()} == {signal}
     assert all(layer.kept is None for layer in plan.values())
 

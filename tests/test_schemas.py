@@ -14,7 +14,7 @@ from moeprune.data import preprocessing
 from moeprune.layers import config
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT
+from moeprune.models.vit import SoftMoEViT
 from tests.schemas import FILES, complaints, validator
 
 OPEN = {"arguments", "defaults", "provenance", "source"}

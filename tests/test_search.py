@@ -16,7 +16,6 @@ from moeprune.data.datasets import subset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import predict
 from moeprune.evaluation.intervals import paired_difference
-from moeprune.models.model import moe_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
 from moeprune.pruning.search import prune_best, prune_within_drop
@@ -103,7 +102,7 @@ def test_nearly_all_experts_are_kept_where_less_will_not_do(full):
     found = prune_within_drop(
         full, "digits:calibration", 0.02, signal="random", compensate="renorm", runtime=CPU
     )
-    [plan] = [layer.plan for layer in moe_layers(found.model).values()]
+    [plan] = [layer.plan for layer in found.model.moe_layers.values()]
     assert 96 < plan.k < 128
 
 
@@ -143,7 +142,7 @@ def test_of_several_plans_the_one_nearest_to_the_full_model_is_kept(vit):
     nearest = changed.index(min(changed))
     for ordered, given in ((plans, None), (plans[::-1], analysis)):
         found = prune_best(model, ordered, given, data=data, runtime=CPU)
-        assert [layer.plan.k for layer in moe_layers(found).values()] == [
+        assert [layer.plan.k for layer in found.moe_layers.values()] == [
             plan.k for plan in plans[nearest].values()
         ]
 

@@ -20,7 +20,7 @@ from moeprune.models import conversion, parity
 from moeprune.models import libraries as sources
 from moeprune.models.architecture import BlockConfig, ViTConfig, vit_from_json
 from moeprune.models.libraries.bwconrad import SoftMoEPackage
-from moeprune.models.model import SoftMoEViT, moe_layers
+from moeprune.models.vit import SoftMoEViT
 from tests import peers
 
 needs_library = pytest.mark.skipif(not peers.has("soft_moe"), reason="soft-moe is not installed")
@@ -793,4 +793,4 @@ def test_the_shipped_models_say_what_they_said(single, vit):
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         written = json.loads(header["__metadata__"]["moeprune"])["architecture"]
         assert json.loads(json.dumps(vit_from_json(written).to_json())) == written
-        assert moe_layers(moeprune.load(path))
+        assert moeprune.load(path).moe_layers

@@ -18,8 +18,8 @@ from moeprune.files.header import read_header
 from moeprune.files.streaming import Copied, file_fingerprint, write_from
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT
 from moeprune.models.runtime import Runtime
+from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.apply import prune, prune_file
 
 CHOICES = list(product(("combine", "deviation", "random"), ("none", "renorm", "mean"), ("1", "1/8", "1/1")))

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from moeprune.demo.train import pairs_config, single_layer_config
-from moeprune.evaluation.evaluate import size_and_cost
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.header import read_header
 from moeprune.layers.config import ROUTER_NORMS, SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT, moe_layers, plan_of, save
-from moeprune.models.size import size_and_cost as size_and_cost_of_tensors
-from moeprune.models.tensors import part_of, tensor_shapes
+from moeprune.models.cost import part_of, size_and_cost
+from moeprune.models.model import save
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, LayerPlan, is_possible
 
 MOE = SoftMoEConfig(dim=12, num_experts=5, slots_per_expert=2, hidden_dim=7)
@@ -77,7 +76,7 @@ def check_shapes(config: ViTConfig, plan: dict[str, LayerPlan]) -> None:
     with torch.device("meta"):
         model = SoftMoEViT(config, plan)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert tensor_shapes(config, plan) == expected, plan
+    assert config.shapes(plan) == expected, plan
 
 
 @pytest.mark.parametrize(("class_token", "pooling"), [(False, "mean"), (True, "mean"), (True, "token")])
@@ -123,7 +122,7 @@ def test_shapes_of_pruned_models(scope, router_norm):
 def test_what_tensors_serve():
     plan = LayerPlan("input", 2, 5, "deviation", "affine")
     parts: dict[str, set[str]] = {}
-    for name in tensor_shapes(with_router(MIXED, "rms"), {FIRST: plan}):
+    for name in with_router(MIXED, "rms").shapes({FIRST: plan}):
         parts.setdefault(part_of(name, {FIRST, SECOND}), set()).add(name)
     other = parts.pop("other")
     assert not any("soft_moe" in name for name in other)
@@ -142,10 +141,10 @@ def test_a_model_and_its_file_are_of_one_size(plan, tmp_path):
     save(model, tmp_path / "x.safetensors")
     tensors = read_header(tmp_path / "x.safetensors").tensors
     assert tensors == tensor_infos(model.state_dict())
-    size = size_and_cost(model)
-    assert size == size_and_cost_of_tensors(model.config, plan_of(model), tensors)
+    size = model.cost()
+    assert size == size_and_cost(model.config, model.plan, tensors)
     assert size["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
     assert size["bytes"] == sum(size["bytes_by_part"].values()) == 2 * size["parameters"]
-    stored = sum(len(layer.fc1_weight) for layer in moe_layers(model).values())
+    stored = sum(len(layer.fc1_weight) for layer in model.moe_layers.values())
     assert size["bytes_by_part"]["experts"] == 2 * stored * (12 * 7 + 7 + 7 * 12 + 12)
     assert size["experts_per_input"] == 1 + (5 if plan is None else plan.k)

@@ -29,14 +29,7 @@ from moeprune.files.header import require_format
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import Observation, SoftMoE
 from moeprune.layers.surgery import prune_layer
-from moeprune.models.model import (
-    Model,
-    dataset_for,
-    fingerprint,
-    moe_layers,
-    private_copy,
-    require_dense_layers,
-)
+from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
 
@@ -126,7 +119,7 @@ def measure(
         accumulator: makes one for a layer.
     """
     model.to(runtime.torch_device)
-    layers = moe_layers(model)
+    layers = model.moe_layers
     accumulators = {name: accumulator(layers[name]) for name in names}
     for inputs, labels in runtime.batches(data, what):
 
@@ -164,7 +157,7 @@ def measure_sensitivity(
         runtime: where and how models run.
     """
     probes, errors = {}, {}
-    for name, layer in moe_layers(model).items():
+    for name, layer in model.moe_layers.items():
         if layer.config.dynamic_slots:
             continue
         n = layer.config.num_experts
@@ -240,7 +233,7 @@ def observe_layers(
 
 @contextmanager
 def _observing(model: nn.Module, observers: Mapping[str, Callable[[Observation], None]]) -> Iterator[None]:
-    layers = moe_layers(model)
+    layers: dict[str, SoftMoE] = {name: model.get_submodule(name) for name in observers}  # type: ignore[misc]
     for name, observer in observers.items():
         layers[name].observer = observer
     try:

@@ -83,7 +83,6 @@ def convert(
         )
     if model is not None and arguments:
         raise MoepruneError("`--source-arg` does not go with `--model`", "give `--model-arg`")
-    from moeprune.evaluation.evaluate import size_and_cost
     from moeprune.models import adoption, conversion
     from moeprune.models.adopted import parse_arguments, parse_shape
     from moeprune.report import commands as report
@@ -108,6 +107,6 @@ def convert(
         "checkpoint": str(checkpoint),
         "output": str(output),
         **converted.to_json(),
-        "model": size_and_cost(converted.model),
+        "model": converted.model.cost(),
     }
     reporter.emit(found, report.conversion)

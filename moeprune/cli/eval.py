@@ -161,7 +161,7 @@ def eval(
     from moeprune.calibration.analysis import load_analysis, require_analysis_of
     from moeprune.evaluation import evaluate as evaluation
     from moeprune.evaluation.latency import BATCH_SIZES, check_batch_sizes
-    from moeprune.models.model import fingerprint, plan_of, unpruned_fingerprint
+    from moeprune.models.model import fingerprint, unpruned_fingerprint
     from moeprune.pruning.frontier import KEEPS, on_frontier, variants
     from moeprune.pruning.sweep import sweep as run_sweep
     from moeprune.report import commands as reports
@@ -177,7 +177,7 @@ def eval(
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
     analysed = None if analysis is None else load_analysis(analysis)
     background = page.Background(
-        plan_of(loaded), loaded.details.provenance, analysed, evaluation.environment(runtime)
+        loaded.plan, loaded.details.provenance, analysed, evaluation.environment(runtime)
     )
     if is_sweep:
         assert analysed is not None
@@ -208,12 +208,12 @@ def eval(
         reporter.emit(found, reports.sweep)
         return 0
     full = None if baseline is None else load_model(baseline, model, preprocess)
-    if full is not None and plan_of(full):
+    if full is not None and full.plan:
         raise MoepruneError(
             f"`--baseline {baseline}` is pruned itself, expected the full model",
             "give the checkpoint that the model was pruned from",
         )
-    if full is not None and plan_of(loaded) and unpruned_fingerprint(loaded) != fingerprint(full):
+    if full is not None and loaded.plan and unpruned_fingerprint(loaded) != fingerprint(full):
         warn(f"`{checkpoint}` was not pruned from `{baseline}`: what is compared is another full model")
     if analysed is not None:
         require_analysis_of(loaded.config.moe_layers, unpruned_fingerprint(loaded), analysed)

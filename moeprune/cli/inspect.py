@@ -12,8 +12,8 @@ def inspect(reporter: Reporter, checkpoint: Checkpoint) -> None:
     Layers, experts, parameters, size, FLOPs, plan and provenance, from the file's header alone.
     """
     from moeprune.files.header import read_header
+    from moeprune.models.cost import size_and_cost
     from moeprune.models.description import read_description
-    from moeprune.models.size import size_and_cost
     from moeprune.plan import plan_to_json
     from moeprune.report import commands as report
 

@@ -19,7 +19,7 @@ def load_model(path: Path, factory: str | None, preprocess: list[str] | None) ->
     """The model of a checkpoint, with what `--preprocess` overrides; warns if results depend on the batch."""
     from dataclasses import replace
 
-    from moeprune.models.model import load
+    from moeprune.models.opening import load
 
     model = load(path, factory)
     parameters = amount(sum(tensor.numel() for tensor in model.state_dict().values()))

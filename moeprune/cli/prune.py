@@ -195,9 +195,9 @@ def prune(
     from moeprune.calibration.analysis import load_analysis, require_analysis_of
     from moeprune.files.header import read_header
     from moeprune.files.streaming import file_fingerprint
+    from moeprune.models.cost import size_and_cost
     from moeprune.models.description import read_description
     from moeprune.models.model import save
-    from moeprune.models.size import size_and_cost
     from moeprune.plan import plan_to_json
     from moeprune.pruning import apply as pruning
     from moeprune.pruning.budgets import plans_for

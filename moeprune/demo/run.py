@@ -18,7 +18,8 @@ from moeprune.demo.train import pairs_recipe, single_layer_recipe, train
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment, evaluate
 from moeprune.files.writing import write_bytes, write_text
-from moeprune.models.model import Model, load, save
+from moeprune.models.model import Model, save
+from moeprune.models.opening import load
 from moeprune.models.runtime import Runtime
 from moeprune.pruning.sweep import Variant, sweep
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,8 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.forgetting import forgetting
 from moeprune.evaluation.intervals import mcnemar, paired_difference, wilson
 from moeprune.evaluation.latency import check_batch_sizes, measure_latency
-from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.soft_moe import Observation
-from moeprune.models import size
-from moeprune.models.architecture import ViTConfig
-from moeprune.models.model import Model, dataset_for, moe_layers, plan_of, private_copy
+from moeprune.models.model import Model, dataset_for, private_copy
 from moeprune.models.runtime import Runtime
 
 SCHEMA_VERSION = 1
@@ -92,7 +89,7 @@ def predict(
 def _count_running(model: Model) -> dict[str, list[Tensor]]:
     """Where layers will note how many experts ran for a batch, if their plans do not fix it."""
     counts: dict[str, list[Tensor]] = {}
-    for name, layer in moe_layers(model).items():
+    for name, layer in model.moe_layers.items():
         if layer.plan is not None and layer.plan.mass is not None:
             counts[name] = []
 
@@ -165,7 +162,7 @@ def describe(model: Model, predictions: Predictions) -> dict[str, Any]:
         "accuracy_ci95": list(wilson(correct, samples)),
         "top5_accuracy": float(predictions.in_top5.double().mean()),
         "loss": predictions.loss,
-        **size_and_cost(model, predictions.running),
+        **model.cost(predictions.running),
     }
 
 
@@ -180,9 +177,9 @@ def require_labelled_images(model: Model, data: Dataset, who: str) -> None:
         raise MoepruneError(
             "the model has no head: it gives features, not logits", "there is nothing to evaluate"
         )
-    if isinstance(config, ViTConfig) and config.pooling == "none":
+    if config.outputs_per_input > 1:
         raise MoepruneError(
-            f"the model gives logits for each of its {config.num_tokens} tokens, not for an image"
+            f"the model gives logits for each of its {config.outputs_per_input} tokens, not for an image"
             " (`pooling` none)",
             f"analyze and prune work on it; {who} needs a model that pools",
         )
@@ -190,11 +187,6 @@ def require_labelled_images(model: Model, data: Dataset, who: str) -> None:
         raise MoepruneError(
             f"`{data.spec}` has no labels, {who} needs them", "add an array `labels` with each sample's class"
         )
-
-
-def size_and_cost(model: Model, running: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Parameters, bytes, FLOPs and experts per input of a model as JSON values; see moeprune.models.size."""
-    return size.size_and_cost(model.config, plan_of(model), tensor_infos(model.state_dict()), running)
 
 
 def compare(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -18,40 +16,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeprune.data.preprocessing import InputFormat
 from moeprune.errors import MoepruneError
-from moeprune.layers.soft_moe import SoftMoE, layer_of_tensors
+from moeprune.layers.soft_moe import layer_of_tensors
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
-from moeprune.models.description import Details
+from moeprune.models.details import Details
 from moeprune.models.libraries import bwconrad_layer, fkodom, lucidrains
-from moeprune.models.tensors import differences
-from moeprune.plan import LayerPlan, Plan
+from moeprune.models.module import AdoptedModel, replaced
+from moeprune.models.tensors import load_strictly
+from moeprune.plan import LayerPlan
 
 MAX_ELEMENTS = 2**28
 """Values of one input; more are a mistake and fill the memory."""
 LIBRARIES: tuple[ModuleType, ...] = (bwconrad_layer, lucidrains, fkodom)
-
-
-class AdoptedModel(nn.Module):
-    """A model of the user's own code, `module`, in which all Soft MoE layers are ours.
-
-    Inputs (b,c,H,W) in, logits (b,classes) out.
-    """
-
-    def __init__(self, module: nn.Module, config: ModuleConfig, details: Details = Details()):
-        super().__init__()
-        self.module = module
-        self.config = config
-        self.details = details
-
-    @property
-    def input_format(self) -> InputFormat:
-        """What the model takes, and how pixels become that."""
-        return InputFormat(*self.config.input_shape, self.config.num_classes, self.details.preprocessing)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Inputs (b,c,H,W) in, logits (b,classes) out."""
-        return self.module(x)
 
 
 def adopt(
@@ -93,19 +69,22 @@ def adopt(
         found = sorted({library.LIBRARY for library in libraries.values()})
         raise MoepruneError(f"the layers of the model are of {', '.join(found)}, not of `{named}`")
     tokens = _tokens(module, libraries, input_shape)
+    configs = {}
     for name, library in libraries.items():
         layer_version = version if named == library.LIBRARY else None
-        config, tensors = library.describe(module.get_submodule(name), name, tokens[name], layer_version)
+        theirs = module.get_submodule(name)
+        config, tensors = library.describe(theirs, name, tokens[name], layer_version)
         ours = layer_of_tensors(config, None, {key: tensor.detach() for key, tensor in tensors.items()})
-        module = _replaced(module, name, ours)
+        configs[name] = config
+        module = replaced(module, name, ours)
     total, classes = _flops(module, input_shape)
     layers = {
-        f"module.{name}".rstrip("."): AdoptedLayer(layer_of(module, name).config, libraries[name].LIBRARY, m)
+        f"module.{name}".rstrip("."): AdoptedLayer(configs[name], libraries[name].LIBRARY, m)
         for name, m in tokens.items()
     }
     own = sum(layer.soft_moe.flops(layer.tokens).total for layer in layers.values())
-    config = ModuleConfig(factory, dict(arguments or {}), input_shape, classes, layers, total - own)
-    return AdoptedModel(module, config, details).eval()
+    whole = ModuleConfig(factory, dict(arguments or {}), input_shape, classes, layers, total - own)
+    return AdoptedModel(module, whole, details).eval()
 
 
 def library_of(module: nn.Module) -> ModuleType:
@@ -122,21 +101,6 @@ def _known_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
                 raise MoepruneError(f"layers `{found[part]}` and `{name}` are one: it runs more than once")
             found[part] = name
     return [(name, part) for part, name in found.items()]
-
-
-def layer_of(module: nn.Module, name: str) -> SoftMoE:
-    """Our layer of this name in a module."""
-    layer = module.get_submodule(name)
-    assert isinstance(layer, SoftMoE)
-    return layer
-
-
-def _replaced(module: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """The module with a part of it replaced; it may be the layer itself."""
-    if not name:
-        return layer
-    module.set_submodule(name, layer)
-    return module
 
 
 def _tokens(module: nn.Module, names: Iterable[str], input_shape: tuple[int, int, int]) -> dict[str, int]:
@@ -192,31 +156,6 @@ def _run(module: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
             "give a factory whose model returns its logits",
         )
     return output
-
-
-def build(factory: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model that a factory `package.module:function` builds; the current directory is searched too.
-
-    Raises:
-        MoepruneError: there is no such function, it fails, or it builds something else.
-    """
-    package, _, function = factory.partition(":")
-    if not package or not function:
-        raise MoepruneError(f"`--model {factory}` is no factory", "give `package.module:function`")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(package), function)
-        model = found(**arguments)
-    except Exception as error:  # the user's code may raise anything
-        raise MoepruneError(
-            f"`--model {factory}` fails: {type(error).__name__}: {error}",
-            "check its name and `--model-arg`, and that it can be imported from here",
-        ) from None
-    if not isinstance(model, nn.Module):
-        raise MoepruneError(f"`--model {factory}` builds a {type(model).__name__}, expected a torch module")
-    return model
 
 
 def parse_arguments(given: Iterable[str]) -> dict[str, Any]:
@@ -280,53 +219,6 @@ def parse_shape(text: str | None) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def skeleton(config: ModuleConfig, plan: Plan, details: Details) -> AdoptedModel:
-    """The model of a checkpoint, built anew by its factory, whose weights are yet to be loaded.
-
-    Raises:
-        MoepruneError: the factory fails, or its model lacks a layer.
-    """
-    assert config.factory is not None
-    module = build(config.factory, config.arguments)
-    for name, layer in config.layers.items():
-        path = name.removeprefix("module").removeprefix(".")
-        try:
-            module.get_submodule(path)
-        except AttributeError:
-            raise MoepruneError(
-                f"the model of `{config.factory}` has no layer `{path}`", "the factory changed since"
-            ) from None
-        with torch.device("meta"):
-            ours = SoftMoE(layer.soft_moe, plan.get(name))
-        module = _replaced(module, path, ours)
-    return AdoptedModel(module, config, details)
-
-
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Give a module the tensors of a file, which must be all of its own and no others.
-
-    Raises:
-        MoepruneError: tensors are missing, unexpected, of other shapes, or no floats where the module has
-            some; all are listed.
-    """
-    own = module.state_dict()
-    problems = differences(
-        {name: tensor.shape for name, tensor in tensors.items()},
-        {name: tensor.shape for name, tensor in own.items()},
-    )
-    problems += [
-        f"`{name}` has the type {tensors[name].dtype}, expected {own[name].dtype}"
-        for name in sorted(set(tensors) & set(own))
-        if tensors[name].is_floating_point() != own[name].is_floating_point()
-    ]
-    if problems:
-        raise MoepruneError(
-            f"`{path}` does not fit the model that its factory builds: {'; '.join(problems)}",
-            "give the factory and the `--model-arg` that it was trained with",
-        )
-    module.load_state_dict(dict(tensors), assign=True)
-
-
 def load_foreign(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """The same for a file of the module's own code, whose layers may have names of older releases."""
     names = set(module.state_dict())
@@ -346,9 +238,8 @@ def library_tensors(model: AdoptedModel, module: nn.Module) -> dict[str, Tensor]
         MoepruneError: a layer's plan cannot be expressed by the library.
     """
     found = {name.removeprefix("module."): tensor for name, tensor in model.module.state_dict().items()}
-    for name in model.config.layers:
+    for name, ours in model.moe_layers.items():
         path = name.removeprefix("module").removeprefix(".")
-        ours = layer_of(model.module, path)
         require_expressible(ours.plan, name)
         tensors = {key: found.pop(f"{path}.{key}".lstrip(".")) for key in ours.state_dict()}
         theirs = module.get_submodule(path)

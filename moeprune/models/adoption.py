@@ -13,10 +13,12 @@ from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import write_state_dict
 from moeprune.files.header import is_pickle, read_header
 from moeprune.files.state_dict import read_state_dict
-from moeprune.models.adopted import AdoptedModel, adopt, build, library_tensors, load_foreign, parse_source
-from moeprune.models.description import Details
+from moeprune.models.adopted import adopt, library_tensors, load_foreign, parse_source
+from moeprune.models.details import Details
 from moeprune.models.libraries.modules import installed_version
-from moeprune.models.model import load, save
+from moeprune.models.model import save
+from moeprune.models.module import AdoptedModel, build
+from moeprune.models.opening import load
 from moeprune.models.parity import Parity, difference, require_parity
 
 

@@ -8,12 +8,94 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moeprune.errors import MoepruneError
-from moeprune.layers.config import SoftMoEConfig, later, require_bool, require_choice, require_positive
+from moeprune.layers.config import (
+    Shapes,
+    SoftMoEConfig,
+    later,
+    require_bool,
+    require_choice,
+    require_positive,
+)
+from moeprune.layers.flops import Flops
+from moeprune.models.details import Details
+from moeprune.plan import Plan
+
+if TYPE_CHECKING:
+    from moeprune.models.model import Model
 
 POOLINGS = ("mean", "token", "none")
+
+
+class ModelConfig(Protocol):
+    """A model that holds MoE layers, as plain data.
+
+    Everything outside moeprune.models takes any of these and asks no further.
+    """
+
+    @property
+    def moe_layers(self) -> dict[str, SoftMoEConfig]:
+        """The MoE layers by name, in the order of the data flow."""
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of one input (c,H,W)."""
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the output; 0 if the model has no head and returns features."""
+
+    @property
+    def outputs_per_input(self) -> int:
+        """Rows of logits that the model returns for one input."""
+
+    def tokens(self, name: str) -> int:
+        """Return m, the tokens of one input that reach an MoE layer."""
+
+    def flops(self, plan: Plan, running: Mapping[str, float] | None = None) -> Flops:
+        """Return the FLOPs of one input.
+
+        1 multiply-add = 2 FLOPs. Matrix products are counted, as
+        `torch.utils.flop_counter.FlopCounterMode` does; softmax, norms, activations, additions and
+        sorting are left out.
+
+        Args:
+            plan: of the pruned layers.
+            running: mean number of experts that run in a layer, where its plan does not fix it.
+        """
+
+    def shapes(self, plan: Plan) -> Shapes:
+        """Return the shape of each tensor that is known beforehand, by its name in the `state_dict`."""
+
+    def covers(self, tensor: str) -> bool:
+        """Return True if `shapes` lists a tensor of this name whenever the model has one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the config as JSON values; `architecture_from_json` reads it back."""
+
+    def build(self, plan: Plan, details: Details = Details(), factory: str | None = None) -> Model:
+        """Return the model, whose weights are yet to be loaded.
+
+        Args:
+            plan: of the pruned layers.
+            details: what its checkpoint says besides.
+            factory: `package.module:function` that the caller allows to run.
+
+        Raises:
+            MoepruneError: the factory is missing, is not the expected one, or fails.
+        """
+
+
+def architecture_from_json(value: Any) -> ModelConfig:
+    """Read the config of a model from JSON values.
+
+    Raises:
+        MoepruneError: an unknown type, an unknown or missing key, or a value that does not fit.
+    """
+    is_module = isinstance(value, Mapping) and value.get("type") == "module"
+    return module_from_json(value) if is_module else vit_from_json(value)
 
 
 def _to_json(config: Any) -> dict[str, Any]:
@@ -140,8 +222,92 @@ class ViTConfig:
             if block.soft_moe is not None
         }
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of one image (c,H,W)."""
+        return self.in_channels, *self.image_size
+
+    @property
+    def outputs_per_input(self) -> int:
+        """Rows of logits that the model returns for one image: one, or one per token without pooling."""
+        return self.num_tokens if self.pooling == "none" else 1
+
+    def tokens(self, name: str) -> int:
+        """Return m, which is the same in every layer."""
+        return self.num_tokens
+
+    def flops(self, plan: Plan, running: Mapping[str, float] | None = None) -> Flops:
+        """Return the FLOPs of one image; see `ModelConfig.flops`."""
+        running = running or {}
+        m, d = self.num_tokens, self.dim
+        embedding = 2 * self.num_patches * self._pixels * d
+        flops = Flops(other=embedding + 2 * self.outputs_per_input * d * self.num_classes)
+        for block in self.blocks:
+            attention = 8 * m * d * d + 4 * m * m * d if block.attention else 0
+            flops += Flops(other=attention + 4 * m * d * (block.mlp_dim or 0))
+        for name, layer in self.moe_layers.items():
+            flops += layer.flops(m, plan.get(name), running.get(name))
+        return flops
+
+    def shapes(self, plan: Plan) -> Shapes:
+        """Return the shape of every tensor of the model."""
+        d = self.dim
+        shapes = _linear("patch_embed", self._pixels, d, bias=not self.embedding_norm)
+        shapes["position"] = (self.num_positions, d)
+        if self.class_token:
+            shapes["class_token"] = (1, d)
+        if self.embedding_norm:
+            shapes |= _norm("embedding_norm", d)
+        for index, block in enumerate(self.blocks):
+            shapes |= self._block_shapes(f"blocks.{index}", block)
+        shapes |= _layer_shapes(self.moe_layers, plan)
+        if self.final_norm:
+            shapes |= _norm("norm", d)
+        if self.head_norm:
+            shapes |= _norm("head_norm", d)
+        return shapes | (_linear("head", d, self.num_classes) if self.num_classes else {})
+
+    def _block_shapes(self, name: str, block: BlockConfig) -> Shapes:
+        """The shapes of a block without its Soft MoE."""
+        d = self.dim
+        shapes = _norm(f"{name}.norm2", d)
+        if block.attention:
+            shapes |= _norm(f"{name}.norm1", d)
+            shapes |= _linear(f"{name}.attention.qkv", d, 3 * d, bias=self.qkv_bias)
+            shapes |= _linear(f"{name}.attention.proj", d, d)
+        if block.attention and self.qk_norm:
+            shapes |= _norm(f"{name}.attention.q_norm", d // self.num_heads)
+            shapes |= _norm(f"{name}.attention.k_norm", d // self.num_heads)
+        if self.layer_scale:
+            shapes[f"{name}.mixer_scale"] = (d,)
+            if block.attention:
+                shapes[f"{name}.attention_scale"] = (d,)
+        if block.mlp_dim is not None:
+            shapes |= _linear(f"{name}.mlp.0", d, block.mlp_dim)
+            shapes |= _linear(f"{name}.mlp.2", block.mlp_dim, d)
+        return shapes
+
+    @property
+    def _pixels(self) -> int:
+        """Values of one patch."""
+        return self.in_channels * self.patch_size[0] * self.patch_size[1]
+
+    def covers(self, tensor: str) -> bool:
+        """Return True: all tensors are known beforehand."""
+        return True
+
+    def build(self, plan: Plan, details: Details = Details(), factory: str | None = None) -> Model:
+        """Return the model on the meta device; see `ModelConfig.build`."""
+        if factory is not None:
+            raise MoepruneError(
+                "the architecture is in the checkpoint: it needs no `--model`", "omit `--model`"
+            )
+        from moeprune.models.vit import skeleton
+
+        return skeleton(self, plan, details)
+
     def to_json(self) -> dict[str, Any]:
-        """The config as JSON values; `vit_from_json` reads it back."""
+        """Return the config as JSON values; `architecture_from_json` reads it back."""
         return {"type": "vit", **_to_json(self)}
 
 
@@ -231,8 +397,49 @@ class ModuleConfig:
         """The Soft MoE layers by name, in the order of the data flow."""
         return {name: layer.soft_moe for name, layer in self.layers.items()}
 
+    @property
+    def outputs_per_input(self) -> int:
+        """One: such models return logits (b,classes)."""
+        return 1
+
+    def tokens(self, name: str) -> int:
+        """Return m, the tokens of one input that reach an MoE layer."""
+        return self.layers[name].tokens
+
+    def flops(self, plan: Plan, running: Mapping[str, float] | None = None) -> Flops:
+        """Return the FLOPs of one input; see `ModelConfig.flops`."""
+        running, flops = running or {}, Flops(other=self.other_flops)
+        for name, layer in self.layers.items():
+            flops += layer.soft_moe.flops(layer.tokens, plan.get(name), running.get(name))
+        return flops
+
+    def shapes(self, plan: Plan) -> Shapes:
+        """Return the shape of every tensor of the MoE layers."""
+        return _layer_shapes(self.moe_layers, plan)
+
+    def covers(self, tensor: str) -> bool:
+        """Return True for the tensors of MoE layers."""
+        return tensor.rpartition(".")[0] in self.layers
+
+    def build(self, plan: Plan, details: Details = Details(), factory: str | None = None) -> Model:
+        """Run the factory and put MoE layers into its model; see `ModelConfig.build`."""
+        if self.factory is None:
+            raise MoepruneError(
+                "the checkpoint does not say which factory builds its model",
+                "adopt it again and say: `moeprune.adopt(model, input_shape, factory)`",
+            )
+        if factory != self.factory:
+            given = "none is given" if factory is None else f"given is `{factory}`"
+            raise MoepruneError(
+                f"the model is built by the factory `{self.factory}`, {given}",
+                f"if you trust that code, add `--model {self.factory}`",
+            )
+        from moeprune.models.module import skeleton
+
+        return skeleton(self, plan, details)
+
     def to_json(self) -> dict[str, Any]:
-        """The config as JSON values; `module_from_json` reads it back."""
+        """Return the config as JSON values; `architecture_from_json` reads it back."""
         layers = {name: asdict(layer) for name, layer in self.layers.items()}
         return {"type": "module", **_to_json(self), "layers": layers}
 
@@ -264,3 +471,20 @@ def module_from_json(value: Any) -> ModuleConfig:
         require_positive(layers[name], "tokens")
     values["layers"] = layers
     return _build(ModuleConfig, values, "architecture")
+
+
+def _layer_shapes(layers: Mapping[str, SoftMoEConfig], plan: Plan) -> Shapes:
+    return {
+        f"{name}.{tensor}": shape
+        for name, layer in layers.items()
+        for tensor, shape in layer.shapes(plan.get(name)).items()
+    }
+
+
+def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Shapes:
+    weight: Shapes = {f"{name}.weight": (outputs, inputs)}
+    return weight | {f"{name}.bias": (outputs,)} if bias else weight
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}

@@ -15,13 +15,14 @@ from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.header import is_pickle, read_header
 from moeprune.files.state_dict import read_state_dict
-from moeprune.models.description import Details
+from moeprune.models.details import Details
 from moeprune.models.libraries import SOURCES, pick_source
 from moeprune.models.libraries.interface import Reading, Source, as_dense
 from moeprune.models.libraries.modules import installed_version
-from moeprune.models.model import SoftMoEViT, load, plan_of, save
+from moeprune.models.model import save
+from moeprune.models.opening import load
 from moeprune.models.parity import Parity, compare, require_parity
-from moeprune.models.tensors import tensor_shapes
+from moeprune.models.vit import SoftMoEViT
 
 OURS = "moeprune"
 
@@ -47,7 +48,7 @@ class Converted:
         reading = self.reading
         arguments = {} if reading is None else reading.arguments
         if self.target is not None:
-            arguments = self.target.arguments(as_dense(self.model.config, plan_of(self.model))[0])
+            arguments = self.target.arguments(as_dense(self.model.config, self.model.plan)[0])
         return {
             "from": _name(self.source),
             "to": _name(self.target),
@@ -148,7 +149,7 @@ def read_library(
 
 def _our_tensors(tensors: Mapping[str, Tensor], reading: Reading) -> dict[str, Tensor]:
     """The state dict of our model, by its names and in its shapes."""
-    shapes = tensor_shapes(reading.config, {})
+    shapes = reading.config.shapes({})
     ours = {}
     for entry in reading.entries:
         parts = [tensors[name] for name in entry.theirs]
@@ -164,7 +165,7 @@ def library_tensors(model: SoftMoEViT, library: Source, path: str) -> dict[str, 
     Raises:
         MoepruneError: the library cannot express it; all reasons are named.
     """
-    config, refused = as_dense(model.config, plan_of(model))
+    config, refused = as_dense(model.config, model.plan)
     refused += library.refusals(config)
     if refused:
         raise MoepruneError(

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-from moeprune.data.preprocessing import Preprocessing, preprocessing_from_json
+from moeprune.data.preprocessing import preprocessing_from_json
 from moeprune.errors import MoepruneError
 from moeprune.files.header import Header, is_too_large, require_format
-from moeprune.models.architecture import ModuleConfig, ViTConfig, module_from_json, vit_from_json
-from moeprune.models.flops import tokens_of
+from moeprune.models.architecture import ModelConfig, architecture_from_json
+from moeprune.models.details import FORMAT, Details
 from moeprune.models.libraries import not_ours
-from moeprune.models.tensors import layer_shapes, require_one_type, require_tensors, tensor_shapes
+from moeprune.models.tensors import require_one_type, require_tensors
 from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 
-FORMAT = 1
 
-
-@dataclass(frozen=True)
-class Details:
-    """What a checkpoint says beside its tensors, architecture and plan.
-
-    source: where the weights came from: `library`, `version`, and for converted files `sha256`.
-    provenance: how they were made: training, or calibration data, seed and versions.
-    """
-
-    preprocessing: Preprocessing = Preprocessing()
-    source: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-def read_description(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Details]:
+def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
     """The architecture, plan and details of a checkpoint, which its tensors fit.
 
     Of a model of the user's own code, only the tensors of Soft MoE layers are known beforehand.
@@ -41,14 +23,8 @@ def read_description(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, De
     """
     path = header.path
     config, plan, details = _read_metadata(header)
-    found = header.tensors
-    if isinstance(config, ViTConfig):
-        if len(config.blocks) > len(found):
-            raise MoepruneError(f"`{path}`: {len(config.blocks)} blocks, but {len(found)} tensors")
-        shapes = tensor_shapes(config, plan)
-    else:
-        shapes = layer_shapes(config, plan)
-        found = {name: tensor for name, tensor in found.items() if name.rpartition(".")[0] in config.layers}
+    found = {name: tensor for name, tensor in header.tensors.items() if config.covers(name)}
+    shapes = config.shapes(plan)
     if any(is_too_large(shape) for shape in shapes.values()):
         raise MoepruneError(f"`{path}`: no model can be built of its architecture")
     require_tensors(found, shapes, path)
@@ -56,7 +32,7 @@ def read_description(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, De
     return config, plan, details
 
 
-def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Details]:
+def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
     path, metadata = header.path, header.metadata
     if metadata is None:
         raise not_ours(header.tensors, str(path))
@@ -66,9 +42,7 @@ def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Deta
         )
     require_format(metadata, FORMAT, path)
     try:
-        architecture = metadata.get("architecture")
-        is_module = isinstance(architecture, dict) and architecture.get("type") == "module"
-        config = module_from_json(architecture) if is_module else vit_from_json(architecture)
+        config = architecture_from_json(metadata.get("architecture"))
         plan = plan_from_json(metadata.get("plan", {}))
         require_fitting_plan(plan, config.moe_layers)
         preprocessing = preprocessing_from_json(metadata.get("preprocessing", {}))
@@ -77,7 +51,7 @@ def _read_metadata(header: Header) -> tuple[ViTConfig | ModuleConfig, Plan, Deta
     if not config.moe_layers:
         raise MoepruneError(f"no Soft MoE layers in `{path}`", "there is nothing to prune in it")
     for name, moe in config.moe_layers.items():
-        tokens = tokens_of(config, name)
+        tokens = config.tokens(name)
         slots = -(-tokens // moe.num_experts)  # rounded up, also where a damaged file has endless tokens
         if moe.dynamic_slots and moe.slots_per_expert != slots:
             raise MoepruneError(

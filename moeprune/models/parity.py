@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError
 from moeprune.models.libraries.interface import Source, as_dense
-from moeprune.models.model import Model, SoftMoEViT, plan_of, private_copy
+from moeprune.models.model import Model, private_copy
+from moeprune.models.vit import SoftMoEViT
 
 IMAGES = 4
 MAX_DIFFERENCE = 1e-5
@@ -54,7 +55,7 @@ def compare(model: SoftMoEViT, library: Source, tensors: Mapping[str, Tensor]) -
     Raises:
         MoepruneError: the library's class does not load them.
     """
-    config, _ = as_dense(model.config, plan_of(model))
+    config, _ = as_dense(model.config, model.plan)
     try:
         theirs = library.build(config)
     except ImportError as error:

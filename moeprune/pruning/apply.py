@@ -35,15 +35,7 @@ from moeprune.layers.merging import nearest_kept, require_scipy
 from moeprune.layers.scores import random_scores, top_k
 from moeprune.layers.surgery import prune_layer, static_surrogate
 from moeprune.models.description import read_description
-from moeprune.models.flops import tokens_of
-from moeprune.models.model import (
-    Model,
-    dataset_for,
-    fingerprint,
-    moe_layers,
-    private_copy,
-    require_dense_layers,
-)
+from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Plan, parse_keep, plan_to_json, require_fitting_plan, uniform_plan
 from moeprune.pruning.compensation import (
@@ -129,7 +121,7 @@ def prune(
     if dataset is not None:
         full.to(runtime.torch_device)
     pruned = private_copy(full)
-    dense_layers = moe_layers(full)
+    dense_layers = full.moe_layers
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments: LayerMoments | None = None
         gathered: Gathered | None = None
@@ -161,7 +153,7 @@ def prune(
             correction, power = fit_routed(pruned, full, name, dataset, layer_plan.compensation, runtime)
             add_correction(layer, correction)
         if layer_plan.is_fitted and not layer_plan.merges and wanted != layer_plan:
-            pruned.set_submodule(name, narrowed(layer, wanted, power, tokens_of(model.config, name)))
+            pruned.set_submodule(name, narrowed(layer, wanted, power, model.config.tokens(name)))
         _require_data_of_analysis(analysis, dataset)
     provenance = _provenance(analysis, dataset, plan, runtime)
     provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}

@@ -18,9 +18,7 @@ from moeprune.calibration.analysis import Analysis
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.models.architecture import ModuleConfig, ViTConfig
-from moeprune.models.flops import model_flops, tokens_of
-from moeprune.models.tensors import layer_shapes
+from moeprune.models.architecture import ModelConfig
 from moeprune.plan import (
     LayerPlan,
     Plan,
@@ -49,7 +47,7 @@ class Costs:
 
 
 def size_costs(
-    config: ViTConfig | ModuleConfig,
+    config: ModelConfig,
     tensors: Mapping[str, TensorInfo],
     scope: str,
     signal: str,
@@ -63,9 +61,10 @@ def size_costs(
         scope: see moeprune.plan.LayerPlan, like signal and compensation.
     """
     full = float(sum(tensor.nbytes for tensor in tensors.values()))
-    in_layers = sum(tensors[name].nbytes for name in layer_shapes(config, {}))
+    in_layers = 0
     layers = {}
     for name, layer in config.moe_layers.items():
+        in_layers += sum(tensors[f"{name}.{tensor}"].nbytes for tensor in layer.shapes(None))
         weight = tensors[f"{name}.fc2_weight"]
         item = weight.nbytes / weight.numel
         layers[name] = [
@@ -82,13 +81,13 @@ def _layer_bytes(layer: SoftMoEConfig, plan: LayerPlan, item: float) -> float:
     )
 
 
-def flops_costs(config: ViTConfig | ModuleConfig, scope: str, signal: str, compensation: str) -> Costs:
+def flops_costs(config: ModelConfig, scope: str, signal: str, compensation: str) -> Costs:
     """Costs in FLOPs of one input; see `size_costs`."""
-    full = model_flops(config, {}).total
+    full = config.flops({}).total
     layers = {}
     dense = 0
     for name, layer in config.moe_layers.items():
-        tokens = tokens_of(config, name)
+        tokens = config.tokens(name)
         dense += layer.flops(tokens).total
         layers[name] = [
             math.inf if plan is None else float(layer.flops(tokens, plan).total)
@@ -109,7 +108,7 @@ def _plans_of(layer: SoftMoEConfig, scope: str, signal: str, compensation: str) 
 
 
 def plans_for(
-    config: ViTConfig | ModuleConfig,
+    config: ModelConfig,
     tensors: Mapping[str, TensorInfo],
     analysis: Analysis | None,
     *,
@@ -165,7 +164,7 @@ def plans_for(
 
 
 def plan_within(
-    config: ViTConfig | ModuleConfig,
+    config: ModelConfig,
     costs: Costs,
     budget: float,
     analysis: Analysis | None,
@@ -233,7 +232,7 @@ def _uniform_choices(costs: Costs) -> list[dict[str, int]]:
 
 
 def plan_of_experts(
-    config: ViTConfig | ModuleConfig,
+    config: ModelConfig,
     experts: Mapping[str, int],
     scope: str,
     signal: str,

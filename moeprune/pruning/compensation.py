@@ -38,7 +38,7 @@ from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import Observation, SoftMoE, select
-from moeprune.models.model import Model, moe_layers
+from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
 
@@ -69,7 +69,7 @@ def gather(
     moments, sums = None, None
     for members, seen, gap in _observed(pruned, full, name, data, runtime):
         if moments is None or sums is None:
-            layer = moe_layers(pruned)[name]
+            layer = pruned.moe_layers[name]
             moments = MomentsAccumulator(layer)
             sums = Contributions(layer, compensation), Contributions(layer, compensation)
         moments.add(seen, None)
@@ -92,7 +92,7 @@ def fit_routed(
         pruned: with the layer and those before it pruned, the layer's surrogate being `mean`.
         full: the unpruned model. Both are private copies and moved to the runtime's device.
     """
-    layer = moe_layers(pruned)[name]
+    layer = pruned.moe_layers[name]
     kinds = kinds_of_regressors(layer, compensation)
     equations = _Halves(sum(kinds), layer.config.output_width, runtime.torch_device)
     for members, seen, gap in _observed(pruned, full, name, data, runtime):
@@ -122,7 +122,7 @@ def refit_kept(pruned: Model, full: Model, name: str, data: Dataset, runtime: Ru
         pruned: with the layer, compensated by `affine`, and those before it pruned.
         full: the unpruned model. Both are private copies and moved to the runtime's device.
     """
-    layer = moe_layers(pruned)[name]
+    layer = pruned.moe_layers[name]
     k, out, width = layer.fc2_weight.shape
     kinds = [k * width, *kinds_of_regressors(layer, "affine")]
     equations = _Halves(sum(kinds), out, runtime.torch_device)

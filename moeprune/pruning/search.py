@@ -24,13 +24,7 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import compare, describe, paired_counts, predict
 from moeprune.evaluation.intervals import mcnemar, paired_difference
 from moeprune.files.checkpoint import tensor_infos
-from moeprune.models.model import (
-    Model,
-    dataset_for,
-    fingerprint,
-    private_copy,
-    require_dense_layers,
-)
+from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import Plan
 from moeprune.pruning.apply import ALREADY_PRUNED, calibration_data, prune

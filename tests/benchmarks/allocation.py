@@ -16,7 +16,7 @@ from common import RUNTIME, SEEDS, accuracy, calibration, shipped, test_set, wit
 
 import moeprune
 from moeprune.files.checkpoint import tensor_infos
-from moeprune.models.model import SoftMoEViT
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import uniform_plan
 from moeprune.pruning.budgets import plan_within, size_costs
 from moeprune.pruning.search import prune_best

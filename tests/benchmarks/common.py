@@ -22,8 +22,9 @@ from moeprune.demo.train import Recipe, train
 from moeprune.evaluation.evaluate import predict
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import Model, SoftMoEViT
+from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
+from moeprune.models.vit import SoftMoEViT
 
 SEEDS = (0, 1, 2)
 KEEPS = ("1/32", "1/16", "1/8", "1/4")

@@ -25,7 +25,7 @@ from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning.apply import prune
 

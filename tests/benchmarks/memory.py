@@ -21,7 +21,7 @@ import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import Observation
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT, moe_layers
+from moeprune.models.vit import SoftMoEViT
 
 MOE = SoftMoEConfig(dim=384, num_experts=128, slots_per_expert=1, hidden_dim=1280)
 INPUTS = 12
@@ -43,7 +43,7 @@ def resident(path: str) -> int:
 def measure(path: str) -> None:
     """Print a row for each input."""
     model = moeprune.load(path)
-    layers = moe_layers(model)
+    layers = model.moe_layers
     chosen: dict[str, set[int]] = {name: set() for name in layers}
 
     def observer(name: str) -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     torch.manual_seed(0)
     blocks = (BlockConfig(mlp_dim=1536), *(BlockConfig(soft_moe=MOE),) * 2)
     model = SoftMoEViT(ViTConfig((224, 224), (16, 16), 3, 1000, MOE.dim, 6, blocks))
-    for layer in moe_layers(model).values():
+    for layer in model.moe_layers.values():
         layer.scale.data.fill_(16)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder).resolve() / "routed.safetensors"

@@ -31,16 +31,9 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import require_labelled_images
 from moeprune.layers.scores import top_k
 from moeprune.layers.soft_moe import Observation, SoftMoE, mean_token
-from moeprune.models.model import (
-    Model,
-    SoftMoEViT,
-    dataset_for,
-    fingerprint,
-    moe_layers,
-    private_copy,
-    require_dense_layers,
-)
+from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import experts_to_keep
 
 SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))
@@ -209,7 +202,7 @@ class _Contest:
 
     def __init__(self, model: Model, name: str, statistics: LayerStatistics, runtime: Runtime):
         n, device = statistics.num_experts, runtime.torch_device
-        self.layer = moe_layers(model)[name]
+        self.layer = model.moe_layers[name]
         self.rest = _Rest(model, name, runtime)
         self.runtime = runtime
         self.ks = sorted({experts_to_keep(share, n, name) for share in SHARES})
@@ -302,7 +295,7 @@ class _Rest:
 
     def __init__(self, model: Model, name: str, runtime: Runtime):
         self.model = private_copy(model)
-        self.given = _Given(moe_layers(self.model)[name])
+        self.given = _Given(self.model.moe_layers[name])
         self.model.set_submodule(name, self.given)
         self.runtime = runtime
         # In our own architecture what is before the layer runs once for all candidates: what is behind it

@@ -21,7 +21,6 @@ import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.scores import combine_mass, top_k
 from moeprune.layers.soft_moe import Observation, SoftMoE
-from moeprune.models.model import moe_layers
 
 REPETITIONS = 51
 
@@ -38,7 +37,7 @@ def shares(model: nn.Module, inputs: Tensor) -> tuple[float, float, float]:
         spent[0] += scored - start
         spent[1] += time.perf_counter() - scored
 
-    for layer in moe_layers(model).values():
+    for layer in model.moe_layers.values():
         layer.observer = score_and_choose
     rows = []
     for _ in range(REPETITIONS):

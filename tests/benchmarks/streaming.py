@@ -25,7 +25,7 @@ import torch
 import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.model import SoftMoEViT
+from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.apply import prune_file
 
 REPETITIONS = 5

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Container, Mapping
+from typing import TYPE_CHECKING, Any
 
 from moeprune.files.header import TensorInfo
-from moeprune.models.architecture import ModuleConfig, ViTConfig
-from moeprune.models.flops import model_flops
-from moeprune.models.tensors import part_of
 from moeprune.plan import Plan
+
+if TYPE_CHECKING:
+    from moeprune.models.architecture import ModelConfig
 
 
 def size_and_cost(
-    config: ViTConfig | ModuleConfig,
+    config: ModelConfig,
     plan: Plan,
     tensors: Mapping[str, TensorInfo],
     running: Mapping[str, float] | None = None,
@@ -40,6 +40,19 @@ def size_and_cost(
         "parameters": sum(tensor.numel for tensor in tensors.values()),
         "bytes": sum(parts.values()),
         "bytes_by_part": parts,
-        "flops_per_input": model_flops(config, plan, measured).to_json(),
+        "flops_per_input": config.flops(plan, measured).to_json(),
         "experts_per_input": float(sum(experts.values())),
     }
+
+
+def part_of(name: str, layers: Container[str]) -> str:
+    """What a tensor of a model with these Soft MoE layers serves: `experts`, `routing`, `compensation`
+    or `other`.
+    """
+    module, _, tensor = name.rpartition(".")
+    if module not in layers:
+        return "other"
+    if tensor.startswith("fc"):
+        return "experts"
+    is_compensation = tensor in ("surrogate", "basis") or tensor.startswith("affine")
+    return "compensation" if is_compensation else "routing"
