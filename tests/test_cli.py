@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 import moeprune
-from moeprune.cli import app, command
-from moeprune.cli.reporter import FORMATS, Reporter
+from moeprune.cli import app
+from moeprune.cli.reporter import FORMATS
 from moeprune.evaluation.evaluate import Predictions, compare
 from moeprune.evaluation.gates import judge
 from moeprune.models.architecture import architecture_from_json
@@ -34,7 +34,7 @@ from tests.schemas import complaints
 SCOPES = ("static", "input", "batch")
 COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine")
 EXPERT_TENSORS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-COMMANDS = ("inspect", "analyze", "prune", "eval", "convert", "demo", "config")
+COMMANDS = ("inspect", "analyze", "prune", "eval", "convert", "demo")
 FLOPS_KEYS = {"total", "experts", "routing", "compensation", "other"}
 SIZE_KEYS = {"parameters", "bytes", "bytes_by_part", "flops_per_input", "experts_per_input"}
 MODEL_KEYS = SIZE_KEYS | {"accuracy", "accuracy_ci95", "top5_accuracy", "loss"}
@@ -842,7 +842,6 @@ def test_help_and_wrong_options_do_not_import_torch():
     calls = [
         *([command, "--help"] for command in COMMANDS),
         ["--version"],
-        ["config"],
         ["prune", "x", "--keep", "0", "-o", "y"],
         ["prune", "x", "--keep", "1/8", "--scope", "some", "-o", "y"],
         ["eval", "x", "--data", "y", "--min-accuracy", "7"],
@@ -864,7 +863,7 @@ for call in {calls!r}:
 """
     result = python("-c", program)
     ends = [line for line in result.stdout.splitlines() if line.endswith(("True", "False"))]
-    assert ends == ["0 False"] * (len(COMMANDS) + 2) + ["2 False"] * 9
+    assert ends == ["0 False"] * (len(COMMANDS) + 1) + ["2 False"] * 9
 
 
 def test_inspect_imports_neither_torch_nor_numpy(single, tmp_path):
@@ -948,22 +947,30 @@ def test_a_reader_that_stops_reading_gets_no_traceback(single):
     assert (process.returncode, errors) == (2, b"")
 
 
-def test_what_nobody_expected_exits_with_2_and_a_traceback(run):
+def ends_with(error: BaseException, monkeypatch, run):
+    """How `inspect` ends if the code that it calls prints a line and raises an error."""
+
+    def fail(*_: object) -> None:
+        print("a line")
+        raise error
+
+    monkeypatch.setattr("moeprune.files.header.read_header", fail)
+    return run("inspect", "x")
+
+
+def test_an_unexpected_error_exits_with_2_and_a_traceback(monkeypatch, run):
     """Under Typer an uncaught exception would exit with 1, as a failed gate does."""
-
-    def explode(reporter: Reporter) -> None:
-        raise ZeroDivisionError("boom")
-
-    explode.__annotations__ = {"reporter": Reporter, "return": None}
-    command.add_command(explode)
-    try:
-        result = run("explode")
-    finally:
-        app.registered_commands.pop()
-        command.rules_of.pop("explode")
+    result = ends_with(ZeroDivisionError("boom"), monkeypatch, run)
     assert (result.code, result.stdout) == (2, "")
     assert "ZeroDivisionError: boom" in result.stderr
     assert result.stderr.rstrip().splitlines()[-1].startswith("error: moeprune failed")
+
+
+@pytest.mark.parametrize("code", [0, 1, None, "over"])
+def test_code_that_ends_the_program_is_an_error_and_what_it_prints_is_not_the_report(monkeypatch, run, code):
+    result = ends_with(SystemExit(code), monkeypatch, run)
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr.startswith("a line\nerror: ")
 
 
 def test_shares_are_rounded_to_the_nearest_number_of_experts(single, run_json, tmp_path):

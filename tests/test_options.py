@@ -33,7 +33,6 @@ GOOD: dict[str, tuple[str, ...]] = {
     "eval": ("CKPT", "@single", "--data", "digits", "--limit", "9"),
     "convert": ("CKPT", "@vit", "--to", "soft-moe", "--output", "@new"),
     "demo": ("--output", "@new"),
-    "config": (),
 }  # fmt: skip
 """Words of each command in which an option is replaced, or to which it is added; `@` stands for a file."""
 
@@ -214,13 +213,10 @@ def test_odd_values_are_taken_or_refused(words_with, folder, run, command, optio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "option", "is_flag"), [given for given in OPTIONS if given[0] not in ("demo", "config")]
-)
+@pytest.mark.parametrize(("command", "option", "is_flag"), [given for given in OPTIONS if given[0] != "demo"])
 def test_odd_values_of_variables_are_taken_or_refused_by_name(
     words_with, folder, run, command, option, is_flag, monkeypatch
 ):
-    """Of variables for one command and for all; the wrong values are refused."""
     monkeypatch.chdir(folder / "folder")
     chance = random.Random(f"{command} {option}")
     wrong = () if is_flag else WRONG_FOR.get((command, option), WRONG[option])
@@ -229,7 +225,7 @@ def test_odd_values_of_variables_are_taken_or_refused_by_name(
     remove_new(folder)
     for value in (*filter(None, wrong), *chance.sample(EXTREMES, 15)):
         words, given = words_with(command, option, value)
-        name = f"MOEPRUNE_{chance.choice(('', f'{command}_'))}{option[2:]}".upper().replace("-", "_")
+        name = f"MOEPRUNE_{command}_{option[2:]}".upper().replace("-", "_")
         monkeypatch.setenv(name, given)
         ends = []
 

@@ -68,11 +68,10 @@ def calls(forgetful, single, small_analysis, tmp_path_factory):
         "sweep": (
             "eval", single, *digits, "--analysis", small_analysis, "--sweep", "1/8", "--compensate", "none",
         ),
-        "config": ("config",),
     }  # fmt: skip
 
 
-COMMANDS = ("inspect", "analyze", "prune", "eval", "sweep", "config")
+COMMANDS = ("inspect", "analyze", "prune", "eval", "sweep")
 
 # --- Markdown ----------------------------------------------------------------------------------
 
@@ -118,7 +117,7 @@ def test_markdown_shows_what_text_shows(run, calls, command):
             for cell in row:
                 parts = cell.split() if row is rows[0] else [cell]
                 assert all(squeezed(part) in squeezed(text.stdout) for part in parts), cell
-    sizes = {"sweep": 8, "inspect": 8, "analyze": 2, "prune": 4, "eval": 16, "config": 7}
+    sizes = {"sweep": 8, "inspect": 8, "analyze": 2, "prune": 4, "eval": 16}
     assert sum(map(len, tables)) >= sizes[command]
     shown = [plain(token) for token in parsed(markdown.stdout) if token.type == "inline"]
     for line in text.stdout.splitlines():
@@ -314,8 +313,8 @@ def test_an_error_takes_the_place_of_an_older_report_where_that_may_be_replaced(
 
 
 def test_an_error_says_in_every_form_where_a_value_was_set(run, single, monkeypatch):
-    monkeypatch.setenv("MOEPRUNE_DATA", "nothing")
-    words = "no data `nothing`; `--data` is set in `$MOEPRUNE_DATA`"
+    monkeypatch.setenv("MOEPRUNE_EVAL_DATA", "nothing")
+    words = "no data `nothing`; `--data` is set in `$MOEPRUNE_EVAL_DATA`"
     for output_format in ("text", "github", "junit"):
         result = run("eval", single, "--output-format", output_format)
         assert result.stderr.startswith(f"error: {words}\n")
@@ -394,7 +393,7 @@ def test_quiet_leaves_warnings_out_and_errors_in(judge, run):
     assert judge("text", "--quiet").stderr == ""
     assert annotations(judge("github", "--quiet").stdout)[0][0] == "warning"
     assert run("inspect", "missing", "--quiet").stderr == "error: no file `missing`\n"
-    assert "do not go together" in run("inspect", "x", "--quiet", "--verbose").stderr
+    assert "exclude each other" in run("inspect", "x", "--quiet", "--verbose").stderr
 
 
 def test_verbose_says_what_is_read_where_it_runs_and_how_long_it_takes(single, run, tmp_path):

@@ -56,7 +56,7 @@ def analyze(
     from moeprune.report import page
     from moeprune.report.html import to_html
 
-    runtime = runtime_for(device, dtype, batch_size, reporter.progress)
+    runtime = runtime_for(device, dtype, batch_size, not reporter.quiet)
     loaded = load_model(checkpoint, model, preprocess)
     dataset = open_data(data, loaded, split, "calibration", limit)
     analysis = calibration.analyze(loaded, dataset, runtime)

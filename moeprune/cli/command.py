@@ -1,304 +1,163 @@
-"""The application, and how a command becomes part of it: where its options come from, what it reports, and
-how what it raises becomes an exit code.
-"""
+"""The application: how a function becomes a command, and what it raises an exit code."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_origin
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from typer.core import TyperCommand, TyperOption
 from typer.models import OptionInfo
 
 from moeprune import __version__
-from moeprune.cli.configuration import Configuration, Option, read_configuration
-from moeprune.cli.options import Force, OutputFile, OutputFormat, Quiet, Summary, Verbose
-from moeprune.cli.reporter import Reporter, emit_error, logger, messages, summary_file
+from moeprune.cli.configuration import read_configuration
+from moeprune.cli.reporter import Reporter
 from moeprune.errors import MoepruneError
-
-Names = Mapping[str, Sequence[str]]
-"""Options by the name of another option, as parameters: with underscores."""
-
-RANKS = {"COMMANDLINE": 3, "ENVIRONMENT": 2, "DEFAULT_MAP": 1}
-"""Where an option's value may come from: of the higher rank counts."""
-
-OF_ALL = {"quiet": ("verbose",), "verbose": ("quiet",)}
-"""What displaces what in every command."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How the options of a command get their values.
-
-    options: what may stand in a configuration, by option name with hyphens.
-    displaces: options that do not go with another, and give way if that is given in a place that counts more:
-        `--keep` to the `max-size` of a file.
-    needs: options that are left out if none of those that they go with is given, and they were not asked for
-        on the command line.
-    """
-
-    options: Mapping[str, Option]
-    displaces: Names
-    needs: Names
-
-
-rules_of: dict[str, Rules] = {}
-"""By command."""
-
-
-class Command(TyperCommand):
-    """A command whose options come from the command line, the environment, a file or their defaults."""
-
-    def __init__(self, name: str | None, **settings: Any):
-        super().__init__(name, **settings)
-        for option in self.params:
-            if isinstance(option, TyperOption):
-                option.envvar, option.show_envvar = variables(str(name), option.name), False
-
-    def parse_args(self, context: Any, args: list[str]) -> list[str]:
-        """Take what the command line does not say from the environment and the configuration."""
-        if set(args).isdisjoint(context.help_option_names):
-            context.meta["configuration"] = configure(context.find_root().params["config"])
-            context.default_map = default_map(context.meta["configuration"], context.info_name)
-        try:
-            rest = super().parse_args(context, args)
-        except typer.BadParameter as error:
-            source = origin(context, error.param)
-            if source is not None:
-                error.message += f" (set in {source})"
-            raise
-        self._settle(context)
-        return rest
-
-    def _settle(self, context: Any) -> None:
-        """Leave out what does not go with options that were given in a place that counts more."""
-        options = {option.name: option for option in self.params}
-        left_out = context.meta.setdefault("left_out", [])
-
-        def rank(name: str) -> int:
-            is_given = context.params[name] not in (None, [], ()) and context.params[name] is not False
-            source = context.get_parameter_source(name)
-            return RANKS.get(source.name, 0) if is_given and source is not None else 0
-
-        def leave_out(name: str, why: str) -> None:
-            left_out.append(f"`{dashed(name)}`, set in {origin(context, options[name])}, is left out: {why}")
-            context.default_map.pop(name, None)
-            context.set_parameter_source(name, None)
-            context.params[name] = options[name].process_value(context, options[name].default)
-
-        rules = rules_of[context.info_name]
-        for name, others in {**OF_ALL, **rules.displaces}.items():
-            for other in others:
-                if 0 < rank(other) < rank(name):
-                    leave_out(other, f"it does not go with `{dashed(name)}`")
-        for name, others in rules.needs.items():
-            if 0 < rank(name) < RANKS["COMMANDLINE"] and not any(rank(other) for other in others):
-                leave_out(name, f"it goes with `{dashed(others[0])}`")
-
-
-def dashed(name: str) -> str:
-    """The option of a parameter: `--batch-size`."""
-    return "--" + name.replace("_", "-")
-
-
-def variables(command: str, name: str) -> list[str]:
-    """The variables of the environment that an option's value may stand in; the first that is set counts."""
-    return [f"MOEPRUNE_{command}_{name}".upper(), f"MOEPRUNE_{name}".upper()]
-
-
-def configure(path: Path | None) -> Configuration:
-    """The configuration that `--config` names, or that of the working directory; ends the program if it is
-    wrong.
-    """
-    try:
-        return read_configuration(path, {command: rules.options for command, rules in rules_of.items()})
-    except MoepruneError as error:
-        _fail(f"error: {error}\n")
-
-
-def default_map(configuration: Configuration, command: str) -> dict[str, Any]:
-    """A command's values in a configuration, by parameter, as Click takes them."""
-    return {name.replace("-", "_"): value for name, value in configuration.values.get(command, {}).items()}
-
-
-def place(context: Any, option: Any) -> str | None:
-    """The variable or the key of the file that an option's value comes from, if it comes from there."""
-    source = context.get_parameter_source(option.name)
-    if source is not None and source.name == "ENVIRONMENT":
-        return next(name for name in option.envvar if os.environ.get(name))
-    if source is not None and source.name == "DEFAULT_MAP":
-        return context.meta["configuration"].keys[context.info_name][option.name.replace("_", "-")]
-    return None
-
-
-def origin(context: Any, option: Any) -> str | None:
-    """Where an option's value comes from, in words; None for the command line and for defaults."""
-    name = None if option is None else place(context, option)
-    if name is None:
-        return None
-    if context.get_parameter_source(option.name).name == "ENVIRONMENT":
-        return f"`${name}`"
-    return f"`{name}` of `{context.meta['configuration'].path}`"
-
-
-def require_known_variables() -> None:
-    """Raise a MoepruneError if a variable is to set an option, and sets none: a gate may be missing."""
-    known = {"MOEPRUNE_CONFIG"}
-    for command, rules in rules_of.items():
-        for option in rules.options:
-            known.update(variables(command, option.replace("-", "_")))
-    for name in sorted(os.environ):
-        if name.startswith("MOEPRUNE_") and name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.8)
-            hint = f"did you mean `${near[0]}`?" if near else "unset it; `moeprune config` shows all options"
-            raise MoepruneError(f"no option is set by `${name}`", hint)
-
-
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-"""What writing to stdout may raise; of files it has become a MoepruneError."""
 
 app = typer.Typer(
     help="Inference-time expert pruning of Soft Mixture-of-Experts models.",
-    epilog="Exit codes: 0 passed, 1 a gate failed, 2 anything wrong with the call, the input or the"
-    " program, 130 interrupted, 143 terminated.",
+    epilog="Options can also be set in moeprune.toml, or by variables such as MOEPRUNE_EVAL_LIMIT. Exit"
+    " codes: 0 passed, 1 a gate failed, 2 anything wrong with the call, the input or the program, 130"
+    " interrupted, 143 terminated.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+COMMON = [*inspect.signature(Reporter, eval_str=True).parameters.values()][1:]
+"""Options of every command."""
+OPTIONS: dict[str, dict[str, Any]] = {}
+"""The annotated type of each option by command and name, without the leading dashes."""
 
 
-def reporter_of(
-    command: str,
-    warnings: Sequence[str],
-    output_format: OutputFormat = "text",
-    output_file: OutputFile = None,
-    summary: Summary = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    force: Force = False,
-) -> Reporter:
-    """How a command reports; from the third on, its parameters are options of every command."""
-    if quiet and verbose:
-        raise MoepruneError("`--quiet` and `--verbose` do not go together", "give one of them")
-    appended = summary_file() if summary else None
-    return Reporter(command, output_format, output_file, appended, not quiet, force, warnings)
+class Command(TyperCommand):
+    """Options come from the command line, a variable, a file or their defaults, in this order."""
+
+    def __init__(self, name: str | None, **settings: Any):
+        super().__init__(name, **settings)
+        self.context_settings["auto_envvar_prefix"] = f"MOEPRUNE_{name}".upper()
+        for option in self.params:
+            if isinstance(option, TyperOption):
+                option.show_envvar = False  # the epilog describes the variables
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        """Read the configuration first, unless help is asked for."""
+        if set(args).isdisjoint(context.help_option_names):
+            try:
+                require_known_variables()
+                path, values = read_configuration(context.find_root().params["config"], OPTIONS)
+            except MoepruneError as error:
+                _fail(f"error: {error}\n")
+            context.meta["configuration"], context.default_map = path, values[context.info_name]
+        try:
+            return super().parse_args(context, args)
+        except typer.BadParameter as error:
+            if error.param is not None and (place := _place(context, error.param)):
+                error.message += f" (set in {place})"
+            raise
 
 
-def add_command(
-    function: Callable[..., int | None], displaces: Names | None = None, needs: Names | None = None
-) -> None:
-    """Add a command that returns its exit code, None for 0; what it raises is mapped to exit codes.
+def require_known_variables() -> None:
+    """Raise a MoepruneError if a variable begins with a command's name and sets no option of it: a gate may
+    be misspelt.
+    """
+    known = {
+        f"MOEPRUNE_{name}_{option}".upper().replace("-", "_")
+        for name, options in OPTIONS.items()
+        for option in options
+    }
+    prefixes = tuple(f"MOEPRUNE_{name}_".upper() for name in OPTIONS)
+    for name in sorted(os.environ):
+        if name.startswith(prefixes) and name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.8)
+            hint = f"did you mean `${near[0]}`?" if near else "unset it, or see `--help` of the command"
+            raise MoepruneError(f"unknown environment variable `${name}`", hint)
+
+
+def add_command(function: Callable[..., int | None]) -> None:
+    """Add a command.
 
     Args:
-        function: takes a `reporter` beside its own options.
-        displaces: see Rules, as needs.
+        function: takes a `reporter` beside its own options, and returns the exit code, None for 0.
     """
-    name = function.__name__
-    own = inspect.signature(function, eval_str=True).parameters
-    common = [*inspect.signature(reporter_of, eval_str=True).parameters.values()][2:]
-    parameters = {
-        "context": inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    }
-    for parameter in (*own.values(), *common):
-        if parameter.name != "reporter":
-            parameters[parameter.name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    own = [*inspect.signature(function, eval_str=True).parameters.values()]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [context, *(p.replace(kind=context.kind) for p in (*own, *COMMON) if p.name != "reporter")]
 
     @functools.wraps(function)
     def run(context: typer.Context, **values: Any) -> None:
-        reporter = None
-        try:
-            with messages(values["quiet"], values["verbose"]) as warnings:
-                require_known_variables()
-                for left_out in context.meta["left_out"]:
-                    logger.info(left_out)
-                reporter = reporter_of(
-                    name, warnings, **{option.name: values[option.name] for option in common}
-                )
-                given = {"reporter": reporter, "context": context, **values}
-                code = function(**{parameter: given[parameter] for parameter in own}) or 0
-        except MoepruneError as error:
-            error = _with_origins(error, context)
-            if reporter is not None or values["output_file"] is None:
-                with contextlib.suppress(BrokenPipeError, MoepruneError):
-                    emit_error(name, error, values["output_format"], values["output_file"])
-            _fail(f"error: {error}\n")
-        except BrokenPipeError:
-            raise typer.Exit(2) from None
-        except Exception as error:
-            if _is_out_of_memory(error):
-                sizes = "`--batch-size`" + (" or `--latency-batch`" if values.get("latency") else "")
-                _fail(f"error: out of memory ({error})\n\nhint: give a smaller {sizes}\n")
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
-                sys.stdout = None  # else it is tried again in the end
-                _fail(f"error: cannot write to stdout ({error.strerror})\n")
-            _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")
+        reporter = Reporter(function.__name__, **{option.name: values.pop(option.name) for option in COMMON})
+        with _exit_codes(context, reporter), reporter.working():
+            code = function(reporter=reporter, **values) or 0
         raise typer.Exit(code)
 
-    run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters.values()}
-    options = {
-        key.replace("_", "-"): option
-        for key, parameter in parameters.items()
-        if (option := _option(parameter.annotation)) is not None
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    OPTIONS[function.__name__] = {
+        parameter.name.replace("_", "-"): get_args(parameter.annotation)[0]
+        for parameter in parameters
+        if any(isinstance(part, OptionInfo) for part in get_args(parameter.annotation))
     }
-    rules_of[name] = Rules(options, displaces or {}, needs or {})
-    app.command(name, cls=Command)(run)
+    app.command(function.__name__, cls=Command)(run)
 
 
-def _option(annotation: Any) -> Option | None:
-    """What an annotated parameter takes; None if it is no option."""
-    if get_origin(annotation) is not Annotated:
-        return None
-    kind, info = get_args(annotation)
-    if not isinstance(info, OptionInfo):
-        return None
-    if type(None) in get_args(kind):
-        kind = get_args(kind)[0]
-    repeatable = get_origin(kind) is list
-    if repeatable:
-        [kind] = get_args(kind)
-    return Option(str if kind is Path else kind, repeatable)
+@contextlib.contextmanager
+def _exit_codes(context: typer.Context, reporter: Reporter) -> Iterator[None]:
+    """End the program with exit code 2 and a message, whatever is raised."""
+    try:
+        yield
+    except MoepruneError as error:
+        error = MoepruneError("; ".join((error.message, *_places(context, error.message))), error.hint)
+        with contextlib.suppress(BrokenPipeError, MoepruneError):
+            reporter.emit_error(error)
+        _fail(f"error: {error}\n")
+    except BrokenPipeError:  # nobody reads stdout any more
+        raise typer.Exit(2) from None
+    except SystemExit as end:
+        _fail(f"error: code that moeprune called ended the program (exit code {end.code})\n")
+    except Exception as error:
+        if _is_out_of_memory(error):
+            sizes = "`--batch-size`" + (" or `--latency-batch`" if context.params.get("latency") else "")
+            _fail(f"error: out of memory ({error})\n\nhint: give a smaller {sizes}\n")
+        _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")
 
 
-def _with_origins(error: MoepruneError, context: Any) -> MoepruneError:
-    """Say of options in the message, by name or by value, where they were set, if not on the command line."""
-    named = set(re.findall(r"--[a-z][a-z-]*", error.message))
-    sources = [
-        f"`{dashed(option.name)}` is set in {source}"
-        for option in context.command.params
-        if (dashed(option.name) in named or _names_value(error.message, context.params.get(option.name)))
-        and (source := origin(context, option)) is not None
-    ]
-    return MoepruneError("; ".join([error.message, *sources]), error.hint)
+def _places(context: typer.Context, message: str) -> list[str]:
+    """Say where each option is set that a message names or quotes, if not on the command line."""
+    named = {*re.findall(r"--[a-z][a-z-]*", message), *re.findall(r"`([^`]*)`", message)}
+    places = []
+    for option in context.command.params:
+        name, values = f"--{option.name}".replace("_", "-"), context.params.get(str(option.name))
+        values = values if isinstance(values, list | tuple) else [values]
+        if not named.isdisjoint((name, *map(str, values))) and (place := _place(context, option)):
+            places.append(f"`{name}` is set in {place}")
+    return places
 
 
-def _names_value(message: str, value: Any) -> bool:
-    """Whether a text or a path, or one of a list of them, stands in a message in backticks."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return any(f"`{text}`" in message for text in values if isinstance(text, str | Path))
+def _place(context: Any, option: Any) -> str | None:
+    """Return the variable or the file that an option's value comes from, in backticks, if it does."""
+    source = context.get_parameter_source(option.name)
+    if source is not None and source.name == "ENVIRONMENT":
+        return f"`${context.auto_envvar_prefix}_{option.name.upper()}`"
+    if source is not None and source.name == "DEFAULT_MAP":
+        return f"`{context.meta['configuration']}`"
+    return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether it is Python's own, torch's on a device, or torch's on the CPU."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
-    )
+    """Return True for Python's own error, torch's on a device, and torch's on the CPU."""
+    is_of_device = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_of_device or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(message: str) -> NoReturn:
@@ -317,8 +176,9 @@ def _options(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="The configuration, in place of moeprune.toml or pyproject.toml in the working directory.",
+            help="Configuration file, instead of moeprune.toml or pyproject.toml in the working directory.",
             envvar="MOEPRUNE_CONFIG",
+            show_envvar=False,
         ),
     ] = None,
     version: Annotated[

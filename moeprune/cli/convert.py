@@ -11,10 +11,6 @@ from moeprune.cli.options import Factory, Preprocess
 from moeprune.cli.reporter import Reporter, check_choice
 from moeprune.errors import MoepruneError
 
-DISPLACES = {"model": ("source_arg",)}
-"""See moeprune.cli.command.Rules, like NEEDS."""
-NEEDS = {"model_arg": ("model",), "input_shape": ("model",)}
-
 
 def convert(
     reporter: Reporter,

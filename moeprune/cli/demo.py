@@ -42,5 +42,5 @@ def demo(
     from moeprune.demo.run import run_demo
     from moeprune.report import commands as report
 
-    found = run_demo(output, train, seed, runtime_for(device, "float32", 256, reporter.progress))
+    found = run_demo(output, train, seed, runtime_for(device, "float32", 256, not reporter.quiet))
     reporter.emit(found, report.demo)

@@ -23,7 +23,7 @@ from moeprune.cli.options import (
 )
 from moeprune.cli.reporter import Reporter, check_choice, warn
 from moeprune.errors import MoepruneError
-from moeprune.evaluation.gates import GATES, check_limits, judge
+from moeprune.evaluation.gates import check_limits, judge
 from moeprune.files.writing import write_text
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, parse_keep, scopes_of
 
@@ -32,20 +32,6 @@ if TYPE_CHECKING:
 
     from moeprune.models.model import Model
     from moeprune.pruning.sweep import Variant
-
-JUDGED = tuple(gate.name for gate in GATES)
-"""Options that set limits."""
-DISPLACES = {
-    "sweep": ("baseline", "confidence", *JUDGED),
-    "frontier": ("baseline", "confidence", *JUDGED, "scope", "signal", "compensate"),
-}
-"""See moeprune.cli.command.Rules, like NEEDS."""
-NEEDS = {
-    **dict.fromkeys(("scope", "signal", "compensate"), ("sweep", "frontier")),
-    "analysis": ("sweep", "frontier", "report"),
-    "latency_batch": ("latency",),
-    "confidence": JUDGED,
-}
 
 
 def eval(
@@ -171,7 +157,7 @@ def eval(
 
     latency_batches = latency_batch or BATCH_SIZES
     check_batch_sizes(latency_batches)
-    runtime = runtime_for(device, dtype, batch_size, reporter.progress)
+    runtime = runtime_for(device, dtype, batch_size, not reporter.quiet)
     loaded = load_model(checkpoint, model, preprocess)
     dataset = open_data(data, loaded, split, "test", limit)
     found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}

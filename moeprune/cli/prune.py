@@ -23,20 +23,6 @@ from moeprune.cli.reporter import Reporter, check_choice
 from moeprune.errors import MoepruneError
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, is_possible, parse_keep
 
-AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
-"""Options of which one says how many experts are kept."""
-OTHERS = {
-    "plan": ("scope", "signal", "compensate", "energy"),
-    "max_accuracy_drop": ("one_shot",),
-    "data": ("one_shot",),
-    "one_shot": ("data", "max_accuracy_drop"),
-}
-DISPLACES = OTHERS | {
-    amount: (*(other for other in AMOUNTS if other != amount), *OTHERS.get(amount, ())) for amount in AMOUNTS
-}
-"""See moeprune.cli.command.Rules, like NEEDS."""
-NEEDS = {"split": ("data",), "limit": ("data",)}
-
 
 def prune(
     reporter: Reporter,
@@ -205,7 +191,7 @@ def prune(
     from moeprune.pruning.search import prune_best, prune_within_drop
     from moeprune.report import commands as report
 
-    runtime = runtime_for(device, dtype, batch_size, reporter.progress)
+    runtime = runtime_for(device, dtype, batch_size, not reporter.quiet)
     full = read_header(checkpoint)
     config, existing, details = read_description(full)
     pruning.require_unpruned(existing)
