@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import moeprune
-from moeprune.data.datasets import Dataset
+from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import read
 from moeprune.layers.config import SoftMoEConfig
@@ -126,13 +126,7 @@ def images(count=6, seed=1, dtype=torch.float64) -> Tensor:
 
 def dataset(count=20) -> Dataset:
     inputs, labels = images(count, 3, torch.float32), torch.arange(count) % CLASSES
-
-    def pick(indices, batch_size):
-        for start in range(0, len(indices), batch_size):
-            chosen = list(indices[start : start + batch_size])
-            yield inputs[chosen], labels[chosen]
-
-    return Dataset("memory", count, True, CLASSES, pick, None)
+    return from_tensors("memory", inputs, labels, CLASSES)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])

@@ -650,10 +650,10 @@ DATA: list[Case] = [
     ("labels that are text", lambda w: w.evaluating(w.npz(labels=np.full(SAMPLES, "7"))), ("`labels`",)),
     ("inputs that are objects", lambda w: w.evaluating(
         w.npz(inputs=np.array([Bomb(w.marker)] * SAMPLES, dtype=object))
-    ), ("made1.npz", "objects")),
+    ), ("made1.npz", "object_")),
     ("labels that are objects", lambda w: w.evaluating(
         w.npz(labels=np.array([Bomb(w.marker)] * SAMPLES, dtype=object))
-    ), ("made1.npz", "objects")),
+    ), ("made1.npz", "object_")),
     ("a pickle as npz", lambda w: w.evaluating(w.file(pickle.dumps(Bomb(w.marker)), ".npz")), ("made1.npz",)),
     ("Fortran order", lambda w: w.evaluating(
         w.npz(inputs=np.asfortranarray(w.arrays()["inputs"]))
@@ -680,7 +680,7 @@ DATA: list[Case] = [
     ), ("2 class folders", "made1", "10 classes")),
     ("a program in an image's clothes", lambda w: w.evaluating(
         [(made := w.folder("0/a.png")), (made / "0" / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")][0]
-    ), ("a.png", "no readable image")),
+    ), ("a.png", "not a readable image")),
     ("an image of 16 bits", lambda w: w.evaluating(w.deep_image()), ("a.png", "8 bits")),
     ("only files of other kinds", lambda w: w.evaluating(w.folder("0/!a.txt", "0/!b.gif")), ("no images",)),
     ("a file that is no image", lambda w: w.evaluating(w.folder("0/a.png", "1/!b.png")), ("b.png",)),

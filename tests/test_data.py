@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import moeprune
+from moeprune.data import datasets
 from moeprune.data.preprocessing import InputFormat, Preprocessing
+from moeprune.errors import MoepruneError
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.vit import SoftMoEViT
 
 GREY = InputFormat(1, 8, 8, classes=10)
 COLOUR = InputFormat(3, 8, 8, classes=10)
@@ -323,10 +330,64 @@ def test_different_data_has_different_fingerprints(tmp_path, arrays):
     assert len(found) == 7
 
 
-def test_a_second_pass_gives_the_same(tmp_path, arrays):
-    dataset = moeprune.open_data(str(as_npz(tmp_path, arrays)), GREY)
-    first, second = (torch.cat([inputs for inputs, _ in dataset.batches(size)]) for size in (4, 9))
-    assert torch.equal(first, second)
+def test_samples_are_checked_and_hashed_once_and_not_on_the_main_thread(tmp_path, arrays, monkeypatch):
+    threads = []
+
+    def isfinite(array):
+        threads.append(threading.current_thread())
+        return np.isfinite(array)
+
+    monkeypatch.setattr(datasets, "np", SimpleNamespace(isfinite=isfinite))
+    path = as_npz(tmp_path, arrays)
+    data = moeprune.open_data(str(path), GREY)
+    passes = [torch.cat([inputs for inputs, _ in data.batches(size)]) for size in (4, 9)]
+    assert torch.equal(*passes)
+    assert len(threads) == 6
+    assert threading.main_thread() not in threads
+    before = data.fingerprint
+    as_npz(tmp_path, {**arrays, "inputs": arrays["inputs"] ^ 1})
+    assert len(list(data.batches(SAMPLES))) == 1
+    assert len(threads) == 7
+    assert data.fingerprint != before
+
+
+def test_an_abandoned_pass_leaves_no_thread_behind(tmp_path, arrays):
+    before = threading.active_count()
+    data = moeprune.open_data(str(as_npz(tmp_path, arrays)), GREY)
+    batches = data.batches(2)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == before
+    assert data.fingerprint is None
+
+
+# --- samples and labels ------------------------------------------------------------------------
+
+
+def test_a_sample_is_drawn_from_the_samples_that_are_left(tmp_path, arrays):
+    path = as_npz(tmp_path, arrays)
+    limited = moeprune.open_data(str(path), GREY, limit=10)
+    for data in (limited, limited.part([1, 3, 5, 7], "some")):
+        sample = data.sample(3)
+        assert sample.samples == 3
+        assert set(sample.indices) < set(data.indices)
+        assert data.sample(data.samples).indices == data.indices
+    with pytest.raises(MoepruneError, match="cannot take 0 samples"):
+        limited.sample(0)
+
+
+@pytest.mark.parametrize("label", [-1, 2**40, 0.5])
+@pytest.mark.parametrize("write", ARRAY_FILES)
+def test_labels_are_not_read_for_a_model_without_a_head(tmp_path, arrays, write, label):
+    """The first of them gave a traceback in `analyze`, the second asked for 70 TB."""
+    path = write(tmp_path, {**arrays, "labels": np.full(SAMPLES, label)})
+    config = ViTConfig((8, 8), (4, 4), 1, 0, 8, 1, (BlockConfig(soft_moe=SoftMoEConfig(8, 4, 1, 4)),))
+    model = SoftMoEViT(config)
+    data = moeprune.open_data(str(path), model.input_format)
+    assert not data.has_labels
+    analysis = moeprune.analyze(model, data)
+    [layer] = analysis.layers.values()
+    assert layer.class_mass.numel() == 0
 
 
 # --- image folders -----------------------------------------------------------------------------

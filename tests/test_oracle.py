@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import moeprune
-from moeprune.data.datasets import Dataset
+from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
@@ -39,12 +39,7 @@ class Small(NamedTuple):
 
 
 def in_memory(inputs: Tensor, labels: Tensor | None, classes: int = CLASSES) -> Dataset:
-    def read(indices, batch_size):
-        for start in range(0, len(indices), batch_size):
-            chosen = list(indices[start : start + batch_size])
-            yield inputs[chosen], None if labels is None else labels[chosen]
-
-    return Dataset("memory", len(inputs), labels is not None, classes, read)
+    return from_tensors("memory", inputs, labels, classes)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +263,7 @@ def assert_rows_of_signal_are_of_pruned_models(model, data, found, name, analysi
 
 def test_the_papers_row_is_its_pruned_model_on_digits(single, single_analysis):
     model, analysis = moeprune.load(single), moeprune.load_analysis(single_analysis)
-    data = moeprune.open_data("digits:test", model.input_format).few(60)
+    data = moeprune.open_data("digits:test", model.input_format).sample(60)
     found = oracle.compare_signals(model, analysis, data)
     assert_rows_of_signal_are_of_pruned_models(model, data, found, "blocks.0.soft_moe", analysis)
     [layer] = found["layers"].values()
@@ -282,7 +277,7 @@ def test_the_papers_row_is_its_pruned_model_on_digits(single, single_analysis):
 
 def test_layers_are_pruned_one_at_a_time(vit, vit_analysis):
     model, analysis = moeprune.load(vit), moeprune.load_analysis(vit_analysis)
-    data = moeprune.open_data("pairs:test", model.input_format).few(3)
+    data = moeprune.open_data("pairs:test", model.input_format).sample(3)
     found = oracle.compare_signals(model, analysis, data)
     assert list(found["layers"]) == [f"blocks.{i}.soft_moe" for i in (1, 2, 3)]
     for name in found["layers"]:

@@ -10,7 +10,6 @@ from jsonschema import Draft202012Validator
 
 import moeprune
 from moeprune import plan
-from moeprune.data import preprocessing
 from moeprune.layers import config
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
@@ -126,9 +125,6 @@ def test_schemas_name_the_choices_of_the_code():
     of_layer = definitions["soft_moe"]["properties"]
     assert of_layer["expert"]["enum"] == list(config.EXPERTS)
     assert of_layer["router_norm"]["enum"] == list(config.ROUTER_NORMS)
-    assert definitions["preprocessing"]["properties"]["interpolation"]["enum"] == list(
-        preprocessing.INTERPOLATIONS
-    )
 
 
 @pytest.mark.parametrize(

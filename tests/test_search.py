@@ -12,7 +12,6 @@ from scipy.stats import norm
 import moeprune
 from moeprune.calibration.analysis import observe_layers
 from moeprune.calibration.sums import half_of
-from moeprune.data.datasets import subset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import predict
 from moeprune.evaluation.intervals import paired_difference
@@ -116,7 +115,7 @@ def test_a_part_of_a_data_set_has_its_samples_in_any_batch_size(full):
     data = moeprune.open_data("digits:calibration", full.input_format, limit=50)
     whole = torch.cat([inputs for inputs, _ in data.batches(50)])
     members = [0, 3, 7, 49]
-    part = subset(data, members, "some")
+    part = data.part(members, "some")
     assert part.samples == 4
     assert part.spec == "digits:calibration (some)"
     assert part.indices == [data.indices[place] for place in members]

@@ -167,7 +167,7 @@ def measure_sensitivity(
         probes[name] = private_copy(model)
         probe = prune_layer(layer, plan, None, statistics[name].slot_mean.to(layer.fc2_weight.device))
         probes[name].set_submodule(name, probe)
-    changes = divergences(probes, model, data.few(PROBE_INPUTS), runtime, "probe layers")
+    changes = divergences(probes, model, data.sample(PROBE_INPUTS), runtime, "probe layers")
     tiny = torch.finfo(torch.float32).tiny
     return {name: (change / errors[name].clamp_min(tiny)).float() for name, change in changes.items()}
 

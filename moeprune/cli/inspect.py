@@ -15,6 +15,7 @@ def inspect(reporter: Reporter, checkpoint: Checkpoint) -> None:
     from moeprune.models.cost import size_and_cost
     from moeprune.models.description import read_description
     from moeprune.plan import plan_to_json
+    from moeprune.records import to_json
     from moeprune.report import commands as report
 
     header = read_header(checkpoint)
@@ -34,7 +35,7 @@ def inspect(reporter: Reporter, checkpoint: Checkpoint) -> None:
         "schema_version": 1,
         "checkpoint": str(checkpoint),
         "architecture": config.to_json(),
-        "preprocessing": details.preprocessing.to_json(),
+        "preprocessing": to_json(details.preprocessing),
         "layers": layers,
         **size_and_cost(config, plan, header.tensors),
         "source": details.source,

@@ -1,7 +1,9 @@
-"""One image file as pixels of the size and the channels that a model takes."""
+"""Folders of PNG and JPEG images: one folder for each class, or images without labels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +11,65 @@ import torch
 from torch import Tensor
 
 from moeprune.data.preprocessing import MAX_SIDE, InputFormat
+from moeprune.data.sources import Batch, Source, one_ahead
 from moeprune.errors import MoepruneError
 from moeprune.files.header import require_file
 
+SUFFIXES = (".png", ".jpg", ".jpeg")
 
-def read_image(path: Path, input_format: InputFormat) -> Tensor:
-    """An image, resized and cropped about its centre: pixels (c,H,W) in 0…1.
+
+def open_folder(path: Path, input_format: InputFormat) -> Source:
+    """Open a folder of images, ordered by class and by name.
 
     Raises:
-        MoepruneError: a file that is no image, or channels other than 1 (grey) or 3 (colour).
+        MoepruneError: no images, a number of class folders other than the model's classes, or
+            Pillow is not installed.
+    """
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise MoepruneError(
+            "folders of images need Pillow", "install it, or moeprune's extra `images`"
+        ) from None
+    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    if classes and len(classes) != input_format.classes and input_format.classes:
+        raise MoepruneError(
+            f"`{path}` has {len(classes)} class folders, the model {input_format.classes} classes:"
+            " the labels would be wrong",
+            "make a folder for every class (it may be empty), or put unlabelled images into one flat folder",
+        )
+    files = [
+        (file, label)
+        for label, folder in enumerate(path / name for name in classes or ["."])
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in SUFFIXES and file.name[0] != "."
+    ]
+    if not files:
+        raise MoepruneError(
+            f"no images in `{path}` ({len(classes)} class folders)",
+            f"expected {path}/CLASS/*.png or *.jpg",
+        )
+    has_labels = bool(classes) and input_format.classes > 0
+
+    def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        with ThreadPoolExecutor() as pool:
+
+            def start(indices: Sequence[int]) -> tuple[Sequence[int], list[Future[Tensor]]]:
+                return indices, [pool.submit(read_image, files[i][0], input_format) for i in indices]
+
+            for indices, images in one_ahead(start(indices) for indices in batches):
+                pixels = torch.stack([image.result() for image in images])
+                labels = torch.tensor([files[i][1] for i in indices]) if has_labels else None
+                yield input_format.normalize(pixels), labels
+
+    return Source(len(files), has_labels, read, [file for file, _ in files])
+
+
+def read_image(path: Path, input_format: InputFormat) -> Tensor:
+    """Read an image, resized and cropped about its centre: pixels (c,H,W) in 0…1.
+
+    Raises:
+        MoepruneError: not a PNG or JPEG image, or a model with channels other than 1 (grey) or 3 (colour).
     """
     from PIL import Image
 
@@ -33,12 +85,11 @@ def read_image(path: Path, input_format: InputFormat) -> Tensor:
                 raise MoepruneError(f"`{path}` has more than 8 bits a channel", "convert it to 8 bits")
             image = file.convert(modes[channels])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MoepruneError(f"`{path}` is no readable image ({error})", "repair or remove it") from None
+        raise MoepruneError(f"`{path}` is not a readable image ({error})", "repair or remove it") from None
     preprocessing = input_format.preprocessing
-    shorter = min(image.size)
     factor = max(width / image.width, height / image.height)
     if preprocessing.resize is not None:
-        factor = preprocessing.resize / shorter
+        factor = preprocessing.resize / min(image.size)
     resized = (round(image.width * factor), round(image.height * factor))
     if resized[0] < width or resized[1] < height:
         raise MoepruneError(

@@ -4,43 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from msgspec import Meta
 
 from moeprune.errors import MoepruneError
+from moeprune.records import Record, from_json, to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_SIDE = 16384
 """Pixels of the longest side that an image is resized to; larger ones are a mistake and fill the memory."""
+HINT = (
+    f"resize is a whole number from 1 to {MAX_SIDE}; interpolation is nearest, bilinear, bicubic or lanczos;"
+    " mean and std are one number for all channels or one for each, std above 0"
+)
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """How pixels become inputs; the size and the channels come from the architecture.
+class Preprocessing(Record, frozen=True, omit_defaults=False):
+    """How pixels become inputs; the size and the channels come from the model.
 
     resize: the shorter side of an image before the centre crop; None: as small as covers the crop.
-    mean, std: of pixels in 0…1, one value a channel or one for all.
+    mean, std: of pixels in 0…1, one value for each channel or one for all.
     """
 
-    resize: int | None = None
-    interpolation: str = "bilinear"
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    resize: Annotated[int, Meta(ge=1, le=MAX_SIDE)] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    mean: Annotated[tuple[float, ...], Meta(min_length=1)] = (0.0,)
+    std: Annotated[tuple[Annotated[float, Meta(gt=0)], ...], Meta(min_length=1)] = (1.0,)
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values; `preprocessing_from_json` reads it back."""
-        return asdict(self)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("mean", "std"):
+            if not all(math.isfinite(value) for value in getattr(self, name)):
+                raise MoepruneError(f"preprocessing: `{name}` has NaN or infinite values", HINT)
 
     def updated(self, settings: Sequence[str]) -> Preprocessing:
-        """With settings such as `resize=256` or `mean=0.485,0.456,0.406` in place of its own.
+        """Return a copy with settings such as `resize=256` or `mean=0.485,0.456,0.406`.
 
         Raises:
             MoepruneError: an unknown key or a value that does not fit.
         """
-        made, values = self, self.to_json()
+        values: dict[str, Any] = to_json(self)
         for setting in settings:
             key, _, text = setting.partition("=")
             if key not in values:
@@ -49,48 +56,21 @@ class Preprocessing:
                 )
             try:
                 if key in ("mean", "std"):
-                    values[key] = tuple(float(part) for part in text.split(","))
+                    values[key] = [float(part) for part in text.split(",")]
                 else:
                     values[key] = int(text) if key == "resize" else text
             except ValueError:
-                raise MoepruneError(f"`--preprocess {setting}`: `{text}` is no number") from None
+                raise MoepruneError(f"`--preprocess {setting}`: `{text}` is not a number", HINT) from None
             try:
-                made = preprocessing_from_json(values)
+                from_json(values, Preprocessing, f"`--preprocess {setting}`")
             except MoepruneError as error:
-                raise MoepruneError(f"`--preprocess {setting}` does not fit", error.hint) from None
-        return made
-
-
-def preprocessing_from_json(value: Any) -> Preprocessing:
-    """Read a Preprocessing from JSON values.
-
-    Raises:
-        MoepruneError: an unknown key or a value that does not fit.
-    """
-    try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-        made = Preprocessing(**values)
-        numbers = [*made.mean, *made.std]
-        fits = (
-            all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-            and all(std > 0 for std in made.std)
-            and (made.resize is None or (type(made.resize) is int and 0 < made.resize <= MAX_SIDE))
-            and made.interpolation in INTERPOLATIONS
-        )
-    except (TypeError, AttributeError, OverflowError) as error:
-        raise MoepruneError(f"preprocessing: {error}") from None
-    if not fits:
-        raise MoepruneError(
-            f"preprocessing: {value} does not fit",
-            f"resize is a whole number from 1 to {MAX_SIDE}, interpolation one of"
-            f" {', '.join(INTERPOLATIONS)}, mean and std are numbers, std above 0",
-        )
-    return made
+                raise MoepruneError(error.message, HINT) from None
+        return from_json(values, Preprocessing, "preprocessing")
 
 
 @dataclass(frozen=True)
 class InputFormat:
-    """What the model takes and tells: channels, height, width and classes, and how pixels become that."""
+    """A model's inputs and number of classes (0: no head), and how pixels become inputs."""
 
     channels: int
     height: int
@@ -100,12 +80,12 @@ class InputFormat:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one input: (c,H,W)."""
+        """The shape of one input: (c,H,W)."""
         return self.channels, self.height, self.width
 
     @property
     def in_words(self) -> str:
-        """Such as `3×224×224 in 1000 classes, normalised with mean 0.5 and std 0.5`."""
+        """A description such as `3×224×224 in 1000 classes, normalised with mean 0.5 and std 0.5`."""
         mean, std = (
             ", ".join(str(value) for value in values)
             for values in (self.preprocessing.mean, self.preprocessing.std)
@@ -113,8 +93,16 @@ class InputFormat:
         size = "×".join(str(side) for side in self.shape)
         return f"{size} in {self.classes} classes, normalised with mean {mean} and std {std}"
 
+    def misfit(self, spec: str, shape: tuple[int, ...]) -> MoepruneError:
+        """Return the error that says that inputs of a data set have another shape."""
+        return MoepruneError(
+            f"inputs of `{spec}` have the shape {list(shape)},"
+            f" the model takes [n, {self.channels}, {self.height}, {self.width}]",
+            "give data of the size and the channels that `moeprune inspect` shows",
+        )
+
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Pixels in 0…1 (b,c,H,W) minus mean, divided by std."""
+        """Return pixels (b,c,H,W) in 0…1 minus the mean, divided by the standard deviation."""
         for name in ("mean", "std"):
             values = getattr(self.preprocessing, name)
             if len(values) not in (1, self.channels):
@@ -123,4 +111,4 @@ class InputFormat:
                 )
         mean = pixels.new_tensor(self.preprocessing.mean)[:, None, None]
         std = pixels.new_tensor(self.preprocessing.std)[:, None, None]
-        return (pixels - mean) / std
+        return (pixels - mean).div_(std)

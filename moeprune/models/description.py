@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeprune.data.preprocessing import preprocessing_from_json
+from moeprune.data.preprocessing import Preprocessing
 from moeprune.errors import MoepruneError
 from moeprune.files.header import Header, is_too_large, require_format
 from moeprune.models.architecture import ModelConfig, architecture_from_json
@@ -10,6 +10,7 @@ from moeprune.models.details import FORMAT, Details
 from moeprune.models.libraries import not_ours
 from moeprune.models.tensors import require_one_type, require_tensors
 from moeprune.plan import Plan, plan_from_json, require_fitting_plan
+from moeprune.records import from_json
 
 
 def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
@@ -45,7 +46,9 @@ def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
         config = architecture_from_json(metadata.get("architecture"))
         plan = plan_from_json(metadata.get("plan", {}))
         require_fitting_plan(plan, config.moe_layers)
-        preprocessing = preprocessing_from_json(metadata.get("preprocessing", {}))
+        preprocessing: Preprocessing = from_json(
+            metadata.get("preprocessing", {}), Preprocessing, "preprocessing"
+        )
     except MoepruneError as error:
         raise MoepruneError(f"`{path}`: {error.message}", error.hint) from None
     if not config.moe_layers:

@@ -18,6 +18,7 @@ from moeprune.models.cost import size_and_cost
 from moeprune.models.details import FORMAT, Details
 from moeprune.models.tensors import require_one_type
 from moeprune.plan import Plan, plan_to_json
+from moeprune.records import to_json
 
 if TYPE_CHECKING:  # a config builds its model, not the other way round
     from moeprune.models.architecture import ModelConfig
@@ -124,7 +125,7 @@ def save(model: Model, path: str | Path) -> None:
         "format": FORMAT,
         "kind": "checkpoint",
         "architecture": model.config.to_json(),
-        "preprocessing": model.details.preprocessing.to_json(),
+        "preprocessing": to_json(model.details.preprocessing),
         "source": model.details.source,
         "plan": plan_to_json(model.plan),
         "provenance": model.details.provenance,

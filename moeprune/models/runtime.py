@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moeprune.data.datasets import Batch, Dataset
+from moeprune.data.datasets import Dataset
+from moeprune.data.sources import Batch
 from moeprune.errors import MoepruneError
 
 logger = logging.getLogger(__name__)

@@ -48,6 +48,7 @@ from moeprune.pruning.compensation import (
     require_affordable_refit,
 )
 from moeprune.pruning.narrowing import narrowed
+from moeprune.records import to_json
 
 ALREADY_PRUNED = "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
 
@@ -226,7 +227,7 @@ def prune_file(
         "provenance": {**details.provenance, **provenance},
     }
     if preprocessing is not None:
-        metadata["preprocessing"] = preprocessing.to_json()
+        metadata["preprocessing"] = to_json(preprocessing)
     write_from(header, Path(target), entries, metadata)
 
 

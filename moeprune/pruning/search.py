@@ -19,7 +19,7 @@ import torch
 
 from moeprune.calibration.analysis import Analysis, analyze, require_analysis_of
 from moeprune.calibration.sums import halves
-from moeprune.data.datasets import Dataset, subset
+from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import compare, describe, paired_counts, predict
 from moeprune.evaluation.intervals import mcnemar, paired_difference
@@ -81,7 +81,7 @@ def prune_best(
         return pruned[0]
     assert data is not None
     dataset = dataset_for(model, data, "calibration")
-    differences = _differences(pruned, model, dataset.few(COMPARED_INPUTS), runtime)
+    differences = _differences(pruned, model, dataset.sample(COMPARED_INPUTS), runtime)
     return min(zip(differences, pruned, strict=True), key=lambda pair: pair[0])[1]
 
 
@@ -135,7 +135,7 @@ def prune_within_drop(
     if data.samples < 2:
         raise MoepruneError(f"`{data.spec}` has one sample, a search needs two at least")
     searched, confirming = (
-        subset(data, members.tolist(), name)
+        data.part(members.tolist(), name)
         for members, name in zip(halves(0, data.samples), ("half to search", "half to confirm"), strict=True)
     )
     if analysis is not None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 
 import torch
 from torch import Tensor
 
 import moeprune
-from moeprune.data.datasets import Batch, Dataset
+from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.data.digits import digits
 from moeprune.demo.train import Recipe, train
 from moeprune.evaluation.evaluate import predict
@@ -81,14 +81,8 @@ def calibration(model: Model, seed: int) -> Dataset:
 
 def in_memory(model: Model, pixels: Tensor, labels: Tensor) -> Dataset:
     """Pixels (n,1,h,w) in 0…1 and labels (n) as a data set for a model."""
-    inputs = model.input_format.normalize(pixels)
-
-    def read(indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
-        for start in range(0, len(indices), batch_size):
-            chosen = list(indices[start : start + batch_size])
-            yield inputs[chosen], labels[chosen]
-
-    return Dataset("drawn", len(inputs), True, model.input_format.classes, read)
+    form = model.input_format
+    return from_tensors("drawn", form.normalize(pixels), labels, form.classes)
 
 
 def test_set(model: Model) -> Dataset:

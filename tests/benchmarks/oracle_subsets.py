@@ -92,7 +92,7 @@ def compare_signals(
     data = dataset_for(model, data, split="test")
     require_comparable(model, data)
     require_analysis_of(model.config.moe_layers, fingerprint(model), analysis)
-    data = data.few(samples)
+    data = data.sample(samples)
     model.to(runtime.torch_device)
     contests = {name: _Contest(model, name, analysis.layers[name], runtime) for name in layers}
     right = torch.zeros((), dtype=torch.int64, device=runtime.torch_device)

@@ -1,0 +1,158 @@
+"""Array files `.npz` and `.safetensors` with `inputs` and, optionally, `labels`; read batch by batch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from lzma import LZMAError
+from pathlib import Path
+from tokenize import TokenError
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moeprune.data.preprocessing import InputFormat
+from moeprune.data.sources import Batch, Source
+from moeprune.errors import MoepruneError
+
+DAMAGES = (
+    BadZipFile, EOFError, LZMAError, OSError, RuntimeError, SyntaxError, TokenError, TypeError, ValueError,
+    zlib.error,
+)  # fmt: skip
+"""What zipfile, NumPy and torch raise for damaged, encrypted or unusual arrays."""
+
+
+def open_safetensors(path: Path, input_format: InputFormat) -> Source:
+    """Open the arrays of a safetensors file.
+
+    Raises:
+        MoepruneError: not such a file, or arrays that do not fit the model.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise MoepruneError(f"`{path}` is not a safetensors file ({error})") from None
+    names = set(file.keys())
+    _require_inputs(path, names)
+    inputs = file.get_slice("inputs")
+    samples = inputs.get_shape()[0] if inputs.get_shape() else 0
+    to_inputs = _converter(path, tuple(inputs.get_shape()), input_format)
+    labels = None
+    if "labels" in names and input_format.classes:
+        labels = _checked_labels(path, file.get_tensor("labels"), samples)
+
+    def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        for indices in batches:
+            array = torch.cat([inputs[index : index + 1] for index in indices])
+            yield to_inputs(array), None if labels is None else labels[list(indices)]
+
+    return Source(samples, labels is not None, read, [path])
+
+
+def open_npz(path: Path, input_format: InputFormat) -> Source:
+    """Open the arrays of a `.npz` file, as np.savez and np.savez_compressed write it.
+
+    Raises:
+        MoepruneError: not such a file, or arrays that do not fit the model.
+    """
+    labels = None
+    with _damage_as_error(f"`{path}` is not a readable .npz file"), ZipFile(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        _require_inputs(path, names)
+        shape, dtype, start = _npy_header(archive, "inputs", path)
+        to_inputs = _converter(path, shape, input_format)
+        if "labels" in names and input_format.classes:
+            labels_shape, labels_dtype, labels_start = _npy_header(archive, "labels", path)
+            array = np.frombuffer(archive.read("labels.npy"), labels_dtype, offset=labels_start)
+            native = array.reshape(labels_shape).astype(labels_dtype.newbyteorder("="))
+            labels = _checked_labels(path, torch.from_numpy(native), shape[0])
+    sample_bytes = dtype.itemsize * math.prod(shape[1:])
+
+    def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        with (
+            _damage_as_error(f"`{path}` is damaged"),
+            ZipFile(path) as archive,
+            archive.open("inputs.npy") as member,
+        ):
+            for indices in batches:
+                buffer = bytearray()
+                for index in indices:
+                    member.seek(start + index * sample_bytes)
+                    buffer += member.read(sample_bytes)
+                array = np.frombuffer(buffer, dtype).reshape(len(indices), *shape[1:])
+                inputs = torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))
+                yield to_inputs(inputs), None if labels is None else labels[list(indices)]
+
+    return Source(shape[0], labels is not None, read, [path])
+
+
+def _npy_header(archive: ZipFile, name: str, path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Return the shape and type of an array in an archive, and where its values start in its member."""
+    with _damage_as_error(f"`{name}` of `{path}` is not readable"), archive.open(f"{name}.npy") as member:
+        is_first_version = np.lib.format.read_magic(member) == (1, 0)
+        formats = np.lib.format
+        read_header = formats.read_array_header_1_0 if is_first_version else formats.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(member)
+        torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))  # fails unless these are numbers
+        start = member.tell()
+    if fortran_order and len(shape) > 1:
+        raise MoepruneError(f"`{name}` of `{path}` is in Fortran order", "save it with np.ascontiguousarray")
+    found = archive.getinfo(f"{name}.npy").file_size - start
+    if min(shape, default=0) < 0 or found != dtype.itemsize * math.prod(shape):
+        raise MoepruneError(
+            f"`{name}` of `{path}` has {found} bytes, expected those of {list(shape)} values of type {dtype}",
+            "write the file again",
+        )
+    return shape, dtype, start
+
+
+@contextlib.contextmanager
+def _damage_as_error(message: str) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGES as error:
+        raise MoepruneError(f"{message} ({error})") from None
+
+
+def _require_inputs(path: Path, names: Iterable[str]) -> None:
+    if "inputs" not in names:
+        hint = "name the array of inputs `inputs`, and that of labels `labels`"
+        raise MoepruneError(f"no array `inputs` in `{path}`, found {sorted(names)}", hint)
+
+
+def _checked_labels(path: Path, labels: Tensor, samples: int) -> Tensor:
+    """Return the labels as int64, or raise a MoepruneError unless they are one integer for each sample."""
+    if tuple(labels.shape) != (samples,):
+        raise MoepruneError(f"`labels` of `{path}` have the shape {list(labels.shape)}, expected [{samples}]")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise MoepruneError(f"`labels` of `{path}` are {labels.dtype}, expected integers")
+    if labels.dtype == torch.uint64 and labels.numpy().max(initial=0) > torch.iinfo(torch.int64).max:
+        raise MoepruneError(f"`labels` of `{path}` go up to {labels.numpy().max()}")
+    return labels.to(torch.int64)
+
+
+def _converter(path: Path, shape: tuple[int, ...], form: InputFormat) -> Callable[[Tensor], Tensor]:
+    """Return the function that turns arrays of a file into inputs (b,c,H,W) in float32.
+
+    Args:
+        shape: of all inputs of the file: (n,c,H,W), (n,H,W,c), or (n,H,W) for one channel.
+    """
+    channels, height, width = form.shape
+    if shape[1:] not in {form.shape, (height, width, channels), (height, width) if channels == 1 else ()}:
+        raise form.misfit(str(path), shape)
+    is_channels_last = shape[1:] != form.shape and len(shape) == 4
+
+    def to_inputs(array: Tensor) -> Tensor:
+        array = array.permute(0, 3, 1, 2) if is_channels_last else array.reshape(-1, *form.shape)
+        if array.dtype == torch.uint8:
+            return form.normalize(array.to(torch.float32).div_(255)).contiguous()
+        if array.is_floating_point():
+            return array.to(torch.float32).contiguous()
+        raise MoepruneError(f"inputs of `{path}` are {array.dtype}, expected uint8 pixels or floats")
+
+    return to_inputs

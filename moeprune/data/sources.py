@@ -1,0 +1,52 @@
+"""A source of samples that are read in batches, whatever kind of file they come from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+Batch = tuple[Tensor, Tensor | None]
+"""Inputs (b,c,H,W) in float32 and labels (b,) in int64, or None where there are none."""
+Read = Callable[[Iterable[Sequence[int]]], Iterator[Batch]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples that can be read in batches.
+
+    samples: how many there are.
+    has_labels: whether batches have labels. They never do where the model has no classes.
+    read: reads a batch for each sequence of indices; all indices ascend.
+    files: that the samples are read from.
+    """
+
+    samples: int
+    has_labels: bool
+    read: Read
+    files: Sequence[Path] = ()
+
+
+def in_memory(inputs: Tensor, labels: Tensor | None) -> Source:
+    """Return a source of inputs (n,c,H,W) and labels (n,) that are in memory."""
+
+    def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        for indices in map(list, batches):
+            yield inputs[indices], None if labels is None else labels[indices]
+
+    return Source(len(inputs), labels is not None, read)
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yield each item after the next has been taken from the iterable, so that tasks overlap."""
+    iterator = iter(items)
+    held = list(itertools.islice(iterator, 1))
+    for item in iterator:
+        held.append(item)
+        yield held.pop(0)
+    yield from held
