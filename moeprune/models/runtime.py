@@ -1,4 +1,4 @@
-"""Where and how a model runs: device, precision, batch size, progress."""
+"""Where and how a model runs: device, precision, batch size, progress; torch is imported when one runs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from moeprune.data.datasets import Dataset
-from moeprune.data.sources import Batch
 from moeprune.errors import MoepruneError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from moeprune.data.datasets import Dataset
+    from moeprune.data.sources import Batch
 
 logger = logging.getLogger(__name__)
 K = TypeVar("K")
 
-AUTOCAST_DTYPES = {"float32": None, "fp32": None, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+AUTOCAST_DTYPES = {"float32": None, "fp32": None, "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Runtime:
         Raises:
             MoepruneError: there is no such device here.
         """
+        import torch
+
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -70,6 +73,8 @@ class Runtime:
 
     def batches(self, data: Dataset, what: str) -> Iterator[Batch]:
         """One pass over the data in batches on the device, with a progress bar called `what`."""
+        from tqdm import tqdm
+
         device, start = self.torch_device, time.perf_counter()
         with tqdm(
             total=data.samples,
@@ -97,15 +102,19 @@ class Runtime:
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """The model's output, without gradients, in this runtime's precision."""
+        import torch
+
         autocast = AUTOCAST_DTYPES[self.dtype]
         precision: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if autocast is not None:
-            precision = torch.autocast(inputs.device.type, autocast)
+            precision = torch.autocast(inputs.device.type, getattr(torch, autocast))
         with torch.inference_mode(), precision:
             return model(inputs.to(next(model.parameters()).dtype))
 
 
 def _no_device(name: str) -> MoepruneError:
+    import torch
+
     found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         found.append("mps")
