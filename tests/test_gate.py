@@ -37,16 +37,6 @@ def test_bound_of_a_share_is_scipys_exact_one(right, samples, level):
     assert Share(right, samples).bound(level) == share_at_least(right, samples, level)
 
 
-def test_bound_of_rates_carried_over_to_other_numbers_of_samples_is_a_beta_quantile():
-    generator = random.Random(0)
-    for _ in range(300):
-        samples = 10 ** generator.uniform(0.5, 7)
-        right = generator.choice([generator.uniform(1, samples), samples - generator.random() ** 4])
-        level = generator.choice(LEVELS)
-        exact = beta.ppf(1 - level, right, samples - right + 1)
-        assert share_at_least(right, samples, level) == pytest.approx(exact, rel=1e-9)
-
-
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
 @pytest.mark.parametrize("samples", [1, 5, 20, 100])
 def test_a_share_below_its_limit_passes_no_more_often_than_the_level_says(samples, level):
