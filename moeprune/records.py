@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from typing import Any, TypeVar, get_type_hints
 
@@ -26,6 +27,14 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         for name, kind in _field_types(type(self)).items():
             from_json(getattr(self, name), kind, f"`{name}`")
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Part of what a command reports: computed here, not read. All fields are in the JSON, None as null."""
+
+
+class Report(Result, frozen=True, tag_field="schema_version", tag=1):
+    """What one command reports; its JSON begins with `schema_version`."""
 
 
 @functools.cache
@@ -69,6 +78,11 @@ def _found(value: Any, path: str) -> str:
     if isinstance(value, dict | list | tuple | msgspec.Struct) or "[...]" in path:
         return ""
     return f", found {value!r}"
+
+
+def to_text(value: Any) -> str:
+    """Return a record or a result as JSON text, indented, in ASCII."""
+    return json.dumps(to_json(value), indent=2) + "\n"
 
 
 def json_schema(kind: Any) -> dict[str, Any]:

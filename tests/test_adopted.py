@@ -182,9 +182,9 @@ def test_adopted_models_are_analyzed_pruned_and_evaluated(factory, scope, compen
     pruned = prune(model, analysis, keep=2, scope=scope, compensate=compensate, data=data, runtime=CPU)
     found = moeprune.evaluate(pruned, data, model, CPU)
     assert torch.equal(model(images(dtype=torch.float32)), before)
-    assert found["model"]["experts_per_input"] == 2 * len(model.config.layers)
-    assert found["difference"]["flops_reduction"] > 0 or compensate in ("mean", "lstsq")
-    assert (found["difference"]["size_reduction"] > 0) == (scope == "static")
+    assert found.model.experts_per_input == 2 * len(model.config.layers)
+    assert found.difference.flops_reduction > 0 or compensate in ("mean", "lstsq")
+    assert (found.difference.size_reduction > 0) == (scope == "static")
 
 
 class Masked(nn.Module):
@@ -251,7 +251,7 @@ def test_flops_of_an_adopted_model_equal_what_torch_counts():
     for one in (model, pruned):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             one(images(1, dtype=torch.float32))
-        assert one.cost()["flops_per_input"]["total"] == counter.get_total_flops()
+        assert one.cost().flops_per_input.total == counter.get_total_flops()
 
 
 # --- files -------------------------------------------------------------------------------------

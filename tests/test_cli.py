@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from msgspec.structs import replace
 from typer.testing import CliRunner
 
 import moeprune
@@ -29,6 +30,8 @@ from moeprune.evaluation.gates import judge
 from moeprune.models.architecture import architecture_from_json
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
+from moeprune.records import to_text
+from tests.results import cost, evaluation
 from tests.schemas import complaints
 
 SCOPES = ("static", "input", "batch")
@@ -239,8 +242,8 @@ def test_a_pruned_file_evaluates_as_the_pruned_model_in_memory(
     )
     data = moeprune.open_data("digits", model.input_format, limit=150)
     in_memory = moeprune.evaluate(pruned, data, baseline=model)
-    assert found["model"] == in_memory["model"]
-    assert found["difference"] == in_memory["difference"]
+    assert found["model"] == json.loads(to_text(in_memory.model))
+    assert found["difference"] == json.loads(to_text(in_memory.difference))
 
 
 def test_layers_of_a_deep_model_are_pruned_one_after_the_other(vit, vit_analysis, run_json, tmp_path):
@@ -256,7 +259,7 @@ def test_layers_of_a_deep_model_are_pruned_one_after_the_other(vit, vit_analysis
     analysis = moeprune.load_analysis(vit_analysis)
     pruned = moeprune.prune(model, analysis, keep="1/8", compensate="mean", data=data)
     test = moeprune.open_data("pairs", model.input_format, limit=60)
-    assert found["model"] == moeprune.evaluate(pruned, test)["model"]
+    assert found["model"] == json.loads(to_text(moeprune.evaluate(pruned, test).model))
     *_, (name, last) = pruned.moe_layers.items()
     of_unpruned = analysis.layers[name].slot_mean[list(last.plan.dropped)]
     assert not torch.allclose(last.surrogate[last.plan.k :], of_unpruned, rtol=1e-3)
@@ -1012,13 +1015,12 @@ def test_a_gate_passes_exactly_at_its_limit(right, passes):
     model, full = (
         Predictions(labels, (torch.arange(100) >= count).long(), labels == 0, 0.0) for count in (right, 96)
     )
-    sizes = [{"flops_per_input": {"total": size}, "bytes": size} for size in (900, 1000)]
-    evaluation = {"difference": compare(*sizes, model, full)}
+    result = replace(evaluation(right, 1), difference=compare(cost(900), cost(1000), model, full))
     [drop, *reductions] = judge(
-        evaluation, {"max_accuracy_drop": 0.01, "min_flops_reduction": 0.1, "min_size_reduction": 0.1}
+        result, {"max_accuracy_drop": 0.01, "min_flops_reduction": 0.1, "min_size_reduction": 0.1}
     )
-    assert drop["passed"] is passes
-    assert all(gate["passed"] for gate in reductions)
+    assert drop.passed is passes
+    assert all(gate.passed for gate in reductions)
 
 
 @pytest.mark.parametrize("scope", ["static", "input"])

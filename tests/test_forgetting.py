@@ -29,19 +29,19 @@ def test_classes_and_flips_equal_plain_counts(seed):
     labels, pruned, full = case(seed)
     found = found_of(labels, pruned, full)
     rows = list(zip(labels, pruned, full, strict=True))
-    assert found["lost"] == [i for i, (y, p, f) in enumerate(rows) if f == y != p]
-    assert found["won"] == [i for i, (y, p, f) in enumerate(rows) if p == y != f]
-    assert sorted(entry["class"] for entry in found["classes"]) == sorted(set(labels))
-    drops = [entry["accuracy_drop"] for entry in found["classes"]]
+    assert found.lost == [i for i, (y, p, f) in enumerate(rows) if f == y != p]
+    assert found.won == [i for i, (y, p, f) in enumerate(rows) if p == y != f]
+    assert sorted(entry.index for entry in found.classes) == sorted(set(labels))
+    drops = [entry.accuracy_drop for entry in found.classes]
     assert drops == sorted(drops, reverse=True)
-    for entry in found["classes"]:
-        own = [(y == p, y == f) for y, p, f in rows if y == entry["class"]]
-        assert entry["samples"] == len(own)
-        assert entry["accuracy"] == pytest.approx(sum(p for p, _ in own) / len(own))
-        assert entry["baseline_accuracy"] == pytest.approx(sum(f for _, f in own) / len(own))
-        assert entry["accuracy_drop"] == pytest.approx(entry["baseline_accuracy"] - entry["accuracy"])
+    for entry in found.classes:
+        own = [(y == p, y == f) for y, p, f in rows if y == entry.index]
+        assert entry.samples == len(own)
+        assert entry.accuracy == pytest.approx(sum(p for p, _ in own) / len(own))
+        assert entry.baseline_accuracy == pytest.approx(sum(f for _, f in own) / len(own))
+        assert entry.accuracy_drop == pytest.approx(entry.baseline_accuracy - entry.accuracy)
         cells = [own.count(pair) for pair in ((True, True), (False, True), (True, False), (False, False))]
-        assert entry["accuracy_drop_ci95"] == list(paired_difference(*cells))
+        assert entry.accuracy_drop_ci95 == paired_difference(*cells)
 
 
 def collapse(forgotten: int, samples_of_class: int, classes=50):
@@ -50,7 +50,7 @@ def collapse(forgotten: int, samples_of_class: int, classes=50):
     pruned = list(labels)
     first = 7 * samples_of_class
     pruned[first : first + forgotten] = [8] * forgotten
-    return found_of(labels, pruned, labels)["collapsed"]
+    return found_of(labels, pruned, labels).collapsed
 
 
 def test_a_class_that_the_average_hides_is_named():
@@ -67,7 +67,7 @@ def test_a_few_lost_samples_are_no_collapse():
 def test_chance_names_no_class():
     named = 0
     for seed in range(20):
-        named += len(found_of(*case(seed))["collapsed"])
+        named += len(found_of(*case(seed)).collapsed)
     assert named == 0
 
 
@@ -75,17 +75,17 @@ def test_a_class_that_the_full_model_does_not_know_cannot_collapse():
     labels = [0] * 100 + [1] * 100
     full = [0] * 30 + [1] * 70 + [1] * 100
     pruned = [1] * 100 + [1] * 100
-    assert found_of(labels, pruned, full)["collapsed"] == []
+    assert found_of(labels, pruned, full).collapsed == []
 
 
 def test_where_the_average_shows_it_no_class_is_named():
     assert collapse(forgotten=20, samples_of_class=20, classes=50) == [7]
     labels = [c for c in range(10) for _ in range(40)]
     pruned = [c if c >= 3 else 9 for c in labels]  # three of ten classes are gone
-    assert found_of(labels, pruned, labels)["collapsed"] == []
+    assert found_of(labels, pruned, labels).collapsed == []
 
 
 def test_where_everything_falls_no_class_stands_out():
     labels = [c for c in range(10) for _ in range(30)]
     pruned = [(c + 1) % 10 for c in labels]
-    assert found_of(labels, pruned, labels)["collapsed"] == []
+    assert found_of(labels, pruned, labels).collapsed == []

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from msgspec.structs import replace
 
 from moeprune.errors import MoepruneError
+from moeprune.evaluation.latency import summarize_latency
+from moeprune.evaluation.results import Latency
 from moeprune.plan import SCOPES
 from moeprune.pruning.frontier import KEEPS, METHODS, on_frontier, variants
 from moeprune.report.plot import check_plot, plot_frontier
-
-
-def row(accuracy, size, flops, label="static by gram, affine", keep="1/8"):
-    difference = {"size_reduction": 1 - size, "flops_reduction": 1 - flops}
-    return {"label": label, "keep": keep, "accuracy": accuracy, "difference": difference, "latency": None}
+from tests.results import row
 
 
 def test_a_point_is_on_the_frontier_where_no_other_is_better():
@@ -24,13 +24,13 @@ def test_a_point_is_on_the_frontier_where_no_other_is_better():
     rows = [row(rng.randint(0, 9) / 9, rng.randint(1, 9) / 9, rng.randint(1, 9) / 9) for _ in range(60)]
     for found, own in zip(on_frontier(rows), rows, strict=True):
         for which in ("size", "flops"):
-            key = f"{which}_reduction"
+            saved = operator.attrgetter(f"difference.{which}_reduction")
             better = [
                 other for other in rows
-                if other["difference"][key] >= own["difference"][key] and other["accuracy"] >= own["accuracy"]
-                and (other["difference"][key] > own["difference"][key] or other["accuracy"] > own["accuracy"])
+                if saved(other) >= saved(own) and other.accuracy >= own.accuracy
+                and (saved(other), other.accuracy) != (saved(own), own.accuracy)
             ]  # fmt: skip
-            assert found[which] == (not better)
+            assert getattr(found, which) == (not better)
 
 
 def test_every_method_is_measured_at_every_share_and_static_ones_without_experts():
@@ -65,9 +65,8 @@ def test_equal_rows_give_equal_plots(rows, tmp_path):
 
 def test_a_speedup_has_a_panel_of_its_own(rows, tmp_path):
     plot_frontier(rows, "t", tmp_path / "two.svg")
-    for one in rows:
-        one["latency"] = {"batches": [{"batch_size": 1, "speedup": 1.5}]}
-    plot_frontier(rows, "t", tmp_path / "three.svg")
+    latency = Latency(threads=1, batches=[summarize_latency(1, [2.0, 2.0], [3.0, 3.0])])
+    plot_frontier([replace(row, latency=latency) for row in rows], "t", tmp_path / "three.svg")
     widths = [
         float(ElementTree.parse(tmp_path / f"{name}.svg").getroot().get("width").removesuffix("pt"))
         for name in ("two", "three")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import random
 
 import numpy as np
@@ -16,8 +17,11 @@ from moeprune.evaluation.evidence import Drop, Median, Share, samples_needed
 from moeprune.evaluation.gates import check_limits, judge
 from moeprune.evaluation.intervals import drop_at_most, median_at_least, paired_difference, share_at_least
 from moeprune.models.runtime import Runtime
+from moeprune.records import to_json
+from tests.results import evaluation
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99, 0.9999)
+OF_BOUNDS = operator.attrgetter("confidence", "bound", "samples", "samples_needed")
 GATE_KEYS = {
     "name", "limit", "value", "passed", "reason", "confidence", "bound", "samples", "samples_needed",
 }  # fmt: skip
@@ -223,54 +227,45 @@ def test_no_number_of_samples_shows_what_is_met_exactly(evidence, limit):
 # --- verdicts ------------------------------------------------------------------------------------
 
 
-def evaluation(right, lost, samples=100):
-    """What an evaluation says of a model that is right on so many samples and lost some of the full one's."""
-    outcomes = {"both": right, "lost": lost, "won": 0, "neither": samples - right - lost}
-    return {
-        "data": {"samples": samples},
-        "model": {"accuracy": right / samples},
-        "difference": {
-            "accuracy_drop": lost / samples, "agreement": (samples - lost) / samples, "outcomes": outcomes,
-            "size_reduction": 0.5, "flops_reduction": 0.25,
-        },
-    }  # fmt: skip
-
-
 def test_a_gate_is_missed_undecided_or_passed():
     limits = {"min_accuracy": 0.9}
     for right, reason in ((89, "missed"), (91, "undecided"), (97, None)):
         [gate] = judge(evaluation(right, 0), limits, 0.95)
-        assert set(gate) == GATE_KEYS
-        assert (gate["reason"], gate["passed"]) == (reason, reason is None)
-        assert gate["bound"] == share_at_least(right, 100, 0.95) < gate["value"]
-        assert (gate["confidence"], gate["samples"]) == (0.95, 100)
-        assert (gate["samples_needed"] is not None) is (reason == "undecided")
+        assert set(to_json(gate)) == GATE_KEYS
+        assert (gate.reason, gate.passed) == (reason, reason is None)
+        assert gate.bound == share_at_least(right, 100, 0.95) < gate.value
+        assert (gate.confidence, gate.samples) == (0.95, 100)
+        assert (gate.samples_needed is not None) is (reason == "undecided")
         [without] = judge(evaluation(right, 0), limits)
-        assert without["passed"] is (reason != "missed")
-        assert [without[key] for key in ("confidence", "bound", "samples", "samples_needed")] == [None] * 4
+        assert without.passed is (reason != "missed")
+        assert [getattr(without, key) for key in ("confidence", "bound", "samples", "samples_needed")] == [
+            None
+        ] * 4
 
 
 def test_a_drop_is_judged_on_the_same_inputs():
     [gate] = judge(evaluation(90, 1), {"max_accuracy_drop": 0.02}, 0.95)
-    assert gate["value"] == 0.01
-    assert gate["bound"] >= paired_difference(90, 1, 0, 9, norm.ppf(0.95))[1]
-    assert gate["reason"] == "undecided"
+    assert gate.value == 0.01
+    assert gate.bound >= paired_difference(90, 1, 0, 9, norm.ppf(0.95))[1]
+    assert gate.reason == "undecided"
 
 
 def test_exact_figures_are_judged_as_they_are():
     gates = judge(evaluation(90, 1), {"min_size_reduction": 0.5, "min_flops_reduction": 0.26}, 0.95)
-    assert [(gate["name"], gate["passed"], gate["reason"]) for gate in gates] == [
+    assert [(gate.name, gate.passed, gate.reason) for gate in gates] == [
         ("min_flops_reduction", False, "missed"), ("min_size_reduction", True, None),
     ]  # fmt: skip
     for gate in gates:
-        assert [gate[key] for key in ("confidence", "bound", "samples", "samples_needed")] == [None] * 4
+        assert [getattr(gate, key) for key in ("confidence", "bound", "samples", "samples_needed")] == [
+            None
+        ] * 4
 
 
 def test_one_half_asks_for_no_more_than_the_median_value():
     """Of 100 right of 100, a share of which as many are right every other time."""
     [gate] = judge(evaluation(100, 0), {"min_accuracy": 0.99}, 0.5)
-    assert gate["passed"]
-    assert gate["bound"] ** 100 == pytest.approx(0.5)
+    assert gate.passed
+    assert gate.bound**100 == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.49, 1.0, 2.0, -1.0, float("nan"), float("inf")])

@@ -19,8 +19,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import moeprune
+from moeprune.calibration.results import AnalysisReport
 from moeprune.evaluation.gates import judge
 from moeprune.plan import LayerPlan
+from moeprune.records import from_json
 from moeprune.report.commands import gates
 from moeprune.report.document import Document, Facts, Heading, Highlights, Interval, Lines, Table
 from moeprune.report.figure import Axis, Bars, Figure, HeatMap, Plot, Series
@@ -29,6 +31,7 @@ from moeprune.report.markdown import to_markdown
 from moeprune.report.masses import experts_of
 from moeprune.report.page import Background, analysis
 from moeprune.report.text import to_text
+from tests.results import evaluation
 
 NASTY = "<script>alert(1)<script>&\"'<b>`x`</b>"
 LIMITS = ("--max-accuracy-drop", 0.001, "--min-size-reduction", 0.5)
@@ -285,7 +288,7 @@ def large_layer(single_analysis_path, experts, classes, seed=0):
 
 @pytest.fixture(scope="module")
 def found(single, small_analysis, pages):
-    return pages["analyze"][1]
+    return from_json(pages["analyze"][1], AnalysisReport, "report")
 
 
 def test_a_large_layer_gives_a_page_of_moderate_size(found, small_analysis):
@@ -381,16 +384,11 @@ def test_any_text_is_escaped_everywhere():
 
 
 def test_what_is_undecided_is_said_so():
-    evaluation = {
-        "data": {"samples": 100},
-        "model": {"accuracy": 0.98},
-        "difference": {"size_reduction": 0.5},
-    }
     for limit, words in (
         (0.95, ("UNDECIDED", "1 gate passed, 1 gate undecided")),
         (0.5, ("passed", "2 gates")),
     ):
-        results = judge(evaluation, {"min_accuracy": limit, "min_size_reduction": 0.5}, 0.95)
+        results = judge(evaluation(98, 0), {"min_accuracy": limit, "min_size_reduction": 0.5}, 0.95)
         header = parsed(to_html(Document("t", [], gates(results), False))).find("body/header")
         assert text_of(header[0]) == words[0]
         assert text_of(header[1]).startswith(words[1])

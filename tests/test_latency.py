@@ -13,6 +13,7 @@ import torch
 import moeprune
 from moeprune.evaluation import latency
 from moeprune.evaluation.latency import interleaved, ready_batches, seconds_of_call, summarize_latency
+from moeprune.records import to_json
 
 CPU = torch.device("cpu")
 BATCH_KEYS = {
@@ -93,9 +94,9 @@ def test_what_is_much_faster_is_reported_so(device, brief):
     inputs = [torch.randn(4, size, size, device=device) for size in sizes]
     small, large = inputs
     seconds = interleaved({"small": lambda _: small @ small, "large": lambda _: large @ large}, inputs)
-    summary = summarize_latency(seconds["small"], seconds["large"])
-    assert summary["speedup_iqr"][0] > 3
-    assert summary["model_seconds"] > 0
+    summary = summarize_latency(1, seconds["small"], seconds["large"])
+    assert summary.speedup_iqr[0] > 3
+    assert summary.model_seconds > 0
 
 
 class Machine(list):
@@ -153,27 +154,28 @@ def test_a_call_is_timed_from_an_idle_device_to_the_end_of_its_work(monkeypatch,
 def test_summary_holds_medians_and_quartiles(repetitions):
     generator = np.random.default_rng(repetitions)
     model, baseline = generator.lognormal(size=(2, repetitions))
-    found = summarize_latency(list(model), list(baseline))
+    seconds = model.tolist(), baseline.tolist()
+    found = to_json(summarize_latency(8, *seconds))
     assert found.pop("repetitions") == repetitions
     for name, values in {
         "speedup": baseline / model, "model_seconds": model, "baseline_seconds": baseline,
     }.items():  # fmt: skip
         assert found.pop(name) == pytest.approx(np.median(values))
-        assert found.pop(f"{name}_iqr") == pytest.approx(list(np.quantile(values, [0.25, 0.75])))
-    assert found == {"speedups": list(baseline / model)}
+        assert found.pop(f"{name}_iqr") == pytest.approx(tuple(np.quantile(values, [0.25, 0.75])))
+    assert found == {"batch_size": 8, "speedups": list(baseline / model)}
 
 
 def test_speedup_is_the_median_of_ratios_within_repetitions():
     """While other programs slow down both, each repetition still tells the ratio."""
-    found = summarize_latency([1, 2, 4, 8, 16], [2, 4, 8, 16, 100])
-    assert (found["speedup"], found["speedup_iqr"]) == (2, [2, 2])
-    assert (found["model_seconds"], found["baseline_seconds"]) == (4, 8)
+    found = summarize_latency(1, [1, 2, 4, 8, 16], [2, 4, 8, 16, 100])
+    assert (found.speedup, found.speedup_iqr) == (2, (2, 2))
+    assert (found.model_seconds, found.baseline_seconds) == (4, 8)
 
 
 def test_summary_without_a_baseline_compares_nothing():
-    assert summarize_latency([3, 1, 2]) == {
-        "repetitions": 3, "speedup": None, "speedup_iqr": None, "model_seconds": 2,
-        "model_seconds_iqr": [1.5, 2.5], "baseline_seconds": None, "baseline_seconds_iqr": None,
+    assert to_json(summarize_latency(1, [3, 1, 2])) == {
+        "batch_size": 1, "repetitions": 3, "speedup": None, "speedup_iqr": None, "model_seconds": 2,
+        "model_seconds_iqr": (1.5, 2.5), "baseline_seconds": None, "baseline_seconds_iqr": None,
         "speedups": None,
     }  # fmt: skip
 
@@ -265,7 +267,7 @@ def test_model_and_baseline_are_timed_as_the_runtime_runs_them(routed, single, m
     runtime = moeprune.Runtime("cpu", "bf16", batch_size=3)
     data = moeprune.open_data("digits", models["model"].input_format, limit=40)
     found = moeprune.evaluate(models["model"], data, models["baseline"], runtime, latency_batches=(4,))
-    assert found["latency"]["batches"][0]["speedup"] == 1
+    assert found.latency.batches[0].speedup == 1
     assert list(outputs) == ["model", "baseline"]
     assert all(output.shape == (4, 10) for output in outputs.values())
 

@@ -101,11 +101,11 @@ def test_a_layer_with_few_directions_computes_their_product(way, pruned, single)
 @pytest.mark.parametrize("way", WAYS)
 def test_few_directions_cost_less_and_change_little(way, pruned):
     data, models = pruned
-    full, narrow = (moeprune.evaluate(model, data, runtime=CPU)["model"] for model in models[way])
+    full, narrow = (moeprune.evaluate(model, data, runtime=CPU).model for model in models[way])
     for figure in ("flops_per_input", "bytes_by_part"):
-        assert narrow[figure]["compensation"] < full[figure]["compensation"]
-        assert narrow[figure]["experts"] == full[figure]["experts"]
-    assert narrow["accuracy"] > full["accuracy"] - 0.05
+        assert getattr(narrow, figure).compensation < getattr(full, figure).compensation
+        assert getattr(narrow, figure).experts == getattr(full, figure).experts
+    assert narrow.accuracy > full.accuracy - 0.05
 
 
 def test_where_the_products_are_no_cheaper_all_directions_stay(single):

@@ -272,7 +272,7 @@ def test_the_papers_row_is_its_pruned_model_on_digits(single, single_analysis):
     by_margin = sorted(("greedy", "combine", "gram", "random"), key=lambda signal: -row[signal]["margin"])
     assert by_margin == ["greedy", "combine", "gram", "random"]
     assert row["combine"]["accuracy"] > 0.9 > row["mean_token"]["accuracy"] > row["random"]["accuracy"]
-    assert found["accuracy"] == moeprune.evaluate(model, data)["model"]["accuracy"]
+    assert found["accuracy"] == moeprune.evaluate(model, data).model.accuracy
 
 
 def test_layers_are_pruned_one_at_a_time(vit, vit_analysis):

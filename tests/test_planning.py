@@ -119,13 +119,13 @@ def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):
     sizes = size_costs(model.config, infos, scope, signal, compensation)
     flops = flops_costs(model.config, scope, signal, compensation)
     full = model.cost()
-    assert (sizes.full, flops.full) == (full["bytes"], full["flops_per_input"]["total"])
+    assert (sizes.full, flops.full) == (full.bytes, full.flops_per_input.total)
     for ks in ((1, 1, 1), (2, 3, 7), (6, 4, 8)):
         experts = dict(zip(model.config.moe_layers, ks, strict=True))
         plan = plan_of_experts(model.config, experts, scope, signal, compensation)
         found = prune(model, plan=plan, data=data, runtime=CPU).cost()
-        assert sizes.of(experts) == found["bytes"]
-        assert flops.of(experts) == found["flops_per_input"]["total"]
+        assert sizes.of(experts) == found.bytes
+        assert flops.of(experts) == found.flops_per_input.total
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_plans_within_a_budget(budget, compensation, analyzed):
         scope="static", signal=signal, compensation=compensation, option="--max-size",
     )  # fmt: skip
     pruned = prune(model, analysis, plan=plan, data=data, runtime=CPU)
-    assert pruned.cost()["bytes"] <= budget * costs.full
+    assert pruned.cost().bytes <= budget * costs.full
     assert {layer.signal for layer in plan.values()} == {signal}
     assert all(layer.kept is None for layer in plan.values())
 

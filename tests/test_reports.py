@@ -25,6 +25,7 @@ from moeprune.report.document import Document, Facts, Lines, Table
 from moeprune.report.junit import to_junit
 from moeprune.report.markdown import to_markdown
 from moeprune.report.text import to_text
+from tests.results import evaluation
 
 NASTY = "a|b*c*, 50% _d_ <e> [f](g): &amp; ~~h~~ #1 $i$"
 GATES = ("--max-accuracy-drop", 0, "--min-agreement", 0.5)
@@ -329,13 +330,8 @@ def test_what_xml_cannot_hold_is_replaced(schema):
 
 
 def test_bounds_of_gates_are_told_in_words():
-    evaluation = {
-        "data": {"samples": 100},
-        "model": {"accuracy": 0.98, "bytes": 1, "accuracy_ci95": [0.9, 1]},
-        "difference": {"size_reduction": 0.5},
-    }
-    undecided, exact = judge_gates(evaluation, {"min_accuracy": 0.95, "min_size_reduction": 0.5}, 0.95)
-    assert undecided["reason"] == "undecided"
+    undecided, exact = judge_gates(evaluation(98, 0), {"min_accuracy": 0.95, "min_size_reduction": 0.5}, 0.95)
+    assert undecided.reason == "undecided"
     words = gate_in_words(undecided)
     assert re.fullmatch(
         r"min_accuracy is 0\.98, 0\.03 above the limit of 0\.95; its bound at 95 % is 0\.9\d+, 0\.01\d+ below"

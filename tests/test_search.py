@@ -40,16 +40,16 @@ def test_the_confirmed_drop_is_that_of_the_model_on_samples_that_the_search_did_
     whole, pruned = predict([full, found.model], data, CPU)
     right, right_pruned = whole.correct[is_second], pruned.correct[is_second]
     drop = float((right.double() - right_pruned.double()).mean())
-    confirmed = found.report["confirmed"]
-    assert confirmed["samples"] == int(is_second.sum())
-    assert confirmed["accuracy_drop"] == pytest.approx(drop, abs=1e-9)
+    confirmed = found.report.confirmed
+    assert confirmed.samples == int(is_second.sum())
+    assert confirmed.accuracy_drop == pytest.approx(drop, abs=1e-9)
     assert drop <= 0.02
-    low, high = confirmed["accuracy_drop_ci95"]
+    low, high = confirmed.accuracy_drop_ci95
     assert low <= drop <= high
     [layer] = [m for m in full.modules() if type(m).__name__ == "SoftMoE"]
     [k] = [layer.plan.k for layer in found.model.modules() if type(layer).__name__ == "SoftMoE"]
     assert k <= layer.config.num_experts // 4
-    tried = [entry["k"]["blocks.0.soft_moe"] for entry in found.report["tried"]]
+    tried = [entry.k["blocks.0.soft_moe"] for entry in found.report.tried]
     assert k in tried
     assert tried == sorted(tried)
 
@@ -80,21 +80,21 @@ def test_what_confirms_must_not_have_been_calibrated_on(full):
     with pytest.raises(MoepruneError, match="must not be calibrated on"):
         prune_within_drop(full, some, 0.02, analysis=analysis, runtime=CPU)
     found = prune_within_drop(full, "digits:test", 0.02, analysis=analysis, runtime=CPU)
-    assert found.report["confirmed"]["accuracy_drop"] <= 0.02
+    assert found.report.confirmed.accuracy_drop <= 0.02
 
 
 def test_the_interval_holds_for_all_plans_that_were_measured(full):
     """At a drop of half a point the first plan that the search finds fails on the other half."""
     found = prune_within_drop(full, "digits:test", 0.005, compensate="mean", runtime=CPU)
-    confirmed = found.report["confirmed"]
+    confirmed = found.report.confirmed
     data = moeprune.open_data("digits:test", full.input_format)
     is_second = half_of(0, data.samples) == 1
     whole, pruned = predict([full, found.model], data, CPU)
     right, right_pruned = whole.correct[is_second], pruned.correct[is_second]
     cells = [int((a & b).sum()) for a, b in product((right, ~right), (right_pruned, ~right_pruned))]
-    quantile = norm.isf(0.025 / confirmed["plans"])
-    assert confirmed["plans"] > 1
-    assert confirmed["accuracy_drop_ci95"] == pytest.approx(paired_difference(*cells, quantile))
+    quantile = norm.isf(0.025 / confirmed.plans)
+    assert confirmed.plans > 1
+    assert confirmed.accuracy_drop_ci95 == pytest.approx(paired_difference(*cells, quantile))
 
 
 def test_nearly_all_experts_are_kept_where_less_will_not_do(full):

@@ -18,6 +18,7 @@ from moeprune.models.cost import part_of, size_and_cost
 from moeprune.models.model import save
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, LayerPlan, is_possible
+from moeprune.records import to_json
 
 MOE = SoftMoEConfig(dim=12, num_experts=5, slots_per_expert=2, hidden_dim=7)
 MIXED = ViTConfig(
@@ -143,8 +144,8 @@ def test_a_model_and_its_file_are_of_one_size(plan, tmp_path):
     assert tensors == tensor_infos(model.state_dict())
     size = model.cost()
     assert size == size_and_cost(model.config, model.plan, tensors)
-    assert size["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
-    assert size["bytes"] == sum(size["bytes_by_part"].values()) == 2 * size["parameters"]
+    assert size.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
+    assert size.bytes == sum(to_json(size.bytes_by_part).values()) == 2 * size.parameters
     stored = sum(len(layer.fc1_weight) for layer in model.moe_layers.values())
-    assert size["bytes_by_part"]["experts"] == 2 * stored * (12 * 7 + 7 + 7 * 12 + 12)
-    assert size["experts_per_input"] == 1 + (5 if plan is None else plan.k)
+    assert size.bytes_by_part.experts == 2 * stored * (12 * 7 + 7 + 7 * 12 + 12)
+    assert size.experts_per_input == 1 + (5 if plan is None else plan.k)

@@ -32,6 +32,7 @@ from moeprune.layers.surgery import prune_layer
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
+from moeprune.records import to_json
 
 FORMAT = 1
 PROBE_INPUTS = 256
@@ -81,7 +82,7 @@ def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> 
     }
     provenance = {
         "checkpoint": {"fingerprint": fingerprint(model)},
-        "data": data.to_json(),
+        "data": to_json(data.info),
         "moeprune": __version__,
     }
     return Analysis(statistics, provenance)

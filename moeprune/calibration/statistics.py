@@ -6,11 +6,11 @@ Axes: b inputs, m tokens, d model width, n experts, p slots per expert.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeprune.calibration.results import LayerSummary
 from moeprune.calibration.selection import best_kept, drop_order
 from moeprune.calibration.sums import Contributions, halves, lost_gram, renorm_gram, wide_dtype
 from moeprune.layers.scores import rank
@@ -226,29 +226,27 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("cpu", torch.float32) for name, tensor in tensors.items()}
 
 
-def summarize(statistics: LayerStatistics) -> dict[str, Any]:
-    """What a person wants to know of a layer, as JSON values.
+def summarize(statistics: LayerStatistics, scopes: tuple[str, ...]) -> LayerSummary:
+    """Summarize a layer for a report.
+
+    Args:
+        scopes: in which the layer can be pruned.
 
     Returns:
-        `experts`; `best_eighth_mass`: the mean mass of an input's best n/8 experts,
-        `static_eighth_mass`: that of the n/8 experts that are best over all inputs, and
-        `uniform_mass`: what they would hold if the router told no experts apart;
-        `experts_for_mass_per_input` and `experts_for_mass_overall`: how many experts hold 50, 90 and
-        99 % of one input's mass (mean), and of the mass of all inputs; `unused_experts`: those that
-        never hold a tenth of a fair share 1/n; `informative`: whether the mass is concentrated enough
-        for the signal `combine` to tell experts apart (see INFORMATIVE_MASS), and twice a uniform router's.
+        The summary; `informative` means a mass of INFORMATIVE_MASS and twice a uniform router's, or more.
     """
     n = statistics.num_experts
     eighth = max(1, n // 8)
     overall = statistics.mean_mass.double().sort(descending=True).values.cumsum(0)
     best_eighth_mass = float(statistics.kept_mass[eighth - 1])
-    return {
-        "experts": n,
-        "best_eighth_mass": best_eighth_mass,
-        "static_eighth_mass": float(overall[eighth - 1]),
-        "uniform_mass": eighth / n,
-        "experts_for_mass_per_input": statistics.experts_for_mass.tolist(),
-        "experts_for_mass_overall": [int((overall < level * overall[-1]).sum()) + 1 for level in MASS_LEVELS],
-        "unused_experts": (statistics.max_mass < 0.1 / n).nonzero().flatten().tolist(),
-        "informative": best_eighth_mass >= max(INFORMATIVE_MASS, 2 * eighth / n),
-    }
+    return LayerSummary(
+        experts=n,
+        best_eighth_mass=best_eighth_mass,
+        static_eighth_mass=float(overall[eighth - 1]),
+        uniform_mass=eighth / n,
+        experts_for_mass_per_input=statistics.experts_for_mass.tolist(),
+        experts_for_mass_overall=[int((overall < level * overall[-1]).sum()) + 1 for level in MASS_LEVELS],
+        unused_experts=(statistics.max_mass < 0.1 / n).nonzero().flatten().tolist(),
+        informative=best_eighth_mass >= max(INFORMATIVE_MASS, 2 * eighth / n),
+        scopes=scopes,
+    )

@@ -49,6 +49,7 @@ def analyze(
 
         check_page(report)
     from moeprune.calibration import analysis as calibration
+    from moeprune.calibration.results import AnalysisReport
     from moeprune.calibration.statistics import summarize
     from moeprune.evaluation.evaluate import environment
     from moeprune.plan import scopes_of
@@ -61,24 +62,18 @@ def analyze(
     dataset = open_data(data, loaded, split, "calibration", limit)
     analysis = calibration.analyze(loaded, dataset, runtime)
     layers = {
-        name: {**summarize(statistics), "scopes": scopes_of([loaded.config.moe_layers[name]])}
+        name: summarize(statistics, scopes_of([loaded.config.moe_layers[name]]))
         for name, statistics in analysis.layers.items()
     }
     for name, layer in layers.items():
-        if layer["experts"] == 1:
+        if layer.experts == 1:
             warn(
                 f"layer `{name}` has one expert: nothing to prune. A Soft MoE of one expert cannot even"
                 " represent some simple convex functions, however large the expert is (Chung et al. 2024,"
                 " Theorem 1): train with many small experts"
             )
     calibration.save_analysis(analysis, output)
-    found = {
-        "schema_version": 1,
-        "checkpoint": str(checkpoint),
-        "analysis": str(output),
-        "data": analysis.provenance["data"],
-        "layers": layers,
-    }
+    found = AnalysisReport(checkpoint=str(checkpoint), analysis=str(output), data=dataset.info, layers=layers)
     if report is not None:
         background = page.Background(
             provenance=loaded.details.provenance, analysis=analysis, environment=environment(runtime)

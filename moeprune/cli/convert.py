@@ -81,6 +81,7 @@ def convert(
         raise MoepruneError("`--source-arg` does not go with `--model`", "give `--model-arg`")
     from moeprune.models import adoption, conversion
     from moeprune.models.adopted import parse_arguments, parse_shape
+    from moeprune.models.results import Conversion
     from moeprune.report import commands as report
 
     converted: adoption.Adopted | conversion.Converted
@@ -98,11 +99,10 @@ def convert(
         converted = adoption.adopt_file(
             checkpoint, output, model, own_arguments, shape, key, preprocess, source
         )
-    found = {
-        "schema_version": 1,
-        "checkpoint": str(checkpoint),
-        "output": str(output),
+    found = Conversion(
+        checkpoint=str(checkpoint),
+        output=str(output),
         **converted.to_json(),
-        "model": converted.model.cost(),
-    }
+        model=converted.model.cost(),
+    )
     reporter.emit(found, report.conversion)

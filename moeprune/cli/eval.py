@@ -141,14 +141,17 @@ def eval(
         check_limits(limits, baseline is not None, latency, confidence)
         keeps = []
     else:
-        gates = [*limits.values(), confidence]
-        _check_sweep(frontier, analysis, sweep_only, baseline, latency, gates)
+        given_gates = [*limits.values(), confidence]
+        _check_sweep(frontier, analysis, sweep_only, baseline, latency, given_gates)
         keeps = [] if sweep is None else [parse_keep(keep, "--sweep") for keep in sweep.split(",")]
+    from msgspec.structs import replace
+
     from moeprune.calibration.analysis import load_analysis, require_analysis_of
     from moeprune.evaluation import evaluate as evaluation
     from moeprune.evaluation.latency import BATCH_SIZES, check_batch_sizes
     from moeprune.models.model import fingerprint, unpruned_fingerprint
     from moeprune.pruning.frontier import KEEPS, on_frontier, variants
+    from moeprune.pruning.results import Sweep
     from moeprune.pruning.sweep import sweep as run_sweep
     from moeprune.report import commands as reports
     from moeprune.report import page
@@ -160,7 +163,6 @@ def eval(
     runtime = runtime_for(device, dtype, batch_size, not reporter.quiet)
     loaded = load_model(checkpoint, model, preprocess)
     dataset = open_data(data, loaded, split, "test", limit)
-    found: dict[str, Any] = {"schema_version": evaluation.SCHEMA_VERSION, "checkpoint": str(checkpoint)}
     analysed = None if analysis is None else load_analysis(analysis)
     background = page.Background(
         loaded.plan, loaded.details.provenance, analysed, evaluation.environment(runtime)
@@ -177,21 +179,21 @@ def eval(
             labels = (None,) * len(todo)
         measured_batches = latency_batches if latency else None
         results = run_sweep(loaded, todo, analysed, dataset, seed, runtime, measured_batches)
-        rows = [{"label": label, **row} for label, (row, _) in zip((None, *labels), results, strict=True)]
-        for row, best in zip(rows, on_frontier(rows), strict=True):
-            row["on_frontier"] = best
-        found |= {
-            "data": dataset.to_json(),
-            "rows": rows,
-            "plot": None if frontier is None else str(frontier),
-            "environment": evaluation.environment(runtime),
-        }
+        rows = [replace(row, label=label) for label, (row, _) in zip((None, *labels), results, strict=True)]
+        rows = [replace(row, on_frontier=best) for row, best in zip(rows, on_frontier(rows), strict=True)]
+        swept = Sweep(
+            checkpoint=str(checkpoint),
+            data=dataset.info,
+            rows=rows,
+            plot=None if frontier is None else str(frontier),
+            environment=evaluation.environment(runtime),
+        )
         if frontier is not None:
             title = f"{checkpoint.name} on {dataset.spec} ({dataset.samples} samples)"
             plot_frontier(rows, title, frontier)
         if report is not None:
-            write_text(report, to_html(page.sweep(found, background)))
-        reporter.emit(found, reports.sweep)
+            write_text(report, to_html(page.sweep(swept, background)))
+        reporter.emit(swept, reports.sweep)
         return 0
     full = None if baseline is None else load_model(baseline, model, preprocess)
     if full is not None and full.plan:
@@ -203,21 +205,27 @@ def eval(
         warn(f"`{checkpoint}` was not pruned from `{baseline}`: what is compared is another full model")
     if analysed is not None:
         require_analysis_of(loaded.config.moe_layers, unpruned_fingerprint(loaded), analysed)
-    found["baseline"] = None if baseline is None else str(baseline)
-    found |= evaluation.evaluate(loaded, dataset, full, runtime, latency_batches if latency else None)
-    for name in (found["forgetting"] or {}).get("collapsed", ()):
-        entry = next(entry for entry in found["forgetting"]["classes"] if entry["class"] == name)
-        warn(
-            f"class {name} collapsed: {reports.percent(entry['baseline_accuracy'])} →"
-            f" {reports.percent(entry['accuracy'])} of its {entry['samples']} samples, while the average"
-            f" accuracy changed by {reports.points(-found['difference']['accuracy_drop'])}"
-        )
-    found["gates"] = judge(found, limits, confidence)
-    found["passed"] = all(gate["passed"] for gate in found["gates"])
+    found = evaluation.evaluate(loaded, dataset, full, runtime, latency_batches if latency else None)
+    gates = judge(found, limits, confidence)
+    found = replace(
+        found,
+        checkpoint=str(checkpoint),
+        baseline=None if baseline is None else str(baseline),
+        gates=gates,
+        passed=all(gate.passed for gate in gates),
+    )
+    if found.forgetting is not None and found.difference is not None:
+        changes = {change.index: change for change in found.forgetting.classes}
+        for change in (changes[index] for index in found.forgetting.collapsed):
+            warn(
+                f"class {change.index} collapsed: {reports.percent(change.baseline_accuracy)} →"
+                f" {reports.percent(change.accuracy)} of its {change.samples} samples, while the average"
+                f" accuracy changed by {reports.points(-found.difference.accuracy_drop)}"
+            )
     if report is not None:
         write_text(report, to_html(page.evaluation(found, background)))
     reporter.emit(found, reports.evaluation)
-    return 0 if found["passed"] else 1
+    return 0 if found.passed else 1
 
 
 def _ways(

@@ -11,34 +11,34 @@ def inspect(reporter: Reporter, checkpoint: Checkpoint) -> None:
 
     Layers, experts, parameters, size, FLOPs, plan and provenance, from the file's header alone.
     """
+    from msgspec.structs import asdict
+
     from moeprune.files.header import read_header
     from moeprune.models.cost import size_and_cost
     from moeprune.models.description import read_description
-    from moeprune.plan import plan_to_json
+    from moeprune.models.results import InspectedLayer, Inspection
     from moeprune.records import to_json
     from moeprune.report import commands as report
 
     header = read_header(checkpoint)
     config, plan, details = read_description(header)
-    plans = plan_to_json(plan)
     layers = {
-        name: {
-            "experts": layer.num_experts,
-            "slots_per_expert": layer.slots_per_expert,
-            "hidden_dim": layer.hidden_dim,
-            "parameters": sum(t.numel for key, t in header.tensors.items() if key.startswith(f"{name}.")),
-            "plan": plans.get(name),
-        }
+        name: InspectedLayer(
+            experts=layer.num_experts,
+            slots_per_expert=layer.slots_per_expert,
+            hidden_dim=layer.hidden_dim,
+            parameters=sum(t.numel for key, t in header.tensors.items() if key.startswith(f"{name}.")),
+            plan=plan.get(name),
+        )
         for name, layer in config.moe_layers.items()
     }
-    found = {
-        "schema_version": 1,
-        "checkpoint": str(checkpoint),
-        "architecture": config.to_json(),
-        "preprocessing": to_json(details.preprocessing),
-        "layers": layers,
-        **size_and_cost(config, plan, header.tensors),
-        "source": details.source,
-        "provenance": details.provenance,
-    }
+    found = Inspection(
+        checkpoint=str(checkpoint),
+        architecture=config.to_json(),
+        preprocessing=to_json(details.preprocessing),
+        layers=layers,
+        source=details.source,
+        provenance=details.provenance,
+        **asdict(size_and_cost(config, plan, header.tensors)),
+    )
     reporter.emit(found, report.inspection)

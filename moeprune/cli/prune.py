@@ -184,10 +184,10 @@ def prune(
     from moeprune.models.cost import size_and_cost
     from moeprune.models.description import read_description
     from moeprune.models.model import save
-    from moeprune.plan import plan_to_json
     from moeprune.pruning import apply as pruning
     from moeprune.pruning.budgets import plans_for
     from moeprune.pruning.plan_file import read_plan, write_plan
+    from moeprune.pruning.results import Pruned
     from moeprune.pruning.search import prune_best, prune_within_drop
     from moeprune.report import commands as report
 
@@ -251,13 +251,12 @@ def prune(
         pruned_size = size_and_cost(config, wanted, header.tensors)
     if save_plan is not None:
         write_plan(wanted, save_plan)
-    found = {
-        "schema_version": 1,
-        "checkpoint": None if output is None else str(output),
-        "saved_plan": None if save_plan is None else str(save_plan),
-        "plan": plan_to_json(wanted),
-        "model": pruned_size,
-        "full_model": size_and_cost(config, {}, full.tensors),
-        "search": search,
-    }
+    found = Pruned(
+        checkpoint=None if output is None else str(output),
+        saved_plan=None if save_plan is None else str(save_plan),
+        plan=wanted,
+        model=pruned_size,
+        full_model=size_and_cost(config, {}, full.tensors),
+        search=search,
+    )
     reporter.emit(found, report.pruning)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from moeprune.cli.options import Force, OutputFile, OutputFormat, Quiet, Summary, Verbose
 from moeprune.errors import MoepruneError
 from moeprune.files.writing import write_text
+from moeprune.records import to_text as to_json_text
 
 if TYPE_CHECKING:
     from moeprune.report.document import Document
@@ -26,6 +26,7 @@ FORMATS = ("text", "json", "markdown", "github", "junit")
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """The variable that names the file whose Markdown GitHub shows on the page of a run."""
 
+T = TypeVar("T")
 logger = logging.getLogger("moeprune")
 
 
@@ -92,11 +93,11 @@ class Reporter:
             if options.setdefault(os.path.realpath(path), option) != option:
                 raise MoepruneError(f"`{option}` and another output are both `{path}`", "give another path")
 
-    def emit(self, found: Mapping[str, Any], describe: Callable[[Mapping[str, Any]], Document]) -> None:
+    def emit(self, found: T, describe: Callable[[T], Document]) -> None:
         """Write the report to its file or to stdout, and append it to the summary.
 
         Args:
-            found: JSON values.
+            found: the command's result.
             describe: makes a document of them.
         """
         self._write(self._render(found, describe))
@@ -105,10 +106,10 @@ class Reporter:
 
             _append_to_summary(f"\n{to_markdown(describe(found))}")
 
-    def _render(self, found: Mapping[str, Any], describe: Callable[[Mapping[str, Any]], Document]) -> str:
-        command, gates = f"moeprune {self.command}", found.get("gates") or ()
+    def _render(self, found: T, describe: Callable[[T], Document]) -> str:
         if self.output_format == "json":
-            return json.dumps(found, indent=2) + "\n"
+            return to_json_text(found)
+        command, gates = f"moeprune {self.command}", getattr(found, "gates", ())
         if self.output_format == "markdown":
             from moeprune.report.markdown import to_markdown
 

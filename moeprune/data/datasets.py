@@ -31,6 +31,7 @@ from torch import Tensor
 from moeprune.data.arrays import open_npz, open_safetensors
 from moeprune.data.digits import SPLITS, digits, pairs
 from moeprune.data.images import open_folder
+from moeprune.data.info import DataInfo
 from moeprune.data.preprocessing import InputFormat
 from moeprune.data.sources import Batch, Source, in_memory, one_ahead
 from moeprune.errors import MoepruneError
@@ -77,9 +78,11 @@ class Dataset:
         """Whether batches have labels."""
         return self.source.has_labels
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what files and reports say about the data, as JSON values."""
-        return {"spec": self.spec, "samples": self.samples, "fingerprint": self.fingerprint}
+    @property
+    def info(self) -> DataInfo:
+        """Facts for files and reports; known after a whole pass."""
+        assert self.fingerprint is not None
+        return DataInfo(spec=self.spec, samples=self.samples, fingerprint=self.fingerprint)
 
     def sample(self, count: int) -> Dataset:
         """Return a data set of at most this many of these samples, drawn with a fixed seed."""

@@ -6,14 +6,15 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from moeprune.calibration.analysis import analyze, save_analysis
 from moeprune.data.datasets import Dataset, open_data
+from moeprune.demo.results import DemoModel, Summary
 from moeprune.demo.train import pairs_recipe, single_layer_recipe, train
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment, evaluate
@@ -22,6 +23,7 @@ from moeprune.models.model import Model, save
 from moeprune.models.opening import load
 from moeprune.models.runtime import Runtime
 from moeprune.pruning.sweep import Variant, sweep
+from moeprune.records import to_text
 
 MODELS = {
     "single": ("one Soft MoE layer of 128 experts, no residual", "digits", single_layer_recipe),
@@ -53,25 +55,25 @@ FILES = {
 
 def run_demo(
     directory: Path, train_anew: bool = False, seed: int = 0, runtime: Runtime = Runtime()
-) -> dict[str, Any]:
+) -> Summary:
     """Write checkpoints, analyses and evaluations into the directory, and `summary.json`.
 
     Args:
         train_anew: train both models first (minutes) instead of taking the shipped ones.
 
     Returns:
-        What `summary.json` holds: for each model its data and a row for each method and share.
+        What `summary.json` holds.
 
     Raises:
         MoepruneError: the directory cannot be written, or scikit-learn is missing.
     """
     models = {name: _run_model(name, directory / name, train_anew, seed, runtime) for name in MODELS}
-    summary = {"schema_version": 1, "models": models, "environment": environment(runtime)}
-    write_text(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return {**summary, "directory": str(directory)}
+    summary = Summary(models=models, environment=environment(runtime))
+    write_text(directory / "summary.json", to_text(summary))
+    return summary
 
 
-def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime: Runtime) -> dict[str, Any]:
+def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime: Runtime) -> DemoModel:
     title, data_name, recipe = MODELS[name]
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -95,15 +97,15 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
     rows = []
     results = sweep(full, variants, analysis, test, seed, runtime)
     for (variant, label), (row, model) in zip(labels.items(), results, strict=True):
-        rows.append({"label": label, **row})
+        rows.append(msgspec.structs.replace(row, label=label))
         if variant in FILES:
             save(model, directory / FILES[variant])
             _evaluate(directory / FILES[variant], full, test, runtime)
-    return {"title": title, "data": {"spec": test.spec, "samples": test.samples}, "rows": rows}
+    return DemoModel(title=title, data=test.info, rows=rows)
 
 
 def _evaluate(path: Path, full: Model, test: Dataset, runtime: Runtime) -> None:
     """Write the evaluation of what is in a file beside it."""
-    result = {"checkpoint": path.name, "baseline": "full.safetensors"}
-    result |= evaluate(load(path), test, full, runtime) | {"gates": [], "passed": True}
-    write_text(path.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
+    result = evaluate(load(path), test, full, runtime)
+    result = msgspec.structs.replace(result, checkpoint=path.name, baseline="full.safetensors")
+    write_text(path.with_suffix(".json"), to_text(result))

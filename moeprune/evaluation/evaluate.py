@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,11 +18,11 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.forgetting import forgetting
 from moeprune.evaluation.intervals import mcnemar, paired_difference, wilson
 from moeprune.evaluation.latency import check_batch_sizes, measure_latency
+from moeprune.evaluation.results import Difference, Environment, Evaluation, ModelFigures, Outcomes
 from moeprune.layers.soft_moe import Observation
 from moeprune.models.model import Model, dataset_for, private_copy
+from moeprune.models.results import ModelCost
 from moeprune.models.runtime import Runtime
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,14 @@ def evaluate(
     baseline: Model | None = None,
     runtime: Runtime = Runtime(),
     latency_batches: Sequence[int] | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate a model on labelled data, and compare it with a baseline on the same inputs.
 
     Args:
         latency_batches: batch sizes at which latency is measured too; None: it is not.
 
     Returns:
-        JSON values: `schema_version`, `data`, `model`, and with a baseline `baseline_model`, `difference`
-        and `forgetting`, which are None else; accuracies as fractions, FLOPs per input, bytes of all tensors.
-        `latency` is what measure_latency returns, or None.
+        The evaluation, without gates.
 
     Raises:
         MoepruneError: data that does not fit or has no labels, or a batch size below 1.
@@ -137,33 +135,36 @@ def evaluate(
         difference = compare(described[0], described[1], predictions[0], predictions[1])
         forgotten = forgetting(predictions[0].labels, predictions[0].predicted, predictions[1].predicted)
         indices = data.indices  # with a limit, some samples of the data alone
-        for flips in ("lost", "won"):
-            forgotten[flips] = [indices[place] for place in forgotten[flips]]
+        lost, won = ([indices[place] for place in flips] for flips in (forgotten.lost, forgotten.won))
+        forgotten = msgspec.structs.replace(forgotten, lost=lost, won=won)
     latency = None
     if latency_batches is not None:
         latency = measure_latency(model, data, baseline, latency_batches, runtime)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "data": data.to_json(),
-        "model": described[0],
-        "baseline_model": described[1] if baseline is not None else None,
-        "difference": difference,
-        "forgetting": forgotten,
-        "latency": latency,
-        "environment": environment(runtime),
-    }
+    return Evaluation(
+        checkpoint=None,
+        baseline=None,
+        data=data.info,
+        model=described[0],
+        baseline_model=described[1] if baseline is not None else None,
+        difference=difference,
+        forgetting=forgotten,
+        latency=latency,
+        gates=[],
+        passed=True,
+        environment=environment(runtime),
+    )
 
 
-def describe(model: Model, predictions: Predictions) -> dict[str, Any]:
-    """Accuracy, size and cost of a model as JSON values."""
+def describe(model: Model, predictions: Predictions) -> ModelFigures:
+    """Return accuracy, size and cost of a model."""
     correct, samples = int(predictions.correct.sum()), len(predictions.labels)
-    return {
-        "accuracy": correct / samples,
-        "accuracy_ci95": list(wilson(correct, samples)),
-        "top5_accuracy": float(predictions.in_top5.double().mean()),
-        "loss": predictions.loss,
-        **model.cost(predictions.running),
-    }
+    return ModelFigures(
+        accuracy=correct / samples,
+        accuracy_ci95=wilson(correct, samples),
+        top5_accuracy=float(predictions.in_top5.double().mean()),
+        loss=predictions.loss,
+        **msgspec.structs.asdict(model.cost(predictions.running)),
+    )
 
 
 def require_labelled_images(model: Model, data: Dataset, who: str) -> None:
@@ -190,23 +191,19 @@ def require_labelled_images(model: Model, data: Dataset, who: str) -> None:
 
 
 def compare(
-    model: dict[str, Any], baseline: dict[str, Any], predictions: Predictions, reference: Predictions
-) -> dict[str, Any]:
-    """How a model differs from the baseline on the same inputs, as JSON values.
-
-    Of these, `outcomes` counts the inputs that both predict right, only the baseline (`lost`), only the model
-    (`won`), and neither.
-    """
+    model: ModelCost, baseline: ModelCost, predictions: Predictions, reference: Predictions
+) -> Difference:
+    """Compare a model with the baseline on the same inputs."""
     counts = both, lost, won, neither = paired_counts(predictions, reference)
-    return {
-        "accuracy_drop": (lost - won) / sum(counts),
-        "accuracy_drop_ci95": list(paired_difference(*counts)),
-        "flops_reduction": _reduction(*(side["flops_per_input"]["total"] for side in (baseline, model))),
-        "size_reduction": _reduction(baseline["bytes"], model["bytes"]),
-        "agreement": float((predictions.predicted == reference.predicted).double().mean()),
-        "mcnemar_p": mcnemar(lost, won),
-        "outcomes": {"both": both, "lost": lost, "won": won, "neither": neither},
-    }
+    return Difference(
+        accuracy_drop=(lost - won) / sum(counts),
+        accuracy_drop_ci95=paired_difference(*counts),
+        flops_reduction=_reduction(*(side.flops_per_input.total for side in (baseline, model))),
+        size_reduction=_reduction(baseline.bytes, model.bytes),
+        agreement=float((predictions.predicted == reference.predicted).double().mean()),
+        mcnemar_p=mcnemar(lost, won),
+        outcomes=Outcomes(both=both, lost=lost, won=won, neither=neither),
+    )
 
 
 def paired_counts(predictions: Predictions, reference: Predictions) -> tuple[int, int, int, int]:
@@ -218,18 +215,18 @@ def paired_counts(predictions: Predictions, reference: Predictions) -> tuple[int
     return both, lost, won, len(right) - both - lost - won
 
 
-def _reduction(full: int, remaining: int) -> float:
+def _reduction(full: float, remaining: float) -> float:
     return (full - remaining) / full  # exact where it can be: a gate of 0.1 passes at 900 of 1000
 
 
-def environment(runtime: Runtime) -> dict[str, Any]:
-    """Versions and settings that figures may depend on."""
+def environment(runtime: Runtime) -> Environment:
+    """Return versions and settings that figures may depend on."""
     device = runtime.torch_device
-    return {
-        "moeprune": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": runtime.dtype,
-        "batch_size": runtime.batch_size,
-    }
+    return Environment(
+        moeprune=__version__,
+        torch=str(torch.__version__),
+        python=platform.python_version(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        dtype=runtime.dtype,
+        batch_size=runtime.batch_size,
+    )

@@ -6,12 +6,12 @@ An average hides a class that is lost: one of a hundred classes is one point of 
 from __future__ import annotations
 
 from statistics import NormalDist
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeprune.evaluation.intervals import paired_difference
+from moeprune.evaluation.results import ClassChange, Forgetting
 
 LEVEL = 0.95
 KNOWN = 0.5
@@ -20,7 +20,7 @@ HIDES = 5
 """How many times the average drop a class's must be for the average to hide it."""
 
 
-def forgetting(labels: Tensor, predicted: Tensor, reference: Tensor) -> dict[str, Any]:
+def forgetting(labels: Tensor, predicted: Tensor, reference: Tensor) -> Forgetting:
     """How predictions differ from those of the full model, class by class and input by input.
 
     Args:
@@ -29,12 +29,10 @@ def forgetting(labels: Tensor, predicted: Tensor, reference: Tensor) -> dict[str
         reference: by the full model, likewise.
 
     Returns:
-        JSON values. `classes`: for each class with samples, the largest drop first: `class`, `samples`,
-        `accuracy`, `baseline_accuracy`, `accuracy_drop` and its `accuracy_drop_ci95`. `lost`, `won`: the
-        places, in the order of the labels, of inputs that flip from right to wrong, and from wrong to right.
-        `collapsed`: classes that the full model knows (an accuracy of KNOWN or more), of whose accuracy at
-        most half is left, and whose drop the average hides: it is HIDES times as large, and larger beyond
-        doubt, as its interval, at a level that holds for all classes at once, lies above the average.
+        The changes; `lost` and `won` index the labels. `collapsed` are classes that the full model knows (an
+        accuracy of KNOWN or more), of whose accuracy at most half is left, and whose drop the average hides:
+        it is HIDES times as large, and larger beyond doubt, as its interval, at a level that holds for all
+        classes at once, lies above the average.
     """
     right, reference_right = predicted == labels, reference == labels
     samples = len(labels)
@@ -55,21 +53,21 @@ def forgetting(labels: Tensor, predicted: Tensor, reference: Tensor) -> dict[str
         cells = both[c], only_full[c], only_pruned[c], total[c] - both[c] - only_full[c] - only_pruned[c]
         accuracy, full = (both[c] + only_pruned[c]) / total[c], (both[c] + only_full[c]) / total[c]
         classes.append(
-            {
-                "class": c,
-                "samples": total[c],
-                "accuracy": accuracy,
-                "baseline_accuracy": full,
-                "accuracy_drop": full - accuracy,
-                "accuracy_drop_ci95": list(paired_difference(*cells)),
-            }
+            ClassChange(
+                index=c,
+                samples=total[c],
+                accuracy=accuracy,
+                baseline_accuracy=full,
+                accuracy_drop=full - accuracy,
+                accuracy_drop_ci95=paired_difference(*cells),
+            )
         )
         is_lost = full >= KNOWN and accuracy <= full / 2
         if is_lost and full - accuracy >= HIDES * average and paired_difference(*cells, strict)[0] > average:
             collapsed.append(c)
-    return {
-        "classes": sorted(classes, key=lambda entry: (-entry["accuracy_drop"], entry["class"])),
-        "lost": lost.nonzero().flatten().tolist(),
-        "won": won.nonzero().flatten().tolist(),
-        "collapsed": collapsed,
-    }
+    return Forgetting(
+        classes=sorted(classes, key=lambda change: (-change.accuracy_drop, change.index)),
+        lost=lost.nonzero().flatten().tolist(),
+        won=won.nonzero().flatten().tolist(),
+        collapsed=collapsed,
+    )

@@ -5,40 +5,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
+
+import msgspec
 
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evidence import Drop, Evidence, Median, Share, samples_needed
+from moeprune.evaluation.results import Evaluation, GateResult
 
 
-def _exact(evaluation: Mapping[str, Any]) -> list[Evidence]:
+def _exact(evaluation: Evaluation) -> list[Evidence]:
     return []
 
 
-def _accuracy(evaluation: Mapping[str, Any]) -> list[Evidence]:
-    samples = evaluation["data"]["samples"]
-    return [Share(round(evaluation["model"]["accuracy"] * samples), samples)]
+def _accuracy(evaluation: Evaluation) -> list[Evidence]:
+    samples = evaluation.data.samples
+    return [Share(round(evaluation.model.accuracy * samples), samples)]
 
 
-def _agreement(evaluation: Mapping[str, Any]) -> list[Evidence]:
-    samples = evaluation["data"]["samples"]
-    return [Share(round(evaluation["difference"]["agreement"] * samples), samples)]
+def _agreement(evaluation: Evaluation) -> list[Evidence]:
+    assert evaluation.difference is not None
+    samples = evaluation.data.samples
+    return [Share(round(evaluation.difference.agreement * samples), samples)]
 
 
-def _accuracy_drop(evaluation: Mapping[str, Any]) -> list[Evidence]:
-    return [Drop(**evaluation["difference"]["outcomes"])]
+def _accuracy_drop(evaluation: Evaluation) -> list[Evidence]:
+    assert evaluation.difference is not None
+    return [Drop(*msgspec.structs.astuple(evaluation.difference.outcomes))]
 
 
-def _speedup(evaluation: Mapping[str, Any]) -> list[Evidence]:
-    return [Median(row["speedups"]) for row in evaluation["latency"]["batches"]]
+def _speedup(evaluation: Evaluation) -> list[Evidence]:
+    assert evaluation.latency is not None
+    return [Median(batch.speedups or ()) for batch in evaluation.latency.batches]
 
 
 @dataclass(frozen=True)
 class Gate:
     """A limit on one figure of an evaluation.
 
-    name: as the option without dashes. section, figure: where its value stands in the evaluation's
-    JSON; in the section `latency` the worst of all batch sizes counts. is_maximum: whether the value
+    name: as the option without dashes. section, figure: where its value stands in the evaluation;
+    in the section `latency` the worst of all batch sizes counts. is_maximum: whether the value
     may be at most, or must be at least, the limit. evidence: what the evaluation observed of the figure,
     for each batch size where there are several; nothing of an exact one. is_fraction: whether limits lie
     in 0…1, or may be any ratio above 0.
@@ -48,7 +54,7 @@ class Gate:
     section: str
     figure: str
     is_maximum: bool
-    evidence: Callable[[Mapping[str, Any]], Sequence[Evidence]] = _exact
+    evidence: Callable[[Evaluation], Sequence[Evidence]] = _exact
     is_fraction: bool = True
 
     @property
@@ -120,40 +126,32 @@ def check_limits(
 
 
 def judge(
-    evaluation: Mapping[str, Any], limits: Mapping[str, float | None], confidence: float | None = None
-) -> list[dict[str, Any]]:
+    evaluation: Evaluation, limits: Mapping[str, float | None], confidence: float | None = None
+) -> list[GateResult]:
     """Judge the gates that have a limit.
 
     Args:
-        evaluation: JSON values of an evaluation (see moeprune.evaluation.evaluate.evaluate).
+        evaluation: what the limits are on.
         limits: by gate name; None where there is none.
         confidence: with which each limit must be kept; None: measured values count.
-
-    Returns:
-        JSON values of each gate: `name`, `limit`, `value`, `passed`; `reason` why it did not pass: `missed`
-        (the value is beyond the limit), `undecided` (its bound alone is); `confidence` and `bound`, the
-        one-sided bound of the value that is against the model; `samples` that it rests on, and
-        `samples_needed`, with which the bound of an undecided gate would keep the limit at the same rates.
-        For `min_speedup` samples are repetitions. What does not apply is None: bounds without confidence,
-        and of exact figures; `samples_needed` also where no number would do.
     """
     results = []
     for gate in GATES:
         limit = limits.get(gate.name)
         if limit is not None:
-            section = evaluation[gate.section]
-            rows = section["batches"] if gate.section == "latency" else [section]
-            value = gate.worst([row[gate.figure] for row in rows])
+            section = getattr(evaluation, gate.section)
+            parts = section.batches if gate.section == "latency" else [section]
+            value = gate.worst([getattr(part, gate.figure) for part in parts])
             evidence = gate.evidence(evaluation) if confidence is not None else ()
-            results.append({"name": gate.name, "limit": limit, "value": value})
-            results[-1] |= _verdict(gate, value, limit, evidence, confidence)
+            results.append(_verdict(gate, value, limit, evidence, confidence))
     return results
 
 
 def _verdict(
     gate: Gate, value: float, limit: float, evidence: Sequence[Evidence], confidence: float | None
-) -> dict[str, Any]:
-    reason, bound, samples, needed = None, None, None, None
+) -> GateResult:
+    reason: Literal["missed", "undecided"] | None = None
+    bound, samples, needed = None, None, None
     if evidence and confidence is not None:
         bounds = [part.bound(confidence) for part in evidence]
         bound = gate.worst(bounds)
@@ -168,11 +166,14 @@ def _verdict(
             if not gate.keeps(its_bound, limit)
         ]
         needed = None if None in numbers else max(number for number in numbers if number is not None)
-    return {
-        "passed": reason is None,
-        "reason": reason,
-        "confidence": None if bound is None else confidence,
-        "bound": bound,
-        "samples": samples,
-        "samples_needed": needed,
-    }
+    return GateResult(
+        name=gate.name,
+        limit=limit,
+        value=value,
+        passed=reason is None,
+        reason=reason,
+        confidence=None if bound is None else confidence,
+        bound=bound,
+        samples=samples,
+        samples_needed=needed,
+    )

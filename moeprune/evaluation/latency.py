@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
+from moeprune.evaluation.results import BatchLatency, Interval, Latency
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
 
@@ -44,15 +44,11 @@ def measure_latency(
     baseline: Model | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     runtime: Runtime = Runtime(),
-) -> dict[str, Any]:
+) -> Latency:
     """Measure the seconds of a forward pass, alone and against a baseline on the same inputs.
 
     Inputs are batches of the data that lie ready on the device, another one in each repetition:
     a routed model chooses other experts for other inputs. The runtime's own batch size plays no part.
-
-    Returns:
-        JSON values: `threads` of torch on the CPU, and in `batches` for each batch size what
-        `summarize_latency` returns.
 
     Raises:
         MoepruneError: a batch size below 1, data that cannot be read, or no such device.
@@ -72,9 +68,8 @@ def measure_latency(
         disable=None if runtime.progress else True,
     ):
         seconds = interleaved(functions, ready_batches(data, batch_size, device))
-        summary = summarize_latency(seconds["model"], seconds.get("baseline"))
-        batches.append({"batch_size": batch_size, **summary})
-    return {"threads": torch.get_num_threads(), "batches": batches}
+        batches.append(summarize_latency(batch_size, seconds["model"], seconds.get("baseline")))
+    return Latency(threads=torch.get_num_threads(), batches=batches)
 
 
 def ready_batches(data: Dataset, batch_size: int, device: torch.device) -> list[Tensor]:
@@ -154,26 +149,31 @@ def seconds_of_call(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def summarize_latency(model: Sequence[float], baseline: Sequence[float] | None = None) -> dict[str, Any]:
+def summarize_latency(
+    batch_size: int, model: Sequence[float], baseline: Sequence[float] | None = None
+) -> BatchLatency:
     """Medians and quartiles of a model's seconds, and of how many times as fast as a baseline it is.
 
     Args:
         model, baseline: seconds of each repetition, at least two.
-
-    Returns:
-        JSON values: `repetitions`; `speedup`, the median over repetitions of baseline/model;
-        `model_seconds` and `baseline_seconds`; the 25 % and 75 % quantiles of each as
-        `speedup_iqr` and so on; and `speedups` of the repetitions. Those that need a baseline are None
-        without one.
     """
     speedups = None if baseline is None else [b / m for m, b in zip(model, baseline, strict=True)]
-    figures = {"speedup": speedups, "model_seconds": model, "baseline_seconds": baseline}
-    summary: dict[str, Any] = {"repetitions": len(model)}
-    for name, values in figures.items():
-        summary[name], summary[f"{name}_iqr"] = (None, None) if values is None else _quartiles(values)
-    return summary | {"speedups": speedups}
+    speedup, speedup_iqr = (None, None) if speedups is None else _quartiles(speedups)
+    model_seconds, model_iqr = _quartiles(model)
+    baseline_seconds, baseline_iqr = (None, None) if baseline is None else _quartiles(baseline)
+    return BatchLatency(
+        batch_size=batch_size,
+        repetitions=len(model),
+        speedup=speedup,
+        speedup_iqr=speedup_iqr,
+        model_seconds=model_seconds,
+        model_seconds_iqr=model_iqr,
+        baseline_seconds=baseline_seconds,
+        baseline_seconds_iqr=baseline_iqr,
+        speedups=speedups,
+    )
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, list[float]]:
+def _quartiles(values: Sequence[float]) -> tuple[float, Interval]:
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return median, [low, high]
+    return median, (low, high)

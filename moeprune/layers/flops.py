@@ -25,7 +25,3 @@ class Flops:
 
     def __add__(self, more: Flops) -> Flops:
         return Flops(*(a + b for a, b in zip(asdict(self).values(), asdict(more).values(), strict=True)))
-
-    def to_json(self) -> dict[str, int]:
-        """As JSON values, the total first."""
-        return {"total": self.total, **asdict(self)}

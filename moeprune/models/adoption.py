@@ -32,16 +32,17 @@ class Adopted:
     parity: Parity
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, with the keys of moeprune.models.conversion.Converted."""
+        """Fields of moeprune.models.results.Conversion."""
         config = self.model.config
         return {
-            "from": self.source,
+            "origin": self.source,
             "to": self.target,
             "source": self.model.details.source,
             "arguments": config.arguments,
             "defaults": {},
             "dropped": [],
-            **self.parity.to_json(),
+            "parity": self.parity.measured,
+            "parity_skipped": self.parity.skipped,
         }
 
 

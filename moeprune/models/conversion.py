@@ -44,19 +44,20 @@ class Converted:
     parity: Parity | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; `arguments` are those of the constructor of the library on either side."""
+        """Fields of moeprune.models.results.Conversion."""
         reading = self.reading
         arguments = {} if reading is None else reading.arguments
         if self.target is not None:
             arguments = self.target.arguments(as_dense(self.model.config, self.model.plan)[0])
         return {
-            "from": _name(self.source),
+            "origin": _name(self.source),
             "to": _name(self.target),
             "source": self.model.details.source,
             "arguments": arguments,
             "defaults": {} if reading is None else reading.defaults,
             "dropped": [] if reading is None else reading.dropped,
-            **(self.parity or Parity()).to_json(),
+            "parity": self.parity.measured if self.parity else None,
+            "parity_skipped": self.parity.skipped if self.parity else None,
         }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from moeprune.files.header import TensorInfo
+from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
 from moeprune.plan import Plan
 
 if TYPE_CHECKING:
@@ -17,8 +19,8 @@ def size_and_cost(
     plan: Plan,
     tensors: Mapping[str, TensorInfo],
     running: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """Parameters, bytes, FLOPs per input and experts per input of a model as JSON values.
+) -> ModelCost:
+    """Parameters, bytes, FLOPs per input and experts per input of a model.
 
     Bytes and FLOPs are split into experts, routing, compensation and other. Where a plan says a mass, as
     many experts are counted as run at most, if it is not known how many do.
@@ -36,13 +38,14 @@ def size_and_cost(
     experts: dict[str, float] = {name: layer.num_experts for name, layer in config.moe_layers.items()}
     experts |= {name: layer.k for name, layer in plan.items()}
     experts |= measured
-    return {
-        "parameters": sum(tensor.numel for tensor in tensors.values()),
-        "bytes": sum(parts.values()),
-        "bytes_by_part": parts,
-        "flops_per_input": config.flops(plan, measured).to_json(),
-        "experts_per_input": float(sum(experts.values())),
-    }
+    flops = config.flops(plan, measured)
+    return ModelCost(
+        parameters=sum(tensor.numel for tensor in tensors.values()),
+        bytes=sum(parts.values()),
+        bytes_by_part=BytesByPart(**parts),
+        flops_per_input=FlopsByPart(total=flops.total, **asdict(flops)),
+        experts_per_input=float(sum(experts.values())),
+    )
 
 
 def part_of(name: str, layers: Container[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from moeprune.files import checkpoint
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.cost import size_and_cost
 from moeprune.models.details import FORMAT, Details
+from moeprune.models.results import ModelCost
 from moeprune.models.tensors import require_one_type
 from moeprune.plan import Plan, plan_to_json
 from moeprune.records import to_json
@@ -47,7 +48,7 @@ class Model(nn.Module):
         """The plans of the pruned layers."""
         return {name: layer.plan for name, layer in self.moe_layers.items() if layer.plan is not None}
 
-    def cost(self, running: Mapping[str, float] | None = None) -> dict[str, Any]:
+    def cost(self, running: Mapping[str, float] | None = None) -> ModelCost:
         """Return parameters, bytes, FLOPs and experts per input; see `moeprune.models.cost`."""
         return size_and_cost(self.config, self.plan, checkpoint.tensor_infos(self.state_dict()), running)
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from moeprune.errors import MoepruneError
 from moeprune.models.libraries.interface import Source, as_dense
 from moeprune.models.model import Model, private_copy
+from moeprune.models.results import MeasuredParity
 from moeprune.models.vit import SoftMoEViT
 
 IMAGES = 4
@@ -34,16 +34,14 @@ class Parity:
     dtype: str | None = None
     skipped: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values: `parity`, and `parity_skipped` with the reason where it is null."""
-        measured = None
-        if self.max_relative_difference is not None:
-            measured = {
-                "max_relative_difference": self.max_relative_difference,
-                "dtype": self.dtype,
-                "images": IMAGES,
-            }
-        return {"parity": measured, "parity_skipped": self.skipped}
+    @property
+    def measured(self) -> MeasuredParity | None:
+        """For reports; None if it was skipped."""
+        if self.max_relative_difference is None or self.dtype is None:
+            return None
+        return MeasuredParity(
+            max_relative_difference=self.max_relative_difference, dtype=self.dtype, images=IMAGES
+        )
 
 
 def compare(model: SoftMoEViT, library: Source, tensors: Mapping[str, Tensor]) -> Parity:

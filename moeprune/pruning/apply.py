@@ -382,7 +382,7 @@ def _provenance(
     if analysis is not None:
         used = analysis.provenance["data"]
     elif data is not None:
-        used = data.to_json()
+        used = to_json(data.info)
     if used is not None:
         provenance["calibration"] = {**used, "spec": Path(used["spec"]).name}
         if any(layer.scope == "batch" for layer in plan.values()):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any
 
 from moeprune.plan import is_possible
+from moeprune.pruning.results import OnFrontier, SweepRow
 from moeprune.pruning.sweep import Variant
 
 KEEPS = tuple(Fraction(1, 2**power) for power in range(6, 0, -1))
@@ -39,20 +39,20 @@ def variants(keeps: Sequence[Fraction | int], scopes: Sequence[str]) -> Iterator
             yield label, Variant(keep, scope, signal, compensate)
 
 
-def cost(row: Mapping[str, Any], which: str) -> float:
-    """A row's `size` or `flops` as a share of the full model's."""
-    return 1.0 - float(row["difference"][f"{which}_reduction"])
+def cost(row: SweepRow, which: str) -> float:
+    """Return a row's `size` or `flops` as a share of the full model's."""
+    return 1.0 - float(getattr(row.difference, f"{which}_reduction"))
 
 
-def on_frontier(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, bool]]:
+def on_frontier(rows: Iterable[SweepRow]) -> list[OnFrontier]:
     """For each row and each of COSTS: whether no other row is as accurate at less cost, or more accurate at
     no more.
     """
     rows = list(rows)
 
-    def is_best(row: Mapping[str, Any], which: str) -> bool:
-        own = (cost(row, which), -row["accuracy"])
-        others = ((cost(other, which), -other["accuracy"]) for other in rows)
+    def is_best(row: SweepRow, which: str) -> bool:
+        own = (cost(row, which), -row.accuracy)
+        others = ((cost(other, which), -other.accuracy) for other in rows)
         return not any(o != own and o[0] <= own[0] and o[1] <= own[1] for o in others)
 
-    return [{which: is_best(row, which) for which in COSTS} for row in rows]
+    return [OnFrontier(**{which: is_best(row, which) for which in COSTS}) for row in rows]

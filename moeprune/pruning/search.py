@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from moeprune.plan import Plan
 from moeprune.pruning.apply import ALREADY_PRUNED, calibration_data, prune
 from moeprune.pruning.budgets import flops_costs, plan_of_experts, plan_within, size_costs
 from moeprune.pruning.compensation import is_affordable_refit
+from moeprune.pruning.results import Confirmation, Search, TriedPlan
 
 COMPARED_INPUTS = 1000
 STEPS_OF_TWO = 2
@@ -41,14 +41,11 @@ LEVEL = 0.95
 class Found:
     """The model that a search found, and how.
 
-    model: pruned. report: JSON values: `max_accuracy_drop`; `tried`: for each plan its `k` by layer,
-    `size` and `flops` as shares of the full model's, and the `accuracy_drop` on the part that was
-    searched; `confirmed`: `samples`, `accuracy_drop`, `accuracy_drop_ci95` and `mcnemar_p` on the other, and
-    how many `plans` were measured on it until one was within the drop.
+    model: pruned. report: plans tried on the part that was searched, and the drop confirmed on the other.
     """
 
     model: Model
-    report: dict[str, Any]
+    report: Search
 
 
 def prune_best(
@@ -148,20 +145,20 @@ def prune_within_drop(
         calibration = calibration_data(model, analysis)
     described = describe(model, full_searched)
     plans = _ladder(model, analysis, scope, signal, compensate, energy)
-    tried: dict[int, dict[str, Any]] = {}
+    tried: dict[int, TriedPlan] = {}
 
     def attempt(index: int) -> Model | None:
         """The pruned model, if it is within the drop on the part that is searched."""
         pruned = prune(model, analysis, plan=plans[index], data=calibration, seed=seed, runtime=runtime)
         [predictions] = predict([pruned], searched, runtime, f"try {len(tried) + 1}")
         difference = compare(describe(pruned, predictions), described, predictions, full_searched)
-        tried[index] = {
-            "k": {name: layer.k for name, layer in plans[index].items()},
-            "size": 1 - difference["size_reduction"],
-            "flops": 1 - difference["flops_reduction"],
-            "accuracy_drop": difference["accuracy_drop"],
-        }
-        return pruned if difference["accuracy_drop"] <= max_accuracy_drop else None
+        tried[index] = TriedPlan(
+            k={name: layer.k for name, layer in plans[index].items()},
+            size=1 - difference.size_reduction,
+            flops=1 - difference.flops_reduction,
+            accuracy_drop=difference.accuracy_drop,
+        )
+        return pruned if difference.accuracy_drop <= max_accuracy_drop else None
 
     # The first plan that passes is in low…high; behind the last one would be the full model.
     low, high = 0, len(plans)
@@ -174,11 +171,11 @@ def prune_within_drop(
         else:
             low = middle + 1
     [full_confirming] = predict([model], confirming, runtime, "full model")
-    drops = {index: entry["accuracy_drop"] for index, entry in tried.items()}  # on the worse half
+    drops = {index: entry.accuracy_drop for index, entry in tried.items()}  # on the worse half
     measured = 0
     for index in range(high, len(plans)):
         pruned = smallest if index == high else attempt(index)
-        drops[index] = tried[index]["accuracy_drop"]
+        drops[index] = tried[index].accuracy_drop
         if pruned is None:
             continue
         [predictions] = predict([pruned], confirming, runtime, "confirm")
@@ -188,18 +185,18 @@ def prune_within_drop(
         drops[index] = max(drops[index], drop)
         if drop <= max_accuracy_drop:
             quantile = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / measured)
-            confirmed = {
-                "samples": confirming.samples,
-                "plans": measured,
-                "accuracy_drop": drop,
-                "accuracy_drop_ci95": list(paired_difference(*counts, quantile)),
-                "mcnemar_p": mcnemar(lost, won),
-            }
-            report = {
-                "max_accuracy_drop": max_accuracy_drop,
-                "tried": [tried[i] for i in sorted(tried)],
-                "confirmed": confirmed,
-            }
+            confirmed = Confirmation(
+                samples=confirming.samples,
+                plans=measured,
+                accuracy_drop=drop,
+                accuracy_drop_ci95=paired_difference(*counts, quantile),
+                mcnemar_p=mcnemar(lost, won),
+            )
+            report = Search(
+                max_accuracy_drop=max_accuracy_drop,
+                tried=[tried[i] for i in sorted(tried)],
+                confirmed=confirmed,
+            )
             return Found(pruned, report)
     if not tried:
         raise MoepruneError(

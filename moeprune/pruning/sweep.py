@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
-from typing import Any
 
 from tqdm import tqdm
 
@@ -15,11 +14,13 @@ from moeprune.calibration.analysis import Analysis
 from moeprune.data.datasets import Dataset
 from moeprune.evaluation.evaluate import Predictions, compare, describe, predict
 from moeprune.evaluation.latency import measure_latency
+from moeprune.evaluation.results import Latency, ModelFigures
 from moeprune.models.model import Model, require_moe_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import COMPENSATIONS, LayerPlan, experts_to_keep, is_possible
 from moeprune.pruning.apply import calibration_data, prune
 from moeprune.pruning.compensation import is_affordable_refit
+from moeprune.pruning.results import SweepRow
 
 RANDOM_DRAWS = 10
 COMPENSATIONS_TRIED = tuple(name for name in COMPENSATIONS if name != "merge")
@@ -34,10 +35,6 @@ class Variant:
     scope: str
     signal: str
     compensate: str
-
-    def to_json(self) -> dict[str, str]:
-        """As JSON values."""
-        return {**asdict(self), "keep": str(self.keep)}
 
 
 def grid(
@@ -88,7 +85,7 @@ def sweep(
     seed: int = 0,
     runtime: Runtime = Runtime(),
     latency_batches: Sequence[int] | None = None,
-) -> Iterator[tuple[dict[str, Any], Model]]:
+) -> Iterator[tuple[SweepRow, Model]]:
     """Prune the model in each way and evaluate it on labelled data, one after the other.
 
     Args:
@@ -102,11 +99,8 @@ def sweep(
             it is not.
 
     Yields:
-        A row of JSON values and the model that it is about: first the full one, then one for each
-        variant (the last of its draws). A row holds `keep`, `scope`, `signal`, `compensate`;
-        `accuracy` and `agreement` (means over the draws), `accuracy_sd` (over the draws; None for
-        one), `retained` (accuracy as a share of the full model's), `draws`; and `model`, `difference` and
-        `latency` as in moeprune.evaluation.evaluate.evaluate, of the model that comes with it.
+        A row, without label and frontier, and the model that it is about: first the full one, then one for
+        each variant (the last of its draws).
     """
     todo = list(variants)
     for variant, (name, layer) in product(todo, require_moe_layers(model).items()):
@@ -114,14 +108,13 @@ def sweep(
     calibration = calibration_data(model, analysis)
     [full] = predict([model], data, runtime)
     described = describe(model, full)
-    unpruned = dict.fromkeys(("keep", "scope", "signal", "compensate")) | {"keep": "1"}
 
-    def latency(pruned: Model) -> dict[str, Any] | None:
+    def latency(pruned: Model) -> Latency | None:
         if latency_batches is None:
             return None
         return measure_latency(pruned, data, model, latency_batches, runtime)
 
-    yield {**_row(unpruned, [(described, full)], described, full), "latency": latency(model)}, model
+    yield _row(None, [(described, full)], described, full, latency(model)), model
     for variant in tqdm(todo, desc="sweep", unit=" variants", disable=None if runtime.progress else True):
         results = []
         for draw in range(RANDOM_DRAWS if variant.signal == "random" else 1):
@@ -138,25 +131,32 @@ def sweep(
             )
             [predictions] = predict([pruned], data, runtime)
             results.append((describe(pruned, predictions), predictions))
-        yield {**_row(variant.to_json(), results, described, full), "latency": latency(pruned)}, pruned
+        yield _row(variant, results, described, full, latency(pruned)), pruned
 
 
 def _row(
-    variant: Mapping[str, str | None],
-    results: list[tuple[dict[str, Any], Predictions]],
-    full: dict[str, Any],
+    variant: Variant | None,
+    results: list[tuple[ModelFigures, Predictions]],
+    full: ModelFigures,
     full_predictions: Predictions,
-) -> dict[str, Any]:
-    accuracies = [described["accuracy"] for described, _ in results]
+    latency: Latency | None,
+) -> SweepRow:
+    accuracies = [described.accuracy for described, _ in results]
     differences = [compare(described, full, found, full_predictions) for described, found in results]
     accuracy = statistics.fmean(accuracies)
-    return {
-        **variant,
-        "accuracy": accuracy,
-        "accuracy_sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "retained": accuracy / full["accuracy"] if full["accuracy"] else None,
-        "agreement": statistics.fmean(difference["agreement"] for difference in differences),
-        "draws": len(results),
-        "model": results[-1][0],
-        "difference": differences[-1],
-    }
+    return SweepRow(
+        label=None,
+        keep="1" if variant is None else str(variant.keep),
+        scope=None if variant is None else variant.scope,
+        signal=None if variant is None else variant.signal,
+        compensate=None if variant is None else variant.compensate,
+        accuracy=accuracy,
+        accuracy_sd=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        retained=accuracy / full.accuracy if full.accuracy else None,
+        agreement=statistics.fmean(difference.agreement for difference in differences),
+        draws=len(results),
+        model=results[-1][0],
+        difference=differences[-1],
+        latency=latency,
+        on_frontier=None,
+    )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
+from moeprune.evaluation.results import GateResult
 from moeprune.report.commands import gate_in_words
 from moeprune.report.document import Document, Facts, Lines, Table
 
 
 def to_annotations(
-    command: str, document: Document, gates: Sequence[Mapping[str, Any]], warnings: Iterable[str]
+    command: str, document: Document, gates: Sequence[GateResult], warnings: Iterable[str]
 ) -> str:
     """An error for each failed gate, a warning for each warning, a notice for what passed or was found.
 
@@ -21,9 +21,9 @@ def to_annotations(
         warnings: what it warned of.
     """
     lines = [annotation("warning", command, warning) for warning in warnings]
-    for gate in sorted(gates, key=lambda gate: gate["passed"]):
-        level, verdict = ("notice", "passed") if gate["passed"] else ("error", "failed")
-        title = f"{command}: {gate['name']} {verdict}"
+    for gate in sorted(gates, key=lambda gate: gate.passed):
+        level, verdict = ("notice", "passed") if gate.passed else ("error", "failed")
+        title = f"{command}: {gate.name} {verdict}"
         lines.append(annotation(level, title, f"{document.title}: {gate_in_words(gate)}"))
     if not gates:
         lines.append(annotation("notice", command, "\n".join(_in_short(document))))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from moeprune.errors import MoepruneError
+from moeprune.evaluation.results import GateResult
 from moeprune.report.commands import gate_in_words
 from moeprune.report.document import Document
 from moeprune.report.markup import legal
 from moeprune.report.text import to_text
 
 
-def to_junit(
-    command: str, document: Document, gates: Sequence[Mapping[str, Any]], warnings: Sequence[str]
-) -> str:
+def to_junit(command: str, document: Document, gates: Sequence[GateResult], warnings: Sequence[str]) -> str:
     """A test case for each gate, or one for the command where nothing was judged.
 
     No times: equal runs give equal bytes.
@@ -26,10 +24,10 @@ def to_junit(
         gates: what moeprune.evaluation.gates.judge returns; empty where nothing was judged.
         warnings: what it warned of, which goes to `system-err`.
     """
-    suites, suite = _suite(command, len(gates) or 1, failures=sum(not gate["passed"] for gate in gates))
+    suites, suite = _suite(command, len(gates) or 1, failures=sum(not gate.passed for gate in gates))
     for gate in gates:
-        case = ElementTree.SubElement(suite, "testcase", {"classname": command, "name": gate["name"]})
-        if not gate["passed"]:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": command, "name": gate.name})
+        if not gate.passed:
             words = gate_in_words(gate)
             failure = ElementTree.SubElement(case, "failure", {"type": "gate", "message": words})
             failure.text = legal(f"{document.title}: {words}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from moeprune.calibration.statistics import LayerStatistics
-from moeprune.plan import LayerPlan, plan_to_json
+from moeprune.plan import LayerPlan
 from moeprune.report.commands import percent, plan_in_words
 from moeprune.report.document import Block, Heading, Lines, Table
 from moeprune.report.figure import Axis, Bars, Figure, HeatMap, Plot, Series
@@ -39,7 +39,7 @@ def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -
 
 
 def _in_words(statistics: LayerStatistics, plan: LayerPlan) -> str:
-    text = plan_in_words(plan_to_json({"": plan})[""])
+    text = plan_in_words(plan)
     if plan.kept is not None:
         mass = float(statistics.mean_mass[list(plan.kept)].sum())
         text += f": the kept experts hold {percent(mass)} of the mass of all inputs"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from moeprune.errors import MoepruneError
 from moeprune.files.writing import write_bytes
 from moeprune.pruning.frontier import METHODS, cost
+from moeprune.pruning.results import SweepRow
 
 SUFFIXES = (".png", ".svg")
 COLORS = ("#0072b2", "#56b4e9", "#009e73", "#7fc97f", "#d55e00", "#e69f00", "#cc79a7", "#999999")
 """Of the methods, in their order: they differ for colour-blind readers too."""
-Point = Callable[[Mapping[str, Any]], float]
+Point = Callable[[SweepRow], float]
 
 
 def check_plot(path: Path) -> None:
@@ -33,7 +33,7 @@ def check_plot(path: Path) -> None:
         raise MoepruneError("plots need matplotlib", "install it, or moeprune's extra `report`") from None
 
 
-def plot_frontier(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+def plot_frontier(rows: Sequence[SweepRow], title: str, path: Path) -> None:
     """Draw accuracy over size, over FLOPs and, where it was measured, over speed-up; equal rows give equal
     bytes.
 
@@ -52,23 +52,23 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
         ("size, share of the full model's", lambda row: cost(row, "size")),
         ("FLOPs, share of the full model's", lambda row: cost(row, "flops")),
     ]
-    if rows[0]["latency"] is not None:
-        batch = rows[0]["latency"]["batches"][0]["batch_size"]
+    if rows[0].latency is not None:
+        batch = rows[0].latency.batches[0].batch_size
         panels.append((f"speed-up with {batch} input{'s' if batch > 1 else ''}", _speedup))
     figure = Figure(figsize=(5 * len(panels), 5.4), layout="constrained", dpi=120)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    full = next(row for row in rows if row["label"] is None)
+    full = next(row for row in rows if row.label is None)
     for axis, (name, point) in zip(axes, panels, strict=True):
-        axis.axhline(full["accuracy"], color="black", linewidth=1, linestyle=":")
+        axis.axhline(full.accuracy, color="black", linewidth=1, linestyle=":")
         for color, label in zip(COLORS, METHODS.values(), strict=True):
-            own = [row for row in rows if row["label"] == label and row["keep"] != "0"]
-            none = [row for row in rows if row["label"] == label and row["keep"] == "0"]
+            own = [row for row in rows if row.label == label and row.keep != "0"]
+            none = [row for row in rows if row.label == label and row.keep == "0"]
             if own:
-                xs, ys = [point(row) for row in own], [row["accuracy"] for row in own]
+                xs, ys = [point(row) for row in own], [row.accuracy for row in own]
                 axis.plot(xs, ys, color=color, marker="o", markersize=4, linewidth=1.5, label=label)
-            xs, ys = [point(row) for row in none], [row["accuracy"] for row in none]
+            xs, ys = [point(row) for row in none], [row.accuracy for row in none]
             axis.plot(xs, ys, color=color, marker="x", linestyle="")
-        axis.plot([point(full)], [full["accuracy"]], color="black", marker="*", markersize=11, linestyle="")
+        axis.plot([point(full)], [full.accuracy], color="black", marker="*", markersize=11, linestyle="")
         axis.set_xlabel(name)
         axis.grid(color="#dddddd", linewidth=0.6)
         for side in ("top", "right"):
@@ -85,5 +85,5 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     write_bytes(path, buffer.getvalue())
 
 
-def _speedup(row: Mapping[str, Any]) -> float:
-    return float(row["latency"]["batches"][0]["speedup"] or 1.0)
+def _speedup(row: SweepRow) -> float:
+    return row.latency.batches[0].speedup or 1.0 if row.latency is not None else 1.0

@@ -35,6 +35,7 @@ from moeprune.models.model import Model, dataset_for, fingerprint, private_copy,
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import experts_to_keep
+from moeprune.records import to_json
 
 SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))
 EXHAUSTIVE_EXPERTS = 12
@@ -105,7 +106,7 @@ def compare_signals(
         for name, contest in contests.items():
             contest.add(inputs, targets, observations[name])
     return {
-        "data": data.to_json(),
+        "data": to_json(data.info),
         "accuracy": int(right) / data.samples,
         "layers": {name: contest.result(data) for name, contest in contests.items()},
     }

@@ -17,6 +17,7 @@ from fractions import Fraction
 import moeprune
 from moeprune.calibration.statistics import INFORMATIVE_MASS, summarize
 from moeprune.demo.train import single_layer_recipe, train
+from moeprune.plan import SCOPES
 from moeprune.pruning.sweep import Variant, sweep
 
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -38,12 +39,12 @@ def main() -> None:
             model = train(dataclasses.replace(single_layer_recipe(num_experts), scale=scale))
             data = moeprune.open_data("digits:calibration", model.input_format)
             analysis = moeprune.analyze(model, data)
-            [layer] = (summarize(statistics) for statistics in analysis.layers.values())
+            [layer] = (summarize(statistics, SCOPES) for statistics in analysis.layers.values())
             _, *rows = (row for row, _ in sweep(model, VARIANTS.values(), analysis, data))
-            trained, mass = float(model.get_parameter("blocks.0.soft_moe.scale")), layer["best_eighth_mass"]
+            trained, mass = float(model.get_parameter("blocks.0.soft_moe.scale")), layer.best_eighth_mass
             print(
-                f"{num_experts:4} {scale:6g} {trained:8.2f} {mass:12.3f} {len(layer['unused_experts']):7}",
-                *(f"{row['retained']:17.3f}" for row in rows),
+                f"{num_experts:4} {scale:6g} {trained:8.2f} {mass:12.3f} {len(layer.unused_experts):7}",
+                *(f"{row.retained:17.3f}" for row in rows),
                 flush=True,
             )
 

@@ -1,0 +1,37 @@
+"""Results of an analysis; no torch."""
+
+from __future__ import annotations
+
+from moeprune.data.info import DataInfo
+from moeprune.records import Report, Result
+
+
+class LayerSummary(Result, frozen=True):
+    """How the combine mass of one layer is spread over its experts.
+
+    best_eighth_mass: mean mass of an input's best n/8 experts. static_eighth_mass: that of the n/8 experts
+    that are best over all inputs. uniform_mass: that of n/8 experts under a uniform router.
+    experts_for_mass_per_input, experts_for_mass_overall: experts that hold 50, 90 and 99 % of one input's
+    mass (mean), and of the mass of all inputs. unused_experts: those that never hold a tenth of 1/n.
+    informative: whether the mass is concentrated enough for the signal `combine`.
+    scopes: in which the layer can be pruned.
+    """
+
+    experts: int
+    best_eighth_mass: float
+    static_eighth_mass: float
+    uniform_mass: float
+    experts_for_mass_per_input: list[float]
+    experts_for_mass_overall: list[int]
+    unused_experts: list[int]
+    informative: bool
+    scopes: tuple[str, ...]
+
+
+class AnalysisReport(Report, frozen=True):
+    """Layers of a checkpoint on calibration data; analysis: the file written."""
+
+    checkpoint: str
+    analysis: str
+    data: DataInfo
+    layers: dict[str, LayerSummary]

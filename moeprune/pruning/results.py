@@ -1,0 +1,100 @@
+"""Results of pruning and of a sweep; no torch."""
+
+from __future__ import annotations
+
+from moeprune.data.info import DataInfo
+from moeprune.evaluation.results import Difference, Environment, Interval, Latency, ModelFigures
+from moeprune.models.results import ModelCost
+from moeprune.plan import LayerPlan
+from moeprune.records import Report, Result
+
+
+class TriedPlan(Result, frozen=True):
+    """One plan of a search; k: experts by layer. size, flops: shares of the full model's."""
+
+    k: dict[str, int]
+    size: float
+    flops: float
+    accuracy_drop: float
+
+
+class Confirmation(Result, frozen=True):
+    """The accuracy drop of the chosen plan on samples that were not searched.
+
+    plans: plans measured there until one was within the limit.
+    """
+
+    samples: int
+    plans: int
+    accuracy_drop: float
+    accuracy_drop_ci95: Interval
+    mcnemar_p: float
+
+
+class Search(Result, frozen=True):
+    """A search for the smallest model within an accuracy drop."""
+
+    max_accuracy_drop: float
+    tried: list[TriedPlan]
+    confirmed: Confirmation
+
+
+class PlanFile(Report, frozen=True):
+    """A file of `--plan` and `--save-plan`; see moeprune.pruning.plan_file for its defaults."""
+
+    plan: dict[str, LayerPlan]
+
+
+class Pruned(Report, frozen=True):
+    """What `prune` wrote.
+
+    checkpoint, saved_plan: files written, or None. model: None without a checkpoint. search: None without
+    `--max-accuracy-drop`.
+    """
+
+    checkpoint: str | None
+    saved_plan: str | None
+    plan: dict[str, LayerPlan]
+    model: ModelCost | None
+    full_model: ModelCost
+    search: Search | None
+
+
+class OnFrontier(Result, frozen=True):
+    """Whether no other row is as accurate at less cost, or more accurate at no more."""
+
+    size: bool
+    flops: bool
+
+
+class SweepRow(Result, frozen=True):
+    """One way to prune and its evaluation; scope, signal and compensate are None for the full model.
+
+    accuracy, agreement: means over the draws. accuracy_sd: over the draws, None for one draw.
+    retained: accuracy as a share of the full model's. model, difference, latency: of the last draw.
+    """
+
+    label: str | None
+    keep: str
+    scope: str | None
+    signal: str | None
+    compensate: str | None
+    accuracy: float
+    accuracy_sd: float | None
+    retained: float | None
+    agreement: float
+    draws: int
+    model: ModelFigures
+    difference: Difference
+    latency: Latency | None
+    on_frontier: OnFrontier | None
+
+
+class Sweep(Report, frozen=True):
+    """Many ways to prune one model; the first row is the full model. plot: the file drawn, or None."""
+
+    checkpoint: str
+    data: DataInfo
+    rows: list[SweepRow]
+    plot: str | None
+    environment: Environment
