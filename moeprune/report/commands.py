@@ -436,27 +436,6 @@ def _remaining(row: SweepRow) -> tuple[str, str]:
     return percent(1 - difference.size_reduction), percent(1 - difference.flops_reduction)
 
 
-def configuration(found: Mapping[str, Any]) -> Document:
-    """The report of `moeprune config`: a table of each command's options."""
-    places = {"default": "default", "environment": "${}", "file": f"{{}} in {found['file']}"}
-    tables = []
-    for command, options in found["commands"].items():
-        rows = [
-            (name, _setting(option["value"]), places[option["source"]].format(option["place"]))
-            for name, option in options.items()
-        ]
-        tables.append(Table(("option", "value", "from"), rows, f"moeprune {command}"))
-    return Document(f"configuration: {found['file'] or 'no file'}", tables)
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "" if value is None else plain(value)
-
-
 def _retained(row: SweepRow) -> str:
     text = percent(row.retained or 0)
     if row.accuracy_sd is not None:
