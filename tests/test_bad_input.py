@@ -839,12 +839,12 @@ OPTIONS: list[Case] = [
             w.npz(inputs=np.zeros((SAMPLES, 1, 8, 8), "u1")), "--preprocess", setting
         ), fragments)
         for setting, fragments in {
-            "crop=224": ("--preprocess crop=224", "`crop`", "resize"),
+            "crop=224": ("`crop`", "resize"),
             "": ("--preprocess ",),
             "=3": ("--preprocess =3",),
             "mean": ("--preprocess mean",),
-            "mean=": ("--preprocess mean=",),
-            "mean=grey": ("--preprocess mean=grey",),
+            "mean=": ("mean",),
+            "mean=grey": ("mean", "grey"),
             "mean=0.1,0.2": ("mean", "2 values", "1 channels"),
             "mean=nan": ("mean",),
             "mean=inf": ("mean",),
@@ -852,7 +852,7 @@ OPTIONS: list[Case] = [
             "std=-1": ("std",),
             "std=inf": ("std",),
             "resize=0": ("resize",),
-            "resize=8.5": ("--preprocess resize=8.5",),
+            "resize=8.5": ("resize", "8.5"),
             "interpolation=best": ("interpolation", "best", "bilinear"),
         }.items()
     ),

@@ -503,11 +503,11 @@ def test_images_of_other_modes_are_converted(tmp_path, mode):
 
 def test_settings_replace_those_of_the_checkpoint():
     start = Preprocessing(resize=20, mean=(0.5,), std=(0.5,))
-    assert start.updated(["mean=0.1,0.2,0.3", "interpolation=nearest"]) == Preprocessing(
+    assert start.updated({"mean": [0.1, 0.2, 0.3], "interpolation": "nearest"}) == Preprocessing(
         resize=20, interpolation="nearest", mean=(0.1, 0.2, 0.3), std=(0.5,)
     )
-    assert start.updated(["resize=9", "resize=12"]).resize == 12
-    assert start.updated([]) == start
+    assert start.updated({"mean": 0}).mean == (0.0,)
+    assert start.updated({}) == start
 
 
 def test_preprocess_option_changes_what_the_model_sees(single, run_json, tmp_path, arrays):

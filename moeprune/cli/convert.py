@@ -9,6 +9,7 @@ import typer
 
 from moeprune.cli.options import Factory, Preprocess
 from moeprune.cli.reporter import Reporter, check_choice
+from moeprune.cli.settings import parse_settings
 from moeprune.errors import MoepruneError
 
 
@@ -67,18 +68,19 @@ def convert(
     """
     reporter.check_outputs(output=output)
     from moeprune.models.libraries import LAYER_LIBRARIES, SOURCES
-    from moeprune.models.libraries.given import parse_settings
+    from moeprune.models.libraries.given import parse_settings as parse_texts
 
     check_choice("--to", to, ("moeprune", *SOURCES, *LAYER_LIBRARIES))
     if source is not None and model is None:
         check_choice("--source", source, tuple(SOURCES))
-    arguments = parse_settings(source_arg or ())
+    arguments = parse_texts(source_arg or ())
     if model is None and (model_arg or input_shape is not None):
         raise MoepruneError(
             "`--model-arg` and `--input-shape` go with `--model`", "say what builds the model"
         )
     if model is not None and arguments:
         raise MoepruneError("`--source-arg` does not go with `--model`", "give `--model-arg`")
+    settings = parse_settings(preprocess, "--preprocess")
     from moeprune.models import adoption, conversion
     from moeprune.models.adopted import parse_arguments, parse_shape
     from moeprune.models.results import Conversion
@@ -88,7 +90,7 @@ def convert(
     if to != "moeprune" and adoption.is_own_model(checkpoint):
         converted = adoption.give_back(checkpoint, output, to, model)
     elif model is None:
-        converted = conversion.convert(checkpoint, output, to, source, arguments, preprocess, key)
+        converted = conversion.convert(checkpoint, output, to, source, arguments, settings, key)
     elif to != "moeprune" or conversion.is_ours(checkpoint):
         raise MoepruneError(
             f"`--model` takes in a file that your own code wrote: not `{checkpoint}` with `--to {to}`",
@@ -97,7 +99,7 @@ def convert(
     else:
         shape, own_arguments = parse_shape(input_shape), parse_arguments(model_arg or ())
         converted = adoption.adopt_file(
-            checkpoint, output, model, own_arguments, shape, key, preprocess, source
+            checkpoint, output, model, own_arguments, shape, key, settings, source
         )
     found = Conversion(
         checkpoint=str(checkpoint),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeprune.cli.reporter import logger, warn
+from moeprune.cli.settings import parse_settings
 from moeprune.errors import MoepruneError
 from moeprune.report.commands import amount
 
@@ -31,7 +32,8 @@ def load_model(path: Path, factory: str | None, preprocess: list[str] | None) ->
                 " on `--batch-size` and on the order of the inputs"
             )
     if preprocess:
-        updated = model.details.preprocessing.updated(preprocess)
+        settings = parse_settings(preprocess, "--preprocess")
+        updated = model.details.preprocessing.updated(settings)
         model.details = replace(model.details, preprocessing=updated)
     return model
 

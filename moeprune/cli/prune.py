@@ -20,6 +20,7 @@ from moeprune.cli.options import (
     Split,
 )
 from moeprune.cli.reporter import Reporter, check_choice
+from moeprune.cli.settings import parse_settings
 from moeprune.errors import MoepruneError
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, is_possible, parse_keep
 
@@ -228,7 +229,7 @@ def prune(
         wanted = plans[0]
         is_static = all(layer.scope == "static" for layer in wanted.values())
         if output is not None and is_static and data is None and not pruning.needs_pass(wanted, one_shot):
-            preprocessing = details.preprocessing.updated(preprocess or [])
+            preprocessing = details.preprocessing.updated(parse_settings(preprocess, "--preprocess"))
             pruning.prune_file(
                 checkpoint, output, measured, plan=wanted, preprocessing=preprocessing, seed=seed
             )

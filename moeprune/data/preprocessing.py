@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -41,31 +41,19 @@ class Preprocessing(Record, frozen=True, omit_defaults=False):
             if not all(math.isfinite(value) for value in getattr(self, name)):
                 raise MoepruneError(f"preprocessing: `{name}` has NaN or infinite values", HINT)
 
-    def updated(self, settings: Sequence[str]) -> Preprocessing:
-        """Return a copy with settings such as `resize=256` or `mean=0.485,0.456,0.406`.
+    def updated(self, settings: Mapping[str, Any]) -> Preprocessing:
+        """Return a copy with some settings replaced; one number stands for a list of one.
 
         Raises:
             MoepruneError: an unknown key or a value that does not fit.
         """
-        values: dict[str, Any] = to_json(self)
-        for setting in settings:
-            key, _, text = setting.partition("=")
-            if key not in values:
-                raise MoepruneError(
-                    f"`--preprocess {setting}`: unknown key `{key}`", f"known keys: {', '.join(values)}"
-                )
-            try:
-                if key in ("mean", "std"):
-                    values[key] = [float(part) for part in text.split(",")]
-                else:
-                    values[key] = int(text) if key == "resize" else text
-            except ValueError:
-                raise MoepruneError(f"`--preprocess {setting}`: `{text}` is not a number", HINT) from None
-            try:
-                from_json(values, Preprocessing, f"`--preprocess {setting}`")
-            except MoepruneError as error:
-                raise MoepruneError(error.message, HINT) from None
-        return from_json(values, Preprocessing, "preprocessing")
+        lists = {
+            key: [settings[key]] for key in ("mean", "std") if isinstance(settings.get(key), int | float)
+        }
+        try:
+            return from_json(to_json(self) | dict(settings) | one, Preprocessing, "preprocessing")
+        except MoepruneError as error:
+            raise MoepruneError(error.message, HINT) from None
 
 
 @dataclass(frozen=True)

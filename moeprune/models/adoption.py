@@ -53,7 +53,7 @@ def adopt_file(
     arguments: Mapping[str, Any],
     input_shape: tuple[int, int, int],
     key: str | None = None,
-    preprocess: list[str] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
     source: str | None = None,
 ) -> Adopted:
     """Load a checkpoint into the model that a factory builds, adopt its layers, and write it as ours.
@@ -65,7 +65,7 @@ def adopt_file(
         arguments: keyword arguments of the factory.
         input_shape: of one input (c,H,W).
         key: which entry of a training checkpoint to take.
-        preprocess: settings to write into the checkpoint, as `--preprocess` takes them.
+        preprocess: settings to write into the checkpoint, such as `{"resize": 256}`.
         source: see moeprune.models.adopted.adopt.
 
     Returns:
@@ -90,7 +90,7 @@ def adopt_file(
         "version": ", ".join(versions.values()),
         "sha256": found.sha256(),
     }
-    model.details = Details(Preprocessing().updated(preprocess or []), source=origin)
+    model.details = Details(Preprocessing().updated(preprocess or {}), source=origin)
     if versions != installed:
         assert named is not None
         parity = Parity(skipped=f"`{named}` {installed[named]} is installed, not {version}")

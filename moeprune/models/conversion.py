@@ -67,7 +67,7 @@ def convert(
     to: str = OURS,
     source: str | None = None,
     arguments: Mapping[str, str] | None = None,
-    preprocess: list[str] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
     key: str | None = None,
 ) -> Converted:
     """Write a checkpoint in another library's layout, or in ours.
@@ -78,7 +78,7 @@ def convert(
             safetensors.
         source: the library that wrote the file, where its tensors do not tell.
         arguments: what its tensors cannot tell, by the names of the library's constructor.
-        preprocess: settings to write into the checkpoint, as `--preprocess` takes them.
+        preprocess: settings to write into the checkpoint, such as `{"resize": 256}`.
         key: which entry of a training checkpoint to take.
 
     Returns:

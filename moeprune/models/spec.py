@@ -17,7 +17,7 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     its code is run. source: the library that wrote the file, with `==version` where that matters.
     arguments: of the factory, or of the library's constructor where the tensors do not tell. key: the entry
     of a training checkpoint that holds the weights. input_shape: of one input (c,H,W), with a factory.
-    preprocess: settings `KEY=VALUE` in place of the checkpoint's.
+    preprocess: settings in place of the checkpoint's, such as `{"resize": 256}`.
     """
 
     path: Path
@@ -26,4 +26,4 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     arguments: dict[str, Any] = msgspec.field(default_factory=dict)
     key: str | None = None
     input_shape: tuple[int, int, int] | None = None
-    preprocess: tuple[str, ...] = ()
+    preprocess: dict[str, Any] = msgspec.field(default_factory=dict)
