@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import moeprune
 from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.errors import MoepruneError
-from moeprune.files.checkpoint import read
+from moeprune.files.header import read_header
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models import adopted
 from moeprune.models.adopted import adopt
@@ -283,7 +283,7 @@ def test_saved_models_are_loaded_with_their_factory_again(package, tmp_path, sco
         again = tmp_path / "again.safetensors"
         moeprune.save(loaded, again)
         assert again.read_bytes() == path.read_bytes()
-        assert "module.norm.num_batches_tracked" in read(path).tensors
+        assert "module.norm.num_batches_tracked" in read_header(path).tensors
 
 
 @pytest.mark.parametrize("given", [None, "user_models:encoder"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import weakref
@@ -14,9 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import moeprune
-from moeprune.errors import MoepruneError
-from moeprune.files import checkpoint
-from moeprune.files.header import read_header
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import prune_layer
@@ -77,46 +73,6 @@ def test_routed_model_holds_only_the_experts_that_inputs_chose(tmp_path):
         # may begin before it and end after it.
         assert distinct * expert <= resident <= distinct * (expert + 2 * 2 * 2 * MIB) + rest + 4 * MIB
     assert 3 < rows[-1][0] < config.num_experts // 2
-
-
-def test_values_that_are_not_finite_are_found_without_the_map(tmp_path):
-    model = SoftMoEViT(ViTConfig((8, 8), (4, 4), 1, 10, 300, 1, (BlockConfig(mlp_dim=2000),) * 1))
-    weight = model.blocks[0].mlp[0].weight
-    assert weight.nbytes > 2 * MIB  # several blocks of the file
-    path = tmp_path / "model.safetensors"
-    for at in (0, MIB // 4 - 1, MIB // 4, weight.numel() - 1):
-        with torch.no_grad():
-            before = weight.view(-1)[at].clone()
-            weight.view(-1)[at] = torch.nan
-            checkpoint.write(path, model.state_dict(), {})
-            weight.view(-1)[at] = before
-        with pytest.raises(MoepruneError, match=r"NaN or infinite values in `blocks\.0\.mlp\.0\.weight`"):
-            checkpoint.check_finite_in_file(checkpoint.read(path).header)
-    checkpoint.write(path, model.state_dict(), {})
-    checkpoint.check_finite_in_file(checkpoint.read(path).header)
-
-
-def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path):
-    path = tmp_path / "model.safetensors"
-    checkpoint.write(path, {"x": torch.zeros(1000)}, {})
-    header = read_header(path)
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(MoepruneError, match="became shorter"):
-        checkpoint.check_finite_in_file(header)
-
-
-def test_a_file_that_is_replaced_while_it_is_read(tmp_path, single, monkeypatch):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(single.read_bytes())
-
-    def check(header, check=checkpoint.check_finite_in_file):
-        check(header)
-        shutil.copy(single, tmp_path / "other")
-        (tmp_path / "other").replace(path)
-
-    monkeypatch.setattr(checkpoint, "check_finite_in_file", check)
-    with pytest.raises(MoepruneError, match="was replaced while it was read"):
-        moeprune.load(path)
 
 
 class PeakBytes(TorchDispatchMode):

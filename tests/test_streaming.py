@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from itertools import product
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import moeprune
 from moeprune.calibration.analysis import load_analysis
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.header import read_header
-from moeprune.files.streaming import Copied, file_fingerprint, write_from
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.model import fingerprint
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.apply import prune, prune_file
@@ -85,49 +85,45 @@ def test_one_shot_without_an_analysis(run, vit, tmp_path):
     assert "needs calibration" in result.stderr
 
 
-def test_fingerprint_stands_in_the_file_and_is_that_of_the_model(single, single_analysis, tmp_path):
-    from moeprune.models.model import fingerprint
-
-    header, model = read_header(single), moeprune.load(single)
-    assert header.metadata["fingerprint"] == fingerprint(model) == file_fingerprint(header)
-    del header.metadata["fingerprint"]
-    assert file_fingerprint(header) == fingerprint(model)
-    target = tmp_path / "pruned.safetensors"
-    prune_file(single, target, load_analysis(single_analysis), keep="1/8", compensate="mean")
-    assert "fingerprint" not in read_header(target).metadata
-
-
-def test_layout_of_a_file_is_the_librarys(tmp_path):
-    """Types, sizes, empty tensors, scalars and names of all kinds."""
-    tensors = {
-        "b": torch.randn(3, 2).half(), "a": torch.randn(2, 2), "c": torch.zeros(0, 2), "é": torch.arange(3),
-        "flag": torch.tensor([True, False]), "scalar": torch.tensor(1.5), "d": torch.randn(4).double(),
-        "bf": torch.randn(5).bfloat16(), "int": torch.arange(4, dtype=torch.int32), "u": torch.ones(1).byte(),
-    }  # fmt: skip
-    old, new, again = (tmp_path / f"{name}.safetensors" for name in ("old", "new", "again"))
-    checkpoint.write(old, tensors, {"architecture": {"ü": 1}, "x": 'é\n\u2028"\\'})
-    header = read_header(old)
-    write_from(header, new, {name: Copied(name) for name in tensors}, header.metadata)
-    written = read_header(new)
-    save_file(tensors, again, {"moeprune": checkpoint.json.dumps(
-        written.metadata, sort_keys=True, separators=(",", ":")
-    )})  # fmt: skip
-    assert new.read_bytes() == again.read_bytes()
-    for name, tensor in checkpoint.read(new).tensors.items():
-        assert torch.equal(tensor, tensors[name])
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_leave_no_file(value, single, tmp_path):
-    model = moeprune.load(single)
-    layer = model.blocks[0].soft_moe
-    layer.fc1_weight = torch.nn.Parameter(layer.fc1_weight.clone(), False)
-    layer.fc1_weight[-1, 0, 0] = value
+def test_tensors_edited_since_the_analysis_are_not_pruned(run, single, single_analysis, tmp_path):
+    """Whatever the metadata says."""
     path, target = tmp_path / "model.safetensors", tmp_path / "pruned.safetensors"
-    good = read_header(single)
-    checkpoint.write(path, model.state_dict(), good.metadata)
+    header = read_header(single)
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.read_tensors(header).items()}
+    tensors["blocks.0.soft_moe.fc1_weight"].view(-1)[-1] += 1
+    checkpoint.write(path, tensors, header.metadata | {"fingerprint": fingerprint(moeprune.load(single))})
+    words = ["prune", path, "--analysis", single_analysis, "--keep", "1/8", "-o", target]
+    for streamed in (["--one-shot"], []):
+        result = run(*words, *streamed)
+        assert result.code == 2
+        assert "the analysis was made for another checkpoint" in result.stderr
+        assert not target.exists()
+
+
+def test_values_that_are_not_finite_leave_no_file(single, tmp_path):
+    whole = bytearray(single.read_bytes())
+    header = read_header(single)
+    offset = header.offsets["blocks.0.soft_moe.fc1_weight"]
+    path, target = tmp_path / "model.safetensors", tmp_path / "pruned.safetensors"
+    whole[offset : offset + 4] = b"\xff" * 4
+    path.write_bytes(whole)
     with pytest.raises(MoepruneError, match=r"NaN or infinite values in `blocks\.0\.soft_moe\.fc1_weight`"):
         prune_file(path, target, keep="1/1", signal="random")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
+
+
+def test_a_file_that_changes_while_it_is_pruned(monkeypatch, single, tmp_path):
+    path, target = tmp_path / "model.safetensors", tmp_path / "pruned.safetensors"
+    path.write_bytes(single.read_bytes())
+
+    def encode(*arguments, encode=checkpoint._encode):
+        path.write_bytes(single.read_bytes())
+        os.utime(path, ns=(1, 1))
+        return encode(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_encode", encode)
+    with pytest.raises(MoepruneError, match="was replaced while it was read"):
+        prune_file(path, target, keep=4, signal="random")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
 
 

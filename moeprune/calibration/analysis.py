@@ -25,7 +25,7 @@ from moeprune.calibration.sums import sums_in_bytes, wide_dtype
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
-from moeprune.files.header import require_format
+from moeprune.files.header import read_header, require_format
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import Observation, SoftMoE
 from moeprune.layers.surgery import prune_layer
@@ -62,8 +62,9 @@ def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> 
     Raises:
         MoepruneError: no Soft MoE layer, a pruned one, or data that does not fit the model.
     """
-    model = private_copy(model)
     layers = require_dense_layers(model, "analyze the unpruned checkpoint")
+    model_fingerprint = fingerprint(model)
+    model = private_copy(model)
     data = dataset_for(model, data, split="calibration")
     statistics: dict[str, LayerStatistics] = {}
     fingerprints = set()
@@ -81,7 +82,7 @@ def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> 
         for name, layer in statistics.items()
     }
     provenance = {
-        "checkpoint": {"fingerprint": fingerprint(model)},
+        "checkpoint": {"fingerprint": model_fingerprint},
         "data": to_json(data.info),
         "moeprune": __version__,
     }
@@ -244,11 +245,11 @@ def _observing(model: nn.Module, observers: Mapping[str, Callable[[Observation],
             layers[name].observer = None
 
 
-def save_analysis(analysis: Analysis, path: str | Path) -> None:
+def save_analysis(analysis: Analysis, path: str | Path, overwrite: bool = True) -> None:
     """Write an analysis file: equal analyses give equal bytes.
 
     Raises:
-        MoepruneError: the path cannot be written.
+        MoepruneError: the path cannot be written, or exists and may not be replaced.
     """
     tensors = {
         f"{name}.{field.name}": getattr(statistics, field.name)
@@ -261,7 +262,7 @@ def save_analysis(analysis: Analysis, path: str | Path) -> None:
         "layers": list(analysis.layers),
         "provenance": analysis.provenance,
     }
-    checkpoint.write(path, tensors, metadata)
+    checkpoint.write(path, tensors, metadata, overwrite)
 
 
 def load_analysis(path: str | Path) -> Analysis:
@@ -270,15 +271,16 @@ def load_analysis(path: str | Path) -> Analysis:
     Raises:
         MoepruneError: it is missing, damaged, no analysis, or of an unknown format.
     """
-    file = checkpoint.read(path)
-    metadata = file.header.metadata or {}
+    header = read_header(path)
+    metadata = header.metadata or {}
     if metadata.get("kind") != "analysis":
         raise MoepruneError(f"`{path}` is no analysis", "write one with `moeprune analyze`")
     require_format(metadata, FORMAT, path)
+    tensors = checkpoint.read_tensors(header)
     try:
         layers = {
             name: LayerStatistics(
-                **{field.name: file.tensors[f"{name}.{field.name}"] for field in fields(LayerStatistics)}
+                **{field.name: tensors[f"{name}.{field.name}"] for field in fields(LayerStatistics)}
             )
             for name in metadata["layers"]
         }
@@ -297,8 +299,7 @@ def load_analysis(path: str | Path) -> Analysis:
         )
     for name, layer in layers.items():
         _require_consistent(layer, name, path)
-    for name, layer in layers.items():
-        checkpoint.check_finite({f"{name}.{f.name}": getattr(layer, f.name) for f in fields(layer)}, path)
+    checkpoint.check_finite(tensors, path)
     return Analysis(layers, provenance)
 
 

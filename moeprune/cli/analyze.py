@@ -72,11 +72,11 @@ def analyze(
                 " represent some simple convex functions, however large the expert is (Chung et al. 2024,"
                 " Theorem 1): train with many small experts"
             )
-    calibration.save_analysis(analysis, output)
+    calibration.save_analysis(analysis, output, reporter.force)
     found = AnalysisReport(checkpoint=str(checkpoint), analysis=str(output), data=dataset.info, layers=layers)
     if report is not None:
         background = page.Background(
             provenance=loaded.details.provenance, analysis=analysis, environment=environment(runtime)
         )
-        write_text(report, to_html(page.analysis(found, background)))
+        write_text(report, to_html(page.analysis(found, background)), reporter.force)
     reporter.emit(found, reports.analysis)

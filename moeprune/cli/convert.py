@@ -88,9 +88,11 @@ def convert(
 
     converted: adoption.Adopted | conversion.Converted
     if to != "moeprune" and adoption.is_own_model(checkpoint):
-        converted = adoption.give_back(checkpoint, output, to, model)
+        converted = adoption.give_back(checkpoint, output, to, model, reporter.force)
     elif model is None:
-        converted = conversion.convert(checkpoint, output, to, source, arguments, settings, key)
+        converted = conversion.convert(
+            checkpoint, output, to, source, arguments, settings, key, reporter.force
+        )
     elif to != "moeprune" or conversion.is_ours(checkpoint):
         raise MoepruneError(
             f"`--model` takes in a file that your own code wrote: not `{checkpoint}` with `--to {to}`",
@@ -99,7 +101,7 @@ def convert(
     else:
         shape, own_arguments = parse_shape(input_shape), parse_arguments(model_arg or ())
         converted = adoption.adopt_file(
-            checkpoint, output, model, own_arguments, shape, key, settings, source
+            checkpoint, output, model, own_arguments, shape, key, settings, source, reporter.force
         )
     found = Conversion(
         checkpoint=str(checkpoint),

@@ -190,9 +190,9 @@ def eval(
         )
         if frontier is not None:
             title = f"{checkpoint.name} on {dataset.spec} ({dataset.samples} samples)"
-            plot_frontier(rows, title, frontier)
+            plot_frontier(rows, title, frontier, reporter.force)
         if report is not None:
-            write_text(report, to_html(page.sweep(swept, background)))
+            write_text(report, to_html(page.sweep(swept, background)), reporter.force)
         reporter.emit(swept, reports.sweep)
         return 0
     full = None if baseline is None else load_model(baseline, model, preprocess)
@@ -223,7 +223,7 @@ def eval(
                 f" accuracy changed by {reports.points(-found.difference.accuracy_drop)}"
             )
     if report is not None:
-        write_text(report, to_html(page.evaluation(found, background)))
+        write_text(report, to_html(page.evaluation(found, background)), reporter.force)
     reporter.emit(found, reports.evaluation)
     return 0 if found.passed else 1
 

@@ -180,8 +180,8 @@ def prune(
         )
     kept = None if keep is None else parse_keep(keep)
     from moeprune.calibration.analysis import load_analysis, require_analysis_of
+    from moeprune.files.checkpoint import fingerprint
     from moeprune.files.header import read_header
-    from moeprune.files.streaming import file_fingerprint
     from moeprune.models.cost import size_and_cost
     from moeprune.models.description import read_description
     from moeprune.models.model import save
@@ -198,7 +198,7 @@ def prune(
     pruning.require_unpruned(existing)
     measured = None if analysis is None else load_analysis(analysis)
     if measured is not None and (max_size is not None or max_flops is not None):
-        require_analysis_of(config.moe_layers, file_fingerprint(full), measured)
+        require_analysis_of(config.moe_layers, fingerprint(full, config.to_json()), measured)
     search = None
     if max_accuracy_drop is not None:
         dense = load_model(checkpoint, model, preprocess)
@@ -216,7 +216,7 @@ def prune(
             runtime=runtime,
         )
         assert output is not None
-        save(result.model, output)
+        save(result.model, output, reporter.force)
         search = result.report
     else:
         if plan is not None:
@@ -231,8 +231,9 @@ def prune(
         if output is not None and is_static and data is None and not pruning.needs_pass(wanted, one_shot):
             preprocessing = details.preprocessing.updated(parse_settings(preprocess, "--preprocess"))
             pruning.prune_file(
-                checkpoint, output, measured, plan=wanted, preprocessing=preprocessing, seed=seed
-            )
+                full, output, measured, plan=wanted, preprocessing=preprocessing, seed=seed,
+                overwrite=reporter.force,
+            )  # fmt: skip
         elif output is not None:
             dense = load_model(checkpoint, model, preprocess)
             pruned = prune_best(
@@ -244,7 +245,7 @@ def prune(
                 seed=seed,
                 runtime=runtime,
             )
-            save(pruned, output)
+            save(pruned, output, reporter.force)
     pruned_size = None
     if output is not None:
         header = read_header(output)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from moeprune.cli.options import Force, OutputFile, OutputFormat, Quiet, Summary, Verbose
 from moeprune.errors import MoepruneError
-from moeprune.files.writing import write_text
+from moeprune.files.writing import check_output, write_text
 from moeprune.records import to_text as to_json_text
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ class Reporter:
             BrokenPipeError: nobody reads stdout any more.
         """
         if self.output_file is not None:
-            check_output(self.output_file, self.force)
-            write_text(self.output_file, text)
+            write_text(self.output_file, text, self.force)
         elif self.stdout is not None:
             if isinstance(self.stdout, io.TextIOWrapper):
                 self.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8
@@ -186,27 +185,6 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 def warn(message: str) -> None:
     """Say something that is no error; the commands show it on stderr and in reports of CI servers."""
     logger.warning(message)
-
-
-def check_output(path: Path, force: bool) -> None:
-    """Refuse an output path before any work is done for it."""
-    try:
-        exists, is_file = path.exists(), path.is_file()
-    except OSError as error:
-        raise MoepruneError(f"cannot write `{path}` ({error.strerror})") from None
-    if path.is_dir():
-        raise MoepruneError(f"`{path}` is a directory, expected a file to write")
-    if exists and not is_file:
-        raise MoepruneError(f"`{path}` is not a regular file, expected one to write")
-    if exists and not force:
-        raise MoepruneError(f"`{path}` exists", "give another path, or `--force` to replace it")
-    if not path.parent.is_dir():
-        raise MoepruneError(f"no directory `{path.parent}` for `{path}`", "make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise MoepruneError(
-            f"cannot write into `{path.parent}`",
-            "check its permissions, and whether its file system is read-only",
-        )
 
 
 def _append_to_summary(text: str) -> None:

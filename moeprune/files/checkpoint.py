@@ -1,179 +1,269 @@
-"""Checkpoint and analysis files: tensors and one metadata key `moeprune`, read and written safely."""
+"""Checkpoint and analysis files: safetensors files with one metadata key `moeprune`.
+
+A file is read in blocks where all of its bytes are needed, and mapped into memory where tensors are.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moeprune.errors import MoepruneError
-from moeprune.files.header import METADATA_KEY, Header, TensorInfo, read_header, unreadable
+from moeprune.files.header import (
+    DTYPES,
+    METADATA_KEY,
+    Header,
+    TensorInfo,
+    require_unchanged,
+    unreadable,
+)
 from moeprune.files.writing import replacing
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-"""Of files that are written with torch.save, and not as safetensors."""
+"""Suffixes of files that are written with torch.save, and not as safetensors."""
 
 BLOCK = 1 << 20
-"""Bytes that are read at once where a file is read in blocks."""
+"""Bytes that are read, checked or written at once."""
+
+EXPONENTS = {
+    "torch.float16": ("<u2", 0x7C00),
+    "torch.bfloat16": ("<u2", 0x7F80),
+    "torch.float32": ("<u4", 0x7F80_0000),
+    "torch.float64": ("<u8", 0x7FF0_0000_0000_0000),
+}
+"""The bits of the exponent by type, all of which are set in NaN and infinity, in no other value."""
 
 
 @dataclass(frozen=True)
-class TensorFile:
-    """A safetensors file: its header, and its tensors by name, memory-mapped."""
+class Copied:
+    """A tensor to write that is copied from another file: all of it, or some rows of its first axis."""
 
     header: Header
-    tensors: dict[str, Tensor]
+    name: str
+    rows: Sequence[int] | None = None
 
 
-def read(path: str | Path) -> TensorFile:
-    """Open a safetensors file.
+def read_tensors(header: Header) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name, memory-mapped.
 
     Raises:
-        MoepruneError: it is missing, empty, truncated, or no safetensors file, or its metadata
-            `moeprune` is damaged.
+        MoepruneError: the file cannot be read.
     """
-    header = read_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            return TensorFile(header, {name: file.get_tensor(name) for name in header.tensors})
+        with safe_open(header.path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in header.tensors}
     except (SafetensorError, OSError) as error:
         raise unreadable(header.path, error) from None
 
 
-def version_of(path: str | Path) -> tuple[int, ...] | None:
-    """What tells one version of a file from the next; None where there is none."""
-    try:
-        found = os.stat(path)  # noqa: PTH116 (Path.stat too raises where a name is too long)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def scan(header: Header) -> dict[str, str]:
+    """Return the SHA-256 of each tensor's bytes, and check the values, in one pass over the file.
 
-
-def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> None:
-    """Write a safetensors file: equal tensors and metadata give equal bytes.
-
-    Args:
-        metadata: for the key `moeprune`, or None for a file that is not to be moeprune's own.
+    A header remembers the result, so that its file is read once however often this is called.
 
     Raises:
-        MoepruneError: the path cannot be written.
+        MoepruneError: the file cannot be read, has changed since its header was read, or has NaN or
+            infinite values; all tensors with such values are named.
     """
-    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
-    texts = {"format": "pt"} if metadata is None else {METADATA_KEY: text}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        with replacing(path) as temporary:
-            save_file(contiguous, temporary, metadata=texts)
-    except SafetensorError as error:
-        raise MoepruneError(f"cannot write `{path}` ({error})") from None
+    if not header.digests:
+
+        def scan_tensor(name: str) -> tuple[str, bool]:
+            info, digest, finite = header.tensors[name], hashlib.sha256(), True
+            for block in _file_blocks(header.path, header.offsets[name], info.nbytes):
+                digest.update(block)
+                finite = finite and _is_finite(block, info.dtype)
+            return digest.hexdigest(), finite
+
+        try:
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                results = dict(zip(header.tensors, pool.map(scan_tensor, header.tensors), strict=True))
+        except OSError as error:
+            raise unreadable(header.path, error) from None
+        require_unchanged(header)
+        _require_finite([name for name, (_, finite) in results.items() if not finite], header.path)
+        header.digests.update({name: digest for name, (digest, _) in results.items()})
+    return header.digests
 
 
-def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise a MoepruneError that names every tensor in memory with NaN or infinite values."""
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if not all(_is_finite(block, str(tensor.dtype)) for block in _memory_blocks(tensor))
+    ]
+    _require_finite(bad, path)
+
+
+def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """Return what the header of a file says about tensors."""
+    return {name: TensorInfo(str(t.dtype), tuple(t.shape), t.nbytes) for name, t in tensors.items()}
+
+
+def fingerprint(tensors: Mapping[str, Tensor] | Header, architecture: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of an architecture and its tensors: their names, types, shapes and bytes.
+
+    Args:
+        tensors: in memory, or in a file, which is then scanned.
+        architecture: JSON values.
+
+    Raises:
+        MoepruneError: see `scan`, for a file.
+    """
+    if isinstance(tensors, Header):
+        infos, digests = tensors.tensors, scan(tensors)
+    else:
+        infos = tensor_infos(tensors)
+        digests = {name: _sha256(_memory_blocks(tensor)) for name, tensor in tensors.items()}
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for name, info in sorted(infos.items()):
+        digest.update(f"{name} {info.dtype} {list(info.shape)} {digests[name]}".encode())
+    return digest.hexdigest()
+
+
+def write(
+    path: str | Path,
+    entries: Mapping[str, Tensor | Copied],
+    metadata: Mapping[str, Any] | None,
+    overwrite: bool = True,
+) -> None:
+    """Write a safetensors file, a block at a time: equal entries and metadata give equal bytes.
+
+    Args:
+        path: to write.
+        entries: the tensors by name: values, or what to copy from another file.
+        metadata: for the key `moeprune`; None for a file that is not one of moeprune's own.
+        overwrite: replace a file that exists.
+
+    Raises:
+        MoepruneError: the path cannot be written, or exists and may not be replaced; values are NaN or
+            infinite; a tensor has a type that no file can hold.
+    """
+    sources = {id(entry.header): entry.header for entry in entries.values() if isinstance(entry, Copied)}
+    for header in sources.values():
+        scan(header)
+    infos = {name: _info(entry) for name, entry in entries.items()}
+    names = {name_in_torch: (name, bits) for name, (name_in_torch, bits) in DTYPES.items()}
+    if odd := [f"`{name}` is {info.dtype}" for name, info in infos.items() if info.dtype not in names]:
+        raise MoepruneError(f"cannot write `{path}`: no safetensors file can hold {', '.join(sorted(odd))}")
+    order = sorted(infos, key=lambda name: (-names[infos[name].dtype][1], name))  # aligns every tensor
+    bad = []
+    with replacing(path, overwrite) as temporary, temporary.open("wb") as file:
+        file.write(_encode({n: (names[infos[n].dtype][0], infos[n]) for n in order}, metadata))
+        for name in order:
+            entry, finite = entries[name], True
+            for block in _copied_blocks(entry) if isinstance(entry, Copied) else _memory_blocks(entry):
+                finite = finite and (isinstance(entry, Copied) or _is_finite(block, infos[name].dtype))
+                file.write(block)
+            if not finite:
+                bad.append(name)
+        _require_finite(bad, path)
+        for header in sources.values():
+            require_unchanged(header)
+
+
+def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor], overwrite: bool = True) -> None:
     """Write tensors for other programs: by torch.save with a suffix .pt, .pth or .bin, else as safetensors.
 
     Raises:
-        MoepruneError: the path cannot be written.
+        MoepruneError: the path cannot be written, or exists and may not be replaced.
     """
     if Path(path).suffix not in TORCH_SUFFIXES:
-        write(path, tensors, None)
+        write(path, tensors, None, overwrite)
         return
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path, overwrite) as temporary, temporary.open("wb") as file:
         try:
-            torch.save(dict(tensors), file)  # by a path, its name would be in the bytes
-        except RuntimeError as error:  # torch's own, after one of the file
+            torch.save(dict(tensors), file)  # given a path, torch would write its name into the file
+        except RuntimeError as error:  # torch hides an error of the disk behind one of its own
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
-def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    """The tensors without their values."""
-    return {name: TensorInfo(str(t.dtype), tuple(t.shape), t.nbytes) for name, t in tensors.items()}
-
-
-def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise a MoepruneError that names every tensor with NaN or infinite values."""
-    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    if bad:
-        raise not_finite(bad, path)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN and nothing infinite: its least and greatest value tell, and fast."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
-
-
-def check_finite_in_file(header: Header) -> None:
-    """The same for the float tensors of a file, read in blocks: no page of a memory map is touched."""
-    bad = []
-    try:
-        with header.path.open("rb") as file:
-            for name in sorted(header.tensors, key=header.offsets.__getitem__):
-                dtype = torch_dtype(header.tensors[name])
-                blocks = read_blocks(file, header.offsets[name], header.tensors[name].nbytes)
-                if not all(is_finite(torch.frombuffer(block, dtype=dtype)) for block in blocks):
-                    bad.append(name)
-    except OSError as error:
-        raise unreadable(header.path, error) from None
-    if bad:
-        raise not_finite(sorted(bad), header.path)
-
-
-def read_blocks(file: io.BufferedReader, offset: int, nbytes: int) -> Iterator[memoryview]:
-    """The bytes of a file from an offset on, in blocks; each is overwritten by the next.
-
-    Raises:
-        OSError: the file is shorter.
-    """
+def _file_blocks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """Yield the bytes of a file from an offset, in blocks; each is overwritten by the next."""
     buffer = memoryview(bytearray(min(BLOCK, nbytes)))
-    file.seek(offset)
-    while nbytes:
-        block = buffer[: min(nbytes, len(buffer))]
-        if file.readinto(block) != len(block):
-            raise OSError("the file became shorter while it was read")
-        yield block
-        nbytes -= len(block)
+    with path.open("rb") as file:
+        file.seek(offset)
+        while nbytes:
+            block = buffer[:nbytes]
+            if file.readinto(block) != len(block):
+                raise OSError("the file became shorter while it was read")
+            yield block
+            nbytes -= len(block)
 
 
-def torch_dtype(info: TensorInfo) -> torch.dtype:
-    """The type of a tensor, as torch knows it."""
-    return getattr(torch, info.dtype.removeprefix("torch."))
+def _copied_blocks(entry: Copied) -> Iterator[memoryview]:
+    info, offset = entry.header.tensors[entry.name], entry.header.offsets[entry.name]
+    row_bytes = info.nbytes if entry.rows is None else info.nbytes // info.shape[0]
+    try:
+        for row in (0,) if entry.rows is None else entry.rows:
+            yield from _file_blocks(entry.header.path, offset + row * row_bytes, row_bytes)
+    except OSError as error:
+        raise unreadable(entry.header.path, error) from None
 
 
-def not_finite(names: list[str], path: str | Path) -> MoepruneError:
-    """The error of tensors with NaN or infinite values."""
-    return MoepruneError(
-        f"`{path}` has NaN or infinite values in {', '.join(f'`{name}`' for name in names)}",
-        "the training diverged or the file is damaged; use an earlier checkpoint",
-    )
+def _memory_blocks(tensor: Tensor) -> Iterator[memoryview]:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    for start in range(0, len(data), BLOCK):
+        yield data[start : start + BLOCK]
 
 
-def fingerprint(tensors: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> str:
-    """SHA-256 of an architecture and its tensors: names, types, shapes and bytes."""
-    digests = {}
-    for name, tensor in tensors.items():
-        data = tensor.detach().cpu().contiguous().flatten()
-        digests[name] = hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
-    return combined_fingerprint(tensor_infos(tensors), digests, architecture)
-
-
-def combined_fingerprint(
-    infos: Mapping[str, TensorInfo], digests: Mapping[str, str], architecture: Mapping[str, Any]
-) -> str:
-    """The same from the SHA-256 of each tensor's bytes."""
-    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-    for name, info in sorted(infos.items()):
-        digest.update(f"{name} {info.dtype} {list(info.shape)} {digests[name]}".encode())
+def _sha256(blocks: Iterable[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _is_finite(block: memoryview, dtype: str) -> bool:
+    """Return False if a block of at least one value holds NaN or infinity."""
+    if dtype not in EXPONENTS:
+        return True
+    kind, exponent = EXPONENTS[dtype]
+    return bool((np.frombuffer(block, kind) & exponent).max() != exponent)
+
+
+def _require_finite(bad: list[str], path: str | Path) -> None:
+    if bad:
+        raise MoepruneError(
+            f"`{path}` has NaN or infinite values in {', '.join(f'`{name}`' for name in sorted(bad))}",
+            "the training diverged or the file is damaged; use an earlier checkpoint",
+        )
+
+
+def _info(entry: Tensor | Copied) -> TensorInfo:
+    if isinstance(entry, Tensor):
+        return TensorInfo(str(entry.dtype), tuple(entry.shape), entry.nbytes)
+    info = entry.header.tensors[entry.name]
+    if entry.rows is None:
+        return info
+    nbytes = info.nbytes // info.shape[0] * len(entry.rows)
+    return TensorInfo(info.dtype, (len(entry.rows), *info.shape[1:]), nbytes)
+
+
+def _encode(infos: Mapping[str, tuple[str, TensorInfo]], metadata: Mapping[str, Any] | None) -> bytes:
+    """Return the length and the JSON of a header, given the type's name in files with each tensor."""
+    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt"} if metadata is None else {METADATA_KEY: text},
+    }
+    position = 0
+    for name, (dtype, info) in infos.items():
+        end = position + info.nbytes
+        header[name] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [position, end]}
+        position = end
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded

@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,19 +50,7 @@ DTYPES = {
 """The name in torch and the bits of an element, by the name in a file."""
 
 
-ORDER = (
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3",
-    "F8_E5M2", "I8", "U8", "BOOL",
-)  # fmt: skip
-"""Types in the order in which the library writes their tensors."""
-
-
 FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
-
-
-def name_in_file(dtype: str) -> str:
-    """The name of a type in files: `torch.float32` is `F32`."""
-    return next(name for name, (name_in_torch, _) in DTYPES.items() if name_in_torch == dtype)
 
 
 @dataclass(frozen=True)
@@ -81,29 +69,41 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds: its tensors by name, where the bytes of each start in the file, and
-    the JSON of its key `moeprune`, if any.
+    """The header of a safetensors file.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        offsets: where the bytes of each tensor start in the file.
+        metadata: the JSON of the key `moeprune`, if there is one.
+        version: inode, size and time of the last change, as they were when the header was read.
+        digests: the SHA-256 of each tensor's bytes, once moeprune.files.checkpoint.scan has found them.
     """
 
     path: Path
     tensors: dict[str, TensorInfo]
     offsets: dict[str, int]
     metadata: dict[str, Any] | None
+    version: tuple[int, int, int] | None
+    digests: dict[str, str] = field(default_factory=dict, compare=False)
 
 
-def read_header(path: str | Path) -> Header:
-    """Read the header of a safetensors file.
+def read_header(path: str | Path | Header) -> Header:
+    """Read the header of a safetensors file; one that was read already is returned as it is.
 
     Raises:
         MoepruneError: the file is missing, empty, truncated, or no safetensors file, or its metadata
             `moeprune` is damaged.
     """
+    if isinstance(path, Header):
+        return path
     path = Path(path)
     require_file(path, "a safetensors file")
     if path.stat().st_size == 0:
         raise MoepruneError(f"`{path}` is empty", "write it again")
     try:
         with path.open("rb") as file:
+            version = version_of(file.fileno())
             tensors, offsets, metadata = _parse(file)
     except OSError as error:
         raise unreadable(path, error) from None
@@ -114,7 +114,23 @@ def read_header(path: str | Path) -> Header:
                 f"convert it first: `moeprune convert {path} -o converted.safetensors`",
             ) from None
         raise unreadable(path, f"Error while deserializing header: {error}") from None
-    return Header(path, tensors, offsets, None if metadata is None else _parse_metadata(path, metadata))
+    parsed = None if metadata is None else _parse_metadata(path, metadata)
+    return Header(path, tensors, offsets, parsed, version)
+
+
+def require_unchanged(header: Header) -> None:
+    """Raise a MoepruneError if a file is not the one any more whose header was read."""
+    if version_of(header.path) != header.version:
+        raise MoepruneError(f"`{header.path}` was replaced while it was read", "try again")
+
+
+def version_of(file: str | Path | int) -> tuple[int, int, int] | None:
+    """Return what differs between versions of a file, given by path or descriptor; None if it is missing."""
+    try:
+        status = os.stat(file)  # noqa: PTH116 (takes a descriptor, too)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def require_file(path: Path, expected: str) -> None:

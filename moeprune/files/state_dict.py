@@ -81,8 +81,7 @@ class StateDict:
 
     def check_finite(self) -> None:
         """Raise a MoepruneError that names every tensor with NaN or infinite values, read in blocks."""
-        if bad := [name for name, tensor in self.tensors.items() if not _is_finite(tensor)]:
-            raise checkpoint.not_finite(bad, self.path)
+        checkpoint.check_finite(self.tensors, self.path)
 
 
 def read_state_dict(path: str | Path, key: str | None = None) -> StateDict:
@@ -367,16 +366,13 @@ def _common_prefix(names: Iterable[str]) -> str:
     return "" if found in names else found
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return all(map(checkpoint.is_finite, tensor.reshape(-1).split(checkpoint.BLOCK // tensor.element_size())))
-
-
 # Safetensors files and shards
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
-    _check_types([read_header(path)], path)
-    return checkpoint.read(path).tensors, (path,)
+    header = read_header(path)
+    _check_types([header], path)
+    return checkpoint.read_tensors(header), (path,)
 
 
 def _check_types(headers: Iterable[Header], path: Path) -> None:
@@ -425,7 +421,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     headers = {name: read_header(shard) for name, shard in shards.items()}
     _check_types(headers.values(), index)
     _check_shards(weight_map, total_size, headers, index)
-    files = {name: checkpoint.read(shard).tensors for name, shard in shards.items()}
+    files = {name: checkpoint.read_tensors(header) for name, header in headers.items()}
     return {name: files[shard][name] for name, shard in weight_map.items()}, (index, *shards.values())
 
 

@@ -1,8 +1,9 @@
-"""Files written whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -17,40 +18,44 @@ temporaries: set[Path] = set()
 """Files that are being written; Ctrl-C removes them."""
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, overwrite: bool = True) -> None:
     """Write a text file in UTF-8.
 
     Raises:
-        MoepruneError: the path cannot be written.
+        MoepruneError: the path cannot be written, or exists and may not be replaced.
     """
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), overwrite)
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+def write_bytes(path: str | Path, data: bytes, overwrite: bool = True) -> None:
     """Write a file.
 
     Raises:
-        MoepruneError: the path cannot be written.
+        MoepruneError: the path cannot be written, or exists and may not be replaced.
     """
-    with replacing(path) as temporary:
+    with replacing(path, overwrite) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside the target, renamed to it at the end, or removed if anything fails.
+def replacing(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
+    """Yield a temporary path in the folder of a file, which becomes that file if nothing fails.
+
+    Args:
+        path: the file to write. A symbolic link is followed.
+        overwrite: replace a file that exists. Otherwise one of several concurrent writers succeeds.
 
     Raises:
-        MoepruneError: the path cannot be written.
+        MoepruneError: see `check_output`, or the disk is full or fails.
     """
-    path = Path(path)
-    temporary = path.parent / f".{path.name[:48]}.{secrets.token_hex(8)}.part"
-    temporaries.add(temporary)  # before it is there: a signal may come in between
+    target = check_output(path, overwrite)
+    temporary = target.parent / f".{target.name[:48]}.{secrets.token_hex(8)}.part"
+    temporaries.add(temporary)  # before the file exists: a signal may arrive in between
     try:
         temporary.touch(0o600, exist_ok=False)
     except OSError as error:
         temporaries.discard(temporary)
-        raise MoepruneError(f"cannot write `{path}` ({error.strerror})") from None
+        raise _cannot_write(path, error) from None
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -58,10 +63,73 @@ def replacing(path: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        logger.info(f"wrote `{path}` ({path.stat().st_size} bytes)")
+        if overwrite:
+            temporary.replace(target)
+        else:
+            _publish_once(temporary, target)
+        logger.info(f"wrote `{path}` ({target.stat().st_size} bytes)")
+    except FileExistsError:
+        raise _exists(path) from None
     except OSError as error:
-        raise MoepruneError(f"cannot write `{path}` ({error.strerror or error})") from None
+        raise _cannot_write(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
         temporaries.discard(temporary)
+
+
+def check_output(path: str | Path, overwrite: bool) -> Path:
+    """Return the file that a path leads to, if it can be written.
+
+    Raises:
+        MoepruneError: it is a directory or another kind of file; it exists and may not be replaced; its
+            directory is missing or cannot be written into.
+    """
+    path = Path(path)
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():  # part of a circle
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        exists, is_file, is_directory = target.exists(), target.is_file(), target.is_dir()
+        folder = target.parent if path.is_symlink() else path.parent
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from None
+    if is_directory:
+        raise MoepruneError(f"`{path}` is a directory, expected a file to write")
+    if exists and not is_file:
+        raise MoepruneError(f"`{path}` is not a regular file, expected one to write")
+    if exists and not overwrite:
+        raise _exists(path)
+    if not folder.is_dir():
+        raise MoepruneError(f"no directory `{folder}` for `{path}`", "create it first")
+    if not os.access(folder, os.W_OK):
+        raise MoepruneError(
+            f"cannot write into `{folder}`",
+            "check its permissions, and whether its file system is read-only",
+        )
+    return target
+
+
+def _publish_once(temporary: Path, target: Path) -> None:
+    """Give a file its name, or raise a FileExistsError if that name is taken."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: take the name first
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        temporaries.add(target)
+        try:
+            temporary.replace(target)
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
+        finally:
+            temporaries.discard(target)
+
+
+def _exists(path: str | Path) -> MoepruneError:
+    return MoepruneError(f"`{path}` exists", "give another path, or `--force` to replace it")
+
+
+def _cannot_write(path: str | Path, error: Exception) -> MoepruneError:
+    return MoepruneError(f"cannot write `{path}` ({getattr(error, 'strerror', None) or error})")

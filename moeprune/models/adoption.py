@@ -55,6 +55,7 @@ def adopt_file(
     key: str | None = None,
     preprocess: Mapping[str, Any] | None = None,
     source: str | None = None,
+    overwrite: bool = True,
 ) -> Adopted:
     """Load a checkpoint into the model that a factory builds, adopt its layers, and write it as ours.
 
@@ -67,6 +68,7 @@ def adopt_file(
         key: which entry of a training checkpoint to take.
         preprocess: settings to write into the checkpoint, such as `{"resize": 256}`.
         source: see moeprune.models.adopted.adopt.
+        overwrite: replace an output that exists.
 
     Returns:
         The model, and how far it computes what the user's own does.
@@ -97,11 +99,13 @@ def adopt_file(
     else:
         parity = difference(model, own, input_shape)
         require_parity(parity, f"the model of `{factory}`", path)
-    save(model, output)
+    save(model, output, overwrite)
     return Adopted(model, origin["library"], "moeprune", parity)
 
 
-def give_back(path: str | Path, output: str | Path, to: str, factory: str | None) -> Adopted:
+def give_back(
+    path: str | Path, output: str | Path, to: str, factory: str | None, overwrite: bool = True
+) -> Adopted:
     """Write a checkpoint of ours as the state dict of the user's own model.
 
     Args:
@@ -109,6 +113,7 @@ def give_back(path: str | Path, output: str | Path, to: str, factory: str | None
         output: the file to write; with a suffix .pt, .pth or .bin by torch.save, else as safetensors.
         to: the library that its layers are of.
         factory: that the checkpoint names. Its code is run.
+        overwrite: replace an output that exists.
 
     Raises:
         MoepruneError: the checkpoint is none of such a model, or the library cannot express it.
@@ -123,7 +128,7 @@ def give_back(path: str | Path, output: str | Path, to: str, factory: str | None
         )
     assert model.config.factory is not None
     module = build(model.config.factory, model.config.arguments)
-    write_state_dict(output, library_tensors(model, module))
+    write_state_dict(output, library_tensors(model, module), overwrite)
     skipped = "the tensors were checked when the model was taken in"
     return Adopted(model, "moeprune", to, Parity(skipped=skipped))
 

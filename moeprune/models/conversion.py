@@ -69,6 +69,7 @@ def convert(
     arguments: Mapping[str, str] | None = None,
     preprocess: Mapping[str, Any] | None = None,
     key: str | None = None,
+    overwrite: bool = True,
 ) -> Converted:
     """Write a checkpoint in another library's layout, or in ours.
 
@@ -80,6 +81,7 @@ def convert(
         arguments: what its tensors cannot tell, by the names of the library's constructor.
         preprocess: settings to write into the checkpoint, such as `{"resize": 256}`.
         key: which entry of a training checkpoint to take.
+        overwrite: replace an output that exists.
 
     Returns:
         What was read, with the parity of the library that it was written for, if it was for one.
@@ -97,12 +99,12 @@ def convert(
         details = read.model.details
         read.model.details = replace(details, preprocessing=details.preprocessing.updated(preprocess))
     if to == OURS:
-        save(read.model, output)
+        save(read.model, output, overwrite)
         return read
     target = SOURCES[to]
     tensors = library_tensors(read.model, target, str(path))
     parity = require_parity(compare(read.model, target, tensors), target.model_class, path)
-    checkpoint.write_state_dict(output, tensors)
+    checkpoint.write_state_dict(output, tensors, overwrite)
     return replace(read, target=target, parity=parity)
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -99,8 +100,40 @@ def dataset_for(model: Model, data: Dataset | str, split: str, limit: int | None
 
 
 def fingerprint(model: Model) -> str:
-    """SHA-256 of the architecture and all tensors."""
-    return checkpoint.fingerprint(model.state_dict(), model.config.to_json())
+    """Return the SHA-256 of the architecture and all tensors.
+
+    It is remembered, and computed again once a tensor was replaced, moved or changed in place. PyTorch does
+    not count changes through `.data` or through a NumPy array that shares the memory.
+    """
+    state = _state_of(model)
+    if state is not None and model in _fingerprints and _fingerprints[model][0] == state:
+        return _fingerprints[model][1]
+    found = checkpoint.fingerprint(model.state_dict(), model.config.to_json())
+    remember_fingerprint(model, found)
+    return found
+
+
+def remember_fingerprint(model: Model, fingerprint: str) -> None:
+    """Keep the fingerprint of a model, known from its file, for as long as its tensors are the same."""
+    if (state := _state_of(model)) is not None:
+        _fingerprints[model] = state, fingerprint
+
+
+_fingerprints: WeakKeyDictionary[Model, tuple[list[tuple], str]] = WeakKeyDictionary()
+
+
+def _state_of(model: Model) -> list[tuple] | None:
+    """Return what changes whenever a tensor does, without its values; None where PyTorch keeps no count.
+
+    Once a tensor is gone, another one may lie in its memory: the weak references tell the two apart.
+    """
+    tensors = model.state_dict()
+    if any(tensor.is_inference() for tensor in tensors.values()):
+        return None
+    return [
+        (name, ref(t.untyped_storage()), t.data_ptr(), t._version, t.shape, t.stride(), t.dtype)
+        for name, t in tensors.items()
+    ]
 
 
 def unpruned_fingerprint(model: Model) -> str:
@@ -111,14 +144,14 @@ def unpruned_fingerprint(model: Model) -> str:
     return fingerprint(model)
 
 
-def save(model: Model, path: str | Path) -> None:
+def save(model: Model, path: str | Path, overwrite: bool = True) -> None:
     """Write a checkpoint: equal models give equal bytes.
 
     Raises:
-        MoepruneError: the path cannot be written, or weights are NaN, infinite or of several types.
+        MoepruneError: the path cannot be written, or exists and may not be replaced; weights are NaN,
+            infinite or of several types.
     """
     tensors = model.state_dict()
-    checkpoint.check_finite(tensors, path)
     infos = checkpoint.tensor_infos(tensors)
     covered = {name: info for name, info in infos.items() if model.config.covers(name)}
     require_one_type(covered, path)  # the user's own part may have several
@@ -131,6 +164,4 @@ def save(model: Model, path: str | Path) -> None:
         "plan": plan_to_json(model.plan),
         "provenance": model.details.provenance,
     }
-    if not metadata["plan"]:  # what analyses refer to
-        metadata["fingerprint"] = fingerprint(model)
-    checkpoint.write(path, tensors, metadata)
+    checkpoint.write(path, tensors, metadata, overwrite)

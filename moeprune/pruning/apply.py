@@ -28,8 +28,9 @@ from moeprune.calibration.sums import lost_gram
 from moeprune.data.datasets import Dataset
 from moeprune.data.preprocessing import Preprocessing
 from moeprune.errors import MoepruneError
-from moeprune.files.header import read_header
-from moeprune.files.streaming import Copied, Entry, file_fingerprint, read_tensor, write_from
+from moeprune.files import checkpoint
+from moeprune.files.checkpoint import Copied
+from moeprune.files.header import Header, read_header
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.merging import nearest_kept, require_scipy
 from moeprune.layers.scores import random_scores, top_k
@@ -163,7 +164,7 @@ def prune(
 
 
 def prune_file(
-    source: str | Path,
+    source: str | Path | Header,
     target: str | Path,
     analysis: Analysis | None = None,
     *,
@@ -173,6 +174,7 @@ def prune_file(
     compensate: str = "none",
     preprocessing: Preprocessing | None = None,
     seed: int = 0,
+    overwrite: bool = True,
 ) -> None:
     """Prune a checkpoint statically in one shot, from file to file: the memory it takes is small.
 
@@ -180,7 +182,7 @@ def prune_file(
     built, so that the factory of a model of the user's own code is not needed.
 
     Args:
-        source: an unpruned checkpoint.
+        source: an unpruned checkpoint, or its header.
         target: the file to write.
         analysis: of this checkpoint; may be None where nothing calibrated is used.
         keep: as in `prune`, like plan, signal and seed.
@@ -189,6 +191,7 @@ def prune_file(
         compensate: `none`, `renorm` or `mean`.
         preprocessing: takes the place of the checkpoint's.
         seed: draws the experts of the signal `random`.
+        overwrite: replace a target that exists.
 
     Raises:
         MoepruneError: the checkpoint is damaged or pruned already, the analysis is another one's, the
@@ -198,7 +201,7 @@ def prune_file(
     config, existing, details = read_description(header)
     require_unpruned(existing)
     plan = _full_plan(config.moe_layers, keep, plan, "static", signal, compensate, None)
-    source_fingerprint = file_fingerprint(header)
+    source_fingerprint = checkpoint.fingerprint(header, config.to_json())
     if any(layer.is_calibrated for layer in plan.values()):
         _require_one_shot(plan)
         if analysis is None:
@@ -206,29 +209,30 @@ def prune_file(
     elif not any(layer.is_ranked for layer in plan.values()):
         analysis = None
     require_analysis_of(config.moe_layers, source_fingerprint, analysis)
-    entries: dict[str, Entry] = {name: Copied(name) for name in header.tensors}
+    tensors = checkpoint.read_tensors(header)
+    entries: dict[str, Tensor | Copied] = {name: Copied(header, name) for name in header.tensors}
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]
         chosen = _chosen(layer_plan, moments, None, seed, index)
         plan[name] = chosen
-        phi = read_tensor(header, f"{name}.phi")
+        phi = tensors[f"{name}.phi"]
         entries[f"{name}.phi"] = phi[:, list(chosen.columns)]
         for tensor in header.tensors:
             if tensor.startswith(f"{name}.fc"):
-                entries[tensor] = Copied(tensor, chosen.kept)
+                entries[tensor] = Copied(header, tensor, chosen.kept)
         if chosen.has_surrogate:
             assert moments is not None
             entries[f"{name}.surrogate"] = static_surrogate(chosen, moments.slot_mean).to(phi)
     provenance = _provenance(analysis, None, plan, Runtime())
     provenance |= {"pruned_from": {"fingerprint": source_fingerprint}, "seed": seed}
     assert header.metadata is not None
-    metadata = {key: value for key, value in header.metadata.items() if key != "fingerprint"} | {
+    metadata = header.metadata | {
         "plan": plan_to_json(plan),
         "provenance": {**details.provenance, **provenance},
     }
     if preprocessing is not None:
         metadata["preprocessing"] = to_json(preprocessing)
-    write_from(header, Path(target), entries, metadata)
+    checkpoint.write(target, entries, metadata, overwrite)
 
 
 def require_unpruned(plan: Plan) -> None:

@@ -22,15 +22,15 @@ SCHEMA_VERSION = 1
 DEFAULTS = {"scope": "static", "signal": "combine", "compensation": "none"}
 
 
-def write_plan(plan: Plan, path: str | Path) -> None:
+def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
     """Write a plan as JSON, a line for each layer: equal plans give equal bytes.
 
     Raises:
-        MoepruneError: the path cannot be written.
+        MoepruneError: the path cannot be written, or exists and may not be replaced.
     """
     layers = [f"    {json.dumps(name)}: {json.dumps(layer)}" for name, layer in plan_to_json(plan).items()]
     lines = ["{", f'  "schema_version": {SCHEMA_VERSION},', '  "plan": {', ",\n".join(layers), "  }", "}"]
-    write_text(Path(path), "\n".join(lines) + "\n")
+    write_text(Path(path), "\n".join(lines) + "\n", overwrite)
 
 
 def read_plan(path: str | Path, layers: Mapping[str, Any]) -> Plan:

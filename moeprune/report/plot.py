@@ -33,7 +33,7 @@ def check_plot(path: Path) -> None:
         raise MoepruneError("plots need matplotlib", "install it, or moeprune's extra `report`") from None
 
 
-def plot_frontier(rows: Sequence[SweepRow], title: str, path: Path) -> None:
+def plot_frontier(rows: Sequence[SweepRow], title: str, path: Path, overwrite: bool = True) -> None:
     """Draw accuracy over size, over FLOPs and, where it was measured, over speed-up; equal rows give equal
     bytes.
 
@@ -41,9 +41,10 @@ def plot_frontier(rows: Sequence[SweepRow], title: str, path: Path) -> None:
         rows: of a sweep, each with a `label`; the one without is the full model's.
         title: above the plot.
         path: to write; by its suffix a PNG or an SVG.
+        overwrite: replace a file that exists.
 
     Raises:
-        MoepruneError: the path cannot be written.
+        MoepruneError: the path cannot be written, or exists and may not be replaced.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -82,7 +83,7 @@ def plot_frontier(rows: Sequence[SweepRow], title: str, path: Path) -> None:
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with matplotlib.rc_context({"svg.hashsalt": "moeprune"}):
         figure.savefig(buffer, format=path.suffix[1:], metadata=metadata)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue(), overwrite)
 
 
 def _speedup(row: SweepRow) -> float:
