@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
 from fractions import Fraction
-from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import msgspec
 
 from moeprune.errors import MoepruneError
+from moeprune.records import Record, from_json, to_json
 
 SCOPES = ("static", "input", "batch")
 SIGNALS = ("combine", "deviation", "gram", "random")
@@ -18,147 +19,141 @@ FITTED = ("lstsq", "affine", "refit")
 AFFINE = ("affine", "refit")
 """Compensations with a linear map of the layer's input."""
 
+if TYPE_CHECKING:
+    Scope: TypeAlias = str
+    Signal: TypeAlias = str
+    Compensation: TypeAlias = str
+else:
+    Scope, Signal, Compensation = Literal[SCOPES], Literal[SIGNALS], Literal[COMPENSATIONS]
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+
+def impossible(scope: str, signal: str, compensation: str) -> str | None:
+    """Return why a scope, a signal and a compensation do not go together, or None if they do."""
+    if compensation == "merge" and signal == "gram":  # the loss by merging is no sum over pairs of experts
+        return "compensation `merge` does not go with signal `gram`"
+    if scope != "static" and compensation in ("refit", "merge"):
+        return f"compensation `{compensation}` needs one set of experts for all inputs, scope `static`"
+    if scope != "static" and signal == "gram":
+        return "signal `gram` needs one set of experts for all inputs, scope `static`"
+    return None
+
 
 def is_possible(scope: str, signal: str, compensation: str) -> bool:
-    """Whether a scope, a signal and a compensation go together."""
-    if compensation == "merge" and signal == "gram":
-        return False  # what is lost by merging is no sum over pairs of experts
-    return scope == "static" or (signal != "gram" and compensation not in ("refit", "merge"))
+    """Return True if a scope, a signal and a compensation go together."""
+    return impossible(scope, signal, compensation) is None
 
 
 def scopes_of(layers: Iterable[Any]) -> tuple[str, ...]:
-    """The scopes in which layers can be pruned together: not `static` where slots of one are dynamic.
-
-    Args:
-        layers: each has `dynamic_slots` (see SoftMoEConfig).
-    """
-    is_dynamic = any(layer.dynamic_slots for layer in layers)
-    return tuple(scope for scope in SCOPES if not (is_dynamic and scope == "static"))
+    """Return the scopes in which all of some layers (LayerConfig) can be pruned."""
+    layers = list(layers)
+    return tuple(scope for scope in SCOPES if all(scope in layer.scopes for layer in layers))
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """Which experts of one layer run, and what stands in for the others.
+class LayerPlan(Record, frozen=True, omit_defaults=False, dict=True):
+    """Which experts of one layer run, and what compensates for the others.
 
-    scope: `static` one set for all inputs, the others are gone from the checkpoint; `input` each
-        input keeps its own k experts (Chung et al. 2024, arXiv 2409.00879, Algorithm 1); `batch`
-        one set for each batch (Algorithm 2).
-    k: experts that run; with a mass, that run at most.
-    num_experts: experts of the unpruned layer (n).
-    signal: the score that ranks the experts ; `gram`, with scope `static` alone, looks at sets
-        of experts.
-    compensation: what a dropped expert gives: nothing (`none`), nothing while the combine softmax
-        is taken over the kept ones (`renorm`), its mean output (`mean`), the output that fits
-        the unpruned layer best (`lstsq`), or that beside a linear map of the layer's input (`affine`).
-        `refit`, with scope `static` alone, does the last and fits the kept experts' second linears too.
-        `merge`, with scope `static` alone, folds dropped experts into kept ones, which run their slots too
-        (moeprune.layers.merging).
-    kept: with scope `static` the kept experts by their index in the unpruned layer, ascending; None where
-        the signal is yet to choose them, which no checkpoint leaves open.
-    mass: with scope `input`, that each input runs the fewest experts, best first, that hold this share of
-        its combine mass; None: k of them.
-    merged_into: with `merge`, for each dropped expert, ascending, the kept one that it is folded into; None
-        where data is yet to tell.
-    rank: with a fitted compensation, in how many directions of the output it is given ; None: in all of them.
-    energy: that the rank is yet to be chosen: the fewest directions that hold this share of what the
-        compensation adds, if that makes it cheaper.
+    Attributes:
+        scope: `static` keeps one set for all inputs and removes the others from the checkpoint; with `input`
+            each input runs its own k experts (Chung et al. 2024, arXiv 2409.00879, Algorithm 1), with `batch`
+            each batch (Algorithm 2).
+        k: experts that run; with a mass, the most that run.
+        num_experts: experts of the unpruned layer (n).
+        signal: the score that ranks the experts; `gram` (scope `static` only) scores sets of experts.
+        compensation: what a dropped expert gives: nothing (`none`); nothing, with weights normalised over
+            the kept experts (`renorm`); its mean output (`mean`); the outputs that fit the unpruned layer
+            best (`lstsq`), also with a linear map of the layer's input (`affine`), and with the kept experts'
+            second linears fitted too (`refit`, scope `static` only). `merge` (scope `static` only) folds
+            dropped experts into kept ones.
+        kept: with scope `static`, the kept experts by their index in the unpruned layer, ascending; None
+            until the signal has chosen them.
+        mass: with scope `input`, each input runs the fewest experts, best first, that hold this share of its
+            mass; None: k of them.
+        merged_into: with `merge`, the kept expert that each dropped one, ascending, is folded into; None
+            until data has decided.
+        rank: with a fitted compensation, the number of output directions that it uses; None: all.
+        energy: with a fitted compensation, the share of its energy that decides the rank, if a lower rank is
+            cheaper.
     """
 
-    scope: str
-    k: int
+    scope: Scope
+    k: Count
     num_experts: int
-    signal: str
-    compensation: str
-    kept: tuple[int, ...] | None = None
-    mass: float | None = None
+    signal: Signal
+    compensation: Compensation
+    kept: tuple[Count, ...] | None = None
+    mass: Share | None = None
     merged_into: tuple[int, ...] | None = None
-    rank: int | None = None
-    energy: float | None = None
+    rank: Positive | None = None
+    energy: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("scope", SCOPES), ("signal", SIGNALS), ("compensation", COMPENSATIONS)):
-            if getattr(self, name) not in choices:
-                raise MoepruneError(
-                    f"plan: `{name}` is {getattr(self, name)!r}, expected one of {', '.join(choices)}"
-                )
-        if type(self.k) is not int or type(self.num_experts) is not int:
-            raise MoepruneError(
-                f"plan: `k` and `num_experts` are {self.k!r} and {self.num_experts!r}, expected whole numbers"
-            )
-        if not 0 <= self.k <= self.num_experts:
-            raise MoepruneError(f"plan: `k` is {self.k}, expected 0 to {self.num_experts}")
+        super().__post_init__()
+        if self.k > self.num_experts:
+            raise MoepruneError(f"`k` is {self.k}, expected 0 to {self.num_experts}")
         if self.k == 0 and self.compensation in ("renorm", "merge"):
-            raise MoepruneError(f"plan: `{self.compensation}` needs at least one kept expert")
-        if self.mass is not None:
-            if not (type(self.mass) in (int, float) and 0 < self.mass <= 1):
-                raise MoepruneError(f"plan: `mass` is {self.mass!r}, expected a share above 0 and at most 1")
-            if self.scope != "input" or self.k == 0:
-                raise MoepruneError("plan: `mass` goes with scope input, and at least one expert")
-        if not is_possible(self.scope, self.signal, self.compensation):
-            if self.scope == "static":
-                raise MoepruneError("plan: compensation `merge` does not go with signal `gram`")
-            what = f"compensation `{self.compensation}`" if self.signal != "gram" else "signal `gram`"
-            raise MoepruneError(f"plan: {what} is for one set for all inputs: it goes with scope static")
-        if self.kept is not None and self.scope != "static":
-            raise MoepruneError("plan: `kept` goes with scope static and with no other")
+            raise MoepruneError(f"compensation `{self.compensation}` needs at least one kept expert")
+        if reason := impossible(self.scope, self.signal, self.compensation):
+            raise MoepruneError(reason)
+        if self.mass is not None and (self.scope != "input" or self.k == 0):
+            raise MoepruneError("`mass` goes with scope `input`, and at least one expert")
+        self._check_kept()
+        if (self.rank or self.energy) and self.compensation not in FITTED:
+            raise MoepruneError(f"`rank` and `energy` go with the compensations {', '.join(FITTED)}")
+        if self.rank and self.energy:
+            raise MoepruneError("`rank` and `energy` do not go together: the energy decides the rank")
+
+    def _check_kept(self) -> None:
         if self.kept is not None:
-            valid = all(type(j) is int and 0 <= j < self.num_experts for j in self.kept)
-            if not valid or len(self.kept) != self.k or list(self.kept) != sorted(set(self.kept)):
+            if self.scope != "static":
+                raise MoepruneError("`kept` goes with scope `static` only")
+            fits = len(self.kept) == self.k and all(j < self.num_experts for j in self.kept)
+            if not fits or list(self.kept) != sorted(set(self.kept)):
                 raise MoepruneError(
-                    f"plan: `kept` is {list(self.kept)}, expected {self.k} different experts"
-                    f" below {self.num_experts}, ascending"
+                    f"`kept` is {list(self.kept)}, expected {self.k} different experts below"
+                    f" {self.num_experts}, ascending"
                 )
-        self._check_rank()
         if self.merged_into is not None:
             if self.compensation != "merge" or self.kept is None:
-                raise MoepruneError("plan: `merged_into` goes with compensation `merge`, and `kept`")
+                raise MoepruneError("`merged_into` goes with compensation `merge`, and `kept`")
             dropped = self.num_experts - self.k  # may be so many that they must not be listed
             if len(self.merged_into) != dropped or not set(self.merged_into) <= set(self.kept):
                 raise MoepruneError(
-                    f"plan: `merged_into` is {list(self.merged_into)}, expected a kept expert for each of the"
+                    f"`merged_into` is {list(self.merged_into)}, expected a kept expert for each of the"
                     f" {dropped} dropped ones"
                 )
 
-    def _check_rank(self) -> None:
-        if self.rank is None and self.energy is None:
-            return
-        if self.compensation not in FITTED:
-            raise MoepruneError(f"plan: `rank` and `energy` go with compensations {', '.join(FITTED)}")
-        if self.rank is not None and self.energy is not None:
-            raise MoepruneError("plan: `rank` and `energy` do not go together: the energy chooses the rank")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            raise MoepruneError(f"plan: `rank` is {self.rank!r}, expected a number of directions, at least 1")
-        if self.energy is not None and not (type(self.energy) is float and 0 < self.energy < 1):
-            raise MoepruneError(f"plan: `energy` is {self.energy!r}, expected a share above 0 and below 1")
-
     @property
     def drops(self) -> bool:
-        """Whether an expert may not run."""
+        """True if an expert may not run."""
         return self.k < self.num_experts or self.mass is not None
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether something is used that only calibration data can tell."""
+        """True if calibration data decides something."""
         return (self.kept is None and self.is_ranked) or self.has_surrogate or self.merges
 
     @property
     def is_ranked(self) -> bool:
-        """Whether the signal ranks the experts by what only calibration data can tell."""
+        """True if the signal ranks the experts by statistics of calibration data."""
         return self.signal in ("deviation", "gram") or (self.scope == "static" and self.signal == "combine")
 
     @property
     def is_fitted(self) -> bool:
-        """Whether a pass over data finds what stands in for the dropped experts."""
+        """True if the compensation needs a pass over data."""
         return (self.has_surrogate and self.compensation in FITTED) or self.merges
 
     @property
     def merges(self) -> bool:
-        """Whether dropped experts are folded into kept ones."""
+        """True if dropped experts are folded into kept ones."""
         return self.compensation == "merge" and self.drops
 
-    @cached_property
+    @property
     def groups(self) -> list[list[int]]:
-        """With `merge` each kept expert, ascending, followed by those that are folded into it."""
+        """With `merge`, each kept expert, ascending, followed by those that are folded into it."""
         groups = {j: [j] for j in self.kept or ()}
         for i, j in zip(self.dropped, self.merged_into or (), strict=False):
             groups[j].append(i)
@@ -166,22 +161,22 @@ class LayerPlan:
 
     @property
     def stored_experts(self) -> int:
-        """Experts whose weights are in the checkpoint."""
+        """Number of experts whose weights are in the checkpoint."""
         return self.k if self.scope == "static" else self.num_experts
 
     @property
     def routed_experts(self) -> int:
-        """Experts that have router logits: all of them, unless phi itself was sliced."""
+        """Number of experts that the router has columns for: all, unless the router itself is cut."""
         return self.k if self.scope == "static" and self.compensation == "renorm" else self.num_experts
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """With scope `static` the experts that are gone, ascending."""
+        """With scope `static`, the experts that are removed, ascending."""
         return tuple(sorted(set(range(self.num_experts)) - set(self.kept or ())))
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """With scope `static` the experts that have router logits, in their order: kept ones first, or with
+        """With scope `static`, the experts in the order of the router's columns: the kept ones first, or with
         `merge` group by group.
         """
         if self.merges:
@@ -191,17 +186,17 @@ class LayerPlan:
 
     @property
     def has_surrogate(self) -> bool:
-        """Whether something stands in for the dropped experts."""
+        """True if constants take the place of the outputs of dropped experts."""
         return self.compensation in ("mean", *FITTED) and self.drops
 
     @property
     def has_basis(self) -> bool:
-        """Whether what stands in for the dropped experts is given in few directions of the output."""
+        """True if the compensation is given in few directions of the output."""
         return self.has_surrogate and self.rank is not None
 
     @property
     def has_affine(self) -> bool:
-        """Whether a linear map of the layer's input is added to its output."""
+        """True if a linear map of the layer's input is added to its output."""
         return self.compensation in AFFINE and self.drops
 
 
@@ -218,15 +213,14 @@ def uniform_plan(
     mass: float | None = None,
     energy: float | None = None,
 ) -> Plan:
-    """The same share or number of experts in each layer, which the signal is yet to choose.
+    """Keep the same share or number of experts in each layer, for the signal to choose.
 
     Args:
         layers: the number of experts of each layer.
-        keep: as parse_keep returns it.
-        scope: see LayerPlan, like signal, compensation, mass and energy.
+        keep: as `parse_keep` returns it.
 
     Raises:
-        MoepruneError: more experts asked for than a layer has, or values that do not fit each other.
+        MoepruneError: more experts than a layer has, or values that do not go together.
     """
     return {
         name: LayerPlan(
@@ -237,39 +231,30 @@ def uniform_plan(
 
 
 def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
-    """Raise a MoepruneError that names a layer of a plan that a model lacks, whose experts it has not, or
-    that cannot be pruned so.
+    """Raise a MoepruneError that names a layer of the plan that does not fit the model.
 
     Args:
-        layers: of the model; each has `num_experts`, `output_width` and `dynamic_slots` (see SoftMoEConfig).
+        plan: to check.
+        layers: the configuration of each of the model's layers (moeprune.layers.config.LayerConfig).
     """
     for name, layer in plan.items():
         if name not in layers:
             raise MoepruneError(
-                f"the plan names layer `{name}`, which the model has not",
-                f"its Soft MoE layers are {', '.join(f'`{known}`' for known in layers)}",
+                f"the plan names layer `{name}`, which is not in the model",
+                f"its MoE layers are {', '.join(f'`{known}`' for known in layers)}",
             )
         if layer.num_experts != layers[name].num_experts:
             raise MoepruneError(
                 f"the plan of layer `{name}` is for {layer.num_experts} experts, the layer has"
                 f" {layers[name].num_experts}"
             )
-        if layer.rank is not None and layer.rank > layers[name].output_width:
-            raise MoepruneError(
-                f"the plan of layer `{name}` has the rank {layer.rank}, the layer's output has"
-                f" {layers[name].output_width} directions"
-            )
-        if layer.scope == "static" and layers[name].dynamic_slots:
-            raise MoepruneError(
-                f"layer `{name}` makes its slots anew from each input's tokens, and the number of its experts"
-                " sets how many tokens make one: without some of them it would be another layer",
-                "prune with `--scope input` or `--scope batch`",
-            )
+        if reason := layers[name].refusal(layer):
+            raise MoepruneError(f"layer `{name}` {reason}")
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON values; `plan_from_json` reads it back."""
-    return {name: asdict(layer) for name, layer in plan.items()}
+    """Return the plan as JSON values, which `plan_from_json` reads."""
+    return to_json(plan)
 
 
 def plan_from_json(value: Any) -> Plan:
@@ -280,44 +265,20 @@ def plan_from_json(value: Any) -> Plan:
     """
     if not isinstance(value, Mapping):
         raise MoepruneError(f"plan: found {type(value).__name__}, expected an object of layers")
-    plan = {}
+    plan: Plan = {}
     for name, layer in value.items():
         try:
-            plan[name] = _layer_from_json(layer)
+            plan[name] = from_json(layer, LayerPlan, "")
         except MoepruneError as error:
-            message = error.message.removeprefix("plan: ")
-            raise MoepruneError(f"plan of `{name}`: {message}", error.hint) from None
+            raise MoepruneError(f"plan of `{name}`: {error.message}", error.hint) from None
     return plan
 
 
-def _layer_from_json(value: Any) -> LayerPlan:
-    if not isinstance(value, Mapping):
-        raise MoepruneError(f"found {type(value).__name__}, expected an object")
-    known = [field.name for field in fields(LayerPlan)]
-    needed = [field.name for field in fields(LayerPlan) if field.default is MISSING]
-    if spare := [key for key in value if key not in known]:
-        raise MoepruneError(f"`{spare[0]}` is unknown", f"a layer's plan has {', '.join(known)}")
-    if lacking := [key for key in needed if key not in value]:
-        raise MoepruneError(f"`{lacking[0]}` is missing")
-    kept = value.get("kept")
-    if not (kept is None or isinstance(kept, list | tuple)):
-        raise MoepruneError(f"`kept` is {kept!r}, expected a list of experts")
-    merged_into = value.get("merged_into")
-    if not (merged_into is None or (isinstance(merged_into, list | tuple) and _all_experts(merged_into))):
-        raise MoepruneError(f"`merged_into` is {merged_into!r}, expected a list of experts")
-    tuples = {key: tuple(value[key]) for key in ("kept", "merged_into") if value.get(key) is not None}
-    return LayerPlan(**{**value, **tuples})
-
-
-def _all_experts(values: Any) -> bool:
-    return all(type(value) is int for value in values)
-
-
 def parse_keep(text: str, option: str = "--keep") -> Fraction | int:
-    """Read how many experts to keep: a fraction of them such as `1/8` or `0.125`, or a number.
+    """Read how many experts to keep: a share such as `1/8` or `0.125`, or a number.
 
     Returns:
-        A Fraction in (0, 1] for a share of the experts, an int of at least 1 for a number of them.
+        A Fraction in (0, 1] for a share, an int of at least 1 for a number.
 
     Raises:
         MoepruneError: anything else.
@@ -332,7 +293,7 @@ def parse_keep(text: str, option: str = "--keep") -> Fraction | int:
             raise ValueError  # a Fraction writes all digits out
         value = Fraction(text)
     except (ValueError, ZeroDivisionError):
-        raise MoepruneError(f"`{option} {text}` is no fraction and no number", hint) from None
+        raise MoepruneError(f"`{option} {text}` is neither a share nor a number", hint) from None
     if value <= 0:
         raise MoepruneError(f"`{option} {text}` keeps no expert", hint)
     if text.isdigit():
@@ -343,7 +304,7 @@ def parse_keep(text: str, option: str = "--keep") -> Fraction | int:
 
 
 def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str, option: str = "--keep") -> int:
-    """k for a layer of num_experts experts: a share above 0 is rounded to the nearest, at least 1.
+    """Return k for a layer: a share above 0 is rounded to the nearest number, at least 1.
 
     Raises:
         MoepruneError: more experts asked for than the layer has.

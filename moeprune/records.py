@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import re
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from moeprune.errors import MoepruneError
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Record")
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -24,9 +26,16 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
         MoepruneError: a value does not fit the type of its field.
     """
 
+    def replace(self: R, **changes: Any) -> R:
+        """Return the record with some fields changed, checked again."""
+        return msgspec.structs.replace(self, **changes)
+
     def __post_init__(self) -> None:
         for name, kind in _field_types(type(self)).items():
-            from_json(getattr(self, name), kind, f"`{name}`")
+            value = getattr(self, name)
+            converted = from_json(value, kind, f"`{name}`")
+            if converted is not value:  # a list in place of a tuple
+                msgspec.structs.force_setattr(self, name, converted)
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,24 +69,43 @@ def from_json(value: Any, kind: type[T] | Any, where: str) -> T:
         MoepruneError: an unknown or missing key, or a value of another type; it says what was found.
     """
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, dec_hook=_from_class)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
-        path = path.rstrip("`")
-        place = f"{where}{': `' + path.lstrip('.') + '`' if path else ''}"
-        raise MoepruneError(f"{place}: {reason[:1].lower()}{reason[1:]}{_found(value, path)}") from None
+        keys = [key or int(index) for key, index in re.findall(r"\.([\w-]+)|\[(\d+)\]", path)]
+        place = " ".join(filter(None, (where, path.strip(".`") and f"`{path.strip('.`')}`")))
+        if reason.startswith("Invalid enum value"):
+            reason = f"expected one of {', '.join(map(str, _choices(kind, keys)))}"
+        found = "" if "[...]" in path else _found(value, keys)
+        raise MoepruneError(f"{place}: {reason[:1].lower()}{reason[1:]}{found}".lstrip(": ")) from None
 
 
-def _found(value: Any, path: str) -> str:
-    """What stands at a path of msgspec's, in words, if it can be told."""
-    for key, index in re.findall(r"\.([\w-]+)|\[(\d+)\]", path):
-        if key:
-            value = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
-        else:
-            value = value[int(index)] if isinstance(value, list | tuple) and int(index) < len(value) else None
-    if isinstance(value, dict | list | tuple | msgspec.Struct) or "[...]" in path:
-        return ""
-    return f", found {value!r}"
+def _from_class(kind: type, value: Any) -> Any:
+    """Read a type that is no record by its own class method."""
+    return kind.from_json(value)  # type: ignore[attr-defined]
+
+
+def _found(value: Any, keys: list[str | int]) -> str:
+    """Say what is at a path, if it is short."""
+    for key in keys:
+        try:
+            value = value[key] if isinstance(value, dict | list | tuple) else getattr(value, str(key))  # type: ignore[index]
+        except (LookupError, AttributeError):
+            return ""
+    return "" if isinstance(value, dict | list | tuple | msgspec.Struct) else f", found {value!r}"
+
+
+def _choices(kind: Any, keys: list[str | int]) -> tuple[Any, ...]:
+    """Return the values of the Literal at a path of a type."""
+    for part in get_args(kind) if get_origin(kind) in (Union, UnionType, Annotated) else ():
+        if choices := _choices(part, keys):
+            return choices
+    if not keys:
+        return get_args(kind) if get_origin(kind) is Literal else ()
+    if isinstance(keys[0], int):
+        return _choices(get_args(kind)[0], keys[1:])
+    fields = _field_types(kind) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else {}
+    return _choices(fields[keys[0]], keys[1:]) if keys[0] in fields else ()
 
 
 def to_text(value: Any) -> str:

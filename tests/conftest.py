@@ -11,6 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if not Path("/proc/driver/nvidia").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, slowly; read when torch is imported
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -20,8 +23,6 @@ from tests.schemas import complaints, schema_of
 from tests.stock import Stock, make_stock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, slowly
 
 
 class Result(NamedTuple):

@@ -4,6 +4,7 @@ It shares no code with the package. Axes: b inputs, m tokens, d model width, n e
 expert, h hidden width of an expert.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -133,3 +134,12 @@ def reference_mass(
 def best_subset(scores: Sequence[float], k: int) -> tuple[int, ...]:
     """The k experts of the greatest summed score, by trying all; of equal ones the first."""
     return max(combinations(range(len(scores)), k), key=lambda experts: sum(scores[j] for j in experts))
+
+
+def replace(config, **changes):
+    """A record or dataclass with some fields changed."""
+    return (
+        dataclasses.replace(config, **changes)
+        if dataclasses.is_dataclass(config)
+        else config.replace(**changes)
+    )

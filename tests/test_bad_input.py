@@ -522,8 +522,8 @@ ANALYSES: list[Case] = [
         w.analysis_with_tensor("mean_mass", lambda t: t[:64])
     ), (f"{LAYER}.mean_mass",)),
     ("another width", lambda w: w.with_analysis(
-        w.analysis_with_tensor("slot_mean", lambda t: t[..., :3])
-    ), (f"{LAYER}.slot_mean",)),
+        w.analysis_with_tensor("term_mean", lambda t: t[..., :3])
+    ), (f"{LAYER}.term_mean",)),
     ("integers", lambda w: w.with_analysis(
         w.analysis_with_tensor("deviation", lambda t: t.int())
     ), (f"{LAYER}.deviation",)),

@@ -1,4 +1,4 @@
-from dataclasses import fields, replace
+from dataclasses import fields
 from importlib.resources import files
 
 import numpy as np
@@ -8,16 +8,17 @@ from torch import Tensor
 
 import moeprune
 from moeprune.calibration import analysis as calibration
-from moeprune.calibration.analysis import observe_layers
+from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.selection import best_kept
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.demo.train import initialize
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.surgery import prune_layer
+from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
+from tests.reference import replace
 
 CPU = Runtime(device="cpu")
 MODELS = ("single", "two_layers")
@@ -74,7 +75,7 @@ def observed_one_by_one(model, data) -> tuple[dict[str, list], list[int]]:
 
     def observe(name, observation):
         seen[name].append(
-            (observation.combine_weights[0].double().numpy(), observation.slot_outputs[0].double().numpy())
+            (observation.weights[0].double().numpy(), observation.slot_outputs[0].double().numpy())
         )
 
     for inputs, label in data.batches(1):
@@ -135,7 +136,7 @@ def brute_force(samples: list, labels: list[int]) -> dict[str, np.ndarray]:
         "kept_mass": kept_mass,
         "experts_for_mass": experts_for_mass,
         "class_mass": class_mass,
-        "slot_mean": slot_mean,
+        "term_mean": slot_mean,
         "deviation": np.sqrt(variance),
         "gram": gram,
         "gram_renorm": gram_renorm,
@@ -201,7 +202,7 @@ def test_statistics_do_not_depend_on_the_batch_size(name, batch_size, cases, ana
 
 
 def test_gram_matrix_of_a_batch_in_parts_is_the_same(monkeypatch, cases, analyses):
-    monkeypatch.setattr("moeprune.calibration.sums.GRAM_WORKSPACE", 1000)  # 5 inputs of 10 slots at once
+    monkeypatch.setattr("moeprune.layers.observation.WORKSPACE", 1000)  # 5 inputs of 10 slots at once
     parts = moeprune.analyze(*cases["two_layers"], CPU)
     for layer, statistics in analyses["two_layers"].layers.items():
         torch.testing.assert_close(parts.layers[layer].gram, statistics.gram, rtol=1e-5, atol=1e-6)
@@ -242,7 +243,7 @@ def test_gram_matrix_tells_the_error_of_every_static_plan(name, dropped_share, c
         plan = LayerPlan("static", k, n, "combine", compensation, tuple(sorted(order[:k])))
         dropped = list(plan.dropped)
         x, y = layer_inputs_and_outputs(model, layer, data)
-        pruned = prune_layer(dense, plan, None, statistics.slot_mean)
+        pruned = prune_layer(dense, plan, Calibrated(None, statistics.term_mean))
         error = (y - pruned(x)).double().square().sum((1, 2)).mean()
         predicted = statistics.gram_under(compensation).double()[dropped][:, dropped].sum()
         assert float(predicted) == pytest.approx(float(error), rel=1e-4)

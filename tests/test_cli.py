@@ -261,7 +261,7 @@ def test_layers_of_a_deep_model_are_pruned_one_after_the_other(vit, vit_analysis
     test = moeprune.open_data("pairs", model.input_format, limit=60)
     assert found["model"] == json.loads(to_text(moeprune.evaluate(pruned, test).model))
     *_, (name, last) = pruned.moe_layers.items()
-    of_unpruned = analysis.layers[name].slot_mean[list(last.plan.dropped)]
+    of_unpruned = analysis.layers[name].term_mean[list(last.plan.dropped)]
     assert not torch.allclose(last.surrogate[last.plan.k :], of_unpruned, rtol=1e-3)
 
 

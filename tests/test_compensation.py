@@ -1,4 +1,4 @@
-from dataclasses import replace
+import dataclasses
 from importlib.resources import files
 
 import numpy as np
@@ -7,18 +7,17 @@ import torch
 from torch import Tensor
 
 import moeprune
-from moeprune.calibration.analysis import observe_layers
+from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.ridge import GAIN_KEPT, LAMBDAS, Equations, solve_held_out
-from moeprune.calibration.sums import regressors
+from moeprune.layers.observation import Observation
 from moeprune.layers.scores import combine_mass
-from moeprune.layers.soft_moe import Observation
-from moeprune.layers.surgery import prune_layer
+from moeprune.layers.surgery import Calibrated, prune_layer
+from moeprune.models.model import SoftMoEViT, moe_layers
 from moeprune.models.runtime import Runtime
-from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning import compensation as compensation_module
-from moeprune.pruning.compensation import Gathered, fit_routed, fit_static, gather, refit_kept
-from tests.reference import reference_layer
+from moeprune.pruning.compensation import Gathered, Stream, fit_routed, fit_static, gather, refit_kept
+from tests.reference import reference_layer, replace
 from tests.test_calibration import two_layer_model, write_inputs
 
 CPU = Runtime(device="cpu")
@@ -111,21 +110,13 @@ def test_slot_without_any_weight_gets_nothing_and_changes_nothing():
 def test_only_slots_that_did_not_run_for_their_input_are_regressors():
     C = torch.rand(2, 3, 4, 2, generator=torch.Generator().manual_seed(0)) + 0.1
     tokens = torch.zeros(2, 3, 5)
-    observation = Observation(
-        C,
-        combine_mass(C),
-        torch.zeros(2, 2, 2, 5),
-        torch.tensor([[0, 2], [1, 3]]),
-        tokens,
-        tokens,
-        None,
-        None,
-    )
+    chosen = torch.tensor([[0, 2], [1, 3]])
+    observation = Observation(C, combine_mass(C), tokens, tokens, None, chosen)
     expected = C.clone()
     expected[0, :, [0, 2]] = 0
     expected[1, :, [1, 3]] = 0
-    assert torch.equal(regressors(observation, "lstsq"), expected.flatten(2))
-    assert torch.equal(regressors(observation._replace(chosen=None), "lstsq"), C.flatten(2))
+    assert torch.equal(observation.regressors("lstsq"), expected.flatten(2))
+    assert torch.equal(dataclasses.replace(observation, chosen=None).regressors("lstsq"), C.flatten(2))
 
 
 # --- models ------------------------------------------------------------------------------------
@@ -143,21 +134,17 @@ def observed(model, name, data) -> Observation:
     seen: list[Observation] = []
     for inputs, _ in data.batches(64):
         observe_layers(model, [name], lambda _, observation: seen.append(observation), inputs, CPU)
-    return Observation(
-        torch.cat([one.combine_weights for one in seen]),
-        torch.cat([one.mass for one in seen]),
-        torch.cat([one.slot_outputs for one in seen]),
-        None if seen[0].chosen is None else torch.cat([one.chosen for one in seen]),
-        torch.cat([one.output for one in seen]),
-        torch.cat([one.tokens for one in seen]),
-        None,
-        None if seen[0].slot_inputs is None else torch.cat([one.slot_inputs for one in seen]),
-    )
+    parts = {
+        field.name: torch.cat([getattr(one, field.name) for one in seen])
+        for field in dataclasses.fields(seen[0])
+        if isinstance(getattr(seen[0], field.name), Tensor)
+    }
+    return dataclasses.replace(seen[0], **parts)
 
 
 def layer_outputs(model: SoftMoEViT, name: str, data) -> Tensor:
     seen = []
-    handle = model.moe_layers[name].register_forward_hook(lambda _, args, y: seen.append(y))
+    handle = moe_layers(model)[name].register_forward_hook(lambda _, args, y: seen.append(y))
     with torch.no_grad():
         for inputs, _ in data.batches(64):
             model(inputs)
@@ -200,7 +187,7 @@ def test_the_set_that_the_gram_matrix_chooses_leaves_less_error(compensate, cali
 def test_lstsq_repairs_what_earlier_pruned_layers_broke():
     model = moeprune.load(files("moeprune.demo") / "checkpoints" / "vit.safetensors")
     data = moeprune.open_data("pairs:calibration", model.input_format, limit=300)
-    last, runtime = list(model.moe_layers)[-1], Runtime(device="cpu", batch_size=150)
+    last, runtime = list(moe_layers(model))[-1], Runtime(device="cpu", batch_size=150)
     errors = []
     for compensate in ("mean", "lstsq"):
         pruned = moeprune.prune(model, keep="1/8", compensate=compensate, data=data, runtime=runtime)
@@ -229,7 +216,7 @@ LAST = "blocks.1.soft_moe"
 
 def without_means(gathered: Gathered) -> Gathered:
     """As if the means were zero: there is much to correct."""
-    moments = replace(gathered.moments, slot_mean=torch.zeros_like(gathered.moments.slot_mean))
+    moments = replace(gathered.moments, term_mean=torch.zeros_like(gathered.moments.term_mean))
     return gathered._replace(moments=moments)
 
 
@@ -255,9 +242,9 @@ def nearest_ridge(R: np.ndarray, T: np.ndarray, kinds: list[int], correction: Te
 def test_routed_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(compensation, tmp_path):
     """The layer before it is pruned too: the targets hold what that one broke."""
     full, pruned, data = behind_a_pruned_layer(tmp_path, "input")
-    correction, _ = fit_routed(pruned, full, LAST, data, compensation, CPU)
+    correction, _ = fit_routed(Stream(pruned, full, LAST, data, CPU), compensation)
     before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
-    weights = before.combine_weights.clone()
+    weights = before.weights.clone()
     for i, experts in enumerate(before.chosen.tolist()):
         weights[i, :, experts] = 0
     R, kinds = rows_and_kinds(before, weights, compensation)
@@ -268,13 +255,13 @@ def test_routed_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outp
 @pytest.mark.parametrize("compensation", ["lstsq", "affine"])
 def test_static_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(compensation, tmp_path):
     full, pruned, data = behind_a_pruned_layer(tmp_path)
-    gathered = without_means(gather(pruned, full, LAST, data, compensation, CPU))
+    gathered = without_means(gather(Stream(pruned, full, LAST, data, CPU), compensation))
     plan = LayerPlan("static", 2, 5, "combine", compensation, (1, 3))
     correction, _ = fit_static(gathered, plan)
     before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
     outputs = before.slot_outputs[:, list(plan.dropped)]
-    dropped = torch.einsum("bmnp,bnpd->bmd", before.combine_weights[:, :, list(plan.dropped)], outputs)
-    R, kinds = rows_and_kinds(before, before.combine_weights[:, :, [1, 3, 0, 2, 4]], compensation)
+    dropped = torch.einsum("bmnp,bnpd->bmd", before.weights[:, :, list(plan.dropped)], outputs)
+    R, kinds = rows_and_kinds(before, before.weights[:, :, [1, 3, 0, 2, 4]], compensation)
     T = (target - before.output + dropped).flatten(0, 1).double().numpy()
     assert nearest_ridge(R, T, kinds, correction) < 1e-4
 
@@ -283,7 +270,7 @@ def test_static_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outp
 def test_refit_is_a_ridge_on_what_the_last_linears_of_kept_experts_take(kind, tmp_path):
     full, pruned, data = behind_a_pruned_layer(tmp_path, kind=kind)
     plan = LayerPlan("static", 2, 5, "combine", "refit", (1, 3))
-    layer = prune_layer(full.get_submodule(LAST), plan, None, torch.zeros(5, 2, 12))
+    layer = prune_layer(full.get_submodule(LAST), plan, Calibrated(None, torch.zeros(5, 2, 12)))
     pruned.set_submodule(LAST, layer)
     before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
     weight = layer.fc2_weight.clone()
@@ -292,11 +279,11 @@ def test_refit_is_a_ridge_on_what_the_last_linears_of_kept_experts_take(kind, tm
         hidden = torch.einsum("bkpd,kdh->bkph", hidden, layer.fc1_weight) + layer.fc1_bias[:, None]
         halves = hidden.chunk(2, -1) if kind == "geglu" else (1, hidden)
         hidden = halves[0] * torch.nn.functional.gelu(halves[1])
-    of_experts = torch.einsum("bmkp,bkph->bmkh", before.combine_weights[:, :, :2], hidden).flatten(2)
-    R, kinds = rows_and_kinds(before, before.combine_weights, "affine")
+    of_experts = torch.einsum("bmkp,bkph->bmkh", before.weights[:, :, :2], hidden).flatten(2)
+    R, kinds = rows_and_kinds(before, before.weights, "affine")
     R = np.concatenate([of_experts.flatten(0, 1).double().numpy(), R], axis=1)
     T = (target - before.output).flatten(0, 1).double().numpy()
-    refit_kept(pruned, full, LAST, data, CPU)
+    refit_kept(Stream(pruned, full, LAST, data, CPU))
     change = (layer.fc2_weight - weight).mT.flatten(0, 1)
     affine = [layer.affine_token, layer.affine_mean, layer.affine_bias[None]]
     correction = torch.cat([change, layer.surrogate.flatten(0, 1), *affine])
@@ -307,7 +294,7 @@ def test_refit_is_a_ridge_on_what_the_last_linears_of_kept_experts_take(kind, tm
 def test_a_refit_that_is_too_large_is_refused_before_any_pass(calibrated, monkeypatch):
     model, data, _ = calibrated
     monkeypatch.setattr(compensation_module, "MAX_REGRESSORS", 300)
-    message = r"takes 449 regressors: 64 experts of width 4 are kept; 300 are possible"
+    message = r"would take 449 regressors: 64 experts of width 4 are kept; at most 300 are possible"
     with pytest.raises(moeprune.MoepruneError, match=message):
         moeprune.prune(model, keep=64, compensate="refit", data=data, runtime=CPU)
 
@@ -320,10 +307,10 @@ def test_correction_does_not_depend_on_the_batch_size(scope, tmp_path):
         runtime = Runtime(device="cpu", batch_size=size)
         if scope == "static":
             plan = LayerPlan("static", 2, 5, "combine", "affine", (1, 3))
-            gathered = without_means(gather(pruned, full, LAST, data, "affine", runtime))
+            gathered = without_means(gather(Stream(pruned, full, LAST, data, runtime), "affine"))
             found.append(fit_static(gathered, plan)[0])
         else:
-            found.append(fit_routed(pruned, full, LAST, data, "affine", runtime)[0])
+            found.append(fit_routed(Stream(pruned, full, LAST, data, runtime), "affine")[0])
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-3
 
 
@@ -336,7 +323,7 @@ def test_surrogates_of_a_layer_are_its_means_behind_the_pruned_layers_before_it(
         model = two_layer_model()  # its last layer is dense
         model.set_submodule("blocks.0.soft_moe", first)
         seen = observed(model, "blocks.1.soft_moe", data)
-        weight = seen.combine_weights.double().sum(1)[..., None]
+        weight = seen.weights.double().sum(1)[..., None]
         means[what] = (weight * seen.slot_outputs).sum(0) / weight.sum(0)
     found = pruned.blocks[1].soft_moe.surrogate.double()
     torch.testing.assert_close(found, means["pruned"], rtol=1e-5, atol=1e-6)
@@ -349,11 +336,11 @@ def test_scope_input_corrects_only_dropped_columns(calibrated):
     pruned = moeprune.prune(
         model, analysis, keep=96, scope="input", signal="random", compensate="lstsq", data=data, runtime=CPU
     )
-    [(name, layer)] = pruned.moe_layers.items()
+    [(name, layer)] = moe_layers(pruned).items()
     chosen = observed(pruned, name, data).chosen
     kept = chosen[0].tolist()
     assert (chosen == chosen[0]).all()
-    mean = analysis.layers[name].slot_mean
+    mean = analysis.layers[name].term_mean
     assert torch.equal(layer.surrogate[kept], mean[kept])
     dropped = sorted(set(range(128)) - set(kept))
     assert ((layer.surrogate - mean)[dropped].abs().amax((1, 2)) > 0).all()
@@ -364,7 +351,7 @@ def test_scope_input_with_lstsq_equals_the_masked_formulas(calibrated):
     pruned = moeprune.prune(
         model, analysis, keep=8, scope="input", compensate="lstsq", data=data, runtime=CPU
     )
-    [(name, layer)] = pruned.moe_layers.items()
+    [(name, layer)] = moe_layers(pruned).items()
     inputs = next(iter(data.batches(3)))[0]
     seen = []
     handle = layer.register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
@@ -372,7 +359,7 @@ def test_scope_input_with_lstsq_equals_the_masked_formulas(calibrated):
     handle.remove()
     [(x, y)] = seen
     kept = observed(pruned, name, data).chosen[:3].tolist()
-    dense = model.moe_layers[name].state_dict()
+    dense = moe_layers(model)[name].state_dict()
     expected = reference_layer(x, dense, "l2", "normalized", kept, "lstsq", layer.surrogate)
     assert float((y - expected).abs().max() / expected.abs().max()) < 1e-5
 
@@ -381,7 +368,7 @@ def test_static_lstsq_may_correct_kept_slots_and_mean_does_not(calibrated):
     model, data, analysis = calibrated
     for compensate, corrects in (("mean", False), ("lstsq", True)):
         pruned = moeprune.prune(model, analysis, keep=8, compensate=compensate, data=data, runtime=CPU)
-        [layer] = pruned.moe_layers.values()
+        [layer] = moe_layers(pruned).values()
         assert bool(layer.surrogate[:8].any()) == corrects
 
 

@@ -9,8 +9,7 @@ import torch
 from moeprune.calibration import sums as contributions
 from moeprune.calibration.ridge import LAMBDAS
 from moeprune.calibration.statistics import MomentsAccumulator
-from moeprune.calibration.sums import Contributions, half_of, lost_gram, regressors
-from moeprune.layers.soft_moe import select
+from moeprune.calibration.sums import Contributions, half_of, lost_gram
 from tests.test_compensation import column_scale, direct_ridge
 from tests.test_soft_moe import D, M, N, dense_layer, inputs, observe
 
@@ -32,7 +31,7 @@ def case(request):
     gap = 0.1 * torch.randn(B, M, 5, generator=generator, dtype=torch.float64) * mask[:, :, None]
     moments = MomentsAccumulator(layer)
     moments.add(observation, None)
-    return layer, observation, gap, moments.moments()["slot_mean"]
+    return layer, observation, gap, moments.moments()["term_mean"]
 
 
 def sums(layer, observation, gap, compensation="affine") -> tuple[Contributions, Contributions]:
@@ -42,14 +41,14 @@ def sums(layer, observation, gap, compensation="affine") -> tuple[Contributions,
         half = half_of(first, len(index))
         for which, one in enumerate(halves):
             members = index[half == which]
-            one.add(select(observation, members), gap[members])
+            one.add(observation.select(members), gap[members])
     return halves
 
 
 def lost_rows(observation, gap, slot_mean) -> np.ndarray:
     """What each expert adds beside its means, and the gap: (n+1,b,m,o)."""
     beside = observation.slot_outputs - slot_mean
-    parts = torch.einsum("bmnp,bnpo->nbmo", observation.combine_weights, beside)
+    parts = torch.einsum("bmnp,bnpo->nbmo", observation.weights, beside)
     return torch.cat([parts, gap[None]]).numpy()
 
 
@@ -75,7 +74,7 @@ def test_error_of_a_regression_is_that_on_the_rows_of_the_other_half(
     layer, observation, gap, slot_mean = case
     slot_mean = slot_mean / 2  # so that there is something to gain
     gram = lost_gram(*sums(layer, observation, gap), slot_mean, compensation)
-    rows = regressors(observation, compensation)
+    rows = observation.regressors(compensation)
     parts = lost_rows(observation, gap, slot_mean)
     is_second = half_of(0, B).numpy() == 1
     kinds = [N * slot_mean.shape[1]] + ([D, D, 1] if compensation == "affine" else [])
@@ -99,10 +98,10 @@ def test_error_of_a_regression_is_that_on_the_rows_of_the_other_half(
 
 def test_regressors_are_combine_weights_tokens_their_mean_and_one(case):
     _, observation, _, _ = case
-    rows = regressors(observation, "affine")
+    rows = observation.regressors("affine")
     mask = observation.mask
-    slots = observation.combine_weights[0, 0].numel()
-    assert torch.equal(rows[..., :slots], observation.combine_weights.float().flatten(2))
+    slots = observation.weights[0, 0].numel()
+    assert torch.equal(rows[..., :slots], observation.weights.float().flatten(2))
     assert torch.equal(rows[..., slots : slots + D], observation.tokens.float())
     for i in range(B):
         mean = observation.tokens[i, mask[i]].mean(0)

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
@@ -12,10 +11,11 @@ from moeprune.demo.train import initialize, pairs_config, single_layer_config
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.flops import Flops
 from moeprune.layers.soft_moe import SoftMoE
-from moeprune.layers.surgery import prune_layer
+from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, LayerPlan, is_possible
+from tests.reference import replace
 
 MOE = SoftMoEConfig(12, num_experts=6, slots_per_expert=2, hidden_dim=5)
 ATTENTION_AND_MLP = BlockConfig(mlp_dim=20)
@@ -109,7 +109,7 @@ def test_flops_of_a_pruned_layer_equal_what_torch_counts(scope, compensation, k,
     plan = LayerPlan(scope, k, 6, "combine", compensation, tuple(range(k)) if is_static else None)
     if plan.merges:
         plan = replace(plan, merged_into=tuple(j % k for j in plan.dropped))
-    pruned = prune_layer(layer, plan, None, torch.ones(layer.slot_shape), torch.ones(6))
+    pruned = prune_layer(layer, plan, Calibrated(None, torch.ones(layer.term_shape), torch.ones(6)))
     x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
     assert counted(pruned, x) == 2 * config.flops(9, pruned.plan).total
 

@@ -252,7 +252,7 @@ def test_half_precision_stays_near_float32(scope, dtype):
     exact = observe(layer.to(DEVICE), x)
     rough = observe(layer.to(dtype), x.to(dtype))
     assert rough.output.dtype == dtype
-    assert rough.combine_weights.dtype == torch.float32
+    assert rough.weights.dtype == torch.float32
     if exact.chosen is not None:
         assert torch.equal(rough.chosen, exact.chosen)
     assert relative_error(rough.output, exact.output) < ROUGH[dtype]
@@ -334,7 +334,7 @@ def test_autocast_on_the_gpu_stays_near_float32(scope, compensation):
     with torch.autocast("cuda", torch.bfloat16):
         rough = observe(layer, x)
         unobserved = layer(x)
-    assert rough.combine_weights.dtype == torch.float32
+    assert rough.weights.dtype == torch.float32
     if exact.chosen is not None:
         assert torch.equal(rough.chosen, exact.chosen)
     assert 1e-5 < relative_error(rough.output, exact.output) < 0.03

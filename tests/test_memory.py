@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
-from moeprune.layers.surgery import prune_layer
+from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.adoption import adopt_file
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.conversion import convert
@@ -133,10 +133,14 @@ def test_activations_of_a_routed_layer_are_no_more_than_the_dense_layers(compens
     full = peak_bytes(dense, x)
     means = torch.zeros(128, 1, 384)
     for scope in ("input", "batch"):
-        routed = prune_layer(dense, LayerPlan(scope, 16, 128, "combine", compensation), None, means)
+        routed = prune_layer(
+            dense, LayerPlan(scope, 16, 128, "combine", compensation), Calibrated(None, means)
+        )
         assert peak_bytes(routed, x) <= full
     kept = tuple(range(16))
-    static = prune_layer(dense, LayerPlan("static", 16, 128, "combine", compensation, kept), None, means)
+    static = prune_layer(
+        dense, LayerPlan("static", 16, 128, "combine", compensation, kept), Calibrated(None, means)
+    )
     assert peak_bytes(static, x) <= full
 
 

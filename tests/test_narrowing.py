@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
 import moeprune
-from moeprune.calibration.analysis import observe_layers
-from moeprune.calibration.sums import regressors
+from moeprune.calibration.passes import observe_layers
 from moeprune.errors import MoepruneError
 from moeprune.models.runtime import Runtime
 from moeprune.plan import FITTED, plan_from_json
-from tests.reference import reference_layer, reference_mass
+from tests.reference import reference_layer, reference_mass, replace
 
 CPU = Runtime("cpu", batch_size=64)
 LAYER = "blocks.0.soft_moe"
@@ -55,7 +53,7 @@ def test_the_rank_is_the_least_that_holds_the_energy_and_no_other_of_that_rank_i
     rows = []
     for inputs, _ in data.batches(50):
         observe_layers(
-            models[way][0], [LAYER], lambda _, seen: rows.append(regressors(seen, way[1])), inputs, CPU
+            models[way][0], [LAYER], lambda _, seen: rows.append(seen.regressors(way[1])), inputs, CPU
         )
     z = torch.cat(rows).flatten(0, 1).double()
     given = z @ added(full)
@@ -152,11 +150,11 @@ def test_an_energy_that_is_wrong(words, vit, run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 0}, "expected a number of directions"),
-        ({"rank": 2.5}, "expected a number of directions"),
-        ({"energy": 1}, "expected a share above 0 and below 1"),
-        ({"energy": "much"}, "expected a share above 0 and below 1"),
-        ({"rank": 4, "compensation": "mean"}, "go with compensations lstsq, affine, refit"),
+        ({"rank": 0}, "`rank`: expected `int` >= 1, found 0"),
+        ({"rank": 2.5}, "`rank`: expected `int .* got `float`"),
+        ({"energy": 1}, "`energy`: expected `float` < 1"),
+        ({"energy": "much"}, "`energy`: expected `float .* got `str`"),
+        ({"rank": 4, "compensation": "mean"}, "go with the compensations lstsq, affine, refit"),
     ],
 )
 def test_plans_of_few_directions_that_are_wrong(changes, message):

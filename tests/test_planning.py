@@ -258,22 +258,29 @@ def test_what_a_plan_written_by_hand_leaves_out_has_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[1]", "`schema_version` is None, expected 1"),
         ({"schema_version": 2, "plan": {}}, "`schema_version` is 2, expected 1"),
-        ({"schema_version": 1}, "has no plan of any layer"),
-        ({"schema_version": 1, "plan": {"blocks.9": {"k": 1, "num_experts": 4}}}, "which the model has not"),
+        ({"schema_version": True, "plan": {FIRST: {"k": 1}}}, "`schema_version` is True, expected 1"),
+        ({"schema_version": 1, "plan": {FIRST: {"k": 1}}, "extra": 1}, "unknown key `extra`"),
+        ({"schema_version": 1}, "plans no layer"),
+        ({"schema_version": 1, "plan": {"blocks.9": {"k": 1, "num_experts": 4}}}, "not in the model"),
         ({"schema_version": 1, "plan": {FIRST: {}}}, "`k` or `kept` is missing"),
-        ({"schema_version": 1, "plan": {FIRST: 3}}, "found int, expected an object"),
-        ({"schema_version": 1, "plan": {FIRST: {"k": 7}}}, "`k` is 7, expected 0 to 6"),
-        ({"schema_version": 1, "plan": {FIRST: {"kept": [1, 1]}}}, "2 different experts"),
-        ({"schema_version": 1, "plan": {FIRST: {"kept": ["a"]}}}, "`kept` is ['a']"),
-        ({"schema_version": 1, "plan": {FIRST: {"k": 1, "nope": 1}}}, "`nope` is unknown"),
-        ({"schema_version": 1, "plan": {FIRST: {"k": 1, "kept": 1}}}, "`kept` is 1, expected a list"),
-        ({"schema_version": 1, "plan": {FIRST: {"k": 1, "num_experts": 9}}}, "is for 9 experts"),
-        (
-            {"schema_version": 1, "plan": {FIRST: {"k": 1, "scope": "input", "signal": "gram"}}},
-            "goes with scope static",
+        ({"schema_version": 1, "plan": {FIRST: 3}}, "expected `object`, got `int`"),
+        *(
+            ({"schema_version": 1, "plan": {FIRST: layer}}, message)
+            for layer, message in [
+                ({"k": 7}, "`k` is 7, expected 0 to 6"),
+                ({"k": "1"}, "`k`: expected `int`, got `str`, found '1'"),
+                ({"kept": [1, 1]}, "2 different experts"),
+                ({"kept": ["a"]}, "`kept[0]`: expected `int`, got `str`, found 'a'"),
+                ({"k": 1, "nope": 1}, "unknown field `nope`"),
+                ({"k": 1, "kept": 1}, "`kept`: expected `array | null`, got `int`"),
+                ({"k": 1, "num_experts": 9}, "is for 9 experts"),
+                ({"k": 1, "scope": "input", "signal": "gram"}, "signal `gram` needs one set of experts"),
+                ({"k": 1, "scope": "input", "mass": True}, "`mass`: expected `float | null`, got `bool`"),
+                ({"k": 1, "compensation": "affine", "rank": 2, "energy": 0.5}, "do not go together"),
+            ]
         ),
     ],
 )  # fmt: skip
@@ -293,30 +300,5 @@ def test_a_plan_that_is_not_there(tmp_path, single):
             read_plan(path, layers)
     with pytest.raises(MoepruneError, match="is a folder"):
         read_plan(tmp_path, layers)
-    with pytest.raises(MoepruneError, match="is no pruned checkpoint"):
+    with pytest.raises(MoepruneError, match="is not a pruned checkpoint"):
         read_plan(single, layers)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"schema_version": True, "plan": {FIRST: {"k": 1}}}, "`schema_version` is True, expected 1"),
-        ({"schema_version": 1, "plan": {FIRST: {"k": 1}}, "extra": 1}, "unknown key `extra`"),
-        ({"schema_version": 1, "plan": {FIRST: {"k": 1, "scope": "input", "mass": True}}}, "`mass` is True"),
-        ({"schema_version": 1, "plan": {FIRST: {"k": "1"}}}, "'1' and 6, expected whole numbers"),
-        (
-            {
-                "schema_version": 1,
-                "plan": {FIRST: {"k": 1, "compensation": "affine", "rank": 2, "energy": 0.5}},
-            },
-            "`rank` and `energy` do not go together",
-        ),
-    ],
-)
-def test_plans_that_are_nearly_right(content, message, tmp_path):
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps(content))
-    with pytest.raises(MoepruneError) as caught:
-        read_plan(path, three_layers().config.moe_layers)
-    assert message in caught.value.message
-    assert "plan: " not in caught.value.message

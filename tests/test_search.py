@@ -10,7 +10,7 @@ import torch
 from scipy.stats import norm
 
 import moeprune
-from moeprune.calibration.analysis import observe_layers
+from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.sums import half_of
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import predict

@@ -7,9 +7,10 @@ from torch import Tensor
 from moeprune.layers import experts as routed
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.experts import grouped_linear
+from moeprune.layers.observation import SlotObservation as Observation
 from moeprune.layers.scores import top_k
-from moeprune.layers.soft_moe import Observation, SoftMoE
-from moeprune.layers.surgery import prune_layer
+from moeprune.layers.soft_moe import SoftMoE
+from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.plan import LayerPlan
 from tests.reference import (
     best_subset,
@@ -67,7 +68,7 @@ def pruned_layer(dense, scope, k, compensation="none", signal="combine", scores=
     if scope == "static":
         kept, scores = tuple(top_k(scores, k).tolist()), None
     plan = LayerPlan(scope, k, n, signal, compensation, kept)
-    return with_random_affine(prune_layer(dense, plan, scores, slot_mean))
+    return with_random_affine(prune_layer(dense, plan, Calibrated(scores, slot_mean)))
 
 
 def with_random_affine(layer):
@@ -133,7 +134,7 @@ def test_observation_of_a_dense_layer_holds_combine_weights_and_slot_outputs(rou
     for i, one in enumerate(x):
         logits, tokens = reference_router(one, tensors, router_norm, dispatch_input)
         combine = reference_combine(logits, range(N))
-        assert relative_error(observation.combine_weights[i], combine) < 1e-10
+        assert relative_error(observation.weights[i], combine) < 1e-10
         for j, q in product(range(N), range(3)):
             slot = reference_slot_output(logits[:, j, q], tokens, tensors, j)
             assert relative_error(observation.slot_outputs[i, j, q], slot) < 1e-10
@@ -192,8 +193,8 @@ def test_padding_changes_nothing_for_real_tokens(scope):
         assert relative_error(together[1:, :4], layer(x[1:, :4])) < 1e-12
     alone = [observe(layer, x[:1]), observe(layer, x[1:, :4])]
     assert relative_error(seen[0].mass, torch.cat([one.mass for one in alone])) < 1e-12
-    assert relative_error(seen[0].combine_weights[1, :4], alone[1].combine_weights[0]) < 1e-12
-    assert not seen[0].combine_weights[1, 4:].any()
+    assert relative_error(seen[0].weights[1, :4], alone[1].weights[0]) < 1e-12
+    assert not seen[0].weights[1, 4:].any()
     assert not seen[0].output[1, 4:].any()
     if scope == "batch":
         scores = torch.cat([one.mass for one in alone]).sum(0)
@@ -345,7 +346,7 @@ def ragged_sets(dense, x, share, most=N) -> list[tuple[int, ...]]:
 
 def adaptive_layer(dense, share, compensation="none", most=N, slot_mean=None):
     plan = LayerPlan("input", most, N, "combine", compensation, mass=share)
-    return with_random_affine(prune_layer(dense, plan, None, slot_mean))
+    return with_random_affine(prune_layer(dense, plan, Calibrated(None, slot_mean)))
 
 
 @pytest.mark.usefixtures("_both_ways")
@@ -583,7 +584,7 @@ def test_bfloat16_autocast_stays_near_float32(scope, compensation):
     exact = observe(layer, x)
     with torch.autocast("cpu", torch.bfloat16):
         rough = observe(layer, x)
-    assert rough.combine_weights.dtype == torch.float32
+    assert rough.weights.dtype == torch.float32
     if exact.chosen is not None:
         assert torch.equal(rough.chosen, exact.chosen)
     assert 1e-5 < relative_error(rough.output, exact.output) < 0.03

@@ -1,34 +1,28 @@
-"""What calibration data says about every Soft MoE layer, in one streaming pass, and its file.
-
-Axes: b inputs, m tokens, d model width, n experts, p slots per expert.
-"""
+"""What calibration data says of every MoE layer of a model, and its file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeprune import __version__
+from moeprune.calibration.passes import divergences, measure, require_finite
 from moeprune.calibration.statistics import (
-    LayerMoments,
     LayerStatistics,
-    MomentsAccumulator,
     StatisticsAccumulator,
 )
-from moeprune.calibration.sums import sums_in_bytes, wide_dtype
+from moeprune.calibration.sums import sums_in_bytes
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.header import read_header, require_format
-from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.soft_moe import Observation, SoftMoE
-from moeprune.layers.surgery import prune_layer
+from moeprune.layers.interface import LayerConfig
+from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
@@ -38,7 +32,6 @@ FORMAT = 1
 PROBE_INPUTS = 256
 WORKSPACE = 2 << 30
 """Bytes of sums over inputs that an analysis holds at once."""
-A = TypeVar("A", bound=MomentsAccumulator)
 
 
 @dataclass(frozen=True)
@@ -102,46 +95,6 @@ def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def measure(
-    model: Model,
-    names: Sequence[str],
-    data: Dataset,
-    runtime: Runtime,
-    what: str,
-    accumulator: Callable[[SoftMoE], A],
-) -> dict[str, A]:
-    """Accumulated over the data: what the named layers compute, in one pass as far as the last of them.
-
-    Args:
-        model: a private copy; it is moved to the runtime's device.
-        names: of dense layers.
-        data: labels are not needed.
-        runtime: where and how the model runs.
-        what: the progress bar's title.
-        accumulator: makes one for a layer.
-    """
-    model.to(runtime.torch_device)
-    layers = model.moe_layers
-    accumulators = {name: accumulator(layers[name]) for name in names}
-    for inputs, labels in runtime.batches(data, what):
-
-        def observe(name: str, observation: Observation, labels: Tensor | None = labels) -> None:
-            accumulators[name].add(observation, labels)
-
-        observe_layers(model, names, observe, inputs, runtime)
-    return accumulators
-
-
-def require_finite(layers: Mapping[str, LayerMoments], data: Dataset) -> None:
-    """Raise a MoepruneError that names a layer with NaN or infinite statistics."""
-    for name, layer in layers.items():
-        if not all(getattr(layer, field.name).isfinite().all() for field in fields(layer)):
-            raise MoepruneError(
-                f"layer `{name}` computes NaN or infinite numbers on `{data.spec}`",
-                "check the checkpoint and the scale of the inputs, or use `--dtype float32`",
-            )
-
-
 def measure_sensitivity(
     model: Model, statistics: Mapping[str, LayerStatistics], data: Dataset, runtime: Runtime
 ) -> dict[str, Tensor]:
@@ -149,8 +102,8 @@ def measure_sensitivity(
 
     Each layer is pruned by itself, to an eighth of its experts with `mean`, and the mean divergence of the
     predictions from the unpruned model's, in nats, is divided by the layer's error, which the Gram matrix
-    tells. Where the model has no head, the change of its features takes the divergence's place. Layers with
-    dynamic slots, which cannot be pruned so, are left out.
+    tells. Without a head, the change of the features takes the divergence's place. Layers that cannot be
+    pruned statically are left out.
 
     Args:
         model: a private copy of the unpruned one, on the runtime's device.
@@ -160,89 +113,18 @@ def measure_sensitivity(
     """
     probes, errors = {}, {}
     for name, layer in model.moe_layers.items():
-        if layer.config.dynamic_slots:
+        if "static" not in layer.config.scopes:
             continue
         n = layer.config.num_experts
         kept = statistics[name].best_kept(n // 8, "mean")
         plan = LayerPlan("static", n // 8, n, "gram", "mean", kept)
         errors[name] = statistics[name].gram_mean.double()[list(plan.dropped)][:, list(plan.dropped)].sum()
         probes[name] = private_copy(model)
-        probe = prune_layer(layer, plan, None, statistics[name].slot_mean.to(layer.fc2_weight.device))
+        probe = prune_layer(layer, plan, Calibrated(term_mean=statistics[name].term_mean))
         probes[name].set_submodule(name, probe)
     changes = divergences(probes, model, data.sample(PROBE_INPUTS), runtime, "probe layers")
     tiny = torch.finfo(torch.float32).tiny
     return {name: (change / errors[name].clamp_min(tiny)).float() for name, change in changes.items()}
-
-
-def divergences(
-    models: Mapping[str, Model], full: Model, data: Dataset, runtime: Runtime, what: str
-) -> dict[str, Tensor]:
-    """How far the predictions of models are from those of the full one: mean divergences in nats (scalars).
-
-    Where there is no head, the change of the features, as a share of their square, takes its place.
-
-    Args:
-        models: private copies on the runtime's device, like full.
-        full: the unpruned model.
-        data: labels are not used.
-        runtime: where and how models run.
-        what: the progress bar's title.
-    """
-    changes = {name: torch.zeros((), dtype=torch.float64) for name in models}
-    has_head = full.input_format.classes > 0
-    for name, found, expected in runtime.beside(models, full, data, what):
-        changes[name] += _change(found, expected, has_head).sum().to("cpu", torch.float64)
-    return {name: change / data.samples for name, change in changes.items()}
-
-
-def _change(found: Tensor, expected: Tensor, has_head: bool) -> Tensor:
-    """How far outputs (b,…) are from the expected ones, input by input."""
-    if has_head:
-        wide = wide_dtype(found.device)  # else rounding makes small divergences negative
-        found, expected = found.log_softmax(-1, dtype=wide), expected.log_softmax(-1, dtype=wide)
-        change = (expected.exp() * (expected - found)).sum(-1).clamp_min(0)
-    else:
-        change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
-    return change.flatten(1).mean(1) if change.ndim > 1 else change
-
-
-class _Enough(Exception):
-    """Every layer that was asked for has been observed."""
-
-
-def observe_layers(
-    model: nn.Module,
-    names: Sequence[str],
-    observe: Callable[[str, Observation], None],
-    inputs: Tensor,
-    runtime: Runtime,
-) -> None:
-    """Run the model on inputs as far as the named layers and hand each one's observation over."""
-    waiting = set(names)
-
-    def observer(name: str) -> Callable[[Observation], None]:
-        def seen(observation: Observation) -> None:
-            observe(name, observation)
-            waiting.discard(name)
-            if not waiting:
-                raise _Enough
-
-        return seen
-
-    with _observing(model, {name: observer(name) for name in names}), suppress(_Enough):
-        runtime.forward(model, inputs)
-
-
-@contextmanager
-def _observing(model: nn.Module, observers: Mapping[str, Callable[[Observation], None]]) -> Iterator[None]:
-    layers: dict[str, SoftMoE] = {name: model.get_submodule(name) for name in observers}  # type: ignore[misc]
-    for name, observer in observers.items():
-        layers[name].observer = observer
-    try:
-        yield
-    finally:
-        for name in observers:
-            layers[name].observer = None
 
 
 def save_analysis(analysis: Analysis, path: str | Path, overwrite: bool = True) -> None:
@@ -304,11 +186,11 @@ def load_analysis(path: str | Path) -> Analysis:
 
 
 def _require_consistent(layer: LayerStatistics, name: str, path: str | Path) -> None:
-    n, p, d = (*layer.slot_mean.shape, 0, 0, 0)[:3]
+    n, p, d = (*layer.term_mean.shape, 0, 0, 0)[:3]
     shapes = {
         "mean_mass": (n,), "max_mass": (n,), "rank_frequency": (n, n), "kept_mass": (n,),
         "experts_for_mass": (3,), "class_mass": (len(layer.class_mass), n),
-        "slot_mean": (n, p, d), "deviation": (n,),
+        "term_mean": (n, p, d), "deviation": (n,),
         "sensitivity": (),
         **dict.fromkeys(("gram", "gram_renorm", "gram_mean", "gram_lstsq", "gram_affine"), (n, n)),
     }  # fmt: skip
@@ -322,7 +204,7 @@ def _require_consistent(layer: LayerStatistics, name: str, path: str | Path) -> 
 
 
 def require_analysis_of(
-    layers: Mapping[str, SoftMoEConfig], fingerprint: str, analysis: Analysis | None
+    layers: Mapping[str, LayerConfig], fingerprint: str, analysis: Analysis | None
 ) -> None:
     """Raise a MoepruneError if the analysis was made for a checkpoint of another fingerprint, or damaged.
 
@@ -339,10 +221,10 @@ def require_analysis_of(
             "run `moeprune analyze` on this checkpoint",
         )
     for name, layer in layers.items():
-        expected_shape = [layer.num_experts, layer.slots_per_expert, layer.output_width]
-        shape = list(analysis.layers[name].slot_mean.shape) if name in analysis.layers else None
+        expected_shape = [layer.num_experts, layer.terms_per_expert, layer.output_width]
+        shape = list(analysis.layers[name].term_mean.shape) if name in analysis.layers else None
         if shape != expected_shape:
             raise MoepruneError(
-                f"the analysis does not fit: `{name}.slot_mean` is {shape}, expected {expected_shape}",
+                f"the analysis does not fit: `{name}.term_mean` is {shape}, expected {expected_shape}",
                 "write it again with `moeprune analyze`",
             )

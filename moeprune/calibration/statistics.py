@@ -1,6 +1,6 @@
-"""Running statistics of a Soft MoE layer: sums over inputs that do not grow with their number.
+"""Running statistics of an MoE layer: sums over inputs that do not grow with their number.
 
-Axes: b inputs, m tokens, d model width, n experts, p slots per expert.
+Axes: b inputs, n experts, p terms per expert, o width of the output.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moeprune.calibration.results import LayerSummary
 from moeprune.calibration.selection import best_kept, drop_order
-from moeprune.calibration.sums import Contributions, halves, lost_gram, renorm_gram, wide_dtype
+from moeprune.calibration.sums import Contributions, halves, lost_gram, wide_dtype
+from moeprune.layers.layer import MoELayer
+from moeprune.layers.observation import Observation
 from moeprune.layers.scores import rank
-from moeprune.layers.soft_moe import Observation, SoftMoE, select
 
 MASS_LEVELS = (0.5, 0.9, 0.99)
 INFORMATIVE_MASS = 0.45
@@ -27,13 +28,13 @@ digits the paper's rule kept 97 % of the accuracy and more above it, 44 to 84 % 
 class LayerMoments:
     """What pruning a layer takes: its experts' means over calibration inputs, in float32 on the CPU.
 
-    mean_mass: the mean combine mass of each expert (n).
-    slot_mean: mu, the mean output of each slot weighted by its combine mass (n,p,d).
+    mean_mass: mean mass of each expert (n).
+    term_mean: mu, the mean output of each term, weighted by its weights (n,p,o).
     deviation: sigma, the root mean square of |f - mu| with the same weights (n).
     """
 
     mean_mass: Tensor
-    slot_mean: Tensor
+    term_mean: Tensor
     deviation: Tensor
 
     @property
@@ -46,15 +47,15 @@ class LayerMoments:
 class LayerStatistics(LayerMoments):
     """The moments, and what a person or a planner wants to know beside them.
 
-    max_mass: the maximum over inputs of each expert's combine mass (n).
+    max_mass: the largest mass of each expert over inputs (n).
     rank_frequency: row r, column j: share of inputs whose r-th best expert is j (n,n). The sum of
         the first k rows is how often an expert is among the best k.
     kept_mass: entry k-1: mean mass of the best k experts of an input (n).
     experts_for_mass: mean number of an input's experts that hold each of MASS_LEVELS (3).
     class_mass: mean mass of each expert over the inputs of a class (classes,n); no rows without
         labels.
-    gram: G_jl = E <R_j, R_l> (n,n), where R_j = sum over p of C_jp f_jp is what expert j adds: the expected
-        squared error of the layer's output when the set Z is dropped is exactly the sum of G over Z×Z.
+    gram: G_jl = E <R_j, R_l> (n,n), where R_j is what expert j adds: the expected squared error of the
+        layer's output when the set Z is dropped is exactly the sum of G over Z×Z.
     gram_renorm, gram_mean, gram_lstsq, gram_affine: the same for what is lost under a compensation
         (n,n). For `renorm` that is C_j·(f_j - Y), the error but for the division by the kept mass of each
         token; for `lstsq` and `affine` what a regression on one half of the inputs leaves on the other.
@@ -101,13 +102,13 @@ class LayerStatistics(LayerMoments):
 class MomentsAccumulator:
     """Sums up the moments of a dense layer."""
 
-    def __init__(self, layer: SoftMoE):
-        n, p, d = layer.slot_shape
+    def __init__(self, layer: MoELayer):
+        n, p, d = layer.term_shape
         self.device = layer.fc2_weight.device
         self.dtype = wide_dtype(self.device)
         self.samples = 0
         self.mass = self._zeros(n)
-        self.slot_mass = self._zeros(n, p)
+        self.weights = self._zeros(n, p)
         self.weighted_outputs = self._zeros(n, p, d)
         self.weighted_squares = self._zeros(n, p)
 
@@ -116,25 +117,23 @@ class MomentsAccumulator:
 
     def add(self, observation: Observation, labels: Tensor | None) -> None:
         """Add the inputs of one forward pass."""
-        slot_mass = observation.combine_weights.sum(1, dtype=torch.float32)  # (b,n,p)
-        slot_outputs = observation.slot_outputs.float()
-        weighted = slot_mass[..., None] * slot_outputs  # (b,n,p,d)
-        self.samples += len(slot_mass)
+        self.samples += len(observation.mass)
         self.mass += observation.mass.sum(0, dtype=self.dtype)
-        self.slot_mass += slot_mass.sum(0, dtype=self.dtype)
-        self.weighted_outputs += weighted.sum(0, dtype=self.dtype)
-        self.weighted_squares += (weighted * slot_outputs).sum(-1).sum(0, dtype=self.dtype)
+        weights, outputs, squares = observation.term_sums(self.dtype)
+        self.weights += weights
+        self.weighted_outputs += outputs
+        self.weighted_squares += squares
 
     def moments(self) -> dict[str, Tensor]:
         """The fields of LayerMoments."""
-        # A slot without any mass (it underflowed) has no mean; zero is as good as any.
-        slot_mass = self.slot_mass.clamp_min(torch.finfo(self.dtype).tiny)
-        slot_mean = self.weighted_outputs / slot_mass[..., None]
-        spread = self.weighted_squares - self.slot_mass * slot_mean.square().sum(-1)
-        variance = spread.sum(1).clamp_min(0) / slot_mass.sum(1)
+        # A term without any weight (it underflowed) has no mean; zero is as good as any.
+        weights = self.weights.clamp_min(torch.finfo(self.dtype).tiny)
+        term_mean = self.weighted_outputs / weights[..., None]
+        spread = self.weighted_squares - self.weights * term_mean.square().sum(-1)
+        variance = spread.sum(1).clamp_min(0) / weights.sum(1)
         return {
             "mean_mass": self.mass / self.samples,
-            "slot_mean": slot_mean,
+            "term_mean": term_mean,
             "deviation": variance.sqrt(),
         }
 
@@ -146,7 +145,7 @@ class MomentsAccumulator:
 class StatisticsAccumulator(MomentsAccumulator):
     """Sums up all statistics of a layer."""
 
-    def __init__(self, layer: SoftMoE):
+    def __init__(self, layer: MoELayer):
         super().__init__(layer)
         n = layer.config.num_experts
         self.max_mass = self._zeros(n)
@@ -189,11 +188,10 @@ class StatisticsAccumulator(MomentsAccumulator):
         self.class_samples.index_add_(0, labels, torch.ones_like(labels))
 
     def _add_grams(self, observation: Observation) -> None:
-        weights, outputs = observation.combine_weights.float(), observation.slot_outputs.float()
-        self.gram_renorm += renorm_gram(weights, outputs, observation.output.float(), self.dtype)
-        members = halves(self.samples - len(weights), len(weights))
+        self.gram_renorm += observation.renorm_gram(self.dtype)
+        members = halves(self.samples - len(observation.mass), len(observation.mass))
         for contributions, index in zip(self.halves, members, strict=True):
-            contributions.add(select(observation, index.to(weights.device)))
+            contributions.add(observation.select(index.to(observation.mass.device)))
 
     def result(self) -> LayerStatistics:
         """The statistics of all inputs so far."""
@@ -214,9 +212,9 @@ class StatisticsAccumulator(MomentsAccumulator):
         n = len(self.mass)
         first, second = self.halves
         gram = (first.gram + second.gram)[:n, :n]
-        slot_mean = self.moments()["slot_mean"].to("cpu", torch.float64)
+        term_mean = self.moments()["term_mean"].to("cpu", torch.float64)
         lost = {
-            f"gram_{compensation}": lost_gram(first, second, slot_mean, compensation)[:n, :n]
+            f"gram_{compensation}": lost_gram(first, second, term_mean, compensation)[:n, :n]
             for compensation in ("mean", "lstsq", "affine")
         }
         return {"gram": gram, "gram_renorm": self.gram_renorm + gram, **lost}

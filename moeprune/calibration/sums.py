@@ -1,18 +1,16 @@
-"""What each expert of a dense layer adds to the output, and the part of it that is lost when it is dropped.
+"""Sums over calibration inputs of what each expert of a dense layer adds, and of what is lost of it.
 
-Expert j adds R_j = sum over p of C_jp·f_jp (m,o). What stands in for it when it is dropped is a constant
-for each slot, C_j·mu_j, and, where a regression is fitted, Z·V_j with the regressors Z (m,q): the combine
-weights C of all slots (`lstsq`), and beside them the layer's input, the mean of its tokens and 1 (`affine`).
-The sums over inputs
+Expert j adds R_j (m,o). When it is dropped, its constants w_j·mu_j take its place, and, where a regression is
+fitted, Z·V_j with the regressors Z (m,q): the weights of all terms (`lstsq`), and beside them the layer's
+input, the mean of its tokens and 1 (`affine`). The sums over inputs
 
     power ZᵀZ (q,q)      cross ZᵀR_j (n+1,q,o)      gram <R_j, R_l> (n+1,n+1)
 
-are all that such regressions take, for every set of experts: what a set adds is the sum of what its
-experts add. The last of n + 1 is the gap: what is missing whatever is dropped, such as what pruned layers
-before this one broke.
+are all that such regressions take, for every set of experts: a set adds the sum of what its experts add. The
+last of n + 1 is the gap: what is missing whatever is dropped, such as what pruned layers before it broke.
 
-Axes: b inputs, m tokens, d width of the input, o width of the output, n experts, p slots per expert,
-S = n·p slots, q regressors.
+Axes: b inputs, m tokens, d width of the input, o width of the output, n experts, p terms per expert, q
+regressors.
 """
 
 from __future__ import annotations
@@ -23,11 +21,10 @@ import torch
 from torch import Tensor
 
 from moeprune.calibration.ridge import Equations, choose_ridge, column_scale
-from moeprune.layers.soft_moe import Observation, SoftMoE, is_dropped, mean_token
+from moeprune.layers.layer import MoELayer
+from moeprune.layers.observation import Observation
 from moeprune.plan import AFFINE
 
-GRAM_WORKSPACE = 2**24
-"""Numbers at most in the two matrices over slots that the Gram matrix of some inputs needs."""
 CHUNK = 2**24
 """Numbers at most in each of the tensors that the lost parts of some outputs need."""
 
@@ -51,94 +48,21 @@ def halves(first: int, count: int) -> tuple[Tensor, Tensor]:
     return (half == 0).nonzero().flatten(), (half == 1).nonzero().flatten()
 
 
-def kinds_of_regressors(layer: SoftMoE, compensation: str) -> list[int]:
-    """How many regressors there are of each kind, in the order of `regressors`."""
-    n, p, _ = layer.slot_shape
-    d = layer.config.dim
-    return [n * p, d, d, 1] if compensation in AFFINE else [n * p]
-
-
-def added_tensors(layer: SoftMoE, rows: Tensor) -> dict[str, Tensor]:
-    """The rows (q,…) that go with a pruned layer's regressors, slots in the order of phi's columns, as the
-    tensors of the layer that hold what they add.
-    """
-    assert layer.plan is not None
-    n, p, _ = layer.slot_shape
-    of_slots, *affine = rows.split(kinds_of_regressors(layer, layer.plan.compensation))
-    tensors = {"surrogate": of_slots.unflatten(0, (n, p))}
-    if affine:
-        token, mean, bias = affine
-        tensors |= {"affine_token": token, "affine_mean": mean, "affine_bias": bias[0]}
-    return tensors
-
-
-def regressors(observation: Observation, compensation: str) -> Tensor:
-    """Z (b,m,q): the combine weights, without those of the slots that ran for their own input; for
-    `affine` also the layer's input, the mean of its tokens, and 1.
-    """
-    weights = observation.combine_weights.float()
-    if observation.chosen is not None:
-        weights = weights * is_dropped(observation.chosen, weights)[:, None, :, None]
-    weights = weights.flatten(2)
-    if compensation not in AFFINE:
-        return weights
-    tokens, mask = observation.tokens.float(), observation.mask
-    one = torch.ones_like(tokens[:, :, :1]) if mask is None else mask[:, :, None].float()
-    return torch.cat([weights, tokens, one * mean_token(tokens, mask)[:, None], one], dim=2)
-
-
-def expert_gram(combine_weights: Tensor, slot_outputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over inputs of <R_j, R_l> = sum over p, q of (CᵀC)_jp,lq · <f_jp, f_lq>: (n,n) in dtype.
-
-    Args:
-        combine_weights: C (b,m,n,p).
-        slot_outputs: f (b,n,p,o).
-    """
-    _, _, n, p = combine_weights.shape
-    step = max(1, GRAM_WORKSPACE // (2 * (n * p) ** 2))
-    weights, outputs = combine_weights.flatten(2).split(step), slot_outputs.flatten(1, 2).split(step)
-    gram = combine_weights.new_zeros(n, n, dtype=dtype)
-    for c, f in zip(weights, outputs, strict=True):
-        slots = ((c.mT @ c) * (f @ f.mT)).sum(0, dtype=dtype)  # (n·p,n·p)
-        gram += slots.view(n, p, n, p).sum((1, 3))
-    return gram
-
-
-def renorm_gram(combine_weights: Tensor, slot_outputs: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over inputs of <C_j·(f_j - Y), C_l·(f_l - Y)> (n,n) in dtype, but for its first term <R_j, R_l>.
-
-    Args:
-        combine_weights: C (b,m,n,p).
-        slot_outputs: f (b,n,p,o).
-        output: Y (b,m,o).
-    """
-    _, _, n, p = combine_weights.shape
-    step = max(1, GRAM_WORKSPACE // (2 * (n * p) ** 2))
-    gram = combine_weights.new_zeros(n, n, dtype=dtype)
-    parts = (combine_weights.flatten(2), slot_outputs.flatten(1, 2), output)
-    for c, f, y in zip(*(part.split(step) for part in parts), strict=True):
-        with_output = c.mT @ (c * (y @ f.mT))  # C_lᵀ·(C_j∘<f_j, Y>) (b,S,S)
-        squares = (c * y.square().sum(2, keepdim=True)).mT @ c
-        slots = (squares - with_output - with_output.mT).sum(0, dtype=dtype)
-        gram += slots.view(n, p, n, p).sum((1, 3))
-    return gram
-
-
-def sums_in_bytes(layer: SoftMoE, compensation: str) -> int:
-    """Bytes that both halves of a layer's sums take."""
-    n, _, out = layer.slot_shape
-    q = sum(kinds_of_regressors(layer, compensation))
+def sums_in_bytes(layer: MoELayer, compensation: str) -> int:
+    """Return the bytes that both halves of a layer's sums take."""
+    n, _, out = layer.term_shape
+    q = sum(layer.regressor_kinds(compensation))
     return 2 * (8 * q * q + 4 * (n + 1) * q * out)
 
 
 class Contributions:
     """The sums of one layer over some inputs."""
 
-    def __init__(self, layer: SoftMoE, compensation: str):
-        n, _, out = layer.slot_shape
+    def __init__(self, layer: MoELayer, compensation: str):
+        n, _, out = layer.term_shape
         device = layer.fc2_weight.device
         self.compensation = compensation
-        self.kinds = kinds_of_regressors(layer, compensation)
+        self.kinds = layer.regressor_kinds(compensation)
         q, dtype = sum(self.kinds), wide_dtype(device)
         self.power = torch.zeros(q, q, device=device, dtype=dtype)
         self.cross = torch.zeros(n + 1, q, out, device=device)
@@ -146,53 +70,47 @@ class Contributions:
 
     def add(self, observation: Observation, gap: Tensor | None = None) -> None:
         """Add inputs: what the dense layer computed, and the gap (b,m,o) that is missing in any case."""
-        weights, outputs = observation.combine_weights.float(), observation.slot_outputs.float()
-        b, _, n, p = weights.shape
-        if b == 0:
+        if len(observation.mass) == 0:
             return
-        z = regressors(observation, self.compensation)
+        n = len(self.cross) - 1
+        z = observation.regressors(self.compensation)
         rows = z.flatten(0, 1)
         wide = rows.to(self.power)
         self.power += wide.mT @ wide
-        step = max(1, CHUNK // (z.shape[2] * n * p))
-        for some, c, f in zip(z.split(step), weights.split(step), outputs.split(step), strict=True):
-            shared = (some.mT @ c.flatten(2)).unflatten(2, (n, p))  # ZᵀC (b,q,n,p)
-            of_expert = shared.permute(2, 1, 0, 3).reshape(n, -1, len(c) * p)
-            self.cross[:n].baddbmm_(of_expert, f.transpose(0, 1).reshape(n, len(c) * p, -1))
-        self.gram[:n, :n] += expert_gram(weights, outputs, self.gram.dtype)
+        observation.add_cross(z, self.cross[:n])
+        self.gram[:n, :n] += observation.gram(self.gram.dtype)
         if gap is not None:
             gap = gap.float()
             self.cross[n] += rows.mT @ gap.flatten(0, 1)
-            with_gap = (weights.flatten(2).mT @ gap) * outputs.flatten(1, 2)  # (b,S,o)
-            with_gap = with_gap.sum((0, 2), dtype=self.gram.dtype).view(n, p).sum(1)
+            with_gap = observation.products(gap, self.gram.dtype)
             self.gram[:n, n] += with_gap
             self.gram[n, :n] += with_gap
             self.gram[n, n] += gap.square().sum(dtype=self.gram.dtype)
 
-    def equations(self, dropped: Sequence[int], slot_mean: Tensor) -> Equations:
+    def equations(self, dropped: Sequence[int], term_mean: Tensor) -> Equations:
         """Of the regression on the gap and what the dropped experts add beside their means.
 
         Args:
-            slot_mean: mu (n,p,o).
+            term_mean: mu (n,p,o).
 
         Returns:
             On the CPU in float64.
         """
         index = torch.tensor(dropped, dtype=torch.int64, device=self.cross.device)
-        n, p, out = slot_mean.shape
+        n, p, out = term_mean.shape
         cross = (self.cross[n] + self.cross[index].sum(0)).to("cpu", torch.float64)
         power = self.power.to("cpu", torch.float64)
         means = torch.zeros(n, p, out, dtype=torch.float64)
-        means[list(dropped)] = slot_mean[list(dropped)].double()
+        means[list(dropped)] = term_mean[list(dropped)].double()
         return Equations(power, cross - power[:, : n * p] @ means.flatten(0, 1))
 
 
-def lost_gram(first: Contributions, second: Contributions, slot_mean: Tensor, compensation: str) -> Tensor:
+def lost_gram(first: Contributions, second: Contributions, term_mean: Tensor, compensation: str) -> Tensor:
     """Gram matrix (n+1,n+1) of what is lost of each expert's contribution under a compensation.
 
     Args:
         first, second: two halves of the inputs.
-        slot_mean: mu (n,p,o).
+        term_mean: mu (n,p,o).
         compensation: `mean` or a fitted one, for which the regression is fitted to one half and its error
             is measured on the other, both ways; `refit` is taken for `affine`.
 
@@ -200,7 +118,7 @@ def lost_gram(first: Contributions, second: Contributions, slot_mean: Tensor, co
         The sum over the inputs of both, in float64 on the CPU. The last row and column are the gap's. NaN
         where the sums are not finite.
     """
-    n, p, out = slot_mean.shape
+    n, p, out = term_mean.shape
     parts = [_on_cpu(half, compensation) for half in (first, second)]
     if not all(power.isfinite().all() and gram.isfinite().all() for power, _, gram in parts):
         return torch.full((n + 1, n + 1), torch.nan, dtype=torch.float64)
@@ -210,7 +128,7 @@ def lost_gram(first: Contributions, second: Contributions, slot_mean: Tensor, co
     if compensation != "mean":
         kinds = first.kinds if compensation in AFFINE else first.kinds[:1]
         scale = column_scale(parts[0][0] + parts[1][0], kinds)
-        everything = [half.equations(range(n), slot_mean) for half in (first, second)]
+        everything = [half.equations(range(n), term_mean) for half in (first, second)]
         cut = [Equations(power[:q, :q], cross[:q]).scaled(scale) for power, cross in everything]
         ridge = choose_ridge(*cut)
     scaled_powers = [power / (scale[:, None] * scale) for power, _, _ in parts]
@@ -221,7 +139,7 @@ def lost_gram(first: Contributions, second: Contributions, slot_mean: Tensor, co
     lost = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     step = max(1, CHUNK // ((n + 1) * q))
     for start in range(0, out, step):
-        means = slot_mean[:, :, start : start + step].double()
+        means = term_mean[:, :, start : start + step].double()
         crosses, fits = [], []
         for (power, cross, _), factor in zip(parts, factors, strict=True):
             own = cross[:, :, start : start + step].to("cpu", torch.float64)

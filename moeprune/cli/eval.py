@@ -282,8 +282,6 @@ def _check_sweep(
                 "`--latency` does not go with `--sweep`", "give `--frontier`, or an eval of one"
             )
         return
-    from moeprune.layers.merging import require_scipy
     from moeprune.report.plot import check_plot
 
     check_plot(frontier)
-    require_scipy()

@@ -25,8 +25,8 @@ def inspect(reporter: Reporter, checkpoint: Checkpoint) -> None:
     layers = {
         name: InspectedLayer(
             experts=layer.num_experts,
-            slots_per_expert=layer.slots_per_expert,
-            hidden_dim=layer.hidden_dim,
+            slots_per_expert=layer.terms_per_expert,
+            hidden_dim=getattr(layer, "hidden_dim", None),
             parameters=sum(t.numel for key, t in header.tensors.items() if key.startswith(f"{name}.")),
             plan=plan.get(name),
         )

@@ -26,7 +26,7 @@ def load_model(path: Path, factory: str | None, preprocess: list[str] | None) ->
     parameters = amount(sum(tensor.numel() for tensor in model.state_dict().values()))
     logger.info(f"read `{path}`: {parameters} parameters, {len(model.config.moe_layers)} Soft MoE layers")
     for name, layer in model.config.moe_layers.items():
-        if layer.dispatch_over == "batch":
+        if layer.mixes_batch:
             warn(
                 f"layer `{name}` takes its dispatch softmax over the batch, as it was trained: results depend"
                 " on `--batch-size` and on the order of the inputs"

@@ -19,7 +19,7 @@ from moeprune.evaluation.forgetting import forgetting
 from moeprune.evaluation.intervals import mcnemar, paired_difference, wilson
 from moeprune.evaluation.latency import check_batch_sizes, measure_latency
 from moeprune.evaluation.results import Difference, Environment, Evaluation, ModelFigures, Outcomes
-from moeprune.layers.soft_moe import Observation
+from moeprune.layers.observation import Observation
 from moeprune.models.model import Model, dataset_for, private_copy
 from moeprune.models.results import ModelCost
 from moeprune.models.runtime import Runtime

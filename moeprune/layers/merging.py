@@ -1,39 +1,28 @@
-"""Dropped experts folded into kept ones: another way to make a model smaller than leaving them out.
+"""Fold dropped experts into kept ones, to compare with leaving them out.
 
-What MC-SMoE (Li et al. 2024, arXiv 2310.01334) does to sparse mixtures, adapted to Soft MoE. A dropped
-expert goes to the kept one that tokens take most alike: the cosine of their combine weights over calibration
-data. Hidden units have no order: those of the dropped expert are matched to the kept one's by their weights
-(the assignment with the largest sum of products; Ainsworth et al. 2023, arXiv 2209.04836, section 3.2). Then
-the experts of a group become their mean, weighted by combine mass. All slots stay, and run by the merged
-expert of their group: the file shrinks, the FLOPs do not.
+What MC-SMoE (Li et al. 2024, arXiv 2310.01334) does to sparse mixtures, adapted to Soft MoE. A dropped expert
+goes to the kept one with the most similar weights over calibration data (cosine). Hidden units have no order:
+those of the dropped expert are matched to the kept one's (the assignment with the largest sum of products of
+weights; Ainsworth et al. 2023, arXiv 2209.04836, section 3.2). Then the experts of a group become their mean,
+weighted by mass. All slots stay, and are run by the merged expert of their group: the file shrinks, the FLOPs
+do not.
 
 Axes: n experts, p slots per expert, d width of the input, h hidden width, o width of the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from moeprune.errors import MoepruneError
 from moeprune.layers.experts import Experts
 from moeprune.plan import LayerPlan
 
 
-def require_scipy() -> None:
-    """Raise a MoepruneError if SciPy is missing."""
-    try:
-        import scipy.optimize  # noqa: F401
-    except ImportError:
-        raise MoepruneError(
-            "merging experts needs scipy", "install it, or moeprune's extra `merge`"
-        ) from None
-
-
 def nearest_kept(power: Tensor, kept: Sequence[int], num_experts: int) -> tuple[int, ...]:
-    """For each dropped expert, ascending, the kept one whose combine weights are most like its own.
+    """Return for each dropped expert, ascending, the kept one with the most similar weights.
 
     Args:
         power: CᵀC (n·p,n·p), summed over calibration data.
@@ -48,24 +37,18 @@ def nearest_kept(power: Tensor, kept: Sequence[int], num_experts: int) -> tuple[
     return tuple(kept[place] for place in likeness[dropped][:, list(kept)].argmax(1).tolist())
 
 
-def merged_experts(experts: Experts, plan: LayerPlan, mean_mass: Tensor) -> Experts:
-    """The weights of the k kept experts, each with those of the dropped ones that the plan folds into it.
+def merged_experts(tensors: Mapping[str, Tensor], plan: LayerPlan, mean_mass: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of the k kept experts, each merged with those that the plan folds into it.
 
     Args:
-        experts: of a dense layer.
+        tensors: of all experts, by the names in Experts.
         plan: with `kept` and `merged_into`.
         mean_mass: the weights of the means (n).
-
-    Raises:
-        MoepruneError: SciPy is missing.
     """
-    require_scipy()
+    experts = Experts(*(tensors.get(name) for name in Experts._fields))  # type: ignore[arg-type]
     merged = [_mean([_one(experts, j) for j in group], mean_mass[group]) for group in plan.groups]
-    stacked = (
-        None if parts[0] is None else torch.stack(parts).to(like)
-        for parts, like in zip(zip(*merged, strict=True), experts, strict=True)
-    )
-    return Experts(*stacked)  # type: ignore[arg-type]
+    columns = zip(Experts._fields, zip(*merged, strict=True), experts, strict=True)
+    return {name: torch.stack(parts).to(like) for name, parts, like in columns if like is not None}
 
 
 def _one(experts: Experts, index: int) -> Experts:

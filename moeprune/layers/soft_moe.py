@@ -1,118 +1,56 @@
 """The Soft MoE layer: dense, statically pruned, or routed to the best experts per input or batch.
 
-Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an
-expert; k experts are kept. The maths (Puigcerver et al. 2023, arXiv 2308.00951, section 2.1):
+Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert; k experts
+are kept. The maths (Puigcerver et al. 2023, arXiv 2308.00951, section 2.1):
 
     L = X·phi               router logits     (b,m,n,p)
     D = softmax of L over m                   each slot is a weighted mean of tokens
     C = softmax of L over (n,p)               each token is a weighted mean of slot outputs
     Y = C · f(Dᵀ·X)                           f_j is expert j
 
-With only some experts kept, Y = sum over kept slots of C·f plus, with a surrogate, the sum over
-dropped slots of C·u, where u is a constant vector per slot. A static surrogate may also add a
-constant u to the output f of a kept slot. Compensation `affine` adds X·W + mean(X)·V + b to that, where
-X is the layer's input and mean(X) the mean of its tokens. With `merge` all slots run, those of dropped
-experts by kept ones.
+With only some experts kept, Y = sum over kept slots of C·f plus, with a surrogate, the sum over dropped slots
+of C·u, where u is a constant vector for each slot. A static surrogate may also add a constant to the output f
+of a kept slot. With `merge` all slots run, those of dropped experts by kept ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.experts import Experts, choose, kernels_for, run_chosen, run_experts, run_sorted
-from moeprune.layers.scores import combine_mass, fewest_with_mass
+from moeprune.layers.experts import Experts, kernels_for, run_chosen, run_experts, run_sorted
+from moeprune.layers.layer import MoELayer
+from moeprune.layers.observation import SlotObservation, is_dropped
+from moeprune.layers.scores import combine_mass
 from moeprune.plan import LayerPlan
 
 FEW_ROWS = 128
-"""Rows an expert, up to which the grouped kernel beats a batched product where there is such a kernel."""
+"""Rows of an expert up to which the grouped kernel beats a batched product, where there is such a kernel."""
 
 
-class Observation(NamedTuple):
-    """What one forward pass of a layer computed; e experts ran, all inputs' or each input's own."""
+class SoftMoE(MoELayer):
+    """A Soft MoE layer for tokens (b,m,d), images (b,d,H,W) or single tokens (b,d)."""
 
-    combine_weights: Tensor  # C (b,m,n,p), in the order of phi's columns; zero for padded tokens
-    mass: Tensor  # of each expert in C (b,n), over the tokens that are not padded
-    slot_outputs: Tensor  # f (b,e,p,d), without surrogate
-    chosen: Tensor | None  # experts that ran (b,e), or None where the first e of phi's columns did;
-    # n stands for none, where inputs run different numbers of them
-    output: Tensor  # Y (b,m,d); zero for padded tokens
-    tokens: Tensor  # X (b,m,d); zero for padded tokens
-    mask: Tensor | None  # which tokens are not padded (b,m); None: all
-    slot_inputs: Tensor | None  # what the first e of phi's columns' experts took (b,e,p,d); None with chosen
-
-
-def select(observation: Observation, index: Tensor) -> Observation:
-    """The observation of some inputs alone."""
-    return Observation(*(None if part is None else part[index] for part in observation))  # type: ignore[arg-type]
-
-
-class SoftMoE(nn.Module):
-    """A Soft MoE layer: tokens (b,m,d) in, tokens (b,m,d) out.
-
-    Without a plan it is dense. With a plan of scope `static` only the kept experts have weights;
-    phi has their columns first, then those of the dropped ones (with `merge`, group by group). With
-    scope `input` or `batch` all weights are there and only those of the chosen experts are used.
-    """
-
-    phi: Tensor  # (d,n,p); where slots are not dynamic
-    slot_projection: Tensor  # (n,d,d), from an averaged token to an expert's slot; where they are
-
-    surrogate: Tensor  # (n,p,d), in the order of phi's columns; where the plan has one
-    affine_token: Tensor  # W (d,d), V (d,d) and b (d); where the plan has them
-    affine_mean: Tensor
-    affine_bias: Tensor
-    basis: Tensor  # (r,d): the r directions that the last dimension of these stands for, where they are few
-    score_weights: Tensor  # (n); where a routed plan's signal is not the mass alone
+    config: SoftMoEConfig
+    phi: Tensor  # (d,n,p), without dynamic slots
+    fc1_weight: Tensor | None
+    fc1_bias: Tensor | None
+    fc2_bias: Tensor
+    scale: Tensor
+    input_gain: Tensor
+    phi_gain: Tensor
+    slot_projection: Tensor  # (n,d,d), from an averaged token to an expert's slot, with dynamic slots
 
     def __init__(self, config: SoftMoEConfig, plan: LayerPlan | None = None):
-        super().__init__()
-        self.config = config
-        self.plan = plan
-        d, p, out = config.dim, config.slots_per_expert, config.output_width
-        routed = plan.routed_experts if plan else config.num_experts
-        stored = plan.stored_experts if plan else config.num_experts
-        if config.dynamic_slots:
-            self.slot_projection = nn.Parameter(torch.empty(routed, d, d))
-        else:
-            self.phi = nn.Parameter(torch.empty(d, routed, p))
-        if config.router_norm == "l2":
-            self.scale = nn.Parameter(torch.empty(1))
-        elif config.router_norm in ("rms", "layer"):
-            self.input_gain = nn.Parameter(torch.empty(d))
-            self.phi_gain = nn.Parameter(torch.empty(d))
-        # h is the contiguous axis of both weights: the fastest layout for one row as for many.
-        self.fc1_weight = self.fc1_bias = None
-        if config.expert != "linear":
-            self.fc1_weight = nn.Parameter(torch.empty(stored, d, config.first_width))
-            self.fc1_bias = nn.Parameter(torch.empty(stored, config.first_width))
-        self.fc2_weight = nn.Parameter(torch.empty(stored, out, config.expert_width))
-        self.fc2_bias = nn.Parameter(torch.empty(stored, out))
-        added = plan.rank if plan is not None and plan.rank is not None else out
-        if plan is not None and plan.has_surrogate:
-            self.register_buffer("surrogate", torch.zeros(routed, p, added))
-        if plan is not None and plan.has_affine:
-            self.register_buffer("affine_token", torch.zeros(d, added))
-            self.register_buffer("affine_mean", torch.zeros(d, added))
-            self.register_buffer("affine_bias", torch.zeros(added))
-        if plan is not None and plan.has_basis:
-            self.register_buffer("basis", torch.zeros(added, out))
-        if plan is not None and plan.scope != "static" and plan.signal != "combine":
-            self.register_buffer("score_weights", torch.ones(config.num_experts))
+        super().__init__(config, plan)
+        if config.expert == "linear":
+            self.register_parameter("fc1_weight", None)
+            self.register_parameter("fc1_bias", None)
         self.reset_parameters()
-        self.observer: Callable[[Observation], None] | None = None
-
-    @property
-    def slot_shape(self) -> tuple[int, int, int]:
-        """(n,p,d) of the outputs of all slots that have router logits."""
-        routed = self.plan.routed_experts if self.plan else self.config.num_experts
-        return routed, self.config.slots_per_expert, self.config.output_width
 
     @property
     def experts(self) -> Experts:
@@ -120,7 +58,7 @@ class SoftMoE(nn.Module):
         return Experts(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
 
     def reset_parameters(self, generator: torch.Generator | None = None, scale: float = 1.0) -> None:
-        """Draw initial weights; scale is where the learned scale of `l2` routing starts."""
+        """Draw initial weights; `scale` is the first value of the learned scale of `l2` routing."""
         d, h = self.config.dim, self.config.expert_width
         with torch.no_grad():
             router = self.slot_projection if self.config.dynamic_slots else self.phi
@@ -164,45 +102,40 @@ class SoftMoE(nn.Module):
             padded = F.pad(x, (0, 0, 0, lacking)), F.pad(mask, (0, lacking), value=False)
             return self._forward(*padded)[:, : x.shape[1]]
         router_logits, tokens = self.route(x, mask)
-        is_routed = self.plan is not None and self.plan.scope != "static"
-        needs_mass = is_routed or self.observer is not None
+        needs_mass = self.is_routed or self.observer is not None
         dtype = router_logits.dtype
         if needs_mass:  # scores and statistics are never narrower
             dtype = torch.promote_types(dtype, torch.float32)
         combine_weights = router_logits.flatten(2).softmax(2, dtype=dtype).view_as(router_logits)
         mass = combine_mass(combine_weights, mask) if needs_mass else None
-        chosen = self.choose(mass) if is_routed and mass is not None else None
-        if chosen is not None:
-            slot_inputs = None
+        chosen, slot_inputs = None, None
+        if self.is_routed:
+            assert mass is not None
+            chosen = self.choose(mass)
             output, slot_outputs = self._run_chosen(tokens, router_logits, combine_weights, chosen)
         else:
             output, slot_outputs, slot_inputs = self._run_stored(tokens, router_logits, combine_weights)
         if self.plan is not None and self.plan.has_basis:
-            added = self._of_dropped(combine_weights, chosen) @ self.surrogate.flatten(0, 1)
-            if self.plan.has_affine:
-                added = added + self._of_input(x, mask)
-            output = output + added @ self.basis
+            dropped = combine_weights
+            if chosen is not None:
+                dropped = combine_weights * is_dropped(chosen, combine_weights)[:, None, :, None]
+            output = self.compensated(output, x, dropped, mask)
         elif self.plan is not None and self.plan.has_affine:
-            output = output + self._of_input(x, mask)
-        if self.observer is not None and mass is not None:
-            seen, shown, taken = combine_weights, output, x
-            if mask is not None:
-                seen = seen * mask[:, :, None, None]
-                shown, taken = shown * mask[:, :, None], taken * mask[:, :, None]
-            with torch.autocast(output.device.type, enabled=False):  # statistics are never narrower
-                self.observer(Observation(seen, mass, slot_outputs, chosen, shown, taken, mask, slot_inputs))
+            output = output + self.affine(x, mask)  # the surrogates are in it
+
+        def observation() -> SlotObservation:
+            assert mass is not None
+            parts = (combine_weights, output, x)
+            weights, shown, taken = (
+                part if mask is None else part * mask.view(*mask.shape, *[1] * (part.ndim - 2))
+                for part in parts
+            )
+            return SlotObservation(
+                weights, mass, shown, taken, mask, chosen, slot_outputs, slot_inputs, self.hidden
+            )
+
+        self.observe(observation)
         return output
-
-    def _of_input(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """What `affine` adds for the tokens x (b,m,d)."""
-        of_mean = mean_token(x, mask) @ self.affine_mean + self.affine_bias
-        return x @ self.affine_token + of_mean[:, None]
-
-    def _of_dropped(self, combine_weights: Tensor, chosen: Tensor | None) -> Tensor:
-        """C (b,m,n·p), zero for slots that ran for their own input."""
-        if chosen is not None:
-            combine_weights = combine_weights * is_dropped(chosen, combine_weights)[:, None, :, None]
-        return combine_weights.flatten(2).to(self.surrogate.dtype)
 
     def route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Router logits (b,m,n,p) of the tokens x (b,m,d), and the tokens that are dispatched.
@@ -253,28 +186,6 @@ class SoftMoE(nn.Module):
         slots = F.linear(means, self.slot_projection.flatten(0, 1)).unflatten(-1, (n, -1))
         return self._normalized(slots, -1, "phi_gain").transpose(1, 2)
 
-    def choose(self, mass: Tensor) -> Tensor:
-        """The experts (b,k) that run for each input, by the plan's signal and the combine mass (b,n).
-
-        With a mass in the plan inputs may run fewer than k: n stands for none.
-        """
-        assert self.plan is not None
-        scores = mass
-        if self.plan.signal == "deviation":
-            scores = mass * self.score_weights
-        elif self.plan.signal == "random":
-            scores = self.score_weights.expand_as(mass)
-        if self.plan.scope == "batch":
-            scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
-        if self.plan.mass is None:
-            return choose(scores, self.plan.k)
-        chosen = fewest_with_mass(scores, mass, self.plan.mass, self.plan.k)
-        if not chosen.is_cuda:  # where the host may ask: no more columns than an input needs
-            chosen = (
-                chosen[:, : int((chosen < self.config.num_experts).sum(1).amax())] if len(chosen) else chosen
-            )
-        return chosen
-
     def _run_stored(
         self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,12 +228,13 @@ class SoftMoE(nn.Module):
         return rows.view(n, b, p, self.config.output_width).transpose(0, 1)
 
     def hidden(self, slot_inputs: Tensor) -> Tensor:
-        """What the last linear of each expert that has weights takes: (b,e,p,d) to (b,e,p,h)."""
+        """Return what the last linear of each expert that has weights takes: (b,e,p,d) to (b,e,p,h)."""
         b, e, p, _ = slot_inputs.shape
-        return self._hidden_rows(slot_inputs).view(e, b, p, -1).transpose(0, 1)
+        rows = self._hidden_rows(slot_inputs.to(self.fc2_weight.dtype))
+        return rows.view(e, b, p, -1).transpose(0, 1)
 
     def _hidden_rows(self, slot_inputs: Tensor) -> Tensor:
-        """The same by experts: (e,b·p,h)."""
+        """Return the input of the last linears (e,b·p,h), for slot inputs (b,e,p,d)."""
         b, e, p, d = slot_inputs.shape
         rows = slot_inputs.transpose(0, 1).reshape(e, b * p, d)
         if self.fc1_weight is None or self.fc1_bias is None:
@@ -355,31 +267,6 @@ class SoftMoE(nn.Module):
         wide = torch.promote_types(router_logits.dtype, torch.float32)
         weights = router_logits[:, :, :stored].softmax(0 if over_batch else 1, dtype=wide)
         return weights.flatten(2).mT.to(router_logits.dtype)
-
-
-def layer_of_tensors(config: SoftMoEConfig, plan: LayerPlan | None, tensors: Mapping[str, Tensor]) -> SoftMoE:
-    """A layer that has these tensors themselves as parameters and buffers, to run and not to train."""
-    with torch.device("meta"):
-        layer = SoftMoE(config, plan)
-    layer.load_state_dict(tensors, assign=True)
-    return layer.requires_grad_(False).eval()
-
-
-def is_dropped(chosen: Tensor, combine_weights: Tensor) -> Tensor:
-    """1 for experts that an input did not choose, else 0: (b,n), like C (b,m,n,p).
-
-    Args:
-        chosen: experts that ran (b,e); n stands for none.
-    """
-    dropped = torch.ones_like(combine_weights[:, 0, :, 0])
-    return F.pad(dropped, (0, 1)).scatter_(1, chosen, 0)[:, :-1]
-
-
-def mean_token(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean (b,d) of the tokens x (b,m,d) that a mask (b,m) does not say to be padding."""
-    if mask is None:
-        return x.mean(1)
-    return (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
 
 def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None = None) -> Tensor:

@@ -1,61 +1,95 @@
-"""A dense layer made into one that follows a plan.
+"""The one surgery: from a dense layer's tensors to those of a pruned layer, in memory or from file to file.
 
-Axes: n experts, p slots per expert, d width of the output.
+Axes: n experts, p terms per expert, o width of the output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
 import torch
 from torch import Tensor
 
+from moeprune.layers.families import layer_of_tensors
+from moeprune.layers.interface import LayerConfig
+from moeprune.layers.layer import MoELayer
 from moeprune.layers.merging import merged_experts
-from moeprune.layers.soft_moe import SoftMoE, layer_of_tensors
 from moeprune.plan import LayerPlan
 
+T = TypeVar("T")
 
-def prune_layer(
-    layer: SoftMoE,
+
+class Calibrated(NamedTuple):
+    """What calibration data says of a layer; None where the plan does not need it.
+
+    score_weights: of a routed plan's signal: factors of each expert's mass, or scores (`random`) (n).
+    term_mean: mean output of each term (n,p,o). mean_mass: of each expert (n).
+    """
+
+    score_weights: Tensor | None = None
+    term_mean: Tensor | None = None
+    mean_mass: Tensor | None = None
+
+
+def prune_tensors(
+    config: LayerConfig,
     plan: LayerPlan,
-    score_weights: Tensor | None = None,
-    slot_mean: Tensor | None = None,
-    mean_mass: Tensor | None = None,
-) -> SoftMoE:
-    """A layer that follows the plan, made of a dense one; what `affine` adds is zero yet.
+    take: Callable[[str, int | None, Sequence[int]], T],
+    calibrated: Calibrated = Calibrated(),
+) -> dict[str, T | Tensor]:
+    """Return the tensors of a pruned layer by name; a fitted compensation starts as `mean`.
 
     Args:
-        layer: dense.
-        plan: what to do.
-        score_weights: with scope `input` or `batch` what the signal multiplies each expert's mass with
-            (`deviation`) or takes for it (`random`); None where the signal is the mass alone. (n)
-        slot_mean: mu (n,p,d), for a compensation with surrogates.
-        mean_mass: of each expert (n), for `merge`.
+        config: of the layer.
+        plan: with `kept`, if its scope is static.
+        take: returns a tensor of the dense layer by name, all of it (axis None) or the places of some experts
+            along an axis, in their order.
+        calibrated: what the plan needs.
     """
-    tensors = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    device = layer.fc2_weight.device
-    if plan.scope == "static":
-        tensors["phi"] = tensors["phi"][:, list(plan.columns)]
-        if plan.merges:
-            assert mean_mass is not None
-            merged = merged_experts(layer.experts, plan, mean_mass)._asdict()
-            tensors |= {name: tensor for name, tensor in merged.items() if tensor is not None}
+    tensors: dict[str, T | Tensor] = {}
+    for name, shape in config.shapes(plan).items():
+        if config.part(name) == "compensation":
+            tensors[name] = torch.zeros(shape)
+        elif name == "score_weights":
+            assert calibrated.score_weights is not None
+            tensors[name] = calibrated.score_weights.float()
         else:
-            kept = torch.tensor(plan.kept, dtype=torch.int64, device=device)
-            tensors |= {name: tensor[kept] for name, tensor in tensors.items() if name.startswith("fc")}
-    elif score_weights is not None:
-        tensors["score_weights"] = score_weights.to(device, torch.float32)
+            axis = config.expert_axis(name) if plan.scope == "static" else None
+            experts = plan.kept or () if config.part(name) == "experts" else plan.columns
+            tensors[name] = take(name, axis, experts)
     if plan.has_surrogate:
-        assert slot_mean is not None
-        if plan.scope == "static":
-            slot_mean = static_surrogate(plan, slot_mean)
-        tensors["surrogate"] = slot_mean.to(layer.fc2_weight, copy=True)
-    for name, shape in layer.config.shapes(plan).items():
-        if name.startswith("affine"):
-            tensors[name] = layer.fc2_weight.new_zeros(shape)
+        assert calibrated.term_mean is not None
+        tensors["surrogate"] = _surrogate(plan, calibrated.term_mean)
+    return tensors
+
+
+def prune_layer(layer: MoELayer, plan: LayerPlan, calibrated: Calibrated = Calibrated()) -> MoELayer:
+    """Return a layer that follows the plan, made of a dense one."""
+    dense = {name: tensor.detach() for name, tensor in layer.named_parameters()}
+    like = layer.fc2_weight
+
+    def take(name: str, axis: int | None, experts: Sequence[int]) -> Tensor:
+        if axis is None:
+            return dense[name]
+        return dense[name].index_select(axis, torch.tensor(experts, dtype=torch.int64, device=like.device))
+
+    tensors = prune_tensors(layer.config, plan, take, calibrated)
+    for name, tensor in tensors.items():
+        if name == "score_weights":
+            tensors[name] = tensor.to(like.device)
+        elif layer.config.part(name) == "compensation":
+            tensors[name] = tensor.to(like, copy=True)
+    if plan.merges:
+        assert calibrated.mean_mass is not None
+        tensors |= merged_experts(dense, plan, calibrated.mean_mass)
     return layer_of_tensors(layer.config, plan, tensors)
 
 
-def static_surrogate(plan: LayerPlan, slot_mean: Tensor) -> Tensor:
-    """mu (n,p,d) in the order of phi's columns, zero for kept slots, which have their own outputs."""
-    surrogate = slot_mean[list(plan.columns)]
+def _surrogate(plan: LayerPlan, term_mean: Tensor) -> Tensor:
+    """Order mu (n,p,o) as the router's columns; kept experts have their own outputs."""
+    if plan.scope != "static":
+        return term_mean
+    surrogate = term_mean[list(plan.columns)]
     surrogate[: plan.k] = 0
     return surrogate

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moeprune.errors import MoepruneError
-from moeprune.layers.soft_moe import layer_of_tensors
+from moeprune.layers.families import layer_of_tensors
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
 from moeprune.models.details import Details
 from moeprune.models.libraries import bwconrad_layer, fkodom, lucidrains
@@ -82,7 +82,7 @@ def adopt(
         f"module.{name}".rstrip("."): AdoptedLayer(configs[name], libraries[name].LIBRARY, m)
         for name, m in tokens.items()
     }
-    own = sum(layer.soft_moe.flops(layer.tokens).total for layer in layers.values())
+    own = sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
     whole = ModuleConfig(factory, dict(arguments or {}), input_shape, classes, layers, total - own)
     return AdoptedModel(module, whole, details).eval()
 

@@ -7,21 +7,17 @@ h hidden width of an expert.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moeprune.errors import MoepruneError
-from moeprune.layers.config import (
-    Shapes,
-    SoftMoEConfig,
-    later,
-    require_bool,
-    require_choice,
-    require_positive,
-)
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.families import layer_from_json
 from moeprune.layers.flops import Flops
+from moeprune.layers.interface import LayerConfig, Shapes
 from moeprune.models.details import Details
 from moeprune.plan import Plan
+from moeprune.records import Record, to_json
 
 if TYPE_CHECKING:
     from moeprune.models.model import Model
@@ -36,7 +32,7 @@ class ModelConfig(Protocol):
     """
 
     @property
-    def moe_layers(self) -> dict[str, SoftMoEConfig]:
+    def moe_layers(self) -> Mapping[str, LayerConfig]:
         """The MoE layers by name, in the order of the data flow."""
 
     @property
@@ -98,6 +94,11 @@ def architecture_from_json(value: Any) -> ModelConfig:
     return module_from_json(value) if is_module else vit_from_json(value)
 
 
+def later(default: Any) -> Any:
+    """A field that came after the first release, with the default that says what was so before."""
+    return field(default=default, metadata={"later": True})
+
+
 def _to_json(config: Any) -> dict[str, Any]:
     """A config as JSON values, without fields that came later and have their default.
 
@@ -112,6 +113,8 @@ def _to_json(config: Any) -> dict[str, Any]:
 
 
 def _json_value(value: Any) -> Any:
+    if isinstance(value, Record):
+        return to_json(value)
     if is_dataclass(value):
         return _to_json(value)
     return [_json_value(part) for part in value] if isinstance(value, tuple) else value
@@ -340,7 +343,7 @@ def _block_from_json(value: Any, index: int) -> BlockConfig:
     values = _mapping(value, where)
     if values.get("soft_moe") is not None:
         soft_moe = _mapping(values["soft_moe"], f"{where}.soft_moe")
-        values["soft_moe"] = _build(SoftMoEConfig, soft_moe, f"{where}.soft_moe")
+        values["soft_moe"] = layer_from_json(soft_moe, f"{where}.soft_moe")
     return _build(BlockConfig, values, where)
 
 
@@ -366,10 +369,10 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
 class AdoptedLayer:
     """A Soft MoE layer that took the place of another library's.
 
-    soft_moe: what it is. library: whose it was. tokens: m, of an input of the model's input_shape.
+    layer: what it is. library: whose it was. tokens: m, of an input of the model's input_shape.
     """
 
-    soft_moe: SoftMoEConfig
+    layer: LayerConfig
     library: str
     tokens: int
 
@@ -393,9 +396,9 @@ class ModuleConfig:
     other_flops: int
 
     @property
-    def moe_layers(self) -> dict[str, SoftMoEConfig]:
+    def moe_layers(self) -> Mapping[str, LayerConfig]:
         """The Soft MoE layers by name, in the order of the data flow."""
-        return {name: layer.soft_moe for name, layer in self.layers.items()}
+        return {name: layer.layer for name, layer in self.layers.items()}
 
     @property
     def outputs_per_input(self) -> int:
@@ -410,7 +413,7 @@ class ModuleConfig:
         """Return the FLOPs of one input; see `ModelConfig.flops`."""
         running, flops = running or {}, Flops(other=self.other_flops)
         for name, layer in self.layers.items():
-            flops += layer.soft_moe.flops(layer.tokens, plan.get(name), running.get(name))
+            flops += layer.layer.flops(layer.tokens, plan.get(name), running.get(name))
         return flops
 
     def shapes(self, plan: Plan) -> Shapes:
@@ -440,7 +443,7 @@ class ModuleConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the config as JSON values; `architecture_from_json` reads it back."""
-        layers = {name: asdict(layer) for name, layer in self.layers.items()}
+        layers = {name: {**vars(layer), "layer": to_json(layer.layer)} for name, layer in self.layers.items()}
         return {"type": "module", **_to_json(self), "layers": layers}
 
 
@@ -466,14 +469,14 @@ def module_from_json(value: Any) -> ModuleConfig:
     for name, layer in _mapping(values.get("layers"), "architecture: layers").items():
         where = f"architecture: layers: {name}"
         parts = _mapping(layer, where)
-        parts["soft_moe"] = _build(SoftMoEConfig, _mapping(parts.get("soft_moe"), where), where)
+        parts["layer"] = layer_from_json(parts.get("layer"), where)
         layers[name] = _build(AdoptedLayer, parts, where)
         require_positive(layers[name], "tokens")
     values["layers"] = layers
     return _build(ModuleConfig, values, "architecture")
 
 
-def _layer_shapes(layers: Mapping[str, SoftMoEConfig], plan: Plan) -> Shapes:
+def _layer_shapes(layers: Mapping[str, LayerConfig], plan: Plan) -> Shapes:
     return {
         f"{name}.{tensor}": shape
         for name, layer in layers.items()
@@ -488,3 +491,25 @@ def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Shapes:
 
 def _norm(name: str, width: int) -> Shapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise a MoepruneError unless the named fields are whole numbers of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise MoepruneError(f"`{name}` is {value!r}, expected a whole number of at least 1")
+
+
+def require_bool(config: Any, *names: str) -> None:
+    """Raise a MoepruneError unless the named fields are true or false."""
+    for name in names:
+        if type(getattr(config, name)) is not bool:
+            raise MoepruneError(f"`{name}` is {getattr(config, name)!r}, expected true or false")
+
+
+def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise a MoepruneError unless the named field is one of the choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise MoepruneError(f"`{name}` is {value!r}, expected one of {', '.join(choices)}")

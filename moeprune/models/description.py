@@ -56,9 +56,9 @@ def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
     for name, moe in config.moe_layers.items():
         tokens = config.tokens(name)
         slots = -(-tokens // moe.num_experts)  # rounded up, also where a damaged file has endless tokens
-        if moe.dynamic_slots and moe.slots_per_expert != slots:
+        if getattr(moe, "dynamic_slots", False) and moe.terms_per_expert != slots:
             raise MoepruneError(
-                f"`{path}`: layer `{name}` has {moe.slots_per_expert} dynamic slots per expert, expected"
+                f"`{path}`: layer `{name}` has {moe.terms_per_expert} dynamic slots per expert, expected"
                 f" {slots}: {tokens} tokens for {moe.num_experts} experts"
             )
     for name, layer in plan.items():

@@ -14,7 +14,7 @@ from moeprune.data.datasets import Dataset, open_data
 from moeprune.data.preprocessing import InputFormat
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
-from moeprune.layers.soft_moe import SoftMoE
+from moeprune.layers.layer import MoELayer
 from moeprune.models.cost import size_and_cost
 from moeprune.models.details import FORMAT, Details
 from moeprune.models.results import ModelCost
@@ -40,7 +40,7 @@ class Model(nn.Module):
         self.details = details
 
     @property
-    def moe_layers(self) -> dict[str, SoftMoE]:
+    def moe_layers(self) -> dict[str, MoELayer]:
         """The MoE layers by name, in the order of the data flow."""
         return {name: self.get_submodule(name) for name in self.config.moe_layers}  # type: ignore[misc]
 
@@ -62,7 +62,7 @@ class Model(nn.Module):
 M = TypeVar("M", bound=nn.Module)
 
 
-def require_moe_layers(model: Model) -> dict[str, SoftMoE]:
+def require_moe_layers(model: Model) -> dict[str, MoELayer]:
     """Return the MoE layers, or raise a MoepruneError if there is none."""
     layers = model.moe_layers
     if not layers:
@@ -70,7 +70,7 @@ def require_moe_layers(model: Model) -> dict[str, SoftMoE]:
     return layers
 
 
-def require_dense_layers(model: Model, hint: str) -> dict[str, SoftMoE]:
+def require_dense_layers(model: Model, hint: str) -> dict[str, MoELayer]:
     """Return the MoE layers, or raise a MoepruneError if there is none or one is pruned already."""
     layers = require_moe_layers(model)
     if pruned := [f"`{name}`" for name, layer in layers.items() if layer.plan is not None]:

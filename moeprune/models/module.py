@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError
-from moeprune.layers.soft_moe import SoftMoE
+from moeprune.layers.families import new_layer
 from moeprune.models.details import Details
 from moeprune.models.model import Model
 from moeprune.plan import Plan
@@ -55,7 +55,7 @@ def skeleton(config: ModuleConfig, plan: Plan, details: Details) -> AdoptedModel
                 f"the model of `{config.factory}` has no layer `{path}`", "the factory changed since"
             ) from None
         with torch.device("meta"):
-            ours = SoftMoE(layer.soft_moe, plan.get(name))
+            ours = new_layer(layer.layer, plan.get(name))
         module = replaced(module, path, ours)
     return AdoptedModel(module, config, details)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moeprune.errors import MoepruneError
 from moeprune.files.header import FLOATS, TensorInfo
-from moeprune.layers.config import Shapes
+from moeprune.layers.interface import Shapes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

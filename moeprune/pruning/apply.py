@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moeprune import __version__
-from moeprune.calibration.analysis import (
-    Analysis,
-    measure,
-    require_analysis_of,
-    require_finite,
-)
+from moeprune.calibration.analysis import Analysis, require_analysis_of
+from moeprune.calibration.passes import measure, require_finite
 from moeprune.calibration.selection import best_kept
 from moeprune.calibration.statistics import (
     LayerMoments,
@@ -31,16 +28,23 @@ from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.checkpoint import Copied
 from moeprune.files.header import Header, read_header
-from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.merging import nearest_kept, require_scipy
+from moeprune.layers.interface import LayerConfig
+from moeprune.layers.merging import nearest_kept
 from moeprune.layers.scores import random_scores, top_k
-from moeprune.layers.surgery import prune_layer, static_surrogate
+from moeprune.layers.surgery import Calibrated, prune_layer, prune_tensors
 from moeprune.models.description import read_description
-from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
+from moeprune.models.model import (
+    Model,
+    dataset_for,
+    fingerprint,
+    private_copy,
+    require_dense_layers,
+)
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Plan, parse_keep, plan_to_json, require_fitting_plan, uniform_plan
 from moeprune.pruning.compensation import (
     Gathered,
+    Stream,
     add_correction,
     fit_routed,
     fit_static,
@@ -109,8 +113,6 @@ def prune(
         _require_one_shot(plan)
     for name, layer_plan in plan.items():
         require_affordable_refit(configs[name], layer_plan, name)
-        if layer_plan.merges:
-            require_scipy()
     model_fingerprint = fingerprint(model)
     if not any(layer.is_calibrated or layer.is_ranked for layer in plan.values()):
         analysis = None
@@ -123,44 +125,93 @@ def prune(
     if dataset is not None:
         full.to(runtime.torch_device)
     pruned = private_copy(full)
-    dense_layers = full.moe_layers
+    pruner = _Pruner(pruned, full, analysis, dataset, seed, runtime)
     for index, (name, layer_plan) in enumerate(plan.items()):
-        moments: LayerMoments | None = None
-        gathered: Gathered | None = None
-        if layer_plan.scope == "static" and layer_plan.is_fitted and dataset is not None:
-            gathered = gather(pruned, full, name, dataset, layer_plan.compensation, runtime)
-            moments = gathered.moments
-        elif layer_plan.is_calibrated and analysis is not None and (index == 0 or one_shot):
-            moments = analysis.layers[name]
-        elif layer_plan.is_calibrated and dataset is not None:
-            chooses = layer_plan.signal == "gram" and layer_plan.kept is None
-            accumulator = StatisticsAccumulator if chooses else MomentsAccumulator
-            measured = measure(pruned, [name], dataset, runtime, f"measure {name}", accumulator)
-            moments = measured[name].result()
-        if moments is not None and dataset is not None:
-            require_finite({name: moments}, dataset)
-        wanted = _chosen(layer_plan, moments, gathered, seed, index)
-        layer_plan = replace(wanted, rank=None, energy=None)
-        score_weights = _score_weights(layer_plan, moments, seed, index)
-        slot_mean = None if moments is None else moments.slot_mean
-        mean_mass = None if moments is None else moments.mean_mass
-        layer = prune_layer(dense_layers[name], layer_plan, score_weights, slot_mean, mean_mass)
-        pruned.set_submodule(name, layer)
-        if gathered is not None and dataset is not None and layer_plan.has_surrogate:
-            correction, power = fit_static(gathered, layer_plan)
-            add_correction(layer, correction)
-            if layer_plan.compensation == "refit" and layer_plan.k:
-                refit_kept(pruned, full, name, dataset, runtime)
-        elif layer_plan.is_fitted and layer_plan.scope != "static" and dataset is not None:
-            correction, power = fit_routed(pruned, full, name, dataset, layer_plan.compensation, runtime)
-            add_correction(layer, correction)
-        if layer_plan.is_fitted and not layer_plan.merges and wanted != layer_plan:
-            pruned.set_submodule(name, narrowed(layer, wanted, power, model.config.tokens(name)))
+        pruner.prune(name, layer_plan, index, from_analysis=index == 0 or one_shot)
         _require_data_of_analysis(analysis, dataset)
     provenance = _provenance(analysis, dataset, plan, runtime)
     provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}
     pruned.details = replace(model.details, provenance={**model.details.provenance, **provenance})
     return pruned.to(next(model.parameters()).device)
+
+
+@dataclass(frozen=True)
+class _Pruner:
+    """Prunes the layers of a model one after the other.
+
+    pruned: the model that changes. full: the unpruned one. analysis, data: at least one where something is
+    calibrated.
+    """
+
+    pruned: Model
+    full: Model
+    analysis: Analysis | None
+    data: Dataset | None
+    seed: int
+    runtime: Runtime
+
+    def prune(self, name: str, plan: LayerPlan, index: int, from_analysis: bool) -> None:
+        """Prune a layer that is dense yet, by a plan that may leave its experts open.
+
+        Args:
+            name: of the layer.
+            plan: for it.
+            index: its place among the planned layers.
+            from_analysis: take its statistics from the analysis, if there is one.
+        """
+        stream = None
+        if self.data is not None:
+            stream = Stream(self.pruned, self.full, name, self.data, self.runtime)
+        gathered = None
+        if plan.scope == "static" and plan.is_fitted and stream is not None:
+            gathered = gather(stream, plan.compensation)
+        moments = gathered.moments if gathered else self._moments(name, plan, from_analysis)
+        if moments is not None and self.data is not None:
+            require_finite({name: moments}, self.data)
+        wanted = _chosen(plan, moments, gathered, self.seed, index)
+        plan = wanted.replace(rank=None, energy=None)
+        calibrated = Calibrated(
+            _score_weights(plan, moments, self.seed, index),
+            None if moments is None else moments.term_mean,
+            None if moments is None else moments.mean_mass,
+        )
+        layer = prune_layer(self.full.moe_layers[name], plan, calibrated)
+        self.pruned.set_submodule(name, layer)
+        power = None if stream is None else _fit(stream, plan, gathered)
+        if power is not None and wanted != plan:
+            tokens = self.full.config.tokens(name)
+            self.pruned.set_submodule(name, narrowed(layer, wanted, power, tokens))
+
+    def _moments(self, name: str, plan: LayerPlan, from_analysis: bool) -> LayerMoments | None:
+        """Return the statistics that a plan needs, from the analysis or by a pass over the data."""
+        if not plan.is_calibrated:
+            return None
+        if from_analysis and self.analysis is not None:
+            return self.analysis.layers[name]
+        if self.data is None:
+            return None
+        chooses = plan.signal == "gram" and plan.kept is None
+        accumulator = StatisticsAccumulator if chooses else MomentsAccumulator
+        measured = measure(self.pruned, [name], self.data, self.runtime, f"measure {name}", accumulator)
+        return measured[name].result()
+
+
+def _fit(stream: Stream, plan: LayerPlan, gathered: Gathered | None) -> Tensor | None:
+    """Fit the compensation of the stream's pruned layer, if its plan has a fitted one.
+
+    Returns:
+        ZᵀZ (q,q) of the regressors; None if nothing was fitted.
+    """
+    if not plan.is_fitted or plan.merges:
+        return None
+    if gathered is None:
+        correction, power = fit_routed(stream, plan.compensation)
+    else:
+        correction, power = fit_static(gathered, plan)
+    add_correction(stream.layer, correction)
+    if plan.compensation == "refit" and plan.k:
+        refit_kept(stream)
+    return power
 
 
 def prune_file(
@@ -213,16 +264,8 @@ def prune_file(
     entries: dict[str, Tensor | Copied] = {name: Copied(header, name) for name in header.tensors}
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]
-        chosen = _chosen(layer_plan, moments, None, seed, index)
-        plan[name] = chosen
-        phi = tensors[f"{name}.phi"]
-        entries[f"{name}.phi"] = phi[:, list(chosen.columns)]
-        for tensor in header.tensors:
-            if tensor.startswith(f"{name}.fc"):
-                entries[tensor] = Copied(header, tensor, chosen.kept)
-        if chosen.has_surrogate:
-            assert moments is not None
-            entries[f"{name}.surrogate"] = static_surrogate(chosen, moments.slot_mean).to(phi)
+        plan[name] = _chosen(layer_plan, moments, None, seed, index)
+        entries |= _pruned_entries(header, tensors, name, config.moe_layers[name], plan[name], moments)
     provenance = _provenance(analysis, None, plan, Runtime())
     provenance |= {"pruned_from": {"fingerprint": source_fingerprint}, "seed": seed}
     assert header.metadata is not None
@@ -233,6 +276,32 @@ def prune_file(
     if preprocessing is not None:
         metadata["preprocessing"] = to_json(preprocessing)
     checkpoint.write(target, entries, metadata, overwrite)
+
+
+def _pruned_entries(
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    layer: str,
+    config: LayerConfig,
+    plan: LayerPlan,
+    moments: LayerMoments | None,
+) -> dict[str, Tensor | Copied]:
+    """Return the tensors of a statically pruned layer of a file: rows of its own, or values in memory."""
+
+    def take(name: str, axis: int | None, experts: Sequence[int]) -> Tensor | Copied:
+        if axis is None:
+            return Copied(header, f"{layer}.{name}")
+        if axis == 0:
+            return Copied(header, f"{layer}.{name}", experts)
+        return tensors[f"{layer}.{name}"].index_select(axis, torch.tensor(experts))
+
+    calibrated = Calibrated(term_mean=None if moments is None else moments.term_mean)
+    pruned = prune_tensors(config, plan, take, calibrated)
+    dtype = tensors[f"{layer}.fc2_weight"].dtype
+    return {
+        f"{layer}.{name}": tensor.to(dtype) if isinstance(tensor, Tensor) else tensor
+        for name, tensor in pruned.items()
+    }
 
 
 def require_unpruned(plan: Plan) -> None:
@@ -254,12 +323,12 @@ def _chosen(
 ) -> LayerPlan:
     """The plan with its static set and what is merged, where that is yet to be chosen."""
     if plan.scope == "static" and plan.kept is None:
-        plan = replace(plan, kept=_best_experts(plan, moments, gathered, seed, layer_index))
+        plan = plan.replace(kept=_best_experts(plan, moments, gathered, seed, layer_index))
     if plan.merges and plan.merged_into is None:
         assert gathered is not None
         assert plan.kept is not None
         power = gathered.halves[0].power + gathered.halves[1].power
-        plan = replace(plan, merged_into=nearest_kept(power, plan.kept, plan.num_experts))
+        plan = plan.replace(merged_into=nearest_kept(power, plan.kept, plan.num_experts))
     return plan
 
 
@@ -273,7 +342,7 @@ def _best_experts(
     assert moments is not None
     if plan.signal == "gram":
         if gathered is not None:
-            gram = lost_gram(*gathered.halves, moments.slot_mean, plan.compensation)
+            gram = lost_gram(*gathered.halves, moments.term_mean, plan.compensation)
             return best_kept(gram, n, plan.k)
         assert isinstance(moments, LayerStatistics)
         return moments.best_kept(plan.k, plan.compensation)
@@ -314,7 +383,7 @@ def _not_calibrated(plan: Plan) -> MoepruneError:
 
 
 def _full_plan(
-    layers: Mapping[str, SoftMoEConfig],
+    layers: Mapping[str, LayerConfig],
     keep: str | float | Fraction | None,
     plan: Plan | None,
     scope: str,

@@ -17,7 +17,7 @@ from fractions import Fraction
 from moeprune.calibration.analysis import Analysis
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
-from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.interface import LayerConfig
 from moeprune.models.architecture import ModelConfig
 from moeprune.plan import (
     LayerPlan,
@@ -74,7 +74,7 @@ def size_costs(
     return Costs(full, full - in_layers, layers)
 
 
-def _layer_bytes(layer: SoftMoEConfig, plan: LayerPlan, item: float) -> float:
+def _layer_bytes(layer: LayerConfig, plan: LayerPlan, item: float) -> float:
     return sum(
         math.prod(shape) * (4 if name == "score_weights" else item)  # those are float32 in any case
         for name, shape in layer.shapes(plan).items()
@@ -96,7 +96,7 @@ def flops_costs(config: ModelConfig, scope: str, signal: str, compensation: str)
     return Costs(full, full - dense, layers)
 
 
-def _plans_of(layer: SoftMoEConfig, scope: str, signal: str, compensation: str) -> list[LayerPlan | None]:
+def _plans_of(layer: LayerConfig, scope: str, signal: str, compensation: str) -> list[LayerPlan | None]:
     """The plans of a layer that keep 0, 1, … n experts; None where there is none."""
     n = layer.num_experts
     return [

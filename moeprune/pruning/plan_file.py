@@ -1,9 +1,9 @@
-"""Plans as files: JSON that people read and edit, and what prune's report and checkpoints say; no torch.
+"""Plans as files: JSON that people read and edit.
 
     {"schema_version": 1, "plan": {"blocks.1.soft_moe": {"scope": "static", "k": 8, "compensation": "mean"}}}
 
-Of a layer, `k` or `kept` is needed; the rest has defaults. Where a static layer's `kept` is missing or null,
-its signal chooses the experts.
+A layer needs `k` or `kept`; the rest has defaults. Where a static layer's `kept` is missing or null, its
+signal chooses the experts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from moeprune.errors import MoepruneError
 from moeprune.files.header import MAX_LENGTH, read_header, require_file
 from moeprune.files.writing import write_text
+from moeprune.layers.interface import LayerConfig
 from moeprune.plan import Plan, plan_from_json, plan_to_json, require_fitting_plan
 
 SCHEMA_VERSION = 1
@@ -33,37 +34,35 @@ def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
     write_text(Path(path), "\n".join(lines) + "\n", overwrite)
 
 
-def read_plan(path: str | Path, layers: Mapping[str, Any]) -> Plan:
-    """The plan of a JSON file, or of a checkpoint that was pruned.
+def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
+    """Read the plan of a JSON file, or of a pruned checkpoint.
 
     Args:
         path: of the file.
-        layers: of the model that it is for; see moeprune.plan.require_fitting_plan.
+        layers: of the model that the plan is for.
 
     Raises:
-        MoepruneError: the file is missing, no plan, or does not fit the layers.
+        MoepruneError: the file is missing, holds no plan, or one that does not fit the layers.
     """
     path = Path(path)
-    value = _of_checkpoint(path) if path.suffix == ".safetensors" else _of_json(path)
+    if path.suffix == ".safetensors":
+        value = (read_header(path).metadata or {}).get("plan")
+        if not value:
+            raise MoepruneError(f"`{path}` is not a pruned checkpoint", "give one, or a plan as JSON")
+    else:
+        value = _read_json(path)
     if not isinstance(value, Mapping) or not value:
-        raise MoepruneError(f"`{path}` has no plan of any layer", "give what `--save-plan` or `prune` wrote")
+        raise MoepruneError(f"`{path}` plans no layer", "give what `--save-plan` or `prune` wrote")
     try:
-        plan = plan_from_json({name: _completed(layer, name, layers) for name, layer in value.items()})
+        plan = plan_from_json({name: _complete(layer, name, layers) for name, layer in value.items()})
         require_fitting_plan(plan, layers)
     except MoepruneError as error:
         raise MoepruneError(f"`{path}`: {error.message}", error.hint) from None
     return plan
 
 
-def _of_checkpoint(path: Path) -> Any:
-    metadata = read_header(path).metadata or {}
-    if not metadata.get("plan"):
-        raise MoepruneError(f"`{path}` is no pruned checkpoint", "give one, or a plan as JSON")
-    return metadata["plan"]
-
-
-def _of_json(path: Path) -> Any:
-    require_file(path, "a plan as JSON, or a checkpoint that was pruned")
+def _read_json(path: Path) -> Any:
+    require_file(path, "a plan as JSON, or a pruned checkpoint")
     try:
         if path.stat().st_size > MAX_LENGTH:
             raise ValueError(f"longer than {MAX_LENGTH} bytes")
@@ -71,22 +70,24 @@ def _of_json(path: Path) -> Any:
     except OSError as error:
         raise MoepruneError(f"cannot read `{path}` ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise MoepruneError(f"`{path}` is no JSON ({error})") from None
+        raise MoepruneError(f"`{path}` is not JSON ({error})") from None
     version = found.get("schema_version") if isinstance(found, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:
         raise MoepruneError(
             f"`{path}`: `schema_version` is {version!r}, expected {SCHEMA_VERSION}",
             'a plan is {"schema_version": 1, "plan": {"LAYER": {"k": 8, ...}}}',
         )
-    if spare := [key for key in found if key not in ("schema_version", "plan")]:
-        raise MoepruneError(f"`{path}`: unknown key `{spare[0]}`", "a plan has `schema_version` and `plan`")
+    if unknown := [key for key in found if key not in ("schema_version", "plan")]:
+        raise MoepruneError(
+            f"`{path}`: unknown key `{unknown[0]}`", "the keys are `schema_version` and `plan`"
+        )
     return found.get("plan")
 
 
-def _completed(layer: Any, name: str, layers: Mapping[str, Any]) -> Any:
-    """What a layer's plan says, with defaults where it says nothing."""
+def _complete(layer: Any, name: str, layers: Mapping[str, LayerConfig]) -> Any:
+    """Return a layer's plan with defaults for what it leaves out."""
     if not isinstance(layer, Mapping):
-        raise MoepruneError(f"plan of `{name}`: found {type(layer).__name__}, expected an object")
+        return layer
     layer = {**DEFAULTS, **layer}
     if name in layers:
         layer.setdefault("num_experts", layers[name].num_experts)

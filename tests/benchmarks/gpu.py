@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.soft_moe import Observation, SoftMoE
-from moeprune.layers.surgery import prune_layer
+from moeprune.layers.observation import SlotObservation as Observation
+from moeprune.layers.soft_moe import SoftMoE
+from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.plan import LayerPlan
 
 TOKENS, SLOTS = 196, 128
@@ -120,9 +121,9 @@ def main() -> None:
             static = LayerPlan("static", k, n, "combine", "renorm", tuple(range(k)))
             layers = {
                 "dense": dense,
-                "static": prune_layer(dense, static, torch.rand(n)),
-                "input": prune_layer(dense, LayerPlan("input", k, n, "combine", "none"), None),
-                "batch": prune_layer(dense, LayerPlan("batch", k, n, "combine", "none"), None),
+                "static": prune_layer(dense, static, Calibrated(torch.rand(n))),
+                "input": prune_layer(dense, LayerPlan("input", k, n, "combine", "none")),
+                "batch": prune_layer(dense, LayerPlan("batch", k, n, "combine", "none")),
             }
             for b in BATCHES:
                 x = torch.randn(b, TOKENS, d, device="cuda").to(dtype)

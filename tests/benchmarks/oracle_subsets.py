@@ -23,14 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeprune.calibration.analysis import Analysis, observe_layers, require_analysis_of
+from moeprune.calibration.analysis import Analysis, require_analysis_of
+from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.calibration.sums import wide_dtype
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import require_labelled_images
+from moeprune.layers.layer import MoELayer as SoftMoE
+from moeprune.layers.observation import SlotObservation as Observation
+from moeprune.layers.observation import mean_token
 from moeprune.layers.scores import top_k
-from moeprune.layers.soft_moe import Observation, SoftMoE, mean_token
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
@@ -126,7 +129,7 @@ def require_comparable(model: Model, data: Dataset) -> None:
 
 def contributions(observation: Observation, i: int) -> Tensor:
     """R_j, what each expert of a dense layer adds to the output for input i: (n,m,o), float32 or better."""
-    weights, mask = observation.combine_weights[i], observation.mask  # (m,n,p)
+    weights, mask = observation.weights[i], observation.mask  # (m,n,p)
     if mask is not None:  # padding, whose weights are shown as zero, has equal logits
         weights = weights.masked_fill(~mask[i][:, None, None], 1 / weights[0].numel())
     return torch.einsum("mnp,npo->nmo", weights, observation.slot_outputs[i].to(weights.dtype))
@@ -235,7 +238,7 @@ class _Contest:
     def _pick(self, observation: Observation) -> dict[int, dict[str, Tensor]]:
         """For each k the experts that the signals without labels pick for inputs: indices (b,k)."""
         mass = observation.mass
-        slot_mass = observation.combine_weights.sum(1)  # (b,n,p)
+        slot_mass = observation.weights.sum(1)  # (b,n,p)
         scores = {
             "combine": mass,
             "deviation": mass * self.deviation,

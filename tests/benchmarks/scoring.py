@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import moeprune
 from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.observation import Observation
 from moeprune.layers.scores import combine_mass, top_k
-from moeprune.layers.soft_moe import Observation, SoftMoE
+from moeprune.layers.soft_moe import SoftMoE
 
 REPETITIONS = 51
 
@@ -31,7 +32,7 @@ def shares(model: nn.Module, inputs: Tensor) -> tuple[float, float, float]:
 
     def score_and_choose(observation: Observation) -> None:
         start = time.perf_counter()
-        mass = combine_mass(observation.combine_weights)
+        mass = combine_mass(observation.weights)
         scored = time.perf_counter()
         top_k(mass, mass.shape[1] // 8)
         spent[0] += scored - start

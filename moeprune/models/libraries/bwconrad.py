@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from math import isqrt
 from typing import Any
+
+import msgspec
 
 from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
@@ -229,8 +231,8 @@ def _pair(ours: str, theirs: str, shape: tuple[int, ...], like: str, bias: bool 
 def _differences(layer: SoftMoEConfig) -> dict[str, tuple[Any, Any]]:
     """Settings of a layer that the library does not have, and what it has."""
     norm = layer.router_norm if layer.router_norm in ("l2", "none") else "l2 or none"
-    known = {field.name: getattr(layer, field.name) for field in fields(layer) if field.default is MISSING}
-    known |= {field.name: field.default for field in fields(layer) if field.default is not MISSING}
+    fields = msgspec.structs.fields(layer)
+    known = {f.name: getattr(layer, f.name) if f.default is msgspec.NODEFAULT else f.default for f in fields}
     known |= {"router_norm": norm, "dispatch_input": "normalized"}
     if layer.router_norm == "none":  # raw or not, tokens are the same
         known["dispatch_input"] = layer.dispatch_input

@@ -107,7 +107,7 @@ def as_dense(config: ViTConfig, plan: Plan) -> tuple[ViTConfig, list[str]]:
         if reason := _not_dense(plan[name]):
             refused.append(f"layer `{name}` {reason}")
         else:
-            blocks[index] = replace(block, soft_moe=replace(block.soft_moe, num_experts=plan[name].k))
+            blocks[index] = replace(block, soft_moe=block.soft_moe.replace(num_experts=plan[name].k))
     return replace(config, blocks=tuple(blocks)), refused
 
 

@@ -1,0 +1,135 @@
+"""Passes over data: observe layers of a model, accumulate what they show, compare outputs of models.
+
+Axes: b inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator
+from moeprune.calibration.sums import wide_dtype
+from moeprune.data.datasets import Dataset
+from moeprune.errors import MoepruneError
+from moeprune.layers.layer import MoELayer
+from moeprune.layers.observation import Observation
+from moeprune.models.model import Model
+from moeprune.models.runtime import Runtime
+
+A = TypeVar("A", bound=MomentsAccumulator)
+
+
+def measure(
+    model: Model,
+    names: Sequence[str],
+    data: Dataset,
+    runtime: Runtime,
+    what: str,
+    accumulator: Callable[[MoELayer], A],
+) -> dict[str, A]:
+    """Return what the named layers compute, accumulated over the data in one pass up to the last of them.
+
+    Args:
+        model: a private copy; it is moved to the runtime's device.
+        names: of dense layers.
+        data: labels are not needed.
+        runtime: where and how the model runs.
+        what: the progress bar's title.
+        accumulator: makes one for a layer.
+    """
+    model.to(runtime.torch_device)
+    layers = model.moe_layers
+    accumulators = {name: accumulator(layers[name]) for name in names}
+    for inputs, labels in runtime.batches(data, what):
+
+        def observe(name: str, observation: Observation, labels: Tensor | None = labels) -> None:
+            accumulators[name].add(observation, labels)
+
+        observe_layers(model, names, observe, inputs, runtime)
+    return accumulators
+
+
+def require_finite(layers: Mapping[str, LayerMoments], data: Dataset) -> None:
+    """Raise a MoepruneError that names a layer with NaN or infinite statistics."""
+    for name, layer in layers.items():
+        if not all(getattr(layer, field.name).isfinite().all() for field in fields(layer)):
+            raise MoepruneError(
+                f"layer `{name}` computes NaN or infinite numbers on `{data.spec}`",
+                "check the checkpoint and the scale of the inputs, or use `--dtype float32`",
+            )
+
+
+def divergences(
+    models: Mapping[str, Model], full: Model, data: Dataset, runtime: Runtime, what: str
+) -> dict[str, Tensor]:
+    """Return the mean divergence of models' predictions from the full one's, in nats (scalars); without a
+    head, the change of the features as a share of their square.
+
+    Args:
+        models: private copies on the runtime's device, like full.
+        full: the unpruned model.
+        data: labels are not used.
+        runtime: where and how models run.
+        what: the progress bar's title.
+    """
+    changes = {name: torch.zeros((), dtype=torch.float64) for name in models}
+    has_head = full.input_format.classes > 0
+    for name, found, expected in runtime.beside(models, full, data, what):
+        changes[name] += _change(found, expected, has_head).sum().to("cpu", torch.float64)
+    return {name: change / data.samples for name, change in changes.items()}
+
+
+def _change(found: Tensor, expected: Tensor, has_head: bool) -> Tensor:
+    """Return the divergence of outputs (b,…) from the expected ones, input by input."""
+    if has_head:
+        wide = wide_dtype(found.device)  # else rounding makes small divergences negative
+        found, expected = found.log_softmax(-1, dtype=wide), expected.log_softmax(-1, dtype=wide)
+        change = (expected.exp() * (expected - found)).sum(-1).clamp_min(0)
+    else:
+        change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
+    return change.flatten(1).mean(1) if change.ndim > 1 else change
+
+
+class StopForward(Exception):
+    """Ends a forward pass once every layer of interest has been observed."""
+
+
+def observe_layers(
+    model: nn.Module,
+    names: Sequence[str],
+    observe: Callable[[str, Observation], None],
+    inputs: Tensor,
+    runtime: Runtime,
+) -> None:
+    """Run the model on inputs as far as the named layers and hand each one's observation over."""
+    waiting = set(names)
+
+    def observer(name: str) -> Callable[[Observation], None]:
+        def seen(observation: Observation) -> None:
+            observe(name, observation)
+            waiting.discard(name)
+            if not waiting:
+                raise StopForward
+
+        return seen
+
+    with _observing(model, {name: observer(name) for name in names}), suppress(StopForward):
+        runtime.forward(model, inputs)
+
+
+@contextmanager
+def _observing(model: nn.Module, observers: Mapping[str, Callable[[Observation], None]]) -> Iterator[None]:
+    layers: dict[str, MoELayer] = {name: model.get_submodule(name) for name in observers}  # type: ignore[misc]
+    for name, observer in observers.items():
+        layers[name].observer = observer
+    try:
+        yield
+    finally:
+        for name in observers:
+            layers[name].observer = None

@@ -1,0 +1,186 @@
+"""The seam between MoE layers and everything else: what a layer's configuration says; no torch.
+
+Axes, here and everywhere: b inputs, m tokens, d width of the input, o width of the output, n experts, k of
+them run. An expert adds p terms to each token's output, each a weight times a vector: one for each slot in a
+Soft MoE, one for its gate in a token-gated layer.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from moeprune.layers.flops import Flops
+from moeprune.plan import SCOPES, LayerPlan
+
+Shapes = dict[str, tuple[int, ...]]
+"""The shape of each tensor by name."""
+
+
+class LayerConfig(Protocol):
+    """The configuration of one unpruned layer: a Record tagged by its `family`.
+
+    A family provides the first part itself and takes the second from LayerDefaults.
+    """
+
+    @property
+    def dim(self) -> int:
+        """Width of the input, d."""
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts, n."""
+
+    @property
+    def output_width(self) -> int:
+        """Width of the output, o."""
+
+    @property
+    def expert_width(self) -> int:
+        """Width of the input of an expert's last linear, h."""
+
+    def router_shapes(self, num_experts: int) -> Shapes:
+        """Return the tensors of the router if it has columns for so many experts."""
+
+    def expert_shapes(self, num_experts: int) -> Shapes:
+        """Return the tensors of so many experts; the first axis of each is the expert."""
+
+    def router_axis(self, tensor: str) -> int | None:
+        """Return the axis of one of the router's tensors that has a place for each expert, None if none."""
+
+    def router_flops(self, tokens: int, routed: int, running: float) -> float:
+        """Return the FLOPs of weights for `routed` experts and of applying those of `running` ones."""
+
+    def expert_flops(self, tokens: int, running: float) -> float:
+        """Return the FLOPs of so many experts on one input of so many tokens."""
+
+    # Defaults for all families:
+
+    @property
+    def terms_per_expert(self) -> int:
+        """Terms that an expert adds to each token's output, p."""
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """Scopes in which the layer can be pruned."""
+
+    @property
+    def mixes_batch(self) -> bool:
+        """True if the output for one input depends on the others in the batch."""
+
+    def padded_tokens(self, tokens: int) -> int:
+        """Return how many tokens the layer computes with for an input of so many."""
+
+    def shapes(self, plan: LayerPlan | None) -> Shapes:
+        """Return the shape of each tensor of the layer under a plan, by its name in the layer."""
+
+    def expert_axis(self, tensor: str) -> int | None:
+        """Return the axis of a tensor that has a place for each expert; None if it has none."""
+
+    def part(self, tensor: str) -> str:
+        """Return what a tensor is for: `experts`, `routing` or `compensation`."""
+
+    def flops(
+        self,
+        tokens: int,
+        plan: LayerPlan | None = None,
+        running: float | None = None,
+        applied: float | None = None,
+    ) -> Flops:
+        """Return the FLOPs of the layer on one input.
+
+        Args:
+            tokens: m.
+            plan: of a pruned layer.
+            running: mean number of experts that run, where the plan does not fix it.
+            applied: mean number of experts whose weights are applied; None: of those that run.
+        """
+
+    def refusal(self, plan: LayerPlan) -> str | None:
+        """Return why the layer cannot be pruned by a plan, None if it can."""
+
+
+class LayerDefaults:
+    """What layers of all families share: compensation, and defaults."""
+
+    __slots__ = ()
+
+    @property
+    def terms_per_expert(self) -> int:
+        """One: a gate."""
+        return 1
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """All scopes."""
+        return SCOPES
+
+    @property
+    def mixes_batch(self) -> bool:
+        """False: inputs are independent."""
+        return False
+
+    def padded_tokens(self, tokens: int) -> int:
+        """Return the same number: nothing is padded."""
+        return tokens
+
+    def shapes(self: LayerConfig, plan: LayerPlan | None) -> Shapes:
+        """Return the shape of each tensor of the layer under a plan, by its name in the layer."""
+        d, n, p, out = self.dim, self.num_experts, self.terms_per_expert, self.output_width
+        if plan is None:
+            return self.router_shapes(n) | self.expert_shapes(n)
+        shapes = self.router_shapes(plan.routed_experts) | self.expert_shapes(plan.stored_experts)
+        width = out if plan.rank is None else plan.rank
+        if plan.has_surrogate:
+            shapes["surrogate"] = (plan.routed_experts, p, width)
+        if plan.has_affine:
+            shapes |= {"affine_token": (d, width), "affine_mean": (d, width), "affine_bias": (width,)}
+        if plan.has_basis:
+            shapes["basis"] = (width, out)
+        if plan.scope != "static" and plan.signal != "combine":
+            shapes["score_weights"] = (n,)
+        return shapes
+
+    def expert_axis(self: LayerConfig, tensor: str) -> int | None:
+        """Return the axis of a tensor that has a place for each expert; None if it has none."""
+        return 0 if tensor in self.expert_shapes(1) else self.router_axis(tensor)
+
+    def part(self: LayerConfig, tensor: str) -> str:
+        """Return what a tensor is for: `experts`, `routing` or `compensation`."""
+        if tensor in self.expert_shapes(1):
+            return "experts"
+        is_compensation = tensor in ("surrogate", "basis") or tensor.startswith("affine")
+        return "compensation" if is_compensation else "routing"
+
+    def flops(
+        self: LayerConfig,
+        tokens: int,
+        plan: LayerPlan | None = None,
+        running: float | None = None,
+        applied: float | None = None,
+    ) -> Flops:
+        """Return the FLOPs of the layer on one input of m tokens.
+
+        Surrogates cost 2·m·w·p for each expert that has one (all of them with scope `input`, `batch` or a
+        rank), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, the basis 2·m·r·o.
+        """
+        n, p, out, m = self.num_experts, self.terms_per_expert, self.output_width, self.padded_tokens(tokens)
+        if plan is None:
+            return Flops(round(self.expert_flops(m, n)), round(self.router_flops(m, n, n)))
+        k = running if running is not None else n if plan.merges else plan.k
+        width = out if plan.rank is None or not plan.has_basis else plan.rank
+        surrogates = 0
+        if plan.has_surrogate:
+            surrogates = n - plan.k if plan.scope == "static" and not plan.has_basis else n
+        compensation = 2 * m * width * p * surrogates
+        compensation += 2 * (m + 1) * self.dim * width if plan.has_affine else 0
+        compensation += 2 * m * width * out if plan.has_basis else 0
+        routing = self.router_flops(m, plan.routed_experts, k if applied is None else applied)
+        return Flops(round(self.expert_flops(m, k)), round(routing), compensation)
+
+    def refusal(self: LayerConfig, plan: LayerPlan) -> str | None:
+        """Return why the layer cannot be pruned by a plan, None if it can."""
+        if plan.scope not in self.scopes:
+            return f"can be pruned with scope {' or '.join(self.scopes)} only, the plan has `{plan.scope}`"
+        if plan.rank is not None and plan.rank > self.output_width:
+            return f"has {self.output_width} directions of output, the plan has rank {plan.rank}"
+        return None

@@ -1,0 +1,126 @@
+"""What the modules of all families share: tensors by configuration and plan, compensation, observer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from moeprune.layers.experts import choose
+from moeprune.layers.interface import LayerConfig
+from moeprune.layers.observation import Observation, mean_token
+from moeprune.layers.scores import fewest_with_mass
+from moeprune.plan import AFFINE, LayerPlan
+
+
+class MoELayer(nn.Module):
+    """An MoE layer: tokens (b,m,d) in, tokens (b,m,o) out. Without a plan it is dense.
+
+    With a plan of scope `static` only the kept experts have weights; the router has their columns first, then
+    those of the dropped ones. With scope `input` or `batch` all weights are there and those of the chosen
+    experts are used. A family provides `forward`, which calls `observe`.
+    """
+
+    fc2_weight: Tensor  # (e,o,h), the last linear of each expert that has weights
+    surrogate: Tensor  # (n,p,o), outputs of dropped terms, in the order of the router's columns
+    affine_token: Tensor  # W (d,o), V (d,o) and b (o) of X·W + mean(X)·V + b
+    affine_mean: Tensor
+    affine_bias: Tensor
+    basis: Tensor  # (r,o), the directions that the last axis of these stands for, if there is a rank
+    score_weights: Tensor  # (n); where the signal of a routed plan is not the mass alone
+
+    def __init__(self, config: LayerConfig, plan: LayerPlan | None = None):
+        super().__init__()
+        self.config = config
+        self.plan = plan
+        self.observer: Callable[[Observation], None] | None = None
+        for name, shape in config.shapes(plan).items():
+            if name == "score_weights":
+                self.register_buffer(name, torch.ones(shape))
+            elif config.part(name) == "compensation":
+                self.register_buffer(name, torch.zeros(shape))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    @property
+    def is_routed(self) -> bool:
+        """True if experts are chosen anew for each input or batch."""
+        return self.plan is not None and self.plan.scope != "static"
+
+    @property
+    def term_shape(self) -> tuple[int, int, int]:
+        """(n,p,o) of the outputs of all terms that the router has columns for."""
+        routed = self.plan.routed_experts if self.plan else self.config.num_experts
+        return routed, self.config.terms_per_expert, self.config.output_width
+
+    def choose(self, mass: Tensor) -> Tensor:
+        """Return the experts (b,k) that run for each input, by the plan's signal and the mass (b,n).
+
+        With a mass in the plan inputs may run fewer than k: n stands for none.
+        """
+        assert self.plan is not None
+        scores = mass
+        if self.plan.signal == "deviation":
+            scores = mass * self.score_weights
+        elif self.plan.signal == "random":
+            scores = self.score_weights.expand_as(mass)
+        if self.plan.scope == "batch":
+            scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
+        if self.plan.mass is None:
+            return choose(scores, self.plan.k)
+        chosen = fewest_with_mass(scores, mass, self.plan.mass, self.plan.k)
+        if not chosen.is_cuda:  # where the host may ask: no more columns than an input needs
+            chosen = (
+                chosen[:, : int((chosen < self.config.num_experts).sum(1).amax())] if len(chosen) else chosen
+            )
+        return chosen
+
+    def observe(self, observation: Callable[[], Observation]) -> None:
+        """Hand the observer, if there is one, what a forward pass shows, in full precision."""
+        if self.observer is not None:
+            with torch.autocast(self.fc2_weight.device.type, enabled=False):
+                self.observer(observation())
+
+    def compensated(self, output: Tensor, x: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the output (b,m,o) with what compensates for dropped experts, if anything does.
+
+        Args:
+            output: of the experts that ran (b,m,o).
+            x: the layer's input (b,m,d).
+            weights: of all terms (b,m,n,p), zero for those that ran.
+            mask: tokens that are not padding (b,m); None: all.
+        """
+        if self.plan is None or not self.plan.has_surrogate:
+            return output
+        added = weights.flatten(2).to(self.surrogate.dtype) @ self.surrogate.flatten(0, 1)
+        if self.plan.has_affine:
+            added = added + self.affine(x, mask)
+        return output + (added @ self.basis if self.plan.has_basis else added)
+
+    def affine(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return X·W + mean(X)·V + b (b,m,o or r) of the layer's input."""
+        of_mean = mean_token(x, mask) @ self.affine_mean + self.affine_bias
+        return x @ self.affine_token + of_mean[:, None]
+
+    def regressor_kinds(self, compensation: str) -> list[int]:
+        """Return the number of regressors of each kind, in the order of `Observation.regressors`."""
+        n, p, _ = self.term_shape
+        return [n * p, self.config.dim, self.config.dim, 1] if compensation in AFFINE else [n * p]
+
+    def split_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return the rows (q,…) that belong to a pruned layer's regressors as its compensation tensors."""
+        assert self.plan is not None
+        terms, *affine = rows.split(self.regressor_kinds(self.plan.compensation))
+        tensors = {"surrogate": terms.unflatten(0, self.term_shape[:2])}
+        if affine:
+            token, mean, bias = affine
+            tensors |= {"affine_token": token, "affine_mean": mean, "affine_bias": bias[0]}
+        return tensors
+
+    def rows(self) -> Tensor:
+        """Return the compensation tensors of a pruned layer as rows (q,o), in float64 on the CPU."""
+        parts = [self.surrogate.flatten(0, 1)]
+        if self.plan is not None and self.plan.has_affine:
+            parts += [self.affine_token, self.affine_mean, self.affine_bias[None]]
+        return torch.cat(parts).to("cpu", torch.float64)
