@@ -12,8 +12,8 @@ from moeprune.calibration.ridge import GAIN_KEPT, LAMBDAS, Equations, solve_held
 from moeprune.layers.observation import Observation
 from moeprune.layers.scores import combine_mass
 from moeprune.layers.surgery import Calibrated, prune_layer
-from moeprune.models.model import SoftMoEViT, moe_layers
 from moeprune.models.runtime import Runtime
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning import compensation as compensation_module
 from moeprune.pruning.compensation import Gathered, Stream, fit_routed, fit_static, gather, refit_kept
@@ -144,7 +144,7 @@ def observed(model, name, data) -> Observation:
 
 def layer_outputs(model: SoftMoEViT, name: str, data) -> Tensor:
     seen = []
-    handle = moe_layers(model)[name].register_forward_hook(lambda _, args, y: seen.append(y))
+    handle = model.moe_layers[name].register_forward_hook(lambda _, args, y: seen.append(y))
     with torch.no_grad():
         for inputs, _ in data.batches(64):
             model(inputs)
@@ -187,7 +187,7 @@ def test_the_set_that_the_gram_matrix_chooses_leaves_less_error(compensate, cali
 def test_lstsq_repairs_what_earlier_pruned_layers_broke():
     model = moeprune.load(files("moeprune.demo") / "checkpoints" / "vit.safetensors")
     data = moeprune.open_data("pairs:calibration", model.input_format, limit=300)
-    last, runtime = list(moe_layers(model))[-1], Runtime(device="cpu", batch_size=150)
+    last, runtime = list(model.moe_layers)[-1], Runtime(device="cpu", batch_size=150)
     errors = []
     for compensate in ("mean", "lstsq"):
         pruned = moeprune.prune(model, keep="1/8", compensate=compensate, data=data, runtime=runtime)
@@ -336,7 +336,7 @@ def test_scope_input_corrects_only_dropped_columns(calibrated):
     pruned = moeprune.prune(
         model, analysis, keep=96, scope="input", signal="random", compensate="lstsq", data=data, runtime=CPU
     )
-    [(name, layer)] = moe_layers(pruned).items()
+    [(name, layer)] = pruned.moe_layers.items()
     chosen = observed(pruned, name, data).chosen
     kept = chosen[0].tolist()
     assert (chosen == chosen[0]).all()
@@ -351,7 +351,7 @@ def test_scope_input_with_lstsq_equals_the_masked_formulas(calibrated):
     pruned = moeprune.prune(
         model, analysis, keep=8, scope="input", compensate="lstsq", data=data, runtime=CPU
     )
-    [(name, layer)] = moe_layers(pruned).items()
+    [(name, layer)] = pruned.moe_layers.items()
     inputs = next(iter(data.batches(3)))[0]
     seen = []
     handle = layer.register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
@@ -359,7 +359,7 @@ def test_scope_input_with_lstsq_equals_the_masked_formulas(calibrated):
     handle.remove()
     [(x, y)] = seen
     kept = observed(pruned, name, data).chosen[:3].tolist()
-    dense = moe_layers(model)[name].state_dict()
+    dense = model.moe_layers[name].state_dict()
     expected = reference_layer(x, dense, "l2", "normalized", kept, "lstsq", layer.surrogate)
     assert float((y - expected).abs().max() / expected.abs().max()) < 1e-5
 
@@ -368,7 +368,7 @@ def test_static_lstsq_may_correct_kept_slots_and_mean_does_not(calibrated):
     model, data, analysis = calibrated
     for compensate, corrects in (("mean", False), ("lstsq", True)):
         pruned = moeprune.prune(model, analysis, keep=8, compensate=compensate, data=data, runtime=CPU)
-        [layer] = moe_layers(pruned).values()
+        [layer] = pruned.moe_layers.values()
         assert bool(layer.surrogate[:8].any()) == corrects
 
 

@@ -15,7 +15,6 @@ from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.merging import nearest_kept
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
-from moeprune.models.model import moe_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
 from tests.reference import reference_layer
@@ -124,7 +123,7 @@ def test_merging_on_the_command_line(vit, vit_analysis, run, run_json, tmp_path)
     evaluated = run_json("eval", path, "--data", "pairs", "--limit", 200, "--baseline", vit)
     assert evaluated["difference"]["agreement"] > 0.5
     model = moeprune.load(path)
-    for name, layer in moe_layers(model).items():
+    for name, layer in model.moe_layers.items():
         assert layer.fc1_weight.shape[0] == 32
         assert list(layer.plan.merged_into) == found["plan"][name]["merged_into"]
     text = run("inspect", path)
