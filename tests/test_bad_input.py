@@ -382,7 +382,7 @@ NO_CHECKPOINT: list[tuple[str, Callable[[Workshop], Path], tuple[str, ...]]] = [
     ("plan of an unknown layer", lambda w: w.with_plan("blocks.7.soft_moe"), ("blocks.7.soft_moe",)),
     ("plan of other experts", lambda w: w.with_plan(num_experts=64), (LAYER,)),
     ("kept out of range", lambda w: w.with_plan(kept=[3, 128]), (LAYER, "`kept`", "128")),
-    ("kept below 0", lambda w: w.with_plan(kept=[-1, 3]), (LAYER, "`kept`", "-1")),
+    ("kept below 0", lambda w: w.with_plan(kept=[-1, 3]), (LAYER, "`kept[0]`", "-1")),
     ("kept twice", lambda w: w.with_plan(kept=[3, 3]), (LAYER, "`kept`")),
     ("kept in no order", lambda w: w.with_plan(kept=[5, 3]), (LAYER, "`kept`")),
     ("kept is a number", lambda w: w.with_plan(kept=3), (LAYER,)),

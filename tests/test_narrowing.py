@@ -134,7 +134,7 @@ def test_few_directions_on_the_command_line(vit, vit_analysis, run, run_json, tm
     plan.write_text(json.dumps(text))
     result = run(*words, "--plan", plan, "-o", again, "--force")
     assert result.code == 2
-    assert "has the rank 65, the layer's output has 64 directions" in result.stderr
+    assert "has 64 directions of output, the plan has rank 65" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerDefaults, Shapes
-from moeprune.plan import SCOPES, Positive
+from moeprune.plan import SCOPES, LayerPlan, Positive
 from moeprune.records import Record
 
 ROUTER_NORMS = ("none", "l2", "rms", "layer")
@@ -92,6 +92,15 @@ class SoftMoEConfig(LayerDefaults, Record, frozen=True, tag_field="family", tag=
         """True if the dispatch softmax runs over the batch."""
         return self.dispatch_over == "batch"
 
+    def refusal(self, plan: LayerPlan) -> str | None:
+        """Return why the layer cannot be pruned by a plan, None if it can."""
+        if self.dynamic_slots and plan.scope == "static":
+            return (
+                "makes its slots anew from each input's tokens, and the number of its experts decides how:"
+                " it can be pruned with scope input or batch only"
+            )
+        return super().refusal(plan)
+
     def padded_tokens(self, tokens: int) -> int:
         """Return the tokens of whole dynamic slots, or the same number."""
         return self.num_experts * self.slots_per_expert if self.dynamic_slots else tokens
@@ -112,10 +121,10 @@ class SoftMoEConfig(LayerDefaults, Record, frozen=True, tag_field="family", tag=
     def expert_shapes(self, num_experts: int) -> Shapes:
         """Return the tensors of so many experts; h is the contiguous axis of both weights."""
         n, out = num_experts, self.output_width
-        shapes: Shapes = {"fc2_weight": (n, out, self.expert_width), "fc2_bias": (n, out)}
+        shapes: Shapes = {}
         if self.expert != "linear":
-            shapes |= {"fc1_weight": (n, self.dim, self.first_width), "fc1_bias": (n, self.first_width)}
-        return shapes
+            shapes = {"fc1_weight": (n, self.dim, self.first_width), "fc1_bias": (n, self.first_width)}
+        return shapes | {"fc2_weight": (n, out, self.expert_width), "fc2_bias": (n, out)}
 
     def router_axis(self, tensor: str) -> int | None:
         """Return the axis of phi, or of what takes its place, that has a place for each expert."""

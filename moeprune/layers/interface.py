@@ -179,8 +179,6 @@ class LayerDefaults:
 
     def refusal(self: LayerConfig, plan: LayerPlan) -> str | None:
         """Return why the layer cannot be pruned by a plan, None if it can."""
-        if plan.scope not in self.scopes:
-            return f"can be pruned with scope {' or '.join(self.scopes)} only, the plan has `{plan.scope}`"
         if plan.rank is not None and plan.rank > self.output_width:
             return f"has {self.output_width} directions of output, the plan has rank {plan.rank}"
         return None
