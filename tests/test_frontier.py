@@ -14,7 +14,7 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.latency import summarize_latency
 from moeprune.evaluation.results import Latency
 from moeprune.plan import SCOPES
-from moeprune.pruning.frontier import KEEPS, METHODS, on_frontier, variants
+from moeprune.pruning.sweep import KEEPS, METHODS, methods, on_frontier
 from moeprune.report.plot import check_plot, plot_frontier
 from tests.results import row
 
@@ -34,13 +34,12 @@ def test_a_point_is_on_the_frontier_where_no_other_is_better():
 
 
 def test_every_method_is_measured_at_every_share_and_static_ones_without_experts():
-    found = list(variants(KEEPS, SCOPES))
+    found = list(methods(KEEPS, SCOPES))
     for (scope, signal, compensate), label in METHODS.items():
-        keeps = [variant.keep for name, variant in found if name == label]
+        keeps = [variant.keep for variant in found if variant.label == label]
         has_none = scope == "static" and signal != "random" and compensate != "merge"
-        expected = [0, *KEEPS] if has_none else list(KEEPS)
-        assert keeps == expected
-    routed = {label for label, _ in variants(KEEPS, ("input", "batch"))}
+        assert keeps == ([0, *KEEPS] if has_none else list(KEEPS))
+    routed = {variant.label for variant in methods(KEEPS, ("input", "batch"))}
     assert routed == {label for (scope, _, _), label in METHODS.items() if scope == "input"}
 
 

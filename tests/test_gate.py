@@ -13,9 +13,9 @@ from scipy.stats import beta, binom, binomtest, bootstrap, norm
 import moeprune
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import predict
-from moeprune.evaluation.evidence import Drop, Median, Share, samples_needed
-from moeprune.evaluation.gates import check_limits, judge
+from moeprune.evaluation.gates import check_limits, judge, of_drop, of_median, of_share, samples_needed
 from moeprune.evaluation.intervals import drop_at_most, median_at_least, paired_difference, share_at_least
+from moeprune.evaluation.results import Outcomes
 from moeprune.models.runtime import Runtime
 from moeprune.records import to_json
 from tests.results import evaluation
@@ -25,6 +25,10 @@ OF_BOUNDS = operator.attrgetter("confidence", "bound", "samples", "samples_neede
 GATE_KEYS = {
     "name", "limit", "value", "passed", "reason", "confidence", "bound", "samples", "samples_needed",
 }  # fmt: skip
+
+
+def of_table(both, lost, won, neither):
+    return of_drop(Outcomes(both=both, lost=lost, won=won, neither=neither))
 
 
 # --- bounds of shares ----------------------------------------------------------------------------
@@ -38,7 +42,7 @@ GATE_KEYS = {
 def test_bound_of_a_share_is_scipys_exact_one(right, samples, level):
     exact = binomtest(right, samples, alternative="greater").proportion_ci(level, method="exact").low
     assert share_at_least(right, samples, level) == pytest.approx(exact, rel=1e-9, abs=1e-12)
-    assert Share(right, samples).bound(level) == share_at_least(right, samples, level)
+    assert of_share(right, samples).bound(level) == share_at_least(right, samples, level)
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
@@ -57,9 +61,9 @@ def test_a_share_below_its_limit_passes_no_more_often_than_the_level_says(sample
 
 def test_bound_of_a_drop_is_the_end_of_the_published_two_sided_interval_at_twice_the_error():
     """Newcombe 1998; and Altman et al. 2000, table 6.2, where nothing is won: 5 lost of 41 are exact."""
-    assert Drop(36, 12, 2, 0).bound(0.975) == pytest.approx(0.3404, abs=5e-5)
+    assert of_table(36, 12, 2, 0).bound(0.975) == pytest.approx(0.3404, abs=5e-5)
     exact = binomtest(5, 41, alternative="less").proportion_ci(0.975, method="exact").high
-    assert Drop(14, 5, 0, 22).bound(0.975) == pytest.approx(exact)
+    assert of_table(14, 5, 0, 22).bound(0.975) == pytest.approx(exact)
     assert exact > 0.2265
 
 
@@ -71,16 +75,16 @@ def test_without_a_won_input_the_bound_of_a_drop_is_never_below_the_exact_one(ta
     for level in LEVELS:
         samples, lost = sum(table), table[1]
         exact = beta.ppf(level, lost + 1, samples - lost) if lost < samples else 1
-        assert Drop(*table).bound(level) >= exact - 1e-9
-    assert Drop(*table).bound(0.95) > (0.9 if sum(table) == 1 else 0.036)
+        assert of_table(*table).bound(level) >= exact - 1e-9
+    assert of_table(*table).bound(0.95) > (0.9 if sum(table) == 1 else 0.036)
 
 
 def test_a_model_that_loses_everything_has_the_whole_drop_as_its_bound():
-    assert Drop(0, 7, 0, 0).bound(0.95) == 1
+    assert of_table(0, 7, 0, 0).bound(0.95) == 1
 
 
 def test_a_better_model_may_have_a_drop_below_zero_for_sure():
-    assert Drop(400, 10, 60, 61).bound(0.95) < 0
+    assert of_table(400, 10, 60, 61).bound(0.95) < 0
 
 
 @pytest.mark.parametrize("level", [0.8, 0.9, 0.95])
@@ -126,8 +130,8 @@ def test_bound_of_a_drop_on_real_predictions_is_near_a_paired_bootstraps(paired)
             confidence_level=level, alternative="less", method="BCa", n_resamples=4000,
             rng=np.random.default_rng(0),
         ).confidence_interval.high  # fmt: skip
-        assert Drop(*cells).bound(level) == pytest.approx(found, abs=0.004)
-        assert Drop(*cells).bound(level) > (full - pruned).mean()
+        assert of_table(*cells).bound(level) == pytest.approx(found, abs=0.004)
+        assert of_table(*cells).bound(level) > (full - pruned).mean()
 
 
 # --- bounds of medians ---------------------------------------------------------------------------
@@ -156,33 +160,40 @@ def test_bound_of_a_median_lies_above_it_as_rarely_as_the_level_says():
 
 
 def observations(seed):
-    """Random evidence of each kind, with a limit that its value keeps by some margin."""
+    """Yield random evidence of each kind, as a function of how many times as many samples there are.
+
+    With it come a limit that its value keeps by some margin, and whether the limit is a maximum.
+    """
     generator = random.Random(seed)
     samples = generator.choice([1, 7, 40, 300, 3000])
     right = round(samples * generator.uniform(0.5, 1))
-    yield Share(right, samples), right / samples - generator.uniform(0.01, 0.1)
+    limit = right / samples - generator.uniform(0.01, 0.1)
+    yield lambda times: of_share(times * right, times * samples), limit, False
     both = generator.randint(0, samples)
     lost = generator.randint(0, (samples - both) // 4)
     won = generator.randint(0, (samples - both) // 4)
-    drop = Drop(both, lost, won, samples - both - lost - won)
-    yield drop, (lost - won) / samples + generator.uniform(0.01, 0.1)
+    cells = both, lost, won, samples - both - lost - won
+    limit = (lost - won) / samples + generator.uniform(0.01, 0.1)
+    yield lambda times: of_table(*(times * cell for cell in cells)), limit, True
     values = [generator.lognormvariate(0.5, 0.3) for _ in range(generator.choice([7, 20, 101]))]
-    yield Median(values), sorted(values)[len(values) // 3]
+    yield lambda times: of_median(values * times), sorted(values)[len(values) // 3], False
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_bounds_are_against_the_model_the_more_so_the_higher_the_level(seed):
-    for evidence, limit in observations(seed):
+    for of, limit, is_maximum in observations(seed):
+        evidence = of(1)
         bounds = [evidence.bound(level) for level in LEVELS]
-        assert bounds == sorted(bounds, reverse=not isinstance(evidence, Drop))
+        assert bounds == sorted(bounds, reverse=not is_maximum)
         for level, bound in zip(LEVELS, bounds, strict=True):
-            is_kept = bound <= limit if isinstance(evidence, Drop) else bound >= limit
+            is_kept = bound <= limit if is_maximum else bound >= limit
             assert evidence.keeps(limit, level, evidence.samples) is is_kept
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_so_many_samples_as_are_needed_decide_and_one_fewer_does_not(seed):
-    for evidence, limit in observations(seed):
+    for of, limit, is_maximum in observations(seed):
+        evidence = of(1)
         for level in (0.8, 0.95, 0.99):
             if evidence.keeps(limit, level, evidence.samples):
                 continue
@@ -190,34 +201,28 @@ def test_so_many_samples_as_are_needed_decide_and_one_fewer_does_not(seed):
             assert needed > evidence.samples
             assert evidence.keeps(limit, level, needed)
             assert not evidence.keeps(limit, level, needed - 1)
-            times = -(-needed // evidence.samples)
-            if isinstance(evidence, Share):
-                assert Share(evidence.successes * times, evidence.samples * times).bound(level) >= limit
-            elif isinstance(evidence, Drop):
-                cells = (evidence.both, evidence.lost, evidence.won, evidence.neither)
-                assert Drop(*(times * cell for cell in cells)).bound(level) <= limit
-            else:
-                assert Median(list(evidence.values) * times).bound(level) >= limit
+            bound = of(-(-needed // evidence.samples)).bound(level)
+            assert bound <= limit if is_maximum else bound >= limit
 
 
 def test_samples_needed_are_those_of_the_formula_where_there_is_one():
     """All right: 0.98^149 is the first power below 5 %. No input that differs: the same of one per cent."""
-    assert samples_needed(Share(10, 10), 0.98, 0.95) == 149
-    assert samples_needed(Drop(10, 0, 0, 0), 0.01, 0.95) == 299
-    assert samples_needed(Median([2.0]), 1.0, 0.95) == 5
+    assert samples_needed(of_share(10, 10), 0.98, 0.95) == 149
+    assert samples_needed(of_table(10, 0, 0, 0), 0.01, 0.95) == 299
+    assert samples_needed(of_median([2.0]), 1.0, 0.95) == 5
     share, limit = 0.9, 0.89
     approximate = norm.ppf(0.95) ** 2 * share * (1 - share) / (share - limit) ** 2
-    assert samples_needed(Share(90, 100), limit, 0.95) == pytest.approx(approximate, rel=0.15)
+    assert samples_needed(of_share(90, 100), limit, 0.95) == pytest.approx(approximate, rel=0.15)
 
 
 @pytest.mark.parametrize(
     ("evidence", "limit"),
     [
-        (Share(10, 10), 1.0),
-        (Share(90, 100), 0.9),
-        (Drop(90, 0, 0, 10), 0.0),
-        (Drop(90, 3, 2, 5), 0.01),
-        (Median([1.0, 1.0, 2.0, 2.0]), 1.5),
+        (of_share(10, 10), 1.0),
+        (of_share(90, 100), 0.9),
+        (of_table(90, 0, 0, 10), 0.0),
+        (of_table(90, 3, 2, 5), 0.01),
+        (of_median([1.0, 1.0, 2.0, 2.0]), 1.5),
     ],
 )
 def test_no_number_of_samples_shows_what_is_met_exactly(evidence, limit):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
@@ -14,10 +15,17 @@ from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.sums import half_of
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import predict
-from moeprune.evaluation.intervals import paired_difference
+from moeprune.evaluation.intervals import drop_at_most, paired_difference
+from moeprune.evaluation.results import Outcomes
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
-from moeprune.pruning.search import prune_best, prune_within_drop
+from moeprune.pruning.search import (
+    DropLimit,
+    confirming_order,
+    interval,
+    prune_best,
+    prune_within_drop,
+)  # fmt: skip
 
 CPU = Runtime("cpu", batch_size=256)
 WAYS = [("static", "gram", "affine"), ("static", "combine", "mean"), ("input", "combine", "none")]
@@ -34,7 +42,7 @@ def test_the_confirmed_drop_is_that_of_the_model_on_samples_that_the_search_did_
 ):
     data = moeprune.open_data("digits:calibration", full.input_format)
     found = prune_within_drop(
-        full, data, 0.02, scope=scope, signal=signal, compensate=compensate, runtime=CPU
+        full, data, DropLimit(0.02), scope=scope, signal=signal, compensate=compensate, runtime=CPU
     )
     is_second = half_of(0, data.samples) == 1
     whole, pruned = predict([full, found.model], data, CPU)
@@ -57,7 +65,9 @@ def test_the_confirmed_drop_is_that_of_the_model_on_samples_that_the_search_did_
 def test_a_larger_drop_never_takes_more_experts(full):
     sizes = []
     for drop in (0.2, 0.02):
-        found = prune_within_drop(full, "digits", drop, signal="combine", compensate="none", runtime=CPU)
+        found = prune_within_drop(
+            full, "digits", DropLimit(drop), signal="combine", compensate="none", runtime=CPU
+        )
         [plan] = [m.plan for m in found.model.modules() if type(m).__name__ == "SoftMoE"]
         sizes.append(plan.k)
     assert sizes[0] < sizes[1]
@@ -68,38 +78,97 @@ def test_no_plan_within_the_drop_is_an_error_that_names_the_least(full):
     with pytest.raises(
         MoepruneError, match=r"drop of 0 on both halves.*the least drop on the worse half"
     ) as e:
-        prune_within_drop(full, data, 0.0, signal="random", compensate="none", runtime=CPU)
+        prune_within_drop(full, data, DropLimit(0.0), signal="random", compensate="none", runtime=CPU)
     assert float(e.value.message.split()[-1]) > 0
 
 
 def test_what_confirms_must_not_have_been_calibrated_on(full):
     analysis = moeprune.analyze(full, "digits:calibration", CPU)
     with pytest.raises(MoepruneError, match="must not be calibrated on"):
-        prune_within_drop(full, "digits:calibration", 0.02, analysis=analysis, runtime=CPU)
+        prune_within_drop(full, "digits:calibration", DropLimit(0.02), analysis=analysis, runtime=CPU)
     some = moeprune.open_data("digits:calibration", full.input_format, limit=300)
     with pytest.raises(MoepruneError, match="must not be calibrated on"):
-        prune_within_drop(full, some, 0.02, analysis=analysis, runtime=CPU)
-    found = prune_within_drop(full, "digits:test", 0.02, analysis=analysis, runtime=CPU)
+        prune_within_drop(full, some, DropLimit(0.02), analysis=analysis, runtime=CPU)
+    found = prune_within_drop(full, "digits:test", DropLimit(0.02), analysis=analysis, runtime=CPU)
     assert found.report.confirmed.accuracy_drop <= 0.02
 
 
-def test_the_interval_holds_for_all_plans_that_were_measured(full):
-    """At a drop of half a point the first plan that the search finds fails on the other half."""
-    found = prune_within_drop(full, "digits:test", 0.005, compensate="mean", runtime=CPU)
+@pytest.mark.parametrize("confidence", [None, 0.9])
+def test_the_interval_and_the_bound_hold_for_all_plans_that_could_have_been_measured(confidence, full):
+    limit = DropLimit(0.02, confidence)
+    found = prune_within_drop(full, "digits:test", limit, compensate="mean", runtime=CPU)
     confirmed = found.report.confirmed
     data = moeprune.open_data("digits:test", full.input_format)
     is_second = half_of(0, data.samples) == 1
     whole, pruned = predict([full, found.model], data, CPU)
     right, right_pruned = whole.correct[is_second], pruned.correct[is_second]
     cells = [int((a & b).sum()) for a, b in product((right, ~right), (right_pruned, ~right_pruned))]
+    assert 2 < confirmed.plans < 8
     quantile = norm.isf(0.025 / confirmed.plans)
-    assert confirmed.plans > 1
     assert confirmed.accuracy_drop_ci95 == pytest.approx(paired_difference(*cells, quantile))
+    assert confirmed.confidence == confidence
+    if confidence is None:
+        assert confirmed.bound is None
+    else:
+        assert confirmed.bound == pytest.approx(drop_at_most(*cells, 1 - 0.1 / confirmed.plans))
+        assert confirmed.accuracy_drop < confirmed.bound <= 0.02
+        [k] = [layer.plan.k for layer in found.model.moe_layers.values()]
+        unsure = prune_within_drop(full, "digits:test", DropLimit(0.02), compensate="mean", runtime=CPU)
+        assert k > next(iter(unsure.model.moe_layers.values())).plan.k
+
+
+def outcomes(both, lost, won, neither):
+    return Outcomes(both=both, lost=lost, won=won, neither=neither)
+
+
+def drawn_halves(limit, excess, seed, plans=26, samples=1000, runs=1500):
+    """Outcomes of plans whose drops are beyond a limit by so many standard errors, drawn independently."""
+    won = 0.01
+    deviation = ((limit + 2 * won) / samples) ** 0.5
+    lost = limit + excess * deviation + won
+    generator = np.random.default_rng(seed)
+    cells = generator.multinomial(samples, (0.9 - lost, lost, won, 0.1 - won), (runs, plans))
+    return lost - won, [[outcomes(*row) for row in run] for run in cells.tolist()]
+
+
+def outcome_of(run, limit, order):
+    """The outcome of the first plan that the search would confirm, None without one."""
+    return next((run[index] for index in order if limit.keeps(run[index], len(order))), None)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_plans_beyond_the_limit_are_confirmed_no_more_often_than_the_confidence_says(confidence):
+    """Whatever plan the search on the first half found; all drops are at the limit, the worst case."""
+    limit = DropLimit(0.02, confidence)
+    _, halves = drawn_halves(0.02, 0.0, seed=1)
+    for smallest in (0, 20, 25):
+        order = confirming_order(smallest, 26)
+        rate = np.mean([outcome_of(run, limit, order) is not None for run in halves])
+        assert rate < 1.2 * (1 - confidence) + 0.01
+
+
+@pytest.mark.parametrize("excess", [0.0, 1.0, 2.0, 2.5])
+def test_reported_intervals_cover_the_drop_though_the_plan_is_chosen_by_it(excess):
+    drop, halves = drawn_halves(0.02, excess, seed=2)
+    limit, order = DropLimit(0.02), confirming_order(0, 26)
+    missed = missed_before = 0
+    for run in halves:
+        chosen = outcome_of(run, limit, order)
+        if chosen is not None:
+            low, high = interval(chosen, len(order))
+            missed += not low <= drop <= high
+        first = next((index for index, found in enumerate(run) if limit.keeps(found)), None)
+        if first is not None:  # adjusted for those measured until one passed, as it was once done
+            low, high = interval(run[first], first + 1)
+            missed_before += not low <= drop <= high
+    assert missed / len(halves) < 0.05
+    if excess == 2:
+        assert missed_before / len(halves) > 0.06
 
 
 def test_nearly_all_experts_are_kept_where_less_will_not_do(full):
     found = prune_within_drop(
-        full, "digits:calibration", 0.02, signal="random", compensate="renorm", runtime=CPU
+        full, "digits:calibration", DropLimit(0.02), signal="random", compensate="renorm", runtime=CPU
     )
     [plan] = [layer.plan for layer in found.model.moe_layers.values()]
     assert 96 < plan.k < 128
@@ -108,7 +177,7 @@ def test_nearly_all_experts_are_kept_where_less_will_not_do(full):
 def test_one_sample_cannot_be_split(full):
     data = moeprune.open_data("digits:calibration", full.input_format, limit=1)
     with pytest.raises(MoepruneError, match="has one sample"):
-        prune_within_drop(full, data, 0.1, runtime=CPU)
+        prune_within_drop(full, data, DropLimit(0.1), runtime=CPU)
 
 
 def test_a_part_of_a_data_set_has_its_samples_in_any_batch_size(full):

@@ -80,7 +80,7 @@ def divergences(
     """
     changes = {name: torch.zeros((), dtype=torch.float64) for name in models}
     has_head = full.input_format.classes > 0
-    for name, found, expected in runtime.beside(models, full, data, what):
+    for name, found, expected in runtime.run_paired(models, full, data, what):
         changes[name] += _change(found, expected, has_head).sum().to("cpu", torch.float64)
     return {name: change / data.samples for name, change in changes.items()}
 

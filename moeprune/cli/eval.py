@@ -150,8 +150,8 @@ def eval(
     from moeprune.evaluation import evaluate as evaluation
     from moeprune.evaluation.latency import BATCH_SIZES, check_batch_sizes
     from moeprune.models.model import fingerprint, unpruned_fingerprint
-    from moeprune.pruning.frontier import KEEPS, on_frontier, variants
     from moeprune.pruning.results import Sweep
+    from moeprune.pruning.sweep import KEEPS, methods, on_frontier
     from moeprune.pruning.sweep import sweep as run_sweep
     from moeprune.report import commands as reports
     from moeprune.report import page
@@ -170,16 +170,12 @@ def eval(
     if is_sweep:
         assert analysed is not None
         scopes = scopes_of(loaded.config.moe_layers.values())
-        todo: Sequence[Variant]
-        labels: Sequence[str | None]
         if frontier is not None:
-            labels, todo = zip(*variants(keeps or KEEPS, scopes), strict=True)
+            todo = list(methods(keeps or KEEPS, scopes))
         else:
             todo = _ways(loaded, keeps, scopes, scope, signal, compensate)
-            labels = (None,) * len(todo)
         measured_batches = latency_batches if latency else None
-        results = run_sweep(loaded, todo, analysed, dataset, seed, runtime, measured_batches)
-        rows = [replace(row, label=label) for label, (row, _) in zip((None, *labels), results, strict=True)]
+        rows = [row for row, _ in run_sweep(loaded, todo, analysed, dataset, seed, runtime, measured_batches)]
         rows = [replace(row, on_frontier=best) for row, best in zip(rows, on_frontier(rows), strict=True)]
         swept = Sweep(
             checkpoint=str(checkpoint),

@@ -189,7 +189,7 @@ def prune(
     from moeprune.pruning.budgets import plans_for
     from moeprune.pruning.plan_file import read_plan, write_plan
     from moeprune.pruning.results import Pruned
-    from moeprune.pruning.search import prune_best, prune_within_drop
+    from moeprune.pruning.search import DropLimit, prune_best, prune_within_drop
     from moeprune.report import commands as report
 
     runtime = runtime_for(device, dtype, batch_size, not reporter.quiet)
@@ -206,7 +206,7 @@ def prune(
         result = prune_within_drop(
             dense,
             open_data(data, dense, split, "calibration", limit),
-            max_accuracy_drop,
+            DropLimit(max_accuracy_drop),
             analysis=measured,
             scope=scope,
             signal=signal,

@@ -194,25 +194,27 @@ def compare(
     model: ModelCost, baseline: ModelCost, predictions: Predictions, reference: Predictions
 ) -> Difference:
     """Compare a model with the baseline on the same inputs."""
-    counts = both, lost, won, neither = paired_counts(predictions, reference)
+    outcomes = paired_outcomes(predictions, reference)
     return Difference(
-        accuracy_drop=(lost - won) / sum(counts),
-        accuracy_drop_ci95=paired_difference(*counts),
+        accuracy_drop=outcomes.drop,
+        accuracy_drop_ci95=paired_difference(*msgspec.structs.astuple(outcomes)),
         flops_reduction=_reduction(*(side.flops_per_input.total for side in (baseline, model))),
         size_reduction=_reduction(baseline.bytes, model.bytes),
         agreement=float((predictions.predicted == reference.predicted).double().mean()),
-        mcnemar_p=mcnemar(lost, won),
-        outcomes=Outcomes(both=both, lost=lost, won=won, neither=neither),
+        mcnemar_p=mcnemar(outcomes.lost, outcomes.won),
+        outcomes=outcomes,
     )
 
 
-def paired_counts(predictions: Predictions, reference: Predictions) -> tuple[int, int, int, int]:
-    """On how many of the same inputs both are right, only the reference, only the first, and neither."""
+def paired_outcomes(predictions: Predictions, reference: Predictions) -> Outcomes:
+    """Count the inputs that both predict right, only the reference, only the first, and neither."""
     right, reference_right = predictions.correct, reference.correct
-    both = int((right & reference_right).sum())
-    lost = int((~right & reference_right).sum())
-    won = int((right & ~reference_right).sum())
-    return both, lost, won, len(right) - both - lost - won
+    return Outcomes(
+        both=int((right & reference_right).sum()),
+        lost=int((~right & reference_right).sum()),
+        won=int((right & ~reference_right).sum()),
+        neither=int((~right & ~reference_right).sum()),
+    )
 
 
 def _reduction(full: float, remaining: float) -> float:

@@ -5,12 +5,10 @@ An average hides a class that is lost: one of a hundred classes is one point of 
 
 from __future__ import annotations
 
-from statistics import NormalDist
-
 import torch
 from torch import Tensor
 
-from moeprune.evaluation.intervals import paired_difference
+from moeprune.evaluation.intervals import paired_difference, simultaneous_quantile
 from moeprune.evaluation.results import ClassChange, Forgetting
 
 LEVEL = 0.95
@@ -47,7 +45,7 @@ def forgetting(labels: Tensor, predicted: Tensor, reference: Tensor) -> Forgetti
         torch.nn.functional.pad(count, (0, num_classes - len(count))).tolist() for count in counts
     )
     present = [c for c in range(num_classes) if total[c]]
-    strict = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / len(present))
+    strict = simultaneous_quantile(LEVEL, len(present))
     classes, collapsed = [], []
     for c in present:
         cells = both[c], only_full[c], only_pruned[c], total[c] - both[c] - only_full[c] - only_pruned[c]

@@ -1,17 +1,86 @@
-"""Limits that an evaluation must keep; no torch."""
+"""Limits that an evaluation must keep, judged by measured values or by their bounds; no torch."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import msgspec
-
 from moeprune.errors import MoepruneError
-from moeprune.evaluation.evidence import Drop, Evidence, Median, Share, samples_needed
-from moeprune.evaluation.results import Evaluation, GateResult
+from moeprune.evaluation.intervals import drop_at_most, median_at_least, share_at_least
+from moeprune.evaluation.results import Evaluation, GateResult, Outcomes
+
+MOST_SAMPLES = 100_000_000
+"""No more are asked for: a limit that these cannot decide is as good as met exactly."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Samples behind a figure of an evaluation.
+
+    samples: their number.
+    bound: returns, for a confidence in 0.5…1, the one-sided bound of the figure that is against the model:
+        with at least this probability the true figure is no worse.
+    keeps: returns, for a limit, a confidence and a number of samples, whether the bound would keep the limit
+        if that many samples had the same rates.
+    """
+
+    samples: int
+    bound: Callable[[float], float]
+    keeps: Callable[[float, float, int], bool]
+
+
+def of_share(successes: int, samples: int) -> Evidence:
+    """Return the evidence of independent samples for a share that has a lower limit."""
+
+    def bound(confidence: float, count: int = samples) -> float:
+        return share_at_least(successes * count / samples, count, confidence)
+
+    return Evidence(samples, bound, lambda limit, confidence, count: bound(confidence, count) >= limit)
+
+
+def of_drop(outcomes: Outcomes) -> Evidence:
+    """Return the evidence of inputs that both models predict, for a drop that has an upper limit."""
+    samples = outcomes.samples
+
+    def bound(confidence: float, count: int = samples) -> float:
+        times = count / samples
+        lost, won = times * outcomes.lost, times * outcomes.won
+        return drop_at_most(times * outcomes.both, lost, won, times * outcomes.neither, confidence)
+
+    return Evidence(samples, bound, lambda limit, confidence, count: bound(confidence, count) <= limit)
+
+
+def of_median(values: Sequence[float]) -> Evidence:
+    """Return the evidence of independent positive values for their median, which has a lower limit."""
+
+    def keeps(limit: float, confidence: float, count: int) -> bool:
+        above = sum(value >= limit for value in values)  # more than half of all values must be
+        return share_at_least(above * count / len(values), count, confidence) >= 0.5
+
+    return Evidence(len(values), lambda confidence: median_at_least(values, confidence), keeps)
+
+
+def samples_needed(evidence: Evidence, limit: float, confidence: float) -> int | None:
+    """Return how many samples with the same rates would have a bound that keeps the limit.
+
+    Args:
+        evidence: whose own bound does not keep the limit.
+
+    Returns:
+        More samples than there are; None if MOST_SAMPLES are too few.
+
+    >>> samples_needed(of_share(100, 100), 0.98, 0.95)
+    149
+    """
+    few, many = evidence.samples, 2 * evidence.samples
+    while not evidence.keeps(limit, confidence, many):
+        few, many = many, 2 * many
+        if many > MOST_SAMPLES:
+            return None
+    return bisect_left(range(many), True, few + 1, many, key=lambda n: evidence.keeps(limit, confidence, n))
 
 
 def _exact(evaluation: Evaluation) -> list[Evidence]:
@@ -20,34 +89,34 @@ def _exact(evaluation: Evaluation) -> list[Evidence]:
 
 def _accuracy(evaluation: Evaluation) -> list[Evidence]:
     samples = evaluation.data.samples
-    return [Share(round(evaluation.model.accuracy * samples), samples)]
+    return [of_share(round(evaluation.model.accuracy * samples), samples)]
 
 
 def _agreement(evaluation: Evaluation) -> list[Evidence]:
     assert evaluation.difference is not None
     samples = evaluation.data.samples
-    return [Share(round(evaluation.difference.agreement * samples), samples)]
+    return [of_share(round(evaluation.difference.agreement * samples), samples)]
 
 
 def _accuracy_drop(evaluation: Evaluation) -> list[Evidence]:
     assert evaluation.difference is not None
-    return [Drop(*msgspec.structs.astuple(evaluation.difference.outcomes))]
+    return [of_drop(evaluation.difference.outcomes)]
 
 
 def _speedup(evaluation: Evaluation) -> list[Evidence]:
     assert evaluation.latency is not None
-    return [Median(batch.speedups or ()) for batch in evaluation.latency.batches]
+    return [of_median(batch.speedups or ()) for batch in evaluation.latency.batches]
 
 
 @dataclass(frozen=True)
 class Gate:
     """A limit on one figure of an evaluation.
 
-    name: as the option without dashes. section, figure: where its value stands in the evaluation;
-    in the section `latency` the worst of all batch sizes counts. is_maximum: whether the value
-    may be at most, or must be at least, the limit. evidence: what the evaluation observed of the figure,
-    for each batch size where there are several; nothing of an exact one. is_fraction: whether limits lie
-    in 0…1, or may be any ratio above 0.
+    name: of the option, without dashes.
+    section, figure: where the value is in the evaluation; in `latency` the worst of all batch sizes counts.
+    is_maximum: the value may be at most, and not at least, the limit.
+    evidence: of the figure in an evaluation, for each batch size if there are several; empty for exact ones.
+    is_fraction: limits lie in 0…1; otherwise they may be any ratio above 0.
     """
 
     name: str
@@ -63,11 +132,11 @@ class Gate:
         return "--" + self.name.replace("_", "-")
 
     def keeps(self, value: float, limit: float) -> bool:
-        """Whether a value keeps a limit."""
+        """Return whether a value keeps a limit."""
         return value <= limit if self.is_maximum else value >= limit
 
     def worst(self, values: Sequence[float]) -> float:
-        """Of several values the one that is against the model."""
+        """Return the value that is most against the model."""
         return max(values) if self.is_maximum else min(values)
 
 
@@ -94,19 +163,12 @@ def check_limits(
         confidence: with which the limits must be kept; None: measured values count.
 
     Raises:
-        MoepruneError: a limit that is no fraction or ratio, or one on what is not measured or compares
-            with a baseline that is not given; a confidence below one half, of one, or of no limit.
+        MoepruneError: a limit that is not a fraction or a ratio, or one on what is not measured or compares
+            with a baseline that is not given; a confidence that is out of range or has no limit.
     """
-    if confidence is not None:
-        if not 0.5 <= confidence < 1:
-            raise MoepruneError(
-                f"`--confidence {confidence}` is not within 0.5 and 1",
-                "give with which probability a passed limit is truly kept, such as 0.95",
-            )
-        if all(limit is None for limit in limits.values()):
-            raise MoepruneError(
-                "`--confidence` goes with a gate", "add one, such as `--max-accuracy-drop 0.01`"
-            )
+    check_confidence(confidence)
+    if confidence is not None and all(limit is None for limit in limits.values()):
+        raise MoepruneError("`--confidence` goes with a gate", "add one, such as `--max-accuracy-drop 0.01`")
     for gate in GATES:
         limit = limits.get(gate.name)
         if limit is None:
@@ -117,12 +179,21 @@ def check_limits(
             )
         if not gate.is_fraction and not 0 < limit < math.inf:
             raise MoepruneError(
-                f"`{gate.option} {limit}` is no ratio above 0", "give how many times as fast, such as 1.5"
+                f"`{gate.option} {limit}` is not a ratio above 0", "give a speed-up such as 1.5"
             )
         if gate.section == "latency" and not has_latency:
             raise MoepruneError(f"`{gate.option}` judges measured times", "give it with `--latency`")
         if gate.section in ("difference", "latency") and not has_baseline:
             raise MoepruneError(f"`{gate.option}` compares with the full model", "give it with `--baseline`")
+
+
+def check_confidence(confidence: float | None) -> None:
+    """Raise a MoepruneError unless a confidence is in 0.5…1, 1 excluded, or None."""
+    if confidence is not None and not 0.5 <= confidence < 1:
+        raise MoepruneError(
+            f"`--confidence {confidence}` is not within 0.5 and 1",
+            "give the probability that a limit that passes is truly kept, such as 0.95",
+        )
 
 
 def judge(

@@ -31,6 +31,11 @@ def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, floa
     return low, high
 
 
+def simultaneous_quantile(level: float, intervals: int) -> float:
+    """Return the normal quantile of two-sided intervals that, all at once, have this level (Bonferroni)."""
+    return NormalDist().inv_cdf(1 - (1 - level) / 2 / intervals)
+
+
 def paired_difference(
     both: float, only_first: float, only_second: float, neither: float, z: float = Z95
 ) -> tuple[float, float]:

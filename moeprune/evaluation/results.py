@@ -31,6 +31,16 @@ class Outcomes(Result, frozen=True):
     won: int
     neither: int
 
+    @property
+    def samples(self) -> int:
+        """The number of inputs."""
+        return self.both + self.lost + self.won + self.neither
+
+    @property
+    def drop(self) -> float:
+        """The accuracy drop."""
+        return (self.lost - self.won) / self.samples
+
 
 class Difference(Result, frozen=True):
     """A model against the baseline on the same inputs.

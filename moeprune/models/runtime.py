@@ -91,10 +91,10 @@ class Runtime:
             f"{what}: {data.samples} samples in {seconds:.2f} s, {data.samples / seconds:.0f} samples/s"
         )
 
-    def beside(
+    def run_paired(
         self, models: Mapping[K, nn.Module], full: nn.Module, data: Dataset, what: str
     ) -> Iterator[tuple[K, Tensor, Tensor]]:
-        """For each batch of one pass and each model: its key, its output and the full model's, in float32."""
+        """Yield for each batch and model its key, its output and the full model's output, in float32."""
         for inputs, _ in self.batches(data, what):
             expected = self.forward(full, inputs).float()
             for key, model in models.items():

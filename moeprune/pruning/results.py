@@ -21,7 +21,8 @@ class TriedPlan(Result, frozen=True):
 class Confirmation(Result, frozen=True):
     """The accuracy drop of the chosen plan on samples that were not searched.
 
-    plans: plans measured there until one was within the limit.
+    plans: those that could have been measured there; the interval and the bound hold for all of them at once.
+    bound: one-sided upper bound of the drop at the confidence that was asked for; both None without one.
     """
 
     samples: int
@@ -29,6 +30,8 @@ class Confirmation(Result, frozen=True):
     accuracy_drop: float
     accuracy_drop_ci95: Interval
     mcnemar_p: float
+    confidence: float | None
+    bound: float | None
 
 
 class Search(Result, frozen=True):

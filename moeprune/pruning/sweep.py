@@ -1,4 +1,4 @@
-"""Many ways to prune one model, each evaluated on the same data, beside the controls."""
+"""Many ways to prune one model, each evaluated on the same data, with random experts as a control."""
 
 from __future__ import annotations
 
@@ -17,14 +17,27 @@ from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.results import Latency, ModelFigures
 from moeprune.models.model import Model, require_moe_layers
 from moeprune.models.runtime import Runtime
-from moeprune.plan import COMPENSATIONS, LayerPlan, experts_to_keep, is_possible
+from moeprune.plan import COMPENSATIONS, experts_to_keep, is_possible, uniform_plan
 from moeprune.pruning.apply import calibration_data, prune
 from moeprune.pruning.compensation import is_affordable_refit
-from moeprune.pruning.results import SweepRow
+from moeprune.pruning.results import OnFrontier, SweepRow
 
 RANDOM_DRAWS = 10
 COMPENSATIONS_TRIED = tuple(name for name in COMPENSATIONS if name != "merge")
-"""In a sweep that is not told which."""
+"""In a grid, if none is given."""
+KEEPS = tuple(Fraction(1, 2**power) for power in range(6, 0, -1))
+METHODS = {
+    ("static", "gram", "affine"): "static by gram, affine",
+    ("static", "gram", "mean"): "static by gram, mean",
+    ("input", "deviation", "affine"): "input by deviation, affine",
+    ("input", "combine", "mean"): "input by combine, mean",
+    ("input", "combine", "none"): "the paper's rule: input, none",
+    ("static", "combine", "none"): "static by combine, none",
+    ("static", "combine", "merge"): "static by combine, merge",
+    ("static", "random", "none"): "random experts: static, none",
+}
+"""Methods that a plot compares, by scope, signal and compensation, and their labels."""
+COSTS = ("size", "flops")
 
 
 @dataclass(frozen=True)
@@ -36,45 +49,54 @@ class Variant:
     signal: str
     compensate: str
 
+    @property
+    def label(self) -> str:
+        """The name of the method in plots and tables."""
+        method = (self.scope, self.signal, self.compensate)
+        return METHODS.get(method, f"{self.scope} by {self.signal}, {self.compensate}")
+
 
 def grid(
-    keeps: Iterable[Fraction | int],
+    keeps: Sequence[Fraction | int],
     scopes: Iterable[str],
     signals: Iterable[str],
-    compensations: Iterable[str],
+    compensations: Sequence[str],
     control_scope: str = "static",
 ) -> Iterator[Variant]:
-    """All combinations, with the controls of each share: `random` under every compensation, one set
-    for all inputs. The last ones keep no expert at all.
+    """Yield all possible combinations, and as controls random experts and none at all.
 
     Args:
         control_scope: of the controls; `static` where the model can be pruned so.
     """
-    scopes, signals, compensations = list(scopes), list(signals), list(compensations)
-    controlled = [c for c in compensations if is_possible(control_scope, "random", c)]
+    every = product(scopes, signals, compensations)
+    ways = [way for way in every if way[1] != "random" and is_possible(*way)]
+    controls = [c for c in compensations if is_possible(control_scope, "random", c)]
     for keep in keeps:
-        for scope, signal, compensate in product(scopes, signals, compensations):
-            if signal != "random" and is_possible(scope, signal, compensate):
-                yield Variant(keep, scope, signal, compensate)
-        for compensate in controlled:
-            yield Variant(keep, control_scope, "random", compensate)
-    for compensate in controlled:
-        if compensate not in ("renorm", "refit", "merge"):  # these make something of kept experts
+        yield from (Variant(keep, *way) for way in ways)
+        yield from (Variant(keep, control_scope, "random", compensate) for compensate in controls)
+    for compensate in controls:
+        if compensate not in ("renorm", "refit", "merge"):  # these use kept experts
             yield Variant(0, control_scope, "combine", compensate)
 
 
+def methods(keeps: Sequence[Fraction | int], scopes: Sequence[str]) -> Iterator[Variant]:
+    """Yield each of METHODS that has one of the scopes at each share; static ones without experts too."""
+    for scope, signal, compensate in METHODS:
+        if scope in scopes and is_possible(scope, signal, compensate):
+            without_experts = scope == "static" and signal != "random" and compensate != "merge"
+            for keep in (0, *keeps) if without_experts else keeps:
+                yield Variant(keep, scope, signal, compensate)
+
+
 def without_large_refits(variants: Iterable[Variant], model: Model) -> tuple[list[Variant], list[Variant]]:
-    """The variants, and apart from them those whose `refit` would take too many regressors."""
-    possible: list[Variant] = []
-    left_out: list[Variant] = []
+    """Split off the variants whose `refit` would take too many regressors."""
+    split: tuple[list[Variant], list[Variant]] = [], []
     for variant in variants:
-        is_affordable = True
-        for name, layer in model.config.moe_layers.items():
-            k = experts_to_keep(variant.keep, layer.num_experts, name, "--sweep")
-            plan = LayerPlan(variant.scope, k, layer.num_experts, variant.signal, variant.compensate)
-            is_affordable &= is_affordable_refit(layer, plan)
-        (possible if is_affordable else left_out).append(variant)
-    return possible, left_out
+        layers = model.config.moe_layers
+        experts = {name: layer.num_experts for name, layer in layers.items()}
+        plan = uniform_plan(experts, variant.keep, variant.scope, variant.signal, variant.compensate)
+        split[not all(is_affordable_refit(layers[name], plan[name]) for name in plan)].append(variant)
+    return split
 
 
 def sweep(
@@ -99,8 +121,8 @@ def sweep(
             it is not.
 
     Yields:
-        A row, without label and frontier, and the model that it is about: first the full one, then one for
-        each variant (the last of its draws).
+        A row, without its place on the frontier, and the model that it is about: first the full one, then one
+        for each variant (the last of its draws).
     """
     todo = list(variants)
     for variant, (name, layer) in product(todo, require_moe_layers(model).items()):
@@ -145,7 +167,7 @@ def _row(
     differences = [compare(described, full, found, full_predictions) for described, found in results]
     accuracy = statistics.fmean(accuracies)
     return SweepRow(
-        label=None,
+        label=None if variant is None else variant.label,
         keep="1" if variant is None else str(variant.keep),
         scope=None if variant is None else variant.scope,
         signal=None if variant is None else variant.signal,
@@ -160,3 +182,20 @@ def _row(
         latency=latency,
         on_frontier=None,
     )
+
+
+def cost(row: SweepRow, which: str) -> float:
+    """Return a row's `size` or `flops` as a share of the full model's."""
+    return 1.0 - float(getattr(row.difference, f"{which}_reduction"))
+
+
+def on_frontier(rows: Iterable[SweepRow]) -> list[OnFrontier]:
+    """Return for each row whether no other is as accurate at less cost, or more accurate at no more."""
+    rows = list(rows)
+
+    def is_best(row: SweepRow, which: str) -> bool:
+        own = (cost(row, which), -row.accuracy)
+        others = ((cost(other, which), -other.accuracy) for other in rows)
+        return not any(o != own and o[0] <= own[0] and o[1] <= own[1] for o in others)
+
+    return [OnFrontier(**{which: is_best(row, which) for which in COSTS}) for row in rows]

@@ -165,13 +165,14 @@ def pruning(found: Pruned) -> Document:
     if search is not None:
         confirmed = search.confirmed
         low, high = confirmed.accuracy_drop_ci95
-        first = f"; the first of {confirmed.plans} that is within there" if confirmed.plans > 1 else ""
+        bound = ""
+        if confirmed.bound is not None:
+            bound = f"; at most {points(confirmed.bound)} with confidence {confirmed.confidence:g}"
         facts.append(
             (
                 "accuracy drop",
-                f"{points(confirmed.accuracy_drop)} (95 %: {points(low)} to {points(high)}) on"
-                f" {confirmed.samples} samples that were not searched"
-                f" ({len(search.tried)} plans tried{first})",
+                f"{points(confirmed.accuracy_drop)} (95 %: {points(low)} to {points(high)}{bound}) on"
+                f" {confirmed.samples} samples that were not searched ({len(search.tried)} plans tried)",
             )
         )
     for name, plan in found.plan.items():

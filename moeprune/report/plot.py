@@ -8,8 +8,8 @@ from pathlib import Path
 
 from moeprune.errors import MoepruneError
 from moeprune.files.writing import write_bytes
-from moeprune.pruning.frontier import METHODS, cost
 from moeprune.pruning.results import SweepRow
+from moeprune.pruning.sweep import METHODS, cost
 
 SUFFIXES = (".png", ".svg")
 COLORS = ("#0072b2", "#56b4e9", "#009e73", "#7fc97f", "#d55e00", "#e69f00", "#cc79a7", "#999999")
