@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from moeprune.errors import MoepruneError
-from moeprune.layers.interface import LayerDefaults, Shapes
+from moeprune.layers.interface import LayerConfig, Shapes
 from moeprune.plan import SCOPES, LayerPlan, Positive
 from moeprune.records import Record
 
@@ -21,7 +21,7 @@ else:
     DispatchInput, DispatchOver = Literal["raw", "normalized"], Literal["tokens", "batch"]
 
 
-class SoftMoEConfig(LayerDefaults, Record, frozen=True, tag_field="family", tag="soft_moe"):
+class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="soft_moe"):
     """One Soft MoE layer (Puigcerver et al. 2023, arXiv 2308.00951, section 2).
 
     Attributes:

@@ -7,7 +7,8 @@ Soft MoE, one for its gate in a token-gated layer.
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 from moeprune.layers.flops import Flops
 from moeprune.plan import SCOPES, LayerPlan
@@ -16,114 +17,73 @@ Shapes = dict[str, tuple[int, ...]]
 """The shape of each tensor by name."""
 
 
-class LayerConfig(Protocol):
-    """The configuration of one unpruned layer: a Record tagged by its `family`.
+class LayerConfig:
+    """The configuration of one unpruned layer.
 
-    A family provides the first part itself and takes the second from LayerDefaults.
+    A family subclasses this and Record, tagged by its `family`, and provides what is abstract. Its tensors
+    include `fc2_weight`, the last linears of its experts (n,o,h).
     """
-
-    @property
-    def dim(self) -> int:
-        """Width of the input, d."""
-
-    @property
-    def num_experts(self) -> int:
-        """Number of experts, n."""
-
-    @property
-    def output_width(self) -> int:
-        """Width of the output, o."""
-
-    @property
-    def expert_width(self) -> int:
-        """Width of the input of an expert's last linear, h."""
-
-    def router_shapes(self, num_experts: int) -> Shapes:
-        """Return the tensors of the router if it has columns for so many experts."""
-
-    def expert_shapes(self, num_experts: int) -> Shapes:
-        """Return the tensors of so many experts; the first axis of each is the expert."""
-
-    def router_axis(self, tensor: str) -> int | None:
-        """Return the axis of one of the router's tensors that has a place for each expert, None if none."""
-
-    def router_flops(self, tokens: int, routed: int, running: float) -> float:
-        """Return the FLOPs of weights for `routed` experts and of applying those of `running` ones."""
-
-    def expert_flops(self, tokens: int, running: float) -> float:
-        """Return the FLOPs of so many experts on one input of so many tokens."""
-
-    # Defaults for all families:
-
-    @property
-    def terms_per_expert(self) -> int:
-        """Terms that an expert adds to each token's output, p."""
-
-    @property
-    def scopes(self) -> tuple[str, ...]:
-        """Scopes in which the layer can be pruned."""
-
-    @property
-    def mixes_batch(self) -> bool:
-        """True if the output for one input depends on the others in the batch."""
-
-    def padded_tokens(self, tokens: int) -> int:
-        """Return how many tokens the layer computes with for an input of so many."""
-
-    def shapes(self, plan: LayerPlan | None) -> Shapes:
-        """Return the shape of each tensor of the layer under a plan, by its name in the layer."""
-
-    def expert_axis(self, tensor: str) -> int | None:
-        """Return the axis of a tensor that has a place for each expert; None if it has none."""
-
-    def part(self, tensor: str) -> str:
-        """Return what a tensor is for: `experts`, `routing` or `compensation`."""
-
-    def flops(
-        self,
-        tokens: int,
-        plan: LayerPlan | None = None,
-        running: float | None = None,
-        applied: float | None = None,
-    ) -> Flops:
-        """Return the FLOPs of the layer on one input.
-
-        Args:
-            tokens: m.
-            plan: of a pruned layer.
-            running: mean number of experts that run, where the plan does not fix it.
-            applied: mean number of experts whose weights are applied; None: of those that run.
-        """
-
-    def refusal(self, plan: LayerPlan) -> str | None:
-        """Return why the layer cannot be pruned by a plan, None if it can."""
-
-
-class LayerDefaults:
-    """What layers of all families share: compensation, and defaults."""
 
     __slots__ = ()
 
+    if TYPE_CHECKING:  # fields or properties of the family
+
+        @property
+        def dim(self) -> int:
+            """Width of the input, d."""
+
+        @property
+        def num_experts(self) -> int:
+            """Number of experts, n."""
+
+        @property
+        def output_width(self) -> int:
+            """Width of the output, o."""
+
+        @property
+        def expert_width(self) -> int:
+            """Width of the input of an expert's last linear, h."""
+
+    @abstractmethod
+    def router_shapes(self, num_experts: int) -> Shapes:
+        """Return the tensors of the router if it has columns for so many experts."""
+
+    @abstractmethod
+    def expert_shapes(self, num_experts: int) -> Shapes:
+        """Return the tensors of so many experts; the first axis of each is the expert."""
+
+    @abstractmethod
+    def router_axis(self, tensor: str) -> int | None:
+        """Return the axis of one of the router's tensors that has a place for each expert, None if none."""
+
+    @abstractmethod
+    def router_flops(self, tokens: int, routed: int, applied: float) -> float:
+        """Return the FLOPs of weights for `routed` experts, and of applying those of `applied` ones."""
+
+    @abstractmethod
+    def expert_flops(self, tokens: int, running: float) -> float:
+        """Return the FLOPs of so many experts on one input of so many tokens."""
+
     @property
     def terms_per_expert(self) -> int:
-        """One: a gate."""
+        """Terms that an expert adds to each token's output, p: one by default, a gate."""
         return 1
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        """All scopes."""
+        """Scopes in which the layer can be pruned: all by default."""
         return SCOPES
 
     @property
     def mixes_batch(self) -> bool:
-        """False: inputs are independent."""
+        """True if the output for one input depends on the others in the batch."""
         return False
 
     def padded_tokens(self, tokens: int) -> int:
-        """Return the same number: nothing is padded."""
+        """Return how many tokens the layer computes with for an input of so many: as many by default."""
         return tokens
 
-    def shapes(self: LayerConfig, plan: LayerPlan | None) -> Shapes:
+    def shapes(self, plan: LayerPlan | None) -> Shapes:
         """Return the shape of each tensor of the layer under a plan, by its name in the layer."""
         d, n, p, out = self.dim, self.num_experts, self.terms_per_expert, self.output_width
         if plan is None:
@@ -140,11 +100,11 @@ class LayerDefaults:
             shapes["score_weights"] = (n,)
         return shapes
 
-    def expert_axis(self: LayerConfig, tensor: str) -> int | None:
+    def expert_axis(self, tensor: str) -> int | None:
         """Return the axis of a tensor that has a place for each expert; None if it has none."""
         return 0 if tensor in self.expert_shapes(1) else self.router_axis(tensor)
 
-    def part(self: LayerConfig, tensor: str) -> str:
+    def part(self, tensor: str) -> str:
         """Return what a tensor is for: `experts`, `routing` or `compensation`."""
         if tensor in self.expert_shapes(1):
             return "experts"
@@ -152,16 +112,22 @@ class LayerDefaults:
         return "compensation" if is_compensation else "routing"
 
     def flops(
-        self: LayerConfig,
+        self,
         tokens: int,
         plan: LayerPlan | None = None,
         running: float | None = None,
         applied: float | None = None,
     ) -> Flops:
-        """Return the FLOPs of the layer on one input of m tokens.
+        """Return the FLOPs of the layer on one input.
 
         Surrogates cost 2·m·w·p for each expert that has one (all of them with scope `input`, `batch` or a
         rank), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, the basis 2·m·r·o.
+
+        Args:
+            tokens: m.
+            plan: of a pruned layer.
+            running: mean number of experts that run, where the plan does not fix it.
+            applied: mean number of experts whose weights are applied; None: of those that run.
         """
         n, p, out, m = self.num_experts, self.terms_per_expert, self.output_width, self.padded_tokens(tokens)
         if plan is None:
@@ -177,8 +143,10 @@ class LayerDefaults:
         routing = self.router_flops(m, plan.routed_experts, k if applied is None else applied)
         return Flops(round(self.expert_flops(m, k)), round(routing), compensation)
 
-    def refusal(self: LayerConfig, plan: LayerPlan) -> str | None:
+    def refusal(self, plan: LayerPlan) -> str | None:
         """Return why the layer cannot be pruned by a plan, None if it can."""
+        if plan.scope not in self.scopes:
+            return f"can be pruned with scope {' or '.join(self.scopes)} only, the plan has `{plan.scope}`"
         if plan.rank is not None and plan.rank > self.output_width:
             return f"has {self.output_width} directions of output, the plan has rank {plan.rank}"
         return None
