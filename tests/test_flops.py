@@ -7,12 +7,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import moeprune
+from moeprune.data.datasets import from_tensors
 from moeprune.demo.train import initialize, pairs_config, single_layer_config
+from moeprune.evaluation.evaluate import predict
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.flops import Flops
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, LayerPlan, is_possible
 from tests.reference import replace
@@ -161,3 +164,22 @@ def test_flops_of_dynamic_slots_count_padded_tokens(compensation, rank):
     for tokens in (13, 16):
         x = torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(1))
         assert counted(layer, x) == 2 * config.flops(tokens, plan).total
+
+
+@pytest.mark.parametrize("compensate", ["none", "renorm", "affine"])
+@pytest.mark.parametrize("batch_size", [1, 3, 12])
+def test_flops_of_a_mass_are_those_of_what_runs_in_batches_of_any_size(batch_size, compensate):
+    """Experts run for the inputs that need them, dispatch and combine for as many as any input needs."""
+    model = random_model(CONFIGS["small"])
+    x, labels = images(SMALL, 12), torch.arange(12) % 7
+    data = from_tensors("drawn", x, labels, 7)
+    plan = {
+        name: LayerPlan("input", 6, 6, "combine", compensate, mass=0.6) for name in model.config.moe_layers
+    }
+    pruned = moeprune.prune(model, plan=plan, data=data, runtime=Runtime("cpu"))
+    [predictions] = predict([pruned], data, Runtime("cpu", batch_size=batch_size))
+    cost = pruned.cost(predictions.usage).flops_per_input
+    total = sum(counted(pruned, part) for part in x.split(batch_size))
+    assert cost.total == pytest.approx(total / 12, abs=1)
+    [usage] = predictions.usage.values()
+    assert usage.running < usage.applied or batch_size == 1

@@ -1,10 +1,11 @@
-"""How good, how large and how costly a model is, alone and against the full model."""
+"""Accuracy, size and cost of a model, alone and against the full model."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import torch
@@ -19,6 +20,7 @@ from moeprune.evaluation.forgetting import forgetting
 from moeprune.evaluation.intervals import mcnemar, paired_difference, wilson
 from moeprune.evaluation.latency import check_batch_sizes, measure_latency
 from moeprune.evaluation.results import Difference, Environment, Evaluation, ModelFigures, Outcomes
+from moeprune.layers.flops import Usage
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model, dataset_for, private_copy
 from moeprune.models.results import ModelCost
@@ -27,28 +29,67 @@ from moeprune.models.runtime import Runtime
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of every sample, on the CPU.
+    """Predictions of one model for every sample, on the CPU.
 
     labels, predicted: (samples) int64. in_top5: (samples) bool. loss: mean cross-entropy in nats.
-    running: experts that ran in a layer, in the mean, where the layer's plan does not fix it.
+    usage: of experts, in the layers whose plans do not fix it.
     """
 
     labels: Tensor
     predicted: Tensor
     in_top5: Tensor
     loss: float
-    running: dict[str, float] = field(default_factory=dict)
+    usage: dict[str, Usage]
 
     @property
     def correct(self) -> Tensor:
-        """Whether each sample is predicted right (samples) bool."""
+        """The samples whose prediction is right (samples) bool."""
         return self.predicted == self.labels
+
+
+class _Tally:
+    """Collects the predictions of one model, a batch at a time."""
+
+    def __init__(self, model: Model, device: torch.device):
+        self.model = private_copy(model).to(device)
+        self.loss = torch.zeros((), device=device, dtype=wide_dtype(device))
+        self.predicted: list[Tensor] = []
+        self.in_top5: list[Tensor] = []
+        self.running: dict[str, list[Tensor]] = {}
+        self.applied: dict[str, int] = {}
+        for name, layer in self.model.moe_layers.items():
+            if layer.plan is not None and layer.plan.mass is not None:
+                self.running[name], self.applied[name] = [], 0
+                layer.observer = partial(self.observe, name)
+
+    def observe(self, name: str, observation: Observation) -> None:
+        """Count the experts of a batch in a layer."""
+        assert observation.chosen is not None
+        self.running[name].append((observation.chosen < observation.mass.shape[1]).sum())
+        self.applied[name] += observation.chosen.numel()  # columns are as many as the batch needs, or all
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Add the predictions for a batch."""
+        self.predicted.append(logits.argmax(1))
+        top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        self.in_top5.append((top5 == targets[:, None]).any(1))
+        self.loss += F.cross_entropy(logits, targets, reduction="sum")
+
+    def result(self, labels: Tensor) -> Predictions:
+        """Return all predictions."""
+        count = len(labels)
+        usage = {
+            name: Usage(float(sum(parts)) / count, self.applied[name] / count)
+            for name, parts in self.running.items()
+        }
+        predicted, in_top5 = (torch.cat(parts).cpu() for parts in (self.predicted, self.in_top5))
+        return Predictions(labels, predicted, in_top5, float(self.loss) / count, usage)
 
 
 def predict(
     models: Sequence[Model], data: Dataset, runtime: Runtime = Runtime(), what: str = "eval"
 ) -> list[Predictions]:
-    """Predictions of each model, from one pass over labelled data.
+    """Return the predictions of each model, from one pass over labelled data.
 
     Raises:
         MoepruneError: the data has no labels, or a model computes NaN or no logits for an image.
@@ -56,50 +97,18 @@ def predict(
     for model in models:
         require_labelled_images(model, data, "eval")
     device = runtime.torch_device
-    models = [private_copy(model).to(device) for model in models]
+    tallies = [_Tally(model, device) for model in models]
     labels: list[Tensor] = []
-    predicted: list[list[Tensor]] = [[] for _ in models]
-    in_top5: list[list[Tensor]] = [[] for _ in models]
-    losses = torch.zeros(len(models), device=device, dtype=wide_dtype(device))
-    counts = [_count_running(model) for model in models]
     for inputs, batch_labels in runtime.batches(data, what):
         assert batch_labels is not None
-        targets = batch_labels.to(device)
         labels.append(batch_labels)
-        for index, model in enumerate(models):
-            logits = runtime.forward(model, inputs).float()
-            predicted[index].append(logits.argmax(1))
-            top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            in_top5[index].append((top5 == targets[:, None]).any(1))
-            losses[index] += F.cross_entropy(logits, targets, reduction="sum")
-    if not losses.isfinite().all():
+        for tally in tallies:
+            tally.add(runtime.forward(tally.model, inputs).float(), batch_labels.to(device))
+    if not all(tally.loss.isfinite() for tally in tallies):
         raise MoepruneError(
             f"a model computes NaN or infinite logits on `{data.spec}`", "try `--dtype float32`"
         )
-    samples = torch.cat(labels)
-    return [
-        Predictions(
-            samples, torch.cat(p).cpu(), torch.cat(t).cpu(), float(loss) / len(samples),
-            {name: float(sum(parts)) / len(samples) for name, parts in count.items()},
-        )
-        for p, t, loss, count in zip(predicted, in_top5, losses.tolist(), counts, strict=True)
-    ]  # fmt: skip
-
-
-def _count_running(model: Model) -> dict[str, list[Tensor]]:
-    """Where layers will note how many experts ran for a batch, if their plans do not fix it."""
-    counts: dict[str, list[Tensor]] = {}
-    for name, layer in model.moe_layers.items():
-        if layer.plan is not None and layer.plan.mass is not None:
-            counts[name] = []
-
-            def observe(observation: Observation, seen: list[Tensor] = counts[name]) -> None:
-                assert observation.chosen is not None
-                n = observation.mass.shape[1]
-                seen.append((observation.chosen < n).sum())
-
-            layer.observer = observe
-    return counts
+    return [tally.result(torch.cat(labels)) for tally in tallies]
 
 
 def evaluate(
@@ -163,7 +172,7 @@ def describe(model: Model, predictions: Predictions) -> ModelFigures:
         accuracy_ci95=wilson(correct, samples),
         top5_accuracy=float(predictions.in_top5.double().mean()),
         loss=predictions.loss,
-        **msgspec.structs.asdict(model.cost(predictions.running)),
+        **msgspec.structs.asdict(model.cost(predictions.usage)),
     )
 
 

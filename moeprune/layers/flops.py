@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+
+class Usage(NamedTuple):
+    """Mean numbers of experts for one input of a routed layer.
+
+    running: experts that run. applied: experts whose router weights are applied, also where they are zero.
+    """
+
+    running: float
+    applied: float
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from moeprune.layers.flops import Flops
+from moeprune.layers.flops import Flops, Usage
 from moeprune.plan import SCOPES, LayerPlan
 
 Shapes = dict[str, tuple[int, ...]]
@@ -111,13 +111,7 @@ class LayerConfig:
         is_compensation = tensor in ("surrogate", "basis") or tensor.startswith("affine")
         return "compensation" if is_compensation else "routing"
 
-    def flops(
-        self,
-        tokens: int,
-        plan: LayerPlan | None = None,
-        running: float | None = None,
-        applied: float | None = None,
-    ) -> Flops:
+    def flops(self, tokens: int, plan: LayerPlan | None = None, usage: Usage | None = None) -> Flops:
         """Return the FLOPs of the layer on one input.
 
         Surrogates cost 2·m·w·p for each expert that has one (all of them with scope `input`, `batch` or a
@@ -126,13 +120,13 @@ class LayerConfig:
         Args:
             tokens: m.
             plan: of a pruned layer.
-            running: mean number of experts that run, where the plan does not fix it.
-            applied: mean number of experts whose weights are applied; None: of those that run.
+            usage: as measured, where the plan does not fix it.
         """
         n, p, out, m = self.num_experts, self.terms_per_expert, self.output_width, self.padded_tokens(tokens)
         if plan is None:
             return Flops(round(self.expert_flops(m, n)), round(self.router_flops(m, n, n)))
-        k = running if running is not None else n if plan.merges else plan.k
+        k: float = n if plan.merges else plan.k
+        running, applied = usage or (k, k)
         width = out if plan.rank is None or not plan.has_basis else plan.rank
         surrogates = 0
         if plan.has_surrogate:
@@ -140,8 +134,8 @@ class LayerConfig:
         compensation = 2 * m * width * p * surrogates
         compensation += 2 * (m + 1) * self.dim * width if plan.has_affine else 0
         compensation += 2 * m * width * out if plan.has_basis else 0
-        routing = self.router_flops(m, plan.routed_experts, k if applied is None else applied)
-        return Flops(round(self.expert_flops(m, k)), round(routing), compensation)
+        routing = self.router_flops(m, plan.routed_experts, applied)
+        return Flops(round(self.expert_flops(m, running)), round(routing), compensation)
 
     def refusal(self, plan: LayerPlan) -> str | None:
         """Return why the layer cannot be pruned by a plan, None if it can."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.families import layer_from_json
-from moeprune.layers.flops import Flops
+from moeprune.layers.flops import Flops, Usage
 from moeprune.layers.interface import LayerConfig, Shapes
 from moeprune.models.details import Details
 from moeprune.plan import Plan
@@ -50,7 +50,7 @@ class ModelConfig(Protocol):
     def tokens(self, name: str) -> int:
         """Return m, the tokens of one input that reach an MoE layer."""
 
-    def flops(self, plan: Plan, running: Mapping[str, float] | None = None) -> Flops:
+    def flops(self, plan: Plan, usage: Mapping[str, Usage] | None = None) -> Flops:
         """Return the FLOPs of one input.
 
         1 multiply-add = 2 FLOPs. Matrix products are counted, as
@@ -59,7 +59,7 @@ class ModelConfig(Protocol):
 
         Args:
             plan: of the pruned layers.
-            running: mean number of experts that run in a layer, where its plan does not fix it.
+            usage: of layers, as measured, where the plan does not fix it.
         """
 
     def shapes(self, plan: Plan) -> Shapes:
@@ -239,9 +239,9 @@ class ViTConfig:
         """Return m, which is the same in every layer."""
         return self.num_tokens
 
-    def flops(self, plan: Plan, running: Mapping[str, float] | None = None) -> Flops:
+    def flops(self, plan: Plan, usage: Mapping[str, Usage] | None = None) -> Flops:
         """Return the FLOPs of one image; see `ModelConfig.flops`."""
-        running = running or {}
+        usage = usage or {}
         m, d = self.num_tokens, self.dim
         embedding = 2 * self.num_patches * self._pixels * d
         flops = Flops(other=embedding + 2 * self.outputs_per_input * d * self.num_classes)
@@ -249,7 +249,7 @@ class ViTConfig:
             attention = 8 * m * d * d + 4 * m * m * d if block.attention else 0
             flops += Flops(other=attention + 4 * m * d * (block.mlp_dim or 0))
         for name, layer in self.moe_layers.items():
-            flops += layer.flops(m, plan.get(name), running.get(name))
+            flops += layer.flops(m, plan.get(name), usage.get(name))
         return flops
 
     def shapes(self, plan: Plan) -> Shapes:
@@ -409,11 +409,11 @@ class ModuleConfig:
         """Return m, the tokens of one input that reach an MoE layer."""
         return self.layers[name].tokens
 
-    def flops(self, plan: Plan, running: Mapping[str, float] | None = None) -> Flops:
+    def flops(self, plan: Plan, usage: Mapping[str, Usage] | None = None) -> Flops:
         """Return the FLOPs of one input; see `ModelConfig.flops`."""
-        running, flops = running or {}, Flops(other=self.other_flops)
+        usage, flops = usage or {}, Flops(other=self.other_flops)
         for name, layer in self.layers.items():
-            flops += layer.layer.flops(layer.tokens, plan.get(name), running.get(name))
+            flops += layer.layer.flops(layer.tokens, plan.get(name), usage.get(name))
         return flops
 
     def shapes(self, plan: Plan) -> Shapes:

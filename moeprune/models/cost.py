@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from moeprune.files.header import TensorInfo
+from moeprune.layers.flops import Usage
 from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
 from moeprune.plan import Plan
 
@@ -18,7 +19,7 @@ def size_and_cost(
     config: ModelConfig,
     plan: Plan,
     tensors: Mapping[str, TensorInfo],
-    running: Mapping[str, float] | None = None,
+    usage: Mapping[str, Usage] | None = None,
 ) -> ModelCost:
     """Parameters, bytes, FLOPs per input and experts per input of a model.
 
@@ -29,16 +30,16 @@ def size_and_cost(
         config: of the unpruned model.
         plan: of its pruned layers.
         tensors: of the model.
-        running: experts that run in a layer, in the mean, where its plan does not fix it.
+        usage: of layers, as measured, where the plan does not fix it.
     """
-    measured = running or {}
+    usage = usage or {}
     parts = {"experts": 0, "routing": 0, "compensation": 0, "other": 0}
     for name, tensor in tensors.items():
         parts[part_of(name, config.moe_layers)] += tensor.nbytes
     experts: dict[str, float] = {name: layer.num_experts for name, layer in config.moe_layers.items()}
     experts |= {name: layer.k for name, layer in plan.items()}
-    experts |= measured
-    flops = config.flops(plan, measured)
+    experts |= {name: of_layer.running for name, of_layer in usage.items()}
+    flops = config.flops(plan, usage)
     return ModelCost(
         parameters=sum(tensor.numel for tensor in tensors.values()),
         bytes=sum(parts.values()),

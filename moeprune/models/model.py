@@ -14,6 +14,7 @@ from moeprune.data.datasets import Dataset, open_data
 from moeprune.data.preprocessing import InputFormat
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
+from moeprune.layers.flops import Usage
 from moeprune.layers.layer import MoELayer
 from moeprune.models.cost import size_and_cost
 from moeprune.models.details import FORMAT, Details
@@ -49,9 +50,9 @@ class Model(nn.Module):
         """The plans of the pruned layers."""
         return {name: layer.plan for name, layer in self.moe_layers.items() if layer.plan is not None}
 
-    def cost(self, running: Mapping[str, float] | None = None) -> ModelCost:
+    def cost(self, usage: Mapping[str, Usage] | None = None) -> ModelCost:
         """Return parameters, bytes, FLOPs and experts per input; see `moeprune.models.cost`."""
-        return size_and_cost(self.config, self.plan, checkpoint.tensor_infos(self.state_dict()), running)
+        return size_and_cost(self.config, self.plan, checkpoint.tensor_infos(self.state_dict()), usage)
 
     @property
     def input_format(self) -> InputFormat:
