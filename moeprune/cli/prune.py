@@ -22,7 +22,7 @@ from moeprune.cli.options import (
 from moeprune.cli.reporter import Reporter, check_choice
 from moeprune.cli.settings import parse_settings
 from moeprune.errors import MoepruneError
-from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, is_possible, parse_keep
+from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, Method, is_possible, parse_keep
 
 
 def prune(
@@ -179,6 +179,7 @@ def prune(
             "give it with `--data`, and `--output`, without `--one-shot`",
         )
     kept = None if keep is None else parse_keep(keep)
+    method = Method(scope, signal, compensate, mass, energy)
     from moeprune.calibration.analysis import load_analysis, require_analysis_of
     from moeprune.files.checkpoint import fingerprint
     from moeprune.files.header import read_header
@@ -190,6 +191,7 @@ def prune(
     from moeprune.pruning.plan_file import read_plan, write_plan
     from moeprune.pruning.results import Pruned
     from moeprune.pruning.search import DropLimit, prune_best, prune_within_drop
+    from moeprune.pruning.streaming import prune_file
     from moeprune.report import commands as report
 
     runtime = runtime_for(device, dtype, batch_size, not reporter.quiet)
@@ -208,10 +210,7 @@ def prune(
             open_data(data, dense, split, "calibration", limit),
             DropLimit(max_accuracy_drop),
             analysis=measured,
-            scope=scope,
-            signal=signal,
-            compensate=compensate,
-            energy=energy,
+            method=method,
             seed=seed,
             runtime=runtime,
         )
@@ -223,14 +222,13 @@ def prune(
             plans = [read_plan(plan, config.moe_layers)]
         else:
             plans = plans_for(
-                config, full.tensors, measured, keep=kept, mass=mass, max_size=max_size, max_flops=max_flops,
-                scope=scope, signal=signal, compensation=compensate, energy=energy,
-            )  # fmt: skip
+                config, full.tensors, measured, method, keep=kept, max_size=max_size, max_flops=max_flops
+            )
         wanted = plans[0]
         is_static = all(layer.scope == "static" for layer in wanted.values())
         if output is not None and is_static and data is None and not pruning.needs_pass(wanted, one_shot):
             preprocessing = details.preprocessing.updated(parse_settings(preprocess, "--preprocess"))
-            pruning.prune_file(
+            prune_file(
                 full, output, measured, plan=wanted, preprocessing=preprocessing, seed=seed,
                 overwrite=reporter.force,
             )  # fmt: skip
