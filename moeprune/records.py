@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -82,7 +83,13 @@ def from_json(value: Any, kind: type[T] | Any, where: str) -> T:
 
 def _from_class(kind: type, value: Any) -> Any:
     """Read a type that is no record by its own class method."""
-    return kind.from_json(value)  # type: ignore[attr-defined]
+    if isinstance(value, kind):
+        return value
+    if issubclass(kind, Path) and isinstance(value, str):
+        return kind(value)
+    if not hasattr(kind, "from_json"):
+        raise TypeError(f"Expected `{kind.__name__}`, got `{type(value).__name__}`")
+    return kind.from_json(value)
 
 
 def _found(value: Any, keys: list[str | int]) -> str:
@@ -116,3 +123,29 @@ def to_text(value: Any) -> str:
 def json_schema(kind: Any) -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a type."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(kind)}
+
+
+def option(help_text: str, **settings: Any) -> msgspec.Meta:
+    """Describe a field of a request as an option of its command.
+
+    Args:
+        help_text: of the option.
+        settings: further arguments of typer.Option, and `short`, other spellings such as `-o`.
+    """
+    return msgspec.Meta(description=help_text, extra=settings)
+
+
+class Request(Record, frozen=True, kw_only=True):
+    """The options of a command, checked; errors name a field as the option: `--max-size`."""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+            self.check()
+        except MoepruneError as error:
+            names = "|".join(self.__struct_fields__)
+            message = re.sub(rf"`({names})`", lambda m: f"`--{m[1].replace('_', '-')}`", error.message)
+            raise MoepruneError(message, error.hint) from None
+
+    def check(self) -> None:
+        """Raise a MoepruneError if fields do not go together."""

@@ -506,7 +506,7 @@ def test_a_model_of_a_release_that_is_not_installed(package, run, run_json):
     ("words", "message"),
     [
         (("convert", "trained.pt", *BUILT[:4], "-o", "o.safetensors"), "--input-shape 3,224,224"),
-        (("convert", "trained.pt", *BUILT[:5], "3,8", "-o", "o.safetensors"), "given is `3,8`"),
+        (("convert", "trained.pt", *BUILT[:5], "3,8", "-o", "o.safetensors"), "`--input-shape 3,8` is not"),
         (("convert", "trained.pt", *MODEL, *BUILT[-2:], "-o", "o.safetensors"), "`layers.0.experts"),
         (("convert", "trained.pt", *BUILT[:5], "1,8,8", "-o", "o.safetensors"), "fails on an input of shape"),
         (("convert", "trained.pt", "--input-shape", "3,8,8", "-o", "o.safetensors"), "go with `--model`"),

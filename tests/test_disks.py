@@ -70,7 +70,7 @@ WRITERS: dict[str, tuple[str, Callable[[Stock, Path], list[object]]]] = {
         "x.svg",
         lambda s, o: [
             "eval", *s.dense_and_data, "--analysis", s.path("analysis.safetensors"), "--sweep", "1/2",
-            "--frontier", o,
+            "--plot", o,
         ],
     ),
 }  # fmt: skip

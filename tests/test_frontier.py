@@ -87,7 +87,7 @@ def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp
     pytest.importorskip("matplotlib")
     plot = tmp_path / "frontier.png"
     words = (
-        "eval", single, "--data", "digits", "--limit", 40, "--analysis", small_analysis, "--frontier", plot,
+        "eval", single, "--data", "digits", "--limit", 40, "--analysis", small_analysis, "--plot", plot,
         "--sweep", "1/16,1/4",
     )  # fmt: skip
     found = run_json(*words, "--latency", "--latency-batch", 2)
@@ -109,12 +109,11 @@ def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--frontier", "f.png"), "`--frontier` needs `--analysis`"),
-        (("--frontier", "f.pdf", "--analysis", "ANALYSIS"), "is no kind of plot"),
-        (("--frontier", "f.png", "--analysis", "ANALYSIS", "--scope", "input"), "not go with `--front"),
-        (("--frontier", "f.png", "--analysis", "ANALYSIS", "--min-accuracy", 1), "takes no `--baseline`"),
-        (("--frontier", "f.png", "--analysis", "ANALYSIS", "--output-file", "f.png"), "are both"),
-        (("--sweep", "1/8", "--analysis", "ANALYSIS", "--latency"), "`--latency` does not go with `--sweep`"),
+        (("--plot", "f.png"), "`--sweep` and `--plot` need `--analysis`"),
+        (("--plot", "f.pdf", "--analysis", "ANALYSIS"), "is no kind of plot"),
+        (("--plot", "f.png", "--analysis", "ANALYSIS", "--min-accuracy", 1), "`--min-accuracy` does not go"),
+        (("--plot", "f.png", "--analysis", "ANALYSIS", "--output-file", "f.png"), "are both"),
+        (("--sweep", "1/8", "--analysis", "ANALYSIS", "--latency-batch", 1), "`--latency-batch` goes with"),
     ],
 )  # fmt: skip
 def test_calls_that_are_wrong(words, message, single, small_analysis, run, tmp_path, monkeypatch):

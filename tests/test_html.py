@@ -422,7 +422,6 @@ def test_text_and_markdown_say_what_a_figure_shows():
         (("--report", "there.html"), "`there.html` exists"),
         (("--report", "missing/page.html"), "no directory `missing`"),
         (("--report", "page.html", "--output-file", "page.html"), "are both `page.html`"),
-        (("--analysis", "ANALYSIS"), "`--analysis` goes with `--sweep`, `--frontier` or `--report`"),
         (("--report", "page.html", "--analysis", "OTHER"), "the analysis was made for another checkpoint"),
         (("--report", "page.html", "--analysis", "there.html"), "there.html"),
     ],

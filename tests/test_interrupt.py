@@ -184,7 +184,7 @@ COMMANDS: dict[str, Callable[[Stock, Path], list[object]]] = {
     ],
     "eval": lambda s, o: ["eval", *s.dense_and_data, "--output-file", o],
     "frontier": lambda s, o: [
-        "eval", *s.dense_and_data, "--analysis", s.path("analysis.safetensors"), "--frontier", o,
+        "eval", *s.dense_and_data, "--analysis", s.path("analysis.safetensors"), "--plot", o,
     ],
     "convert": lambda s, o: ["convert", s.path("foreign.safetensors"), *SOURCE_ARGS, "-o", o],
     "convert back": lambda s, o: ["convert", s.path("dense.safetensors"), "--to", "soft-moe", "-o", o],

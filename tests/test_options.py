@@ -32,6 +32,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     ),
     "eval": ("CKPT", "@single", "--data", "digits", "--limit", "9"),
     "convert": ("CKPT", "@vit", "--to", "soft-moe", "--output", "@new"),
+    "schema": ("CKPT", "eval"),
     "demo": ("--output", "@new"),
 }  # fmt: skip
 """Words of each command in which an option is replaced, or to which it is added; `@` stands for a file."""
@@ -48,7 +49,7 @@ NEEDS = {
     ("eval", "--signal"): {"--sweep": "1/8", "--analysis": "@analysis"},
     ("eval", "--compensate"): {"--sweep": "1/8", "--analysis": "@analysis"},
     ("eval", "--sweep"): {"--analysis": "@analysis", "--scope": "static", "--compensate": "none"},
-    ("eval", "--frontier"): {"--analysis": "@analysis"},
+    ("eval", "--plot"): {"--analysis": "@analysis"},
     ("eval", "--analysis"): {"--sweep": "1/8"},
     ("eval", "--latency-batch"): {"--latency": ""},
     ("eval", "--min-speedup"): {"--latency": "", "--baseline": "@single"},
@@ -86,7 +87,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "--output-file": NO_OUTPUT,
     "--output": NO_OUTPUT,
     "--save-plan": NO_OUTPUT,
-    "--frontier": (*NO_OUTPUT, "@new"),
+    "--plot": (*NO_OUTPUT, "@new"),
     "--report": (*NO_OUTPUT, "@new"),
     "--data": ("mnist", "digits:all", "@missing", "@text", ""),
     "--baseline": NO_FILE,
@@ -130,7 +131,7 @@ WRONG_FOR = {("demo", "--output"): ("@", "@text", "@text/x")}
 """Where a command refuses other values of an option."""
 
 BY_VALUE = {
-    "--output", "--output-file", "--save-plan", "--frontier", "--report", "--data", "--baseline",
+    "--output", "--output-file", "--save-plan", "--plot", "--report", "--data", "--baseline",
     "--analysis", "--plan", "--device", "--key", "--preprocess",
 }  # fmt: skip
 """Options whose value, a path or a name in backticks, may stand in the error in their own place."""

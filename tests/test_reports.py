@@ -399,7 +399,7 @@ def test_verbose_says_what_is_read_where_it_runs_and_how_long_it_takes(single, r
     assert said.stdout == run(*call, "--force").stdout
     assert all(line.startswith("info: ") for line in said.stderr.splitlines())
     for fragment in (
-        f"read `{single}`: 42.5 k parameters, 1 Soft MoE layers",
+        f"read `{single}`: 42,539 parameters, 1 MoE layer",
         "read `digits:calibration`: 50 samples",
         "runs on ",
         f"wrote `{path}` ({path.stat().st_size} bytes)",

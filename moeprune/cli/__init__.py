@@ -3,7 +3,7 @@
 Torch is imported inside commands only: `--help` and usage errors answer at once.
 """
 
-from moeprune.cli import analyze, convert, demo, eval, inspect, prune
+from moeprune.cli import analyze, convert, demo, eval, inspect, prune, schema
 from moeprune.cli.command import add_command, app
 
 add_command(inspect.inspect)
@@ -12,5 +12,6 @@ add_command(prune.prune)
 add_command(eval.eval)
 add_command(convert.convert)
 add_command(demo.demo)
+add_command(schema.schema)
 
 __all__ = ["app"]

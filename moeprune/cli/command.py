@@ -20,6 +20,7 @@ from typer.models import OptionInfo
 
 from moeprune import __version__
 from moeprune.cli.configuration import read_configuration
+from moeprune.cli.options import KEYWORD, options_of, parameters_of, request_of
 from moeprune.cli.reporter import Reporter
 from moeprune.errors import MoepruneError
 
@@ -34,7 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-COMMON = [*inspect.signature(Reporter, eval_str=True).parameters.values()][1:]
+
+COMMON = parameters_of(Reporter)[1:]
 """Options of every command."""
 OPTIONS: dict[str, dict[str, Any]] = {}
 """The annotated type of each option by command and name, without the leading dashes."""
@@ -88,17 +90,26 @@ def add_command(function: Callable[..., int | None]) -> None:
     """Add a command.
 
     Args:
-        function: takes a `reporter` beside its own options, and returns the exit code, None for 0.
+        function: takes a `reporter`, a `request` whose fields are its options, or further options; returns
+            the exit code, None for 0.
     """
-    own = [*inspect.signature(function, eval_str=True).parameters.values()]
-    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    parameters = [context, *(p.replace(kind=context.kind) for p in (*own, *COMMON) if p.name != "reporter")]
+    parameters = [inspect.Parameter("context", KEYWORD, annotation=typer.Context)]
+    request = None
+    for parameter in (*parameters_of(function), *COMMON):
+        if parameter.name == "request":
+            request = parameter.annotation
+            parameters += options_of(request)
+        elif parameter.name != "reporter":
+            parameters.append(parameter.replace(kind=KEYWORD))
 
     @functools.wraps(function)
     def run(context: typer.Context, **values: Any) -> None:
-        reporter = Reporter(function.__name__, **{option.name: values.pop(option.name) for option in COMMON})
+        reporter = Reporter(function.__name__, **{option.name: values[option.name] for option in COMMON})
         with _exit_codes(context, reporter), reporter.working():
-            code = function(reporter=reporter, **values) or 0
+            if request is not None:
+                values["request"] = request_of(request, values, reporter.progress, reporter.force)
+            own = {name.name: values[name.name] for name in parameters_of(function)[1:]}
+            code = function(reporter, **own) or 0
         raise typer.Exit(code)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -2,96 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from moeprune.cli.options import Factory, Preprocess
-from moeprune.cli.reporter import Reporter, check_choice
-from moeprune.cli.settings import parse_settings
+from moeprune.cli.reporter import Reporter
 from moeprune.errors import MoepruneError
+from moeprune.models.spec import ModelSpec
+from moeprune.records import Request, option
 
 
-def convert(
-    reporter: Reporter,
+class ConvertRequest(Request, frozen=True, kw_only=True):
+    """A checkpoint, and the layout to write it in."""
+
     checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help="A checkpoint of a known library, or of moeprune (.safetensors, .pt, ...)."
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="The checkpoint to write; by its suffix as safetensors or .pt."),
-    ],
-    to: Annotated[
-        str, typer.Option(help="What to write: moeprune, or the library that is to load it.")
-    ] = "moeprune",
-    source: Annotated[
-        str | None,
-        typer.Option(
-            help="The library that wrote the file, where its tensors do not tell; with --model also its"
-            " release, such as soft-mixture-of-experts==0.1.0, where that is not the installed one."
-        ),
-    ] = None,
-    source_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What the tensors cannot tell, as the library's constructor takes it, such as num_heads=6"
-            " (repeatable).",
-            metavar="KEY=VALUE",
-        ),
-    ] = None,
-    key: Annotated[
-        str | None,
-        typer.Option(help="Which entry of a training checkpoint holds the weights, such as model_ema."),
-    ] = None,
-    model: Factory = None,
-    model_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="With --model: a keyword argument of the function, a Python literal or else a text"
-            " (repeatable).",
-            metavar="KEY=VALUE",
-        ),
-    ] = None,
-    input_shape: Annotated[
-        str | None,
-        typer.Option(help="With --model: the shape of one input, such as 3,224,224.", metavar="C,H,W"),
-    ] = None,
-    preprocess: Preprocess = None,
-) -> None:
+        ModelSpec, option("A checkpoint of a known library, or of moeprune.", metavar="FILE")
+    ]
+    output: Annotated[Path, option("The checkpoint to write; .pt or safetensors.", short=("-o",))]
+    to: Annotated[str, option("What to write: moeprune, or the library that is to load it.")] = "moeprune"
+
+
+def convert(reporter: Reporter, request: ConvertRequest) -> None:
     """Take a checkpoint of another library or of your own code, or give one back.
 
     Proves on random images that the library's own model computes the same, where it is installed.
     """
+    spec, output, to, checkpoint = request.checkpoint, request.output, request.to, request.checkpoint.path
     reporter.check_outputs(output=output)
     from moeprune.models.libraries import LAYER_LIBRARIES, SOURCES
-    from moeprune.models.libraries.given import parse_settings as parse_texts
 
-    check_choice("--to", to, ("moeprune", *SOURCES, *LAYER_LIBRARIES))
-    if source is not None and model is None:
-        check_choice("--source", source, tuple(SOURCES))
-    arguments = parse_texts(source_arg or ())
-    if model is None and (model_arg or input_shape is not None):
-        raise MoepruneError(
-            "`--model-arg` and `--input-shape` go with `--model`", "say what builds the model"
-        )
-    if model is not None and arguments:
-        raise MoepruneError("`--source-arg` does not go with `--model`", "give `--model-arg`")
-    settings = parse_settings(preprocess, "--preprocess")
+    for name, value, known in (
+        ("--to", to, ("moeprune", *SOURCES, *LAYER_LIBRARIES)),
+        ("--source", None if spec.model else spec.source, tuple(SOURCES)),
+    ):
+        if value is not None and value not in known:
+            raise MoepruneError(f"`{name} {value}` is unknown", f"give one of {', '.join(known)}")
+    texts = {key: json.dumps(value, separators=(",", ":")) for key, value in spec.arguments.items()}
+    arguments = {key: text.strip('"').replace("null", "none") for key, text in texts.items()}
     from moeprune.models import adoption, conversion
-    from moeprune.models.adopted import parse_arguments, parse_shape
     from moeprune.models.results import Conversion
     from moeprune.report import commands as report
 
     converted: adoption.Adopted | conversion.Converted
     if to != "moeprune" and adoption.is_own_model(checkpoint):
-        converted = adoption.give_back(checkpoint, output, to, model, reporter.force)
-    elif model is None:
+        converted = adoption.give_back(checkpoint, output, to, spec.model, reporter.force)
+    elif spec.model is None:
         converted = conversion.convert(
-            checkpoint, output, to, source, arguments, settings, key, reporter.force
+            checkpoint, output, to, spec.source, arguments, spec.preprocess, spec.key, reporter.force
         )
     elif to != "moeprune" or conversion.is_ours(checkpoint):
         raise MoepruneError(
@@ -99,9 +56,21 @@ def convert(
             "leave `--model` out, or give that file",
         )
     else:
-        shape, own_arguments = parse_shape(input_shape), parse_arguments(model_arg or ())
+        if spec.input_shape is None:
+            raise MoepruneError(
+                "`--model` needs `--input-shape`",
+                "give the shape of one input, such as --input-shape 3,224,224",
+            )
         converted = adoption.adopt_file(
-            checkpoint, output, model, own_arguments, shape, key, settings, source, reporter.force
+            checkpoint,
+            output,
+            spec.model,
+            spec.arguments,
+            spec.input_shape,
+            spec.key,
+            spec.preprocess,
+            spec.source,
+            reporter.force,
         )
     found = Conversion(
         checkpoint=str(checkpoint),

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from moeprune.cli.opening import runtime_for
-from moeprune.cli.options import Device, Seed
+from moeprune.cli.options import Device
 from moeprune.cli.reporter import Reporter
 from moeprune.errors import MoepruneError
 
 
 def demo(
     reporter: Reporter,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write into.")] = Path(
         "moeprune-demo"
     ),
@@ -27,7 +27,7 @@ def demo(
         ),
     ] = False,
     device: Device = "auto",
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Show the whole story on two real checkpoints.
 
@@ -40,7 +40,9 @@ def demo(
             f"`{output}` is not empty", "give another with `-o`, or `--force` to write into it"
         )
     from moeprune.demo.run import run_demo
-    from moeprune.report import commands as report
+    from moeprune.models.runtime import Runtime
+    from moeprune.report import commands as reports
 
-    found = run_demo(output, train, seed, runtime_for(device, "float32", 256, not reporter.quiet))
-    reporter.emit(found, report.demo)
+    runtime = Runtime(device, batch_size=256, progress=reporter.progress)
+    runtime.require_device()
+    reporter.emit(run_demo(output, train, seed, runtime), reports.demo)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from moeprune.cli.options import Checkpoint
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from moeprune.cli.reporter import Reporter
 
 
-def inspect(reporter: Reporter, checkpoint: Checkpoint) -> None:
-    """Show what is in a checkpoint.
+def inspect(
+    reporter: Reporter, *, checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint.")]
+) -> None:
+    """Show the contents of a checkpoint.
 
     Layers, experts, parameters, size, FLOPs, plan and provenance, from the file's header alone.
     """

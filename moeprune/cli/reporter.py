@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
 
-from moeprune.cli.options import Force, OutputFile, OutputFormat, Quiet, Summary, Verbose
+import typer
+
 from moeprune.errors import MoepruneError
 from moeprune.files.writing import check_output, write_text
 from moeprune.records import to_text as to_json_text
@@ -35,14 +36,42 @@ class Reporter:
     """How a command reports; all fields but its name are options of every command."""
 
     command: str
-    output_format: OutputFormat = "text"
-    output_file: OutputFile = None
-    summary: Summary = False
-    quiet: Quiet = False
-    verbose: Verbose = False
-    force: Force = False
+    output_format: Annotated[
+        str, typer.Option(help="Format of the report: text, json, markdown, github (annotations) or junit.")
+    ] = "text"
+    output_file: Annotated[
+        Path | None, typer.Option(help="Write the report to this file instead of stdout.")
+    ] = None
+    summary: Annotated[
+        bool,
+        typer.Option(
+            "--summary/--no-summary",
+            show_default=False,
+            help="Append the report as Markdown to the file that $GITHUB_STEP_SUMMARY names.",
+        ),
+    ] = False
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet/--no-quiet", show_default=False, help="Errors only: no progress, no warnings."),
+    ] = False
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose/--no-verbose",
+            show_default=False,
+            help="Log what is read and written, where it runs and how long it takes.",
+        ),
+    ] = False
+    force: Annotated[
+        bool, typer.Option("--force/--no-force", show_default=False, help="Replace output files that exist.")
+    ] = False
     warnings: list[str] = field(default_factory=list, init=False)
     stdout: TextIO | None = field(default_factory=lambda: sys.stdout, init=False)
+
+    @property
+    def progress(self) -> bool:
+        """True if progress is shown where stderr is a terminal."""
+        return not self.quiet
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -89,6 +118,10 @@ class Reporter:
             if path is None:
                 continue
             check_output(path, self.force)
+            if name == "report":
+                from moeprune.report.html import check_page
+
+                check_page(path)
             option = "--" + name.replace("_", "-")
             if options.setdefault(os.path.realpath(path), option) != option:
                 raise MoepruneError(f"`{option}` and another output are both `{path}`", "give another path")
@@ -100,11 +133,18 @@ class Reporter:
             found: the command's result.
             describe: makes a document of them.
         """
-        self._write(self._render(found, describe))
+        self.write(self._render(found, describe))
         if self.summary:
             from moeprune.report.markdown import to_markdown
 
             _append_to_summary(f"\n{to_markdown(describe(found))}")
+
+    def emit_page(self, path: Path | None, make: Callable[[], Document]) -> None:
+        """Write a page with figures, if there is a path for it."""
+        if path is not None:
+            from moeprune.report.html import to_html
+
+            write_text(path, to_html(make()), self.force)
 
     def _render(self, found: T, describe: Callable[[T], Document]) -> str:
         if self.output_format == "json":
@@ -133,13 +173,13 @@ class Reporter:
         if self.output_format == "github" and self.output_file is None:
             from moeprune.report.annotations import annotation
 
-            self._write(annotation("error", command, str(error)) + "\n")
+            self.write(annotation("error", command, str(error)) + "\n")
         elif self.output_format == "junit":
             from moeprune.report.junit import error_to_junit
 
-            self._write(error_to_junit(command, error))
+            self.write(error_to_junit(command, error))
 
-    def _write(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """Write to the output file or at once to stdout; after a failure stdout is not used any more.
 
         Raises:
@@ -174,17 +214,6 @@ class _Messages(logging.Handler):
             self.reporter.warnings.append(message)
         if not self.reporter.quiet or record.levelno >= logging.ERROR:
             sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
-
-
-def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise a MoepruneError if an option has a value that is not among its choices."""
-    if value not in choices:
-        raise MoepruneError(f"`{option} {value}` is unknown", f"give one of {', '.join(choices)}")
-
-
-def warn(message: str) -> None:
-    """Say something that is no error; the commands show it on stderr and in reports of CI servers."""
-    logger.warning(message)
 
 
 def _append_to_summary(text: str) -> None:

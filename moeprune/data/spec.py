@@ -6,10 +6,13 @@ from typing import Annotated
 
 import msgspec
 
-from moeprune.records import Record
+from moeprune.errors import MoepruneError
+from moeprune.records import Request
+
+BUILT_IN = ("digits", "pairs")
 
 
-class DataSpec(Record, frozen=True, kw_only=True):
+class DataSpec(Request, frozen=True, kw_only=True):
     """Data by its spec, see moeprune.data.datasets.
 
     split: of a built-in data set; None for the default of the task. limit: samples to take at most.
@@ -18,3 +21,11 @@ class DataSpec(Record, frozen=True, kw_only=True):
     spec: str
     split: str | None = None
     limit: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+    def check(self) -> None:
+        """Raise a MoepruneError if a split is given of data that has none."""
+        if self.split is not None and self.spec not in BUILT_IN:
+            raise MoepruneError(
+                f"`--split {self.split}` does not go with `{self.spec}`",
+                f"it picks a split of {' or '.join(BUILT_IN)}",
+            )

@@ -71,6 +71,10 @@ class Runtime:
             raise _no_device(self.device)
         return device
 
+    def require_device(self) -> None:
+        """Raise a MoepruneError if there is no such device; log where models will run."""
+        logger.info(f"runs on {self.torch_device} in {self.dtype}, {self.batch_size} inputs at a time")
+
     def batches(self, data: Dataset, what: str) -> Iterator[Batch]:
         """One pass over the data in batches on the device, with a progress bar called `what`."""
         from tqdm import tqdm

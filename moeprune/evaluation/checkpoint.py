@@ -1,0 +1,75 @@
+"""From checkpoints and labelled data to an evaluation and its gates."""
+
+from __future__ import annotations
+
+import logging
+
+from msgspec.structs import replace
+
+from moeprune.calibration.analysis import Analysis, load_analysis, require_analysis_of
+from moeprune.errors import MoepruneError
+from moeprune.evaluation.evaluate import evaluate
+from moeprune.evaluation.gates import judge
+from moeprune.evaluation.latency import BATCH_SIZES
+from moeprune.evaluation.request import EvalRequest
+from moeprune.evaluation.results import Evaluation
+from moeprune.models.model import Model, fingerprint, unpruned_fingerprint
+from moeprune.models.opening import open_data_for, open_model
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_checkpoint(request: EvalRequest) -> tuple[Evaluation, Model, Analysis | None]:
+    """Evaluate a checkpoint, compare it with the baseline, and judge the limits.
+
+    Returns:
+        The evaluation, the model that it is about, and the analysis, if one is given.
+
+    Raises:
+        MoepruneError: a file or the data cannot be read or does not fit, or the baseline is pruned itself.
+    """
+    request.runtime.require_device()
+    model = open_model(request.checkpoint)
+    data = open_data_for(model, request.data, "test")
+    baseline = None if request.baseline is None else _open_baseline(request, model)
+    analysis = None if request.analysis is None else load_analysis(request.analysis)
+    if analysis is not None:
+        require_analysis_of(model.config.moe_layers, unpruned_fingerprint(model), analysis)
+    batches = (request.latency_batch or BATCH_SIZES) if request.latency else None
+    found = evaluate(model, data, baseline, request.runtime, batches)
+    gates = judge(found, request.limits, request.confidence)
+    found = replace(
+        found,
+        checkpoint=str(request.checkpoint.path),
+        baseline=None if request.baseline is None else str(request.baseline.path),
+        gates=gates,
+        passed=all(gate.passed for gate in gates),
+    )
+    _warn_of_collapsed(found)
+    return found, model, analysis
+
+
+def _open_baseline(request: EvalRequest, model: Model) -> Model:
+    assert request.baseline is not None
+    path, baseline = request.baseline.path, open_model(request.baseline)
+    if baseline.plan:
+        raise MoepruneError(
+            f"`--baseline {path}` is pruned, expected the full model",
+            "give the checkpoint that the model was pruned from",
+        )
+    if model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
+        logger.warning(f"`{request.checkpoint.path}` was not pruned from `{path}`, but from another model")
+    return baseline
+
+
+def _warn_of_collapsed(found: Evaluation) -> None:
+    if found.forgetting is None or found.difference is None:
+        return
+    change = -100 * found.difference.accuracy_drop
+    for entry in found.forgetting.classes:
+        if entry.index in found.forgetting.collapsed:
+            logger.warning(
+                f"class {entry.index} collapsed: {100 * entry.baseline_accuracy:.1f} % →"
+                f" {100 * entry.accuracy:.1f} % of its {entry.samples} samples, while the average accuracy"
+                f" changed by {change + 0.0:+.2f} pt"
+            )

@@ -1,0 +1,61 @@
+"""Options of `moeprune eval`; no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from moeprune.data.spec import DataSpec
+from moeprune.errors import MoepruneError
+from moeprune.evaluation.gates import GATES, check_limits
+from moeprune.models.runtime import Runtime
+from moeprune.models.spec import ModelSpec
+from moeprune.records import Request, option
+
+Gate = float | None
+
+
+class EvalRequest(Request, frozen=True, kw_only=True):
+    """A checkpoint to evaluate on labelled data, alone or against the full model."""
+
+    checkpoint: Annotated[
+        ModelSpec,
+        option("A checkpoint of moeprune, of a known library or of your own model.", metavar="CKPT"),
+    ]
+    data: Annotated[DataSpec, option("Labelled data: digits, pairs, a .npz, a .safetensors, or a folder.")]
+    baseline: Annotated[ModelSpec | None, option("The full model to compare with.")] = None
+    max_accuracy_drop: Annotated[Gate, option("Gate: accuracy lost to the baseline.")] = None
+    min_accuracy: Annotated[Gate, option("Gate: accuracy.")] = None
+    min_flops_reduction: Annotated[Gate, option("Gate: share of FLOPs saved.")] = None
+    min_size_reduction: Annotated[Gate, option("Gate: share of bytes saved.")] = None
+    min_agreement: Annotated[Gate, option("Gate: share of inputs with the baseline's prediction.")] = None
+    min_speedup: Annotated[
+        Gate, option("Gate, with --latency: speed-up over the baseline, the worst of all batch sizes.")
+    ] = None
+    confidence: Annotated[
+        float | None,
+        option("Gates judge the one-sided bound of a value at this level, such as 0.95, not the value."),
+    ] = None
+    latency: Annotated[
+        bool, option("Measure forward passes too; with --baseline, in turn with the full model's.")
+    ] = False
+    latency_batch: Annotated[
+        tuple[int, ...],
+        option("With --latency: inputs of a forward pass (repeatable).", show_default="1, 8, 32"),
+    ] = ()
+    analysis: Annotated[
+        Path | None, option("What `moeprune analyze` wrote; for --sweep, --plot and --report.")
+    ] = None
+    runtime: Runtime = Runtime()
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits of gates by name."""
+        limits = {gate.name: getattr(self, gate.name) for gate in GATES}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    def check(self) -> None:
+        """Raise a MoepruneError for limits that cannot be judged."""
+        if self.latency_batch and not self.latency:
+            raise MoepruneError("`latency_batch` goes with `latency`", "add `--latency`")
+        check_limits(self.limits, self.baseline is not None, self.latency, self.confidence)

@@ -1,0 +1,212 @@
+"""Options of `moeprune prune` and `moeprune eval --sweep`; no torch."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from moeprune.data.spec import DataSpec
+from moeprune.errors import MoepruneError
+from moeprune.evaluation.request import EvalRequest
+from moeprune.models.runtime import Runtime
+from moeprune.models.spec import ModelSpec
+from moeprune.plan import Compensation, LayerPlan, Scope, Signal, parse_keep
+from moeprune.records import Request, option
+
+AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
+"""Fields of which exactly one says how many experts are kept."""
+METHOD = ("scope", "signal", "compensate")
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1), option("Seed of everything random.")]
+
+
+class PruneRequest(Request, frozen=True, kw_only=True):
+    """An unpruned checkpoint, how many experts to keep, which, and what to write."""
+
+    checkpoint: Annotated[
+        ModelSpec,
+        option("An unpruned checkpoint: of moeprune, a known library or your own model.", metavar="CKPT"),
+    ]
+    output: Annotated[Path | None, option("The checkpoint to write (.safetensors).", short=("-o",))] = None
+    keep: Annotated[
+        str | None,
+        option("Experts to keep in each layer: a share (1/8) or a number (16).", metavar="K"),
+    ] = None
+    mass: Annotated[
+        Share | None,
+        option(
+            "With scope input: each input keeps the fewest experts that hold this share of its combine mass."
+        ),
+    ] = None
+    max_size: Annotated[Share | None, option("Budget: share of the full model's bytes that may remain.")] = (
+        None
+    )
+    max_flops: Annotated[Share | None, option("Budget: share of the full model's FLOPs that may remain.")] = (
+        None
+    )
+    max_accuracy_drop: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=1)] | None,
+        option(
+            "Search for the smallest model within this accuracy drop on one half of the labelled --data, and"
+            " confirm it on the other half."
+        ),
+    ] = None
+    confidence: Annotated[
+        Annotated[float, msgspec.Meta(ge=0.5, lt=1)] | None,
+        option(
+            "With --max-accuracy-drop: judge the one-sided bound of the drop at this level, such as 0.95."
+        ),
+    ] = None
+    plan: Annotated[
+        Path | None, option("What to do with each layer: a JSON file, or a pruned checkpoint.")
+    ] = None
+    save_plan: Annotated[
+        Path | None, option("Write the plan as JSON; without -o, nothing else is written.")
+    ] = None
+    analysis: Annotated[
+        Path | None, option("The file that `moeprune analyze` wrote for this checkpoint.")
+    ] = None
+    scope: Annotated[
+        Scope | None,
+        option(
+            "static: one set of experts, the others are removed. input, batch: each chooses its own.",
+            show_default="static",
+        ),
+    ] = None
+    signal: Annotated[
+        Signal | None,
+        option("What ranks the experts: combine, deviation, gram or random.", show_default="combine"),
+    ] = None
+    compensate: Annotated[
+        Compensation | None,
+        option(
+            "Compensation for dropped experts: none, renorm, mean, lstsq, affine, refit or merge.",
+            show_default="none",
+        ),
+    ] = None
+    energy: Annotated[
+        float | None,
+        option(
+            "With lstsq, affine or refit: use the fewest output directions that hold this share of the"
+            " compensation, such as 0.99, where that is cheaper.",
+            show_default="all directions",
+        ),
+    ] = None
+    data: Annotated[
+        DataSpec | None,
+        option(
+            "Calibration data, to measure each layer behind the pruned ones before it. Without it, fits read"
+            " the data of the analysis again."
+        ),
+    ] = None
+    one_shot: Annotated[
+        bool, option("Prune all layers by the analysis alone, without another pass over data.")
+    ] = False
+    seed: Seed = 0
+    overwrite: bool = False
+    runtime: Runtime = Runtime()
+
+    @property
+    def method(self) -> tuple[str, str, str]:
+        """Scope, signal and compensation."""
+        scope = self.scope or ("static" if self.mass is None else "input")
+        return scope, self.signal or "combine", self.compensate or "none"
+
+    def check(self) -> None:
+        """Raise a MoepruneError for fields that do not go together."""
+        if self.output is None and self.save_plan is None:
+            raise MoepruneError("nothing to write", "give `--output` or `--save-plan`")
+        given = [f"`{name}`" for name in AMOUNTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            options = ", ".join(f"`--{name.replace('_', '-')}`" for name in AMOUNTS)
+            wrong = f"{' and '.join(given)} exclude each other" if given else "no number of experts to keep"
+            raise MoepruneError(wrong, f"give one of {options}")
+        if self.plan is not None:
+            for name in (*METHOD, "energy"):
+                if getattr(self, name) is not None:
+                    raise MoepruneError(
+                        f"`{name}` does not go with `plan`", "the plan says it for each layer"
+                    )
+        check_method(*self.method, mass=self.mass, energy=self.energy)
+        if self.keep is not None:
+            parse_keep(self.keep)
+        if self.one_shot and self.data is not None:
+            raise MoepruneError("`one_shot` and `data` exclude each other", "leave one of them out")
+        if self.data is not None and self.output is None:
+            raise MoepruneError(
+                "`save_plan` alone reads no `data`",
+                "leave it out, or give `--output` to choose experts by it",
+            )
+        if self.max_accuracy_drop is None and self.confidence is not None:
+            raise MoepruneError("`confidence` goes with `max_accuracy_drop`", "leave it out")
+        if self.max_accuracy_drop is not None and (self.data is None or self.output is None):
+            raise MoepruneError(
+                "`max_accuracy_drop` searches on labelled `data`", "add `--data` and `--output`"
+            )
+
+
+class SweepRequest(EvalRequest, frozen=True, kw_only=True):
+    """A checkpoint to evaluate; or, with shares or a plot, an unpruned one to prune in many ways first."""
+
+    sweep: Annotated[
+        str | None,
+        option("Prune in many ways and evaluate each: shares such as 1/16,1/8,1/4.", metavar="SHARES"),
+    ] = None
+    scope: Annotated[tuple[Scope, ...], option("With --sweep: only this scope (repeatable).")] = ()
+    signal: Annotated[tuple[Signal, ...], option("With --sweep: only this signal (repeatable).")] = ()
+    compensate: Annotated[
+        tuple[Compensation, ...], option("With --sweep: only this compensation (repeatable).")
+    ] = ()
+    plot: Annotated[
+        Path | None,
+        option(
+            "Draw accuracy over cost (.png or .svg) of a sweep: of a few recommended methods, unless --scope,"
+            " --signal or --compensate are given; at six shares, unless --sweep is."
+        ),
+    ] = None
+    seed: Seed = 0
+
+    @property
+    def is_sweep(self) -> bool:
+        """True if the checkpoint is pruned in many ways."""
+        return self.sweep is not None or self.plot is not None
+
+    @property
+    def keeps(self) -> list[Fraction | int]:
+        """Shares and numbers of experts."""
+        return [] if self.sweep is None else [parse_keep(keep, "--sweep") for keep in self.sweep.split(",")]
+
+    def check(self) -> None:
+        """Raise a MoepruneError for fields that do not go together."""
+        if not self.is_sweep:
+            if given := [name for name in METHOD if getattr(self, name)]:
+                raise MoepruneError(f"`{given[0]}` goes with `sweep`", "add `--sweep 1/16,1/8,1/4`")
+            super().check()
+            return
+        for name in ("baseline", "confidence", *self.limits):
+            if getattr(self, name) is not None:
+                raise MoepruneError(
+                    f"`{name}` does not go with `sweep` or `plot`",
+                    "give it to an eval of the checkpoint that you choose",
+                )
+        if self.analysis is None:
+            raise MoepruneError("`sweep` and `plot` need `analysis`", "write one with `moeprune analyze`")
+        if self.latency_batch and not self.latency:
+            raise MoepruneError("`latency_batch` goes with `latency`", "add `--latency`")
+        self.keeps  # noqa: B018 (reads the text)
+
+
+def check_method(
+    scope: str, signal: str, compensate: str, mass: float | None = None, energy: float | None = None
+) -> None:
+    """Raise a MoepruneError, which names options, if no layer can be pruned so."""
+    try:
+        LayerPlan(scope, 1, 2, signal, compensate, mass=mass, energy=energy)
+    except MoepruneError as error:
+        message = re.sub(r"\b(scope|signal|compensation)s? `(\w+)`", r"`--\1 \2`", error.message)
+        message = re.sub(r"`(scope|signal|compensation|mass|energy)`", r"`--\1`", message)
+        raise MoepruneError(message.replace("--compensation", "--compensate"), error.hint) from None
