@@ -29,6 +29,7 @@ else:
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Energy = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 
 
 def impossible(scope: str, signal: str, compensation: str) -> str | None:
@@ -88,7 +89,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False, dict=True):
     mass: Share | None = None
     merged_into: tuple[int, ...] | None = None
     rank: Positive | None = None
-    energy: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
+    energy: Energy | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,30 +205,40 @@ Plan = dict[str, LayerPlan]
 """The plans of a model's layers by layer name, in the order of the data flow."""
 
 
+class Method(Record, frozen=True):
+    """How layers are pruned, whatever the number of experts; see LayerPlan for the fields."""
+
+    scope: Scope = "static"
+    signal: Signal = "combine"
+    compensate: Compensation = "none"
+    mass: Share | None = None
+    energy: Energy | None = None
+
+    def plan(self, k: int, num_experts: int, kept: tuple[int, ...] | None = None) -> LayerPlan:
+        """Return the plan of a layer that keeps k experts."""
+        return LayerPlan(
+            self.scope, k, num_experts, self.signal, self.compensate, kept, self.mass, energy=self.energy
+        )
+
+    def __str__(self) -> str:
+        return f"scope {self.scope}, signal {self.signal} and compensation {self.compensate}"
+
+
 def uniform_plan(
-    layers: Mapping[str, int],
-    keep: Fraction | int,
-    scope: str,
-    signal: str,
-    compensation: str,
-    mass: float | None = None,
-    energy: float | None = None,
+    layers: Mapping[str, int], keep: Fraction | int, method: Method, option: str = "--keep"
 ) -> Plan:
     """Keep the same share or number of experts in each layer, for the signal to choose.
 
     Args:
         layers: the number of experts of each layer.
         keep: as `parse_keep` returns it.
+        method: of all layers.
+        option: the name of keep in messages.
 
     Raises:
         MoepruneError: more experts than a layer has, or values that do not go together.
     """
-    return {
-        name: LayerPlan(
-            scope, experts_to_keep(keep, n, name), n, signal, compensation, mass=mass, energy=energy
-        )
-        for name, n in layers.items()
-    }
+    return {name: method.plan(experts_to_keep(keep, n, name, option), n) for name, n in layers.items()}
 
 
 def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:

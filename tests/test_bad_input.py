@@ -328,7 +328,7 @@ def test_files_that_cannot_be_read(workshop, command, make, fragments):
 NO_CHECKPOINT: list[tuple[str, Callable[[Workshop], Path], tuple[str, ...]]] = [
     ("no metadata", lambda w: w.save(w.tensors(), None), ("made1.safetensors", "lost its metadata")),
     ("metadata is no JSON", lambda w: w.save(w.tensors(), "{format: 1}"), ("`moeprune`", "JSON")),
-    ("metadata is a list", lambda w: w.save(w.tensors(), []), ("`moeprune`", "JSON object")),
+    ("metadata is a list", lambda w: w.save(w.tensors(), []), ("`moeprune`", "Expected `object`")),
     ("an analysis", lambda w: w.analysis, ("analysis",)),
     ("kind is missing", lambda w: w.save(w.tensors(), {"format": 1}), ("kind",)),
     ("a newer format", lambda w: w.with_metadata(format=2), ("format 2",)),
@@ -401,19 +401,19 @@ NO_CHECKPOINT: list[tuple[str, Callable[[Workshop], Path], tuple[str, ...]]] = [
     ("preprocessing is text", lambda w: w.with_metadata(preprocessing="none"), ("preprocessing",)),
     ("deviation of 0", lambda w: w.with_metadata(preprocessing={"std": [0]}), ("preprocessing", "std")),
     ("mean is text", lambda w: w.with_metadata(preprocessing={"mean": "0"}), ("preprocessing", "mean")),
-    ("NaN", lambda w: w.with_metadata(preprocessing={"mean": [float("nan")]}), ("preprocessing", "mean")),
+    ("NaN", lambda w: w.with_metadata(preprocessing={"mean": [float("nan")]}), ("`moeprune`", "malformed")),
     ("images resized beyond all bounds", lambda w: w.with_metadata(
         preprocessing={"resize": 10**6}
     ), ("preprocessing", "resize", "16384")),
     ("infinite provenance", lambda w: w.with_metadata(
         provenance={"training": [float("inf")]}
-    ), ("`provenance.training[0]`", "inf")),
+    ), ("`moeprune`", "malformed")),
     ("provenance nested too deep", lambda w: w.with_metadata(
         provenance={"a": json.loads("[" * 300 + "]" * 300)}
-    ), ("`moeprune`", "100 deep")),
+    ), ("`moeprune`", "nested")),
     ("provenance that is no text", lambda w: w.with_metadata(
         provenance={"a": "\ud800"}
-    ), ("`provenance.a`", "surrogate")),
+    ), ("`moeprune`",)),
     ("source is text", lambda w: w.with_metadata(source="mine"), ("source",)),
     ("provenance is null", lambda w: w.with_metadata(provenance=None), ("provenance",)),
     (

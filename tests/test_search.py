@@ -18,7 +18,7 @@ from moeprune.evaluation.evaluate import predict
 from moeprune.evaluation.intervals import drop_at_most, paired_difference
 from moeprune.evaluation.results import Outcomes
 from moeprune.models.runtime import Runtime
-from moeprune.plan import LayerPlan
+from moeprune.plan import LayerPlan, Method
 from moeprune.pruning.search import (
     DropLimit,
     confirming_order,
@@ -42,7 +42,7 @@ def test_the_confirmed_drop_is_that_of_the_model_on_samples_that_the_search_did_
 ):
     data = moeprune.open_data("digits:calibration", full.input_format)
     found = prune_within_drop(
-        full, data, DropLimit(0.02), scope=scope, signal=signal, compensate=compensate, runtime=CPU
+        full, data, DropLimit(0.02), method=Method(scope, signal, compensate), runtime=CPU
     )
     is_second = half_of(0, data.samples) == 1
     whole, pruned = predict([full, found.model], data, CPU)
@@ -65,9 +65,7 @@ def test_the_confirmed_drop_is_that_of_the_model_on_samples_that_the_search_did_
 def test_a_larger_drop_never_takes_more_experts(full):
     sizes = []
     for drop in (0.2, 0.02):
-        found = prune_within_drop(
-            full, "digits", DropLimit(drop), signal="combine", compensate="none", runtime=CPU
-        )
+        found = prune_within_drop(full, "digits", DropLimit(drop), runtime=CPU)
         [plan] = [m.plan for m in found.model.modules() if type(m).__name__ == "SoftMoE"]
         sizes.append(plan.k)
     assert sizes[0] < sizes[1]
@@ -78,7 +76,7 @@ def test_no_plan_within_the_drop_is_an_error_that_names_the_least(full):
     with pytest.raises(
         MoepruneError, match=r"drop of 0 on both halves.*the least drop on the worse half"
     ) as e:
-        prune_within_drop(full, data, DropLimit(0.0), signal="random", compensate="none", runtime=CPU)
+        prune_within_drop(full, data, DropLimit(0.0), method=Method(signal="random"), runtime=CPU)
     assert float(e.value.message.split()[-1]) > 0
 
 
@@ -96,7 +94,7 @@ def test_what_confirms_must_not_have_been_calibrated_on(full):
 @pytest.mark.parametrize("confidence", [None, 0.9])
 def test_the_interval_and_the_bound_hold_for_all_plans_that_could_have_been_measured(confidence, full):
     limit = DropLimit(0.02, confidence)
-    found = prune_within_drop(full, "digits:test", limit, compensate="mean", runtime=CPU)
+    found = prune_within_drop(full, "digits:test", limit, method=Method(compensate="mean"), runtime=CPU)
     confirmed = found.report.confirmed
     data = moeprune.open_data("digits:test", full.input_format)
     is_second = half_of(0, data.samples) == 1
@@ -113,7 +111,9 @@ def test_the_interval_and_the_bound_hold_for_all_plans_that_could_have_been_meas
         assert confirmed.bound == pytest.approx(drop_at_most(*cells, 1 - 0.1 / confirmed.plans))
         assert confirmed.accuracy_drop < confirmed.bound <= 0.02
         [k] = [layer.plan.k for layer in found.model.moe_layers.values()]
-        unsure = prune_within_drop(full, "digits:test", DropLimit(0.02), compensate="mean", runtime=CPU)
+        unsure = prune_within_drop(
+            full, "digits:test", DropLimit(0.02), method=Method(compensate="mean"), runtime=CPU
+        )
         assert k > next(iter(unsure.model.moe_layers.values())).plan.k
 
 
@@ -168,7 +168,7 @@ def test_reported_intervals_cover_the_drop_though_the_plan_is_chosen_by_it(exces
 
 def test_nearly_all_experts_are_kept_where_less_will_not_do(full):
     found = prune_within_drop(
-        full, "digits:calibration", DropLimit(0.02), signal="random", compensate="renorm", runtime=CPU
+        full, "digits:calibration", DropLimit(0.02), method=Method("static", "random", "renorm"), runtime=CPU
     )
     [plan] = [layer.plan for layer in found.model.moe_layers.values()]
     assert 96 < plan.k < 128
@@ -306,9 +306,9 @@ def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path)
         (("--keep", 4), "nothing to write"),
         (("-o", "o.st"), "no number of experts to keep"),
         (("--keep", 4, "--max-size", 0.5, "-o", "o.st"), "`--keep` and `--max-size` exclude each other"),
-        (("--max-size", 0.05, "-o", "o.st"), "the least that can be given is 0.2"),
-        (("--max-flops", 0.1, "-o", "o.st"), "the least that can be given is 0.6"),
-        (("--max-size", 0.9, "--scope", "input", "-o", "o.st"), "the least that can be given is 1\n"),
+        (("--max-size", 0.05, "-o", "o.st"), "give at least 0.2"),
+        (("--max-flops", 0.1, "-o", "o.st"), "give at least 0.6"),
+        (("--max-size", 0.9, "--scope", "input", "-o", "o.st"), "give at least 1\n"),
         (("--max-size", 1.5, "-o", "o.st"), "`--max-size`: expected"),
         (("--max-flops", 0, "-o", "o.st"), "`--max-flops`: expected"),
         (("--max-accuracy-drop", 0.1, "-o", "o.st"), "`--max-accuracy-drop` searches on labelled `--data`"),

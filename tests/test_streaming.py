@@ -20,7 +20,8 @@ from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.model import fingerprint
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
-from moeprune.pruning.apply import prune, prune_file
+from moeprune.pruning.apply import prune
+from moeprune.pruning.streaming import prune_file
 
 CHOICES = list(product(("combine", "deviation", "random"), ("none", "renorm", "mean"), ("1", "1/8", "1/1")))
 
@@ -139,7 +140,7 @@ def test_tensors_of_many_blocks(monkeypatch, single, single_analysis, tmp_path):
 PEAK = """
 import resource, sys
 import moeprune
-from moeprune.pruning.apply import prune_file
+from moeprune.pruning.streaming import prune_file
 
 prune_file(sys.argv[1], sys.argv[2] + "small", keep=1, signal="random")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moeprune.errors import MoepruneError
-from moeprune.files.header import (
-    DTYPES,
-    METADATA_KEY,
-    Header,
-    TensorInfo,
-    require_unchanged,
-    unreadable,
-)
+from moeprune.files.header import DTYPES, METADATA_KEY, Header, TensorInfo, require_unchanged, unreadable
 from moeprune.files.writing import replacing
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -124,8 +117,12 @@ def fingerprint(tensors: Mapping[str, Tensor] | Header, architecture: Mapping[st
     if isinstance(tensors, Header):
         infos, digests = tensors.tensors, scan(tensors)
     else:
-        infos = tensor_infos(tensors)
-        digests = {name: _sha256(_memory_blocks(tensor)) for name, tensor in tensors.items()}
+        infos, digests = tensor_infos(tensors), {}
+        for name, tensor in tensors.items():
+            of_tensor = hashlib.sha256()
+            for block in _memory_blocks(tensor):
+                of_tensor.update(block)
+            digests[name] = of_tensor.hexdigest()
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, info in sorted(infos.items()):
         digest.update(f"{name} {info.dtype} {list(info.shape)} {digests[name]}".encode())
@@ -154,7 +151,7 @@ def write(
     for header in sources.values():
         scan(header)
     infos = {name: _info(entry) for name, entry in entries.items()}
-    names = {name_in_torch: (name, bits) for name, (name_in_torch, bits) in DTYPES.items()}
+    names = {name_in_torch: (name, itemsize) for name, (name_in_torch, itemsize) in DTYPES.items()}
     if odd := [f"`{name}` is {info.dtype}" for name, info in infos.items() if info.dtype not in names]:
         raise MoepruneError(f"cannot write `{path}`: no safetensors file can hold {', '.join(sorted(odd))}")
     order = sorted(infos, key=lambda name: (-names[infos[name].dtype][1], name))  # aligns every tensor
@@ -218,13 +215,6 @@ def _memory_blocks(tensor: Tensor) -> Iterator[memoryview]:
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     for start in range(0, len(data), BLOCK):
         yield data[start : start + BLOCK]
-
-
-def _sha256(blocks: Iterable[memoryview]) -> str:
-    digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _is_finite(block: memoryview, dtype: str) -> bool:

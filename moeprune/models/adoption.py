@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from moeprune.data.preprocessing import Preprocessing
 from moeprune.errors import MoepruneError
-from moeprune.files.checkpoint import write_state_dict
-from moeprune.files.header import is_pickle, read_header
-from moeprune.files.state_dict import read_state_dict
+from moeprune.files import checkpoint
+from moeprune.files.foreign import read_state_dict
+from moeprune.files.header import is_safetensors, read_header
 from moeprune.models.adopted import adopt, library_tensors, load_foreign, parse_source
 from moeprune.models.details import Details
 from moeprune.models.libraries.modules import installed_version
@@ -77,7 +76,7 @@ def adopt_file(
         MoepruneError: whatever is wrong with the file, the factory or the model: nothing is written then.
     """
     found = read_state_dict(path, key)
-    found.check_finite()
+    checkpoint.check_finite(found.tensors, path)
     module = build(factory, arguments)
     load_foreign(module, found.tensors, path)
     own = build(factory, arguments)
@@ -128,14 +127,14 @@ def give_back(
         )
     assert model.config.factory is not None
     module = build(model.config.factory, model.config.arguments)
-    write_state_dict(output, library_tensors(model, module), overwrite)
+    checkpoint.write_state_dict(output, library_tensors(model, module), overwrite)
     skipped = "the tensors were checked when the model was taken in"
     return Adopted(model, "moeprune", to, Parity(skipped=skipped))
 
 
 def is_own_model(path: str | Path) -> bool:
     """Whether a file is a checkpoint of ours, of a model of the user's own code."""
-    if is_pickle(Path(path)) or os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises where a name is too long)
+    if not is_safetensors(Path(path)):
         return False
     header = read_header(path)
     metadata_of_ours = header.metadata or {}

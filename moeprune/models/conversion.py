@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
-from moeprune.files.header import is_pickle, read_header
-from moeprune.files.state_dict import read_state_dict
+from moeprune.files.foreign import read_state_dict
+from moeprune.files.header import is_safetensors, read_header
 from moeprune.models.details import Details
 from moeprune.models.libraries import SOURCES, pick_source
 from moeprune.models.libraries.interface import Reading, Source, as_dense
@@ -200,7 +199,4 @@ def _name(library: Source | None) -> str:
 
 def is_ours(path: str | Path) -> bool:
     """Whether a file is a checkpoint of moeprune."""
-    path = Path(path)
-    is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where a name is too long)
-    is_safetensors = not is_folder and path.suffix != ".json" and not is_pickle(path)
-    return is_safetensors and read_header(path).metadata is not None
+    return is_safetensors(Path(path)) and read_header(path).metadata is not None

@@ -1,38 +1,27 @@
-"""From a model and what calibration says about it to a pruned or routed model."""
+"""From a model and what calibration says of it to a pruned or routed model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import torch
 from torch import Tensor
 
 from moeprune import __version__
 from moeprune.calibration.analysis import Analysis, require_analysis_of
 from moeprune.calibration.passes import measure, require_finite
-from moeprune.calibration.selection import best_kept
 from moeprune.calibration.statistics import (
     LayerMoments,
-    LayerStatistics,
     MomentsAccumulator,
     StatisticsAccumulator,
 )
-from moeprune.calibration.sums import lost_gram
 from moeprune.data.datasets import Dataset
-from moeprune.data.preprocessing import Preprocessing
 from moeprune.errors import MoepruneError
-from moeprune.files import checkpoint
-from moeprune.files.checkpoint import Copied
-from moeprune.files.header import Header, read_header
 from moeprune.layers.interface import LayerConfig
-from moeprune.layers.merging import nearest_kept
-from moeprune.layers.scores import random_scores, top_k
-from moeprune.layers.surgery import Calibrated, prune_layer, prune_tensors
-from moeprune.models.description import read_description
+from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.model import (
     Model,
     dataset_for,
@@ -41,7 +30,15 @@ from moeprune.models.model import (
     require_dense_layers,
 )
 from moeprune.models.runtime import Runtime
-from moeprune.plan import LayerPlan, Plan, parse_keep, plan_to_json, require_fitting_plan, uniform_plan
+from moeprune.plan import (
+    LayerPlan,
+    Method,
+    Plan,
+    parse_keep,
+    require_fitting_plan,
+    uniform_plan,
+)
+from moeprune.pruning.choice import choose_experts, score_weights
 from moeprune.pruning.compensation import (
     Gathered,
     Stream,
@@ -55,7 +52,20 @@ from moeprune.pruning.compensation import (
 from moeprune.pruning.narrowing import narrowed
 from moeprune.records import to_json
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 ALREADY_PRUNED = "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
+
+
+class MethodWords(TypedDict, total=False):
+    """The fields of moeprune.plan.Method as keyword arguments."""
+
+    scope: str
+    signal: str
+    compensate: str
+    mass: float | None
+    energy: float | None
 
 
 def prune(
@@ -64,39 +74,28 @@ def prune(
     *,
     keep: str | float | Fraction | None = None,
     plan: Plan | None = None,
-    scope: str = "static",
-    signal: str = "combine",
-    compensate: str = "none",
-    energy: float | None = None,
     data: Dataset | str | None = None,
     one_shot: bool = False,
     seed: int = 0,
     runtime: Runtime = Runtime(),
+    **method: Unpack[MethodWords],
 ) -> Model:
-    """A model in which Soft MoE layers run k of their experts.
+    """Return a model whose MoE layers run few of their experts.
 
-    Layers are pruned in the order of the data flow, and all that is calibrated in a layer is measured
-    behind the already pruned ones before it. For the first layer that is what the analysis says.
+    Layers are pruned in the order of the data flow, and what is calibrated in a layer is measured behind the
+    pruned layers before it. For the first layer that is what the analysis says.
 
     Args:
         model: unpruned; it stays as it is. What pruning does not change lies in the same memory.
         analysis: of this model; may be None with data, or where nothing calibrated is used.
-        keep: the share of experts to keep in each layer (`"1/8"`, 0.125, a Fraction) or their number
-            (`"16"`, 16).
-        plan: instead of keep, scope, signal, compensate and energy: what to do with each layer. Layers that
-            it does not name stay dense.
-        scope: see moeprune.plan.LayerPlan, as for signal and compensate.
-        signal: ranks the experts.
-        compensate: what stands in for dropped experts.
-        energy: give what a fitted compensation adds in the fewest directions of the output that hold this
-            share of it, where that is cheaper; None: in all of them.
-        data: calibration data, or its spec; beside an analysis the same data. Where it is None, the
-            analysis's own is opened again if layers behind the first, or a fit, need it. Labels are
-            not used.
-        one_shot: take all layers' statistics from the analysis, without measuring any layer behind the
-            pruned ones before it.
-        seed: draws the experts of the signal `random`.
+        keep: the share of experts to keep in each layer (`"1/8"`, 0.125, a Fraction) or their number (16).
+        plan: in place of keep and method: what to do with each layer; others stay dense.
+        data: calibration data, or its spec; with an analysis the same data. None: the analysis's own is
+            opened again if layers behind the first, or a fit, need it.
+        one_shot: take the statistics of all layers from the analysis, with no pass over data.
+        seed: of the signal `random`.
         runtime: where and how models run over the data; the result lies where the model does.
+        method: `scope`, `signal`, `compensate`, `mass` and `energy` (see moeprune.plan.Method).
 
     Raises:
         MoepruneError: the model is pruned already, the analysis is another model's or other data's,
@@ -105,12 +104,12 @@ def prune(
     """
     dense = require_dense_layers(model, ALREADY_PRUNED)
     configs = {name: layer.config for name, layer in dense.items()}
-    plan = _full_plan(configs, keep, plan, scope, signal, compensate, energy)
+    plan = full_plan(configs, keep, plan, Method(**method))
     calibrated = any(layer.is_calibrated for layer in plan.values())
     if calibrated and analysis is None and data is None:
-        raise _not_calibrated(plan)
+        raise not_calibrated(plan)
     if one_shot:
-        _require_one_shot(plan)
+        require_one_shot(plan)
     for name, layer_plan in plan.items():
         require_affordable_refit(configs[name], layer_plan, name)
     model_fingerprint = fingerprint(model)
@@ -129,7 +128,7 @@ def prune(
     for index, (name, layer_plan) in enumerate(plan.items()):
         pruner.prune(name, layer_plan, index, from_analysis=index == 0 or one_shot)
         _require_data_of_analysis(analysis, dataset)
-    provenance = _provenance(analysis, dataset, plan, runtime)
+    provenance = provenance_of(analysis, dataset, plan, runtime)
     provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}
     pruned.details = replace(model.details, provenance={**model.details.provenance, **provenance})
     return pruned.to(next(model.parameters()).device)
@@ -168,10 +167,10 @@ class _Pruner:
         moments = gathered.moments if gathered else self._moments(name, plan, from_analysis)
         if moments is not None and self.data is not None:
             require_finite({name: moments}, self.data)
-        wanted = _chosen(plan, moments, gathered, self.seed, index)
+        wanted = choose_experts(plan, moments, gathered, self.seed, index)
         plan = wanted.replace(rank=None, energy=None)
         calibrated = Calibrated(
-            _score_weights(plan, moments, self.seed, index),
+            score_weights(plan, moments, self.seed, index),
             None if moments is None else moments.term_mean,
             None if moments is None else moments.mean_mass,
         )
@@ -214,96 +213,6 @@ def _fit(stream: Stream, plan: LayerPlan, gathered: Gathered | None) -> Tensor |
     return power
 
 
-def prune_file(
-    source: str | Path | Header,
-    target: str | Path,
-    analysis: Analysis | None = None,
-    *,
-    keep: str | float | Fraction | None = None,
-    plan: Plan | None = None,
-    signal: str = "combine",
-    compensate: str = "none",
-    preprocessing: Preprocessing | None = None,
-    seed: int = 0,
-    overwrite: bool = True,
-) -> None:
-    """Prune a checkpoint statically in one shot, from file to file: the memory it takes is small.
-
-    Writes what `moeprune.save(prune(load(source), ..., one_shot=True), target)` writes. No model is
-    built, so that the factory of a model of the user's own code is not needed.
-
-    Args:
-        source: an unpruned checkpoint, or its header.
-        target: the file to write.
-        analysis: of this checkpoint; may be None where nothing calibrated is used.
-        keep: as in `prune`, like plan, signal and seed.
-        plan: of scope static alone.
-        signal: ranks the experts.
-        compensate: `none`, `renorm` or `mean`.
-        preprocessing: takes the place of the checkpoint's.
-        seed: draws the experts of the signal `random`.
-        overwrite: replace a target that exists.
-
-    Raises:
-        MoepruneError: the checkpoint is damaged or pruned already, the analysis is another one's, the
-            target cannot be written, or values are NaN or infinite.
-    """
-    header = read_header(source)
-    config, existing, details = read_description(header)
-    require_unpruned(existing)
-    plan = _full_plan(config.moe_layers, keep, plan, "static", signal, compensate, None)
-    source_fingerprint = checkpoint.fingerprint(header, config.to_json())
-    if any(layer.is_calibrated for layer in plan.values()):
-        _require_one_shot(plan)
-        if analysis is None:
-            raise _not_calibrated(plan)
-    elif not any(layer.is_ranked for layer in plan.values()):
-        analysis = None
-    require_analysis_of(config.moe_layers, source_fingerprint, analysis)
-    tensors = checkpoint.read_tensors(header)
-    entries: dict[str, Tensor | Copied] = {name: Copied(header, name) for name in header.tensors}
-    for index, (name, layer_plan) in enumerate(plan.items()):
-        moments = None if analysis is None else analysis.layers[name]
-        plan[name] = _chosen(layer_plan, moments, None, seed, index)
-        entries |= _pruned_entries(header, tensors, name, config.moe_layers[name], plan[name], moments)
-    provenance = _provenance(analysis, None, plan, Runtime())
-    provenance |= {"pruned_from": {"fingerprint": source_fingerprint}, "seed": seed}
-    assert header.metadata is not None
-    metadata = header.metadata | {
-        "plan": plan_to_json(plan),
-        "provenance": {**details.provenance, **provenance},
-    }
-    if preprocessing is not None:
-        metadata["preprocessing"] = to_json(preprocessing)
-    checkpoint.write(target, entries, metadata, overwrite)
-
-
-def _pruned_entries(
-    header: Header,
-    tensors: Mapping[str, Tensor],
-    layer: str,
-    config: LayerConfig,
-    plan: LayerPlan,
-    moments: LayerMoments | None,
-) -> dict[str, Tensor | Copied]:
-    """Return the tensors of a statically pruned layer of a file: rows of its own, or values in memory."""
-
-    def take(name: str, axis: int | None, experts: Sequence[int]) -> Tensor | Copied:
-        if axis is None:
-            return Copied(header, f"{layer}.{name}")
-        if axis == 0:
-            return Copied(header, f"{layer}.{name}", experts)
-        return tensors[f"{layer}.{name}"].index_select(axis, torch.tensor(experts))
-
-    calibrated = Calibrated(term_mean=None if moments is None else moments.term_mean)
-    pruned = prune_tensors(config, plan, take, calibrated)
-    dtype = tensors[f"{layer}.fc2_weight"].dtype
-    return {
-        f"{layer}.{name}": tensor.to(dtype) if isinstance(tensor, Tensor) else tensor
-        for name, tensor in pruned.items()
-    }
-
-
 def require_unpruned(plan: Plan) -> None:
     """Raise a MoepruneError if a checkpoint has a plan already."""
     if plan:
@@ -318,53 +227,8 @@ def needs_pass(plan: Plan, one_shot: bool) -> bool:
     return measured or any(layer.is_fitted for layer in plan.values())
 
 
-def _chosen(
-    plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, layer_index: int
-) -> LayerPlan:
-    """The plan with its static set and what is merged, where that is yet to be chosen."""
-    if plan.scope == "static" and plan.kept is None:
-        plan = plan.replace(kept=_best_experts(plan, moments, gathered, seed, layer_index))
-    if plan.merges and plan.merged_into is None:
-        assert gathered is not None
-        assert plan.kept is not None
-        power = gathered.halves[0].power + gathered.halves[1].power
-        plan = plan.replace(merged_into=nearest_kept(power, plan.kept, plan.num_experts))
-    return plan
-
-
-def _best_experts(
-    plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, layer_index: int
-) -> tuple[int, ...]:
-    """The experts that a static set keeps, ascending."""
-    n = plan.num_experts
-    if plan.signal == "random":
-        return tuple(top_k(random_scores(n, seed, layer_index), plan.k).tolist())
-    assert moments is not None
-    if plan.signal == "gram":
-        if gathered is not None:
-            gram = lost_gram(*gathered.halves, moments.term_mean, plan.compensation)
-            return best_kept(gram, n, plan.k)
-        assert isinstance(moments, LayerStatistics)
-        return moments.best_kept(plan.k, plan.compensation)
-    scores = moments.mean_mass
-    if plan.signal == "deviation":
-        scores = scores * moments.deviation
-    return tuple(top_k(scores, plan.k).tolist())
-
-
-def _score_weights(
-    plan: LayerPlan, moments: LayerMoments | None, seed: int, layer_index: int
-) -> Tensor | None:
-    """What the signal of a routed plan multiplies each expert's mass with, or takes for it (n)."""
-    if plan.scope == "static" or plan.signal == "combine":
-        return None
-    if plan.signal == "random":
-        return random_scores(plan.num_experts, seed, layer_index)
-    assert moments is not None
-    return moments.deviation
-
-
-def _require_one_shot(plan: Plan) -> None:
+def require_one_shot(plan: Plan) -> None:
+    """Raise a MoepruneError if a plan has a fitted compensation, which no analysis holds."""
     for name, layer in plan.items():
         if layer.is_fitted:
             raise MoepruneError(
@@ -373,7 +237,8 @@ def _require_one_shot(plan: Plan) -> None:
             )
 
 
-def _not_calibrated(plan: Plan) -> MoepruneError:
+def not_calibrated(plan: Plan) -> MoepruneError:
+    """Return the error of a plan that needs calibration data, and has none."""
     layer = next(layer for layer in plan.values() if layer.is_calibrated)
     return MoepruneError(
         f"scope {layer.scope} with signal {layer.signal} and compensation {layer.compensation} needs"
@@ -382,26 +247,21 @@ def _not_calibrated(plan: Plan) -> MoepruneError:
     )
 
 
-def _full_plan(
-    layers: Mapping[str, LayerConfig],
-    keep: str | float | Fraction | None,
-    plan: Plan | None,
-    scope: str,
-    signal: str,
-    compensate: str,
-    energy: float | None,
+def full_plan(
+    layers: Mapping[str, LayerConfig], keep: str | float | Fraction | None, plan: Plan | None, method: Method
 ) -> Plan:
-    """What to do with each layer, in the order of the data flow."""
-    if (keep is None) == (plan is None):
+    """Return what to do with each layer, in the order of the data flow."""
+    if (keep is None) == (plan is None) and not (plan is None and method.mass):
         raise MoepruneError("give either `keep` or a plan")
     if plan is None:
         if isinstance(keep, str):
-            keep = parse_keep(keep)
+            keep = parse_keep(keep, "keep")
         elif isinstance(keep, float):
             keep = parse_keep(str(Fraction(keep)), "keep")
-        assert keep is not None
+        elif keep is None:
+            keep = Fraction(1)  # as many as hold the mass
         experts = {name: layer.num_experts for name, layer in layers.items()}
-        plan = uniform_plan(experts, keep, scope, signal, compensate, energy=energy)
+        plan = uniform_plan(experts, keep, method)
     require_fitting_plan(plan, layers)
     return {name: plan[name] for name in layers if name in plan}
 
@@ -446,7 +306,7 @@ def _require_data_of_analysis(analysis: Analysis | None, data: Dataset | None) -
         )
 
 
-def _provenance(
+def provenance_of(
     analysis: Analysis | None, data: Dataset | None, plan: Plan, runtime: Runtime
 ) -> dict[str, Any]:
     """What the result was calibrated on, without paths that would make equal runs differ."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -21,9 +21,10 @@ from moeprune.layers.interface import LayerConfig
 from moeprune.models.architecture import ModelConfig
 from moeprune.plan import (
     LayerPlan,
+    Method,
     Plan,
     experts_to_keep,
-    is_possible,
+    impossible,
     require_fitting_plan,
     uniform_plan,
 )
@@ -46,20 +47,8 @@ class Costs:
         return self.rest + math.fsum(self.layers[name][k] for name, k in experts.items())
 
 
-def size_costs(
-    config: ModelConfig,
-    tensors: Mapping[str, TensorInfo],
-    scope: str,
-    signal: str,
-    compensation: str,
-) -> Costs:
-    """Costs in bytes.
-
-    Args:
-        config: of the unpruned model.
-        tensors: of its checkpoint.
-        scope: see moeprune.plan.LayerPlan, like signal and compensation.
-    """
+def size_costs(config: ModelConfig, tensors: Mapping[str, TensorInfo], method: Method) -> Costs:
+    """Return the costs in bytes of an unpruned model, with the tensors of its checkpoint."""
     full = float(sum(tensor.nbytes for tensor in tensors.values()))
     in_layers = 0
     layers = {}
@@ -67,43 +56,47 @@ def size_costs(
         in_layers += sum(tensors[f"{name}.{tensor}"].nbytes for tensor in layer.shapes(None))
         weight = tensors[f"{name}.fc2_weight"]
         item = weight.nbytes / weight.numel
-        layers[name] = [
-            math.inf if plan is None else _layer_bytes(layer, plan, item)
-            for plan in _plans_of(layer, scope, signal, compensation)
-        ]
+
+        def cost(plan: LayerPlan, layer: LayerConfig = layer, item: float = item) -> float:
+            return sum(
+                math.prod(shape) * (4 if tensor == "score_weights" else item)  # those are float32 always
+                for tensor, shape in layer.shapes(plan).items()
+            )
+
+        layers[name] = _costs_of(layer, method, cost)
     return Costs(full, full - in_layers, layers)
 
 
-def _layer_bytes(layer: LayerConfig, plan: LayerPlan, item: float) -> float:
-    return sum(
-        math.prod(shape) * (4 if name == "score_weights" else item)  # those are float32 in any case
-        for name, shape in layer.shapes(plan).items()
-    )
-
-
-def flops_costs(config: ModelConfig, scope: str, signal: str, compensation: str) -> Costs:
-    """Costs in FLOPs of one input; see `size_costs`."""
+def flops_costs(config: ModelConfig, method: Method) -> Costs:
+    """Return the costs in FLOPs of one input of an unpruned model."""
     full = config.flops({}).total
     layers = {}
     dense = 0
     for name, layer in config.moe_layers.items():
         tokens = config.tokens(name)
         dense += layer.flops(tokens).total
-        layers[name] = [
-            math.inf if plan is None else float(layer.flops(tokens, plan).total)
-            for plan in _plans_of(layer, scope, signal, compensation)
-        ]
+
+        def cost(plan: LayerPlan, layer: LayerConfig = layer, tokens: int = tokens) -> float:
+            return float(layer.flops(tokens, plan).total)
+
+        layers[name] = _costs_of(layer, method, cost)
     return Costs(full, full - dense, layers)
 
 
-def _plans_of(layer: LayerConfig, scope: str, signal: str, compensation: str) -> list[LayerPlan | None]:
-    """The plans of a layer that keep 0, 1, … n experts; None where there is none."""
-    n = layer.num_experts
+def _costs_of(layer: LayerConfig, method: Method, cost: Callable[[LayerPlan], float]) -> list[float]:
+    """Return what a layer costs with 0, 1, … n experts; infinite where there is no such plan."""
+    needs_experts = method.compensate in ("renorm", "merge")
+    if impossible(method.scope, method.signal, method.compensate):
+        return [math.inf] * (layer.num_experts + 1)
     return [
-        None
-        if (k == 0 and compensation in ("renorm", "merge")) or not is_possible(scope, signal, compensation)
-        else LayerPlan(scope, k, n, signal, compensation, tuple(range(k)) if scope == "static" else None)
-        for k in range(n + 1)
+        math.inf
+        if k == 0 and needs_experts
+        else cost(
+            method.replace(mass=None, energy=None).plan(
+                k, layer.num_experts, tuple(range(k)) if method.scope == "static" else None
+            )
+        )
+        for k in range(layer.num_experts + 1)
     ]
 
 
@@ -111,55 +104,45 @@ def plans_for(
     config: ModelConfig,
     tensors: Mapping[str, TensorInfo],
     analysis: Analysis | None,
+    method: Method,
     *,
     keep: Fraction | int | None = None,
-    mass: float | None = None,
     max_size: float | None = None,
     max_flops: float | None = None,
-    scope: str,
-    signal: str,
-    compensation: str,
-    energy: float | None = None,
 ) -> list[Plan]:
-    """Plans for a number of experts or a budget, one of which is given: the planned one, and for a budget
-    that is split over layers also the one that keeps the same share in each, where that is another.
+    """Return the plans for a number of experts or a budget, one of which is given.
+
+    These are the planned one and, for a budget that is split over layers, the one that keeps the same share
+    in each layer, if that is another.
 
     Args:
         config: of the unpruned model.
         tensors: of its checkpoint.
         analysis: of the model; needed for budgets with scope `static`.
-        keep: the share or number of experts in each layer.
-        mass: the share of an input's combine mass that its experts hold, with scope `input`.
+        method: budgets are met without what its energy may save.
+        keep: the share or number of experts in each layer; with a mass in the method, all by default.
         max_size: the share of the model's bytes that may remain.
-        max_flops: likewise, of its FLOPs.
-        scope: see moeprune.plan.LayerPlan, like signal, compensation and energy. Budgets are met without what
-            an energy may save.
+        max_flops: the share of its FLOPs that may remain.
 
     Raises:
         MoepruneError: the budget cannot be met, a layer cannot be pruned so, or more experts are to be kept
             than there are.
     """
-    if keep is not None or mass is not None:
-        experts = {name: layer.num_experts for name, layer in config.moe_layers.items()}
-        keep = Fraction(1) if keep is None else keep
-        plan = uniform_plan(experts, keep, scope, signal, compensation, mass, energy)
-        require_fitting_plan(plan, config.moe_layers)
+    layers = config.moe_layers
+    if keep is not None or method.mass is not None:
+        experts = {name: layer.num_experts for name, layer in layers.items()}
+        plan = uniform_plan(experts, Fraction(1) if keep is None else keep, method)
+        require_fitting_plan(plan, layers)
         return [plan]
     if max_size is not None:
-        costs, budget = size_costs(config, tensors, scope, signal, compensation), max_size
+        option, costs, budget = "--max-size", size_costs(config, tensors, method), max_size
     else:
         assert max_flops is not None
-        costs, budget = flops_costs(config, scope, signal, compensation), max_flops
-    option = "--max-flops" if max_size is None else "--max-size"
-    planned = plan_within(
-        config, costs, budget, analysis,
-        scope=scope, signal=signal, compensation=compensation, energy=energy, option=option,
-    )  # fmt: skip
-    require_fitting_plan(planned, config.moe_layers)
+        option, costs, budget = "--max-flops", flops_costs(config, method), max_flops
+    planned = plan_within(config, costs, budget, analysis, method, option)
+    require_fitting_plan(planned, layers)
     share = uniform_within(costs, budget)
-    uniform = (
-        planned if share is None else plan_of_experts(config, share, scope, signal, compensation, energy)
-    )
+    uniform = planned if share is None else plan_of_experts(config, share, method)
     return [planned] if uniform == planned else [planned, uniform]
 
 
@@ -168,82 +151,66 @@ def plan_within(
     costs: Costs,
     budget: float,
     analysis: Analysis | None,
-    *,
-    scope: str,
-    signal: str,
-    compensation: str,
-    energy: float | None = None,
+    method: Method,
     option: str,
 ) -> Plan:
-    """The plan that costs a share of the full model at most and is expected to lose least.
+    """Return the plan that costs a share of the full model at most and is expected to lose least.
 
-    With scope `static` the budget is split over the layers by what they lose, with the others each layer
-    keeps the same share of its experts. Which experts are kept is left open.
+    With scope `static` the budget is split over the layers by what they lose, otherwise each layer keeps the
+    same share of its experts. Which experts are kept is left open.
 
     Args:
         config: of the unpruned model.
         costs: of its plans.
         budget: the share.
         analysis: of the model; needed with scope `static`.
-        scope: see moeprune.plan.LayerPlan, like signal, compensation and energy.
-        option: how messages call the budget.
+        method: of all layers.
+        option: the name of the budget in messages.
 
     Raises:
         MoepruneError: even the cheapest plan costs more.
     """
-    if scope == "static":
+    is_static = method.scope == "static"
+    if is_static:
         smallest = costs.rest + math.fsum(min(layer[1:]) for layer in costs.layers.values())
     else:
         smallest = min(costs.of(experts) for experts in _uniform_choices(costs))
-    smallest /= costs.full
-    if smallest > budget:
+    if smallest / costs.full > budget:
         raise MoepruneError(
-            f"`{option} {budget:g}` is less than any plan takes with scope {scope} and compensation"
-            f" {compensation}",
-            f"the least that can be given is {math.ceil(smallest * 1e4) / 1e4:g}",
+            f"`{option} {budget:g}` is less than any plan with {method} takes",
+            f"give at least {math.ceil(smallest / costs.full * 1e4) / 1e4:g}",
         )
-    if scope == "static":
-        if analysis is None:
-            raise MoepruneError(
-                f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`"
-            )
-        available = budget * costs.full - costs.rest
-        experts = allocate(losses(analysis, compensation), costs.layers, available)
-    else:
+    if not is_static:
         uniform = uniform_within(costs, budget)
         assert uniform is not None
-        experts = uniform
-    return plan_of_experts(config, experts, scope, signal, compensation, energy)
+        return plan_of_experts(config, uniform, method)
+    if analysis is None:
+        raise MoepruneError(
+            f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`"
+        )
+    available = budget * costs.full - costs.rest
+    experts = allocate(losses(analysis, method.compensate), costs.layers, available)
+    return plan_of_experts(config, experts, method)
 
 
 def uniform_within(costs: Costs, budget: float) -> dict[str, int] | None:
-    """The experts of each layer with the largest share of them, the same in each, that costs a share of the
-    full model at most; None where there is no such share.
+    """Return the experts of each layer with the largest share of them, the same in each, that costs a share
+    of the full model at most; None if there is no such share.
     """
     affordable = [experts for experts in _uniform_choices(costs) if costs.of(experts) <= budget * costs.full]
     return affordable[-1] if affordable else None
 
 
 def _uniform_choices(costs: Costs) -> list[dict[str, int]]:
-    """The experts of each layer with the same share of them in each, from the fewest to all."""
+    """Return the experts of each layer with the same share of them in each, from the fewest to all."""
     sizes = {name: len(layer) - 1 for name, layer in costs.layers.items()}
     shares = sorted({Fraction(k, n) for n in sizes.values() for k in range(1, n + 1)})
     return [{name: experts_to_keep(share, n, name) for name, n in sizes.items()} for share in shares]
 
 
-def plan_of_experts(
-    config: ModelConfig,
-    experts: Mapping[str, int],
-    scope: str,
-    signal: str,
-    compensation: str,
-    energy: float | None = None,
-) -> Plan:
-    """The plan that keeps k experts in each layer, which the signal is yet to choose."""
-    return {
-        name: LayerPlan(scope, experts[name], layer.num_experts, signal, compensation, energy=energy)
-        for name, layer in config.moe_layers.items()
-    }
+def plan_of_experts(config: ModelConfig, experts: Mapping[str, int], method: Method) -> Plan:
+    """Return the plan that keeps k experts in each layer, for the signal to choose."""
+    return {name: method.plan(experts[name], layer.num_experts) for name, layer in config.moe_layers.items()}
 
 
 def losses(analysis: Analysis, compensation: str) -> dict[str, list[float]]:

@@ -21,12 +21,13 @@ from moeprune.models.opening import open_data_for, open_model
 from moeprune.models.spec import ModelSpec
 from moeprune.plan import SIGNALS, Plan, experts_to_keep, parse_keep, scopes_of
 from moeprune.pruning import compensation
-from moeprune.pruning.apply import needs_pass, prune_file, require_unpruned
+from moeprune.pruning.apply import needs_pass, require_unpruned
 from moeprune.pruning.budgets import plans_for
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest, SweepRequest
 from moeprune.pruning.results import Pruned, Search, Sweep
 from moeprune.pruning.search import DropLimit, prune_best, prune_within_drop
+from moeprune.pruning.streaming import prune_file
 from moeprune.pruning.sweep import (
     COMPENSATIONS_TRIED,
     KEEPS,
@@ -93,7 +94,6 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
 
 def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Plan:
     """Write the pruned checkpoint, if one is asked for; return the plan."""
-    scope, signal, compensate = request.method
     if request.plan is not None:
         plans = [read_plan(request.plan, full.config.moe_layers)]
     else:
@@ -101,14 +101,10 @@ def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Pla
             full.config,
             full.header.tensors,
             analysis,
+            request.method,
             keep=None if request.keep is None else parse_keep(request.keep),
-            mass=request.mass,
             max_size=request.max_size,
             max_flops=request.max_flops,
-            scope=scope,
-            signal=signal,
-            compensation=compensate,
-            energy=request.energy,
         )
     plan, with_pass = plans[0], needs_pass(plans[0], request.one_shot)
     if request.output is None:
@@ -145,16 +141,12 @@ def _search(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Se
     assert request.data is not None
     assert request.output is not None
     assert request.max_accuracy_drop is not None
-    scope, signal, compensate = request.method
     found = prune_within_drop(
         full.model,
         open_data_for(full.model, request.data, "calibration"),
         DropLimit(request.max_accuracy_drop, request.confidence),
         analysis=analysis,
-        scope=scope,
-        signal=signal,
-        compensate=compensate,
-        energy=request.energy,
+        method=request.method,
         seed=request.seed,
         runtime=request.runtime,
     )

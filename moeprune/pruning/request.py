@@ -14,7 +14,7 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.request import EvalRequest
 from moeprune.models.runtime import Runtime
 from moeprune.models.spec import ModelSpec
-from moeprune.plan import Compensation, LayerPlan, Scope, Signal, parse_keep
+from moeprune.plan import Compensation, Method, Scope, Signal, parse_keep
 from moeprune.records import Request, option
 
 AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
@@ -111,10 +111,10 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     runtime: Runtime = Runtime()
 
     @property
-    def method(self) -> tuple[str, str, str]:
-        """Scope, signal and compensation."""
+    def method(self) -> Method:
+        """Scope, signal and compensation, with their defaults."""
         scope = self.scope or ("static" if self.mass is None else "input")
-        return scope, self.signal or "combine", self.compensate or "none"
+        return Method(scope, self.signal or "combine", self.compensate or "none", self.mass, self.energy)
 
     def check(self) -> None:
         """Raise a MoepruneError for fields that do not go together."""
@@ -131,7 +131,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
                     raise MoepruneError(
                         f"`{name}` does not go with `plan`", "the plan says it for each layer"
                     )
-        check_method(*self.method, mass=self.mass, energy=self.energy)
+        check_method(self.method)
         if self.keep is not None:
             parse_keep(self.keep)
         if self.one_shot and self.data is not None:
@@ -200,12 +200,10 @@ class SweepRequest(EvalRequest, frozen=True, kw_only=True):
         self.keeps  # noqa: B018 (reads the text)
 
 
-def check_method(
-    scope: str, signal: str, compensate: str, mass: float | None = None, energy: float | None = None
-) -> None:
+def check_method(method: Method) -> None:
     """Raise a MoepruneError, which names options, if no layer can be pruned so."""
     try:
-        LayerPlan(scope, 1, 2, signal, compensate, mass=mass, energy=energy)
+        method.plan(1, 2)
     except MoepruneError as error:
         message = re.sub(r"\b(scope|signal|compensation)s? `(\w+)`", r"`--\1 \2`", error.message)
         message = re.sub(r"`(scope|signal|compensation|mass|energy)`", r"`--\1`", message)

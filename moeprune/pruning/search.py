@@ -37,7 +37,7 @@ from moeprune.evaluation.results import Difference, Outcomes
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Plan
+from moeprune.plan import Method, Plan
 from moeprune.pruning.apply import ALREADY_PRUNED, calibration_data, prune
 from moeprune.pruning.budgets import flops_costs, plan_of_experts, plan_within, size_costs
 from moeprune.pruning.compensation import is_affordable_refit
@@ -143,10 +143,7 @@ def prune_within_drop(
     limit: DropLimit,
     *,
     analysis: Analysis | None = None,
-    scope: str = "static",
-    signal: str = "combine",
-    compensate: str = "none",
-    energy: float | None = None,
+    method: Method = Method(),
     seed: int = 0,
     runtime: Runtime = Runtime(),
 ) -> Found:
@@ -158,7 +155,8 @@ def prune_within_drop(
         limit: on the accuracy drop on both halves.
         analysis: of the model, made from other data, which everything is calibrated on; None: the half to
             search is calibrated on.
-        scope: see moeprune.pruning.apply.prune, as for signal, compensate, energy and seed.
+        method: of all plans.
+        seed: of the signal `random`.
         runtime: where and how models run.
 
     Raises:
@@ -180,14 +178,14 @@ def prune_within_drop(
     calibration = first if analysis is None else calibration_data(model, analysis)
     analysis = analysis or analyze(model, first, runtime)
     apply = partial(prune, model, analysis, data=calibration, seed=seed, runtime=runtime)
-    plans = _ladder(model, analysis, scope, signal, compensate, energy)
+    plans = _ladder(model, analysis, method)
     search = _Search(plans, lambda plan: apply(plan=plan), limit)
     index, pruned = search.smallest(searching)
     if pruned is not None:
         found = search.confirm(index, pruned, searching, _Half(model, second, runtime))
         if found is not None:
             return found
-    raise search.failure(f"scope {scope} and compensation {compensate}", data.spec)
+    raise search.failure(str(method), data.spec)
 
 
 class _Half:
@@ -323,39 +321,28 @@ def _is_same_source(spec: str, other: str) -> bool:
     return spec == other
 
 
-def _ladder(
-    model: Model, analysis: Analysis, scope: str, signal: str, compensate: str, energy: float | None
-) -> list[Plan]:
+def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Plan]:
     """Return plans from the smallest to nearly the full model, without those whose refit is not affordable.
 
     What is kept grows, or what is dropped shrinks, by about the same factor each time.
     """
     config = model.config
-    if scope == "static":
-        costs = size_costs(config, tensor_infos(model.state_dict()), scope, signal, compensate)
+    is_static = method.scope == "static"
+    if is_static:
+        costs = size_costs(config, tensor_infos(model.state_dict()), method)
     else:
-        costs = flops_costs(config, scope, signal, compensate)
+        costs = flops_costs(config, method)
     most = max(len(layer) - 1 for layer in costs.layers.values())
     plans: list[Plan] = []
     seen: set[tuple[int, ...]] = set()
     halvings = [2 ** (-step / STEPS_OF_TWO) for step in range(1, STEPS_OF_TWO * most.bit_length() + 1)]
     for share in sorted({*halvings, *(1 - part for part in halvings)}):
         experts = {name: max(1, round(share * (len(layer) - 1))) for name, layer in costs.layers.items()}
-        if scope == "static":
+        if is_static:
             budget = costs.of(experts) / costs.full
-            plan = plan_within(
-                config,
-                costs,
-                budget,
-                analysis,
-                scope=scope,
-                signal=signal,
-                compensation=compensate,
-                energy=energy,
-                option="keep",
-            )
+            plan = plan_within(config, costs, budget, analysis, method, "keep")
         else:
-            plan = plan_of_experts(config, experts, scope, signal, compensate, energy)
+            plan = plan_of_experts(config, experts, method)
         key = tuple(layer.k for layer in plan.values())
         is_affordable = all(
             is_affordable_refit(config.moe_layers[name], layer) for name, layer in plan.items()

@@ -17,7 +17,7 @@ from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.results import Latency, ModelFigures
 from moeprune.models.model import Model, require_moe_layers
 from moeprune.models.runtime import Runtime
-from moeprune.plan import COMPENSATIONS, experts_to_keep, is_possible, uniform_plan
+from moeprune.plan import COMPENSATIONS, Method, experts_to_keep, is_possible, uniform_plan
 from moeprune.pruning.apply import calibration_data, prune
 from moeprune.pruning.compensation import is_affordable_refit
 from moeprune.pruning.results import OnFrontier, SweepRow
@@ -94,7 +94,8 @@ def without_large_refits(variants: Iterable[Variant], model: Model) -> tuple[lis
     for variant in variants:
         layers = model.config.moe_layers
         experts = {name: layer.num_experts for name, layer in layers.items()}
-        plan = uniform_plan(experts, variant.keep, variant.scope, variant.signal, variant.compensate)
+        method = Method(variant.scope, variant.signal, variant.compensate)
+        plan = uniform_plan(experts, variant.keep, method, "--sweep")
         split[not all(is_affordable_refit(layers[name], plan[name]) for name in plan)].append(variant)
     return split
 

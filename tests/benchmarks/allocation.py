@@ -17,7 +17,7 @@ from common import RUNTIME, SEEDS, accuracy, calibration, shipped, test_set, wit
 import moeprune
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.models.vit import SoftMoEViT
-from moeprune.plan import uniform_plan
+from moeprune.plan import Method, uniform_plan
 from moeprune.pruning.budgets import plan_within, size_costs
 from moeprune.pruning.search import prune_best
 
@@ -35,17 +35,15 @@ def compare(model: SoftMoEViT) -> None:
     experts = {name: layer.num_experts for name, layer in model.config.moe_layers.items()}
     infos = tensor_infos(model.state_dict())
     for compensation in COMPENSATIONS:
-        costs = size_costs(model.config, infos, "static", "gram", compensation)
+        method = Method("static", "gram", compensation)
+        costs = size_costs(model.config, infos, method)
         cells = []
         for share in SHARES:
-            uniform = uniform_plan(experts, Fraction(share), "static", "gram", compensation)
+            uniform = uniform_plan(experts, Fraction(share), method)
             budget = costs.of({name: layer.k for name, layer in uniform.items()}) / costs.full
             results: dict[str, list[float]] = {"uniform": [], "planned": []}
             for data, analysis in zip(draws, analyses, strict=True):
-                planned = plan_within(
-                    model.config, costs, budget, analysis,
-                    scope="static", signal="gram", compensation=compensation, option="budget",
-                )  # fmt: skip
+                planned = plan_within(model.config, costs, budget, analysis, method, "budget")
                 for which, plans in (("uniform", [uniform]), ("planned", [planned, uniform])):
                     pruned = prune_best(model, plans, analysis, data=data, runtime=RUNTIME)
                     results[which].append(accuracy(pruned, test) / full)

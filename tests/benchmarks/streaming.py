@@ -26,7 +26,7 @@ import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
-from moeprune.pruning.apply import prune_file
+from moeprune.pruning.streaming import prune_file
 
 REPETITIONS = 5
 KEEPS = ("1/8", "1/2", "1/1")

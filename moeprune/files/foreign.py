@@ -1,0 +1,326 @@
+"""Checkpoints that other programs wrote, read as a plain dict of tensors.
+
+The content of a file says what it is, not its suffix, and no code in it is ever run.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import logging
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from moeprune.errors import MoepruneError
+from moeprune.files import checkpoint
+from moeprune.files.header import FLOATS, MAX_LENGTH, cannot_read, is_safetensors, read_header, require_file
+
+logger = logging.getLogger(__name__)
+
+INDEX_SUFFIX = ".safetensors.index.json"
+STATE_DICT_KEYS = (
+    "state_dict", "model", "model_state_dict", "model_ema", "ema", "state_dict_ema", "module", "net",
+    "network",
+)  # fmt: skip
+"""Where training checkpoints keep their weights, one or two levels deep."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DistributedDataParallel, torch.compile and Lightning put before every name."""
+
+PLAIN_TYPES = {
+    *FLOATS, "torch.bool", "torch.int8", "torch.int16", "torch.int32", "torch.int64",
+    "torch.uint8", "torch.uint16", "torch.uint32", "torch.uint64",
+}  # fmt: skip
+SAFE_WAY = (
+    "moeprune runs no code from a file. If you trust the file, load it with"
+    " `found = torch.load(FILE, map_location='cpu', weights_only=False)` and save the tensors alone:"
+    " `torch.save(found['state_dict'], NEW)`, or whichever entry holds them, or, if it is a whole model,"
+    " `torch.save(found.state_dict(), NEW)`"
+)
+WRITE_AGAIN = "a file cut off by a full disk or a broken transfer must be written again"
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """The tensors of a foreign checkpoint by name, in the order of the file, and the files that were read.
+
+    The tensors are on the CPU, detached, and of the file's own types. They are memory-mapped, unless the file
+    has torch's legacy format, and may be views that are not contiguous and share memory. Prefixes that
+    wrappers put before all names, such as `module.`, are removed.
+    """
+
+    tensors: dict[str, Tensor]
+    files: tuple[Path, ...]
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the bytes of all files, one after the other.
+
+        Raises:
+            MoepruneError: a file cannot be read any more.
+        """
+        digest = hashlib.sha256()
+        for path in self.files:
+            try:
+                with path.open("rb") as file:
+                    while block := file.read(checkpoint.BLOCK):
+                        digest.update(block)
+            except OSError as error:
+                raise cannot_read(path, error) from None
+        return digest.hexdigest()
+
+
+def read_state_dict(path: str | Path, key: str | None = None) -> StateDict:
+    """Read the tensors of a checkpoint that any program wrote.
+
+    Reads `.safetensors` files; sharded ones, given by their index or by the folder that holds it; and what
+    `torch.save` wrote: state dicts, and training checkpoints with one among other things.
+
+    Args:
+        path: a file, or a folder with one `*.safetensors.index.json`.
+        key: which entry of a training checkpoint to take, such as `model_ema` or `model.state_dict`. Needed
+            where several entries hold tensors.
+
+    Raises:
+        MoepruneError: there is no such file; it is empty, truncated, damaged, or of another kind; it needs
+            code to be loaded; no entry or several entries hold tensors; an entry is not a dense tensor of
+            floats, integers or bool; shards and index contradict each other.
+    """
+    path = Path(path)
+    is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where a name is too long)
+    file = _index_in(path) if is_folder else path
+    require_file(file, "a checkpoint")
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(64)
+    except OSError as error:
+        raise cannot_read(file, error) from None
+    entries: Mapping[Any, Any]
+    files: tuple[Path, ...] = (file,)
+    is_index = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
+    if not is_safetensors(file) and not is_index:
+        entries = _find_state_dict(_load(file, start), key, file)
+    elif key is not None:
+        raise MoepruneError(f"`{path}` has no key `{key}`: safetensors files hold no entries", "omit the key")
+    elif is_index:
+        entries, files = _read_shards(file)
+    else:
+        entries = checkpoint.read_tensors(read_header(file))
+    tensors = _plain_tensors(entries, path, sum(part.stat().st_size for part in files))
+    prefix = _common_prefix(tensors)
+    return StateDict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, files)
+
+
+# Torch files
+
+
+def _load(path: Path, start: bytes) -> Any:
+    """Return what a torch file holds, loaded without running any code from it."""
+    is_zip = start.startswith(b"PK\3\4")
+    try:
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                records = [record for record in archive.infolist() if "/code/" not in record.filename]
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                # The weights cannot be mapped, and a few bytes could grow to fill the memory.
+                raise RuntimeError("it was compressed after `torch.save`, which does not compress")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old formats
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise _refusal(path, start, error) from None
+
+
+def _refusal(path: Path, start: bytes, error: Exception) -> MoepruneError:
+    """Return the error of a file that `torch.load` refused, by the reason that it gave."""
+    cause = (isinstance(error, pickle.UnpicklingError) and error.__context__) or error
+    if match := re.search(r"GLOBAL (\S+)", str(cause)):
+        return MoepruneError(
+            f"`{path}` cannot be loaded without running code: it contains `{match[1]}`",
+            "training checkpoints look like this if they hold objects such as `args`, `config` or numpy"
+            f" numbers beside the weights, or a whole model instead of its state dict. {SAFE_WAY}",
+        )
+    if "TorchScript archives" in str(cause):
+        return MoepruneError(
+            f"`{path}` is a TorchScript archive (`torch.jit.save`): a program, not only tensors",
+            "if you trust it, save the tensors alone:"
+            " `torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW)`",
+        )
+    if start.startswith(b"version https://git-lfs"):
+        return MoepruneError(f"`{path}` is a pointer of Git LFS, not the file itself", "run `git lfs pull`")
+    reason = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0][:200]
+    if start.startswith(b"PK") and not isinstance(error, pickle.UnpicklingError):
+        return MoepruneError(f"`{path}` is a zip file that torch cannot load ({reason})", WRITE_AGAIN)
+    if start.startswith((b"PK", b"\x80")) or "tar format" in str(cause):
+        return MoepruneError(
+            f"`{path}` is damaged, or cannot be loaded without running code ({reason})", SAFE_WAY
+        )
+    return MoepruneError(
+        f"`{path}` is not a checkpoint, or a truncated one: it starts with {start[:16]!r}, as no safetensors"
+        " file, index or torch file does",
+        WRITE_AGAIN,
+    )
+
+
+# The state dict in a training checkpoint
+
+
+def _find_state_dict(loaded: Any, key: str | None, path: Path) -> dict[Any, Any]:
+    """Return the one dict that holds tensors."""
+    found = dict(_state_dicts(loaded))
+    start = key or ""
+    inside = [name for name in found if name == start or _is_within(name, start)]
+    known = [name for name in inside if {*name.removeprefix(start).split(".")} <= {"", *STATE_DICT_KEYS}]
+    known = [name for name in known if not any(_is_within(other, name) for other in known)]
+    if len(known) == 1:
+        return found[known[0]]
+    if known:
+        raise MoepruneError(
+            f"`{path}` holds several state dicts: {_quoted(known)}",
+            f"choose one, for example with `--key {known[-1]}`",
+        )
+    raise MoepruneError(
+        f"`{path}` ({type(loaded).__name__}) holds no state dict{f' under `{key}`' if key else ''}: expected"
+        f" tensors by name, at the top or under {_quoted(STATE_DICT_KEYS)}",
+        f"choose one with `--key`: {_quoted(found)}" if any(found) else "save `model.state_dict()`",
+    )
+
+
+def _is_within(name: str, outer: str) -> bool:
+    return name != outer and (not outer or name.startswith(f"{outer}."))
+
+
+def _state_dicts(value: Any, key: str = "", depth: int = 3) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Yield the dicts that hold tensors, with the names that lead to them."""
+    # An OrderedDict from a file may carry its own attribute `items`.
+    entries = dict(dict.items(value)) if isinstance(value, dict) else {}
+    if any(isinstance(entry, Tensor) for entry in entries.values()):
+        yield key, entries
+    for name, entry in entries.items() if depth else ():
+        if isinstance(name, str):
+            yield from _state_dicts(entry, f"{key}.{name}" if key else name, depth - 1)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+# Tensors
+
+
+def _plain_tensors(entries: Mapping[Any, Any], path: Path, file_size: int) -> dict[str, Tensor]:
+    """Return the tensors detached, or raise a MoepruneError that names all entries that are not plain."""
+    odd = [f"`{name}` {flaw}" for name, entry in entries.items() if (flaw := _flaw(name, entry, file_size))]
+    if odd:
+        raise MoepruneError(
+            f"`{path}` has entries that are not plain tensors: {', '.join(sorted(odd))}",
+            "save `model.state_dict()` in floats of 16 bits or more, with nothing beside the tensors",
+        )
+    if not entries:
+        raise MoepruneError(f"`{path}` holds no tensors")
+    return {name: Tensor.detach(tensor) for name, tensor in entries.items()}
+
+
+def _flaw(name: Any, entry: Any, file_size: int) -> str | None:
+    """Return why an entry is not a dense tensor on the CPU of a plain type, or None."""
+    if not isinstance(name, str):
+        return f"has a name of type {type(name).__name__}"
+    if type(entry) not in (Tensor, torch.nn.Parameter):
+        return f"is of type {type(entry).__name__}"
+    if entry.device.type != "cpu":
+        return f"has no values (device {entry.device.type})"
+    if entry.layout != torch.strided:
+        return f"is sparse ({entry.layout})"
+    if entry.is_nested:
+        return "is a nested tensor"
+    if str(entry.dtype) not in PLAIN_TYPES:
+        return f"has the type {entry.dtype}"
+    if entry.numel() * entry.element_size() > file_size:
+        return f"has the shape {list(entry.shape)}, larger than the whole file"
+    return None
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """Return what wrappers, in any nesting, put in front of all names."""
+    names, found = list(names), ""
+    while prefix := next((p for p in PREFIXES if all(n.startswith(found + p) for n in names)), None):
+        found += prefix
+    return "" if found in names else found
+
+
+# Shards
+
+
+class _Index(msgspec.Struct):
+    """The shard of each tensor, and the bytes of all tensors, if the index says so."""
+
+    weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+    metadata: dict[str, Any] | None = None
+
+
+def _index_in(folder: Path) -> Path:
+    """Return the one index in a folder."""
+    try:
+        found = sorted(file.name for file in folder.iterdir() if file.name.endswith(INDEX_SUFFIX))
+    except OSError as error:
+        raise cannot_read(folder, error) from None
+    if len(found) == 1:
+        return folder / found[0]
+    if found:
+        raise MoepruneError(f"`{folder}` has several indexes: {_quoted(found)}", "give one of them")
+    raise MoepruneError(f"`{folder}` is a folder without an index `*{INDEX_SUFFIX}`", "give one of its files")
+
+
+def _read_shards(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
+    """Return the tensors of all shards of an index, in its order, and the files."""
+    try:
+        if path.stat().st_size > MAX_LENGTH:
+            raise ValueError(f"longer than {MAX_LENGTH} bytes")
+        index = msgspec.json.decode(path.read_text(encoding="utf-8-sig"), type=_Index)
+    except (msgspec.MsgspecError, ValueError, RecursionError, OSError) as error:
+        raise MoepruneError(
+            f"`{path}` is not an index, with the shard of each tensor under `weight_map` ({error})",
+            f"give the `*{INDEX_SUFFIX}`, a safetensors file or a torch file",
+        ) from None
+    names = sorted(set(index.weight_map.values()))
+    if outside := [name for name in names if not _is_file_name(name)]:
+        raise MoepruneError(
+            f"`{path}` names shards that are not beside it: {_quoted(outside)}",
+            "put all shards into the folder of the index, and name them without a folder",
+        )
+    shards = {name: path.parent / name for name in names}
+    if missing := [name for name, shard in shards.items() if not os.path.exists(shard)]:  # noqa: PTH110
+        raise MoepruneError(f"`{path}` names shards that are missing: {_quoted(missing)}", "fetch them, too")
+    headers = {name: read_header(shard) for name, shard in shards.items()}
+    expected = set(index.weight_map.items())
+    found = {(name, shard) for shard, header in headers.items() for name in header.tensors}
+    if problems := [
+        *(f"missing `{name}` in `{shard}`" for name, shard in sorted(expected - found)),
+        *(f"unexpected `{name}` in `{shard}`" for name, shard in sorted(found - expected)),
+    ]:
+        raise MoepruneError(
+            f"`{path}` does not fit its shards: {'; '.join(problems)}",
+            "index and shards are of different models or damaged; fetch or write them again, together",
+        )
+    size = sum(tensor.nbytes for header in headers.values() for tensor in header.tensors.values())
+    total_size = (index.metadata or {}).get("total_size", size)
+    if total_size != size:
+        logger.warning(f"`{path}`: `total_size` is {total_size!r}, but the tensors have {size} bytes")
+    tensors = {name: checkpoint.read_tensors(header) for name, header in headers.items()}
+    return {name: tensors[shard][name] for name, shard in index.weight_map.items()}, (path, *shards.values())
+
+
+def _is_file_name(text: str) -> bool:
+    """Return whether a text names a file without a folder, on any system."""
+    same = PurePosixPath(text).name == PureWindowsPath(text).name == text
+    return same and text not in {"", ".."} and text.isprintable()

@@ -1,0 +1,124 @@
+"""Static pruning in one shot, from file to file: no model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moeprune.calibration.analysis import Analysis, require_analysis_of
+from moeprune.calibration.statistics import LayerMoments
+from moeprune.data.preprocessing import Preprocessing
+from moeprune.files import checkpoint
+from moeprune.files.checkpoint import Copied
+from moeprune.files.header import Header, read_header
+from moeprune.layers.interface import LayerConfig
+from moeprune.layers.surgery import Calibrated, prune_tensors
+from moeprune.models.description import read_description
+from moeprune.models.runtime import Runtime
+from moeprune.plan import LayerPlan, Method, Plan, plan_to_json
+from moeprune.pruning.apply import (
+    MethodWords,
+    full_plan,
+    not_calibrated,
+    provenance_of,
+    require_one_shot,
+    require_unpruned,
+)
+from moeprune.pruning.choice import choose_experts
+from moeprune.records import to_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def prune_file(
+    source: str | Path | Header,
+    target: str | Path,
+    analysis: Analysis | None = None,
+    *,
+    keep: str | float | Fraction | None = None,
+    plan: Plan | None = None,
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+    overwrite: bool = True,
+    **method: Unpack[MethodWords],
+) -> None:
+    """Prune a checkpoint statically in one shot, from file to file: the memory it takes is small.
+
+    Writes what `moeprune.save(prune(load(source), ..., one_shot=True), target)` writes. No model is
+    built, so that the factory of a model of the user's own code is not needed.
+
+    Args:
+        source: an unpruned checkpoint, or its header.
+        target: the file to write.
+        analysis: of this checkpoint; may be None where nothing calibrated is used.
+        keep: the share or number of experts to keep in each layer.
+        plan: in place of keep and method, of scope static only.
+        preprocessing: in place of the checkpoint's.
+        seed: of the signal `random`.
+        overwrite: replace a target that exists.
+        method: `signal` and `compensate`, of `none`, `renorm` and `mean`.
+
+    Raises:
+        MoepruneError: the checkpoint is damaged or pruned already, the analysis is another one's, the
+            target cannot be written, or values are NaN or infinite.
+    """
+    header = read_header(source)
+    config, existing, details = read_description(header)
+    require_unpruned(existing)
+    plan = full_plan(config.moe_layers, keep, plan, Method(**method))
+    source_fingerprint = checkpoint.fingerprint(header, config.to_json())
+    if any(layer.is_calibrated for layer in plan.values()):
+        require_one_shot(plan)
+        if analysis is None:
+            raise not_calibrated(plan)
+    elif not any(layer.is_ranked for layer in plan.values()):
+        analysis = None
+    require_analysis_of(config.moe_layers, source_fingerprint, analysis)
+    tensors = checkpoint.read_tensors(header)
+    entries: dict[str, Tensor | Copied] = {name: Copied(header, name) for name in header.tensors}
+    for index, (name, layer_plan) in enumerate(plan.items()):
+        moments = None if analysis is None else analysis.layers[name]
+        plan[name] = choose_experts(layer_plan, moments, None, seed, index)
+        entries |= _pruned_entries(header, tensors, name, config.moe_layers[name], plan[name], moments)
+    provenance = provenance_of(analysis, None, plan, Runtime())
+    provenance |= {"pruned_from": {"fingerprint": source_fingerprint}, "seed": seed}
+    assert header.metadata is not None
+    metadata = header.metadata | {
+        "plan": plan_to_json(plan),
+        "provenance": {**details.provenance, **provenance},
+    }
+    if preprocessing is not None:
+        metadata["preprocessing"] = to_json(preprocessing)
+    checkpoint.write(target, entries, metadata, overwrite)
+
+
+def _pruned_entries(
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    layer: str,
+    config: LayerConfig,
+    plan: LayerPlan,
+    moments: LayerMoments | None,
+) -> dict[str, Tensor | Copied]:
+    """Return the tensors of a statically pruned layer of a file: rows of its own, or values in memory."""
+
+    def take(name: str, axis: int | None, experts: Sequence[int]) -> Tensor | Copied:
+        if axis is None:
+            return Copied(header, f"{layer}.{name}")
+        if axis == 0:
+            return Copied(header, f"{layer}.{name}", experts)
+        return tensors[f"{layer}.{name}"].index_select(axis, torch.tensor(experts))
+
+    calibrated = Calibrated(term_mean=None if moments is None else moments.term_mean)
+    pruned = prune_tensors(config, plan, take, calibrated)
+    dtype = tensors[f"{layer}.fc2_weight"].dtype
+    return {
+        f"{layer}.{name}": tensor.to(dtype) if isinstance(tensor, Tensor) else tensor
+        for name, tensor in pruned.items()
+    }
