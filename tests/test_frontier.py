@@ -15,7 +15,7 @@ from moeprune.evaluation.latency import summarize_latency
 from moeprune.evaluation.results import Latency
 from moeprune.plan import SCOPES
 from moeprune.pruning.sweep import KEEPS, METHODS, methods, on_frontier
-from moeprune.report.plot import check_plot, plot_frontier
+from moeprune.report.trade_off import check_plot, plot_trade_off
 from tests.results import row
 
 
@@ -54,7 +54,7 @@ def rows():
 def test_equal_rows_give_equal_plots(rows, tmp_path):
     for suffix in ("png", "svg"):
         for name in ("a", "b"):
-            plot_frontier(rows, "a model on data", tmp_path / f"{name}.{suffix}")
+            plot_trade_off(rows, "a model on data", tmp_path / f"{name}.{suffix}")
         first, second = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("a", "b"))
         assert first == second
         assert first.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
@@ -63,9 +63,9 @@ def test_equal_rows_give_equal_plots(rows, tmp_path):
 
 
 def test_a_speedup_has_a_panel_of_its_own(rows, tmp_path):
-    plot_frontier(rows, "t", tmp_path / "two.svg")
+    plot_trade_off(rows, "t", tmp_path / "two.svg")
     latency = Latency(threads=1, batches=[summarize_latency(1, [2.0, 2.0], [3.0, 3.0])])
-    plot_frontier([replace(row, latency=latency) for row in rows], "t", tmp_path / "three.svg")
+    plot_trade_off([replace(row, latency=latency) for row in rows], "t", tmp_path / "three.svg")
     widths = [
         float(ElementTree.parse(tmp_path / f"{name}.svg").getroot().get("width").removesuffix("pt"))
         for name in ("two", "three")
@@ -74,12 +74,12 @@ def test_a_speedup_has_a_panel_of_its_own(rows, tmp_path):
 
 
 def test_plots_that_cannot_be_drawn(tmp_path, monkeypatch):
-    with pytest.raises(MoepruneError, match=r"is no kind of plot"):
+    with pytest.raises(MoepruneError, match=r"is not a plot"):
         check_plot(tmp_path / "plot.pdf")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MoepruneError, match="plots need matplotlib") as caught:
         check_plot(tmp_path / "plot.png")
-    assert "extra `report`" in caught.value.hint
+    assert "moeprune[report]" in caught.value.hint
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp
     ("words", "message"),
     [
         (("--plot", "f.png"), "`--sweep` and `--plot` need `--analysis`"),
-        (("--plot", "f.pdf", "--analysis", "ANALYSIS"), "is no kind of plot"),
+        (("--plot", "f.pdf", "--analysis", "ANALYSIS"), "is not a plot"),
         (("--plot", "f.png", "--analysis", "ANALYSIS", "--min-accuracy", 1), "`--min-accuracy` does not go"),
         (("--plot", "f.png", "--analysis", "ANALYSIS", "--output-file", "f.png"), "are both"),
         (("--sweep", "1/8", "--analysis", "ANALYSIS", "--latency-batch", 1), "`--latency-batch` goes with"),

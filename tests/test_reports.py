@@ -20,8 +20,8 @@ from torch import nn
 import moeprune
 from moeprune.evaluation.gates import judge as judge_gates
 from moeprune.report.annotations import annotation, to_annotations
-from moeprune.report.commands import gate_in_words, gates
 from moeprune.report.document import Document, Facts, Lines, Table
+from moeprune.report.gates import gate_in_words, gate_table
 from moeprune.report.junit import to_junit
 from moeprune.report.markdown import to_markdown
 from moeprune.report.text import to_text
@@ -339,7 +339,7 @@ def test_bounds_of_gates_are_told_in_words():
         words,
     )
     assert gate_in_words(exact) == "min_size_reduction is 0.5, at the limit of 0.5"
-    document = Document("t", [], gates([undecided, exact]), False)
+    document = Document("t", [], gate_table([undecided, exact]), False)
     assert "FAILED: 100 samples cannot show it" in to_text(document)
     [[header, first, second]] = tables_of(to_markdown(document))
     assert header == ["gate", "limit", "value", "bound at 95 %", ""]

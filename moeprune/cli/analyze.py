@@ -15,12 +15,11 @@ def analyze(reporter: Reporter, request: AnalyzeRequest, report: Report = None) 
     reporter.check_outputs(output=request.output, report=report)
     from moeprune.calibration.checkpoint import analyze_checkpoint
     from moeprune.evaluation.evaluate import environment
-    from moeprune.report import commands as reports
     from moeprune.report import page
 
     found, model, analysis = analyze_checkpoint(request)
     background = page.Background(
         provenance=model.details.provenance, analysis=analysis, environment=environment(request.runtime)
     )
-    reporter.emit_page(report, lambda: page.analysis(found, background))
-    reporter.emit(found, reports.analysis)
+    reporter.emit_page(report, lambda: page.page_of(found, background))
+    reporter.emit(found)

@@ -41,7 +41,6 @@ def convert(reporter: Reporter, request: ConvertRequest) -> None:
     arguments = {key: text.strip('"').replace("null", "none") for key, text in texts.items()}
     from moeprune.models import adoption, conversion
     from moeprune.models.results import Conversion
-    from moeprune.report import commands as report
 
     converted: adoption.Adopted | conversion.Converted
     if to != "moeprune" and adoption.is_own_model(checkpoint):
@@ -78,4 +77,4 @@ def convert(reporter: Reporter, request: ConvertRequest) -> None:
         **converted.to_json(),
         model=converted.model.cost(),
     )
-    reporter.emit(found, report.conversion)
+    reporter.emit(found)

@@ -41,8 +41,7 @@ def demo(
         )
     from moeprune.demo.run import run_demo
     from moeprune.models.runtime import Runtime
-    from moeprune.report import commands as reports
 
     runtime = Runtime(device, batch_size=256, progress=reporter.progress)
     runtime.require_device()
-    reporter.emit(run_demo(output, train, seed, runtime), reports.demo)
+    reporter.emit(run_demo(output, train, seed, runtime))

@@ -19,29 +19,27 @@ def eval(reporter: Reporter, request: SweepRequest, report: Report = None) -> in
     if request.is_sweep:
         return _sweep(reporter, request, report)
     from moeprune.evaluation.checkpoint import evaluate_checkpoint
-    from moeprune.report import commands as reports
     from moeprune.report import page
 
     found, model, analysis = evaluate_checkpoint(request)
     background = page.Background(model.plan, model.details.provenance, analysis, found.environment)
-    reporter.emit_page(report, lambda: page.evaluation(found, background))
-    reporter.emit(found, reports.evaluation)
+    reporter.emit_page(report, lambda: page.page_of(found, background))
+    reporter.emit(found)
     return 0 if found.passed else 1
 
 
 def _sweep(reporter: Reporter, request: SweepRequest, report: Path | None) -> int:
     from moeprune.pruning.checkpoint import sweep_checkpoint
-    from moeprune.report import commands as reports
     from moeprune.report import page
-    from moeprune.report.plot import check_plot, plot_frontier
+    from moeprune.report.trade_off import check_plot, plot_trade_off
 
     if request.plot is not None:
         check_plot(request.plot)
     found, model, analysis = sweep_checkpoint(request)
     if request.plot is not None:
         title = f"{request.checkpoint.path.name} on {found.data.spec} ({found.data.samples} samples)"
-        plot_frontier(found.rows, title, request.plot, reporter.force)
+        plot_trade_off(found.rows, title, request.plot, reporter.force)
     background = page.Background({}, model.details.provenance, analysis, found.environment)
-    reporter.emit_page(report, lambda: page.sweep(found, background))
-    reporter.emit(found, reports.sweep)
+    reporter.emit_page(report, lambda: page.page_of(found, background))
+    reporter.emit(found)
     return 0

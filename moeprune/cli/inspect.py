@@ -24,7 +24,6 @@ def inspect(
     from moeprune.models.description import read_description
     from moeprune.models.results import InspectedLayer, Inspection
     from moeprune.records import to_json
-    from moeprune.report import commands as report
 
     header = read_header(checkpoint)
     config, plan, details = read_description(header)
@@ -47,4 +46,4 @@ def inspect(
         provenance=details.provenance,
         **asdict(size_and_cost(config, plan, header.tensors)),
     )
-    reporter.emit(found, report.inspection)
+    reporter.emit(found)

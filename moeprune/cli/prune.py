@@ -13,6 +13,5 @@ def prune(reporter: Reporter, request: PruneRequest) -> None:
     """
     reporter.check_outputs(output=request.output, save_plan=request.save_plan)
     from moeprune.pruning.checkpoint import prune_checkpoint
-    from moeprune.report import commands as reports
 
-    reporter.emit(prune_checkpoint(request), reports.pruning)
+    reporter.emit(prune_checkpoint(request))

@@ -12,22 +12,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from moeprune.errors import MoepruneError
 from moeprune.files.writing import check_output, write_text
+from moeprune.records import Report
 from moeprune.records import to_text as to_json_text
 
 if TYPE_CHECKING:
-    from moeprune.report.document import Document
+    from moeprune.report.document import Page
 
 FORMATS = ("text", "json", "markdown", "github", "junit")
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """The variable that names the file whose Markdown GitHub shows on the page of a run."""
 
-T = TypeVar("T")
 logger = logging.getLogger("moeprune")
 
 
@@ -126,46 +126,45 @@ class Reporter:
             if options.setdefault(os.path.realpath(path), option) != option:
                 raise MoepruneError(f"`{option}` and another output are both `{path}`", "give another path")
 
-    def emit(self, found: T, describe: Callable[[T], Document]) -> None:
-        """Write the report to its file or to stdout, and append it to the summary.
-
-        Args:
-            found: the command's result.
-            describe: makes a document of them.
-        """
-        self.write(self._render(found, describe))
+    def emit(self, result: Report) -> None:
+        """Write the report of a result to its file or to stdout, and append it to the summary."""
+        self.write(self._render(result))
         if self.summary:
+            from moeprune.report.documents import document_of
             from moeprune.report.markdown import to_markdown
 
-            _append_to_summary(f"\n{to_markdown(describe(found))}")
+            _append_to_summary(f"\n{to_markdown(document_of(result))}")
 
-    def emit_page(self, path: Path | None, make: Callable[[], Document]) -> None:
+    def emit_page(self, path: Path | None, make: Callable[[], Page]) -> None:
         """Write a page with figures, if there is a path for it."""
         if path is not None:
             from moeprune.report.html import to_html
 
             write_text(path, to_html(make()), self.force)
 
-    def _render(self, found: T, describe: Callable[[T], Document]) -> str:
+    def _render(self, result: Report) -> str:
         if self.output_format == "json":
-            return to_json_text(found)
-        command, gates = f"moeprune {self.command}", getattr(found, "gates", ())
+            return to_json_text(result)
+        from moeprune.report.documents import document_of
+
+        document = document_of(result)
+        command, gates = f"moeprune {self.command}", getattr(result, "gates", ())
         if self.output_format == "markdown":
             from moeprune.report.markdown import to_markdown
 
-            return to_markdown(describe(found))
+            return to_markdown(document)
         if self.output_format == "github":
             from moeprune.report.annotations import to_annotations
 
-            return to_annotations(command, describe(found), gates, self.warnings)
+            return to_annotations(command, document, gates, self.warnings)
         if self.output_format == "junit":
             from moeprune.report.junit import to_junit
 
-            return to_junit(command, describe(found), gates, self.warnings)
+            return to_junit(command, document, gates, self.warnings)
         from moeprune.report.text import to_text
 
         on_terminal = self.output_file is None and self.stdout is not None and self.stdout.isatty()
-        return to_text(describe(found), shutil.get_terminal_size().columns if on_terminal else None)
+        return to_text(document, shutil.get_terminal_size().columns if on_terminal else None)
 
     def emit_error(self, error: MoepruneError) -> None:
         """Write an error where CI servers look for it: an annotation on stdout, or a test case of JUnit."""

@@ -92,6 +92,21 @@ class SweepRow(Result, frozen=True):
     latency: Latency | None
     on_frontier: OnFrontier | None
 
+    @property
+    def size(self) -> float:
+        """The remaining share of the full model's bytes."""
+        return 1 - self.difference.size_reduction
+
+    @property
+    def flops(self) -> float:
+        """The remaining share of the full model's FLOPs."""
+        return 1 - self.difference.flops_reduction
+
+    @property
+    def speedup(self) -> float:
+        """The speed-up at the first batch size; 1 for the full model."""
+        return (self.latency and self.latency.batches[0].speedup) or 1.0
+
 
 class Sweep(Report, frozen=True):
     """Many ways to prune one model; the first row is the full model. plot: the file drawn, or None."""

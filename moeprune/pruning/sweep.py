@@ -185,18 +185,13 @@ def _row(
     )
 
 
-def cost(row: SweepRow, which: str) -> float:
-    """Return a row's `size` or `flops` as a share of the full model's."""
-    return 1.0 - float(getattr(row.difference, f"{which}_reduction"))
-
-
 def on_frontier(rows: Iterable[SweepRow]) -> list[OnFrontier]:
     """Return for each row whether no other is as accurate at less cost, or more accurate at no more."""
     rows = list(rows)
 
     def is_best(row: SweepRow, which: str) -> bool:
-        own = (cost(row, which), -row.accuracy)
-        others = ((cost(other, which), -other.accuracy) for other in rows)
+        own = (getattr(row, which), -row.accuracy)
+        others = ((getattr(other, which), -other.accuracy) for other in rows)
         return not any(o != own and o[0] <= own[0] and o[1] <= own[1] for o in others)
 
     return [OnFrontier(**{which: is_best(row, which) for which in COSTS}) for row in rows]

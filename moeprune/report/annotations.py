@@ -1,24 +1,24 @@
-"""A report as workflow commands of GitHub Actions, which become annotations of a run."""
+"""A document as workflow commands of GitHub Actions, which become annotations of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from moeprune.evaluation.results import GateResult
-from moeprune.report.commands import gate_in_words
 from moeprune.report.document import Document, Facts, Lines, Table
+from moeprune.report.gates import gate_in_words
 
 
 def to_annotations(
     command: str, document: Document, gates: Sequence[GateResult], warnings: Iterable[str]
 ) -> str:
-    """An error for each failed gate, a warning for each warning, a notice for what passed or was found.
+    """Return an error for each failed gate, a warning for each warning, and a notice for the rest.
 
     Args:
-        command: what ran, such as `moeprune eval`.
+        command: such as `moeprune eval`.
         document: its report.
-        gates: what moeprune.evaluation.gates.judge returns; empty where nothing was judged.
-        warnings: what it warned of.
+        gates: their results; empty if nothing was judged.
+        warnings: those given during the run.
     """
     lines = [annotation("warning", command, warning) for warning in warnings]
     for gate in sorted(gates, key=lambda gate: gate.passed):
@@ -26,17 +26,17 @@ def to_annotations(
         title = f"{command}: {gate.name} {verdict}"
         lines.append(annotation(level, title, f"{document.title}: {gate_in_words(gate)}"))
     if not gates:
-        lines.append(annotation("notice", command, "\n".join(_in_short(document))))
+        lines.append(annotation("notice", command, "\n".join(_summary(document))))
     return "\n".join(lines) + "\n"
 
 
 def annotation(level: str, title: str, message: str) -> str:
-    """One workflow command.
+    """Return one workflow command.
 
     Args:
         level: `error`, `warning` or `notice`.
-        title: in bold above the message.
-        message: of one line or several.
+        title: shown in bold above the message.
+        message: one line or several.
 
     >>> annotation("error", "a, b: c", "50 %")
     '::error title=a%2C b%3A c::50 %25'
@@ -49,8 +49,8 @@ def _escape(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _in_short(document: Document) -> Iterator[str]:
-    """Its title, facts and lines; an annotation has no room for tables of more than two columns."""
+def _summary(document: Document) -> Iterator[str]:
+    """Return title, facts and lines: an annotation has no room for tables of more than two columns."""
     yield document.title
     for block in document.blocks:
         if isinstance(block, Lines):

@@ -1,16 +1,14 @@
-"""What a report consists of, whatever form it is shown in: a title, what gates say, tables, text, figures."""
+"""The intermediate form of all reports: a title, gates and blocks, however they are shown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeprune.report.figure import Figure
-
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a gate passed, and how that is said; undecided: it failed for want of samples alone."""
+    """The verdict on a gate; undecided: it failed only for want of samples."""
 
     passed: bool
     text: str
@@ -19,7 +17,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its interval, all of them within ±reach, which is one for a whole column."""
+    """A value and its interval, drawn on a page; all lie within ±reach, which a whole column shares."""
 
     text: str
     low: float
@@ -33,10 +31,9 @@ Cell = str | Verdict | Interval
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by their headings, which may have several lines, and rows of cells.
+    """Rows of cells under headings, which may have several lines; a row of None separates groups.
 
-    title: what it shows, where that is not said above. A row of None separates those before from those after.
-    shown: the rest of the rows may be folded away; None: there is no rest.
+    shown: rows that a page does not fold away; None for all.
     """
 
     columns: tuple[str, ...]
@@ -47,44 +44,64 @@ class Table:
 
 @dataclass(frozen=True)
 class Facts:
-    """Texts by their labels, in order; a label may come twice."""
+    """Texts by their labels, in order; a label may occur twice."""
 
     rows: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Sentences, a line for each; names stand in backticks."""
+    """Sentences, one per line; names stand in backticks."""
 
     lines: Sequence[str]
 
 
+Block = Table | Facts | Lines
+
+
+@dataclass(frozen=True)
+class Document:
+    """The report of one command; gates: None where nothing was judged."""
+
+    title: str
+    blocks: Sequence[Block]
+    gates: Table | None = None
+    passed: bool = True
+
+
 @dataclass(frozen=True)
 class Heading:
-    """What the blocks up to the next one are about."""
+    """The heading of the blocks below it."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Highlights:
-    """What a reader wants to know first: labels, values, and a note on each."""
+    """The most important figures: labels, values, and a note on each."""
 
     rows: Sequence[tuple[str, str, str]]
 
 
-Block = Table | Facts | Lines | Heading | Highlights | Figure
+@dataclass(frozen=True)
+class Figure:
+    """Panels of SVG side by side.
+
+    description: for readers who cannot see it. caption: how to read it.
+    """
+
+    panels: Sequence[str]
+    description: str
+    caption: str = ""
+
+
+PageBlock = Block | Heading | Highlights | Figure
 
 
 @dataclass(frozen=True)
-class Document:
-    """A report of one command.
-
-    title: what it is about. blocks: what was found. gates: a table of limits and verdicts, None where there
-    are no gates; passed: whether all of them passed.
-    """
+class Page:
+    """A document with figures."""
 
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[PageBlock]
     gates: Table | None = None
-    passed: bool = True

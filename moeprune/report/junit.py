@@ -1,4 +1,4 @@
-"""A report as JUnit XML, the format of test results that CI servers read."""
+"""A document as JUnit XML, the format of test results that CI servers read."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from xml.etree import ElementTree
 
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.results import GateResult
-from moeprune.report.commands import gate_in_words
 from moeprune.report.document import Document
-from moeprune.report.markup import legal
+from moeprune.report.gates import gate_in_words
 from moeprune.report.text import to_text
+from moeprune.report.words import legal
 
 
 def to_junit(command: str, document: Document, gates: Sequence[GateResult], warnings: Sequence[str]) -> str:
-    """A test case for each gate, or one for the command where nothing was judged.
-
-    No times: equal runs give equal bytes.
+    """Return a test case for each gate, or one for the command if nothing was judged; without times.
 
     Args:
-        command: what ran, such as `moeprune eval`.
-        document: its report, which goes to `system-out`.
-        gates: what moeprune.evaluation.gates.judge returns; empty where nothing was judged.
-        warnings: what it warned of, which goes to `system-err`.
+        command: such as `moeprune eval`.
+        document: its report, for `system-out`.
+        gates: their results.
+        warnings: those given during the run, for `system-err`.
     """
     suites, suite = _suite(command, len(gates) or 1, failures=sum(not gate.passed for gate in gates))
     for gate in gates:
@@ -40,23 +38,23 @@ def to_junit(command: str, document: Document, gates: Sequence[GateResult], warn
 
 
 def error_to_junit(command: str, error: MoepruneError) -> str:
-    """One test case, which could not be judged.
+    """Return one test case with an error.
 
     Args:
-        command: what ran, such as `moeprune eval`.
-        error: why it did not end.
+        command: such as `moeprune eval`.
+        error: why it failed.
     """
     suites, suite = _suite(command, 1, errors=1)
     case = ElementTree.SubElement(suite, "testcase", {"classname": "moeprune", "name": command})
-    found = ElementTree.SubElement(case, "error", {"type": "error", "message": legal(error.message)})
-    found.text = legal(str(error))
+    element = ElementTree.SubElement(case, "error", {"type": "error", "message": legal(error.message)})
+    element.text = legal(str(error))
     return _document(suites)
 
 
 def _suite(
     command: str, tests: int, failures: int = 0, errors: int = 0
 ) -> tuple[ElementTree.Element, ElementTree.Element]:
-    """The root, and the one test suite in it."""
+    """Return the root and its test suite."""
     counts = {"tests": str(tests), "failures": str(failures), "errors": str(errors)}
     suites = ElementTree.Element("testsuites", {"name": "moeprune", **counts})
     return suites, ElementTree.SubElement(suites, "testsuite", {"name": command, **counts, "skipped": "0"})

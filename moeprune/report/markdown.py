@@ -1,29 +1,18 @@
-"""A report as Markdown, in GitHub's flavour, which GitLab and others read too."""
+"""A document as GitHub-flavoured Markdown, which GitLab and others read too."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-from moeprune.report.document import (
-    Block,
-    Cell,
-    Document,
-    Facts,
-    Heading,
-    Highlights,
-    Interval,
-    Lines,
-    Verdict,
-)
-from moeprune.report.figure import Figure
+from moeprune.report.document import Block, Cell, Document, Facts, Lines, Verdict
 
 SPECIAL = re.compile(r"[\\`*\[\]<>#~|$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=[\w+-]+:)")
-"""What means something within a line."""
+"""Characters with a meaning within a line."""
 
 
 def to_markdown(document: Document) -> str:
-    """The report as Markdown; what gates say stands first.
+    """Return a document as Markdown; gates come first.
 
     >>> print(to_markdown(Document("a_b.npz", [Facts([("a|b", "`c|d`")])])), end="")
     ## a_b.npz
@@ -45,12 +34,6 @@ def _block(block: Block) -> str:
         return "\n\n".join(_start(_inline(line)) for line in block.lines)
     if isinstance(block, Facts):
         return _table(("", ""), block.rows, (":--", ":--"))
-    if isinstance(block, Highlights):
-        return _table(("", "", ""), block.rows, (":--", "--:", ":--"))
-    if isinstance(block, Heading):
-        return f"### {_inline(block.text)}"
-    if isinstance(block, Figure):
-        return _start(_inline(block.description))
     alignments = (":--", *["--:"] * (len(block.columns) - 1))
     table = _table(block.columns, [row for row in block.rows if row is not None], alignments)
     return table if block.title is None else f"### {_inline(block.title)}\n\n{table}"
@@ -68,10 +51,9 @@ def _row(cells: Iterable[Cell]) -> str:
 def _cell(cell: Cell) -> str:
     if isinstance(cell, Verdict):
         return f"{_mark(cell.passed)} {_cell(cell.text)}"
-    if isinstance(cell, Interval):
-        return _cell(cell.text)
-    text = " ".join(cell.split())
-    indent = "&emsp;" if cell.startswith("  ") else ""
+    text = cell if isinstance(cell, str) else cell.text
+    indent = "&emsp;" if text.startswith("  ") else ""
+    text = " ".join(text.split())
     return indent + re.sub(r"(?<!\\)\|", r"\\|", _inline(text))
 
 
@@ -80,7 +62,7 @@ def _mark(passed: bool) -> str:
 
 
 def _inline(text: str) -> str:
-    """A text within a line: names in backticks become code, everything else stands for itself."""
+    """Escape a text within a line, but for names in backticks, which become code."""
     pieces = re.split(r"(`[^`\n]+`)", " ".join(text.split()))
     return "".join(
         piece if index % 2 else SPECIAL.sub(r"\\\g<0>", piece) for index, piece in enumerate(pieces)
@@ -88,5 +70,5 @@ def _inline(text: str) -> str:
 
 
 def _start(line: str) -> str:
-    """A line that starts no list and no other block."""
+    """Escape the start of a line that would begin a list."""
     return re.sub(r"^(\d+(?=[.)])|(?=[-+=]))", r"\1\\", line)

@@ -1,11 +1,7 @@
-"""What `--report` shows: the report of a command, and all that has no place in a terminal.
-
-Figures, every class, every expert, and what the figures rest on.
-"""
+"""The page of `--report`: a command's report, figures, every class and expert, and their origins."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,25 +13,25 @@ from moeprune.calibration.results import AnalysisReport
 from moeprune.evaluation.results import Environment, Evaluation, Forgetting
 from moeprune.plan import Plan
 from moeprune.pruning.results import Sweep
-from moeprune.report import commands as report
-from moeprune.report.commands import amount, percent, plain, plan_in_words, points
 from moeprune.report.document import (
-    Block,
     Cell,
-    Document,
     Facts,
+    Figure,
     Heading,
     Highlights,
     Interval,
     Lines,
+    Page,
+    PageBlock,
     Table,
     Verdict,
-)
-from moeprune.report.figure import Figure, Stacks
-from moeprune.report.masses import experts_of
+)  # fmt: skip
+from moeprune.report.documents import document_of
+from moeprune.report.experts import experts_of
+from moeprune.report.figures import panel, stacks
 from moeprune.report.trade_off import best_of, trade_off
+from moeprune.report.words import amount, percent, plain, plan_in_words, points
 
-PARTS = ("experts", "routing", "compensation", "other")
 CLASSES_SHOWN = 20
 MOST_CLASSES = 1000
 """Classes that a table lists."""
@@ -43,10 +39,10 @@ MOST_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Background:
-    """What a report rests on, beside the JSON values of the command.
+    """What a page shows beside the command's result.
 
-    plan: of the model that is evaluated, by layer; empty of a full one. provenance: of its checkpoint.
-    analysis: of the full model; None: nothing is said of masses. environment: it was measured in.
+    plan: of the evaluated model. provenance: of its checkpoint. analysis: of the full model; None: nothing
+    about masses. environment: of the run.
     """
 
     plan: Plan = field(default_factory=dict)
@@ -55,147 +51,120 @@ class Background:
     environment: Environment | None = None
 
 
-def evaluation(found: Evaluation, background: Background) -> Document:
-    """The page of `moeprune eval`.
-
-    Args:
-        found: JSON values, like those of the command's other reports.
-        background: what it rests on.
-    """
-    told = report.evaluation(found)
-    blocks: list[Block] = [Highlights(list(_highlights(found)))]
-    if found.forgetting is not None and found.forgetting.collapsed:
-        collapsed = ", ".join(map(str, found.forgetting.collapsed))
-        blocks.append(Lines([f"Classes that collapsed while the average hides it: {collapsed}."]))
-    blocks += [Heading("Accuracy, size and FLOPs"), _parts(found), *told.blocks]
-    if found.forgetting is not None:
-        blocks += _classes(found.forgetting)
-    blocks += [*_experts(background), *_rests_on(found, background)]
-    return Document(told.title, blocks, told.gates, told.passed)
-
-
-def sweep(found: Sweep, background: Background) -> Document:
-    """The page of `moeprune eval --sweep` and `--frontier`; see evaluation."""
-    told = report.sweep(found)
-    blocks = [
-        Highlights(list(best_of(found.rows))),
-        Heading("Accuracy over size and FLOPs"),
-        *trade_off(found.rows),
-        *told.blocks,
-        *_experts(background),
-        *_rests_on(found, background),
-    ]
-    return Document(told.title, blocks)
+def page_of(result: Evaluation | Sweep | AnalysisReport, background: Background) -> Page:
+    """Return the page of `eval`, `eval --sweep` or `analyze`."""
+    document = document_of(result)
+    blocks: list[PageBlock] = []
+    if isinstance(result, Evaluation):
+        blocks.append(Highlights(list(_highlights(result))))
+        if result.forgetting is not None and result.forgetting.collapsed:
+            collapsed = ", ".join(map(str, result.forgetting.collapsed))
+            blocks.append(Lines([f"Classes that collapsed, hidden by the average: {collapsed}."]))
+        blocks += [Heading("Accuracy, size and FLOPs"), _parts(result)]
+    elif isinstance(result, Sweep):
+        blocks.append(Highlights(list(best_of(result.rows))))
+        blocks += [Heading("Accuracy over size and FLOPs"), *trade_off(result.rows)]
+    blocks += document.blocks
+    if isinstance(result, Evaluation) and result.forgetting is not None:
+        blocks += _classes(result.forgetting)
+    if background.analysis is not None:
+        for name, statistics in background.analysis.layers.items():
+            blocks += experts_of(name, statistics, background.plan.get(name))
+    return Page(document.title, [*blocks, *_origins(result, background)], document.gates)
 
 
-def analysis(found: AnalysisReport, background: Background) -> Document:
-    """The page of `moeprune analyze`; see evaluation."""
-    told = report.analysis(found)
-    return Document(told.title, [*told.blocks, *_experts(background), *_rests_on(found, background)])
-
-
-def _highlights(found: Evaluation) -> Iterator[tuple[str, str, str]]:
-    model, full, difference = found.model, found.baseline_model, found.difference
+def _highlights(result: Evaluation) -> Iterator[tuple[str, str, str]]:
+    model, full, difference = result.model, result.baseline_model, result.difference
+    low, high = (percent(bound) for bound in model.accuracy_ci95)
+    accuracy = f"95 %: {low} to {high}"
     if difference is None or full is None:
-        yield "accuracy", percent(model.accuracy, 2), _between(model.accuracy_ci95)
+        yield "accuracy", percent(model.accuracy, 2), accuracy
         yield "size", amount(model.bytes, "B"), ""
         yield "FLOPs per input", amount(model.flops_per_input.total), ""
         return
-    low, high = difference.accuracy_drop_ci95
-    yield "accuracy drop", points(difference.accuracy_drop), f"95 %: {points(low)} to {points(high)}"
-    accuracies = f"{_between(model.accuracy_ci95)}; full model {percent(full.accuracy, 2)}"
-    yield "accuracy", percent(model.accuracy, 2), accuracies
+    low, high = (points(bound) for bound in difference.accuracy_drop_ci95)
+    yield "accuracy drop", points(difference.accuracy_drop), f"95 %: {low} to {high}"
+    yield "accuracy", percent(model.accuracy, 2), f"{accuracy}; full model {percent(full.accuracy, 2)}"
     sizes = " → ".join(amount(side.bytes, "B") for side in (full, model))
     yield "size", percent(1 - difference.size_reduction), f"of the full model's: {sizes}"
     flops = " → ".join(amount(side.flops_per_input.total) for side in (full, model))
     yield "FLOPs per input", percent(1 - difference.flops_reduction), f"of the full model's: {flops}"
-    flips = difference.outcomes
-    flipped = f"as the full model; flips: {flips.lost} to wrong, {flips.won} to right"
-    yield "same prediction", percent(difference.agreement, 2), flipped
-    if found.latency is not None:
-        slowest = min(found.latency.batches, key=lambda batch: batch.speedup or math.inf)
-        yield "speed-up, at least", f"{slowest.speedup:.2f}×", f"at batch {slowest.batch_size}"
+    flips = f"flips: {difference.outcomes.lost} to wrong, {difference.outcomes.won} to right"
+    yield "same prediction", percent(difference.agreement, 2), f"as the full model; {flips}"
+    if result.latency is not None:
+        slowest, batch = min((row.speedup or 1.0, row.batch_size) for row in result.latency.batches)
+        yield "speed-up, at least", f"{slowest:.2f}×", f"at batch {batch}"
 
 
-def _between(interval: Sequence[float]) -> str:
-    return f"95 %: {percent(interval[0])} to {percent(interval[1])}"
-
-
-def _parts(found: Evaluation) -> Figure:
-    """Size and FLOPs of the models by part."""
-    models = {"model": found.model, "full model": found.baseline_model}
+def _parts(result: Evaluation) -> Figure:
+    """Draw size and FLOPs of the models by part."""
+    models = {"model": result.model}
+    if result.baseline_model is not None:
+        models["full model"] = result.baseline_model
     panels, said = [], []
     for title, figure, unit in (("size", "bytes_by_part", "B"), ("FLOPs per input", "flops_per_input", "")):
-        rows = []
+        rows = {}
         for name, model in models.items():
-            if model is not None:
-                parts = [getattr(getattr(model, figure), part) for part in PARTS]
-                rows.append((name, amount(sum(parts), unit), parts))
-                each = ", ".join(
-                    f"{part} {amount(size, unit)}" for part, size in zip(PARTS, parts, strict=True)
-                )
-                said.append(f"{title} of the {name}: {amount(sum(parts), unit)} ({each})")
-        panels.append(Stacks(title, rows, PARTS))
+            parts = asdict(getattr(model, figure))
+            parts.pop("total", None)
+            total = amount(sum(parts.values()), unit)
+            rows[f"{name}\n{total}"] = parts
+            each = ", ".join(f"{part} {amount(value, unit)}" for part, value in parts.items())
+            said.append(f"{title} of the {name}: {total} ({each})")
+        panels.append(panel(stacks(rows), title, height=0.7 + 0.4 * len(rows)))
     return Figure(panels, "; ".join(said))
 
 
-def _classes(found: Forgetting) -> Iterator[Block]:
-    """The change of each class, those that collapsed first."""
+def _classes(forgetting: Forgetting) -> Iterator[PageBlock]:
+    """Return the change of each class, those that collapsed first."""
     yield Heading("Classes")
-    entries = sorted(found.classes, key=lambda entry: entry.index not in found.collapsed)
-    less = sum(entry.accuracy_drop_ci95[0] > 0 for entry in entries)
-    more = sum(entry.accuracy_drop_ci95[1] < 0 for entry in entries)
-    text = (
-        f"Of {len(entries)} classes {less} lost and {more} gained more than chance explains at 95 %, each"
-        " taken by itself."
-    )
-    beyond = len(entries) - MOST_CLASSES
-    yield Lines([text, *([f"The {beyond} classes that changed least are left out."] if beyond > 0 else [])])
-    reach = max(abs(bound) for entry in entries for bound in entry.accuracy_drop_ci95)
+    changes = sorted(forgetting.classes, key=lambda change: change.index not in forgetting.collapsed)
+    less = sum(change.accuracy_drop_ci95[0] > 0 for change in changes)
+    more = sum(change.accuracy_drop_ci95[1] < 0 for change in changes)
+    lines = [
+        f"Of {len(changes)} classes, {less} lost and {more} gained more than chance explains (95 % each)."
+    ]
+    if len(changes) > MOST_CLASSES:
+        lines.append(f"The {len(changes) - MOST_CLASSES} classes that changed least are left out.")
+    yield Lines(lines)
+    reach = max(abs(bound) for change in changes for bound in change.accuracy_drop_ci95)
     rows: list[Sequence[Cell]] = []
-    for entry in entries[:MOST_CLASSES]:
-        low, high = (-bound + 0.0 for bound in reversed(entry.accuracy_drop_ci95))
-        change = f"{points(-entry.accuracy_drop)} ({100 * low:+.1f} to {100 * high:+.1f})"
+    for change in changes[:MOST_CLASSES]:
+        low, high = (-bound + 0.0 for bound in reversed(change.accuracy_drop_ci95))
+        text = f"{points(-change.accuracy_drop)} ({100 * low:+.1f} to {100 * high:+.1f})"
         rows.append(
             (
-                str(entry.index),
-                Interval(change, low, -entry.accuracy_drop, high, reach),
-                percent(entry.baseline_accuracy),
-                percent(entry.accuracy),
-                str(entry.samples),
-                Verdict(False, "collapsed") if entry.index in found.collapsed else "",
+                str(change.index),
+                Interval(text, low, -change.accuracy_drop, high, reach),
+                percent(change.baseline_accuracy),
+                percent(change.accuracy),
+                str(change.samples),
+                Verdict(False, "collapsed") if change.index in forgetting.collapsed else "",
             )
         )
     columns = ("class", "change (95 %)", "full model", "model", "samples", "")
-    yield Table(columns, rows, shown=max(CLASSES_SHOWN, len(found.collapsed)))
+    yield Table(columns, rows, shown=max(CLASSES_SHOWN, len(forgetting.collapsed)))
 
 
-def _experts(background: Background) -> Iterator[Block]:
+def _origins(result: Evaluation | Sweep | AnalysisReport, background: Background) -> Iterator[PageBlock]:
+    """Return checkpoints, data, plans and environment."""
+    yield Heading("Where these figures come from")
+    facts = [("checkpoint", plain(result.checkpoint))]
+    if isinstance(result, Evaluation) and result.baseline is not None:
+        facts.append(("full model", plain(result.baseline)))
+    facts.append(("data", f"{plain(result.data.spec)}, {result.data.samples} samples"))
+    facts.append(("data, SHA-256", plain(result.data.fingerprint)))
     if background.analysis is not None:
-        for name, statistics in background.analysis.layers.items():
-            yield from experts_of(name, statistics, background.plan.get(name))
-
-
-def _rests_on(found: Evaluation | Sweep | AnalysisReport, background: Background) -> Iterator[Block]:
-    """Checkpoints, data, plans and environment."""
-    yield Heading("What this rests on")
-    data, analysed = found.data, background.analysis
-    facts = [("checkpoint", plain(found.checkpoint))]
-    if isinstance(found, Evaluation) and found.baseline is not None:
-        facts.append(("full model", plain(found.baseline)))
-    facts.append(("data", f"{plain(data.spec)}, {data.samples} samples"))
-    facts.append(("data, SHA-256", plain(data.fingerprint)))
-    if analysed is not None:
-        made_from = analysed.provenance["data"]
-        facts.append(("analysis", f"of {plain(made_from['spec'])}, {made_from['samples']} samples"))
-        facts.append(("analysis, SHA-256 of its data", plain(made_from["fingerprint"])))
-        facts.append(("analysis, fingerprint of its model", analysed.provenance["checkpoint"]["fingerprint"]))
-    for name, plan in background.plan.items():
-        kept = f": {plain(plan.kept)}" if plan.kept is not None else ""
-        facts.append((f"plan of {name}", plan_in_words(plan) + kept))
+        origin = background.analysis.provenance
+        data = origin["data"]
+        facts.append(("analysis", f"of {plain(data['spec'])}, {data['samples']} samples"))
+        facts.append(("analysis, SHA-256 of its data", plain(data["fingerprint"])))
+        facts.append(("analysis, fingerprint of its model", origin["checkpoint"]["fingerprint"]))
+    facts += [
+        (f"plan of {name}", plan_in_words(plan, with_kept=True)) for name, plan in background.plan.items()
+    ]
     facts += [(f"provenance: {name}", plain(value)) for name, value in background.provenance.items()]
     if background.environment is not None:
-        facts += [
-            (name.replace("_", " "), plain(value)) for name, value in asdict(background.environment).items()
-        ]
+        settings = asdict(background.environment)
+        facts += [(name.replace("_", " "), plain(value)) for name, value in settings.items()]
     yield Facts(facts)

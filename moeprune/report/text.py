@@ -1,26 +1,25 @@
-"""A report as text for a terminal, a file or a pipe."""
+"""A document as text for a terminal, a file or a pipe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 from rich import box
 from rich import table as rich_table
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from moeprune.report.document import Block, Cell, Document, Facts, Heading, Highlights, Interval, Lines, Table
-from moeprune.report.figure import Figure
+from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table, Verdict
 
 WIDTH = 160
-"""Columns of text that goes to a file or a pipe: wide enough for every table."""
+"""Columns of text for a file or a pipe: enough for every table."""
 
 
 def to_text(document: Document, terminal_width: int | None = None) -> str:
-    """The report as text; what gates say stands last, nearest to the prompt.
+    """Return a document as text; gates come last, nearest to the prompt.
 
     Args:
-        terminal_width: columns of the terminal that it is for, which gets colours; None: it is for none.
+        terminal_width: columns of the terminal, which gets colours; None for a file or a pipe.
     """
     on_terminal = terminal_width is not None
     width = terminal_width or WIDTH
@@ -49,12 +48,8 @@ def to_text(document: Document, terminal_width: int | None = None) -> str:
 def _parts(block: Block) -> Iterator[RenderableType]:
     if isinstance(block, Lines):
         yield from (Text(line) for line in block.lines)
-    elif isinstance(block, Facts | Highlights):
-        yield _facts(block.rows)
-    elif isinstance(block, Heading):
-        yield Text(block.text, style="bold")
-    elif isinstance(block, Figure):
-        yield Text(block.description)
+    elif isinstance(block, Facts):
+        yield _facts(block)
     else:
         if block.title is not None:
             yield Text(block.title, style="bold")
@@ -74,17 +69,15 @@ def _table(table: Table) -> rich_table.Table:
 
 
 def _cell(cell: Cell) -> Text | str:
-    if isinstance(cell, str):
-        return cell
-    if isinstance(cell, Interval):
-        return cell.text
-    return Text(cell.text, style="green" if cell.passed else "bold red")
+    if isinstance(cell, Verdict):
+        return Text(cell.text, style="green" if cell.passed else "bold red")
+    return cell if isinstance(cell, str) else cell.text
 
 
-def _facts(rows: Iterable[Sequence[str]]) -> rich_table.Table:
+def _facts(facts: Facts) -> rich_table.Table:
     drawn = rich_table.Table(box=None, show_header=False, pad_edge=False)
     drawn.add_column(no_wrap=True)
     drawn.add_column(overflow="fold")
-    for row in rows:
+    for row in facts.rows:
         drawn.add_row(*row)
     return drawn

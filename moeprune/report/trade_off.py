@@ -1,117 +1,159 @@
-"""What a page shows of many ways to prune: the best of them, and accuracy over what each costs."""
+"""Accuracy over cost of the rows of a sweep: the figures of a page, and the file of `--plot`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import io
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from moeprune.errors import MoepruneError
+from moeprune.files.writing import write_bytes
+from moeprune.plan import COMPENSATIONS
 from moeprune.pruning.results import SweepRow
-from moeprune.report.commands import percent
-from moeprune.report.figure import Axis, Figure, Plot, Series
+from moeprune.report.document import Figure
+from moeprune.report.figures import COLORS, FAINT, INK, STYLE, legend_panel, panel, percent_axis, require
+from moeprune.report.words import percent
 
-NEAR = 0.01
-"""Accuracy below the full model's that still counts as near it."""
-CLOSE_UP = 0.05
-"""Accuracy below the full model's that a figure of its own shows."""
-Row = SweepRow
-Cost = Callable[[Row], float]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+SUFFIXES = (".png", ".svg")
+COLOR_OF = dict(
+    zip((*COMPENSATIONS, "random experts"), (COLORS[i] for i in (1, 3, 4, 2, 0, 6, 5, 7)), strict=True)
+)
+"""By compensation, in every picture; random experts look alike."""
+MARKER_OF = {"static": "o", "input": "^", "batch": "s"}
+NEAR, CLOSE = 0.01, 0.05
+"""Accuracy below the full model's that counts as near it, and that a figure of its own shows."""
 
 
-def best_of(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
-    """The full model's accuracy, and the cheapest that come near it."""
-    full = next(row for row in rows if row.scope is None)
-    yield "accuracy of the full model", percent(full.accuracy, 2), f"{len(rows) - 1} ways to prune it"
-    near = [row for row in rows if row is not full and row.accuracy >= full.accuracy - NEAR]
-    for name, cost in (("size", _size), ("FLOPs", _flops)):
+def best_of(rows: Sequence[SweepRow]) -> Iterator[tuple[str, str, str]]:
+    """Return the full model's accuracy, and the cheapest ways to prune that come near it."""
+    full, *pruned = rows
+    yield "accuracy of the full model", percent(full.accuracy, 2), f"{len(pruned)} ways to prune it"
+    near = [row for row in pruned if row.accuracy >= full.accuracy - NEAR]
+    for name, cost in (("size", "size"), ("FLOPs", "flops")):
         label = f"least {name} within {100 * NEAR:g} pt"
         if near:
-            row = min(near, key=lambda row: (cost(row), -row.accuracy))
-            yield label, percent(cost(row)), f"{_way(row)}: accuracy {percent(row.accuracy, 2)}"
+            best = min(near, key=lambda row: (getattr(row, cost), -row.accuracy))
+            kept = "no expert" if best.keep == "0" else best.keep
+            note = f"{kept}, {best.label}: accuracy {percent(best.accuracy, 2)}"
+            yield label, percent(getattr(best, cost)), note
         else:
             yield label, "–", "none of them"
 
 
-def _size(row: Row) -> float:
-    return 1 - row.difference.size_reduction
-
-
-def _flops(row: Row) -> float:
-    return 1 - row.difference.flops_reduction
-
-
-def _speedup(row: Row) -> float:
-    return row.latency.batches[0].speedup or 1.0 if row.latency is not None else 1.0
-
-
-def _way(row: Row) -> str:
-    kept = "no expert" if row.keep == "0" else row.keep
-    return f"{kept}, {row.scope} by {row.signal}, {row.compensate}"
-
-
-def trade_off(rows: Sequence[Row]) -> Iterator[Figure]:
-    """All points, and again those that are close to the full model."""
-    full = next(row for row in rows if row.scope is None)
-    names = list(dict.fromkeys(_kind(row) for row in rows if row is not full))
-    on_frontier = sum(row.on_frontier is not None and row.on_frontier.size for row in rows)
+def trade_off(rows: Sequence[SweepRow]) -> Iterator[Figure]:
+    """Yield a figure of all rows, the full model first, and one of those that are close to it."""
+    best = sum(row.on_frontier is not None and row.on_frontier.size for row in rows)
     description = (
-        f"Accuracy of {len(rows) - 1} ways to prune over what remains of size and FLOPs; the table below"
-        f" has all of them. {on_frontier} are on the frontier of size."
+        f"Accuracy of {len(rows) - 1} ways to prune over the remaining size and FLOPs; the table below lists"
+        f" all of them. {best} are on the frontier of size."
     )
-    yield _panels(rows, full, names, description, "Dashed: no other is as accurate at less cost.")
-    low = full.accuracy - CLOSE_UP
+    yield _figure(rows, description, "Dashed: no other way is as accurate at less cost.")
+    low = rows[0].accuracy - CLOSE
     close = [row for row in rows if row.accuracy >= low]
     if 2 < len(close) < len(rows):
-        yield _panels(
-            close, full, names, f"The same, from {percent(low)} of accuracy on.", "The same, close up."
-        )
+        yield _figure(close, f"The ways with an accuracy of {percent(low)} or more.", "The best, close up.")
 
 
-def _kind(row: Row) -> str:
-    """Under which name a row is drawn."""
-    if row.label is not None:
-        return row.label
-    return "random experts" if row.signal == "random" else row.compensate or ""
+def _figure(rows: Sequence[SweepRow], description: str, caption: str) -> Figure:
+    panels = [panel(partial(draw, rows=rows, cost=cost, label=label)) for cost, label in _axes_of(rows[0])]
+    return Figure([*panels, legend_panel(_legend(rows))], description, caption)
 
 
-def _panels(
-    rows: Sequence[Row],
-    full: Row,
-    names: Sequence[str],
-    description: str,
-    caption: str,
-) -> Figure:
-    costs = [
-        ("size", _size, Axis("of the full model's size", "%")),
-        ("FLOPs", _flops, Axis("of the full model's FLOPs", "%")),
-    ]
+def _axes_of(full: SweepRow) -> list[tuple[str, str]]:
+    """Return the cost on each x axis, and its label."""
+    axes = [("size", "size, share of the full model's"), ("flops", "FLOPs, share of the full model's")]
     if full.latency is not None:
-        batch = full.latency.batches[0].batch_size
-        costs.append(("speed-up", _speedup, Axis(f"speed-up at batch {batch}", "×")))
-    shape_of_points = "dots" if any(row.label is not None for row in rows) else "points"
-    panels = []
-    for title, cost, axis in costs:
-        series = []
-        if title != "speed-up":
-            best = sorted((row for row in rows if getattr(row.on_frontier, title.lower())), key=cost)
-            series.append(Series("frontier", [(cost(row), row.accuracy) for row in best], "dashes"))
-        for color, name in enumerate(names):
-            for shape, is_none in ((shape_of_points, False), ("crosses", True)):
-                own = [
-                    row
-                    for row in rows
-                    if row is not full and _kind(row) == name and (row.keep == "0") == is_none
-                ]
-                if own:
-                    label = f"{name}, no expert" if is_none else name
-                    series.append(_points(label, own, cost, shape, color))
-        series.append(_points("full model", [full], cost, "star", None))
-        panels.append(Plot(title, axis, Axis("accuracy", "%"), series))
-    return Figure(panels, description, caption)
+        axes.append(("speedup", f"speed-up at batch {full.latency.batches[0].batch_size}"))
+    return axes
 
 
-def _points(name: str, rows: Sequence[Row], cost: Cost, shape: str, color: int | None) -> Series:
-    notes = [
-        f"{'full model' if row.scope is None else _way(row)}: accuracy {percent(row.accuracy, 2)},"
-        f" size {percent(_size(row))}, FLOPs {percent(_flops(row))}"
-        for row in rows
-    ]
-    return Series(name, [(cost(row), row.accuracy) for row in rows], shape, color, notes)
+def draw(axes: Axes, rows: Sequence[SweepRow], cost: str, label: str) -> None:
+    """Draw accuracy over a cost: a point for each row, the full model first, and lines between shares."""
+
+    def plot(rows: Sequence[SweepRow], form: str, color: str, width: float, markersize: float = 5) -> None:
+        xs, ys = [getattr(row, cost) for row in rows], [row.accuracy for row in rows]
+        axes.plot(xs, ys, form, color=color, linewidth=width, markersize=markersize)
+
+    def way(row: SweepRow) -> tuple:
+        return row.label, row.keep == "0"
+
+    for (_, is_none), own in groupby(sorted(rows[1:], key=way), way):
+        first, *others = own
+        plot([first, *others], f"{'x' if is_none else MARKER_OF[first.scope or '']}-", _color(first), 0.5)
+    if cost != "speedup":
+        best = [row for row in rows if row.on_frontier and getattr(row.on_frontier, cost)]
+        plot(sorted(best, key=lambda row: getattr(row, cost)), "--", FAINT, 1)
+        percent_axis(axes.xaxis)
+    else:
+        axes.xaxis.set_major_formatter("{x:g}×")
+    plot(rows[:1], "*", INK, 0, 10)
+    percent_axis(axes.yaxis)
+    axes.set_xlabel(label)
+    axes.set_ylabel("accuracy")
+
+
+def _color(row: SweepRow) -> str:
+    return COLOR_OF["random experts" if row.signal == "random" else row.compensate or "none"]
+
+
+def _legend(rows: Sequence[SweepRow]) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
+    pruned = rows[1:]
+    colors, scopes = {_color(row) for row in pruned}, {row.scope for row in pruned}
+    entries = [("full model", INK, "*")]
+    entries += [(name, color, "o") for name, color in COLOR_OF.items() if color in colors]
+    if len(scopes) > 1:
+        entries += [(f"scope {name}", FAINT, mark) for name, mark in MARKER_OF.items() if name in scopes]
+    if any(row.keep == "0" for row in pruned):
+        entries.append(("no expert at all", FAINT, "x"))
+    lines = [Line2D([], [], color=color, marker=mark, ls="", label=name) for name, color, mark in entries]
+    return [*lines, Line2D([], [], color=FAINT, ls="--", label="frontier")]
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a plot that cannot be drawn, before any work is done for it.
+
+    Raises:
+        MoepruneError: another suffix than SUFFIXES, or matplotlib is missing.
+    """
+    if path.suffix not in SUFFIXES:
+        raise MoepruneError(f"`{path}` is not a plot", f"give a path that ends with {' or '.join(SUFFIXES)}")
+    require("matplotlib")
+
+
+def plot_trade_off(rows: Sequence[SweepRow], title: str, path: Path, overwrite: bool = True) -> None:
+    """Write a plot of accuracy over each cost; equal rows give equal bytes.
+
+    Args:
+        rows: of a sweep, the full model first.
+        title: above the plot.
+        path: by its suffix a PNG or an SVG.
+        overwrite: replace a file that exists.
+
+    Raises:
+        MoepruneError: the path cannot be written, or exists and may not be replaced.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure as Drawing
+
+    shown = _axes_of(rows[0])
+    with matplotlib.rc_context({**STYLE, "svg.fonttype": "path"}):
+        figure = Drawing(figsize=(5 * len(shown), 5), layout="constrained")
+        figure.suptitle(title)
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, (cost, label) in zip(panels, shown, strict=True):
+            draw(axes, rows, cost, label)
+            axes.label_outer()
+        figure.legend(handles=_legend(rows), loc="outside lower center", ncols=5)
+        file = io.BytesIO()
+        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        figure.savefig(file, format=path.suffix[1:], metadata=metadata)
+    write_bytes(path, file.getvalue(), overwrite)

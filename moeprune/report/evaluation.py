@@ -1,0 +1,124 @@
+"""The report of `moeprune eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec.structs import asdict
+
+from moeprune.evaluation.results import (
+    BatchLatency,
+    Difference,
+    Evaluation,
+    Forgetting,
+    Latency,
+    ModelFigures,
+)
+from moeprune.report.document import Block, Document, Lines, Table
+from moeprune.report.gates import gate_table
+from moeprune.report.words import amount, checkpoint_on_data, percent, points
+
+WORST_CLASSES = 3
+
+
+def evaluation(result: Evaluation) -> Document:
+    """Return figures of the model, alone or beside the full model's, latency and gates."""
+    models = [result.model, *([result.baseline_model] if result.baseline_model else [])]
+    columns = ["", "model", *(["full model"] if len(models) > 1 else [])]
+    rows = [[label, *texts] for label, *texts in zip(_LABELS, *map(_figures, models), strict=True)]
+    if result.difference and result.baseline_model:
+        columns.append("difference")
+        changes = _changes(result.model, result.baseline_model, result.difference)
+        rows = [[*row, changes.get(row[0], "")] for row in rows]
+    blocks: list[Block] = [Table(tuple(columns), rows)]
+    if result.difference and result.forgetting:
+        blocks.append(Lines([_drop(result.difference), _flips(result.forgetting)]))
+    if result.latency:
+        blocks.append(_latency(result.latency, result.environment.device))
+    gates = gate_table(result.gates) if result.gates else None
+    return Document(checkpoint_on_data(result.checkpoint, result.data), blocks, gates, result.passed)
+
+
+_PARTS = ("  experts", "  routing", "  compensation", "  other")
+_LABELS = (
+    "accuracy", "top-5 accuracy", "loss", "experts per input", "parameters", "size", *_PARTS,
+    "FLOPs per input", *_PARTS,
+)  # fmt: skip
+
+
+def _figures(model: ModelFigures) -> list[str]:
+    """Return a column of the table, in the order of _LABELS."""
+    low, high = model.accuracy_ci95
+    total, *flops = asdict(model.flops_per_input).values()
+    return [
+        f"{percent(model.accuracy, 2)} ({100 * low:.1f} to {100 * high:.1f})",
+        percent(model.top5_accuracy, 2),
+        f"{model.loss:.4f}",
+        f"{model.experts_per_input:.4g}",
+        amount(model.parameters),
+        amount(model.bytes, "B"),
+        *(amount(part, "B") for part in asdict(model.bytes_by_part).values()),
+        amount(total),
+        *(amount(part) for part in flops),
+    ]
+
+
+def _changes(model: ModelFigures, baseline: ModelFigures, difference: Difference) -> dict[str, str]:
+    """Return differences to the full model, by label."""
+    return {
+        "accuracy": points(-difference.accuracy_drop),
+        "top-5 accuracy": points(model.top5_accuracy - baseline.top5_accuracy),
+        "size": f"{-100 * difference.size_reduction:+.1f} %",
+        "FLOPs per input": f"{-100 * difference.flops_reduction:+.1f} %",
+    }
+
+
+def _drop(difference: Difference) -> str:
+    low, high = difference.accuracy_drop_ci95
+    return (
+        f"accuracy drop {points(difference.accuracy_drop)} (95 %: {points(low)} to {points(high)};"
+        f" McNemar p = {difference.mcnemar_p:.3g}), same prediction as the full model on"
+        f" {percent(difference.agreement, 2)}"
+    )
+
+
+def _flips(forgetting: Forgetting) -> str:
+    """Return the inputs that flip, and the classes that lost most."""
+    lost, won = len(forgetting.lost), len(forgetting.won)
+    text = f"inputs that flip: {lost} from right to wrong, {won} from wrong to right"
+    worst = [
+        f"{change.index} ({percent(change.baseline_accuracy, 0)} → {percent(change.accuracy, 0)} of"
+        f" {change.samples})"
+        for change in forgetting.classes[:WORST_CLASSES]
+        if change.accuracy_drop > 0
+    ]
+    return text + (f"; classes that lost most: {', '.join(worst)}" if worst else "")
+
+
+def _latency(latency: Latency, device: str) -> Table:
+    threads = latency.threads
+    where = device if device != "cpu" else f"cpu with {threads} thread{'s' if threads > 1 else ''}"
+    rows = [_latency_row(batch) for batch in latency.batches]
+    title = f"latency on {where}: median (middle half) of the repetitions"
+    return Table(tuple(rows[0]), [tuple(row.values()) for row in rows], title)
+
+
+def _latency_row(batch: BatchLatency) -> dict[str, str]:
+    """Return cells by heading."""
+    row = {"batch": str(batch.batch_size)}
+    if batch.speedup is not None and batch.speedup_iqr is not None:
+        low, high = batch.speedup_iqr
+        row["speed-up"] = f"{batch.speedup:.2f}× ({low:.2f} to {high:.2f})"
+    row["model"] = _seconds(batch.model_seconds, batch.model_seconds_iqr)
+    if batch.baseline_seconds is not None and batch.baseline_seconds_iqr is not None:
+        row["full model"] = _seconds(batch.baseline_seconds, batch.baseline_seconds_iqr)
+    return row | {"repetitions": str(batch.repetitions)}
+
+
+def _seconds(median: float, quartiles: Sequence[float]) -> str:
+    """Return all three in the unit of the median: `1.23 ms (1.2 to 1.31)`."""
+    scale, unit = next(
+        (pair for pair in ((1, "s"), (1e-3, "ms")) if median >= 0.9995 * pair[0]), (1e-6, "µs")
+    )
+    middle, low, high = (f"{float(f'{value / scale:.3g}'):g}" for value in (median, *quartiles))
+    return f"{middle} {unit} ({low} to {high})"

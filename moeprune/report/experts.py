@@ -1,0 +1,183 @@
+"""The experts of a layer on a page: masses over all inputs and over those of each class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeprune.calibration.statistics import LayerStatistics
+from moeprune.plan import LayerPlan
+from moeprune.report.document import Figure, Heading, Lines, PageBlock, Table
+from moeprune.report.figures import COLORS, FAINT, INK, PALETTE, panel, percent_axis
+from moeprune.report.words import percent, plan_in_words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+SMALL = 0.25
+"""Share of 1/n below which an expert's mass stands for no class."""
+MOST_CELLS = 256
+"""Rows and columns of a heat map; of more, neighbours are averaged."""
+
+
+class Masses:
+    """The masses of one layer's n experts, as arrays in float64.
+
+    mean, most: over all inputs (n). best: of an input's best k experts, k = 1…n. order: experts, the largest
+    mean mass first. classes: those with inputs (c). by_class: means over their inputs (c,n). columns: experts
+    by the class of their largest mass, those of little mass last. kept: by expert (n); None if the plan has
+    no set of experts.
+    """
+
+    def __init__(self, statistics: LayerStatistics, plan: LayerPlan | None):
+        self.mean, self.most, self.best, by_class = (
+            getattr(statistics, f"{name}_mass").double().numpy() for name in ("mean", "max", "kept", "class")
+        )
+        self.n = len(self.mean)
+        self.order = np.argsort(-self.mean, kind="stable")
+        self.classes = np.flatnonzero(by_class.any(1))
+        self.by_class = by_class[self.classes]
+        if len(self.classes):
+            largest = np.where(self.mean < SMALL / self.n, len(self.classes), self.by_class.argmax(0))
+            self.columns = self.order[np.argsort(largest[self.order], kind="stable")]
+        kept = None if plan is None else plan.kept
+        self.kept = None if kept is None else np.isin(np.arange(self.n), kept)
+
+
+def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -> Iterator[PageBlock]:
+    """Yield masses, the mass of the best experts, classes, and a table of all experts.
+
+    Args:
+        name: of the layer.
+        statistics: of the unpruned layer.
+        plan: of the evaluated layer; None if it is not pruned.
+    """
+    masses = Masses(statistics, plan)
+    yield Heading(f"Experts of `{name}`")
+    if plan is not None:
+        yield Lines([plan_in_words(plan) + _held(masses, plan)])
+    panels = [
+        panel(partial(bars, masses=masses), "mean mass of each expert"),
+        panel(partial(curves, masses=masses, plan=plan), "mass of k experts"),
+    ]
+    caption = "Mass: an expert's share of the combine weights; the masses of one input sum to 1."
+    yield Figure(panels, _description(masses), caption)
+    if len(masses.classes):
+        yield _class_map(masses)
+    yield _table(masses)
+
+
+def _held(masses: Masses, plan: LayerPlan) -> str:
+    """Return the mass that the kept experts hold, where that is known."""
+    if masses.kept is not None:
+        return f": the kept experts hold {percent(masses.mean[masses.kept].sum())} of the mass of all inputs"
+    if plan.scope == "input" and plan.signal == "combine" and plan.mass is None and plan.k:
+        return f": the best {plan.k} of an input hold {percent(masses.best[plan.k - 1])} of its mass"
+    return ""
+
+
+def bars(axes: Axes, masses: Masses) -> None:
+    """Draw the mean mass of each expert, the largest first."""
+    heights = masses.mean[masses.order]
+    if masses.kept is None:
+        axes.stairs(heights, fill=True, color=COLORS[0])
+    else:
+        kept = masses.kept[masses.order]
+        axes.stairs(np.where(kept, heights, 0), fill=True, color=COLORS[0], label="kept")
+        axes.stairs(np.where(kept, 0, heights), fill=True, color=COLORS[7], label="dropped")
+    axes.axhline(1 / masses.n, color=INK, linestyle="--", linewidth=1, label="uniform")
+    axes.legend()
+    axes.set(xlim=(0, masses.n), xlabel="experts, the largest first", ylabel="mass")
+    percent_axis(axes.yaxis)
+
+
+def curves(axes: Axes, masses: Masses, plan: LayerPlan | None) -> None:
+    """Draw the mass of the best k experts over k."""
+    ks = np.arange(masses.n + 1)
+    overall = masses.mean[masses.order].cumsum()
+    axes.plot(ks, np.insert(masses.best, 0, 0), color=COLORS[1], label="best k of each input")
+    axes.plot(ks, np.insert(overall, 0, 0), color=COLORS[2], label="one set of k for all inputs")
+    axes.plot([0, masses.n], [0, 1], color=FAINT, linestyle="--", linewidth=1, label="uniform router")
+    if plan is not None and plan.mass is None:
+        axes.axvline(plan.k, color=INK, linestyle=":", linewidth=1, label=f"k = {plan.k}")
+    axes.legend(loc="lower right")
+    axes.set(xlim=(0, masses.n), ylim=(0, 1.02), xlabel="k", ylabel="mass")
+    percent_axis(axes.yaxis)
+
+
+def _description(masses: Masses) -> str:
+    n, first, last = masses.n, masses.order[0], masses.order[-1]
+    counts = sorted({max(1, n // part) for part in (16, 8, 4, 2)})
+    best = ", ".join(f"{k} hold {percent(masses.best[k - 1])}" for k in counts)
+    return (
+        f"Mean masses of {n} experts, from {percent(masses.mean[first], 2)} (expert {first}) to"
+        f" {percent(masses.mean[last], 2)} (expert {last}); uniform would be {percent(1 / n, 2)}. Of an"
+        f" input's best experts {best} of its mass."
+    )
+
+
+def _class_map(masses: Masses) -> Figure:
+    title = "mass of each expert over the inputs of each class"
+    row, expert = np.unravel_index(masses.by_class.argmax(), masses.by_class.shape)
+    description = (
+        f"Heat map of {len(masses.classes)} classes and {masses.n} experts. The largest mass is expert"
+        f" {expert}'s in class {masses.classes[row]}, {percent(masses.by_class[row, expert])}. The table"
+        " below has the class of each expert's largest mass."
+    )
+    caption = "Experts by the class of their largest mass; those of little mass at the end."
+    if masses.kept is not None:
+        caption += " Marked above: the kept experts."
+    height = 1.2 + min(3.0, 0.16 * len(masses.classes))
+    return Figure([panel(partial(heat_map, masses=masses), title, height)], description, caption)
+
+
+def heat_map(axes: Axes, masses: Masses) -> None:
+    """Draw the mass of each expert over the inputs of each class."""
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+
+    rows, n = masses.by_class.shape
+    cells = averaged(averaged(masses.by_class[:, masses.columns]).T).T
+    colors = LinearSegmentedColormap.from_list("heat", [PALETTE["heat"] + "00", PALETTE["heat"]], N=64)
+    image = axes.imshow(
+        cells, colors, PowerNorm(0.5, 0, cells.max()),
+        aspect="auto", interpolation="none", extent=(0, n, rows, 0),
+    )  # fmt: skip
+    if masses.kept is not None:
+        marks = np.flatnonzero(masses.kept[masses.columns]) + 0.5
+        axes.plot(marks, np.full(len(marks), -0.35), "v", color=COLORS[0], markersize=2.5, clip_on=False)
+    shown = np.arange(0, rows, -(-rows // 20))
+    axes.set_yticks(shown + 0.5, [str(index) for index in masses.classes[shown]])
+    axes.set(xlabel="experts", ylabel="class", ylim=(rows, 0))
+    axes.grid(visible=False)
+    bar: Any = axes.figure.colorbar(image, ax=axes)
+    bar.outline.set_visible(False)
+    bar.solids.set_rasterized(True)
+    percent_axis(bar.ax.yaxis)
+
+
+def averaged(values: NDArray) -> NDArray:
+    """Average neighbouring rows, so that MOST_CELLS are left at most."""
+    if len(values) <= MOST_CELLS:
+        return values
+    edges = np.arange(MOST_CELLS + 1) * len(values) // MOST_CELLS
+    return np.add.reduceat(values, edges[:-1]) / np.diff(edges)[:, None]
+
+
+def _table(masses: Masses) -> Table:
+    columns = ["expert", "mean mass", "largest mass\nof an input"]
+    columns += ["class of the\nlargest mass", "mass over its\ninputs"] if len(masses.classes) else []
+    columns += [] if masses.kept is None else [""]
+    rows = []
+    for expert in masses.order:
+        row = [str(expert), percent(masses.mean[expert], 2), percent(masses.most[expert])]
+        if len(masses.classes):
+            largest = masses.by_class[:, expert].argmax()
+            row += [str(masses.classes[largest]), percent(masses.by_class[largest, expert], 2)]
+        if masses.kept is not None:
+            row.append("kept" if masses.kept[expert] else "")
+        rows.append(row)
+    return Table(tuple(columns), rows, "experts in numbers", shown=0)

@@ -1,0 +1,120 @@
+"""Panels of figures as SVG for a page, drawn by matplotlib (the extra `report`)."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moeprune.errors import MoepruneError
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
+PALETTE = {
+    "ink": "#1b1f24", "faint": "#59636e", "rule": "#d5dae0", "heat": "#d9480f",
+    "c0": "#0072b2", "c1": "#d55e00", "c2": "#009e73", "c3": "#cc79a7",
+    "c4": "#56b4e9", "c5": "#b58900", "c6": "#7a5cc0", "c7": "#8b8f94",
+}  # fmt: skip
+"""Colours by the names of the page's CSS variables, as on a light background."""
+INK, FAINT, RULE = PALETTE["ink"], PALETTE["faint"], PALETTE["rule"]
+COLORS = [PALETTE[f"c{index}"] for index in range(8)]
+STYLE: dict[str, Any] = {
+    "svg.hashsalt": "moeprune", "image.composite_image": False, "font.size": 9, "figure.dpi": 120,
+    "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": RULE, "grid.linewidth": 0.6, "legend.frameon": False,
+    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.edgecolor": FAINT,
+    "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "svg.fonttype": "none",
+}  # fmt: skip
+WIDTH, HEIGHT = 4.2, 2.9
+"""Inches of a panel."""
+
+
+def require(*modules: str) -> None:
+    """Raise a MoepruneError if a module of the extra `report` cannot be imported."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            hint = "install it: `pip install 'moeprune[report]'`"
+            raise MoepruneError(f"pages and plots need {name}", hint) from None
+
+
+def panel(paint: Callable[[Axes], object], title: str = "", height: float = HEIGHT) -> str:
+    """Draw a panel whose colours follow the page's.
+
+    Args:
+        paint: draws into the axes.
+        height: in inches.
+
+    Returns:
+        An `svg` element for a page of HTML; equal panels give equal bytes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title)
+        paint(axes)
+        file = io.StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    return _within_html(file.getvalue())
+
+
+def legend_panel(handles: Sequence[Artist]) -> str:
+    """Draw a panel that only explains colours and markers."""
+
+    def paint(axes: Axes) -> None:
+        axes.set_axis_off()
+        axes.legend(handles=handles, loc="upper left", borderaxespad=0)
+
+    return panel(paint, height=0.25 + 0.19 * len(handles))
+
+
+def _within_html(svg: str) -> str:
+    """Strip what a file needs and a page does not, and name colours by the page's variables."""
+    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
+    root, rest = svg.split(">", 1)
+    root = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", root)
+    rest = re.sub(r'<g id="[^"]*"', "<g", rest)  # these recur in every panel
+    names = {color: f"var(--{name})" for name, color in PALETTE.items()}
+    styles = re.compile(r'(style|fill|stroke)="[^"]*"')
+    colors = re.compile("|".join(names))
+    rest = styles.sub(lambda found: colors.sub(lambda color: names[color.group()], found.group()), rest)
+    return f"{root}>{rest}".strip()
+
+
+def percent_axis(axis: Any) -> None:
+    """Show the numbers of an axis as percent."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+
+
+def stacks(rows: dict[str, dict[str, float]]) -> Callable[[Axes], None]:
+    """Return how to draw what wholes consist of: for each row, by its label, the sizes of its parts."""
+
+    def paint(axes: Axes) -> None:
+        labels = list(rows)
+        left = [0.0] * len(rows)
+        for color, part in zip(COLORS, rows[labels[0]], strict=False):
+            sizes = [parts[part] for parts in rows.values()]
+            axes.barh(labels, sizes, left=left, color=color, height=0.6, label=part)
+            left = [start + size for start, size in zip(left, sizes, strict=True)]
+        axes.invert_yaxis()
+        axes.xaxis.set_visible(False)
+        axes.grid(visible=False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(left=False)
+        axes.figure.legend(loc="outside lower left", ncols=4, columnspacing=1, handlelength=1)
+
+    return paint

@@ -1,0 +1,54 @@
+"""Results of gates in a table and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeprune.evaluation.results import GateResult
+from moeprune.report.document import Cell, Table, Verdict
+
+NOTES = {"min_speedup": " (lowest of all batch sizes)"}
+
+
+def gate_table(results: Sequence[GateResult]) -> Table:
+    """Return a row for each gate."""
+    level = next((gate.confidence for gate in results if gate.confidence is not None), None)
+    rows: list[Sequence[Cell]] = []
+    for gate in results:
+        row: list[Cell] = [gate.name + NOTES.get(gate.name, ""), f"{gate.limit:g}", f"{gate.value:.4g}"]
+        if level is not None:
+            row.append("exact" if gate.bound is None else f"{gate.bound:.4g}")
+        undecided = gate.reason == "undecided"
+        word = f"FAILED: {_undecided(gate)}" if undecided else "passed" if gate.passed else "FAILED"
+        rows.append([*row, Verdict(gate.passed, word, undecided)])
+    bound = [] if level is None else [f"bound at {100 * level:g} %"]
+    return Table(("gate", "limit", "value", *bound, ""), rows)
+
+
+def gate_in_words(gate: GateResult) -> str:
+    """Return the value of a gate, its limit and their distance."""
+    limit, bound = gate.limit, gate.bound
+    words = f"{gate.name} is {gate.value:.4g}, {_distance(gate.value, limit)} the limit of {limit:g}"
+    if bound is not None and gate.confidence is not None:
+        level = f"{100 * gate.confidence:g} %"
+        words += f"; its bound at {level} is {bound:.4g}, {_distance(bound, limit)} the limit"
+    return f"{words}: {_undecided(gate)}" if gate.reason == "undecided" else words
+
+
+def _distance(value: float, limit: float) -> str:
+    if value == limit:
+        return "at"
+    return f"{abs(value - limit):.4g} {'above' if value > limit else 'below'}"
+
+
+def _undecided(gate: GateResult) -> str:
+    unit = "repetitions" if gate.name == "min_speedup" else "samples"
+    needed = gate.samples_needed
+    would = "nor would more like them" if needed is None else f"about {_round_up(needed):,} would"
+    return f"{gate.samples:,} {unit} cannot show it, {would}"
+
+
+def _round_up(number: int) -> int:
+    """Round to two digits: `2345` is `2400`."""
+    step = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // step) * step
