@@ -345,7 +345,10 @@ def test_a_wrong_confidence_is_refused_before_any_work(confidence, run):
     [
         (("--confidence", "high", "--min-accuracy", 0.5), "--confidence"),
         (("--confidence", 0.95), "`--confidence` goes with a gate"),
-        (("--confidence", 0.95, "--sweep", "1/8", "--analysis", "a.safetensors"), "no gates"),
+        (
+            ("--confidence", 0.95, "--sweep", "1/8", "--analysis", "a.safetensors"),
+            "does not go with `--sweep`",
+        ),
     ],
 )
 def test_a_confidence_without_sense_is_refused(words, message, run):

@@ -334,21 +334,15 @@ def test_too_few_repetitions_for_the_level_show_nothing(call, run, known):
 
 # --- what is wrong -----------------------------------------------------------------------------
 
-SWEEP = ("--sweep", "1/8", "--analysis", "a.safetensors")
-
 
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
         (["--latency-batch", 8], ("`--latency-batch`", "`--latency`")),
-        (["--latency", "--latency-batch", 10**30], ("not within 1 and 1000000",)),
-        (["--latency", "--latency-batch", 0], ("`--latency-batch 0`", "not within 1")),
-        (
-            ["--latency", "--latency-batch", 8, "--latency-batch", -1],
-            ("`--latency-batch -1`",),
-        ),
-        ([*SWEEP, "--latency"], ("`--sweep`", "`--latency`")),
-        ([*SWEEP, "--min-speedup", 2], ("`--sweep`", "gates")),
+        (["--latency", "--latency-batch", 10**30], ("--latency-batch",)),
+        (["--latency", "--latency-batch", 0], ("`--latency-batch`", ">= 1, found 0")),
+        (["--latency", "--latency-batch", 8, "--latency-batch", -1], ("`--latency-batch` `[1]`", "found -1")),
+        (["--sweep", "1/8", "--analysis", "a", "--min-speedup", 2], ("`--min-speedup` does not go with",)),
         (["--latency", "--min-speedup", 2], ("`--min-speedup`", "`--baseline`")),
         (["--baseline", "b.safetensors", "--min-speedup", 2], ("`--min-speedup`", "`--latency`")),
         *(
@@ -362,13 +356,12 @@ def test_usage_errors_come_before_any_work(run, words, fragments):
     result = run("eval", "none.safetensors", "--data", "digits", *words)
     assert (result.code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")
-    assert "\n\nhint: " in result.stderr
     for fragment in fragments:
         assert fragment in result.stderr
 
 
 def test_a_batch_size_below_1_is_refused_in_python_too(single):
-    with pytest.raises(moeprune.MoepruneError, match="not within 1"):
+    with pytest.raises(moeprune.MoepruneError, match="found 0"):
         moeprune.evaluate(moeprune.load(single), "digits", latency_batches=(1, 0))
 
 

@@ -18,13 +18,15 @@ from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.forgetting import forgetting
 from moeprune.evaluation.intervals import mcnemar, paired_difference, wilson
-from moeprune.evaluation.latency import check_batch_sizes, measure_latency
+from moeprune.evaluation.latency import measure_latency
+from moeprune.evaluation.request import BatchSizes
 from moeprune.evaluation.results import Difference, Environment, Evaluation, ModelFigures, Outcomes
 from moeprune.layers.flops import Usage
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model, dataset_for, private_copy
 from moeprune.models.results import ModelCost
 from moeprune.models.runtime import Runtime
+from moeprune.records import from_json
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def evaluate(
     Raises:
         MoepruneError: data that does not fit or has no labels, or a batch size below 1.
     """
-    check_batch_sizes(latency_batches or ())
+    latency_batches = from_json(latency_batches, BatchSizes | None, "`latency_batches`")
     data = dataset_for(model, data, split="test")
     if baseline is not None and baseline.input_format != model.input_format:
         raise MoepruneError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moeprune.data.datasets import Dataset
-from moeprune.errors import MoepruneError
 from moeprune.evaluation.results import BatchLatency, Interval, Latency
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
@@ -23,19 +22,8 @@ WARM_UP_CALLS, WARM_UP_SECONDS = 2, 0.2
 """Warm-up ends when each function was called so often, and so much time is over."""
 MIN_REPETITIONS, MAX_REPETITIONS, MEASURED_SECONDS = 7, 200, 2.0
 """Repetitions end when all calls together took so long, within these bounds."""
-MOST_INPUTS = 1_000_000
 READY_BATCHES, READY_INPUTS = 8, 256
 """Most batches, and inputs in all of them, that lie ready on the device; never fewer than two batches."""
-
-
-def check_batch_sizes(batch_sizes: Iterable[int]) -> None:
-    """Raise a MoepruneError if a batch size is below 1 or absurd."""
-    for batch_size in batch_sizes:
-        if not 1 <= batch_size <= MOST_INPUTS:
-            raise MoepruneError(
-                f"`--latency-batch {batch_size}` is not within 1 and {MOST_INPUTS}",
-                "give how many inputs come at once, such as 8",
-            )
 
 
 def measure_latency(
@@ -53,7 +41,6 @@ def measure_latency(
     Raises:
         MoepruneError: a batch size below 1, data that cannot be read, or no such device.
     """
-    check_batch_sizes(batch_sizes)
     device = runtime.torch_device
     models = {"model": model} | ({} if baseline is None else {"baseline": baseline})
     functions = {

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
+
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.gates import GATES, check_limits
 from moeprune.models.runtime import Runtime
 from moeprune.models.spec import ModelSpec
-from moeprune.records import Request, option
+from moeprune.records import Request, from_json, option
 
 Gate = float | None
+BatchSizes = tuple[Annotated[int, msgspec.Meta(ge=1, le=1_000_000)], ...]
 
 
 class EvalRequest(Request, frozen=True, kw_only=True):
@@ -58,4 +61,5 @@ class EvalRequest(Request, frozen=True, kw_only=True):
         """Raise a MoepruneError for limits that cannot be judged."""
         if self.latency_batch and not self.latency:
             raise MoepruneError("`latency_batch` goes with `latency`", "add `--latency`")
+        from_json(self.latency_batch, BatchSizes, "`--latency-batch`")
         check_limits(self.limits, self.baseline is not None, self.latency, self.confidence)
