@@ -47,7 +47,7 @@ from moeprune.pruning.compensation import (
     fit_static,
     gather,
     refit_kept,
-    require_affordable_refit,
+    require_affordable_refits,
 )
 from moeprune.pruning.narrowing import narrowed
 from moeprune.records import to_json
@@ -110,8 +110,7 @@ def prune(
         raise not_calibrated(plan)
     if one_shot:
         require_one_shot(plan)
-    for name, layer_plan in plan.items():
-        require_affordable_refit(configs[name], layer_plan, name)
+    require_affordable_refits(configs, plan)
     model_fingerprint = fingerprint(model)
     if not any(layer.is_calibrated or layer.is_ranked for layer in plan.values()):
         analysis = None

@@ -17,7 +17,7 @@ Axes: b inputs, m tokens, d width of the input, o of the output, n experts, p te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
-from moeprune.plan import LayerPlan
+from moeprune.plan import LayerPlan, Plan
 
 MAX_REGRESSORS = 4096
 """Regressors that `refit` takes at most: their Gram matrix is held in float64, and decomposed."""
@@ -154,14 +154,16 @@ def refit_kept(stream: Stream) -> None:
     add_correction(layer, correction[k * width :])
 
 
-def require_affordable_refit(config: LayerConfig, plan: LayerPlan, name: str) -> None:
-    """Raise a MoepruneError if a layer's refit would take more than MAX_REGRESSORS regressors."""
-    if not is_affordable_refit(config, plan):
-        raise MoepruneError(
-            f"`refit` of layer `{name}` would take {_refit_regressors(config, plan):,} regressors: {plan.k}"
-            f" experts of width {config.expert_width} are kept; at most {MAX_REGRESSORS:,} are possible",
-            "keep fewer experts, or give `--compensate affine`",
-        )
+def require_affordable_refits(configs: Mapping[str, LayerConfig], plan: Plan) -> None:
+    """Raise a MoepruneError if the refit of a layer would take more than MAX_REGRESSORS regressors."""
+    for name, layer in plan.items():
+        if not is_affordable_refit(configs[name], layer):
+            raise MoepruneError(
+                f"`refit` of layer `{name}` would take {_refit_regressors(configs[name], layer):,} regressors:"
+                f" {layer.k} experts of width {configs[name].expert_width} are kept; at most"
+                f" {MAX_REGRESSORS:,} are possible",
+                "keep fewer experts, or give `--compensate affine`",
+            )
 
 
 def is_affordable_refit(config: LayerConfig, plan: LayerPlan) -> bool:
