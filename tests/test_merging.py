@@ -133,7 +133,7 @@ def test_merging_on_the_command_line(vit, vit_analysis, run, run_json, tmp_path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--one-shot",), "is found on data, not in one shot"),
+        (("--one-shot",), "is fitted to data, not in one shot"),
         (("--scope", "input"), "not for `--scope input`"),
         (("--signal", "gram"), "`--signal gram` does not go with `--compensate merge`"),
     ],

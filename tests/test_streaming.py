@@ -64,11 +64,11 @@ def test_command_in_one_shot_needs_no_data(run, vit, vit_analysis, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--compensate", "lstsq"], "`lstsq` of layer `blocks.1.soft_moe` is found on data"),
+        (["--compensate", "lstsq"], "`lstsq` of layer `blocks.1.soft_moe` is fitted to data"),
         (["--data", "pairs"], "`--one-shot` reads no data"),
         (
             ["--scope", "input", "--compensate", "lstsq"],
-            "`lstsq` of layer `blocks.1.soft_moe` is found on data",
+            "`lstsq` of layer `blocks.1.soft_moe` is fitted to data",
         ),
     ],
 )

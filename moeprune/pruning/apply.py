@@ -105,18 +105,15 @@ def prune(
     dense = require_dense_layers(model, ALREADY_PRUNED)
     configs = {name: layer.config for name, layer in dense.items()}
     plan = full_plan(configs, keep, plan, Method(**method))
-    calibrated = any(layer.is_calibrated for layer in plan.values())
-    if calibrated and analysis is None and data is None:
-        raise not_calibrated(plan)
-    if one_shot:
-        require_one_shot(plan)
     require_affordable_refits(configs, plan)
+    require_calibration(plan, analysis is not None or data is not None, one_shot)
     model_fingerprint = fingerprint(model)
-    if not any(layer.is_calibrated or layer.is_ranked for layer in plan.values()):
+    is_calibrated = any(layer.is_calibrated for layer in plan.values())
+    if not (is_calibrated or any(layer.is_ranked for layer in plan.values())):
         analysis = None
     require_analysis_of(configs, model_fingerprint, analysis)
     dataset = None
-    if calibrated:
+    if is_calibrated:
         dataset = _calibration_data(model, analysis, data, needed=needs_pass(plan, one_shot))
 
     full = private_copy(model)
@@ -226,24 +223,20 @@ def needs_pass(plan: Plan, one_shot: bool) -> bool:
     return measured or any(layer.is_fitted for layer in plan.values())
 
 
-def require_one_shot(plan: Plan) -> None:
-    """Raise a MoepruneError if a plan has a fitted compensation, which no analysis holds."""
+def require_calibration(plan: Plan, has_calibration: bool, one_shot: bool) -> None:
+    """Raise a MoepruneError if a plan needs calibration data and there is none, or needs a pass over data."""
     for name, layer in plan.items():
-        if layer.is_fitted:
+        if layer.is_calibrated and not has_calibration:
             raise MoepruneError(
-                f"`{layer.compensation}` of layer `{name}` is found on data, not in one shot",
+                f"scope {layer.scope} with signal {layer.signal} and compensation {layer.compensation} needs"
+                " calibration",
+                "give an analysis (`--analysis`) or calibration data (`--data`)",
+            )
+        if layer.is_fitted and one_shot:
+            raise MoepruneError(
+                f"`{layer.compensation}` of layer `{name}` is fitted to data, not in one shot",
                 "give another `--compensate`",
             )
-
-
-def not_calibrated(plan: Plan) -> MoepruneError:
-    """Return the error of a plan that needs calibration data, and has none."""
-    layer = next(layer for layer in plan.values() if layer.is_calibrated)
-    return MoepruneError(
-        f"scope {layer.scope} with signal {layer.signal} and compensation {layer.compensation} needs"
-        " calibration",
-        "give an analysis (`--analysis`) or calibration data (`--data`)",
-    )
 
 
 def full_plan(

@@ -159,8 +159,8 @@ def require_affordable_refits(configs: Mapping[str, LayerConfig], plan: Plan) ->
     for name, layer in plan.items():
         if not is_affordable_refit(configs[name], layer):
             raise MoepruneError(
-                f"`refit` of layer `{name}` would take {_refit_regressors(configs[name], layer):,} regressors:"
-                f" {layer.k} experts of width {configs[name].expert_width} are kept; at most"
+                f"`refit` of layer `{name}` would take {_refit_regressors(configs[name], layer):,}"
+                f" regressors: {layer.k} experts of width {configs[name].expert_width} are kept; at most"
                 f" {MAX_REGRESSORS:,} are possible",
                 "keep fewer experts, or give `--compensate affine`",
             )

@@ -24,9 +24,8 @@ from moeprune.plan import LayerPlan, Method, Plan, plan_to_json
 from moeprune.pruning.apply import (
     MethodWords,
     full_plan,
-    not_calibrated,
     provenance_of,
-    require_one_shot,
+    require_calibration,
     require_unpruned,
 )
 from moeprune.pruning.choice import choose_experts
@@ -73,11 +72,8 @@ def prune_file(
     require_unpruned(existing)
     plan = full_plan(config.moe_layers, keep, plan, Method(**method))
     source_fingerprint = checkpoint.fingerprint(header, config.to_json())
-    if any(layer.is_calibrated for layer in plan.values()):
-        require_one_shot(plan)
-        if analysis is None:
-            raise not_calibrated(plan)
-    elif not any(layer.is_ranked for layer in plan.values()):
+    require_calibration(plan, analysis is not None, one_shot=True)
+    if not any(layer.is_calibrated or layer.is_ranked for layer in plan.values()):
         analysis = None
     require_analysis_of(config.moe_layers, source_fingerprint, analysis)
     tensors = checkpoint.read_tensors(header)
