@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from moeprune.errors import MoepruneError
     from moeprune.evaluation.evaluate import evaluate
     from moeprune.models.adopted import adopt
+    from moeprune.models.export import export
     from moeprune.models.model import save
     from moeprune.models.opening import load
     from moeprune.models.runtime import Runtime
@@ -24,6 +25,7 @@ __all__ = [
     "adopt",
     "analyze",
     "evaluate",
+    "export",
     "load",
     "load_analysis",
     "open_data",
@@ -38,6 +40,7 @@ _HOMES = {
     "adopt": "models.adopted",
     "analyze": "calibration.analysis",
     "evaluate": "evaluation.evaluate",
+    "export": "models.export",
     "load": "models.opening",
     "load_analysis": "calibration.analysis",
     "open_data": "data.datasets",

@@ -130,7 +130,7 @@ def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
         "--save-plan", stock.path("narrow.json"), "-o", stock.path("narrowed.safetensors"),
     )  # fmt: skip
     foreign = stock.path("foreign.safetensors")
-    stock.make("convert", dense, "--to", "soft-moe", "-o", foreign)
+    moeprune.export(dense, foreign, "soft-moe")
     tensors = load_file(foreign)
     torch.save({"model": tensors, "epoch": 3}, stock.path("foreign.pt"))
     torch.save(tensors, stock.path("legacy.pt"), _use_new_zipfile_serialization=False)
@@ -162,5 +162,5 @@ def add_adopted(stock: Stock) -> None:
     import fuzzed_model
 
     save_file(fuzzed_model.build().state_dict(), stock.path("own.safetensors"))
-    words = "convert", stock.path("own.safetensors"), "--model", FACTORY, "--input-shape", "1,8,8"
-    stock.make(*words, "-o", stock.path("adopted.safetensors"))
+    model = moeprune.load(stock.path("own.safetensors"), FACTORY, input_shape=(1, 8, 8))
+    moeprune.save(model, stock.path("adopted.safetensors"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import moeprune
@@ -17,11 +17,13 @@ from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.errors import MoepruneError
 from moeprune.files.header import read_header
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.models import adopted
+from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.adopted import adopt
 from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.libraries import LAYERS
 from moeprune.models.module import AdoptedModel, build
 from moeprune.models.runtime import Runtime
+from moeprune.models.translation import to_module
 from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.apply import prune
 from tests.test_soft_moe import relative_error
@@ -137,9 +139,13 @@ def test_adopted_models_compute_what_their_libraries_do(case, dtype, tolerance):
         expected = theirs(images(dtype=dtype))
     model = adopt(theirs, SHAPE)
     assert relative_error(model(images(dtype=dtype)), expected) < tolerance
-    assert not any(adopted.library_of(m) for m in model.modules() if any(
-        library.recognises(m) for library in adopted.LIBRARIES
-    ))  # fmt: skip
+    theirs_left = [
+        m
+        for m in model.modules()
+        for n, library in LAYERS.items()
+        if n != "moeprune" and library.recognises(m)
+    ]
+    assert theirs_left == []
 
 
 def test_layers_are_named_in_the_order_in_which_they_run():
@@ -154,7 +160,7 @@ def test_statically_pruned_models_compute_what_the_library_does_with_fewer_exper
     model = adopt(theirs, SHAPE)
     pruned = prune(model, keep=2, signal="random", compensate="renorm")
     smaller = factory(**arguments, num_experts=2).double().eval()
-    tensors = adopted.library_tensors(pruned, factory(**arguments))
+    tensors = to_module(pruned, factory(**arguments))
     smaller.load_state_dict(tensors, strict=True)
     assert relative_error(smaller(images()), pruned(images())) < 1e-9
 
@@ -163,7 +169,7 @@ def test_tensors_go_back_as_they_came(case):
     factory, arguments = case
     theirs = randomized(factory(**arguments))
     before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
-    tensors = adopted.library_tensors(adopt(theirs, SHAPE), factory(**arguments))
+    tensors = to_module(adopt(theirs, SHAPE), factory(**arguments))
     assert set(tensors) == set(before)
     for name, tensor in before.items():
         assert torch.equal(tensors[name], tensor), name
@@ -254,6 +260,27 @@ def test_flops_of_an_adopted_model_equal_what_torch_counts():
         assert one.cost().flops_per_input.total == counter.get_total_flops()
 
 
+def own_tower(num_experts=4) -> nn.Module:
+    return Tower(lambda: SoftMoE(SoftMoEConfig(D, num_experts, 2, 24)))
+
+
+def test_layers_of_our_own_in_a_model_of_the_users(tmp_path):
+    theirs = randomized(own_tower())
+    expected = theirs(images(dtype=torch.float32))
+    torch.save(theirs.state_dict(), tmp_path / "trained.pt")
+    model = moeprune.load(tmp_path / "trained.pt", own_tower, input_shape=SHAPE)
+    assert model.reading.library == "moeprune"
+    assert model.reading.parity.max_relative_difference < 1e-12
+    assert torch.equal(model(images(dtype=torch.float32)), expected)
+    pruned = prune(model, keep=2, signal="random", compensate="renorm")
+    moeprune.export(pruned, tmp_path / "small.pt", "moeprune")
+    smaller = own_tower(num_experts=2).eval()
+    smaller.load_state_dict(torch.load(tmp_path / "small.pt"), strict=True)
+    assert relative_error(smaller(images(dtype=torch.float32)), pruned(images(dtype=torch.float32))) < 1e-5
+    with pytest.raises(MoepruneError, match=r"layer `module\.layers\.0` is already pruned"):
+        adopt(pruned, SHAPE)
+
+
 # --- files -------------------------------------------------------------------------------------
 
 
@@ -308,13 +335,51 @@ def test_a_factory_that_changed_is_an_error_that_lists_all_differences(package, 
         moeprune.load(path, f"{package}:tower")
 
 
-def test_keys_of_old_releases_are_read():
+def test_keys_of_old_releases_are_read(tmp_path):
     theirs = randomized(tower())
-    expected = theirs(images(dtype=torch.float32))
     old = {name.replace("experts.experts.", "experts."): t for name, t in theirs.state_dict().items()}
-    fresh = tower()
-    adopted.load_foreign(fresh, old, "old.pt")
-    assert torch.equal(fresh.eval()(images(dtype=torch.float32)), expected)
+    torch.save(old, tmp_path / "old.pt")
+    model = moeprune.load(tmp_path / "old.pt", tower, input_shape=SHAPE)
+    assert relative_error(model(images(dtype=torch.float32)), theirs(images(dtype=torch.float32))) < 1e-5
+
+
+@pytest.mark.parametrize("compensate", ["renorm", "mean"])
+def test_a_training_checkpoint_is_opened_pruned_and_given_back(package, tmp_path, compensate):
+    theirs = randomized(tower(geglu=True))
+    weights = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"epoch": 3, "model": weights, "ema": weights}, "trained.pt")
+    for factory in (f"{package}:tower", tower):
+        full = moeprune.load("trained.pt", factory, input_shape=SHAPE, key="model", geglu=True)
+        assert full.reading.library == full.details.source["library"] == "soft-moe-pytorch"
+        assert full.reading.arguments == full.config.arguments == {"geglu": True}
+        assert full.reading.parity.max_relative_difference < 1e-9
+    assert full.config.factory == "tests.test_adopted:tower"
+    moeprune.export(full, "back.pt", "soft-moe-pytorch")
+    back = torch.load("back.pt")
+    assert all(torch.equal(back[key.removeprefix("module.")], value) for key, value in weights.items())
+    pruned = prune(full, keep=2, compensate=compensate, data=dataset(), runtime=CPU)
+    moeprune.save(pruned, "pruned.safetensors")
+    again = moeprune.load("pruned.safetensors", tower)
+    x = images(dtype=torch.float32)
+    assert torch.equal(again(x), pruned(x))
+    if compensate == "renorm":
+        found = moeprune.export("pruned.safetensors", "small.pt", "soft-moe-pytorch", tower)
+        assert found.parity.skipped
+        smaller = tower(geglu=True, num_experts=2).eval()
+        smaller.load_state_dict(torch.load("small.pt"), strict=True)
+        assert relative_error(smaller(x).detach(), pruned(x)) < 1e-5
+    else:
+        with pytest.raises(MoepruneError, match=r"layer `module\.late` has compensation mean"):
+            moeprune.export(pruned, "small.pt", "soft-moe-pytorch")
+        assert not (tmp_path / "small.pt").exists()
+
+
+def test_a_model_of_a_release_that_is_not_installed(package):
+    torch.save(randomized(encoder()).state_dict(), "trained.pt")
+    source = "soft-mixture-of-experts==0.1.0"
+    model = moeprune.load("trained.pt", f"{package}:encoder", input_shape=SHAPE, source=source)
+    assert model.reading.parity.skipped == "`soft-mixture-of-experts` 0.2.0 is installed, not 0.1.0"
+    assert model.details.source["version"] == "0.1.0"
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -344,7 +409,7 @@ def test_a_beta_that_is_not_zero_is_refused():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Linear(3, 3), "no Soft MoE layer of a known library in Linear"),
+        (nn.Linear(3, 3), "no MoE layer of a known library in Linear"),
         (nn.Sequential(nn.Flatten(), lucidrains.SoftMoE(192, num_slots=1)), None),
         (nn.Sequential(lucidrains.SoftMoE(3, num_slots=1)), r"gives \[1, 3, 8, 8\] for one input"),
         (nn.Sequential(lucidrains.SoftMoE(4, num_slots=1)), "fails on an input of shape"),
@@ -374,7 +439,7 @@ def test_a_layer_that_runs_twice_is_refused():
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("nonsense", "is no factory"),
+        ("nonsense", "is not a factory"),
         ("no_such_package:f", "ModuleNotFoundError"),
         ("user_models:missing", "AttributeError"),
         ("user_models:broken", "ZeroDivisionError"),
@@ -386,158 +451,66 @@ def test_factories_that_fail(package, factory, message):
         build(factory, {})
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["x"], "no KEY=VALUE"),
-        (["1x=2"], "no KEY=VALUE"),
-        (["x=1", "x=2"], "given twice"),
-        (["x={1}"], "JSON"),
-    ],
-)
-def test_arguments_that_do_not_fit(given, message):
+TRAINED = {"model": tower, "input_shape": SHAPE, "geglu": True}
+WRONG = [
+    ("trained.pt", {"input_shape": None}, "--input-shape 3,224,224"),
+    ("trained.pt", {"input_shape": (3, 8)}, "`input_shape`"),
+    ("trained.pt", {"input_shape": (3, 2**20, 2**20)}, "expected at most"),
+    ("trained.pt", {"input_shape": (1, 8, 8)}, "fails on an input of shape"),
+    ("trained.pt", {"geglu": False}, r"`layers\.0\.experts"),
+    ("trained.pt", {"shape": 3}, "TypeError"),
+    ("trained.pt", {"model": None, "geglu": None}, "goes with `model`"),
+    ("trained.pt", {"source": "soft-moe"}, "not from `soft-moe`"),
+    ("trained.pt", {"source": "vmoe"}, "`source` is 'vmoe', expected one of"),
+    ("trained.pt", {"source": "soft-moe==x"}, "names no release"),
+    ("trained.pt", {"key": "ema"}, "ema"),
+    ("full.safetensors", {}, "is a checkpoint of moeprune and takes no `arguments`, `input_shape`"),
+    (
+        "full.safetensors",
+        {"model": None, "input_shape": None, "geglu": None},
+        "add `--model tests.test_adopted:tower`",
+    ),
+    ("vit.safetensors", {"input_shape": None, "geglu": None}, "needs no `--model`"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, single):
+    folder = tmp_path_factory.mktemp("files")
+    model = randomized(tower(geglu=True))
+    torch.save(model.state_dict(), folder / "trained.pt")
+    moeprune.save(adopt(model, SHAPE, tower, {"geglu": True}), folder / "full.safetensors")
+    shutil.copy(single, folder / "vit.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "changed", "message"), WRONG)
+def test_calls_that_are_wrong(name, changed, message, files):
+    said = {key: value for key, value in (TRAINED | changed).items() if value is not None}
     with pytest.raises(MoepruneError, match=message):
-        adopted.parse_arguments(given)
-
-
-def test_what_other_libraries_cannot_express_is_refused():
-    model = adopt(randomized(tower()), SHAPE)
-    for scope, compensate in (("input", "none"), ("static", "none"), ("static", "mean")):
-        pruned = prune(model, keep=2, scope=scope, compensate=compensate, data=dataset(), runtime=CPU)
-        with pytest.raises(MoepruneError, match=f"scope {scope} and compensation {compensate}"):
-            adopted.library_tensors(pruned, tower())
-
-
-# --- commands ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def trained(package, tmp_path):
-    """A training checkpoint of a tower, and what its model computes."""
-    theirs = randomized(tower(geglu=True))
-    path = tmp_path / "trained.pt"
-    weights = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
-    torch.save({"epoch": 3, "model": weights}, path)
-    torch.save(encoder().state_dict(), "encoder.pt")
-    with torch.no_grad():
-        return path, theirs(images(dtype=torch.float32))
-
-
-MODEL = ("--model", "user_models:tower")
-BUILT = (*MODEL, "--model-arg", "geglu=True", "--input-shape", "3,8,8")
-
-
-def test_commands_from_the_users_file_to_the_users_file(trained, run, run_json, tmp_path):
-    path, expected = trained
-    x = images(40, dtype=torch.float32)
-    save_file({"inputs": x, "labels": torch.arange(40) % CLASSES}, "data.safetensors")
-    found = run_json("convert", path, *BUILT, "-o", "full.safetensors")
-    assert found["from"] == "soft-moe-pytorch"
-    assert found["source"]["library"] == "soft-moe-pytorch"
-    assert found["arguments"] == {"geglu": True}
-    assert found["parity"]["max_relative_difference"] < 1e-9
-    full = moeprune.load("full.safetensors", MODEL[1])
-    assert relative_error(full(images(dtype=torch.float32)), expected) < 1e-5
-    shown = run("inspect", "full.safetensors")
-    assert shown.code == 0
-    assert "user_models:tower(geglu=True)" in shown.stdout
-    for words in (
-        ("analyze", "full.safetensors", "--data", "data.safetensors", *MODEL, "-o", "analysis.safetensors"),
-        ("prune", "full.safetensors", *MODEL, "--analysis", "analysis.safetensors", "--keep", 2,
-         "--compensate", "lstsq", "-o", "lstsq.safetensors"),
-        ("prune", "full.safetensors", "--analysis", "analysis.safetensors", "--keep", 2, "--one-shot",
-         "--compensate", "renorm", "-o", "renorm.safetensors"),
-        ("eval", "lstsq.safetensors", "--data", "data.safetensors", "--baseline", "full.safetensors", *MODEL),
-        ("convert", "renorm.safetensors", "--to", "soft-moe-pytorch", *MODEL, "-o", "small.pt"),
-    ):  # fmt: skip
-        result = run(*words)
-        assert (result.code, result.stderr) == (0, ""), words
-    smaller = tower(geglu=True, num_experts=2)
-    smaller.load_state_dict(torch.load("small.pt", weights_only=True), strict=True)
-    pruned = moeprune.load("renorm.safetensors", MODEL[1])
-    assert relative_error(smaller.eval()(x).detach(), pruned(x)) < 1e-5
-
-
-def test_commands_on_a_model_with_dynamic_slots(package, run, run_json, tmp_path):
-    torch.save(randomized(dynamic()).state_dict(), "trained.pt")
-    x = images(40, dtype=torch.float32)
-    save_file({"inputs": x, "labels": torch.arange(40) % CLASSES}, "data.safetensors")
-    model = ("--model", f"{package}:dynamic")
-    data = ("--data", "data.safetensors")
-    found = run_json("convert", "trained.pt", *model, "--input-shape", "3,8,8", "-o", "full.safetensors")
-    assert found["parity"]["max_relative_difference"] < 1e-9
-    run_json("analyze", "full.safetensors", *data, *model, "-o", "analysis.safetensors")
-    words = ("prune", "full.safetensors", "--keep", 2, *model, "--analysis", "analysis.safetensors")
-    refused = run(*words, "-o", "static.safetensors")
-    assert (refused.code, refused.stdout) == (2, "")
-    assert "`module.layers.0` makes its slots anew" in refused.stderr
-    assert not (tmp_path / "static.safetensors").exists()
-    run_json(*words, "--scope", "input", "-o", "routed.safetensors")
-    found = run_json("eval", "routed.safetensors", *data, *model, "--baseline", "full.safetensors")
-    assert found["difference"]["flops_reduction"] > 0
-    swept = run_json(
-        "eval", "full.safetensors", *data, *model, "--sweep", "2", "--analysis", "analysis.safetensors",
-        "--compensate", "none", "--compensate", "mean",
-    )  # fmt: skip
-    assert {row["scope"] for row in swept["rows"]} == {None, "input", "batch"}
-    assert {row["signal"] for row in swept["rows"] if row["scope"] == "input"} > {"random"}
-    found = run_json("convert", "full.safetensors", "--to", "soft-moe-pytorch", *model, "-o", "back.pt")
-    back = torch.load("back.pt", weights_only=True)
-    assert all(torch.equal(back[key], value) for key, value in torch.load("trained.pt").items())
-
-
-def test_a_model_of_a_release_that_is_not_installed(package, run, run_json):
-    torch.save(randomized(encoder()).state_dict(), "trained.pt")
-    save_file({"inputs": images(8, dtype=torch.float32)}, "data.safetensors")
-    model = ("--model", f"{package}:encoder")
-    found = run_json(
-        "convert", "trained.pt", *model, "--input-shape", "3,8,8",
-        "--source", "soft-mixture-of-experts==0.1.0", "-o", "full.safetensors",
-    )  # fmt: skip
-    assert found["parity"] is None
-    assert found["parity_skipped"] == "`soft-mixture-of-experts` 0.2.0 is installed, not 0.1.0"
-    assert found["source"]["version"] == "0.1.0"
-    result = run("analyze", "full.safetensors", "--data", "data.safetensors", *model, "-o", "a.safetensors")
-    assert result.code == 0
-    assert "takes its dispatch softmax over the batch, as it was trained" in result.stderr
+        moeprune.load(files / name, **said)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("convert", "trained.pt", *BUILT[:4], "-o", "o.safetensors"), "--input-shape 3,224,224"),
-        (("convert", "trained.pt", *BUILT[:5], "3,8", "-o", "o.safetensors"), "`--input-shape 3,8` is not"),
-        (("convert", "trained.pt", *MODEL, *BUILT[-2:], "-o", "o.safetensors"), "`layers.0.experts"),
-        (("convert", "trained.pt", *BUILT[:5], "1,8,8", "-o", "o.safetensors"), "fails on an input of shape"),
-        (("convert", "trained.pt", "--input-shape", "3,8,8", "-o", "o.safetensors"), "go with `--model`"),
-        (("convert", "trained.pt", "-o", "o.safetensors"), "`late.slot_embeds` is of a layer of"),
-        (("convert", "encoder.pt", "-o", "o.safetensors"), "is of a layer of soft-mixture-of-exp"),
-        (("convert", "trained.pt", *BUILT, "--source-arg", "a=1", "-o", "o.safetensors"), "does not go with"),
-        (("convert", "trained.pt", *BUILT, "--source", "soft-moe", "-o", "o.st"), "not of `soft-moe`"),
-        (("convert", "trained.pt", *BUILT, "--source", "vmoe", "-o", "o.st"), "`--source vmoe` is unknown"),
-        (("convert", "trained.pt", *BUILT, "--source", "soft-moe==x", "-o", "o.st"), "names no release"),
-        (("convert", "trained.pt", *BUILT, "--key", "ema", "-o", "o.safetensors"), "ema"),
-        (("convert", "full.safetensors", *BUILT, "-o", "o.safetensors"), "file that your own code wrote"),
-        (("convert", "full.safetensors", *MODEL, "--to", "soft-moe", "-o", "o.pt"), "not of `soft-moe`"),
-        (("convert", "full.safetensors", "--to", "soft-moe-pytorch", "-o", "o.pt"), "user_models:tower"),
-        (("eval", "full.safetensors", "--data", "digits"), "add `--model user_models:tower`"),
-        (("analyze", "full.safetensors", "--data", "digits", *MODEL, "-o", "o.st"), "the model takes"),
-    ],
-)  # fmt: skip
-def test_calls_that_are_wrong_leave_nothing_behind(words, message, trained, run, tmp_path):
-    assert run("convert", trained[0], *BUILT, "-o", "full.safetensors").code == 0
-    before = sorted(p.name for p in tmp_path.iterdir())
-    result = run(*words)
-    assert result.code == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    ("make", "library"), [(tower, "soft-moe-pytorch"), (encoder, "soft-mixture-of-experts")]
+)
+def test_files_of_layers_alone_are_told_by_name(make, library, tmp_path):
+    torch.save(make().state_dict(), tmp_path / "x.pt")
+    with pytest.raises(MoepruneError, match=f"belongs to a layer of {library}"):
+        moeprune.load(tmp_path / "x.pt")
 
 
-def test_a_factory_does_not_go_with_a_model_of_ours(run, single):
-    result = run("eval", single, "--data", "digits", "--model", "user_models:tower")
-    assert result.code == 2
-    assert "needs no `--model`" in result.stderr
+def test_what_cannot_be_exported(files):
+    full = moeprune.load(files / "full.safetensors", tower)
+    with pytest.raises(MoepruneError, match="from soft-moe-pytorch, not from `soft-moe`"):
+        moeprune.export(full, files / "x.pt", "soft-moe")
+    with pytest.raises(MoepruneError, match="not known what builds the model"):
+        moeprune.export(adopt(tower(), SHAPE), files / "x.pt", "soft-moe-pytorch")
+    for scope, compensate in (("input", "none"), ("static", "none"), ("static", "mean")):
+        pruned = prune(full, keep=2, scope=scope, compensate=compensate, data=dataset(), runtime=CPU)
+        with pytest.raises(MoepruneError, match=f"scope {scope}|compensation {compensate}"):
+            moeprune.export(pruned, files / "x.pt", "soft-moe-pytorch")
+    assert not (files / "x.pt").exists()
 
 
 def test_a_checkpoint_with_other_dynamic_slots_than_its_tokens_make_is_refused(tmp_path):

@@ -21,6 +21,8 @@ from moeprune.files.checkpoint import Copied
 from moeprune.files.header import read_header
 from moeprune.files.writing import replacing, write_text
 from moeprune.models.model import fingerprint, private_copy
+from moeprune.models.opening import open_model
+from moeprune.models.spec import ModelSpec
 
 MIB = 1 << 20
 LAYER = "blocks.0.soft_moe.fc1_weight"
@@ -126,8 +128,8 @@ def test_a_checkpoint_is_hashed_once(single, monkeypatch, tmp_path):
 
     monkeypatch.setattr(checkpoint, "_file_blocks", file_blocks)
     header = read_header(single)
-    model = moeprune.load(header)
-    assert moeprune.load(header) is not model
+    model = open_model(ModelSpec(path=single), header=header)
+    assert open_model(ModelSpec(path=single), header=header) is not model
     assert len(scanned) == len(header.tensors)
     monkeypatch.setattr(checkpoint, "_memory_blocks", None)
     found = fingerprint(model)

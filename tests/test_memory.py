@@ -16,9 +16,7 @@ import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
-from moeprune.models.adoption import adopt_file
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.conversion import convert
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from tests.peers import has
@@ -145,7 +143,7 @@ def test_activations_of_a_routed_layer_are_no_more_than_the_dense_layers(compens
 
 
 @pytest.mark.skipif(not has("soft_moe"), reason="soft-moe is not installed")
-def test_convert_holds_the_weights_stacked_and_one_copy_in_float64(tmp_path):
+def test_foreign_checkpoints_hold_the_weights_stacked_and_one_copy_in_float64(tmp_path):
     from soft_moe import SoftMoEVisionTransformer
 
     theirs = SoftMoEVisionTransformer(
@@ -155,15 +153,15 @@ def test_convert_holds_the_weights_stacked_and_one_copy_in_float64(tmp_path):
     path, ours, back = tmp_path / "theirs.pt", tmp_path / "ours.safetensors", tmp_path / "back.pt"
     torch.save(theirs.state_dict(), path)
     with PeakBytes() as peak:
-        convert(path, ours, arguments={"num_heads": "2", "global_pool": "avg"})
+        moeprune.save(moeprune.load(path, num_heads=2, global_pool="avg"), ours)
     assert peak.peak < 3.3 * path.stat().st_size
     with PeakBytes() as peak:
-        convert(ours, back, to="soft-moe")
+        moeprune.export(ours, back, "soft-moe")
     assert peak.peak < 3.3 * path.stat().st_size
 
 
 @pytest.mark.skipif(not has("soft_moe_pytorch"), reason="soft-moe-pytorch is not installed")
-def test_taking_in_a_model_holds_the_weights_stacked_and_one_copy_in_float64(tmp_path, monkeypatch):
+def test_adopting_a_model_holds_the_weights_stacked_and_one_copy_in_float64(tmp_path):
     from soft_moe_pytorch import SoftMoE as Theirs
 
     def build():
@@ -171,10 +169,9 @@ def test_taking_in_a_model_holds_the_weights_stacked_and_one_copy_in_float64(tmp
             torch.nn.Flatten(2), Theirs(64, num_slots=1, num_experts=16, expert_mult=16), torch.nn.Flatten()
         )
 
-    monkeypatch.setitem(sys.modules, "user_models", module := type(sys)("user_models"))
-    module.build = build
     path = tmp_path / "theirs.pt"
     torch.save(build().state_dict(), path)
     with PeakBytes() as peak:
-        adopt_file(path, tmp_path / "ours.safetensors", "user_models:build", {}, (3, 8, 8))
+        model = moeprune.load(path, build, input_shape=(3, 8, 8))
+        moeprune.save(model, tmp_path / "ours.safetensors")
     assert peak.peak < 3.3 * path.stat().st_size

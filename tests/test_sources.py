@@ -1,10 +1,11 @@
-"""Checkpoints of other libraries: each option of the library's own class, in and out again."""
+"""Checkpoints of soft-moe: each option of the library's own class, in and out again."""
 
 from __future__ import annotations
 
 import copy
 import json
 import pickle
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import moeprune
+from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.models import conversion, parity
-from moeprune.models import libraries as sources
-from moeprune.models.architecture import BlockConfig, ViTConfig, vit_from_json
-from moeprune.models.libraries.bwconrad import SoftMoEPackage
+from moeprune.models import libraries, parity
+from moeprune.models.architecture import BlockConfig, ViTConfig, architecture_from_json
+from moeprune.models.libraries.soft_moe_vit import SoftMoEViTs
 from moeprune.models.vit import SoftMoEViT
 from tests import peers
 
@@ -92,20 +93,13 @@ def randomize(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def source_args(model_options: dict) -> list[str]:
-    """What has to be said of a model, beside its file."""
+def given(model_options: dict) -> dict:
+    """What has to be said of a model, besides its file."""
     options = BASE | {"global_pool": "token"} | model_options
-    height, width = (
-        options["img_size"] if isinstance(options["img_size"], tuple) else [options["img_size"]] * 2
-    )
-    given = {"global_pool": options["global_pool"]}
-    if not options.get("qk_norm"):
-        given["num_heads"] = options["num_heads"]
-    if height != width:
-        given["img_size"] = f"{height}x{width}"
-    if "eps" in options:
-        given["eps"] = options["eps"]
-    return [word for key, value in given.items() for word in ("--source-arg", f"{key}={value}")]
+    said = {"global_pool", "eps"} | (set() if options.get("qk_norm") else {"num_heads"})
+    if isinstance(options["img_size"], tuple) and len(set(options["img_size"])) > 1:
+        said.add("img_size")
+    return {name: value for name, value in options.items() if name in said}
 
 
 def images(model: SoftMoEViT, b: int = 3) -> torch.Tensor:
@@ -158,57 +152,54 @@ COMBINED = set(OPTIONS["all at once"])
         for name, options in OPTIONS.items()
     ],
 )
-def test_every_option_comes_in_and_goes_back(name, write, tmp_path, run_json, run):
+def test_every_option_comes_in_and_goes_back(name, write, tmp_path):
     options = OPTIONS[name]
     theirs = library_model(**options)
     state = theirs.state_dict()
-    path, ours_path = write(state), tmp_path / "ours.safetensors"
-    found = run_json("convert", path, "-o", ours_path, *source_args(options))
-    assert (found["from"], found["to"], found["dropped"]) == ("soft-moe", "moeprune", [])
-    assert found["parity"]["max_relative_difference"] < 1e-12
-    assert found["parity"]["dtype"] == "float64"
-    given = {
+    ours = moeprune.load(write(state), **given(options))
+    reading = ours.reading
+    assert (reading.library, reading.dropped) == ("soft-moe", [])
+    assert reading.parity.max_relative_difference < 1e-12
+    assert reading.parity.dtype == "float64"
+    stated = {
         key: list(value) if isinstance(value, tuple) else value for key, value in (BASE | options).items()
     }
-    for key in ("init_values", "mlp_ratio"):  # the tensors say whether, or how wide
-        given.pop(key, None)
-    assert {key: found["arguments"][key] for key in given} == given
+    for key in ("init_values", "mlp_ratio"):  # the tensors show that there is one, or how wide it is
+        stated.pop(key, None)
+    assert {key: reading.arguments[key] for key in stated} == stated
+    assert set(ours.details.source) == {"library", "version", "sha256"}
 
-    ours = moeprune.load(ours_path)
     assert largest_difference(ours, theirs, torch.float64) < 1e-9
     assert largest_difference(ours, theirs, torch.float32) < 1e-5
-    assert vit_from_json(json.loads(json.dumps(ours.config.to_json()))) == ours.config
-    assert set(found["source"]) == {"library", "version", "sha256"}
-    assert ours.details.source == found["source"]
-
-    as_safetensors = tmp_path / "again.safetensors"
-    run_json("convert", write(state, "theirs.safetensors"), "-o", as_safetensors, *source_args(options))
-    check_equal(load_file(as_safetensors), load_file(ours_path))
+    assert architecture_from_json(json.loads(json.dumps(ours.config.to_json()))) == ours.config
+    as_safetensors = moeprune.load(write(state, "theirs.safetensors"), **given(options))
+    check_equal(as_safetensors.state_dict(), ours.state_dict())
+    moeprune.save(ours, tmp_path / "ours.safetensors")
+    saved = moeprune.load(tmp_path / "ours.safetensors")
+    assert (saved.config, saved.details, saved.reading) == (ours.config, ours.details, None)
 
     for back in (tmp_path / "back.pt", tmp_path / "back.safetensors"):
-        found = run_json("convert", ours_path, "-o", back, "--to", "soft-moe")
-        assert found["parity"]["max_relative_difference"] < 1e-12
+        found = moeprune.export(saved, back, "soft-moe")
+        assert found.parity.max_relative_difference < 1e-12
         check_equal(torch.load(back) if back.suffix == ".pt" else load_file(back), state)
 
-    pruned_path, sliced = tmp_path / "pruned.safetensors", tmp_path / "sliced.pth"
-    pruning = ("--keep", 2, "--signal", "random", "--compensate", "renorm", "-o", pruned_path)
-    assert run("prune", ours_path, *pruning).code == 0
-    found = run_json("convert", pruned_path, "-o", sliced, "--to", "soft-moe")
-    assert found["arguments"]["num_experts"] == 2
+    pruned = moeprune.prune(ours, keep=2, signal="random", compensate="renorm")
+    found = moeprune.export(pruned, tmp_path / "sliced.pth", "soft-moe")
+    assert found.arguments["num_experts"] == 2
     smaller = library_model(**options | {"num_experts": 2})
-    smaller.load_state_dict(torch.load(sliced), strict=True)
-    assert largest_difference(moeprune.load(pruned_path), smaller, torch.float64) < 1e-9
-    assert largest_difference(moeprune.load(pruned_path), theirs, torch.float64) > 1e-6
+    smaller.load_state_dict(torch.load(tmp_path / "sliced.pth"), strict=True)
+    assert largest_difference(pruned, smaller, torch.float64) < 1e-9
+    assert largest_difference(pruned, theirs, torch.float64) > 1e-6
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_keep_their_type(dtype, write, tmp_path, run_json):
+def test_weights_keep_their_type(dtype, write, tmp_path):
     state = library_model().to(dtype).state_dict()
-    found = run_json("convert", write(state), "-o", tmp_path / "ours.safetensors", *source_args({}))
-    assert found["parity"]["max_relative_difference"] < 1e-12
-    assert {tensor.dtype for tensor in load_file(tmp_path / "ours.safetensors").values()} == {dtype}
-    run_json("convert", tmp_path / "ours.safetensors", "-o", tmp_path / "back.bin", "--to", "soft-moe")
+    ours = moeprune.load(write(state), **given({}))
+    assert ours.reading.parity.max_relative_difference < 1e-12
+    assert {tensor.dtype for tensor in ours.state_dict().values()} == {dtype}
+    moeprune.export(ours, tmp_path / "back.bin", "soft-moe")
     check_equal(torch.load(tmp_path / "back.bin"), state)
 
 
@@ -228,103 +219,80 @@ def stacked(state: dict) -> dict:
 
 
 @needs_library
-def test_stacked_experts(write, tmp_path, run_json):
+def test_stacked_experts(write, tmp_path):
     theirs = library_model()
-    path, ours = write(stacked(theirs.state_dict())), tmp_path / "ours.safetensors"
-    found = run_json("convert", path, "-o", ours, *source_args({}))
-    assert found["dropped"] == [
+    ours = moeprune.load(write(stacked(theirs.state_dict())), **given({}))
+    assert ours.reading.dropped == [
         f"blocks.1.mlp.base_expert.fc{i}.{part}" for i in (1, 2) for part in ("bias", "weight")
     ]
-    assert found["parity"]["max_relative_difference"] < 1e-12
-    assert largest_difference(moeprune.load(ours), theirs, torch.float64) < 1e-9
-    run_json("convert", ours, "-o", tmp_path / "back.pt", "--to", "soft-moe")
+    assert ours.reading.parity.max_relative_difference < 1e-12
+    assert largest_difference(ours, theirs, torch.float64) < 1e-9
+    moeprune.export(ours, tmp_path / "back.pt", "soft-moe")
     check_equal(torch.load(tmp_path / "back.pt"), theirs.state_dict())
-    run_json("convert", path, "-o", tmp_path / "direct.pt", "--to", "soft-moe", *source_args({}))
-    check_equal(torch.load(tmp_path / "direct.pt"), theirs.state_dict())
 
 
 @needs_library
-def test_stacked_experts_of_their_own_width(write, tmp_path, run_json, run):
-    from soft_moe import SoftMoELayerWrapper
-    from timm.layers import Mlp
-
-    theirs = library_model()
-    theirs.blocks[1].mlp = SoftMoELayerWrapper(24, 4, 2, Mlp, in_features=24, hidden_features=40)
-    randomize(theirs)
-    path, ours = write(stacked(theirs.state_dict())), tmp_path / "ours.safetensors"
-    args = (*source_args({}), "--source-arg", "mlp_ratio=4", "--source-arg", "moe_mlp_ratio=1.68")
-    found = run_json("convert", path, "-o", ours, *args)
-    assert found["parity"] is None
-    assert "40 or 96" in found["parity_skipped"]
-    assert int(24 * found["arguments"]["moe_mlp_ratio"]) == 40
-    assert largest_difference(moeprune.load(ours), theirs, torch.float64) < 1e-9
-    result = run("convert", ours, "-o", tmp_path / "back.pt", "--to", "soft-moe")
-    assert result.code == 2
-    assert "hidden units of MLPs and experts is not the same everywhere: 40 or 96" in result.stderr
-
-
-@needs_library
-def test_layers_of_different_size(write, tmp_path, run_json, run):
+@pytest.mark.parametrize("case", ["experts wider than MLPs", "layers of different size"])
+def test_what_the_librarys_model_cannot_be_built_with(case, write, tmp_path):
     from soft_moe import SoftMoELayerWrapper
     from timm.layers import Mlp
 
     theirs = library_model(depth=3)
-    theirs.blocks[2].mlp = SoftMoELayerWrapper(24, 3, 1, Mlp, in_features=24, hidden_features=96)
-    randomize(theirs)
-    ours = tmp_path / "ours.safetensors"
-    found = run_json("convert", write(theirs.state_dict()), "-o", ours, *source_args({}))
-    assert found["parity"] is None
-    assert found["arguments"]["num_experts"] == [3, 4]
-    assert largest_difference(moeprune.load(ours), theirs, torch.float64) < 1e-9
-    result = run("convert", ours, "-o", tmp_path / "back.pt", "--to", "soft-moe")
-    assert result.code == 2
-    assert "experts is not the same everywhere: 3 or 4; the number of slots" in result.stderr
+    if case == "experts wider than MLPs":
+        for index in (1, 2):
+            theirs.blocks[index].mlp = SoftMoELayerWrapper(24, 4, 2, Mlp, in_features=24, hidden_features=40)
+        state, expected = (
+            stacked(randomize(theirs).state_dict()),
+            "hidden units of MLPs and experts is not the",
+        )
+    else:
+        theirs.blocks[2].mlp = SoftMoELayerWrapper(24, 3, 1, Mlp, in_features=24, hidden_features=96)
+        state, expected = randomize(theirs).state_dict(), "everywhere: 3 or 4; the number of slots"
+    ours = moeprune.load(write(state), **given({}))
+    assert ours.reading.parity.max_relative_difference is None
+    assert expected in ours.reading.parity.skipped
+    if case == "experts wider than MLPs":
+        assert int(24 * ours.reading.arguments["moe_mlp_ratio"]) == 40
+    else:
+        assert ours.reading.arguments["num_experts"] == [3, 4]
+    assert largest_difference(ours, theirs, torch.float64) < 1e-9
+    with pytest.raises(MoepruneError, match=expected):
+        moeprune.export(ours, tmp_path / "back.pt", "soft-moe")
 
 
 @needs_library
-def test_text_says_what_was_taken_and_how_far_the_models_are_apart(write, tmp_path, run):
+def test_equal_input_gives_equal_bytes(write, tmp_path):
     path = write(library_model().state_dict())
-    result = run("convert", path, "-o", tmp_path / "ours.safetensors", *source_args({}))
-    assert (result.code, result.stderr) == (0, "")
-    lines = " ".join(result.stdout.split())
-    assert "taken from the library's defaults act_layer='GELU', eps=1e-06, img_size=8" in lines
-    assert "parity logits of 4 random images differ by at most" in lines
-    given = (*source_args({}), "--source-arg", "eps=1e-6", "--source-arg", "img_size=8", "--force")
-    result = run("convert", path, "-o", tmp_path / "ours.safetensors", *given)
-    assert "taken from the library's defaults  act_layer='GELU'\n" in result.stdout
+    names = ("ours.safetensors", "back.pt", "back.bin", "back.safetensors")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        ours = moeprune.load(path, **given({}))
+        moeprune.save(ours, tmp_path / folder / names[0])
+        for name in names[1:]:
+            moeprune.export(ours, tmp_path / folder / name, "soft-moe")
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_defaults_and_preprocessing(write, tmp_path):
+    path, settings = write(fake_state()), {"resize": 9, "mean": 0.5}
+    ours = moeprune.load(path, **GIVEN, preprocess=settings)
+    assert ours.reading.defaults == {"act_layer": "GELU", "eps": 1e-6, "img_size": 8}
+    assert (ours.details.preprocessing.resize, ours.details.preprocessing.mean) == (9, (0.5,))
+    told = moeprune.load(path, **GIVEN, eps=1e-6, img_size="8x8", no_embed_class=False)
+    assert told.reading.defaults == {"act_layer": "GELU"}
+    assert told.config == ours.config
 
 
 @needs_library
-def test_equal_input_gives_equal_bytes(write, tmp_path, run_json):
-    path = write(library_model().state_dict())
-    for name in ("a", "b"):
-        run_json("convert", path, "-o", tmp_path / f"{name}.safetensors", *source_args({}))
-        for suffix in (".pt", ".bin", "-back.safetensors"):
-            back = tmp_path / f"{name}{suffix}"
-            run_json("convert", tmp_path / f"{name}.safetensors", "-o", back, "--to", "soft-moe")
-    for suffix in (".safetensors", ".pt", ".bin", "-back.safetensors"):
-        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
-
-
-@needs_library
-def test_preprocessing_is_written(write, tmp_path, run_json):
-    args = ("--preprocess", "resize=9", "--preprocess", "mean=0.5")
-    path = write(library_model().state_dict())
-    run_json("convert", path, "-o", tmp_path / "ours.safetensors", *source_args({}), *args)
-    shown = run_json("inspect", tmp_path / "ours.safetensors")["preprocessing"]
-    assert (shown["resize"], shown["mean"]) == (9, [0.5])
-
-
-@needs_library
-def test_a_model_of_ours_goes_out(tmp_path, run_json):
+def test_a_model_of_ours_goes_out(tmp_path):
     """Trained with torch's eps, which the library has to be told."""
     moe = SoftMoEConfig(24, num_experts=4, slots_per_expert=2, hidden_dim=48)
     blocks = (BlockConfig(mlp_dim=48), BlockConfig(soft_moe=moe))
     model = randomize(SoftMoEViT(ViTConfig((8, 8), (4, 4), 3, 5, dim=24, num_heads=4, blocks=blocks)))
     moeprune.save(model, tmp_path / "ours.safetensors")
-    found = run_json("convert", tmp_path / "ours.safetensors", "-o", tmp_path / "x.pt", "--to", "soft-moe")
-    assert found["from"] == "moeprune"
-    assert found["arguments"]["eps"] == 1e-5
+    found = moeprune.export(tmp_path / "ours.safetensors", tmp_path / "x.pt", "soft-moe")
+    assert found.arguments["eps"] == 1e-5
     options = {"mlp_ratio": 2, "eps": 1e-5, "class_token": False, "global_pool": "avg", "fc_norm": False}
     theirs = library_model(**options)
     theirs.load_state_dict(torch.load(tmp_path / "x.pt"), strict=True)
@@ -333,83 +301,70 @@ def test_a_model_of_ours_goes_out(tmp_path, run_json):
 
 @needs_library
 @pytest.mark.parametrize("option", ["not pooled", "no head"])
-def test_without_logits_of_images_all_but_eval_works(option, write, tmp_path, run_json, run):
-    ours = tmp_path / "ours.safetensors"
+def test_without_logits_of_images_all_but_evaluate_works(option, write):
     options = {"num_classes": 10, "in_chans": 1} | OPTIONS[option]
-    run_json("convert", write(library_model(**options).state_dict()), "-o", ours, *source_args(options))
-    run_json("analyze", ours, "--data", "digits", "--limit", 20, "-o", tmp_path / "analysis.safetensors")
-    pruning = ("--analysis", tmp_path / "analysis.safetensors", "--keep", 2, "--compensate", "mean")
-    run_json("prune", ours, *pruning, "-o", tmp_path / "pruned.safetensors")
-    result = run("eval", tmp_path / "pruned.safetensors", "--data", "digits", "--limit", 20)
-    assert result.code == 2
-    assert ("each of its 5 tokens" if option == "not pooled" else "no head") in result.stderr
+    ours = moeprune.load(write(library_model(**options).state_dict()), **given(options))
+    data = moeprune.open_data("digits", ours.input_format, "test", 20)
+    analysis = moeprune.analyze(ours, data)
+    pruned = moeprune.prune(ours, analysis, keep=2, compensate="mean")
+    with pytest.raises(MoepruneError, match="each of its 5 tokens" if option == "not pooled" else "no head"):
+        moeprune.evaluate(pruned, data)
 
 
 # --- parity --------------------------------------------------------------------------------------
 
 
-def refused(run, *arguments) -> str:
-    """What a command says that exits with 2, prints nothing else and writes nothing."""
-    arguments = [str(argument) for argument in arguments]
-    output = Path(arguments[arguments.index("-o") + 1]) if "-o" in arguments else None
-    result = run(*arguments)
-    assert (result.code, result.stdout) == (2, ""), result.stderr
-    assert result.stderr.startswith("error: ")
-    assert output is None or not output.exists()
-    return result.stderr
-
-
-def going_back(path: Path) -> list[object]:
-    """The command that writes a checkpoint of ours for the library."""
-    return ["convert", path, "-o", path.with_name("theirs-again.pt"), "--to", "soft-moe"]
+def refused(path: Path, **arguments) -> str:
+    """The error of a file that cannot be loaded."""
+    with pytest.raises(MoepruneError) as caught:
+        moeprune.load(path, **arguments)
+    return str(caught.value)
 
 
 @needs_library
-def test_without_the_library_the_file_is_converted_all_the_same(write, tmp_path, run_json, monkeypatch):
+def test_without_the_library_a_file_is_loaded_all_the_same(write, monkeypatch):
     path = write(library_model().state_dict())
     monkeypatch.setitem(sys.modules, "soft_moe", None)
-    found = run_json("convert", path, "-o", tmp_path / "ours.safetensors", *source_args({}))
-    assert found["parity"] is None
-    assert "cannot be imported" in found["parity_skipped"]
+    assert "cannot be imported" in moeprune.load(path, **given({})).reading.parity.skipped
 
 
 @needs_library
-def test_a_difference_is_an_error(write, tmp_path, run, monkeypatch):
+def test_a_difference_is_an_error(write, tmp_path, monkeypatch):
     path = write(library_model().state_dict())
-    build = SoftMoEPackage.build
+    ours = moeprune.load(path, **given({}))
+    build = SoftMoEViTs.build
 
     def wrong(self, config):
         model = build(self, config)
         model.global_pool = "avg"
         return model
 
-    run("convert", path, "-o", tmp_path / "ours.safetensors", *source_args({}))
-    monkeypatch.setattr(SoftMoEPackage, "build", wrong)
-    stderr = refused(run, "convert", path, "-o", tmp_path / "x.safetensors", *source_args({}))
-    assert "nothing is written" in stderr
-    assert "nothing is written" in refused(run, *going_back(tmp_path / "ours.safetensors"))
+    monkeypatch.setattr(SoftMoEViTs, "build", wrong)
+    assert "differ by" in refused(path, **given({}))
+    with pytest.raises(MoepruneError, match="differ by"):
+        moeprune.export(ours, tmp_path / "x.pt", "soft-moe")
+    assert not (tmp_path / "x.pt").exists()
 
 
 @needs_library
-def test_parity_takes_what_memory_allows(write, tmp_path, run_json, monkeypatch):
+def test_parity_takes_what_memory_allows(write, monkeypatch):
     state = library_model().state_dict()
     path, numel = write(state), sum(tensor.numel() for tensor in state.values())
     for factor, dtype in ((13, "float64"), (11, "float32"), (7, None)):
         monkeypatch.setattr(parity, "_available_memory", lambda factor=factor: factor * numel)
-        args = ("-o", tmp_path / "ours.safetensors", "--force", *source_args({}))
-        found = run_json("convert", path, *args)
-        assert (found["parity"] or {"dtype": None})["dtype"] == dtype
-        assert (found["parity_skipped"] is None) == (dtype is not None)
+        found = moeprune.load(path, **given({})).reading.parity
+        assert found.dtype == dtype
+        assert (found.skipped is None) == (dtype is not None)
 
 
 @needs_library
-def test_zero_logits_prove_nothing(write, tmp_path, run_json):
+def test_zero_logits_prove_nothing(write):
     state = library_model().state_dict()
     state["head.weight"].zero_()
     state["head.bias"].zero_()
-    found = run_json("convert", write(state), "-o", tmp_path / "ours.safetensors", *source_args({}))
-    assert found["parity"] is None
-    assert "zero" in found["parity_skipped"]
+    found = moeprune.load(write(state), **given({})).reading.parity
+    assert found.max_relative_difference is None
+    assert "zero" in found.skipped
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -439,7 +394,7 @@ def fake_state(**options) -> dict:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-GIVEN = ("--source-arg", "num_heads=4", "--source-arg", "global_pool=token")
+GIVEN = {"num_heads": 4, "global_pool": "token"}
 
 
 @needs_library
@@ -449,106 +404,67 @@ def test_the_fake_state_is_the_librarys():
 
 
 ASKED = [
-    ({}, (), ["`num_heads` (1, 2, 3, 4, 6, 8, 12 or 24)", "`global_pool` (token, avg or '')"]),
-    ({}, ("num_heads=4",), ["`global_pool` (token, avg or '')"]),
-    ({"rows": 7}, GIVEN[1::2], ["`img_size` (4x24, 8x12, 12x8, 24x4, 4x28 or 28x4)"]),
-    ({"rows": 7}, (), ["num_heads", "global_pool", "img_size"]),
-    ({"rows": 7}, (*GIVEN[1::2], "no_embed_class=true"), ["`img_size` (4x28 or 28x4)"]),
-    ({"rows": 5}, (*GIVEN[1::2], "no_embed_class=true"), ["`img_size` (4x20 or 20x4)"]),
+    ({}, {}, ["`num_heads` (1, 2, 3, 4, 6, 8, 12 or 24)", "`global_pool` (token, avg or '')"]),
+    ({}, {"num_heads": 4}, ["`global_pool` (token, avg or '')"]),
+    ({"rows": 7}, GIVEN, ["`img_size` (4x24, 8x12, 12x8, 24x4, 4x28 or 28x4)"]),
+    ({"rows": 7}, {}, ["num_heads", "global_pool", "img_size"]),
+    ({"rows": 7}, GIVEN | {"no_embed_class": True}, ["`img_size` (4x28 or 28x4)"]),
+    ({"rows": 5}, GIVEN | {"no_embed_class": True}, ["`img_size` (4x20 or 20x4)"]),
 ]
 
 
-@pytest.mark.parametrize(("options", "given", "expected"), ASKED)
-def test_what_is_missing_is_asked_for_at_once(options, given, expected, write, tmp_path, run):
-    args = [word for setting in given for word in ("--source-arg", setting)]
-    path = write(fake_state(**options))
-    stderr = refused(run, "convert", path, "-o", tmp_path / "x.safetensors", *args)
-    for fragment in (
-        *expected,
-        *(f"--source-arg {name.split('`')[1]}=..." for name in expected if "`" in name),
-    ):
-        assert fragment in stderr
+@pytest.mark.parametrize(("options", "said", "expected"), ASKED)
+def test_what_is_missing_is_asked_for_at_once(options, said, expected, write):
+    error = refused(write(fake_state(**options)), **said)
+    asked = [f"--source-arg {name.split('`')[1]}=..." for name in expected if "`" in name]
+    assert [fragment for fragment in (*expected, *asked) if fragment not in error] == []
     for name in ("num_heads", "global_pool", "img_size"):
-        assert (name in stderr) == any(name in fragment for fragment in expected)
+        assert (name in error) == any(name in fragment for fragment in expected)
 
 
-def test_queries_normalised_by_head_tell_their_number(write, tmp_path, run):
+def test_queries_normalised_by_head_tell_their_number(write):
     state = fake_state()
     for index in range(2):
         for norm in ("q_norm", "k_norm"):
             state |= {f"blocks.{index}.attn.{norm}.{part}": torch.ones(8) for part in ("weight", "bias")}
-    path, out = write(state), tmp_path / "x.safetensors"
-    stderr = refused(run, "convert", path, "-o", out)
-    assert "global_pool" in stderr
-    assert "num_heads" not in stderr
-    stderr = refused(run, "convert", path, "-o", out, *GIVEN)
-    assert "`--source-arg num_heads` says 4, the tensors 3" in stderr
+    path = write(state)
+    error = refused(path)
+    assert "global_pool" in error
+    assert "num_heads" not in error
+    assert "`num_heads` is 4, expected 3" in refused(path, **GIVEN)
     state["blocks.0.attn.q_norm.weight"] = torch.ones(7)
-    stderr = refused(run, "convert", write(state), "-o", out, *GIVEN)
-    assert "`blocks.0.attn.q_norm.weight` [7] does not divide the width 24 of `blocks.1.mlp.phi`" in stderr
+    assert "`blocks.0.attn.q_norm.weight` is [7], expected [24]" in refused(write(state), **GIVEN)
 
 
-WRONG_ARGUMENTS = [
-    (["num_heads"], ["`--source-arg num_heads` is not KEY=VALUE"]),
-    (["num_heads=4", "num_heads=6"], ["`--source-arg num_heads` is given twice"]),
-    (["heads=4", "pool=avg"], ["`heads`, `pool`", "known are", "num_heads", "global_pool", "eps"]),
-    (["num_heads=four"], ["num_heads=four", "a whole number"]),
-    (["num_heads=5"], ["num_heads=5", "the width 24", "1, 2, 3, 4, 6, 8, 12 or 24"]),
-    (["global_pool=max"], ["global_pool=max", "token, avg or ''"]),
-    (["eps=2"], ["eps=2", "between 0 and 1"]),
-    (["eps=nan"], ["eps=nan", "a number"]),
-    (["qkv_bias=1"], ["qkv_bias=1", "true or false"]),
-    (["img_size=1x2x3"], ["img_size=1x2x3"]),
-    (["act_layer=relu"], ["act_layer=relu", "GELU"]),
-    (["img_size=9"], ["img_size", "[9, 9]", "patches [4, 4]"]),
-    (["img_size=16"], ["[16, 16] makes 16 patches of [4, 4]", "`pos_embed`", "5 rows: for 4 patches"]),
-    (["img_size=8", "no_embed_class=true"], ["makes 4 patches", "5 rows: for 5 patches and none"]),
-    (["num_experts=8"], ["`--source-arg num_experts` says 8, the tensors 4"]),
-    (["slots_per_expert=1"], ["says 1, the tensors 2"]),
-    (["moe_layer_index=0"], ["says [0, 1], the tensors [1]"]),
-    (["moe_layer_index=[0,1]"], ["says [0, 1], the tensors [1]"]),
-    (["patch_size=2"], ["`--source-arg patch_size` says 2, the tensors 4"]),
-    (["in_chans=1", "num_classes=7", "embed_dim=12"], ["says 1,", "says 7,", "says 12,"]),
-    (["mlp_ratio=4"], ["says 4.0, the tensors 2.0"]),
-    (["qkv_bias=false", "qk_norm=true"], ["qkv_bias` says False, the tensors True", "qk_norm` says True"]),
-    (["init_values=0.1"], ["says 'a number', the tensors None"]),
-    (["class_token=false", "pre_norm=true", "fc_norm=true"], ["class_token", "pre_norm", "fc_norm"]),
-    (["normalize=false"], ["says False, the tensors True"]),
-]  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"heads": 4}, ["`heads`"]),
+        ({"num_heads": "four"}, ["`num_heads`", "int", "'four'"]),
+        ({"num_heads": 5}, ["`num_heads` is 5, expected 1, 2, 3, 4, 6, 8, 12 or 24"]),
+        ({"global_pool": "max"}, ["`global_pool`", "max"]),
+        ({"eps": 2.0}, ["`eps`", "1"]),
+        ({"eps": float("nan")}, ["eps"]),
+        ({"no_embed_class": 1}, ["`no_embed_class`", "bool"]),
+        ({"img_size": "1x2x3"}, ["`img_size`"]),
+        ({"img_size": [1, 2, 3]}, ["`img_size`"]),
+        ({"img_size": 9}, ["`img_size` is (9, 9), expected 4x16, 8x8, 16x4, 4x20 or 20x4"]),
+        ({"img_size": 8, "no_embed_class": True}, ["`img_size` is (8, 8), expected 4x20 or 20x4"]),
+        ({"act_layer": "ReLU"}, ["`act_layer`", "ReLU"]),
+        ({"num_heads": 5, "img_size": 9}, ["`num_heads` is 5", "`img_size` is (9, 9)"]),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit(said, expected, write):
+    error = refused(write(fake_state()), **GIVEN | said)
+    assert [fragment for fragment in expected if fragment not in error] == []
 
 
-@pytest.mark.parametrize(("settings", "expected"), WRONG_ARGUMENTS, ids=lambda v: " ".join(v))
-def test_arguments_that_do_not_fit(settings, expected, write, tmp_path, run):
-    keys = {setting.partition("=")[0] for setting in settings}
-    settings = settings + [setting for setting in GIVEN[1::2] if setting.partition("=")[0] not in keys]
-    args = [word for setting in settings for word in ("--source-arg", setting)]
-    stderr = refused(run, "convert", write(fake_state()), "-o", tmp_path / "x.safetensors", *args)
-    for fragment in expected:
-        assert fragment in stderr
-
-
-def test_arguments_that_repeat_what_the_tensors_tell(write, tmp_path, run_json):
-    settings = (
-        "num_experts=4", "slots_per_expert=2", "moe_layer_index=1", "img_size=8x8", "patch_size=4",
-        "in_chans=3", "num_classes=5", "embed_dim=24", "depth=2", "mlp_ratio=2", "qkv_bias=True",
-        "qk_norm=false",
-        "init_values=None", "class_token=true", "no_embed_class=false", "pre_norm=false", "fc_norm=none",
-        "act_layer=GELU", "eps=1e-6", "normalize=true",
-    )  # fmt: skip
-    args = [word for setting in settings for word in ("--source-arg", setting)]
-    found = run_json("convert", write(fake_state()), "-o", tmp_path / "x.safetensors", *GIVEN, *args)
-    assert found["defaults"] == {}
-    assert {setting.partition("=")[0] for setting in settings} < set(found["arguments"])
-
-
-def test_a_pooled_class_token_must_be_there(write, tmp_path, run):
+def test_a_pooled_class_token_must_be_there(write):
     state = fake_state(rows=4)
     del state["cls_token"]
-    stderr = refused(run, "convert", write(state), "-o", tmp_path / "x.safetensors", *GIVEN)
-    assert "global_pool=token" in stderr
-    assert "`cls_token`" in stderr
-    stderr = refused(run, "convert", write(state), "-o", tmp_path / "x.safetensors")
-    assert "`global_pool` (avg or '')" in stderr
+    assert "`global_pool` is 'token', expected avg or ''" in refused(write(state), **GIVEN)
+    assert "`global_pool` (avg or '')" in refused(write(state))
 
 
 def changed(**tensors) -> dict:
@@ -566,23 +482,22 @@ DAMAGED = [
     ),
     ({"patch_embed__proj__weight": None}, "missing `patch_embed.proj.weight`"),
     ({"pos_embed": None}, "missing `pos_embed`"),
-    ({"head__weight": None}, "those of a whole model: missing `head.weight`\n"),
-    ({"blocks__0__mlp__fc1__weight": None}, "those of a whole model: missing `blocks.0.mlp.fc1.weight`\n"),
+    ({"head__weight": None}, "those of a whole model: missing `head.weight`"),
+    ({"blocks__0__mlp__fc1__weight": None}, "those of a whole model: missing `blocks.0.mlp.fc1.weight`"),
     (
         {f"blocks__1__mlp__experts__0__fc{i}__{part}": None for i in (1, 2) for part in ("weight", "bias")},
         "missing `blocks.1.mlp.experts.0.fc1.bias`; missing `blocks.1.mlp.experts.0.fc1.weight`; missing"
-        " `blocks.1.mlp.experts.0.fc2.bias`; missing `blocks.1.mlp.experts.0.fc2.weight`\n",
+        " `blocks.1.mlp.experts.0.fc2.bias`; missing `blocks.1.mlp.experts.0.fc2.weight`",
     ),
     (
         {"blocks__0__norm1__weight": torch.ones(12)},
-        "`blocks.0.norm1.weight` is [12], expected [24] as `blocks.1.mlp.phi` is [24, 4, 2]",
+        "`blocks.0.norm1.weight` is [12], expected [24]",
     ),
     (
         {"blocks__1__mlp__experts__3__fc1__weight": torch.ones(40, 24)},
-        "`blocks.1.mlp.experts.3.fc1.weight` is [40, 24], expected [48, 24]"
-        " as `blocks.1.mlp.experts.0.fc1.weight` is [48, 24]",
+        "`blocks.1.mlp.experts.3.fc1.weight` is [40, 24], expected [48, 24]",
     ),
-    ({"head__bias": torch.ones(6)}, "`head.bias` is [6], expected [5] as `head.weight` is [5, 24]"),
+    ({"head__bias": torch.ones(6)}, "`head.bias` is [6], expected [5]"),
     ({"blocks__0__mlp__fc2__bias": torch.ones(24).int()}, "`blocks.0.mlp.fc2.bias` has the type torch.int32"),
     (
         {"norm__bias": torch.full((24,), torch.nan), "cls_token": torch.full((1, 1, 24), torch.inf)},
@@ -590,27 +505,30 @@ DAMAGED = [
     ),
     ({"head__bias": torch.ones(0)}, "have no elements: `head.bias` [0]"),
     ({"blocks__999999999__norm1__weight": torch.ones(24)}, "has a block 999999999, but only"),
-    ({"cls_token": torch.ones(1, 1, 24).half()}, "several types: `class_token`"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("tensors", "expected"), DAMAGED, ids=lambda v: v if isinstance(v, str) else "")
-def test_damaged_files(tensors, expected, write, tmp_path, run):
-    path = write(changed(**tensors))
-    stderr = refused(run, "convert", path, "-o", tmp_path / "x.safetensors", *GIVEN)
-    assert expected in stderr
+def test_damaged_files(tensors, expected, write):
+    error = refused(write(changed(**tensors)), **GIVEN)
+    assert expected in error
+    assert error.partition("\n")[0].endswith(expected.removesuffix("\n")) or "missing" not in expected
 
 
-def test_a_layer_without_its_router(write, tmp_path, run):
+def test_weights_of_several_types_are_not_saved(write, tmp_path):
+    model = moeprune.load(write(changed(cls_token=torch.ones(1, 1, 24).half())), **GIVEN)
+    with pytest.raises(MoepruneError, match="several types: `class_token`"):
+        moeprune.save(model, tmp_path / "x.safetensors")
+
+
+def test_a_layer_without_its_router(write):
     state = fake_state(depth=3)
     del state["blocks.1.mlp.phi"]
-    out, expected = tmp_path / "x.safetensors", "those of a whole model: missing `blocks.1.mlp.phi`\n"
-    assert expected in refused(run, "convert", write(state), "-o", out, *GIVEN)
+    assert "those of a whole model: missing `blocks.1.mlp.phi`" in refused(write(state), **GIVEN)
     del state["blocks.2.mlp.phi"]
-    stderr = refused(run, "convert", write(state), "-o", out, *GIVEN)
-    assert "no Soft MoE layers" in stderr
-    stderr = refused(run, "convert", write(state), "-o", out, *GIVEN, "--source", "soft-moe")
-    assert "missing `blocks.1.mlp.phi`; missing `blocks.2.mlp.phi`\n" in stderr
+    assert "not a model of a known library" in refused(write(state), **GIVEN)
+    error = refused(write(state), **GIVEN, source="soft-moe")
+    assert "missing `blocks.1.mlp.phi`; missing `blocks.2.mlp.phi`" in error
 
 
 LOOKALIKES = [
@@ -621,7 +539,7 @@ LOOKALIKES = [
     (["attn_layers.layers.0.0.0.gamma", "attn_layers.layers.0.1.to_q.weight"], "x-transformers"),
     (["patch_embed.proj.weight", "blocks.0.attn.qkv.weight"], "`timm` without experts"),
     (["blocks.0.soft_moe.phi", "blocks.0.soft_moe.fc1_weight"], "lost its metadata"),
-    (["encoder.phi", "encoder.experts.0.fc1.weight"], "inside a model that moeprune does not know"),
+    (["encoder.phi", "encoder.experts.0.fc1.weight"], "may belong to a Soft MoE layer, in an unknown model"),
     (["conv1.weight"], "none of its 1 tensors matches a known layout"),
     (["gate_proj.weight"], "none of its 1 tensors matches a known layout"),
 ]  # fmt: skip
@@ -629,48 +547,26 @@ LOOKALIKES = [
 
 @pytest.mark.parametrize(("names", "expected"), LOOKALIKES)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_lookalikes_are_told_by_name(names, expected, suffix, write, tmp_path, run):
-    path = write({name: torch.ones(2) for name in names}, f"x{suffix}")
-    stderr = refused(run, "convert", path, "-o", tmp_path / "out.safetensors")
-    assert expected in stderr
-    assert "soft-moe" in stderr.split("hint: ")[1]
-    if suffix == ".safetensors":
-        assert expected in refused(run, "inspect", path)
+def test_lookalikes_are_told_by_name(names, expected, suffix, write):
+    error = refused(write({name: torch.ones(2) for name in names}, f"x{suffix}"))
+    assert expected in error
+    assert "soft-moe" in error.split("hint: ")[1]
 
 
-def test_a_source_may_be_named(write, tmp_path, run, run_json, monkeypatch):
-    path, out = write(fake_state()), tmp_path / "x.safetensors"
-    stderr = refused(run, "convert", path, "-o", out, "--source", "nonsense")
-    assert "`--source nonsense` is unknown" in stderr
-    assert "soft-moe" in stderr
-    twin = SoftMoEPackage()
+def test_a_source_may_be_named(write, monkeypatch):
+    path = write(fake_state())
+    assert "`source` is 'nonsense', expected one of soft-moe" in refused(path, source="nonsense")
+    assert "no whole models of `soft-moe-pytorch`" in refused(path, source="soft-moe-pytorch")
+    twin = SoftMoEViTs()
     twin.name = "twin"
-    monkeypatch.setitem(sources.SOURCES, "twin", twin)
-    stderr = refused(run, "convert", path, "-o", out, *GIVEN)
-    assert "`soft-moe` and `twin`" in stderr
-    assert run_json("convert", path, "-o", out, *GIVEN, "--source", "twin")["from"] == "twin"
-    monkeypatch.delitem(sources.SOURCES, "twin")
+    monkeypatch.setitem(libraries.MODELS, "twin", twin)
+    assert "`soft-moe` and `twin`" in refused(path, **GIVEN)
+    assert moeprune.load(path, **GIVEN, source="soft-moe").reading.library == "soft-moe"
     vit = write({"blocks.0.attn.qkv.weight": torch.ones(2)}, "vit.pt")
-    stderr = refused(run, "convert", vit, "-o", tmp_path / "y.safetensors", "--source", "soft-moe")
-    assert "no Soft MoE layer" in stderr
+    assert "no Soft MoE layer" in refused(vit, source="soft-moe")
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("command", ["inspect", "analyze", "prune", "eval"])
-def test_other_commands_say_what_a_file_is_and_how_to_convert_it(command, suffix, write, tmp_path, run):
-    path = write(fake_state(), f"theirs{suffix}")
-    options = {
-        "inspect": (),
-        "analyze": ("--data", "digits", "-o", tmp_path / "a.safetensors"),
-        "prune": ("--keep", 2, "-o", tmp_path / "p.safetensors"),
-        "eval": ("--data", "digits"),
-    }
-    stderr = refused(run, command, path, *options[command])
-    assert ("not a safetensors file" if suffix == ".pt" else "checkpoint of `soft-moe`") in stderr
-    assert ("`--source`" if suffix == ".pt" else f"`moeprune convert {path} ") in stderr
-
-
-def test_a_pickle_that_needs_code_is_refused_and_nothing_runs(tmp_path, run):
+def test_a_pickle_that_needs_code_is_refused_and_nothing_runs(tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "evil.pt"
 
     class Bomb:
@@ -679,7 +575,7 @@ def test_a_pickle_that_needs_code_is_refused_and_nothing_runs(tmp_path, run):
 
     for saved in (lambda: torch.save({"x": Bomb()}, path), lambda: path.write_bytes(pickle.dumps(Bomb()))):
         saved()
-        assert "evil.pt" in refused(run, "convert", path, "-o", tmp_path / "x.safetensors")
+        assert "evil.pt" in refused(path)
         assert not marker.exists()
 
 
@@ -693,47 +589,25 @@ def test_a_pickle_that_needs_code_is_refused_and_nothing_runs(tmp_path, run):
         (lambda path: torch.save({"x": 1}, path), "theirs.pt"),
     ],
 )
-def test_files_that_are_no_state_dict(change, expected, write, tmp_path, run):
+def test_files_that_are_no_state_dict(change, expected, write):
     path = write(fake_state())
     change(path)
-    assert expected in refused(run, "convert", path, "-o", tmp_path / "x.safetensors", *GIVEN)
+    assert expected in refused(path, **GIVEN)
 
 
-def test_a_checkpoint_of_ours_stays(single, tmp_path, run):
-    assert "a .safetensors file" in refused(run, "convert", single, "-o", tmp_path / "x.pt")
-    assert "already" in refused(run, "convert", single, "-o", tmp_path / "x.safetensors")
-    stderr = refused(run, "convert", single, "-o", tmp_path / "x.pt", "--to", "nonsense")
-    assert "`--to nonsense`" in stderr
-    assert "moeprune, soft-moe" in stderr
-    for args in (("--source", "soft-moe"), GIVEN):
-        stderr = refused(run, "convert", single, "-o", tmp_path / "x.pt", "--to", "soft-moe", *args)
-        assert "a checkpoint of moeprune" in stderr
-
-
-def test_outputs_are_checked_first(write, tmp_path, run):
-    path = write(fake_state())
-    assert "exists" in run("convert", path, "-o", path, *GIVEN).stderr
-    out = tmp_path / "out.safetensors"
-    stderr = refused(run, "convert", path, "-o", out, "--output-file", out, *GIVEN)
-    assert "both" in stderr
-    assert "unknown" in refused(run, "convert", path, "-o", out, "--output-format", "yaml", *GIVEN)
+@pytest.mark.parametrize("said", [{"source": "soft-moe"}, GIVEN, {"key": "ema"}, {"input_shape": (3, 8, 8)}])
+def test_a_checkpoint_of_ours_needs_nothing_said(said, single):
+    assert all(f"`{name}`" in refused(single, **said) for name in said if name not in GIVEN)
+    assert "is a checkpoint of moeprune and takes no" in refused(single, **said)
 
 
 # --- what the library cannot express ---------------------------------------------------------------
 
 
-@pytest.fixture
-def ours(write, tmp_path):
-    """A converted model."""
-    arguments = dict(setting.split("=") for setting in GIVEN[1::2])
-    conversion.convert(write(fake_state()), tmp_path / "ours.safetensors", arguments=arguments)
-    return tmp_path / "ours.safetensors"
-
-
 PRUNED = [
     (
         {"scope": "static", "compensate": "none"},
-        "compensation none: the router still weighs the dropped experts",
+        "compensation none, under which the router still weighs the dropped experts",
     ),
     ({"scope": "static", "compensate": "mean"}, "compensation mean"),
     ({"scope": "static", "compensate": "lstsq"}, "compensation lstsq"),
@@ -743,21 +617,19 @@ PRUNED = [
 
 
 @pytest.mark.parametrize(("options", "expected"), PRUNED)
-def test_pruned_models_that_are_no_smaller_library_model(options, expected, ours, tmp_path, run):
-    model = moeprune.load(ours)
-    inputs = tmp_path / "inputs.safetensors"
-    save_file({"inputs": images(model, 8).float()}, inputs)
-    pruned = moeprune.prune(model, keep=2, data=str(inputs), **options)
-    moeprune.save(pruned, tmp_path / "pruned.safetensors")
-    stderr = refused(run, *going_back(tmp_path / "pruned.safetensors"))
-    assert "layer `blocks.1.soft_moe`" in stderr
-    assert expected in stderr
+def test_pruned_models_that_are_no_smaller_library_model(options, expected, write, tmp_path):
+    model = moeprune.load(write(fake_state()), **GIVEN)
+    save_file({"inputs": images(model, 8).float()}, tmp_path / "inputs.safetensors")
+    pruned = moeprune.prune(model, keep=2, data=str(tmp_path / "inputs.safetensors"), **options)
+    with pytest.raises(MoepruneError, match=f"layer `blocks.1.soft_moe` .*{expected}"):
+        moeprune.export(pruned, tmp_path / "x.pt", "soft-moe")
+    assert not (tmp_path / "x.pt").exists()
 
 
-def test_all_experts_kept_is_unpruned(ours, tmp_path, run_json):
-    pruned = moeprune.prune(moeprune.load(ours), keep=4, signal="random", compensate="none")
-    moeprune.save(pruned, tmp_path / "pruned.safetensors")
-    run_json("convert", tmp_path / "pruned.safetensors", "-o", tmp_path / "x.pt", "--to", "soft-moe")
+def test_all_experts_kept_is_unpruned(write, tmp_path):
+    model = moeprune.load(write(fake_state()), **GIVEN)
+    pruned = moeprune.prune(model, keep=4, signal="random", compensate="none")
+    moeprune.export(pruned, tmp_path / "x.pt", "soft-moe")
     check_equal(torch.load(tmp_path / "x.pt"), fake_state())
 
 
@@ -773,17 +645,22 @@ INEXPRESSIBLE = [
     (
         [BlockConfig(soft_moe=MOE), BlockConfig(soft_moe=SoftMoEConfig(24, 5, 3, 48))],
         {},
-        "not the same everywhere: 4 or 5; the number of slots an expert is not the same everywhere: 2 or 3",
+        "not the same everywhere: 4 or 5; the number of slots per expert is not the same everywhere: 2 or 3",
     ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("blocks", "options", "expected"), INEXPRESSIBLE)
-def test_architectures_that_the_library_has_not(blocks, options, expected, tmp_path, run):
+def test_architectures_that_the_library_lacks(blocks, options, expected, tmp_path):
     config = ViTConfig((8, 8), (4, 4), 3, 5, dim=24, num_heads=4, blocks=tuple(blocks), **options)
-    moeprune.save(randomize(SoftMoEViT(config)), tmp_path / "ours.safetensors")
-    stderr = refused(run, *going_back(tmp_path / "ours.safetensors"))
-    assert expected in stderr
+    with pytest.raises(MoepruneError, match=re.escape(expected)):
+        moeprune.export(randomize(SoftMoEViT(config)), tmp_path / "x.pt", "soft-moe")
+
+
+@pytest.mark.parametrize("to", ["nonsense", "soft-moe-pytorch"])
+def test_targets_that_do_not_fit(to, single, tmp_path):
+    with pytest.raises(MoepruneError, match=f"`{to}`"):
+        moeprune.export(single, tmp_path / "x.pt", to)
 
 
 def test_the_shipped_models_say_what_they_said(single, vit):
@@ -792,5 +669,5 @@ def test_the_shipped_models_say_what_they_said(single, vit):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         written = json.loads(header["__metadata__"]["moeprune"])["architecture"]
-        assert json.loads(json.dumps(vit_from_json(written).to_json())) == written
+        assert json.loads(json.dumps(architecture_from_json(written).to_json())) == written
         assert moeprune.load(path).moe_layers

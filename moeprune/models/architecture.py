@@ -21,6 +21,7 @@ from moeprune.records import Record, to_json
 
 if TYPE_CHECKING:
     from moeprune.models.model import Model
+    from moeprune.models.module import Factory
 
 POOLINGS = ("mean", "token", "none")
 
@@ -47,6 +48,10 @@ class ModelConfig(Protocol):
     def outputs_per_input(self) -> int:
         """Rows of logits that the model returns for one input."""
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The libraries whose layers were replaced in a model of the user's own code; empty if it is ours."""
+
     def tokens(self, name: str) -> int:
         """Return m, the tokens of one input that reach an MoE layer."""
 
@@ -71,13 +76,13 @@ class ModelConfig(Protocol):
     def to_json(self) -> dict[str, Any]:
         """Return the config as JSON values; `architecture_from_json` reads it back."""
 
-    def build(self, plan: Plan, details: Details = Details(), factory: str | None = None) -> Model:
+    def build(self, plan: Plan, details: Details = Details(), factory: Factory | None = None) -> Model:
         """Return the model, whose weights are yet to be loaded.
 
         Args:
             plan: of the pruned layers.
             details: what its checkpoint says besides.
-            factory: `package.module:function` that the caller allows to run.
+            factory: of the user's own code, which the caller allows to run.
 
         Raises:
             MoepruneError: the factory is missing, is not the expected one, or fails.
@@ -231,6 +236,11 @@ class ViTConfig:
         return self.in_channels, *self.image_size
 
     @property
+    def libraries(self) -> tuple[str, ...]:
+        """None: the whole model is ours."""
+        return ()
+
+    @property
     def outputs_per_input(self) -> int:
         """Rows of logits that the model returns for one image: one, or one per token without pooling."""
         return self.num_tokens if self.pooling == "none" else 1
@@ -299,7 +309,7 @@ class ViTConfig:
         """Return True: all tensors are known beforehand."""
         return True
 
-    def build(self, plan: Plan, details: Details = Details(), factory: str | None = None) -> Model:
+    def build(self, plan: Plan, details: Details = Details(), factory: Factory | None = None) -> Model:
         """Return the model on the meta device; see `ModelConfig.build`."""
         if factory is not None:
             raise MoepruneError(
@@ -401,6 +411,11 @@ class ModuleConfig:
         return {name: layer.layer for name, layer in self.layers.items()}
 
     @property
+    def libraries(self) -> tuple[str, ...]:
+        """The libraries that the layers were from."""
+        return tuple(sorted({layer.library for layer in self.layers.values()}))
+
+    @property
     def outputs_per_input(self) -> int:
         """One: such models return logits (b,classes)."""
         return 1
@@ -424,22 +439,18 @@ class ModuleConfig:
         """Return True for the tensors of MoE layers."""
         return tensor.rpartition(".")[0] in self.layers
 
-    def build(self, plan: Plan, details: Details = Details(), factory: str | None = None) -> Model:
+    def build(self, plan: Plan, details: Details = Details(), factory: Factory | None = None) -> Model:
         """Run the factory and put MoE layers into its model; see `ModelConfig.build`."""
-        if self.factory is None:
+        name = self.factory or "package.module:function"
+        if factory is None or (isinstance(factory, str) and self.factory not in (None, factory)):
+            stated = "none is given" if factory is None else f"given is `{factory}`"
             raise MoepruneError(
-                "the checkpoint does not say which factory builds its model",
-                "adopt it again and say: `moeprune.adopt(model, input_shape, factory)`",
-            )
-        if factory != self.factory:
-            given = "none is given" if factory is None else f"given is `{factory}`"
-            raise MoepruneError(
-                f"the model is built by the factory `{self.factory}`, {given}",
-                f"if you trust that code, add `--model {self.factory}`",
+                f"the model is built by the factory `{name}`, {stated}",
+                f"if you trust that code, add `--model {name}`",
             )
         from moeprune.models.module import skeleton
 
-        return skeleton(self, plan, details)
+        return skeleton(self, plan, details, factory)
 
     def to_json(self) -> dict[str, Any]:
         """Return the config as JSON values; `architecture_from_json` reads it back."""

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from moeprune.data.preprocessing import Preprocessing
 from moeprune.errors import MoepruneError
-from moeprune.files.header import Header, is_too_large, require_format
+from moeprune.files.header import Header, is_pickle, is_too_large, read_header, require_format
 from moeprune.models.architecture import ModelConfig, architecture_from_json
 from moeprune.models.details import FORMAT, Details
-from moeprune.models.libraries import not_ours
+from moeprune.models.lookalikes import lookalike
 from moeprune.models.tensors import require_one_type, require_tensors
 from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 from moeprune.records import from_json
+
+
+def our_header(path: str | Path) -> Header | None:
+    """Return the header of a file that moeprune wrote; None for files of other programs and folders.
+
+    Raises:
+        MoepruneError: there is no such file, or it is damaged.
+    """
+    path = Path(path)
+    is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where a name is too long)
+    if is_folder or path.suffix == ".json" or is_pickle(path):
+        return None
+    header = read_header(path)
+    return None if header.metadata is None else header
 
 
 def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
@@ -28,7 +45,7 @@ def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
     shapes = config.shapes(plan)
     if any(is_too_large(shape) for shape in shapes.values()):
         raise MoepruneError(f"`{path}`: no model can be built of its architecture")
-    require_tensors(found, shapes, path)
+    require_tensors(found, shapes, f"`{path}` does not fit its own architecture")
     require_one_type(found, path)
     return config, plan, details
 
@@ -36,7 +53,10 @@ def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
 def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
     path, metadata = header.path, header.metadata
     if metadata is None:
-        raise not_ours(header.tensors, str(path))
+        raise MoepruneError(
+            f"`{path}` is not a checkpoint of moeprune: {lookalike(header.tensors)}",
+            "give one that moeprune wrote",
+        )
     if metadata.get("kind") != "checkpoint":
         raise MoepruneError(
             f"`{path}` is no checkpoint but of kind {metadata.get('kind')!r}", "give the model's own file"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -18,7 +18,7 @@ from moeprune.layers.flops import Usage
 from moeprune.layers.layer import MoELayer
 from moeprune.models.cost import size_and_cost
 from moeprune.models.details import FORMAT, Details
-from moeprune.models.results import ModelCost
+from moeprune.models.results import ModelCost, Reading
 from moeprune.models.tensors import require_one_type
 from moeprune.plan import Plan, plan_to_json
 from moeprune.records import to_json
@@ -33,12 +33,17 @@ class Model(nn.Module):
     Args:
         config: of the unpruned model.
         details: what its checkpoint says besides.
+
+    reading: what was read, if the model was opened from a file that moeprune did not write. original: builds
+    the user's own model that this one was adopted from, if it was and the code is known.
     """
 
     def __init__(self, config: ModelConfig, details: Details):
         super().__init__()
         self.config = config
         self.details = details
+        self.reading: Reading | None = None
+        self.original: Callable[[], nn.Module] | None = None
 
     @property
     def moe_layers(self) -> dict[str, MoELayer]:

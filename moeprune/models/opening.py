@@ -1,60 +1,96 @@
-"""Checkpoints into models."""
+"""Checkpoints of moeprune, of other libraries and of the user's own code, opened as models."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from torch import nn
+
+from moeprune import __version__
 from moeprune.data.datasets import Dataset
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
-from moeprune.files.header import Header, read_header, require_unchanged
-from moeprune.models.description import read_description
+from moeprune.files.header import Header, require_unchanged
+from moeprune.files.state_dict import StateDict, read_state_dict
+from moeprune.models.adopted import adopt, load_foreign, parse_source
+from moeprune.models.description import our_header, read_description
+from moeprune.models.details import Details
+from moeprune.models.libraries import library_of_file
+from moeprune.models.libraries.interface import installed_version
 from moeprune.models.model import Model, dataset_for, remember_fingerprint
+from moeprune.models.module import Factory, build, factory_name, load_strictly
+from moeprune.models.parity import compare, difference, require_parity, skipped
+from moeprune.models.results import Reading
 from moeprune.models.spec import ModelSpec
-from moeprune.models.tensors import load_strictly
+from moeprune.models.translation import to_library, to_ours
+from moeprune.models.vit import skeleton
 
 logger = logging.getLogger(__name__)
 
 
-def load(path: str | Path | Header, factory: str | None = None) -> Model:
-    """Load a checkpoint that moeprune wrote, pruned or not: a model in eval mode on the CPU.
-
-    The weights are memory-mapped from the file.
+def load(
+    path: str | Path,
+    model: Factory | None = None,
+    *,
+    source: str | None = None,
+    key: str | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> Model:
+    """Load a checkpoint of moeprune, of another library, or of your own code, on the CPU and in eval mode.
 
     Args:
-        path: of the checkpoint, or its header.
-        factory: `package.module:function` that builds the model, where it is of the user's own code.
-            The checkpoint names it too, but only a caller can tell that it may be run.
+        path: a file, or a folder with shards.
+        model: the function that builds the model, or its name `package.module:function`, if the model is
+            your own code. A checkpoint names it too, but only a caller can allow that it is run.
+        source: see ModelSpec, like key, input_shape, preprocess and arguments.
 
     Raises:
-        MoepruneError: the file is missing, damaged, of an unknown format, has no Soft MoE layer,
-            lacks tensors or has others, or has NaN or infinite values; or the factory is missing or
-            another one than the checkpoint names.
+        MoepruneError: the file is missing, damaged or unknown, has no MoE layer, lacks tensors or has
+            others, or has NaN or infinite values; arguments are missing or wrong; or the model does not
+            compute what the library's or your own does.
+
+    Example:
+        >>> moeprune.load("pruned.safetensors")  # doctest: +SKIP
+        >>> moeprune.load("model.pt", source="soft-moe", num_heads=6)  # doctest: +SKIP
+        >>> moeprune.load("model.pt", build, input_shape=(3, 224, 224), depth=4)  # doctest: +SKIP
     """
-    header = read_header(path)
-    config, plan, details = read_description(header)
-    fingerprint = checkpoint.fingerprint(header, config.to_json())
-    try:
-        model = config.build(plan, details, factory)
-    except MoepruneError as error:
-        raise MoepruneError(f"`{header.path}`: {error.message}", error.hint) from None
-    load_strictly(model, checkpoint.read_tensors(header), header.path)
-    require_unchanged(header)
-    model = model.requires_grad_(False).eval()
-    remember_fingerprint(model, fingerprint)
-    return model
+    spec = ModelSpec(
+        path=Path(path), model=factory_name(model), source=source, arguments=arguments, key=key,
+        input_shape=input_shape, preprocess=dict(preprocess or {}),
+    )  # fmt: skip
+    return open_model(spec, model)
 
 
-def open_model(spec: ModelSpec) -> Model:
-    """Load a model with the preprocessing of the spec; warn if its results depend on the batch."""
-    for option in ("source", "key", "input_shape", "arguments"):
-        if getattr(spec, option):
-            name = "--" + option.replace("_", "-")
-            raise MoepruneError(f"`{name}` does not go with `{spec.path}`, a checkpoint of moeprune")
-    model = load(spec.path, spec.model)
+def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header | None = None) -> Model:
+    """Open a model on the CPU and in eval mode; weights are memory-mapped if the file allows it.
+
+    Args:
+        factory: builds the model; None: the function that the spec names, if it names one.
+        header: of the file, if it was read and is of moeprune.
+
+    Raises:
+        MoepruneError: see `load`.
+    """
+    factory = spec.model if factory is None else factory
+    header = our_header(spec.path) if header is None else header
+    if header is not None:
+        if spec.foreign_only:
+            raise MoepruneError(
+                f"`{spec.path}` is a checkpoint of moeprune and takes no {_quoted(spec.foreign_only)}",
+                "all that is in the checkpoint",
+            )
+        model = _open_ours(header, factory)
+    elif factory is None:
+        model = _open_library(spec)
+    else:
+        model = _open_module(spec, factory)
     parameters, layers = sum(t.numel() for t in model.state_dict().values()), len(model.config.moe_layers)
     logger.info(f"read `{spec.path}`: {parameters:,} parameters, {layers} MoE layer{'s' * (layers > 1)}")
     for name, layer in model.config.moe_layers.items():
@@ -64,9 +100,9 @@ def open_model(spec: ModelSpec) -> Model:
                 " on `--batch-size` and on the order of the inputs"
             )
     if spec.preprocess:
-        updated = model.details.preprocessing.updated(spec.preprocess)
-        model.details = replace(model.details, preprocessing=updated)
-    return model
+        preprocessing = model.details.preprocessing.updated(spec.preprocess)
+        model.details = replace(model.details, preprocessing=preprocessing)
+    return model.requires_grad_(False).eval()
 
 
 def open_data_for(model: Model, spec: DataSpec, default_split: str) -> Dataset:
@@ -78,3 +114,99 @@ def open_data_for(model: Model, spec: DataSpec, default_split: str) -> Dataset:
     data = dataset_for(model, spec.spec, default_split if spec.split is None else spec.split, spec.limit)
     logger.info(f"read `{data.spec}`: {data.samples} samples{'' if data.has_labels else ' without labels'}")
     return data
+
+
+def specs_of(stated: ModelSpec, *paths: Path) -> list[ModelSpec]:
+    """Return the specs of several checkpoints of one model, such as a pruned one and its baseline.
+
+    If some of the files are from other programs, what only those need is left out for the rest.
+    """
+    ours = {path for path in paths if our_header(path)}
+    plain = ModelSpec(path=stated.path, model=stated.model, preprocess=stated.preprocess)
+    is_mixed = 0 < len(ours) < len(set(paths))
+    return [(plain if is_mixed and path in ours else stated).replace(path=path) for path in paths]
+
+
+def _open_ours(header: Header, factory: Factory | None) -> Model:
+    config, plan, details = read_description(header)
+    fingerprint = checkpoint.fingerprint(header, config.to_json())
+    try:
+        model = config.build(plan, details, factory)
+    except MoepruneError as error:
+        raise MoepruneError(f"`{header.path}`: {error.message}", error.hint) from None
+    load_strictly(model, checkpoint.read_tensors(header), header.path)
+    require_unchanged(header)
+    remember_fingerprint(model, fingerprint)
+    return model
+
+
+def _open_library(spec: ModelSpec) -> Model:
+    """Open a whole model of a library."""
+    if spec.input_shape is not None:
+        raise MoepruneError("`input_shape` goes with `model`", "say what builds the model, or omit it")
+    found = read_state_dict(spec.path, spec.key)
+    tensors, infos = found.tensors, checkpoint.tensor_infos(found.tensors)
+    library = library_of_file(infos, str(spec.path), spec.source)
+    layout = library.read(infos, spec.arguments, str(spec.path))
+    checkpoint.check_finite({k: t for k, t in tensors.items() if k not in layout.dropped}, spec.path)
+    model = skeleton(layout.config, {}, Details(source=_source({library.name: None}, found)))
+    model.load_state_dict(to_ours(tensors, layout), assign=True)
+    model.requires_grad_(False).eval()
+    if refused := library.refusals(layout.config):
+        parity = skipped(f"{library.model_class} cannot express it: {'; '.join(refused)}")
+    else:
+        own = tensors if layout.as_is else to_library(model, library)
+        parity = compare(model, library, layout.config, own)
+        require_parity(parity, library.model_class, spec.path)
+    model.reading = Reading(
+        library=library.name,
+        arguments=layout.arguments,
+        defaults=layout.defaults,
+        dropped=layout.dropped,
+        parity=parity,
+    )
+    return model
+
+
+def _open_module(spec: ModelSpec, factory: Factory) -> Model:
+    """Open a model of the user's own code."""
+    if spec.input_shape is None:
+        raise MoepruneError(
+            "a model of your own code needs `input_shape`, the shape of one input",
+            "give channels, height and width: `--input-shape 3,224,224`",
+        )
+    found = read_state_dict(spec.path, spec.key)
+    found.check_finite()
+
+    def built() -> nn.Module:
+        module = build(factory, spec.arguments)
+        load_foreign(module, found.tensors, spec.path)
+        return module
+
+    model = adopt(built(), spec.input_shape, factory, spec.arguments, source=spec.source)
+    stated, release = parse_source(spec.source)
+    libraries = {name: release if name == stated else None for name in model.config.libraries}
+    model.details = Details(source=_source(libraries, found))
+    if release is not None and (installed := installed_version(str(stated))) != release:
+        parity = skipped(f"`{stated}` {installed} is installed, not {release}")
+    else:
+        parity = require_parity(difference(model, built()), "your own code", spec.path)
+    model.reading = Reading(
+        library=", ".join(libraries), arguments=spec.arguments, defaults={}, dropped=[], parity=parity
+    )
+    return model
+
+
+def _source(libraries: Mapping[str, str | None], found: StateDict) -> dict[str, str]:
+    """Where weights come from, for `Details.source`.
+
+    Args:
+        libraries: names, and the releases that the user states.
+    """
+    installed = {name: installed_version(name) for name in libraries} | {"moeprune": __version__}
+    versions = [release or installed[name] or "unknown" for name, release in libraries.items()]
+    return {"library": ", ".join(libraries), "version": ", ".join(versions), "sha256": found.sha256()}
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

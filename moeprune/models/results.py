@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from moeprune.plan import LayerPlan
 from moeprune.records import Report, Result
 
@@ -66,33 +64,43 @@ class Inspection(ModelCost, Report, frozen=True):
     provenance: dict[str, Any]
 
 
-class MeasuredParity(Result, frozen=True):
-    """Agreement of our model with the library's own on random images.
+class Parity(Result, frozen=True):
+    """Agreement of our model with the library's own, or the user's, on random images.
 
-    max_relative_difference: the largest difference of two logits over the largest logit.
-    dtype: in which both computed.
+    max_relative_difference: the largest difference of two logits over the largest logit; None: not measured.
+    dtype: in which both computed. images: how many. skipped: why it was not measured.
     """
 
-    max_relative_difference: float
-    dtype: str
-    images: int
+    max_relative_difference: float | None
+    dtype: str | None
+    images: int | None
+    skipped: str | None
 
 
-class Conversion(Report, frozen=True):
-    """A checkpoint written in another layout.
+class Reading(Result, frozen=True):
+    """What was read from a checkpoint that moeprune did not write.
 
-    arguments: of the constructor of the library on either side. defaults: those taken from the library.
-    dropped: tensors that the model does not use. parity_skipped: why parity is None.
+    arguments: of the library's constructor, or of the user's own factory. defaults: those of them that are
+    taken from the library's defaults, as nothing tells them. dropped: tensors that the model does not use.
     """
 
-    checkpoint: str
+    library: str
+    arguments: dict[str, Any]
+    parity: Parity
+    defaults: dict[str, Any]
+    dropped: list[str]
+
+
+class Export(Report, frozen=True):
+    """A checkpoint written for another library.
+
+    source: where the weights came from. arguments: with which the library, or the user's own code, builds the
+    model that loads it.
+    """
+
     output: str
-    origin: str = msgspec.field(name="from")
     to: str
     source: dict[str, Any]
     arguments: dict[str, Any]
-    defaults: dict[str, Any]
-    dropped: list[str]
-    parity: MeasuredParity | None
-    parity_skipped: str | None
+    parity: Parity
     model: ModelCost

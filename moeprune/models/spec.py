@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from moeprune.records import Record
+from moeprune.errors import MoepruneError
+from moeprune.plan import Positive
+from moeprune.records import Request
+
+MAX_ELEMENTS = 2**28
+"""Values of one input; more are a mistake and fill the memory."""
+LIBRARIES = ("soft-moe", "soft-moe-pytorch", "soft-mixture-of-experts", "moeprune")
+"""Whose models or layers are known; see moeprune.models.libraries, which needs torch."""
 
 
-class ModelSpec(Record, frozen=True, kw_only=True):
+class ModelSpec(Request, frozen=True, kw_only=True):
     """A checkpoint of moeprune, of a known library, or of a model of the user's own code.
 
     path: a file, or a folder of shards. model: the factory `package.module:function` of the user's own model;
@@ -25,5 +33,19 @@ class ModelSpec(Record, frozen=True, kw_only=True):
     source: str | None = None
     arguments: dict[str, Any] = msgspec.field(default_factory=dict)
     key: str | None = None
-    input_shape: tuple[int, int, int] | None = None
+    input_shape: tuple[Positive, Positive, Positive] | None = None
     preprocess: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise a MoepruneError if the source is unknown or the input too large."""
+        if self.source is not None and self.source.partition("==")[0] not in LIBRARIES:
+            raise MoepruneError(f"`source` is {self.source!r}, expected one of {', '.join(LIBRARIES)}")
+        if self.input_shape is not None and math.prod(self.input_shape) > MAX_ELEMENTS:
+            raise MoepruneError(
+                f"`input_shape` is {list(self.input_shape)}, expected at most {MAX_ELEMENTS} values"
+            )
+
+    @property
+    def foreign_only(self) -> list[str]:
+        """The fields that are set and that only a file of another program needs."""
+        return [name for name in ("source", "arguments", "key", "input_shape") if getattr(self, name)]

@@ -7,11 +7,11 @@ from typing import Any
 from moeprune.calibration.results import AnalysisReport
 from moeprune.demo.results import Summary
 from moeprune.evaluation.results import Evaluation
-from moeprune.models.results import Conversion, Inspection
+from moeprune.models.results import Export, Inspection
 from moeprune.pruning.results import Pruned, Sweep
 from moeprune.records import Report
 from moeprune.report.analysis import analysis
-from moeprune.report.conversion import conversion
+from moeprune.report.export import export
 from moeprune.report.demo import demo
 from moeprune.report.document import Document
 from moeprune.report.evaluation import evaluation
@@ -21,7 +21,7 @@ from moeprune.report.sweep import sweep
 
 DOCUMENTS: dict[type[Report], Any] = {
     AnalysisReport: analysis,
-    Conversion: conversion,
+    Export: export,
     Evaluation: evaluation,
     Inspection: inspection,
     Pruned: pruning,

@@ -8,13 +8,13 @@ from moeprune.calibration.results import AnalysisReport
 from moeprune.demo.results import Summary
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.results import Evaluation
-from moeprune.models.results import Conversion, Inspection
+from moeprune.models.results import Export, Inspection
 from moeprune.pruning.results import PlanFile, Pruned, Sweep
 from moeprune.records import json_schema
 
 TYPES = {
     "analyze": AnalysisReport,
-    "convert": Conversion,
+    "convert": Export,
     "demo": Summary,
     "eval": Evaluation,
     "inspect": Inspection,

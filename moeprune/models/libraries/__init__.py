@@ -1,58 +1,49 @@
-"""The libraries whose checkpoints moeprune reads and writes, and what else a file may be; no torch."""
+"""The libraries whose checkpoints moeprune reads and writes."""
 
 from __future__ import annotations
 
 from moeprune.errors import MoepruneError
-from moeprune.models.libraries.bwconrad import SoftMoEPackage
-from moeprune.models.libraries.interface import Source, Tensors
-from moeprune.models.libraries.lookalikes import lookalike
+from moeprune.models.libraries.interface import LayerLibrary, ModelLibrary, Tensors
+from moeprune.models.libraries.own import OwnLayers
+from moeprune.models.libraries.soft_mixture_of_experts import SoftMixtureOfExperts
+from moeprune.models.libraries.soft_moe import SoftMoELayers
+from moeprune.models.libraries.soft_moe_pytorch import SoftMoEPytorch
+from moeprune.models.libraries.soft_moe_vit import SoftMoEViTs
+from moeprune.models.lookalikes import lookalike
 
-SOURCES: dict[str, Source] = {source.name: source for source in (SoftMoEPackage(),)}
-"""By name on the command line."""
+MODELS: dict[str, ModelLibrary] = {library.name: library for library in (SoftMoEViTs(),)}
+"""Libraries of whole models by name."""
 
-LAYER_LIBRARIES = ("soft-moe-pytorch", "soft-mixture-of-experts")
-"""Those whose layers stand in models that only the user's own code builds."""
+LAYERS: dict[str, LayerLibrary] = {
+    library.name: library
+    for library in (SoftMoELayers(), SoftMoEPytorch(), SoftMixtureOfExperts(), OwnLayers())
+}
+"""Libraries of layers by name; the models around the layers are built by the user's own code."""
 
 
-def pick_source(tensors: Tensors, path: str, name: str | None = None) -> Source:
-    """The library that wrote a file with these tensors.
+def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> ModelLibrary:
+    """Return the library that wrote a file with these tensors.
 
     Args:
-        name: what the user says that it is.
+        name: of the library, if the user gives it.
 
     Raises:
         MoepruneError: the name is unknown, no library fits, or several do.
     """
     if name is not None:
-        if name not in SOURCES:
-            raise MoepruneError(f"`--source {name}` is unknown", f"give one of {', '.join(SOURCES)}")
-        return SOURCES[name]
-    fitting = [source for source in SOURCES.values() if source.fits(tensors)]
-    if not fitting:
-        raise unknown_layout(tensors, path)
-    if len(fitting) > 1:
-        names = " and ".join(f"`{source.name}`" for source in fitting)
-        raise MoepruneError(f"`{path}` may be of {names}: its tensors fit both", "say which with `--source`")
-    return fitting[0]
-
-
-def unknown_layout(tensors: Tensors, path: str) -> MoepruneError:
-    """The error of a file that is of no known library: what it is instead, if that is known."""
-    hint = f"known layouts are {', '.join(SOURCES)}; say which with `--source`"
-    if found := lookalike(tensors):
-        return MoepruneError(f"no Soft MoE model of a known library in `{path}`: {found}", hint)
-    return MoepruneError(
-        f"no Soft MoE layers in `{path}` (none of its {len(tensors)} tensors matches a known layout)", hint
-    )
-
-
-def not_ours(tensors: Tensors, path: str) -> MoepruneError:
-    """The error of a file that moeprune did not write: whose it is, and how to convert it."""
-    fitting = [source for source in SOURCES.values() if source.fits(tensors)]
-    if not fitting:
-        return unknown_layout(tensors, path)
-    names = " or ".join(f"`{source.name}`" for source in fitting)
-    return MoepruneError(
-        f"`{path}` is a checkpoint of {names}, not of moeprune",
-        f"convert it first: `moeprune convert {path} --source {fitting[0].name} -o converted.safetensors`",
+        if name not in MODELS:
+            raise MoepruneError(
+                f"no whole models of `{name}` are known", f"known are those of {', '.join(MODELS)}"
+            )
+        return MODELS[name]
+    fitting = [library for library in MODELS.values() if library.fits(tensors)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = " and ".join(f"`{library.name}`" for library in fitting)
+        raise MoepruneError(f"the tensors of `{path}` fit {names}", "name the library with `--source`")
+    raise MoepruneError(
+        f"`{path}` is not a model of a known library: {lookalike(tensors)}",
+        f"known layouts are {', '.join(MODELS)}; name one with `--source`, or say what builds the model with"
+        " `--model package.module:function` and `--input-shape`",
     )

@@ -1,17 +1,62 @@
-"""What a library is to moeprune: how its files are recognised, read and written; no torch."""
+"""How moeprune sees another library: its layers, and the whole models that it builds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moeprune.files.header import TensorInfo
 from moeprune.models.architecture import ViTConfig
 from moeprune.plan import LayerPlan, Plan
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from moeprune.layers.interface import LayerConfig
+
 Tensors = Mapping[str, TensorInfo]
 """The tensors of a file by name, without their values."""
+
+
+class LayerLibrary(Protocol):
+    """A library whose layers are replaced by ours inside a model of the user's own code.
+
+    name: on PyPI and on the command line.
+    """
+
+    name: str
+
+    def recognises(self, module: nn.Module) -> bool:
+        """Return True for a layer of this library."""
+
+    def describe(
+        self, module: nn.Module, name: str, tokens: int, version: str | None
+    ) -> tuple[LayerConfig, dict[str, Tensor]]:
+        """Return the config of our layer that computes the same, and its tensors.
+
+        Args:
+            module: a layer of the library.
+            name: of the layer, for errors.
+            tokens: m, of one input.
+            version: of the library, if the user names it.
+
+        Raises:
+            MoepruneError: ours cannot compute the same.
+        """
+
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of our layer under the names of the library.
+
+        Args:
+            module: a layer of the library with any number of experts.
+            tensors: of our layer, unpruned or with fewer experts.
+        """
+
+    def rename(self, tensors: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+        """Return the tensors of a model, those of old releases under the expected names."""
+        return dict(tensors)
 
 
 @dataclass(frozen=True)
@@ -19,27 +64,25 @@ class Entry:
     """One of our tensors, and the library's tensors that hold the same values.
 
     ours: its name in our model. theirs: names in the library. shape: of each of those.
-    like: the tensor in the library that says what shape these have.
-    transposed: their last two axes are in the other order in ours.
-    split: they are one tensor an expert; ours has them stacked along a new first axis.
+    transposed: their last two axes are swapped in ours.
+    split: there is one tensor for each expert; ours is the stack of them.
     """
 
     ours: str
     theirs: tuple[str, ...]
     shape: tuple[int, ...]
-    like: str
     transposed: bool = False
     split: bool = False
 
 
 @dataclass(frozen=True)
-class Reading:
+class Layout:
     """What the tensors of a file and the given arguments say about its model.
 
     arguments: of the library's own constructor, as JSON values.
-    defaults: those of them that nothing tells and that were taken from the library's defaults.
+    defaults: those of them that nothing tells and that are the library's defaults.
     dropped: tensors that the model does not use.
-    as_is: whether the library's own class loads the file's tensors as they are.
+    as_is: True if the library's own class loads the tensors of the file unchanged.
     """
 
     config: ViTConfig
@@ -50,24 +93,23 @@ class Reading:
     as_is: bool = True
 
 
-class Source(Protocol):
-    """A library whose checkpoints moeprune reads and writes."""
+class ModelLibrary(Protocol):
+    """A library whose whole models are read and written.
+
+    name: on PyPI and on the command line. model_class: the class that loads what is written.
+    """
 
     name: str
-    """On the command line."""
-    distribution: str
-    """To be installed with pip."""
     model_class: str
-    """The class that loads what is written."""
 
     def fits(self, tensors: Tensors) -> bool:
-        """Whether a file with these tensors was written by the library; only names are looked at."""
+        """Return True if the names of the tensors are those of this library."""
 
-    def read(self, tensors: Tensors, given: Mapping[str, str], path: str) -> Reading:
-        """The architecture of a file of the library.
+    def read(self, tensors: Tensors, given: Mapping[str, Any], path: str) -> Layout:
+        """Return the layout of a file of the library.
 
         Args:
-            given: what the tensors cannot tell, by the names of the library's constructor.
+            given: what the tensors do not tell, by the names of the library's constructor.
             path: of the file, for errors.
 
         Raises:
@@ -76,16 +118,16 @@ class Source(Protocol):
         """
 
     def refusals(self, config: ViTConfig) -> list[str]:
-        """What the library cannot express of a dense model of this architecture, each in words."""
+        """Return every reason why the library cannot express a dense model of this architecture."""
 
     def entries(self, config: ViTConfig) -> list[Entry]:
-        """All tensors of a dense model that the library can express."""
+        """Return all tensors of a dense model that the library can express."""
 
     def arguments(self, config: ViTConfig) -> dict[str, Any]:
-        """The arguments with which the library's own class is built, as JSON values."""
+        """Return the arguments of the library's own class, as JSON values."""
 
     def build(self, config: ViTConfig) -> Any:
-        """The library's own model of an architecture that it can express, with random weights.
+        """Return the library's own model of an architecture that it can express, with random weights.
 
         Raises:
             ImportError: the library is not installed.
@@ -93,30 +135,31 @@ class Source(Protocol):
 
 
 def as_dense(config: ViTConfig, plan: Plan) -> tuple[ViTConfig, list[str]]:
-    """The architecture of a dense model that computes what a pruned one computes.
-
-    Returns:
-        The architecture with fewer experts, and why there is no such model: empty where there is one.
-    """
-    refused = []
+    """Return the dense architecture that computes what a pruned one does, and every reason why none does."""
+    refused = [reason for name, layer in plan.items() if (reason := not_dense(name, layer))]
     blocks = list(config.blocks)
     for index, block in enumerate(blocks):
-        name = f"blocks.{index}.soft_moe"
-        if block.soft_moe is None or name not in plan:
-            continue
-        if reason := _not_dense(plan[name]):
-            refused.append(f"layer `{name}` {reason}")
-        else:
-            blocks[index] = replace(block, soft_moe=block.soft_moe.replace(num_experts=plan[name].k))
+        layer = plan.get(f"blocks.{index}.soft_moe")
+        if block.soft_moe is not None and layer is not None and layer.k:
+            blocks[index] = replace(block, soft_moe=block.soft_moe.replace(num_experts=layer.k))
     return replace(config, blocks=tuple(blocks)), refused
 
 
-def _not_dense(plan: LayerPlan) -> str | None:
+def not_dense(name: str, plan: LayerPlan) -> str | None:
+    """Return why no dense layer of fewer experts computes what a pruned one does; None if one does."""
     if plan.scope != "static":
-        return f"chooses its experts anew for each {plan.scope} (scope {plan.scope})"
-    if plan.compensation != "renorm" and plan.k < plan.num_experts:
+        return f"layer `{name}` chooses its experts anew for each {plan.scope} (scope {plan.scope})"
+    if not plan.k or (plan.compensation != "renorm" and plan.k < plan.num_experts):
         return (
-            f"has the compensation {plan.compensation}: the router still weighs the dropped experts, and a"
-            " layer with only the kept ones would compute another function"
+            f"layer `{name}` has compensation {plan.compensation}, under which the router still weighs the"
+            " dropped experts; a layer of the kept ones alone computes another function"
         )
     return None
+
+
+def installed_version(library: str) -> str | None:
+    """Return the version of a library in this environment, None if it is not installed."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None

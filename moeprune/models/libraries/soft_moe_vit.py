@@ -1,0 +1,205 @@
+"""Whole models of `soft-moe` (bwconrad): vision transformers built on timm's, with Soft MoEs for some MLPs.
+
+Two layouts are read: the library's, with one MLP for each expert, and that of the paper's authors, who
+stacked the experts of a layer for their ImageNet models, gave them a width of their own, and left a
+`base_expert` in the file that never runs. Only the library's layout is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from msgspec.structs import asdict
+
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.models.architecture import ViTConfig
+from moeprune.models.libraries.interface import Entry, Layout, ModelLibrary, Tensors
+from moeprune.models.libraries.soft_moe_file import LAYER, POOLINGS, UNUSED, complete, draft_config, or_
+from moeprune.models.tensors import require_tensors
+
+NAMES = {
+    "class_token": "cls_token",
+    "position": "pos_embed",
+    "patch_embed": "patch_embed.proj",
+    "embedding_norm": "norm_pre",
+    "head_norm": "fc_norm",
+    "attention": "attn",
+    "attention_scale": "ls1.gamma",
+    "mixer_scale": "ls2.gamma",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+    "soft_moe": "mlp",
+}
+"""The library's names of parts by ours, where they differ."""
+_OURS = re.compile(rf"(?:^|(?<=\.))({'|'.join(map(re.escape, NAMES))})(?=\.|$)")
+
+
+class SoftMoEViTs(ModelLibrary):
+    """Whole models; SoftMoELayers takes layers inside models of the user's own code."""
+
+    name = "soft-moe"
+    model_class = "soft_moe.SoftMoEVisionTransformer"
+
+    def fits(self, tensors: Tensors) -> bool:
+        """Return True if a block has a phi and experts."""
+        found: dict[str, set[str]] = {}
+        for name in tensors:
+            if match := LAYER.match(name):
+                found.setdefault(match[1], set()).add(match[2])
+        return any("phi" in parts and len(parts) > 1 for parts in found.values())
+
+    def read(self, tensors: Tensors, given: Mapping[str, Any], path: str) -> Layout:
+        """Return the layout of a file; see `ModelLibrary.read`."""
+        dropped = sorted(name for name in tensors if UNUSED.match(name))
+        used = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+        stacked = any("stacked_expert_" in name for name in used)
+        draft = draft_config(used, path)
+        expected = {name: entry.shape for entry in _entries(draft, stacked) for name in entry.theirs}
+        require_tensors(used, expected, f"the tensors of `{path}` are not those of a whole model")
+        config, defaults = complete(draft, given, path)
+        arguments = self.arguments(config)
+        return Layout(
+            config,
+            list(_entries(config, stacked)),
+            arguments,
+            {name: arguments[name] for name in defaults},
+            dropped,
+            as_is=not stacked and not dropped,
+        )
+
+    def refusals(self, config: ViTConfig) -> list[str]:
+        """Return why the library cannot express a model; see `ModelLibrary.refusals`."""
+        refused = []
+        for index, block in enumerate(config.blocks):
+            if not block.attention:
+                refused.append(f"block {index} has no attention")
+            if not block.residual:
+                refused.append(f"block {index} has no residual around its MLP or Soft MoE")
+        for name, layer in config.moe_layers.items():
+            normalize = layer.router_norm != "none"
+            known = SoftMoEConfig(
+                layer.dim, layer.num_experts, layer.slots_per_expert, layer.expert_width,
+                router_norm="l2" if normalize else "none",
+                dispatch_input="normalized" if normalize else layer.dispatch_input,  # the same tokens
+            )  # fmt: skip
+            expected = asdict(known)
+            refused += [
+                f"layer `{name}` has `{key}` {value}, expected {expected[key]}"
+                for key, value in asdict(layer).items()
+                if value != expected[key]
+            ]
+        if config.final_norm == config.head_norm:
+            both = "both" if config.final_norm else "neither"
+            refused.append(f"the model has {both} of `final_norm` and `head_norm`, expected one")
+        layers = config.moe_layers.values()
+        for what, values in (
+            ("experts", {layer.num_experts for layer in layers}),
+            ("slots per expert", {layer.slots_per_expert for layer in layers}),
+            (
+                "hidden units of MLPs and experts",
+                {*_mlp_widths(config), *(layer.expert_width for layer in layers)},
+            ),
+        ):
+            if len(values) > 1:
+                refused.append(f"the number of {what} is not the same everywhere: {or_(sorted(values))}")
+        return refused
+
+    def entries(self, config: ViTConfig) -> list[Entry]:
+        """Return all tensors of a dense model."""
+        return list(_entries(config, stacked=False))
+
+    def arguments(self, config: ViTConfig) -> dict[str, Any]:
+        """Return the arguments of the constructor; where layers differ, a list of their values."""
+        layers = config.moe_layers
+        experts = {layer.expert_width for layer in layers.values()}
+        mlps = _mlp_widths(config) or experts
+        indices = [int(name.split(".")[1]) for name in layers]
+        is_tail = indices == list(range(indices[0], len(config.blocks)))
+        arguments = {
+            "num_experts": _common(layer.num_experts for layer in layers.values()),
+            "slots_per_expert": _common(layer.slots_per_expert for layer in layers.values()),
+            "moe_layer_index": indices[0] if is_tail else indices,
+            "img_size": _side(config.image_size),
+            "patch_size": _side(config.patch_size),
+            "in_chans": config.in_channels,
+            "num_classes": config.num_classes,
+            "global_pool": next(theirs for theirs, ours in POOLINGS.items() if ours == config.pooling),
+            "embed_dim": config.dim,
+            "depth": len(config.blocks),
+            "num_heads": config.num_heads,
+            "mlp_ratio": _common(_ratio(width, config.dim) for width in mlps),
+            "qkv_bias": config.qkv_bias,
+            "qk_norm": config.qk_norm,
+            "init_values": 1.0 if config.layer_scale else None,
+            "class_token": config.class_token,
+            "no_embed_class": config.class_token and not config.class_position,
+            "pre_norm": config.embedding_norm,
+            "fc_norm": config.head_norm,
+            "act_layer": "GELU",
+            "eps": config.norm_eps,
+            "normalize": _common(layer.router_norm == "l2" for layer in layers.values()),
+        }
+        if experts != mlps:
+            arguments["moe_mlp_ratio"] = _common(_ratio(width, config.dim) for width in experts)
+        return arguments
+
+    def build(self, config: ViTConfig) -> Any:
+        """Return the library's own model; see `ModelLibrary.build`."""
+        from soft_moe import SoftMoEVisionTransformer
+
+        arguments = self.arguments(config)
+        for name in ("act_layer", "eps", "normalize"):
+            del arguments[name]
+        model = SoftMoEVisionTransformer(weight_init="skip", **arguments)
+        for module in model.modules():
+            if hasattr(module, "eps"):  # a norm
+                module.eps = config.norm_eps
+        for block, ours in zip(model.blocks, config.blocks, strict=True):
+            if ours.soft_moe is not None and ours.soft_moe.router_norm == "none":
+                block.mlp.normalize = False  # an argument of the layer, which the model's does not set
+                del block.mlp.scale
+        return model
+
+
+def _entries(config: ViTConfig, stacked: bool) -> Iterator[Entry]:
+    """All tensors of a model."""
+    for ours, shape in config.shapes({}).items():
+        theirs = _OURS.sub(lambda match: NAMES[match[0]], ours)
+        part, _, tensor = theirs.rpartition(".")
+        if ours in ("class_token", "position"):
+            yield Entry(ours, (theirs,), (1, *shape))
+        elif ours == "patch_embed.weight":
+            yield Entry(ours, (theirs,), (config.dim, config.in_channels, *config.patch_size))
+        elif ours.rpartition(".")[0] not in config.moe_layers or not tensor.startswith("fc"):
+            yield Entry(ours, (theirs,), shape)
+        else:
+            n, *rest = shape
+            transposed = tensor == "fc1_weight"
+            one = tuple(reversed(rest) if transposed else rest)
+            names = tuple(f"{part}.experts.{j}.{tensor.replace('_', '.')}" for j in range(n))
+            if stacked:
+                yield Entry(ours, (f"{part}.stacked_expert_{tensor}",), (n, *one), transposed)
+            else:
+                yield Entry(ours, names, one, transposed, split=True)
+
+
+def _mlp_widths(config: ViTConfig) -> set[int]:
+    return {block.mlp_dim for block in config.blocks if block.mlp_dim is not None}
+
+
+def _ratio(width: int, dim: int) -> float:
+    """The `mlp_ratio` from which the library, which rounds down, makes this width."""
+    ratio = width / dim
+    return ratio if int(dim * ratio) == width else (width + 0.5) / dim
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The value that all have in common, or the list of different ones."""
+    different = sorted(set(values))
+    return different[0] if len(different) == 1 else different
+
+
+def _side(size: tuple[int, int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)
