@@ -454,14 +454,14 @@ def test_factories_that_fail(package, factory, message):
 TRAINED = {"model": tower, "input_shape": SHAPE, "geglu": True}
 WRONG = [
     ("trained.pt", {"input_shape": None}, "--input-shape 3,224,224"),
-    ("trained.pt", {"input_shape": (3, 8)}, "`input_shape`"),
+    ("trained.pt", {"input_shape": (3, 8)}, "`--input-shape`"),
     ("trained.pt", {"input_shape": (3, 2**20, 2**20)}, "expected at most"),
     ("trained.pt", {"input_shape": (1, 8, 8)}, "fails on an input of shape"),
     ("trained.pt", {"geglu": False}, r"`layers\.0\.experts"),
     ("trained.pt", {"shape": 3}, "TypeError"),
     ("trained.pt", {"model": None, "geglu": None}, "goes with `model`"),
     ("trained.pt", {"source": "soft-moe"}, "not from `soft-moe`"),
-    ("trained.pt", {"source": "vmoe"}, "`source` is 'vmoe', expected one of"),
+    ("trained.pt", {"source": "vmoe"}, "`--source` is 'vmoe', expected one of"),
     ("trained.pt", {"source": "soft-moe==x"}, "names no release"),
     ("trained.pt", {"key": "ema"}, "ema"),
     ("full.safetensors", {}, "is a checkpoint of moeprune and takes no `arguments`, `input_shape`"),
