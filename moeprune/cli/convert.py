@@ -40,9 +40,7 @@ def convert(reporter: Reporter, request: ConvertRequest) -> None:
         reporter.emit(export(opened, output, to, overwrite=reporter.force))
         return
     if opened.reading is None:
-        raise MoepruneError(
-            f"`{spec.path}` is a checkpoint of moeprune already", "give `--to LIBRARY`"
-        )
+        raise MoepruneError(f"`{spec.path}` is a checkpoint of moeprune already", "give `--to LIBRARY`")
     save(opened, output, reporter.force)
     found = Export(
         output=str(output),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from moeprune.data.preprocessing import Preprocessing
 from moeprune.errors import MoepruneError
-from moeprune.files.header import Header, is_pickle, is_too_large, read_header, require_format
+from moeprune.files.header import Header, is_safetensors, is_too_large, read_header, require_format
 from moeprune.models.architecture import ModelConfig, architecture_from_json
 from moeprune.models.details import FORMAT, Details
 from moeprune.models.lookalikes import lookalike
@@ -22,12 +21,8 @@ def our_header(path: str | Path) -> Header | None:
     Raises:
         MoepruneError: there is no such file, or it is damaged.
     """
-    path = Path(path)
-    is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where a name is too long)
-    if is_folder or path.suffix == ".json" or is_pickle(path):
-        return None
-    header = read_header(path)
-    return None if header.metadata is None else header
+    header = read_header(path) if is_safetensors(Path(path)) else None
+    return None if header is None or header.metadata is None else header
 
 
 def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:

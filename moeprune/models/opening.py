@@ -15,8 +15,8 @@ from moeprune.data.datasets import Dataset
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
+from moeprune.files.foreign import StateDict, read_state_dict
 from moeprune.files.header import Header, require_unchanged
-from moeprune.files.state_dict import StateDict, read_state_dict
 from moeprune.models.adopted import adopt, load_foreign, parse_source
 from moeprune.models.description import our_header, read_description
 from moeprune.models.details import Details
@@ -176,7 +176,7 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
             "give channels, height and width: `--input-shape 3,224,224`",
         )
     found = read_state_dict(spec.path, spec.key)
-    found.check_finite()
+    checkpoint.check_finite(found.tensors, spec.path)
 
     def built() -> nn.Module:
         module = build(factory, spec.arguments)
