@@ -11,10 +11,10 @@ from moeprune.models.results import Export, Inspection
 from moeprune.pruning.results import Pruned, Sweep
 from moeprune.records import Report
 from moeprune.report.analysis import analysis
-from moeprune.report.export import export
 from moeprune.report.demo import demo
 from moeprune.report.document import Document
 from moeprune.report.evaluation import evaluation
+from moeprune.report.export import export
 from moeprune.report.inspection import inspection
 from moeprune.report.pruning import pruning
 from moeprune.report.sweep import sweep
