@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import random
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -224,3 +226,15 @@ def _other_length(whole: bytes, chance: random.Random) -> bytes:
     length = int.from_bytes(whole[:8], "little")
     other = chance.choice((0, 1, length - 1, length + 1, len(whole), len(whole) - 8, 10**8, 2**63, 2**64 - 1))
     return other.to_bytes(8, "little") + whole[8:]
+
+
+def damaged_torch(whole: bytes, chance: random.Random) -> bytes:
+    """The file damaged, or its pickle in a sound archive."""
+    if not whole.startswith(b"PK") or chance.random() < 0.4:
+        return mutated(whole, chance)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, mutated(content, chance) if name.endswith("/data.pkl") else content)
+    return buffer.getvalue()

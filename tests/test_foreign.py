@@ -26,12 +26,14 @@ from safetensors.torch import save_file
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import check_finite
 from moeprune.files.foreign import PREFIXES, STATE_DICT_KEYS, StateDict, read_state_dict
-from tests.damage import mutated
+from tests.damage import damaged_torch, mutated
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about what people still have in files
 MIB = 1 << 20
 FORMATS = ("safetensors", "shards", "zip", "legacy")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+REBUILD = torch._utils._rebuild_tensor_v2
 MARKER = "MOEPRUNE_TEST_MARKER"
 """The environment variable that names the file which code in a pickle would leave behind."""
 
@@ -95,11 +97,8 @@ def save(folder: Path, form: str, found: Any, name: str = "model.weights") -> Pa
 
 def save_shards(folder: Path, found: dict[str, torch.Tensor], **changes: Any) -> Path:
     """Two shards and their index; `changes` replace entries of the index."""
-    names = list(found)
-    shards = {
-        "model-00001-of-00002.safetensors": names[: len(names) // 2],
-        "model-00002-of-00002.safetensors": names[len(names) // 2 :],
-    }
+    names, half = list(found), len(found) // 2
+    shards = {FIRST: names[:half], SECOND: names[half:]}
     for shard, held in shards.items():
         save_file({name: found[name].contiguous() for name in held}, folder / shard)
     index = {
@@ -115,19 +114,15 @@ def refused(path: Path, *fragments: str, key: str | None = None) -> str:
     with pytest.raises(MoepruneError) as caught:
         read_state_dict(path, key)
     text = str(caught.value)
-    assert path.name in text
-    for fragment in fragments:
-        assert fragment in text
+    assert [part for part in (path.name, *fragments) if part not in text] == [], text
     return text
 
 
 def equal(found: StateDict, expected: dict[str, torch.Tensor]) -> None:
-    assert list(found.tensors) == list(expected) or set(found.tensors) == set(expected)
+    assert found.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         got = found.tensors[name]
-        assert type(got) is torch.Tensor
-        assert not got.requires_grad
-        assert got.dtype == tensor.dtype
+        assert (type(got), got.requires_grad, got.dtype) == (torch.Tensor, False, tensor.dtype)
         assert torch.equal(got, tensor)
 
 
@@ -155,14 +150,9 @@ def test_training_checkpoints(tmp_path, form, key):
     expected = tensors()
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
     rest = {
-        "epoch": 3,
-        "best": 0.9,
-        "best_tensor": torch.tensor(0.9),
-        "args": {"lr": 0.1},
-        "optimizer": optimizer.state_dict(),
-        "scheduler": None,
-        "losses": [1.0, float("nan")],
-    }
+        "epoch": 3, "best": torch.tensor(0.9), "args": {"lr": 0.1}, "optimizer": optimizer.state_dict(),
+        "scheduler": None, "losses": [1.0, float("nan")],
+    }  # fmt: skip
     found = read_state_dict(save(tmp_path, form, {key: OrderedDict(expected), **rest}))
     equal(found, expected)
     inner = next(other for other in STATE_DICT_KEYS if other != key)
@@ -239,19 +229,15 @@ def test_shards_are_found_through_their_folder(tmp_path):
     path = save_shards(tmp_path, tensors())
     equal(read_state_dict(tmp_path), tensors())
     assert list(read_state_dict(tmp_path).tensors) == list(tensors())
+    (tmp_path / "snapshot").mkdir()
+    for file in tmp_path.glob("*.*"):
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    equal(read_state_dict(tmp_path / "snapshot"), tensors())
     (tmp_path / "other.safetensors.index.json").write_text("{}")
     refused(tmp_path, "several indexes", path.name, "other.safetensors.index.json")
     path.unlink()
     (tmp_path / "other.safetensors.index.json").unlink()
     refused(tmp_path, "without an index", "give one of its files")
-
-
-def test_links_to_shards_are_followed(tmp_path):
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
-    for file in (save_shards(tmp_path / "blobs", tensors()), *(tmp_path / "blobs").glob("*.safetensors")):
-        (tmp_path / "snapshot" / file.name).symlink_to(file)
-    equal(read_state_dict(tmp_path / "snapshot"), tensors())
 
 
 SYSTEM_MEMORY = """
@@ -328,18 +314,13 @@ def test_entries_that_are_no_plain_tensors_are_named(tmp_path, form, make, fragm
     refused(save(tmp_path, form, {"epoch": 1, "model": tensors() | {"odd": entry}}), fragment)
 
 
-def test_entries_that_only_the_zip_format_holds_are_named(tmp_path):
+def test_entries_that_only_some_formats_hold_are_named(tmp_path):
     refused(save(tmp_path, "zip", tensors() | {3: torch.ones(1)}), "`3` has a name of type int")
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     refused(save(tmp_path, "zip", tensors() | {"odd": nested}), "`odd` is a nested tensor")
-    small = torch.ones(2).to(torch.float8_e4m3fn)
-    refused(save(tmp_path, "zip", tensors() | {"odd": small}), "`odd` has the type torch.float8_e4m3fn")
-
-
-@pytest.mark.parametrize("form", ["safetensors", "shards"])
-def test_types_of_safetensors_that_are_no_weights_are_named(tmp_path, form):
-    found = tensors() | {"odd": torch.ones(4).to(torch.float8_e5m2)}
-    refused(save(tmp_path, form, found), "`odd` has the type torch.float8_e5m2")
+    for form in ("zip", "safetensors", "shards"):
+        small = {"odd": torch.ones(4).to(torch.float8_e5m2), "another": torch.ones(1)}
+        refused(save(tmp_path, form, small), "`odd` has the type torch.float8_e5m2")
     refused(save(tmp_path, "safetensors", {}), "no tensors")
 
 
@@ -419,32 +400,31 @@ def test_other_pickles_and_archives_are_refused_by_name(tmp_path):
     refused(path, "tar format", "without running code")
     np.savez(path.with_suffix(".npz"), a=np.ones(2))
     refused(path.with_suffix(".npz"), "a zip file that torch cannot load")
-
-
-def test_a_compressed_archive_is_refused(tmp_path):
-    """Its weights could not be mapped, and a few bytes could grow to fill the memory."""
-    path, packed = save(tmp_path, "zip", tensors()), tmp_path / "packed.pt"
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+    whole = save(tmp_path, "zip", tensors())
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
             target.writestr(name, source.read(name))
-    refused(packed, "compressed")
+    refused(path, "it was compressed after `torch.save`")
+
+
+CLAIMS = {
+    "more bytes": (REBUILD, ((10**15,), (1,))),
+    "one byte repeated": (REBUILD, ((10**15,), (0,))),
+    "a few more bytes": (REBUILD, ((1000,), (1,))),
+    "a negative size": (REBUILD, ((-3,), (1,))),
+    "a negative stride": (REBUILD, ((2,), (-1,))),
+    "values made of nothing": (torch.FloatTensor, (10**9,)),
+    "values that no memory holds": (torch.FloatTensor, (10**16,)),
+}
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-@pytest.mark.parametrize(
-    ("size", "stride"), [((10**15,), (1,)), ((10**15,), (0,)), ((1000,), (1,)), ((-3,), (1,)), ((2,), (-1,))]
-)
-def test_tensors_that_claim_more_than_the_file_has(tmp_path, form, size, stride):
-    storage = torch.zeros(4).storage()
-    claim = Rebuild(torch._utils._rebuild_tensor_v2, storage, 0, size, stride, False, OrderedDict())
-    refused(save(tmp_path, form, {"a": claim}))
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_tensors_made_of_nothing(tmp_path, form):
-    """Allowed calls that make large tensors without any bytes in the file."""
-    refused(save(tmp_path, form, {"a": Rebuild(torch.FloatTensor, 10**9)}))
-    refused(save(tmp_path, form, {"a": Rebuild(torch.FloatTensor, 10**16)}))
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_tensors_that_claim_more_than_the_file_has(tmp_path, form, claim):
+    function, arguments = CLAIMS[claim]
+    if function is REBUILD:
+        arguments = (torch.zeros(4).storage(), 0, *arguments, False, OrderedDict())
+    refused(save(tmp_path, form, {"a": Rebuild(function, *arguments)}))
 
 
 def test_attributes_that_a_file_gives_to_tensors_and_dicts_change_nothing(tmp_path):
@@ -469,18 +449,13 @@ def test_paths_that_are_no_files(tmp_path):
     refused(tmp_path / "none.pt", "no file")
     refused(tmp_path / ("x" * 300), "cannot read")
     refused(tmp_path / "a\0b", "cannot read")
-    empty = tmp_path / "empty.pt"
-    empty.touch()
-    refused(empty, "empty")
-    link = tmp_path / "link.pt"
-    link.symlink_to(link)
-    refused(link, "cannot read")
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.pt")
-    refused(tmp_path / "pipe.pt", "not a regular file")
+    (tmp_path / "empty.pt").touch()
+    refused(tmp_path / "empty.pt", "empty")
+    (tmp_path / "link.pt").symlink_to("link.pt")
+    refused(tmp_path / "link.pt", "cannot read")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.pt")
+        refused(tmp_path / "pipe.pt", "not a regular file")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -507,10 +482,10 @@ def test_files_without_permission(tmp_path, form, monkeypatch):
         (b"PK\x03\x04", "torch cannot load"),
         (b"[1, 2]", "it starts with"),
         (b"{}", "missing required field `weight_map`"),
-        (b'{"weight_map": ', "not an index"),
-        (b'{"a": ' + b"[" * 100_000, "not an index"),
-        (b'{"a": ' + b"1" * 5000, "not an index"),
-        (b"{\xff", "not an index"),
+        (b'{"weight_map": ', "not JSON"),
+        (b'{"a": ' + b"[" * 100_000, "not JSON"),
+        (b'{"a": ' + b"1" * 5000, "not JSON"),
+        (b"{\xff", "not JSON"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value,
 )
@@ -537,9 +512,6 @@ def test_truncated_files(tmp_path, form):
 # Shards
 
 
-FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-
-
 def test_all_that_is_wrong_with_shards_is_listed(tmp_path):
     found = {name: torch.ones(2) for name in "abcdef"}
     map_ = {"a": FIRST, "b": SECOND, "c": FIRST, "d": SECOND, "e": SECOND, "x": FIRST}
@@ -553,6 +525,8 @@ def test_all_that_is_wrong_with_shards_is_listed(tmp_path):
         f"unexpected `c` in `{SECOND}`",
         f"unexpected `f` in `{SECOND}`",
     )
+    path = save_shards(tmp_path, tensors(), weight_map={"a": FIRST, "b": "gone.safetensors", "c": "lost"})
+    refused(path, "missing", "`gone.safetensors`, `lost`")
 
 
 @pytest.mark.parametrize(
@@ -563,18 +537,9 @@ def test_an_index_may_lack_the_size_or_have_another(tmp_path, metadata, caplog):
     size = sum(tensor.nbytes for tensor in tensors().values())
     expected = f"`total_size` is {(metadata or {}).get('total_size')!r}, but the tensors have {size} bytes"
     assert (expected in caplog.text) == ("total_size" in (metadata or {}))
-    equal(read_state_dict(save_shards(tmp_path, tensors(), metadata={"total_size": float(size)})), tensors())
-
-
-def test_a_byte_order_mark_before_the_index_is_read(tmp_path):
-    path = save_shards(tmp_path, tensors())
-    path.write_text(path.read_text(), encoding="utf-8-sig")
+    path = save_shards(tmp_path, tensors(), metadata={"total_size": float(size)})
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # with a byte order mark
     equal(read_state_dict(path), tensors())
-
-
-def test_missing_shards_are_listed(tmp_path):
-    path = save_shards(tmp_path, tensors(), weight_map={"a": FIRST, "b": "gone.safetensors", "c": "lost"})
-    refused(path, "missing", "`gone.safetensors`, `lost`")
 
 
 @pytest.mark.parametrize(
@@ -591,10 +556,10 @@ def test_shards_lie_beside_the_index(tmp_path, shard):
 
 
 @pytest.mark.parametrize(
-    "weight_map", [None, [], {}, "text", {"a": 1}, {"a": None}, {"a": [FIRST]}, {"a": "\ud800"}], ids=ascii
+    "weight_map", [None, [], {}, "text", {"a": 1}, {"a": None}, {"a": [FIRST]}], ids=repr
 )
 def test_an_index_without_a_map(tmp_path, weight_map):
-    refused(save_shards(tmp_path, tensors(), weight_map=weight_map), "not an index", "weight_map")
+    refused(save_shards(tmp_path, tensors(), weight_map=weight_map), "index `", "weight_map")
 
 
 def test_shards_of_another_format_are_refused(tmp_path):
@@ -610,15 +575,6 @@ def test_shards_of_another_format_are_refused(tmp_path):
 
 
 # Anything at all
-
-
-def with_pickle(path: Path, content: bytes) -> None:
-    """Put another pickle in a file of `torch.save`, so that all checksums are right."""
-    with zipfile.ZipFile(path) as source:
-        records = {name: source.read(name) for name in source.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
-        for name, record in records.items():
-            target.writestr(name, content if name.endswith("/data.pkl") else record)
 
 
 def check_read_or_refused(path: Path) -> bool:
@@ -639,33 +595,16 @@ def check_read_or_refused(path: Path) -> bool:
 )
 def test_damaged_files_are_read_or_refused(tmp_path, form, bomb):
     chance = random.Random(form)
-    if form in ("safetensors", "shards"):
-        path = save(tmp_path, form, tensors())
-        changed = [path] if form == "safetensors" else sorted(read_state_dict(path).files)
-    else:
-        beside = {"args": Bomb()} if bomb else {"optimizer": {"state": [1, "a"]}}
-        path = save(tmp_path, form, {"model": tensors(), "epoch": 3, **beside})
-        changed = [path]
+    beside = {"args": Bomb()} if bomb else {"optimizer": {"state": [1, "a"]}}
+    in_torch = form in ("zip", "legacy")
+    path = save(tmp_path, form, {"model": tensors(), "epoch": 3, **beside} if in_torch else tensors())
+    changed = sorted(tmp_path.iterdir())
+    outcomes = set()
     for file in changed:
         whole = file.read_bytes()
         for _ in range(240 // len(changed)):
-            file.write_bytes(mutated(whole, chance))
-            check_read_or_refused(path)
+            file.write_bytes((damaged_torch if in_torch else mutated)(whole, chance))
+            outcomes.add(check_read_or_refused(path))
         file.write_bytes(whole)
+    assert outcomes == ({False} if bomb else {False, True})
     assert check_read_or_refused(path) == (not bomb)
-
-
-@pytest.mark.parametrize("bomb", [False, True])
-def test_damaged_pickles_in_sound_archives_are_read_or_refused(tmp_path, bomb):
-    chance = random.Random(0)
-    beside = {"args": Bomb()} if bomb else {"optimizer": {"state": [1, "a"]}}
-    path = save(tmp_path, "zip", {"model": tensors(), "epoch": 3, **beside})
-    with zipfile.ZipFile(path) as archive:
-        [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        whole = archive.read(name)
-    outcomes = set()
-    for _ in range(240):
-        with_pickle(path, mutated(whole, chance))
-        outcomes.add(check_read_or_refused(path))
-    assert False in outcomes
-    assert bomb or True in outcomes

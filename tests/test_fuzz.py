@@ -22,6 +22,7 @@ from tests.damage import (
     EXTREMES,
     damaged_json,
     damaged_safetensors,
+    damaged_torch,
     encoded,
     metadata_of,
     mutated,
@@ -78,18 +79,6 @@ def damaged_npz(whole: bytes, chance: random.Random) -> bytes:
     with zipfile.ZipFile(buffer, "w", chance.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def damaged_torch(whole: bytes, chance: random.Random) -> bytes:
-    """The file damaged, or its pickle in a sound archive."""
-    if not whole.startswith(b"PK") or chance.random() < 0.4:
-        return mutated(whole, chance)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(buffer, "w") as new:
-        for name in old.namelist():
-            content = old.read(name)
-            new.writestr(name, mutated(content, chance) if name.endswith("/data.pkl") else content)
     return buffer.getvalue()
 
 

@@ -35,7 +35,7 @@ from moeprune.data.info import DataInfo
 from moeprune.data.preprocessing import InputFormat
 from moeprune.data.sources import Batch, Source, in_memory, one_ahead
 from moeprune.errors import MoepruneError
-from moeprune.files.header import require_file, version_of
+from moeprune.files.reading import require_file, version_of
 
 BUILT_IN = {"digits": digits, "pairs": pairs}
 FILE_KINDS = {".npz": open_npz, ".safetensors": open_safetensors}

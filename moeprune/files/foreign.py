@@ -24,7 +24,9 @@ from torch import Tensor
 
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
-from moeprune.files.header import FLOATS, MAX_LENGTH, cannot_read, is_safetensors, read_header, require_file
+from moeprune.files.header import FLOATS, is_safetensors, read_header
+from moeprune.files.reading import cannot_read, read_json, require_file
+from moeprune.records import from_json
 
 logger = logging.getLogger(__name__)
 
@@ -283,15 +285,7 @@ def _index_in(folder: Path) -> Path:
 
 def _read_shards(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     """Return the tensors of all shards of an index, in its order, and the files."""
-    try:
-        if path.stat().st_size > MAX_LENGTH:
-            raise ValueError(f"longer than {MAX_LENGTH} bytes")
-        index = msgspec.json.decode(path.read_text(encoding="utf-8-sig"), type=_Index)
-    except (msgspec.MsgspecError, ValueError, RecursionError, OSError) as error:
-        raise MoepruneError(
-            f"`{path}` is not an index, with the shard of each tensor under `weight_map` ({error})",
-            f"give the `*{INDEX_SUFFIX}`, a safetensors file or a torch file",
-        ) from None
+    index: _Index = from_json(read_json(path, "the index of a sharded checkpoint"), _Index, f"index `{path}`")
     names = sorted(set(index.weight_map.values()))
     if outside := [name for name in names if not _is_file_name(name)]:
         raise MoepruneError(

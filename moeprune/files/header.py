@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -16,12 +15,11 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 
 from moeprune.errors import MoepruneError
+from moeprune.files.reading import MAX_LENGTH, require_file, version_of
 
 METADATA_KEY = "moeprune"
 MAX_DEPTH = 100
 """Levels of the metadata's JSON; deeper ones are a mistake."""
-MAX_LENGTH = 100_000_000
-"""Bytes of the longest header, as in the library."""
 
 DTYPES = {
     name: (f"torch.{name_in_torch}", itemsize)
@@ -100,36 +98,6 @@ def require_unchanged(header: Header) -> None:
         raise MoepruneError(f"`{header.path}` was replaced while it was read", "try again")
 
 
-def version_of(file: str | Path | int) -> tuple[int, int, int] | None:
-    """Return what differs between versions of a file, given by path or descriptor; None if it is missing."""
-    try:
-        status = os.stat(file)  # noqa: PTH116 (takes a descriptor, too)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def require_file(path: Path, expected: str) -> None:
-    """Raise a MoepruneError unless a path leads to a regular file: a pipe or a device may never end.
-
-    Args:
-        path: of the file, which must not be empty.
-        expected: what the file should be, in words.
-    """
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise MoepruneError(f"no file `{path}`") from None
-    except (OSError, ValueError) as error:
-        raise cannot_read(path, error) from None
-    if stat.S_ISDIR(status.st_mode):
-        raise MoepruneError(f"`{path}` is a folder, expected {expected}")
-    if not stat.S_ISREG(status.st_mode):
-        raise MoepruneError(f"`{path}` is not a regular file, expected {expected}")
-    if not status.st_size:
-        raise MoepruneError(f"`{path}` is empty, expected {expected}", "write it again")
-
-
 def is_safetensors(path: Path) -> bool:
     """Return whether a file starts like a safetensors file: with the length of a JSON object, and `{`."""
     if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises where a name is too long)
@@ -140,11 +108,6 @@ def is_safetensors(path: Path) -> bool:
     except OSError:
         return False
     return brace == b"{" and int.from_bytes(length, "little") <= MAX_LENGTH
-
-
-def cannot_read(path: Path, error: Exception) -> MoepruneError:
-    """Return the error of a file that the system does not let us read."""
-    return MoepruneError(f"cannot read `{path}` ({getattr(error, 'strerror', None) or error})")
 
 
 def unreadable(path: Path, reason: object) -> MoepruneError:

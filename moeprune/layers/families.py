@@ -38,7 +38,7 @@ def layer_from_json(value: Any, where: str) -> LayerConfig:
         MoepruneError: an unknown family, an unknown or missing key, or a value that does not fit.
     """
     family = value.get("family", "soft_moe") if isinstance(value, Mapping) else "soft_moe"
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise MoepruneError(f"{where}: unknown family {family!r}", f"known are {', '.join(FAMILIES)}")
     return from_json(value, FAMILIES[family][0], where)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.errors import MoepruneError
-from moeprune.files.header import MAX_LENGTH, read_header, require_file
+from moeprune.files.header import read_header
+from moeprune.files.reading import read_json
 from moeprune.files.writing import write_text
 from moeprune.layers.interface import LayerConfig
 from moeprune.plan import Plan, plan_from_json, plan_to_json, require_fitting_plan
@@ -62,15 +63,7 @@ def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
 
 
 def _read_json(path: Path) -> Any:
-    require_file(path, "a plan as JSON, or a pruned checkpoint")
-    try:
-        if path.stat().st_size > MAX_LENGTH:
-            raise ValueError(f"longer than {MAX_LENGTH} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MoepruneError(f"cannot read `{path}` ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise MoepruneError(f"`{path}` is not JSON ({error})") from None
+    found = read_json(path, "a plan as JSON, or a pruned checkpoint")
     version = found.get("schema_version") if isinstance(found, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:
         raise MoepruneError(
