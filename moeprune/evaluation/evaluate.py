@@ -45,7 +45,7 @@ class Predictions:
 
     @property
     def correct(self) -> Tensor:
-        """The samples whose prediction is right (samples) bool."""
+        """Samples predicted correctly, (samples) bool."""
         return self.predicted == self.labels
 
 
@@ -123,7 +123,7 @@ def evaluate(
     """Evaluate a model on labelled data, and compare it with a baseline on the same inputs.
 
     Args:
-        latency_batches: batch sizes at which latency is measured too; None: it is not.
+        latency_batches: batch sizes to measure latency at; None: latency is not measured.
 
     Returns:
         The evaluation, without gates.
@@ -145,7 +145,7 @@ def evaluate(
     if baseline is not None:
         difference = compare(described[0], described[1], predictions[0], predictions[1])
         forgotten = forgetting(predictions[0].labels, predictions[0].predicted, predictions[1].predicted)
-        indices = data.indices  # with a limit, some samples of the data alone
+        indices = data.indices  # with a limit, only some samples of the data
         lost, won = ([indices[place] for place in flips] for flips in (forgotten.lost, forgotten.won))
         forgotten = msgspec.structs.replace(forgotten, lost=lost, won=won)
     latency = None
@@ -182,7 +182,7 @@ def require_labelled_images(model: Model, data: Dataset, who: str) -> None:
     """Raise a MoepruneError unless the model gives logits for an image and the data has labels.
 
     Args:
-        who: needs both.
+        who: the command or function that needs both, for the message.
     """
     config = model.config
     if config.num_classes == 0:

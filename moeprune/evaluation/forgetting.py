@@ -1,6 +1,6 @@
-"""What pruning forgets: the change of every class, the inputs that flip, and classes that collapse.
+"""Changes behind the average accuracy: every class, the inputs that flip, and classes that collapse.
 
-An average hides a class that is lost: one of a hundred classes is one point of accuracy.
+An average hides a lost class: one of a hundred classes is one point of accuracy.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ from moeprune.evaluation.results import ClassChange, Forgetting
 
 LEVEL = 0.95
 KNOWN = 0.5
-"""Accuracy of the full model in a class from which on the class counts as known."""
+"""Accuracy of the full model at or above which a class counts as known."""
 HIDES = 5
-"""How many times the average drop a class's must be for the average to hide it."""
+"""Smallest ratio of a class's drop to the average drop that counts as hidden by the average."""
 
 
 def forgetting(labels: Tensor, predicted: Tensor, reference: Tensor) -> Forgetting:
-    """How predictions differ from those of the full model, class by class and input by input.
+    """Compare predictions with those of the full model, class by class and input by input.
 
     Args:
-        labels: the true classes (samples), int64.
-        predicted: by the pruned model, likewise.
-        reference: by the full model, likewise.
+        labels: (samples) int64.
+        predicted, reference: classes predicted by the pruned and by the full model, (samples) int64.
 
     Returns:
-        The changes; `lost` and `won` index the labels. `collapsed` are classes that the full model knows (an
-        accuracy of KNOWN or more), of whose accuracy at most half is left, and whose drop the average hides:
-        it is HIDES times as large, and larger beyond doubt, as its interval, at a level that holds for all
-        classes at once, lies above the average.
+        The changes; `lost` and `won` index the labels. `collapsed` classes have an accuracy of at least KNOWN
+        in the full model, at most half of it in the pruned one, and a drop of at least HIDES times the
+        average, whose interval (simultaneous over all classes) lies above the average.
     """
     right, reference_right = predicted == labels, reference == labels
     samples = len(labels)

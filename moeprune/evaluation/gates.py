@@ -13,7 +13,7 @@ from moeprune.evaluation.intervals import drop_at_most, median_at_least, share_a
 from moeprune.evaluation.results import Evaluation, GateResult, Outcomes
 
 MOST_SAMPLES = 100_000_000
-"""No more are asked for: a limit that these cannot decide is as good as met exactly."""
+"""Largest answer of `samples_needed`: limits that these cannot decide practically equal the value."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Evidence:
     """Samples behind a figure of an evaluation.
 
     samples: their number.
-    bound: returns, for a confidence in 0.5…1, the one-sided bound of the figure that is against the model:
-        with at least this probability the true figure is no worse.
-    keeps: returns, for a limit, a confidence and a number of samples, whether the bound would keep the limit
-        if that many samples had the same rates.
+    bound: maps a confidence in 0.5…1 to the unfavourable one-sided bound of the figure: with at least this
+        probability the true figure is no worse.
+    keeps: maps a limit, a confidence and a number of samples with the same rates to True if their bound
+        would be within the limit.
     """
 
     samples: int
@@ -42,7 +42,7 @@ def of_share(successes: int, samples: int) -> Evidence:
 
 
 def of_drop(outcomes: Outcomes) -> Evidence:
-    """Return the evidence of inputs that both models predict, for a drop that has an upper limit."""
+    """Return the evidence of paired predictions for a drop that has an upper limit."""
     samples = outcomes.samples
 
     def bound(confidence: float, count: int = samples) -> float:
@@ -67,10 +67,10 @@ def samples_needed(evidence: Evidence, limit: float, confidence: float) -> int |
     """Return how many samples with the same rates would have a bound that keeps the limit.
 
     Args:
-        evidence: whose own bound does not keep the limit.
+        evidence: its own bound is beyond the limit.
 
     Returns:
-        More samples than there are; None if MOST_SAMPLES are too few.
+        A number above that of the evidence; None if MOST_SAMPLES are too few.
 
     >>> samples_needed(of_share(100, 100), 0.98, 0.95)
     149
@@ -136,7 +136,7 @@ class Gate:
         return value <= limit if self.is_maximum else value >= limit
 
     def worst(self, values: Sequence[float]) -> float:
-        """Return the value that is most against the model."""
+        """Return the least favourable value."""
         return max(values) if self.is_maximum else min(values)
 
 
@@ -159,12 +159,12 @@ def check_limits(
     """Refuse limits that cannot be judged, before anything is computed.
 
     Args:
-        limits: by gate name, a fraction or a ratio; None where there is none.
-        confidence: with which the limits must be kept; None: measured values count.
+        limits: fractions or ratios by gate name; None for no limit.
+        confidence: of the bounds to judge; None: measured values are judged.
 
     Raises:
-        MoepruneError: a limit that is not a fraction or a ratio, or one on what is not measured or compares
-            with a baseline that is not given; a confidence that is out of range or has no limit.
+        MoepruneError: a limit is out of range, or needs a baseline or latency that is missing; the
+            confidence is out of range or comes without a limit.
     """
     check_confidence(confidence)
     if confidence is not None and all(limit is None for limit in limits.values()):
@@ -188,7 +188,7 @@ def check_limits(
 
 
 def check_confidence(confidence: float | None) -> None:
-    """Raise a MoepruneError unless a confidence is in 0.5…1, 1 excluded, or None."""
+    """Raise a MoepruneError unless a confidence is None or in [0.5, 1)."""
     if confidence is not None and not 0.5 <= confidence < 1:
         raise MoepruneError(
             f"`--confidence {confidence}` is not within 0.5 and 1",
@@ -202,9 +202,8 @@ def judge(
     """Judge the gates that have a limit.
 
     Args:
-        evaluation: what the limits are on.
-        limits: by gate name; None where there is none.
-        confidence: with which each limit must be kept; None: measured values count.
+        limits: by gate name; None for no limit.
+        confidence: of the bounds to judge; None: measured values are judged.
     """
     results = []
     for gate in GATES:

@@ -32,7 +32,7 @@ def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, floa
 
 
 def simultaneous_quantile(level: float, intervals: int) -> float:
-    """Return the normal quantile of two-sided intervals that, all at once, have this level (Bonferroni)."""
+    """Return the normal quantile of two-sided intervals with this simultaneous level (Bonferroni)."""
     return NormalDist().inv_cdf(1 - (1 - level) / 2 / intervals)
 
 
@@ -84,12 +84,11 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def share_at_least(successes: float, trials: float, confidence: float) -> float:
     """Exact one-sided lower bound of a share (Clopper and Pearson 1934).
 
-    The share at which as many successes or more come with probability 1 - confidence: whatever the true
-    share is, the bound lies above it with at most this probability.
+    At this share, at least as many successes occur with probability 1 - confidence.
 
     Args:
-        successes, trials: of independent trials; need not be whole, so that rates can be carried over to
-            other numbers of trials.
+        successes, trials: of independent trials; may be fractional, to extrapolate rates to other numbers
+            of trials.
         confidence: in 0…1.
 
     >>> round(share_at_least(100, 100, 0.95), 4)
@@ -105,8 +104,8 @@ def share_at_least(successes: float, trials: float, confidence: float) -> float:
 def drop_at_most(both: float, lost: float, won: float, neither: float, confidence: float) -> float:
     """One-sided upper bound of an accuracy drop measured on the same inputs.
 
-    The end of Newcombe's interval, but never below the exact bound of a share of `lost - won` inputs: where
-    few inputs are lost and none is won, Newcombe's bound lies below the true drop too often.
+    The end of Newcombe's interval, but at least the exact bound of a share of `lost - won` inputs: if few
+    inputs are lost and none is won, Newcombe's bound lies below the true drop too often.
 
     Args:
         both, lost, won, neither: numbers of inputs that both models predict right, only the full one, only
@@ -121,10 +120,10 @@ def drop_at_most(both: float, lost: float, won: float, neither: float, confidenc
 
 
 def median_at_least(values: Sequence[float], confidence: float) -> float:
-    """One-sided lower bound of the median of what positive values are drawn from, whatever that is.
+    """One-sided lower bound of the median of the distribution that positive values are drawn from.
 
-    The largest value that has, of independent ones, at most `1 - confidence` as the probability to lie above
-    the median (Thompson 1936); 0 where there are too few for any.
+    The largest value whose rank exceeds the median with probability at most `1 - confidence`, for any
+    distribution of independent values (Thompson 1936); 0 if there are too few values.
 
     >>> median_at_least([1.7, 1.1, 1.3, 1.2, 1.5], 0.95)
     1.1

@@ -1,4 +1,4 @@
-"""How fast models run: warm-up, then interleaved repetitions of all of them on the same inputs."""
+"""Latency of models: a warm-up, then interleaved repetitions of all models on the same inputs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from moeprune.models.runtime import Runtime
 
 BATCH_SIZES = (1, 8, 32)
 WARM_UP_CALLS, WARM_UP_SECONDS = 2, 0.2
-"""Warm-up ends when each function was called so often, and so much time is over."""
+"""Warm-up ends after this many calls of each function and this many seconds."""
 MIN_REPETITIONS, MAX_REPETITIONS, MEASURED_SECONDS = 7, 200, 2.0
-"""Repetitions end when all calls together took so long, within these bounds."""
+"""Repetitions end after this many seconds in all calls, within these bounds."""
 READY_BATCHES, READY_INPUTS = 8, 256
-"""Most batches, and inputs in all of them, that lie ready on the device; never fewer than two batches."""
+"""Upper bounds of the batches, and of their inputs, kept on the device; at least two batches are."""
 
 
 def measure_latency(
@@ -35,8 +35,8 @@ def measure_latency(
 ) -> Latency:
     """Measure the seconds of a forward pass, alone and against a baseline on the same inputs.
 
-    Inputs are batches of the data that lie ready on the device, another one in each repetition:
-    a routed model chooses other experts for other inputs. The runtime's own batch size plays no part.
+    Each repetition uses another batch of the data, already on the device, as a routed model chooses
+    different experts for different inputs. The batch size of the runtime is ignored.
 
     Raises:
         MoepruneError: a batch size below 1, data that cannot be read, or no such device.
@@ -62,7 +62,7 @@ def measure_latency(
 def ready_batches(data: Dataset, batch_size: int, device: torch.device) -> list[Tensor]:
     """Different batches (batch_size,c,H,W) on the device: the first samples of the data, in order.
 
-    After the last sample comes the first again.
+    The samples repeat if there are too few.
     """
     count = max(2, min(READY_BATCHES, READY_INPUTS // batch_size))
     batches = [inputs for inputs, _ in itertools.islice(data.batches(batch_size), count)]
@@ -78,16 +78,16 @@ def interleaved(
     inputs: Sequence[Tensor],
     seconds_of: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each repetition, after a warm-up of all of them.
+    """Return the seconds of each function in each repetition, after a warm-up of all functions.
 
-    A repetition calls every function once on the same input, the next repetition on the next input,
-    and in the opposite order: what drifts meanwhile (clock rates, other programs) meets all alike, so
-    that ratios within a repetition are steadier than the seconds are.
+    A repetition calls every function once on the same input; the next one uses the next input and the
+    opposite order. Drift (clock rates, other programs) affects all functions alike, so ratios within a
+    repetition vary less than seconds.
 
     Args:
         functions: by name.
-        inputs: used in turn, again from the first after the last; all on one device.
-        seconds_of: how a call is timed; `seconds_of_call` on the inputs' device if this is None.
+        inputs: used in turn, cyclically; all on one device.
+        seconds_of: times a call; None for `seconds_of_call` on the device of the inputs.
     """
     seconds_of = seconds_of or partial(seconds_of_call, device=inputs[0].device)
     warm_at = time.perf_counter() + WARM_UP_SECONDS
@@ -110,13 +110,11 @@ def interleaved(
 
 
 def seconds_of_call(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds from a call to the end of the work that it gives to the device.
+    """Return the seconds from a call to the end of its work on the device.
 
-    On CUDA two events on the device's own clock enclose the work, so that the host's way back from
-    waiting does not count. The device is idle before each call, as before a request: behind the work
-    of an earlier call, the host would launch this call's kernels unnoticed, and a model that is bound
-    by launches would look as fast as its kernels alone. Nothing waits between the two events but
-    what the call itself waits for.
+    On CUDA, two events enclose the work, so that the return of the host from waiting is not counted. The
+    device is idle before each call: otherwise the kernels of this call would be launched while those of
+    the last one run, and a model bound by launches would look as fast as its kernels alone.
     """
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
@@ -139,7 +137,7 @@ def seconds_of_call(call: Callable[[], object], device: torch.device) -> float:
 def summarize_latency(
     batch_size: int, model: Sequence[float], baseline: Sequence[float] | None = None
 ) -> BatchLatency:
-    """Medians and quartiles of a model's seconds, and of how many times as fast as a baseline it is.
+    """Return medians and quartiles of the seconds of a model and of its speed-up over a baseline.
 
     Args:
         model, baseline: seconds of each repetition, at least two.
