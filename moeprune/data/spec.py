@@ -1,4 +1,4 @@
-"""Which data a command or a caller means; no torch."""
+"""A data spec with its options, as a command or a caller gives it; no torch."""
 
 from __future__ import annotations
 
