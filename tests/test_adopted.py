@@ -426,7 +426,7 @@ def test_models_that_do_not_fit(model, message):
 def test_a_layer_that_runs_twice_is_refused():
     model = tower()
     model.late = model.layers[0]
-    with pytest.raises(MoepruneError, match=r"`late` and `layers\.0` are one"):
+    with pytest.raises(MoepruneError, match=r"`late` and `layers\.0` are one module"):
         adopt(model, SHAPE)
     model = tower()
     head = model.head

@@ -42,13 +42,13 @@ def adopt(
         factory: the function that builds the module, or its name `package.module:function`; needed to load
             a saved checkpoint again.
         arguments: keyword arguments of the factory, JSON values.
-        details: what its checkpoint says besides.
+        details: preprocessing, source and provenance for its checkpoint.
         source: the library and release that the model was trained with, such as
             `soft-mixture-of-experts==0.1.0`, if that is not the installed one.
 
     Raises:
-        MoepruneError: no layer is known, one of them cannot be expressed or does not run exactly once,
-            or the output is something else.
+        MoepruneError: no layer is known, a layer cannot be expressed or does not run exactly once, or the
+            output is not logits.
     """
     module.requires_grad_(False).eval()
     libraries = _known_layers(module)
@@ -78,7 +78,7 @@ def adopt(
 
 
 def _known_layers(module: nn.Module) -> dict[str, LayerLibrary]:
-    """The library of each layer that is known, by the layer's name."""
+    """Return the library of each known layer, by the name of the layer."""
     found: dict[str, LayerLibrary] = {}
     names: dict[nn.Module, str] = {}
     for name, part in module.named_modules(remove_duplicate=False):
@@ -86,14 +86,14 @@ def _known_layers(module: nn.Module) -> dict[str, LayerLibrary]:
             if library.recognises(part):
                 if part in names:
                     raise MoepruneError(
-                        f"layers `{names[part]}` and `{name}` are one: it runs more than once"
+                        f"layers `{names[part]}` and `{name}` are one module, which runs more than once"
                     )
                 found[name], names[part] = library, name
     return found
 
 
 def _tokens(module: nn.Module, names: Iterable[str], input_shape: tuple[int, int, int]) -> dict[str, int]:
-    """Tokens of each layer, in the order in which they run."""
+    """Return the tokens of each layer, in the order in which the layers run."""
     tokens: dict[str, int] = {}
 
     def hook(name: str) -> Any:
@@ -116,7 +116,7 @@ def _tokens(module: nn.Module, names: Iterable[str], input_shape: tuple[int, int
 
 
 def _flops(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """FLOPs of one input, and the classes of its logits."""
+    """Return the FLOPs of one input and the number of classes."""
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
         classes = _run(module, input_shape).shape[1]
     return flops.get_total_flops(), classes
@@ -124,7 +124,7 @@ def _flops(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[int, i
 
 @torch.no_grad()
 def _run(module: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
-    """Logits (1,classes) of one random input."""
+    """Return the logits (1,classes) of one random input."""
     like = next(iter(module.parameters()))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *input_shape, generator=generator).to(like)
@@ -151,7 +151,7 @@ def parse_source(text: str | None) -> tuple[str | None, str | None]:
     """Return library and release of a text such as `soft-mixture-of-experts==0.1.0`; either may be None.
 
     Raises:
-        MoepruneError: the library is unknown, or the release is not one.
+        MoepruneError: the release is not a version number.
     """
     if text is None:
         return None, None

@@ -1,4 +1,4 @@
-"""How large and how costly a model is, from its tensors' shapes and types alone; no torch."""
+"""Size and cost of a model, from the shapes and types of its tensors; no torch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ def size_and_cost(
     tensors: Mapping[str, TensorInfo],
     usage: Mapping[str, Usage] | None = None,
 ) -> ModelCost:
-    """Parameters, bytes, FLOPs per input and experts per input of a model.
+    """Return parameters, bytes, FLOPs per input and experts per input of a model.
 
-    Bytes and FLOPs are split into experts, routing, compensation and other. Where a plan says a mass, as
-    many experts are counted as run at most, if it is not known how many do.
+    For a plan with a mass and without measured usage, the largest possible number of experts is counted.
 
     Args:
         config: of the unpruned model.
         plan: of its pruned layers.
         tensors: of the model.
-        usage: of layers, as measured, where the plan does not fix it.
+        usage: measured, of layers whose plans do not fix it.
     """
     usage = usage or {}
     parts = {"experts": 0, "routing": 0, "compensation": 0, "other": 0}
@@ -50,9 +49,7 @@ def size_and_cost(
 
 
 def part_of(name: str, layers: Container[str]) -> str:
-    """What a tensor of a model with these Soft MoE layers serves: `experts`, `routing`, `compensation`
-    or `other`.
-    """
+    """Return the part that a tensor belongs to: `experts`, `routing`, `compensation` or `other`."""
     module, _, tensor = name.rpartition(".")
     if module not in layers:
         return "other"

@@ -39,8 +39,8 @@ def export(
         overwrite: replace an output that exists.
 
     Raises:
-        MoepruneError: the library cannot express the model or computes something else, so that nothing
-            is written; or the output cannot be written.
+        MoepruneError: the library cannot express the model or computes something else, or the output
+            cannot be written.
     """
     if to not in MODELS and to not in LAYERS:
         raise MoepruneError(f"unknown library `{to}`", f"give one of {', '.join({**MODELS, **LAYERS})}")

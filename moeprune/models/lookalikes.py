@@ -1,4 +1,4 @@
-"""What a file of no known library is instead, told from the names of its tensors; no torch."""
+"""A guess at the contents of an unknown file, from the names of its tensors; no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LAYERS = {
 
 
 def lookalike(names: Collection[str]) -> str:
-    """Return in words what a file of no known library is."""
+    """Describe the probable contents of a file of no known library."""
     if ours := _first(_OURS, names):
         return f"`{ours}` belongs to a checkpoint of moeprune that has lost its metadata `moeprune`"
     for library, pattern in _LAYERS.items():

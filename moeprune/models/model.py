@@ -32,7 +32,7 @@ class Model(nn.Module):
 
     Args:
         config: of the unpruned model.
-        details: what its checkpoint says besides.
+        details: preprocessing, source and provenance.
 
     reading: what was read, if the model was opened from a file that moeprune did not write. original: builds
     the user's own model that this one was adopted from, if it was and the code is known.
@@ -85,10 +85,10 @@ def require_dense_layers(model: Model, hint: str) -> dict[str, MoELayer]:
 
 
 def private_copy(model: M) -> M:
-    """A copy in eval mode that can be observed, moved and altered without a trace in the model.
+    """Return a copy in eval mode that can be observed, moved and altered without affecting the model.
 
-    Its parameters are its own but lie in the same memory: nothing is copied until one of the two is
-    moved or converted. To train either of them in place, `copy.deepcopy` it first.
+    The two share memory until one of them is moved or converted. To train either in place, `copy.deepcopy`
+    it first.
     """
     memory: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
     memory |= {id(buffer): buffer.detach() for buffer in model.buffers()}
@@ -96,7 +96,7 @@ def private_copy(model: M) -> M:
 
 
 def dataset_for(model: Model, data: Dataset | str, split: str, limit: int | None = None) -> Dataset:
-    """The data set itself, or the one that a spec names, opened for the model.
+    """Return a data set as it is, or open the one that a spec names.
 
     Args:
         split: the split of a built-in set whose spec names none.
@@ -108,7 +108,7 @@ def dataset_for(model: Model, data: Dataset | str, split: str, limit: int | None
 def fingerprint(model: Model) -> str:
     """Return the SHA-256 of the architecture and all tensors.
 
-    It is remembered, and computed again once a tensor was replaced, moved or changed in place. PyTorch does
+    It is cached until a tensor is replaced, moved or changed in place. PyTorch does
     not count changes through `.data` or through a NumPy array that shares the memory.
     """
     state = _state_of(model)
@@ -120,7 +120,7 @@ def fingerprint(model: Model) -> str:
 
 
 def remember_fingerprint(model: Model, fingerprint: str) -> None:
-    """Keep the fingerprint of a model, known from its file, for as long as its tensors are the same."""
+    """Cache the fingerprint of a model, known from its file, until its tensors change."""
     if (state := _state_of(model)) is not None:
         _fingerprints[model] = state, fingerprint
 
@@ -129,7 +129,7 @@ _fingerprints: WeakKeyDictionary[Model, tuple[list[tuple], str]] = WeakKeyDictio
 
 
 def _state_of(model: Model) -> list[tuple] | None:
-    """Return what changes whenever a tensor does, without its values; None where PyTorch keeps no count.
+    """Return a value that changes whenever a tensor does; None if PyTorch does not count changes.
 
     Once a tensor is gone, another one may lie in its memory: the weak references tell the two apart.
     """
@@ -143,7 +143,7 @@ def _state_of(model: Model) -> list[tuple] | None:
 
 
 def unpruned_fingerprint(model: Model) -> str:
-    """The fingerprint of the model that this one was pruned from, as far as it says so, or else its own."""
+    """Return the fingerprint of the model that this one was pruned from, if recorded, else its own."""
     pruned_from = model.details.provenance.get("pruned_from")
     if isinstance(pruned_from, dict) and isinstance(pruned_from.get("fingerprint"), str):
         return pruned_from["fingerprint"]

@@ -52,7 +52,7 @@ class AdoptedModel(Model):
 
 
 def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factory) -> AdoptedModel:
-    """Return the model of a checkpoint, built anew, whose weights are yet to be loaded.
+    """Return the model of a checkpoint, without its weights.
 
     Raises:
         MoepruneError: the factory fails, or its model lacks a layer.
@@ -72,7 +72,7 @@ def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factor
 
 
 def inner_name(name: str) -> str:
-    """Return the name in the user's own module of a part of an AdoptedModel."""
+    """Return the name of a part of an AdoptedModel in the user's own module."""
     return name.removeprefix("module").removeprefix(".")
 
 
@@ -119,7 +119,7 @@ def factory_name(factory: Factory | None) -> str | None:
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Give a module the tensors of a file, which must be all of its own and no others.
+    """Load the tensors of a file into a module, which must have exactly these.
 
     Raises:
         MoepruneError: tensors are missing, unexpected, or of other shapes or types; all are listed.

@@ -84,7 +84,7 @@ def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header |
         if spec.foreign_only:
             raise MoepruneError(
                 f"`{spec.path}` is a checkpoint of moeprune and takes no {_quoted(spec.foreign_only)}",
-                "all that is in the checkpoint",
+                "leave it out: the checkpoint contains it",
             )
         model = _open_ours(header, factory)
     elif factory is None:
@@ -119,7 +119,7 @@ def open_data_for(model: Model, spec: DataSpec, default_split: str) -> Dataset:
 def specs_of(stated: ModelSpec, *paths: Path) -> list[ModelSpec]:
     """Return the specs of several checkpoints of one model, such as a pruned one and its baseline.
 
-    If some of the files are from other programs, what only those need is left out for the rest.
+    If only some of the files are from other programs, options that only those need are dropped for the rest.
     """
     ours = {path for path in paths if our_header(path)}
     plain = ModelSpec(path=stated.path, model=stated.model, preprocess=stated.preprocess)
@@ -198,7 +198,7 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
 
 
 def _source(libraries: Mapping[str, str | None], found: StateDict) -> dict[str, str]:
-    """Where weights come from, for `Details.source`.
+    """Return the origin of weights, for `Details.source`.
 
     Args:
         libraries: names, and the releases that the user states.

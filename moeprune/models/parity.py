@@ -18,7 +18,7 @@ from moeprune.models.results import Parity
 
 IMAGES = 4
 MAX_DIFFERENCE = 1e-5
-"""Of two logits, as a share of the largest one; above it, the models are not the same."""
+"""Largest difference of logits of equal models, relative to the largest logit."""
 
 
 def compare(model: Model, library: ModelLibrary, config: ViTConfig, tensors: Mapping[str, Tensor]) -> Parity:
@@ -80,7 +80,7 @@ def skipped(reason: str) -> Parity:
 
 
 def require_parity(parity: Parity, whose: str, path: str | Path) -> Parity:
-    """Return the parity, or raise a MoepruneError if the two models are not the same.
+    """Return the parity, or raise a MoepruneError if the two models differ.
 
     Args:
         whose: the model that ours was compared with.
@@ -97,9 +97,7 @@ def require_parity(parity: Parity, whose: str, path: str | Path) -> Parity:
 
 
 def _affordable(parameters: int) -> torch.dtype | None:
-    """The widest type in which a copy of the weights fits into memory together with the weights themselves,
-    which may have to be read again.
-    """
+    """Return the widest type in which a copy of the weights fits into memory beside the weights."""
     memory = _available_memory()
     for dtype, size in ((torch.float64, 8), (torch.float32, 4)):
         if memory is None or parameters * (size + 4) < memory:
@@ -108,7 +106,7 @@ def _affordable(parameters: int) -> torch.dtype | None:
 
 
 def _available_memory() -> int | None:
-    """Bytes available without swapping; None if the system does not tell."""
+    """Return the bytes available without swapping; None if unknown."""
     known = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

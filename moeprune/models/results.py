@@ -9,7 +9,7 @@ from moeprune.records import Report, Result
 
 
 class BytesByPart(Result, frozen=True):
-    """Bytes of a model's tensors, by what they are for."""
+    """Bytes of a model's tensors by purpose."""
 
     experts: int
     routing: int
@@ -30,7 +30,7 @@ class FlopsByPart(Result, frozen=True):
 class ModelCost(Result, frozen=True):
     """Size and cost of a model.
 
-    experts_per_input: experts that run, summed over layers; the mean where a plan does not fix it.
+    experts_per_input: experts that run, summed over layers; the mean if a plan does not fix it.
     """
 
     parameters: int
@@ -41,7 +41,7 @@ class ModelCost(Result, frozen=True):
 
 
 class InspectedLayer(Result, frozen=True):
-    """One MoE layer of a checkpoint; plan: None where it is not pruned."""
+    """One MoE layer of a checkpoint; plan: None if it is not pruned."""
 
     experts: int
     slots_per_expert: int
@@ -78,10 +78,10 @@ class Parity(Result, frozen=True):
 
 
 class Reading(Result, frozen=True):
-    """What was read from a checkpoint that moeprune did not write.
+    """Facts read from a checkpoint of another program.
 
     arguments: of the library's constructor, or of the user's own factory. defaults: those of them that are
-    taken from the library's defaults, as nothing tells them. dropped: tensors that the model does not use.
+    the library's defaults. dropped: tensors that the model does not use.
     """
 
     library: str

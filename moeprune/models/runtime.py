@@ -1,4 +1,4 @@
-"""Where and how a model runs: device, precision, batch size, progress; torch is imported when one runs."""
+"""Device, precision, batch size and progress of running models; imports torch only to run one."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ AUTOCAST_DTYPES = {"float32": None, "fp32": None, "bfloat16": "bfloat16", "bf16"
 class Runtime:
     """How models run over a data set.
 
-    device: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for CUDA where there is one and else the CPU.
+    device: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for CUDA if available, else the CPU.
     dtype: `float32` runs in the precision of the weights, `bf16` under autocast.
-    batch_size: inputs a forward pass; with the scope `batch` also the batch of Algorithm 2.
+    batch_size: inputs of a forward pass; with the scope `batch` also the batch of Algorithm 2.
     progress: show a progress bar on stderr when that is a terminal.
     """
 
@@ -76,7 +76,7 @@ class Runtime:
         logger.info(f"runs on {self.torch_device} in {self.dtype}, {self.batch_size} inputs at a time")
 
     def batches(self, data: Dataset, what: str) -> Iterator[Batch]:
-        """One pass over the data in batches on the device, with a progress bar called `what`."""
+        """Yield the data once, in batches on the device, with a progress bar named `what`."""
         from tqdm import tqdm
 
         device, start = self.torch_device, time.perf_counter()
@@ -105,7 +105,7 @@ class Runtime:
                 yield key, self.forward(model, inputs).float(), expected
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """The model's output, without gradients, in this runtime's precision."""
+        """Return the output of a model, without gradients, in the precision of this runtime."""
         import torch
 
         autocast = AUTOCAST_DTYPES[self.dtype]

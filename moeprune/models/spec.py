@@ -1,4 +1,4 @@
-"""Which model a command or a caller means; no torch."""
+"""A checkpoint with its options, as a command or a caller gives it; no torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from moeprune.plan import Positive
 from moeprune.records import Request
 
 MAX_ELEMENTS = 2**28
-"""Values of one input; more are a mistake and fill the memory."""
+"""Limit of the values of one input; more would fill the memory."""
 LIBRARIES = ("soft-moe", "soft-moe-pytorch", "soft-mixture-of-experts", "moeprune")
-"""Whose models or layers are known; see moeprune.models.libraries, which needs torch."""
+"""Libraries whose models or layers are known; see moeprune.models.libraries, which imports torch."""
 
 
 class ModelSpec(Request, frozen=True, kw_only=True):
     """A checkpoint of moeprune, of a known library, or of a model of the user's own code.
 
     path: a file, or a folder of shards. model: the factory `package.module:function` of the user's own model;
-    its code is run. source: the library that wrote the file, with `==version` where that matters.
-    arguments: of the factory, or of the library's constructor where the tensors do not tell. key: the entry
-    of a training checkpoint that holds the weights. input_shape: of one input (c,H,W), with a factory.
+    its code is run. source: the library that wrote the file, with `==version` if that matters.
+    arguments: of the factory, or those of the library's constructor that the tensors do not show. key: the
+    entry of a training checkpoint that holds the weights. input_shape: of one input (c,H,W), with a factory.
     preprocess: settings in place of the checkpoint's, such as `{"resize": 256}`.
     """
 

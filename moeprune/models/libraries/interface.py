@@ -1,4 +1,4 @@
-"""How moeprune sees another library: its layers, and the whole models that it builds."""
+"""Interfaces to other libraries: their layers, and the whole models that they build."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the tensors of a file and the given arguments say about its model.
+    """The model in a file of a library, from its tensors and the given arguments.
 
     arguments: of the library's own constructor, as JSON values.
-    defaults: those of them that nothing tells and that are the library's defaults.
+    defaults: those of them that are the library's defaults.
     dropped: tensors that the model does not use.
     as_is: True if the library's own class loads the tensors of the file unchanged.
     """
@@ -109,7 +109,7 @@ class ModelLibrary(Protocol):
         """Return the layout of a file of the library.
 
         Args:
-            given: what the tensors do not tell, by the names of the library's constructor.
+            given: arguments of the library's constructor that the tensors do not show.
             path: of the file, for errors.
 
         Raises:
@@ -135,7 +135,7 @@ class ModelLibrary(Protocol):
 
 
 def as_dense(config: ViTConfig, plan: Plan) -> tuple[ViTConfig, list[str]]:
-    """Return the dense architecture that computes what a pruned one does, and every reason why none does."""
+    """Return the dense architecture that computes the same as a pruned one, and all reasons against it."""
     refused = [reason for name, layer in plan.items() if (reason := not_dense(name, layer))]
     blocks = list(config.blocks)
     for index, block in enumerate(blocks):
@@ -146,7 +146,7 @@ def as_dense(config: ViTConfig, plan: Plan) -> tuple[ViTConfig, list[str]]:
 
 
 def not_dense(name: str, plan: LayerPlan) -> str | None:
-    """Return why no dense layer of fewer experts computes what a pruned one does; None if one does."""
+    """Return why no dense layer of fewer experts computes the same as a pruned one; None if one does."""
     if plan.scope != "static":
         return f"layer `{name}` chooses its experts anew for each {plan.scope} (scope {plan.scope})"
     if not plan.k or (plan.compensation != "renorm" and plan.k < plan.num_experts):

@@ -1,4 +1,4 @@
-"""What a file of `soft-moe` tells about its model, and which arguments it needs besides; no torch."""
+"""The model in a file of `soft-moe`, from its tensors and the arguments they do not show; no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Sides = int | tuple[int, int] | str
 
 
 class Arguments(Record, frozen=True):
-    """What the tensors do not tell, by the names of the library's constructor."""
+    """Arguments of the library's constructor that the tensors do not show."""
 
     num_heads: int | None = None
     global_pool: Literal["token", "avg", ""] | None = None
@@ -37,7 +37,7 @@ class Arguments(Record, frozen=True):
 
 
 def draft_config(tensors: Tensors, path: str) -> ViTConfig:
-    """Return the config as far as the tensors determine it if they agree; all patches stand in one column."""
+    """Return the config as far as the tensors determine it; all patches are in one column."""
     if empty := [f"`{name}` {list(t.shape)}" for name, t in sorted(tensors.items()) if 0 in t.shape]:
         raise MoepruneError(f"tensors of `{path}` have no elements: {', '.join(empty)}")
     layers = sorted({int(match[1]) for name in tensors if (match := LAYER.match(name))})
@@ -95,13 +95,13 @@ def _block(tensors: Tensors, index: int, dim: int, is_moe: bool) -> BlockConfig:
 
 
 def _axis(tensors: Tensors, name: str, axis: int, default: int = 1) -> int:
-    """A size of a tensor; the default if the tensor lacks it, which is reported later."""
+    """Return a size of a tensor, or the default if it is missing, which is reported later."""
     shape = tensors[name].shape if name in tensors else ()
     return shape[axis] if axis < len(shape) else default
 
 
 def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple[ViTConfig, list[str]]:
-    """Return the draft with what its tensors do not tell, and the names of arguments left at their defaults.
+    """Return the completed draft, and the names of arguments left at their defaults.
 
     Args:
         arguments: given by the user.
@@ -137,8 +137,8 @@ def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple
     if expected:
         missing = ", ".join(f"`{name}` ({choices})" for name, choices in expected.items())
         raise MoepruneError(
-            f"the tensors of `{path}` do not tell all of its model; missing, with what fits: {missing}",
-            f"say how it was built: `{' '.join(f'--source-arg {name}=...' for name in expected)}`",
+            f"the tensors of `{path}` do not determine its model; missing arguments: {missing}",
+            f"give their values: `{' '.join(f'--source-arg {name}=...' for name in expected)}`",
         )
     completed = replace(
         draft,
@@ -152,8 +152,8 @@ def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple
 
 
 def _image_sizes(draft: ViTConfig, no_embed_class: bool | None) -> dict[tuple[int, int], bool]:
-    """All images with as many patches as the position embedding has rows for, and whether one more row is
-    the class token's (or there is none).
+    """Return all image sizes that fit the rows of the position embedding, and for each whether one row is the
+    class token's.
     """
     rows, (height, width) = draft.num_positions, draft.patch_size
     counts = {rows - 1: True, rows: False} if draft.class_token else {rows: True}
@@ -167,7 +167,7 @@ def _image_sizes(draft: ViTConfig, no_embed_class: bool | None) -> dict[tuple[in
 
 
 def _sides(size: Sides) -> Any:
-    """Height and width; a text that is not such stays."""
+    """Return height and width; other texts are returned unchanged."""
     if isinstance(size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", size):
         size = tuple(map(int, size.split("x")))  # type: ignore[assignment]
     return size if isinstance(size, str) else (size, size) if isinstance(size, int) else (size[0], size[-1])
