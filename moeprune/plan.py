@@ -102,8 +102,9 @@ class LayerPlan(Record, frozen=True, omit_defaults=False, dict=True):
         if self.mass is not None and (self.scope != "input" or self.k == 0):
             raise MoepruneError("`mass` goes with scope `input`, and at least one expert")
         self._check_kept()
-        if (self.rank or self.energy) and self.compensation not in FITTED:
-            raise MoepruneError(f"`rank` and `energy` go with the compensations {', '.join(FITTED)}")
+        for name in ("rank", "energy"):
+            if getattr(self, name) is not None and self.compensation not in FITTED:
+                raise MoepruneError(f"`{name}` goes with the compensations {', '.join(FITTED)}")
         if self.rank and self.energy:
             raise MoepruneError("`rank` and `energy` do not go together: the energy decides the rank")
 

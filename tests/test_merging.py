@@ -134,8 +134,8 @@ def test_merging_on_the_command_line(vit, vit_analysis, run, run_json, tmp_path)
     ("words", "message"),
     [
         (("--one-shot",), "is fitted to data, not in one shot"),
-        (("--scope", "input"), "not for `--scope input`"),
-        (("--signal", "gram"), "`--signal gram` does not go with `--compensate merge`"),
+        (("--scope", "input"), "needs one set of experts for all inputs, `--scope static`"),
+        (("--signal", "gram"), "`--compensate merge` does not go with `--signal gram`"),
     ],
 )
 def test_merging_that_is_not_possible(words, message, vit, vit_analysis, run, tmp_path):

@@ -65,7 +65,7 @@ def test_command_in_one_shot_needs_no_data(run, vit, vit_analysis, tmp_path):
     ("options", "message"),
     [
         (["--compensate", "lstsq"], "`lstsq` of layer `blocks.1.soft_moe` is fitted to data"),
-        (["--data", "pairs"], "`--one-shot` reads no data"),
+        (["--data", "pairs"], "`--one-shot` and `--data` exclude each other"),
         (
             ["--scope", "input", "--compensate", "lstsq"],
             "`lstsq` of layer `blocks.1.soft_moe` is fitted to data",
