@@ -1,4 +1,4 @@
-"""Typed records: what is read from JSON is checked strictly, what is written has a JSON Schema; no torch."""
+"""Typed records with strict checks on reading and JSON Schemas; no torch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ R = TypeVar("R", bound="Record")
 class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Frozen fields of the annotated types, checked however the record is made.
 
-    A field that has its default is left out of the JSON, so that files and fingerprints of today stay as they
-    are when a field is added.
+    Fields at their defaults are left out of the JSON, so that adding a field changes no existing file or
+    fingerprint.
 
     Raises:
         MoepruneError: a value does not fit the type of its field.
@@ -44,7 +44,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Report(Result, frozen=True, tag_field="schema_version", tag=1):
-    """What one command reports; its JSON begins with `schema_version`."""
+    """The report of one command; its JSON begins with `schema_version`."""
 
 
 @functools.cache
@@ -64,10 +64,10 @@ def from_json(value: Any, kind: type[T] | Any, where: str) -> T:
     Args:
         value: JSON values, or records within them.
         kind: the type, such as a Record.
-        where: what the value is called in errors.
+        where: name of the value in errors.
 
     Raises:
-        MoepruneError: an unknown or missing key, or a value of another type; it says what was found.
+        MoepruneError: an unknown or missing key, or a value of another type.
     """
     try:
         return msgspec.convert(value, kind, dec_hook=_from_class)
@@ -82,7 +82,7 @@ def from_json(value: Any, kind: type[T] | Any, where: str) -> T:
 
 
 def _from_class(kind: type, value: Any) -> Any:
-    """Read a type that is no record by its own class method."""
+    """Read a type that is not a record by its own class method."""
     if isinstance(value, kind):
         return value
     if issubclass(kind, Path) and isinstance(value, str):

@@ -24,7 +24,7 @@ DAMAGES = (
     BadZipFile, EOFError, LZMAError, OSError, RuntimeError, SyntaxError, TokenError, TypeError, ValueError,
     zlib.error,
 )  # fmt: skip
-"""What zipfile, NumPy and torch raise for damaged, encrypted or unusual arrays."""
+"""Errors of zipfile, NumPy and torch for damaged, encrypted or unusual arrays."""
 
 
 def open_safetensors(path: Path, input_format: InputFormat) -> Source:

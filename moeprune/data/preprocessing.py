@@ -1,4 +1,4 @@
-"""How pixels become a model's inputs."""
+"""Preprocessing of pixels into inputs of a model."""
 
 from __future__ import annotations
 

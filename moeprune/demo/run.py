@@ -1,4 +1,4 @@
-"""The whole story on the two shipped checkpoints: analyze, prune in several ways, evaluate, compare.
+"""Analyze, prune and evaluate the two shipped checkpoints in several ways, and compare.
 
 `moeprune/demo/checkpoints/single.safetensors` and `vit.safetensors` are the `full.safetensors` that
 `moeprune demo --train -o DIR` writes into `DIR/single` and `DIR/vit`.
@@ -105,7 +105,7 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
 
 
 def _evaluate(path: Path, full: Model, test: Dataset, runtime: Runtime) -> None:
-    """Write the evaluation of what is in a file beside it."""
+    """Evaluate a checkpoint and write the result beside it."""
     result = evaluate(load(path), test, full, runtime)
     result = msgspec.structs.replace(result, checkpoint=path.name, baseline="full.safetensors")
     write_text(path.with_suffix(".json"), to_text(result))

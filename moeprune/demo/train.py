@@ -1,6 +1,6 @@
 """Trains the two demo models on scikit-learn's digits, from scratch and seeded.
 
-Only the `train` split is seen here; nothing is chosen on the others.
+Only the `train` split is used; nothing is chosen on the others.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.details import Details
 from moeprune.models.vit import SoftMoEViT
 
-PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # about what the digits have
+PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # close to those of the digits
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one demo model is made and trained.
+    """Architecture and training of one demo model.
 
     steps: batches of batch_size images.
-    scale: where the router's scale starts; the sharper the router, the more the combine mass says
-        about an expert.
-    position: standard deviation of the first position embeddings; the more tokens differ, the fewer
+    scale: initial scale of the router; the sharper the router, the more the combine mass says about an
+        expert.
+    position: standard deviation of the initial position embeddings; the more tokens differ, the fewer
         experts a sharp router leaves unused.
-    noise: standard deviation of what is added to normalised pixels.
+    noise: standard deviation of the noise added to normalised pixels.
     """
 
     config: ViTConfig
@@ -64,7 +64,7 @@ def pairs_config() -> ViTConfig:
 
 
 def single_layer_recipe(num_experts: int = 128) -> Recipe:
-    """The recipe of the single-layer model; its experts share 512 hidden units, however many they are."""
+    """Return the recipe of the single-layer model, whose experts share 512 hidden units."""
     return Recipe(
         single_layer_config(num_experts),
         steps=1500,
@@ -78,7 +78,7 @@ def single_layer_recipe(num_experts: int = 128) -> Recipe:
 
 
 def pairs_recipe() -> Recipe:
-    """The recipe of the vision transformer on pairs of digits."""
+    """Return the recipe of the vision transformer on pairs of digits."""
     return Recipe(
         pairs_config(),
         steps=3000,
@@ -107,7 +107,7 @@ def initialize(model: SoftMoEViT, scale: float, position: float, generator: torc
 
 
 def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
-    """A model trained by the recipe, in eval mode; the same seed gives the same weights."""
+    """Train a model by the recipe and return it in eval mode; the same seed gives the same weights."""
     generator = torch.Generator().manual_seed(seed)
     settings = {name: value for name, value in asdict(recipe).items() if name != "config"}
     trained = {"data": "digits:train", "seed": seed, "recipe": settings, "moeprune": __version__}
@@ -147,7 +147,7 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
 def _drawer(
     config: ViTConfig, batch_size: int, generator: torch.Generator
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Draws batches of digits, or of pairs of them where the model takes images twice as wide."""
+    """Draws batches of digits, or of pairs of them if the model takes images twice as wide."""
     pixels, labels = digits("train")
     images = InputFormat(1, 8, 8, 10, PREPROCESSING).normalize(pixels)
     sides = config.image_size[1] // 8

@@ -1,1 +1,1 @@
-"""Bytes on disk: headers, shards, foreign files, whole-or-nothing writes, streaming."""
+"""Bytes on disk: headers, shards, foreign files, atomic writes."""

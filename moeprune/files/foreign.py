@@ -1,6 +1,6 @@
 """Checkpoints that other programs wrote, read as a plain dict of tensors.
 
-The content of a file says what it is, not its suffix, and no code in it is ever run.
+A file is recognised by its contents, not its suffix, and no code in it is ever run.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ STATE_DICT_KEYS = (
     "state_dict", "model", "model_state_dict", "model_ema", "ema", "state_dict_ema", "module", "net",
     "network",
 )  # fmt: skip
-"""Where training checkpoints keep their weights, one or two levels deep."""
+"""Keys under which training checkpoints keep their weights, one or two levels deep."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DistributedDataParallel, torch.compile and Lightning put before every name."""
+"""Prefixes that DistributedDataParallel, torch.compile and Lightning add to all names."""
 
 PLAIN_TYPES = {
     *FLOATS, "torch.bool", "torch.int8", "torch.int16", "torch.int32", "torch.int64",
@@ -90,8 +90,8 @@ def read_state_dict(path: str | Path, key: str | None = None) -> StateDict:
 
     Args:
         path: a file, or a folder with one `*.safetensors.index.json`.
-        key: which entry of a training checkpoint to take, such as `model_ema` or `model.state_dict`. Needed
-            where several entries hold tensors.
+        key: the entry of a training checkpoint to take, such as `model_ema` or `model.state_dict`. Needed
+            if several entries hold tensors.
 
     Raises:
         MoepruneError: there is no such file; it is empty, truncated, damaged, or of another kind; it needs
@@ -127,7 +127,7 @@ def read_state_dict(path: str | Path, key: str | None = None) -> StateDict:
 
 
 def _load(path: Path, start: bytes) -> Any:
-    """Return what a torch file holds, loaded without running any code from it."""
+    """Load a torch file without running any code from it."""
     is_zip = start.startswith(b"PK\3\4")
     try:
         if is_zip:
@@ -253,7 +253,7 @@ def _flaw(name: Any, entry: Any, file_size: int) -> str | None:
 
 
 def _common_prefix(names: Iterable[str]) -> str:
-    """Return what wrappers, in any nesting, put in front of all names."""
+    """Return the prefix that wrappers, in any nesting, added to all names."""
     names, found = list(names), ""
     while prefix := next((p for p in PREFIXES if all(n.startswith(found + p) for n in names)), None):
         found += prefix
@@ -294,7 +294,7 @@ def _read_shards(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
         )
     shards = {name: path.parent / name for name in names}
     if missing := [name for name, shard in shards.items() if not os.path.exists(shard)]:  # noqa: PTH110
-        raise MoepruneError(f"`{path}` names shards that are missing: {_quoted(missing)}", "fetch them, too")
+        raise MoepruneError(f"`{path}` names shards that are missing: {_quoted(missing)}", "fetch them too")
     headers = {name: read_header(shard) for name, shard in shards.items()}
     expected = set(index.weight_map.items())
     found = {(name, shard) for shard, header in headers.items() for name in header.tensors}
@@ -315,6 +315,6 @@ def _read_shards(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
 
 
 def _is_file_name(text: str) -> bool:
-    """Return whether a text names a file without a folder, on any system."""
+    """Return True if a text names a file without a folder, on any system."""
     same = PurePosixPath(text).name == PureWindowsPath(text).name == text
     return same and text not in {"", ".."} and text.isprintable()

@@ -19,7 +19,7 @@ from moeprune.files.reading import MAX_LENGTH, require_file, version_of
 
 METADATA_KEY = "moeprune"
 MAX_DEPTH = 100
-"""Levels of the metadata's JSON; deeper ones are a mistake."""
+"""Limit of the nesting of the metadata's JSON."""
 
 DTYPES = {
     name: (f"torch.{name_in_torch}", itemsize)
@@ -93,13 +93,13 @@ def read_header(path: str | Path | Header) -> Header:
 
 
 def require_unchanged(header: Header) -> None:
-    """Raise a MoepruneError if the file is not the one any more whose header was read."""
+    """Raise a MoepruneError if the file was replaced or changed since its header was read."""
     if version_of(header.path) != header.version:
         raise MoepruneError(f"`{header.path}` was replaced while it was read", "try again")
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file starts like a safetensors file: with the length of a JSON object, and `{`."""
+    """Return True if a file starts like a safetensors file: with the length of a JSON object, and `{`."""
     if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises where a name is too long)
         return False
     try:
@@ -129,7 +129,7 @@ def require_format(metadata: dict[str, Any], known: int, path: str | Path) -> No
 
 
 def is_too_large(shape: Iterable[int]) -> bool:
-    """Return whether torch has no tensors of this shape; a size of 0 counts as 1, as it does in strides."""
+    """Return True if a shape is too large for torch; a size of 0 counts as 1, as in strides."""
     elements = 1
     for size in shape:
         elements *= max(size, 1)
@@ -139,7 +139,7 @@ def is_too_large(shape: Iterable[int]) -> bool:
 
 
 class _Entry(msgspec.Struct):
-    """What a header says about a tensor."""
+    """The entry of a tensor in a header."""
 
     dtype: str
     shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]

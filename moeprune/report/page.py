@@ -39,7 +39,7 @@ MOST_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Background:
-    """What a page shows beside the command's result.
+    """Context of a result that a page shows.
 
     plan: of the evaluated model. provenance: of its checkpoint. analysis: of the full model; None: nothing
     about masses. environment: of the run.
