@@ -8,18 +8,18 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
-from moeprune.report import schema
+from moeprune.report import commands
 
 
 @functools.cache
 def validator(name: str) -> Draft202012Validator:
     """Of `eval`, `sweep`, and so on."""
-    return Draft202012Validator(schema.schema_of(name))
+    return Draft202012Validator(commands.schema_of(name))
 
 
 def schema_of(words: Iterable[str], report: dict[str, Any]) -> str:
     """The schema of what a command line reports."""
-    command = next((word for word in words if word in schema.TYPES), "")
+    command = next((word for word in words if word in commands.TYPES), "")
     return "sweep" if command == "eval" and "rows" in report else command
 
 

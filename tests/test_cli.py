@@ -760,7 +760,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
         expected |= {f"{model}/{name}.{suffix}" for name in names for suffix in ("safetensors", "json")}
     assert files == expected
     summary = json.loads((output / "summary.json").read_text())
-    assert set(summary) == {"schema_version", "models", "environment"}
+    assert set(summary) == {"schema_version", "directory", "models", "environment"}
     assert complaints("demo", summary) == []
     assert set(summary["models"]) == {"single", "vit"}
     for name, shipped in (("single", single), ("vit", vit)):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moeprune
 from moeprune.data.datasets import from_tensors
-from moeprune.demo.train import initialize, pairs_config, single_layer_config
+from moeprune.demo.train import initialize, pairs_recipe, single_layer_recipe
 from moeprune.evaluation.evaluate import predict
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.flops import Flops
@@ -26,8 +26,8 @@ ATTENTION_AND_MOE = BlockConfig(soft_moe=MOE)
 MOE_ALONE = BlockConfig(attention=False, soft_moe=MOE, residual=False)
 SMALL = ViTConfig((8, 12), (4, 2), 3, 7, dim=12, num_heads=3, blocks=(ATTENTION_AND_MLP, ATTENTION_AND_MOE))
 CONFIGS = {
-    "single": single_layer_config(),
-    "vit": pairs_config(),
+    "single": single_layer_recipe().config,
+    "vit": pairs_recipe().config,
     "small": SMALL,
     "class_token": replace(SMALL, class_token=True),
     "token_pooling": replace(SMALL, class_token=True, pooling="token"),

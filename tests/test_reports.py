@@ -213,11 +213,14 @@ def test_one_annotation_for_each_gate_and_each_warning(judge, forgetful):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_was_found_is_a_notice(run, calls, command):
-    result = run(*calls[command], "--output-format", "github")
-    *_, (level, title, message) = annotations(result.stdout)
+def test_a_command_without_gates_is_a_notice_and_a_test_case(run, calls, schema, command):
+    *_, (level, title, message) = annotations(run(*calls[command], "--output-format", "github").stdout)
     assert (level, title) == ("notice", f"moeprune {calls[command][0]}")
-    assert message.splitlines()[0] == run(*calls[command]).stdout.splitlines()[0]
+    suite = suite_of(run(*calls[command], "--output-format", "junit").stdout, schema)
+    [case] = suite.findall("testcase")
+    assert case.get("name") == f"moeprune {calls[command][0]}"
+    assert case.find("failure") is None
+    assert suite.find("system-out").text.splitlines()[0] == message.splitlines()[0]
 
 
 def test_a_notice_of_an_eval_without_baseline_has_the_accuracy(run, single):
@@ -228,12 +231,10 @@ def test_a_notice_of_an_eval_without_baseline_has_the_accuracy(run, single):
 
 def test_an_error_is_an_annotation_too(run, tmp_path):
     result = run("inspect", "missing", "--output-format", "github")
-    assert result.code == 2
+    assert (result.code, result.stderr) == (2, "error: no file `missing`\n")
     assert annotations(result.stdout) == [("error", "moeprune inspect", "no file `missing`")]
-    assert result.stderr == "error: no file `missing`\n"
     path = tmp_path / "report"
-    result = run("inspect", "missing", "--output-format", "github", "--output-file", path)
-    assert result.stdout == ""
+    assert run("inspect", "missing", "--output-format", "github", "--output-file", path).stdout == ""
     assert not path.exists()
 
 
@@ -280,14 +281,6 @@ def test_a_test_case_for_each_gate(judge, schema):
     assert judge("junit").stdout == result.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_test_case_for_a_command_without_gates(run, calls, schema, command):
-    suite = suite_of(run(*calls[command], "--output-format", "junit").stdout, schema)
-    [case] = suite.findall("testcase")
-    assert case.get("name") == f"moeprune {calls[command][0]}"
-    assert case.find("failure") is None
-
-
 def test_an_error_is_a_test_case_too(run, tmp_path, schema):
     result = run("inspect", "missing\x1b", "--output-format", "junit")
     assert (result.code, result.stderr) == (2, "error: no file `missing\x1b`\n")
@@ -302,7 +295,7 @@ def test_an_error_is_a_test_case_too(run, tmp_path, schema):
     assert path.read_text() == result.stdout
 
 
-def test_an_error_takes_the_place_of_an_older_report_where_that_may_be_replaced(run, tmp_path, schema):
+def test_an_error_replaces_an_older_report_only_with_force(run, tmp_path, schema):
     path = tmp_path / "gates.xml"
     path.write_text("passed")
     call = ("inspect", "missing", "--output-format", "junit", "--output-file", path)

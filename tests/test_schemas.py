@@ -13,7 +13,7 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
-from moeprune.report.schema import TYPES, schema_of
+from moeprune.report.commands import TYPES, schema_of
 from tests.schemas import complaints, validator
 
 OPEN = {"arguments", "defaults", "provenance", "source", "architecture", "preprocessing"}

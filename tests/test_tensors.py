@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from moeprune.demo.train import pairs_config, single_layer_config
+from moeprune.demo.train import pairs_recipe, single_layer_recipe
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.header import read_header
 from moeprune.layers.config import ROUTER_NORMS, SoftMoEConfig
@@ -105,7 +105,9 @@ def test_shapes_of_models_with_options(options):
     check_shapes(replace(MIXED, **options), {})
 
 
-@pytest.mark.parametrize("config", [single_layer_config(), pairs_config()], ids=["single", "vit"])
+@pytest.mark.parametrize(
+    "config", [single_layer_recipe().config, pairs_recipe().config], ids=["single", "vit"]
+)
 def test_shapes_of_the_shipped_models(config):
     check_shapes(config, {})
 

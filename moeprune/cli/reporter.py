@@ -130,7 +130,7 @@ class Reporter:
         """Write the report of a result to its file or to stdout, and append it to the summary."""
         self.write(self._render(result))
         if self.summary:
-            from moeprune.report.documents import document_of
+            from moeprune.report.commands import document_of
             from moeprune.report.markdown import to_markdown
 
             _append_to_summary(f"\n{to_markdown(document_of(result))}")
@@ -145,7 +145,7 @@ class Reporter:
     def _render(self, result: Report) -> str:
         if self.output_format == "json":
             return to_json_text(result)
-        from moeprune.report.documents import document_of
+        from moeprune.report.commands import document_of
 
         document = document_of(result)
         command, gates = f"moeprune {self.command}", getattr(result, "gates", ())

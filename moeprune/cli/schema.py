@@ -22,6 +22,6 @@ def schema(
     ],
 ) -> None:
     """Print the JSON Schema of a command's JSON report, or of a plan file."""
-    from moeprune.report.schema import schema_of
+    from moeprune.report.commands import schema_of
 
     reporter.write(json.dumps(schema_of(name), indent=2) + "\n")

@@ -17,7 +17,8 @@ class DemoModel(Result, frozen=True):
 
 
 class Summary(Report, frozen=True):
-    """All models of the demo by name."""
+    """All models of the demo by name; directory: of their files, `.` in the `summary.json` in it."""
 
+    directory: str
     models: dict[str, DemoModel]
     environment: Environment

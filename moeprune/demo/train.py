@@ -1,7 +1,4 @@
-"""Trains the two demo models on scikit-learn's digits, from scratch and seeded.
-
-Only the `train` split is used; nothing is chosen on the others.
-"""
+"""Train the demo's models on scikit-learn's digits, from scratch and seeded; only on the `train` split."""
 
 from __future__ import annotations
 
@@ -23,19 +20,18 @@ from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.details import Details
 from moeprune.models.vit import SoftMoEViT
 
-PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # close to those of the digits
+PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # about the statistics of the digits
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Architecture and training of one demo model.
+    """How one demo model is built and trained.
 
     steps: batches of batch_size images.
-    scale: initial scale of the router; the sharper the router, the more the combine mass says about an
-        expert.
-    position: standard deviation of the initial position embeddings; the more tokens differ, the fewer
-        experts a sharp router leaves unused.
-    noise: standard deviation of the noise added to normalised pixels.
+    scale: initial scale of the router; the sharper it is, the more the combine mass says about an expert.
+    position: standard deviation of the initial position embeddings; the more tokens differ, the fewer experts
+        a sharp router leaves unused.
+    noise: standard deviation of noise on normalised pixels.
     """
 
     config: ViTConfig
@@ -49,50 +45,30 @@ class Recipe:
     batch_size: int = 128
 
 
-def single_layer_config(num_experts: int = 128, hidden_units: int = 512) -> ViTConfig:
-    """One Soft MoE layer without residual on the digits: 16 tokens, d=32, hidden_units in all."""
-    soft_moe = SoftMoEConfig(32, num_experts, slots_per_expert=1, hidden_dim=hidden_units // num_experts)
-    block = BlockConfig(attention=False, soft_moe=soft_moe, residual=False)
-    return ViTConfig((8, 8), (2, 2), 1, 10, dim=32, num_heads=4, blocks=(block,), final_norm=False)
-
-
-def pairs_config() -> ViTConfig:
-    """Four blocks with residuals on pairs of digits, 32 tokens, d=64; the last three have 64 experts."""
-    mlp = BlockConfig(mlp_dim=128)
-    moe = BlockConfig(soft_moe=SoftMoEConfig(64, num_experts=64, slots_per_expert=2, hidden_dim=16))
-    return ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=(mlp, moe, moe, moe))
-
-
 def single_layer_recipe(num_experts: int = 128) -> Recipe:
-    """Return the recipe of the single-layer model, whose experts share 512 hidden units."""
+    """Return one Soft MoE layer without residual on the digits: 16 tokens, d = 32, 512 hidden units."""
+    soft_moe = SoftMoEConfig(32, num_experts, slots_per_expert=1, hidden_dim=512 // num_experts)
+    block = BlockConfig(attention=False, soft_moe=soft_moe, residual=False)
+    config = ViTConfig((8, 8), (2, 2), 1, 10, dim=32, num_heads=4, blocks=(block,), final_norm=False)
     return Recipe(
-        single_layer_config(num_experts),
-        steps=1500,
-        learning_rate=3e-3,
-        weight_decay=0.1,
-        scale=5.0,
-        position=1.0,
-        noise=0.3,
+        config, steps=1500, learning_rate=3e-3, weight_decay=0.1, scale=5.0, position=1.0, noise=0.3,
         label_smoothing=0.05,
-    )
+    )  # fmt: skip
 
 
 def pairs_recipe() -> Recipe:
-    """Return the recipe of the vision transformer on pairs of digits."""
+    """Return four blocks with residuals on pairs of digits: 32 tokens, d = 64, three layers of 64 experts."""
+    mlp = BlockConfig(mlp_dim=128)
+    moe = BlockConfig(soft_moe=SoftMoEConfig(64, num_experts=64, slots_per_expert=2, hidden_dim=16))
+    config = ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=(mlp, moe, moe, moe))
     return Recipe(
-        pairs_config(),
-        steps=3000,
-        learning_rate=2e-3,
-        weight_decay=0.01,
-        scale=16.0,
-        position=0.1,
-        noise=0.2,
+        config, steps=3000, learning_rate=2e-3, weight_decay=0.01, scale=16.0, position=0.1, noise=0.2,
         label_smoothing=0.0,
-    )
+    )  # fmt: skip
 
 
 def initialize(model: SoftMoEViT, scale: float, position: float, generator: torch.Generator) -> None:
-    """Draw initial weights, all from one generator."""
+    """Draw the initial weights from one generator; see Recipe."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, SoftMoE):
@@ -107,21 +83,24 @@ def initialize(model: SoftMoEViT, scale: float, position: float, generator: torc
 
 
 def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
-    """Train a model by the recipe and return it in eval mode; the same seed gives the same weights."""
+    """Train a model by a recipe; equal seeds give equal weights.
+
+    Returns:
+        The model, in eval mode.
+    """
     generator = torch.Generator().manual_seed(seed)
     settings = {name: value for name, value in asdict(recipe).items() if name != "config"}
     trained = {"data": "digits:train", "seed": seed, "recipe": settings, "moeprune": __version__}
-    model = SoftMoEViT(
-        recipe.config, details=Details(PREPROCESSING, {"library": "moeprune"}, {"training": trained})
-    )
+    details = Details(PREPROCESSING, {"library": "moeprune"}, {"training": trained})
+    model = SoftMoEViT(recipe.config, details=details)
     initialize(model, recipe.scale, recipe.position, generator)
-    no_decay = [p for name, p in model.named_parameters() if p.ndim <= 1]
-    decay = [p for name, p in model.named_parameters() if p.ndim > 1]
-    groups = [
-        {"params": decay, "weight_decay": recipe.weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=recipe.learning_rate,
+    )
     warm_up = max(1, recipe.steps // 20)
 
     def factor(step: int) -> float:
@@ -130,7 +109,7 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
         return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (recipe.steps - warm_up)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    draw = _drawer(recipe.config, recipe.batch_size, generator)
+    draw = _batches(recipe, generator)
     model.train()
     for _ in tqdm(range(recipe.steps), desc="train", unit=" steps", disable=None if progress else True):
         images, labels = draw()
@@ -144,16 +123,14 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
     return model.requires_grad_(False).eval()
 
 
-def _drawer(
-    config: ViTConfig, batch_size: int, generator: torch.Generator
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Draws batches of digits, or of pairs of them if the model takes images twice as wide."""
+def _batches(recipe: Recipe, generator: torch.Generator) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Return how to draw a batch of digits, or of pairs where the model takes images twice as wide."""
     pixels, labels = digits("train")
     images = InputFormat(1, 8, 8, 10, PREPROCESSING).normalize(pixels)
-    sides = config.image_size[1] // 8
+    sides = recipe.config.image_size[1] // 8
 
     def draw() -> tuple[Tensor, Tensor]:
-        index = torch.randint(len(images), (sides, batch_size), generator=generator)
+        index = torch.randint(len(images), (sides, recipe.batch_size), generator=generator)
         classes = labels[index]
         label = classes[0] if sides == 1 else 10 * classes[0] + classes[1]
         return torch.cat(list(images[index]), dim=3), label

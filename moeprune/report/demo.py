@@ -12,7 +12,7 @@ from moeprune.report.words import percent
 
 def demo(result: Summary) -> Document:
     """Return a table for each model: methods in rows, kept shares in columns."""
-    title = "wrote checkpoints, analyses and evaluations"
+    title = f"wrote checkpoints, analyses and evaluations into {result.directory}"
     return Document(title, [_table(model) for model in result.models.values()])
 
 
@@ -31,7 +31,8 @@ def _table(model: DemoModel) -> Table:
     rows.append(None)
     for row in others:
         if row.keep == "0":
-            rows.append([row.label or "", _retained(row), *[""] * (len(keeps) - 1), *_remaining(row)])
+            label = f"no experts at all: {row.compensate}"
+            rows.append([label, _retained(row), *[""] * (len(keeps) - 1), *_remaining(row)])
     return Table(("accuracy as a share\nof the full model's", *columns), rows, title)
 
 

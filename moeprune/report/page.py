@@ -13,6 +13,7 @@ from moeprune.calibration.results import AnalysisReport
 from moeprune.evaluation.results import Environment, Evaluation, Forgetting
 from moeprune.plan import Plan
 from moeprune.pruning.results import Sweep
+from moeprune.report.commands import document_of
 from moeprune.report.document import (
     Cell,
     Facts,
@@ -26,7 +27,6 @@ from moeprune.report.document import (
     Table,
     Verdict,
 )  # fmt: skip
-from moeprune.report.documents import document_of
 from moeprune.report.experts import experts_of
 from moeprune.report.figures import panel, stacks
 from moeprune.report.trade_off import best_of, trade_off

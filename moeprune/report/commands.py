@@ -1,7 +1,8 @@
-"""JSON Schemas of what commands report, generated from the types; no torch."""
+"""The result type of each command, its document, and its JSON Schema."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from moeprune.calibration.results import AnalysisReport
@@ -10,10 +11,19 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.results import Evaluation
 from moeprune.models.results import Export, Inspection
 from moeprune.pruning.results import PlanFile, Pruned, Sweep
-from moeprune.records import json_schema
+from moeprune.records import Report, json_schema
+from moeprune.report.analysis import analysis
+from moeprune.report.demo import demo
+from moeprune.report.document import Document
+from moeprune.report.evaluation import evaluation
+from moeprune.report.export import export
+from moeprune.report.inspection import inspection
+from moeprune.report.pruning import pruning
+from moeprune.report.sweep import sweep
 
-TYPES = {
+TYPES: dict[str, type[Report]] = {
     "analyze": AnalysisReport,
+    "convert": Export,
     "convert": Export,
     "demo": Summary,
     "eval": Evaluation,
@@ -23,13 +33,24 @@ TYPES = {
     "sweep": Sweep,
 }
 """By command; `sweep` is what `eval --sweep` reports, `plan` what `prune --plan` reads."""
+DOCUMENTS: dict[type[Report], Callable[[Any], Document]] = {
+    AnalysisReport: analysis,
+    Export: export,
+    Evaluation: evaluation,
+    Inspection: inspection,
+    Pruned: pruning,
+    Summary: demo,
+    Sweep: sweep,
+}
+
+
+def document_of(result: Report) -> Document:
+    """Return the report that text, Markdown and CI formats show."""
+    return DOCUMENTS[type(result)](result)
 
 
 def schema_of(command: str) -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of what a command reports.
-
-    Args:
-        command: one of TYPES.
+    """Return the JSON Schema (2020-12) of the JSON report of a command, one of TYPES.
 
     Raises:
         MoepruneError: there is no such command.
@@ -37,7 +58,7 @@ def schema_of(command: str) -> dict[str, Any]:
     if command not in TYPES:
         raise MoepruneError(f"no schema for `{command}`", f"give one of {', '.join(TYPES)}")
     schema = json_schema(TYPES[command])
-    if command == "plan":
+    if command == "plan":  # whose fields have defaults
         layer = schema["$defs"]["LayerPlan"]
         is_list = {"properties": {"kept": {"type": "array"}}}
         layer |= {"required": [], "anyOf": [{"required": ["k"]}, {"required": ["kept"], **is_list}]}
