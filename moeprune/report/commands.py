@@ -24,7 +24,6 @@ from moeprune.report.sweep import sweep
 TYPES: dict[str, type[Report]] = {
     "analyze": AnalysisReport,
     "convert": Export,
-    "convert": Export,
     "demo": Summary,
     "eval": Evaluation,
     "inspect": Inspection,
