@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import msgspec
 import torch
@@ -113,6 +114,26 @@ def predict(
     return [tally.result(torch.cat(labels)) for tally in tallies]
 
 
+class Reference:
+    """The full model on labelled data, with which pruned ones are compared."""
+
+    def __init__(self, full: Model, data: Dataset, runtime: Runtime, what: str):
+        self.data, self.runtime = data, runtime
+        [self.predictions] = predict([full], data, runtime, what)
+        self.figures = describe(full, self.predictions)
+
+    @property
+    def itself(self) -> tuple[ModelFigures, Difference]:
+        """The figures of the full model, and that it does not differ."""
+        return self.figures, compare(self.figures, self.figures, self.predictions, self.predictions)
+
+    def compare(self, model: Model, what: str = "eval") -> tuple[ModelFigures, Difference]:
+        """Return the figures of a model, and its difference from the full one; what: of the progress bar."""
+        [predictions] = predict([model], self.data, self.runtime, what)
+        figures = describe(model, predictions)
+        return figures, compare(figures, self.figures, predictions, self.predictions)
+
+
 def evaluate(
     model: Model,
     data: Dataset | str,
@@ -129,7 +150,7 @@ def evaluate(
         The evaluation, without gates.
 
     Raises:
-        MoepruneError: data that does not fit or has no labels, or a batch size below 1.
+        MoepruneError: data that does not fit or has no labels, or a batch size that is out of range.
     """
     latency_batches = from_json(latency_batches, BatchSizes | None, "`latency_batches`")
     data = dataset_for(model, data, split="test")
@@ -141,14 +162,11 @@ def evaluate(
     models = [model] if baseline is None else [model, baseline]
     predictions = predict(models, data, runtime)
     described = [describe(*pair) for pair in zip(models, predictions, strict=True)]
-    difference, forgotten = None, None
+    difference, forgotten, latency = None, None, None
     if baseline is not None:
-        difference = compare(described[0], described[1], predictions[0], predictions[1])
-        forgotten = forgetting(predictions[0].labels, predictions[0].predicted, predictions[1].predicted)
-        indices = data.indices  # with a limit, only some samples of the data
-        lost, won = ([indices[place] for place in flips] for flips in (forgotten.lost, forgotten.won))
-        forgotten = msgspec.structs.replace(forgotten, lost=lost, won=won)
-    latency = None
+        own, full = predictions
+        difference = compare(described[0], described[1], own, full)
+        forgotten = forgetting(own.labels, own.predicted, full.predicted, data.indices)
     if latency_batches is not None:
         latency = measure_latency(model, data, baseline, latency_batches, runtime)
     return Evaluation(
@@ -182,7 +200,7 @@ def require_labelled_images(model: Model, data: Dataset, who: str) -> None:
     """Raise a MoepruneError unless the model gives logits for an image and the data has labels.
 
     Args:
-        who: the command or function that needs both, for the message.
+        who: the caller's name in messages.
     """
     config = model.config
     if config.num_classes == 0:
@@ -205,26 +223,19 @@ def compare(
     model: ModelCost, baseline: ModelCost, predictions: Predictions, reference: Predictions
 ) -> Difference:
     """Compare a model with the baseline on the same inputs."""
-    outcomes = paired_outcomes(predictions, reference)
+    right, full_right = predictions.correct, reference.correct
+    both, lost, won, neither = (
+        int((a & b).sum()) for b, a in product((full_right, ~full_right), (right, ~right))
+    )
+    outcomes = Outcomes(both=both, lost=lost, won=won, neither=neither)
     return Difference(
         accuracy_drop=outcomes.drop,
-        accuracy_drop_ci95=paired_difference(*msgspec.structs.astuple(outcomes)),
-        flops_reduction=_reduction(*(side.flops_per_input.total for side in (baseline, model))),
+        accuracy_drop_ci95=paired_difference(both, lost, won, neither),
+        flops_reduction=_reduction(baseline.flops_per_input.total, model.flops_per_input.total),
         size_reduction=_reduction(baseline.bytes, model.bytes),
         agreement=float((predictions.predicted == reference.predicted).double().mean()),
-        mcnemar_p=mcnemar(outcomes.lost, outcomes.won),
+        mcnemar_p=mcnemar(lost, won),
         outcomes=outcomes,
-    )
-
-
-def paired_outcomes(predictions: Predictions, reference: Predictions) -> Outcomes:
-    """Count the inputs that both predict right, only the reference, only the first, and neither."""
-    right, reference_right = predictions.correct, reference.correct
-    return Outcomes(
-        both=int((right & reference_right).sum()),
-        lost=int((~right & reference_right).sum()),
-        won=int((right & ~reference_right).sum()),
-        neither=int((~right & ~reference_right).sum()),
     )
 
 

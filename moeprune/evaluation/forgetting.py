@@ -1,9 +1,8 @@
-"""Changes behind the average accuracy: every class, the inputs that flip, and classes that collapse.
-
-An average hides a lost class: one of a hundred classes is one point of accuracy.
-"""
+"""Changes that an average hides: of every class, inputs that flip, and classes that collapse."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,57 +12,56 @@ from moeprune.evaluation.results import ClassChange, Forgetting
 
 LEVEL = 0.95
 KNOWN = 0.5
-"""Accuracy of the full model at or above which a class counts as known."""
+"""Accuracy of the full model in a class at or above which the class is considered known."""
 HIDES = 5
-"""Smallest ratio of a class's drop to the average drop that counts as hidden by the average."""
+"""The average hides a drop of at least this many times its own."""
 
 
-def forgetting(labels: Tensor, predicted: Tensor, reference: Tensor) -> Forgetting:
+def forgetting(
+    labels: Tensor, predicted: Tensor, reference: Tensor, indices: Sequence[int] | None = None
+) -> Forgetting:
     """Compare predictions with those of the full model, class by class and input by input.
 
-    Args:
-        labels: (samples) int64.
-        predicted, reference: classes predicted by the pruned and by the full model, (samples) int64.
+    A class has collapsed if the full model knows it (an accuracy of KNOWN or more), at most half of its
+    accuracy is left, and the average hides the drop: it is HIDES times as large as the average, and the
+    interval of the drop, at a level that holds for all classes at once, lies above the average.
 
-    Returns:
-        The changes; `lost` and `won` index the labels. `collapsed` classes have an accuracy of at least KNOWN
-        in the full model, at most half of it in the pruned one, and a drop of at least HIDES times the
-        average, whose interval (simultaneous over all classes) lies above the average.
+    Args:
+        labels: the true classes (samples), int64.
+        predicted: by the pruned model, likewise.
+        reference: by the full model, likewise.
+        indices: names of the samples in `lost` and `won`; None: their places.
     """
-    right, reference_right = predicted == labels, reference == labels
-    samples = len(labels)
-    lost, won = reference_right & ~right, right & ~reference_right
-    average = (int(lost.sum()) - int(won.sum())) / samples
-    counts = [
-        torch.bincount(labels[mask]) if mask is not None else torch.bincount(labels)
-        for mask in (right & reference_right, lost, won, None)
-    ]
-    num_classes = len(counts[-1])
-    both, only_full, only_pruned, total = (
-        torch.nn.functional.pad(count, (0, num_classes - len(count))).tolist() for count in counts
-    )
-    present = [c for c in range(num_classes) if total[c]]
+    right, full_right = predicted == labels, reference == labels
+    lost, won = full_right & ~right, right & ~full_right
+    average = (int(lost.sum()) - int(won.sum())) / len(labels)
+    size = int(labels.max()) + 1
+    cells = [torch.bincount(labels[mask], minlength=size) for mask in (right & full_right, lost, won)]
+    totals = torch.bincount(labels).tolist()
+    present = [c for c in range(size) if totals[c]]
     strict = simultaneous_quantile(LEVEL, len(present))
     classes, collapsed = [], []
     for c in present:
-        cells = both[c], only_full[c], only_pruned[c], total[c] - both[c] - only_full[c] - only_pruned[c]
-        accuracy, full = (both[c] + only_pruned[c]) / total[c], (both[c] + only_full[c]) / total[c]
+        total, (both, only_full, only_pruned) = totals[c], (int(cell[c]) for cell in cells)
+        table = both, only_full, only_pruned, total - both - only_full - only_pruned
+        accuracy, full = (both + only_pruned) / total, (both + only_full) / total
         classes.append(
             ClassChange(
                 index=c,
-                samples=total[c],
+                samples=total,
                 accuracy=accuracy,
                 baseline_accuracy=full,
                 accuracy_drop=full - accuracy,
-                accuracy_drop_ci95=paired_difference(*cells),
+                accuracy_drop_ci95=paired_difference(*table),
             )
         )
         is_lost = full >= KNOWN and accuracy <= full / 2
-        if is_lost and full - accuracy >= HIDES * average and paired_difference(*cells, strict)[0] > average:
+        if is_lost and full - accuracy >= HIDES * average and paired_difference(*table, strict)[0] > average:
             collapsed.append(c)
+    places = range(len(labels)) if indices is None else indices
     return Forgetting(
         classes=sorted(classes, key=lambda change: (-change.accuracy_drop, change.index)),
-        lost=lost.nonzero().flatten().tolist(),
-        won=won.nonzero().flatten().tolist(),
+        lost=[places[place] for place in lost.nonzero().flatten().tolist()],
+        won=[places[place] for place in won.nonzero().flatten().tolist()],
         collapsed=collapsed,
     )

@@ -141,7 +141,7 @@ def _search(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Se
     assert request.data is not None
     assert request.output is not None
     assert request.max_accuracy_drop is not None
-    found = prune_within_drop(
+    model, search = prune_within_drop(
         full.model,
         open_data_for(full.model, request.data, "calibration"),
         DropLimit(request.max_accuracy_drop, request.confidence),
@@ -150,8 +150,8 @@ def _search(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Se
         seed=request.seed,
         runtime=request.runtime,
     )
-    save(found.model, request.output, request.overwrite)
-    return found.report
+    save(model, request.output, request.overwrite)
+    return search
 
 
 def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:

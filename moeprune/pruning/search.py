@@ -1,18 +1,12 @@
 """Choosing among plans by measured data: the closest of a few, and the smallest within an accuracy drop.
 
-A search for the smallest plan within a drop splits labelled data in two halves. On the first half, bisection
-finds the smallest plan that keeps the limit. That plan and a few larger ones (`confirming_order`) are then
-measured on the second half, from small to large, until one keeps the limit there too.
-
-The list of plans is fixed before the second half is looked at, and so is the error level of each plan on it:
-1 - confidence, divided by the number of plans. The probability that the bound of any plan on the list is
-wrong is then at most 1 - confidence (Bonferroni's inequality). It does not matter that the choice depends on
-the second half: the bound and the interval that are reported hold for whichever plan is chosen.
-
-Testing from large to small at the full level until a plan fails (fixed-sequence testing) controls the error
-as well. In simulations it found a plan slightly more often where samples were scarce and as small a one
-elsewhere, but it measures more than twice as many plans, and it gives no bound for the chosen plan other than
-the limit.
+The search for the smallest splits labelled data in halves. On the first, bisection finds the smallest plan
+within the limit; that plan and a few larger ones, of a list fixed by then (`confirming_order`), are measured
+on the second, from small to large, until one is within the limit there too. Each of the K plans on the list
+has the K-th part of the error level. By Bonferroni's inequality the bounds of all K then hold at once with
+the confidence, so those of the chosen plan hold however it is chosen. (Testing from large to small, each at
+the full level, until one fails controls the error too. In simulations it finds a plan slightly more often if
+samples are scarce, but it measures twice as many, and gives no bound below the limit.)
 """
 
 from __future__ import annotations
@@ -30,10 +24,10 @@ from moeprune.calibration.analysis import Analysis, analyze, require_analysis_of
 from moeprune.calibration.sums import halves
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
-from moeprune.evaluation.evaluate import compare, describe, predict
+from moeprune.evaluation.evaluate import Reference
 from moeprune.evaluation.gates import check_confidence, of_drop
 from moeprune.evaluation.intervals import paired_difference, simultaneous_quantile
-from moeprune.evaluation.results import Difference, Outcomes
+from moeprune.evaluation.results import Outcomes
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
@@ -51,11 +45,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class DropLimit:
-    """The largest accuracy drop, a fraction.
-
-    confidence: in 0.5…1: the one-sided upper bound of the drop must be within the limit. None: the measured
-        drop must be.
-    """
+    """The largest accuracy drop: of its measured value, or, with a confidence, of its one-sided bound."""
 
     max_accuracy_drop: float
     confidence: float | None = None
@@ -64,26 +54,10 @@ class DropLimit:
         check_confidence(self.confidence)
 
     def judged(self, outcomes: Outcomes, plans: int = 1) -> float:
-        """Return what is compared with the limit: the drop, or its bound.
-
-        Args:
-            plans: number of plans whose bounds hold all at once with the confidence.
-        """
+        """Return the drop, or its bound at a level that lets the bounds of so many plans hold at once."""
         if self.confidence is None:
             return outcomes.drop
         return of_drop(outcomes).bound(1 - (1 - self.confidence) / plans)
-
-    def keeps(self, outcomes: Outcomes, plans: int = 1) -> bool:
-        """Return whether outcomes are within the limit; plans as in `judged`."""
-        return self.judged(outcomes, plans) <= self.max_accuracy_drop
-
-
-@dataclass(frozen=True)
-class Found:
-    """A pruned model that a search found, and a report of the search."""
-
-    model: Model
-    report: Search
 
 
 def prune_best(
@@ -96,14 +70,13 @@ def prune_best(
     seed: int = 0,
     runtime: Runtime = Runtime(),
 ) -> Model:
-    """Prune by each of several plans and return the model that agrees with the full one on most inputs.
+    """Prune by each of several plans, and return the model that agrees with the full one on most inputs.
 
     Args:
         model: unpruned.
         plans: at least one.
-        analysis: see moeprune.pruning.apply.prune, like one_shot and seed.
+        analysis: see moeprune.pruning.apply.prune, as for one_shot, seed and runtime.
         data: calibration data, or its spec; the analysis's own if it is None.
-        runtime: where and how models run.
     """
     if len(plans) > 1 and data is None:
         assert analysis is not None
@@ -146,8 +119,8 @@ def prune_within_drop(
     method: Method = Method(),
     seed: int = 0,
     runtime: Runtime = Runtime(),
-) -> Found:
-    """Return the smallest pruned model within an accuracy drop; unless scope is static, that of least FLOPs.
+) -> tuple[Model, Search]:
+    """Return the smallest pruned model (or, unless scope is static, that of least FLOPs) within a drop.
 
     Args:
         model: unpruned.
@@ -155,9 +128,7 @@ def prune_within_drop(
         limit: on the accuracy drop on both halves.
         analysis: of the model, made from other data, which everything is calibrated on; None: the half to
             search is calibrated on.
-        method: of all plans.
-        seed: of the signal `random`.
-        runtime: where and how models run.
+        seed: draws the experts of the signal `random`.
 
     Raises:
         MoepruneError: no plan is within the limit, the analysis was made from the same data, or what `prune`
@@ -174,37 +145,28 @@ def prune_within_drop(
     if analysis is not None:
         require_analysis_of(model.config.moe_layers, fingerprint(model), analysis)
         _require_other_data(analysis, data, runtime)
-    searching = _Half(model, first, runtime)
+    searching = Reference(model, first, runtime, "full model")
     calibration = first if analysis is None else calibration_data(model, analysis)
     analysis = analysis or analyze(model, first, runtime)
-    apply = partial(prune, model, analysis, data=calibration, seed=seed, runtime=runtime)
     plans = _ladder(model, analysis, method)
-    search = _Search(plans, lambda plan: apply(plan=plan), limit)
-    index, pruned = search.smallest(searching)
-    if pruned is not None:
-        found = search.confirm(index, pruned, searching, _Half(model, second, runtime))
-        if found is not None:
-            return found
-    raise search.failure(str(method), data.spec)
-
-
-class _Half:
-    """Half of the data, and the predictions of the full model on it."""
-
-    def __init__(self, full: Model, data: Dataset, runtime: Runtime):
-        self.data, self.runtime = data, runtime
-        [self.predictions] = predict([full], data, runtime, "full model")
-        self.figures = describe(full, self.predictions)
-
-    def difference(self, pruned: Model, what: str) -> Difference:
-        """Compare a pruned model with the full one; what: the title of the progress bar."""
-        [predictions] = predict([pruned], self.data, self.runtime, what)
-        return compare(describe(pruned, predictions), self.figures, predictions, self.predictions)
+    if not plans:
+        raise MoepruneError(f"no plan of {method} makes the model smaller", "give another method")
+    apply = partial(prune, model, analysis, data=calibration, seed=seed, runtime=runtime)
+    search = _Search(plans, lambda plan: apply(plan=plan), limit, searching)
+    if found := search.run(lambda: Reference(model, second, runtime, "full model")):
+        return found
+    bound = "" if limit.confidence is None else f" bound at confidence {limit.confidence:g}"
+    raise MoepruneError(
+        f"no plan of {method} is within an accuracy drop of {limit.max_accuracy_drop:g} on both halves of"
+        f" `{data.spec}`; the least drop{bound} on the worse half among {len(search.judged)} plans was"
+        f" {min(search.judged.values()):.4g}",
+        "allow a larger drop, give more samples, or compensate (`--compensate affine`)",
+    )
 
 
 @dataclass
 class _Search:
-    """A search among plans, from small to large, that apply prunes by.
+    """A search among plans, from small to large, that `apply` prunes by.
 
     judged: what was compared with the limit, for each plan that was measured; the larger of both halves.
     """
@@ -212,13 +174,15 @@ class _Search:
     plans: Sequence[Plan]
     apply: Callable[[Plan], Model]
     limit: DropLimit
+    first: Reference
     tried: dict[int, TriedPlan] = field(default_factory=dict)
     judged: dict[int, float] = field(default_factory=dict)
+    smallest: tuple[int, Model] | None = None  # within the limit on the first half, so far
 
-    def attempt(self, index: int, half: _Half) -> Model | None:
-        """Return the pruned model if it is within the limit on the half to search."""
+    def attempt(self, index: int) -> Model | None:
+        """Return the model of a plan if it is within the limit on the first half."""
         pruned = self.apply(self.plans[index])
-        difference = half.difference(pruned, f"try {len(self.tried) + 1}")
+        _, difference = self.first.compare(pruned, f"try {len(self.tried) + 1}")
         self.tried[index] = TriedPlan(
             k={name: layer.k for name, layer in self.plans[index].items()},
             size=1 - difference.size_reduction,
@@ -226,28 +190,24 @@ class _Search:
             accuracy_drop=difference.accuracy_drop,
         )
         self.judged[index] = self.limit.judged(difference.outcomes)
-        return pruned if self.limit.keeps(difference.outcomes) else None
+        if self.judged[index] > self.limit.max_accuracy_drop:
+            return None
+        if self.smallest is None or index < self.smallest[0]:
+            self.smallest = index, pruned
+        return pruned
 
-    def smallest(self, half: _Half) -> tuple[int, Model | None]:
-        """Return the smallest plan within the limit on the half to search, and its model if there is one."""
-        models: list[Model] = []  # the last that was within the limit: the smallest
-
-        def passes(index: int) -> bool:
-            pruned = self.attempt(index, half)
-            models[:] = models if pruned is None else [pruned]
-            return pruned is not None
-
-        index = bisect_left(range(len(self.plans)), True, key=passes)
-        return index, models[0] if models else None
-
-    def confirm(self, smallest: int, model: Model, first: _Half, second: _Half) -> Found | None:
-        """Return the first plan, from the smallest on, that is within the limit on the second half too."""
-        order = confirming_order(smallest, len(self.plans))
+    def run(self, second_half: Callable[[], Reference]) -> tuple[Model, Search] | None:
+        """Return the smallest model within the limit on both halves, and a report."""
+        bisect_left(range(len(self.plans)), True, key=lambda index: self.attempt(index) is not None)
+        if self.smallest is None:
+            return None
+        smallest, model = self.smallest
+        second, order = second_half(), confirming_order(smallest, len(self.plans))
         for index in order:
-            pruned = model if index == smallest else self.attempt(index, first)
+            pruned = model if index == smallest else self.attempt(index)
             if pruned is None:
                 continue
-            difference = second.difference(pruned, "confirm")
+            _, difference = second.compare(pruned, "confirm")
             judged = self.limit.judged(difference.outcomes, len(order))
             self.judged[index] = max(self.judged[index], judged)
             if judged <= self.limit.max_accuracy_drop:
@@ -262,35 +222,18 @@ class _Search:
                 )
                 tried = [self.tried[index] for index in sorted(self.tried)]
                 limit = self.limit.max_accuracy_drop
-                return Found(pruned, Search(max_accuracy_drop=limit, tried=tried, confirmed=confirmed))
+                return pruned, Search(max_accuracy_drop=limit, tried=tried, confirmed=confirmed)
         return None
-
-    def failure(self, method: str, spec: str) -> MoepruneError:
-        """Return the error that no plan of a method is within the limit."""
-        if not self.plans:
-            hint = "give another `--compensate` or `--scope`"
-            return MoepruneError(f"no plan of {method} makes the model smaller", hint)
-        what, confidence = "drop", self.limit.confidence
-        if confidence is not None:
-            what = f"upper bound, at confidence {confidence:g},"
-        return MoepruneError(
-            f"no plan of {method} is within an accuracy drop of {self.limit.max_accuracy_drop:g} on both"
-            f" halves of `{spec}`; the least {what} on the worse half among {len(self.tried)} plans was"
-            f" {min(self.judged.values()):.4g}",
-            "allow a larger drop, give more samples, or compensate (`--compensate affine`)",
-        )
 
 
 def confirming_order(smallest: int, plans: int) -> list[int]:
-    """Return the plans to measure on the second half, of which the smallest within the limit is known.
-
-    They are 1, 2, 4, … steps larger than it, and the largest one.
+    """Return the plans to confirm: the smallest, those 1, 2, 4, … steps larger, and the largest.
 
     >>> confirming_order(5, 20)
     [5, 6, 7, 9, 13, 19]
     """
-    steps = (2**power for power in range(plans.bit_length()))
-    return sorted({smallest, plans - 1, *(smallest + step for step in steps if smallest + step < plans)})
+    larger = (smallest + 2**power for power in range(plans.bit_length()))
+    return sorted({smallest, plans - 1, *(plan for plan in larger if plan < plans)})
 
 
 def interval(outcomes: Outcomes, plans: int) -> tuple[float, float]:
@@ -302,23 +245,18 @@ def interval(outcomes: Outcomes, plans: int) -> tuple[float, float]:
 def _require_other_data(analysis: Analysis, data: Dataset, runtime: Runtime) -> None:
     """Raise a MoepruneError if the analysis was made from any samples of the same source."""
     made_from = analysis.provenance["data"]
-    is_same = _is_same_source(data.spec, made_from["spec"])
+    is_same = data.spec == made_from["spec"]
+    with contextlib.suppress(OSError, ValueError):
+        is_same = is_same or Path(data.spec).samefile(made_from["spec"])
     if not is_same:
         for _ in data.batches(runtime.batch_size):
-            pass  # the fingerprint is known behind it
+            pass  # the fingerprint is known after a pass
         is_same = data.fingerprint == made_from["fingerprint"]
     if is_same:
         raise MoepruneError(
             f"the analysis was made from `{data.spec}` too: what confirms a drop must not be calibrated on",
-            "leave `--analysis` out, so that the half that is searched is calibrated on, or give other"
-            " labelled data",
+            "leave `--analysis` out, to calibrate on the half to search, or give other labelled data",
         )
-
-
-def _is_same_source(spec: str, other: str) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return Path(spec).samefile(other)
-    return spec == other
 
 
 def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Plan]:
@@ -326,28 +264,20 @@ def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Plan]:
 
     What is kept grows, or what is dropped shrinks, by about the same factor each time.
     """
-    config = model.config
-    is_static = method.scope == "static"
+    config, is_static = model.config, method.scope == "static"
+    costs = flops_costs(config, method)
     if is_static:
         costs = size_costs(config, tensor_infos(model.state_dict()), method)
-    else:
-        costs = flops_costs(config, method)
     most = max(len(layer) - 1 for layer in costs.layers.values())
-    plans: list[Plan] = []
-    seen: set[tuple[int, ...]] = set()
+    plans: dict[tuple[int, ...], Plan] = {}
     halvings = [2 ** (-step / STEPS_OF_TWO) for step in range(1, STEPS_OF_TWO * most.bit_length() + 1)]
     for share in sorted({*halvings, *(1 - part for part in halvings)}):
         experts = {name: max(1, round(share * (len(layer) - 1))) for name, layer in costs.layers.items()}
         if is_static:
-            budget = costs.of(experts) / costs.full
-            plan = plan_within(config, costs, budget, analysis, method, "keep")
+            plan = plan_within(config, costs, costs.of(experts) / costs.full, analysis, method, "keep")
         else:
             plan = plan_of_experts(config, experts, method)
-        key = tuple(layer.k for layer in plan.values())
-        is_affordable = all(
-            is_affordable_refit(config.moe_layers[name], layer) for name, layer in plan.items()
-        )
-        if key not in seen and is_affordable and any(layer.drops for layer in plan.values()):
-            seen.add(key)
-            plans.append(plan)
-    return plans
+        is_affordable = all(is_affordable_refit(config.moe_layers[name], plan[name]) for name in plan)
+        if is_affordable and any(layer.drops for layer in plan.values()):
+            plans.setdefault(tuple(layer.k for layer in plan.values()), plan)
+    return list(plans.values())

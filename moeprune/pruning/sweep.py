@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from moeprune.calibration.analysis import Analysis
 from moeprune.data.datasets import Dataset
-from moeprune.evaluation.evaluate import Predictions, compare, describe, predict
+from moeprune.evaluation.evaluate import Reference
 from moeprune.evaluation.latency import measure_latency
-from moeprune.evaluation.results import Latency, ModelFigures
+from moeprune.evaluation.results import Difference, Latency, ModelFigures
+from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, require_moe_layers
 from moeprune.models.runtime import Runtime
-from moeprune.plan import COMPENSATIONS, Method, experts_to_keep, is_possible, uniform_plan
+from moeprune.plan import COMPENSATIONS, Method, Plan, is_possible, uniform_plan
 from moeprune.pruning.apply import calibration_data, prune
 from moeprune.pruning.compensation import is_affordable_refit
 from moeprune.pruning.results import OnFrontier, SweepRow
@@ -55,6 +56,12 @@ class Variant:
         method = (self.scope, self.signal, self.compensate)
         return METHODS.get(method, f"{self.scope} by {self.signal}, {self.compensate}")
 
+    def plan(self, layers: Mapping[str, LayerConfig]) -> Plan:
+        """Return the plan of a model with these layers."""
+        experts = {name: layer.num_experts for name, layer in layers.items()}
+        method = Method(self.scope, self.signal, self.compensate)
+        return uniform_plan(experts, self.keep, method, "--sweep")
+
 
 def grid(
     keeps: Sequence[Fraction | int],
@@ -91,11 +98,9 @@ def methods(keeps: Sequence[Fraction | int], scopes: Sequence[str]) -> Iterator[
 def without_large_refits(variants: Iterable[Variant], model: Model) -> tuple[list[Variant], list[Variant]]:
     """Split off the variants whose `refit` would take too many regressors."""
     split: tuple[list[Variant], list[Variant]] = [], []
+    layers = model.config.moe_layers
     for variant in variants:
-        layers = model.config.moe_layers
-        experts = {name: layer.num_experts for name, layer in layers.items()}
-        method = Method(variant.scope, variant.signal, variant.compensate)
-        plan = uniform_plan(experts, variant.keep, method, "--sweep")
+        plan = variant.plan(layers)
         split[not all(is_affordable_refit(layers[name], plan[name]) for name in plan)].append(variant)
     return split
 
@@ -115,71 +120,52 @@ def sweep(
         model: unpruned.
         variants: what to try.
         analysis: of the model; its data is read again to measure layers behind pruned ones.
-        data: what the results are evaluated on.
+        data: labelled; what the results are evaluated on.
         seed: of the signal `random`, which is drawn RANDOM_DRAWS times with seeds from this on.
         runtime: where and how models run.
-        latency_batches: batch sizes at which latency is measured too, in turn with the full model's; None:
-            it is not.
+        latency_batches: batch sizes at which latency is measured; None: it is not.
 
     Yields:
-        A row, without its place on the frontier, and the model that it is about: first the full one, then one
-        for each variant (the last of its draws).
+        A row, without its place on the frontier, and its model: first the full one, then one for each variant
+        (the last of its draws).
     """
-    todo = list(variants)
-    for variant, (name, layer) in product(todo, require_moe_layers(model).items()):
-        experts_to_keep(variant.keep, layer.config.num_experts, name, "--sweep")
+    require_moe_layers(model)
+    plans = [(variant, variant.plan(model.config.moe_layers)) for variant in variants]
     calibration = calibration_data(model, analysis)
-    [full] = predict([model], data, runtime)
-    described = describe(model, full)
+    reference = Reference(model, data, runtime, "full model")
 
     def latency(pruned: Model) -> Latency | None:
         if latency_batches is None:
             return None
         return measure_latency(pruned, data, model, latency_batches, runtime)
 
-    yield _row(None, [(described, full)], described, full, latency(model)), model
-    for variant in tqdm(todo, desc="sweep", unit=" variants", disable=None if runtime.progress else True):
+    yield _row(None, [reference.itself], reference.figures.accuracy, latency(model)), model
+    is_silent = None if runtime.progress else True
+    for variant, plan in tqdm(plans, desc="sweep", unit=" variants", disable=is_silent):
         results = []
         for draw in range(RANDOM_DRAWS if variant.signal == "random" else 1):
-            pruned = prune(
-                model,
-                analysis,
-                keep=variant.keep,
-                scope=variant.scope,
-                signal=variant.signal,
-                compensate=variant.compensate,
-                data=calibration,
-                seed=seed + draw,
-                runtime=runtime,
-            )
-            [predictions] = predict([pruned], data, runtime)
-            results.append((describe(pruned, predictions), predictions))
-        yield _row(variant, results, described, full, latency(pruned)), pruned
+            pruned = prune(model, analysis, plan=plan, data=calibration, seed=seed + draw, runtime=runtime)
+            results.append(reference.compare(pruned))
+        yield _row(variant, results, reference.figures.accuracy, latency(pruned)), pruned
 
 
 def _row(
     variant: Variant | None,
-    results: list[tuple[ModelFigures, Predictions]],
-    full: ModelFigures,
-    full_predictions: Predictions,
+    results: Sequence[tuple[ModelFigures, Difference]],
+    of_full: float,
     latency: Latency | None,
 ) -> SweepRow:
-    accuracies = [described.accuracy for described, _ in results]
-    differences = [compare(described, full, found, full_predictions) for described, found in results]
-    accuracy = statistics.fmean(accuracies)
+    accuracies = [figures.accuracy for figures, _ in results]
     return SweepRow(
-        label=None if variant is None else variant.label,
+        **{name: getattr(variant, name, None) for name in ("label", "scope", "signal", "compensate")},
         keep="1" if variant is None else str(variant.keep),
-        scope=None if variant is None else variant.scope,
-        signal=None if variant is None else variant.signal,
-        compensate=None if variant is None else variant.compensate,
-        accuracy=accuracy,
+        accuracy=statistics.fmean(accuracies),
         accuracy_sd=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        retained=accuracy / full.accuracy if full.accuracy else None,
-        agreement=statistics.fmean(difference.agreement for difference in differences),
+        retained=statistics.fmean(accuracies) / of_full if of_full else None,
+        agreement=statistics.fmean(difference.agreement for _, difference in results),
         draws=len(results),
         model=results[-1][0],
-        difference=differences[-1],
+        difference=results[-1][1],
         latency=latency,
         on_frontier=None,
     )
