@@ -6,17 +6,14 @@
     slot inputs, chosen   -> slot outputs (b,k,p,d)             run_experts
     combine · outputs     -> tokens (b,m,d)
 
-Logits and combine weights of all experts are there beforehand: they are cheap, and they choose the
-experts. From there on only the slots of chosen experts are dispatched, computed and combined. The rows
-of all inputs are grouped by expert, so that each expert's weights are used where they lie, and once.
+Only the slots of chosen experts are dispatched, computed and combined. Rows of all inputs are grouped by
+expert, so that each expert's weights are used where they lie, and once. On the CPU that is a loop over views of
+the stacked weights, or, for little work, a product of gathered copies. On a GPU it is the kernels of
+moeprune.layers.kernels, which never synchronise with the host; the loop, which does so once a layer, remains
+for gradients, float64, and platforms without Triton.
 
-On the CPU that is a loop over views of the stacked weights (or, where all that is chosen is small, a
-product of gathered copies, which saves the loop). On a GPU it is the kernels of
-moeprune.layers.kernels, which need no word from the host; the loop, which needs one a layer, serves there too
-where gradients are wanted, in float64, and without Triton.
-
-Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert;
-k experts run for an input, with s = k·p slots in the order of `chosen`.
+Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert; k experts
+run for an input, with s = k·p slots in the order of `chosen`.
 """
 
 from __future__ import annotations
@@ -32,11 +29,11 @@ from torch import Tensor
 from moeprune.layers.scores import top_k
 
 GATHERED = 2 << 20
-"""Bytes of chosen experts' weights up to which copying them is faster than a loop over experts."""
+"""Bytes of chosen experts' weights up to which copying them beats a loop over experts."""
 
 
 class Experts(NamedTuple):
-    """The stacked weights of all experts, h contiguous in both; d is the width of the output in fc2."""
+    """The stacked weights of all experts, h contiguous in both."""
 
     fc1_weight: Tensor | None  # (n,d,h), or (n,d,2·h) with a gate; None where an expert is one linear
     fc1_bias: Tensor | None
@@ -45,11 +42,11 @@ class Experts(NamedTuple):
 
     @property
     def is_gated(self) -> bool:
-        """Whether half of what the first linear gives is a gate for the other half."""
+        """True if half of the first linear's output gates the other half."""
         return self.fc1_weight is not None and self.fc1_weight.shape[2] == 2 * self.fc2_weight.shape[2]
 
     def activate(self, hidden: Tensor) -> Tensor:
-        """What the second linear takes (…,h), from what the first one gives."""
+        """Return the input of the second linear (…,h), from the output of the first."""
         if not self.is_gated:
             return F.gelu(hidden)
         values, gate = hidden.chunk(2, dim=-1)
@@ -67,7 +64,7 @@ def run_chosen(
     over_batch: bool = False,
     is_ragged: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Output tokens (b,m,d), and the outputs (b,k,p,d) of the chosen experts' slots.
+    """Return output tokens (b,m,d) and the outputs (b,k,p,d) of the chosen experts' slots.
 
     Args:
         tokens: those that are dispatched (b,m,d).
@@ -76,7 +73,7 @@ def run_chosen(
         chosen: experts to run (b,k), ascending.
         experts: all of them.
         renorm: the combine softmax is over the chosen slots alone.
-        surrogate: what stands in for the slots that do not run (n,p,d), or None for zero.
+        surrogate: outputs of the slots that do not run (n,p,d); None: zero.
         over_batch: the dispatch softmax is over the inputs, not over the tokens of each.
         is_ragged: where `chosen` says n, no expert runs.
     """
@@ -97,7 +94,7 @@ def run_chosen(
 
 
 def choose(scores: Tensor, k: int) -> Tensor:
-    """The k best experts of each input, ascending (b,k), for scores (b,n); see `top_k`."""
+    """Return the k best experts of each input, ascending (b,k), for scores (b,n)."""
     kernels = kernels_for(scores)
     return kernels.choose(scores, k) if kernels and k else top_k(scores, k)
 
@@ -109,8 +106,7 @@ def slot_weights(
     over_batch: bool = False,
     idle: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dispatch weights Dᵀ (b,s,m) and combine weights (b,m,s) of the chosen experts' slots, in the type
-    of the logits; softmaxes are computed in float32 or better.
+    """Return Dᵀ (b,s,m) and C (b,m,s) of the chosen experts' slots, by softmaxes in float32 or better.
 
     Args:
         router_logits: L (b,m,n,p).
@@ -143,10 +139,7 @@ def slot_weights(
 
 
 def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Tensor | None = None) -> Tensor:
-    """Expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): outputs (b,k,p,d), d that of the output.
-
-    Where idle (b,k) says so, chosen is n, no expert runs, and the output is zero.
-    """
+    """Run expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): (b,k,p,o), zero where idle (b,k)."""
     kernels = kernels_for(slot_inputs, *experts)
     n, width = experts.fc2_bias.shape
     if kernels and chosen.shape[1]:
@@ -178,21 +171,21 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Ten
 
 
 def run_sorted(rows: Tensor, rows_of_expert: list[int], experts: Experts) -> Tensor:
-    """Outputs (r,o) of experts on rows (r,d): the first rows_of_expert[0] are expert 0's, and so on."""
+    """Run experts on rows (r,d), the first rows_of_expert[0] by expert 0 and so on: outputs (r,o)."""
     if experts.fc1_weight is not None and experts.fc1_bias is not None:
         rows = experts.activate(grouped_linear(rows, rows_of_expert, experts.fc1_weight, experts.fc1_bias))
     return grouped_linear(rows, rows_of_expert, experts.fc2_weight.mT, experts.fc2_bias)
 
 
 def _run_some(slot_inputs: Tensor, chosen: Tensor, experts: Experts, active: Tensor) -> Tensor:
-    """The same on the active pairs (b,k) alone, as if each were an input of its own with one expert."""
+    """Run the active pairs (b,k) alone, as if each were an input of its own with one expert."""
     outputs = slot_inputs.new_zeros(*slot_inputs.shape[:-1], experts.fc2_bias.shape[1])
     outputs[active] = run_experts(slot_inputs[active][:, None], chosen[active][:, None], experts)[:, 0]
     return outputs
 
 
 def _run_gathered(rows: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
-    """Expert chosen[i] (r) on rows[i] (r,p,d), with a copy of its weights: outputs (r,p,d)."""
+    """Run expert chosen[i] (r) on rows[i] (r,p,d), with a copy of its weights: outputs (r,p,o)."""
     if experts.fc1_weight is not None and experts.fc1_bias is not None:
         hidden = torch.baddbmm(experts.fc1_bias[chosen][:, None], rows, experts.fc1_weight[chosen])
         rows = experts.activate(hidden)
@@ -200,14 +193,7 @@ def _run_gathered(rows: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
 
 
 def grouped_linear(rows: Tensor, rows_of_expert: list[int], weight: Tensor, bias: Tensor) -> Tensor:
-    """rows @ weight[e] + bias[e], where the first rows_of_expert[0] rows belong to expert 0, and so on.
-
-    Args:
-        rows: (r,in), sorted by expert.
-        rows_of_expert: how many each expert has, n numbers.
-        weight: (n,in,out).
-        bias: (n,out).
-    """
+    """Return rows @ weight[e] + bias[e] for rows (r,in) sorted by expert; weight (n,in,out), bias (n,out)."""
     used = [expert for expert, count in enumerate(rows_of_expert) if count]
     if not used:
         return rows.new_empty(0, weight.shape[2])
@@ -216,7 +202,7 @@ def grouped_linear(rows: Tensor, rows_of_expert: list[int], weight: Tensor, bias
 
 
 def kernels_for(*given: Tensor | None) -> ModuleType | None:
-    """The module moeprune.layers.kernels where it can compute with these tensors, else None."""
+    """Return the module moeprune.layers.kernels if it can compute with these tensors, else None."""
     tensors = [tensor for tensor in given if tensor is not None]
     if not tensors[0].is_cuda:
         return None

@@ -1,8 +1,7 @@
-"""The routed layer on a GPU: Triton kernels that take no word from the host.
+"""The routed layer on a GPU: Triton kernels that never synchronise with the host.
 
-Axes as in moeprune.layers.soft_moe; s slots of the experts that run (k·p), in the order of `chosen`. All
-shapes are known beforehand, so that a CUDA graph can hold a whole forward pass; which rows belong to
-which expert is found on the device.
+All shapes are known beforehand, so that a CUDA graph can hold a whole forward pass; which rows belong to which
+expert is found on the device. Axes as in moeprune.layers.experts.
 """
 
 from __future__ import annotations
@@ -18,13 +17,7 @@ TILE = 16384
 
 
 def unit(x: Tensor, dim: int, gain: Tensor | None, factor: Tensor | None) -> Tensor:
-    """Vectors along dim, -1 or 0, scaled to unit length, then times gain and factor where given.
-
-    Args:
-        x: (...,d) for dim -1, (d,v) for dim 0.
-        gain: (d).
-        factor: one number, (1).
-    """
+    """Scale vectors along dim, -1 of x (...,d) or 0 of x (d,v), to unit length; times gain (d) and factor (1)."""
     unit = torch.empty_like(x, memory_format=torch.contiguous_format)
     x = x.contiguous()
     length = x.shape[dim]
@@ -60,7 +53,7 @@ def _unit(
 
 
 def choose(scores: Tensor, k: int) -> Tensor:
-    """What `moeprune.layers.scores.top_k` returns, (b,k) for scores (b,n), in one kernel."""
+    """Return the k best experts of each input, ascending (b,k), in one kernel."""
     b, n = scores.shape
     chosen = torch.empty(b, k, dtype=torch.int64, device=scores.device)
     padded = max(16, triton.next_power_of_2(n))
@@ -90,7 +83,7 @@ def _choose(scores, chosen, n, k, input_stride, expert_stride, N: tl.constexpr):
 def slot_weights(
     router_logits: Tensor, chosen: Tensor, combine_source: Tensor | None, combine_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Dᵀ (b,s,m) for the slots of the chosen experts, and their columns (b,m,s) of combine_source.
+    """Return Dᵀ (b,s,m) of the chosen experts' slots, and their columns (b,m,s) of combine_source.
 
     Args:
         router_logits: L (b,m,n,p).
@@ -138,7 +131,7 @@ def _slot_weights(
 
 
 def group_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """For each expert the pairs i·k + j with chosen[i,j] the expert (n,b), and how many they are (n)."""
+    """Return for each expert the pairs i·k + j with chosen[i,j] the expert (n,b), and their number (n)."""
     b, k = chosen.shape
     pairs = torch.empty(num_experts, b, dtype=torch.int32, device=chosen.device)
     counts = torch.empty(num_experts, dtype=torch.int32, device=chosen.device)
@@ -164,7 +157,7 @@ def _group_by_expert(chosen, pairs, counts, b, num_pairs, AT_ONCE: tl.constexpr)
 def grouped_linear(
     rows: Tensor, pairs: Tensor, counts: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False
 ) -> Tensor:
-    """Each row times its expert's matrix, plus its bias: rows (b·k,p,in) -> (b·k,p,out).
+    """Multiply each row by its expert's matrix and add its bias: rows (b·k,p,in) to (b·k,p,out).
 
     Only the weights of experts with rows are read. Products are summed in float32.
 
@@ -190,7 +183,7 @@ def grouped_linear(
 
 
 def _blocks(rows_per_expert: float, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """Rows, outputs and inputs of a program's tile, its warps, and loads under way: measured on an H100."""
+    """Return rows, outputs and inputs of a tile, its warps and stages, as measured on an H100."""
     if dtype == torch.float32:
         return (16, 64, 64, 4, 3) if rows_per_expert <= 48 else (32, 64, 32, 4, 3)
     if rows_per_expert <= 16:
@@ -201,7 +194,7 @@ def _blocks(rows_per_expert: float, dtype: torch.dtype) -> tuple[int, int, int, 
 
 
 def _precision() -> str:
-    """How float32 is multiplied: three passes of tensor cores come close to float32, one does not."""
+    """Return how float32 is multiplied: three passes of tensor cores come close to it, one does not."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

@@ -10,17 +10,15 @@ from torch import Tensor
 
 
 def combine_mass(combine_weights: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mass of each expert in the combine matrix: s_j / m with s_j = sum over tokens and slots.
-
-    Chung et al. 2024 (arXiv 2409.00879), Algorithm 1, divided by m so that the masses of one
-    input sum to 1.
+    """Return the mass of each expert: the sum over tokens and slots of C, divided by m, so that the masses of
+    one input sum to 1 (Chung et al. 2024, arXiv 2409.00879, Algorithm 1).
 
     Args:
         combine_weights: C (b,m,n,p).
         mask: tokens that count (b,m) bool; None: all.
 
     Returns:
-        Masses (b,n), in float32 or better.
+        (b,n), in float32 or better.
     """
     dtype = torch.promote_types(combine_weights.dtype, torch.float32)
     if mask is not None:
@@ -32,30 +30,14 @@ def combine_mass(combine_weights: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def rank(scores: Tensor) -> Tensor:
-    """Experts from the highest to the lowest score; of equal scores the lower index comes first.
-
-    Args:
-        scores: (...,n).
-
-    Returns:
-        Expert indices (...,n), int64.
-    """
+    """Return expert indices (...,n) from the highest to the lowest score; of equal scores the lower first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """The k best experts of each row, ascending by index; ties are broken as in `rank`.
-
-    Args:
-        scores: (...,n).
-        k: 0 to n.
-
-    Returns:
-        Expert indices (...,k), int64.
-    """
+    """Return the k best experts of each row, ascending (...,k), with ties broken as in `rank`."""
     if scores.device.type == "cpu" and 0 < k < scores.shape[-1]:
-        # Four times faster than ranking all of them; which one of two equal scores it takes is not
-        # specified, so that it serves only where none is equal across the border.
+        # Four times faster than ranking all, but which of two equal scores it takes is not specified.
         best = scores.topk(k + 1, dim=-1)
         if (best.values[..., k - 1] > best.values[..., k]).all():
             return best.indices[..., :k].sort(dim=-1).values
@@ -63,16 +45,10 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def fewest_with_mass(scores: Tensor, mass: Tensor, share: float, most: int) -> Tensor:
-    """The fewest experts of each input, best first, that hold a share of its mass.
-
-    Args:
-        scores: rank the experts (b,n).
-        mass: of each expert (b,n).
-        share: of an input's whole mass.
-        most: experts at most.
+    """Return the fewest experts of each input, best first by scores (b,n), that hold a share of its mass (b,n).
 
     Returns:
-        Expert indices (b,most), int64, ascending; n in place of those that are not needed.
+        Expert indices (b,most), ascending; n in place of those that are not needed.
     """
     n = scores.shape[-1]
     order = rank(scores)[..., :most]
@@ -84,6 +60,6 @@ def fewest_with_mass(scores: Tensor, mass: Tensor, share: float, most: int) -> T
 
 
 def random_scores(num_experts: int, seed: int, layer_index: int) -> Tensor:
-    """The scores of the signal `random`: (n,), a fixed order for this seed and layer."""
+    """Return the scores of the signal `random` (n): a fixed order for this seed and layer."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer_index) % 2**63)
     return torch.randperm(num_experts, generator=generator).to(torch.float32)

@@ -68,24 +68,17 @@ class SoftMoE(MoELayer):
             elif self.config.router_norm in ("rms", "layer"):
                 self.input_gain.fill_(1)
                 self.phi_gain.fill_(1)
-            for parameter, fan_in in (
-                (self.fc1_weight, d),
-                (self.fc1_bias, d),
-                (self.fc2_weight, h),
-                (self.fc2_bias, h),
-            ):
-                if parameter is None:
-                    continue
-                bound = 1 / math.sqrt(fan_in)
-                parameter.uniform_(-bound, bound, generator=generator)
+            for parameter, fan_in in zip(self.experts, (d, d, h, h), strict=True):
+                if parameter is not None:
+                    bound = 1 / math.sqrt(fan_in)
+                    parameter.uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens (b,m,d) in, tokens (b,m,d) out; or images (b,d,height,width), or one token each (b,d).
+        """Return the output of the input's shape, with width o.
 
         Args:
-            x: the tokens.
-            mask: which tokens are real (b,m) bool; the others, padding, are neither dispatched nor
-                counted in scores.
+            x: tokens (b,m,d), images (b,d,H,W) or single tokens (b,d).
+            mask: tokens that are not padding (b,m); padding is not dispatched and not counted in scores.
         """
         if not x.is_cuda:
             return self._forward(x, mask)
@@ -138,10 +131,7 @@ class SoftMoE(MoELayer):
         return output
 
     def route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Router logits (b,m,n,p) of the tokens x (b,m,d), and the tokens that are dispatched.
-
-        The logits of padding, by the mask (b,m), are the lowest that there are.
-        """
+        """Return router logits (b,m,n,p) of tokens x (b,m,d), lowest for padding, and what is dispatched."""
         normalized = self._normalized(x, -1, "input_gain")
         if self.config.dynamic_slots:
             slots = self._dynamic_slots(normalized, mask)  # (b,n,p,d)
@@ -158,11 +148,7 @@ class SoftMoE(MoELayer):
         return router_logits, x if self.config.dispatch_input == "raw" else normalized
 
     def _normalized(self, vectors: Tensor, dim: int, gain: str) -> Tensor:
-        """Vectors along dim, -1 for tokens and slots or 0 for phi, as the router's norm leaves them.
-
-        Args:
-            gain: name of the learned gain that goes with them.
-        """
+        """Normalise vectors along dim, -1 for tokens and slots or 0 for phi; gain: name of the learned gain."""
         norm = self.config.router_norm
         if norm == "none":
             return vectors
@@ -175,7 +161,7 @@ class SoftMoE(MoELayer):
         return normalized if dim == -1 else normalized.mT
 
     def _dynamic_slots(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """What stands for phi, made of the inputs' own tokens (b,n·p,d), padded by the mask: (b,n,p,d)."""
+        """Return what takes the place of phi (b,n,p,d), made of the inputs' own tokens (b,n·p,d)."""
         n = self.config.num_experts
         segments = tokens.unflatten(1, (-1, n))  # (b,p,n,d)
         if mask is None:
@@ -189,11 +175,7 @@ class SoftMoE(MoELayer):
     def _run_stored(
         self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Dense or static: every expert that has weights runs on all inputs.
-
-        Returns:
-            Output, slot outputs and slot inputs.
-        """
+        """Run every expert that has weights on all inputs: output, slot outputs and slot inputs."""
         merges = self.plan is not None and self.plan.merges
         stored = combine_weights.shape[2] if merges else len(self.fc2_weight)
         slot_inputs = self._dispatch_weights(router_logits, stored) @ tokens
@@ -210,7 +192,7 @@ class SoftMoE(MoELayer):
         return output, slot_outputs, slot_inputs
 
     def _run_experts(self, slot_inputs: Tensor) -> Tensor:
-        """Expert j on slots j, for all experts at once: (b,e,p,d) to (b,e,p,d of the output)."""
+        """Run expert j on slots j, for all experts at once: (b,e,p,d) to (b,e,p,o)."""
         b, e, p, _ = slot_inputs.shape
         if 0 < b * p <= FEW_ROWS and e and kernels_for(slot_inputs, *self.experts):
             return run_experts(slot_inputs, _every_expert(slot_inputs, e), self.experts)
@@ -219,7 +201,7 @@ class SoftMoE(MoELayer):
         return rows.view(e, b, p, self.config.output_width).transpose(0, 1)
 
     def _run_merged(self, slot_inputs: Tensor) -> Tensor:
-        """Each expert on the slots of its group: (b,n,p,d) to (b,n,p,d of the output)."""
+        """Run each expert on the slots of its group: (b,n,p,d) to (b,n,p,o)."""
         assert self.plan is not None
         b, n, p, d = slot_inputs.shape
         rows = slot_inputs.transpose(0, 1).reshape(n * b * p, d)
@@ -244,7 +226,7 @@ class SoftMoE(MoELayer):
     def _run_chosen(
         self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor, chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Routed: each input runs its k chosen experts and no others."""
+        """Run each input's k chosen experts and no others: output and slot outputs."""
         assert self.plan is not None
         return run_chosen(
             tokens,
@@ -259,7 +241,7 @@ class SoftMoE(MoELayer):
         )
 
     def _dispatch_weights(self, router_logits: Tensor, stored: int) -> Tensor:
-        """Dᵀ (b,e·p,m) for the slots of the first e experts."""
+        """Return Dᵀ (b,e·p,m) of the slots of the first e experts."""
         over_batch = self.config.dispatch_over == "batch"
         if stored and not over_batch and (kernels := kernels_for(router_logits)):
             every = _every_expert(router_logits, stored)
@@ -270,8 +252,9 @@ class SoftMoE(MoELayer):
 
 
 def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
-    """Vectors along dim, -1 or 0, scaled to unit length, then times a gain for each of their elements
-    and a factor; computed in float32 or better: in float16 a zero token would be 0/0.
+    """Scale vectors along dim, -1 or 0, to unit length, then by a gain for each element and a factor.
+
+    Computed in float32 or better: in float16 a zero token would be 0/0.
     """
     given = [tensor for tensor in (x, gain, factor) if tensor is not None]
     if kernels := kernels_for(*given):
@@ -284,5 +267,5 @@ def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None
 
 
 def _every_expert(inputs: Tensor, num_experts: int) -> Tensor:
-    """The same experts, 0 to e - 1, for each of b inputs: (b,e)."""
+    """Return the experts 0 to e - 1 for each of b inputs (b,e)."""
     return torch.arange(num_experts, device=inputs.device).expand(len(inputs), -1)
