@@ -1,7 +1,7 @@
 """The routed layer on a GPU: Triton kernels that never synchronise with the host.
 
-All shapes are known beforehand, so that a CUDA graph can hold a whole forward pass; which rows belong to which
-expert is found on the device. Axes as in moeprune.layers.experts.
+All shapes are known beforehand, so that a CUDA graph can hold a whole forward pass; which rows belong to
+which expert is found on the device. Axes as in moeprune.layers.experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TILE = 16384
 
 
 def unit(x: Tensor, dim: int, gain: Tensor | None, factor: Tensor | None) -> Tensor:
-    """Scale vectors along dim, -1 of x (...,d) or 0 of x (d,v), to unit length; times gain (d) and factor (1)."""
+    """Scale vectors along dim, -1 of (...,d) or 0 of (d,v), to unit length, times gain (d) and factor (1)."""
     unit = torch.empty_like(x, memory_format=torch.contiguous_format)
     x = x.contiguous()
     length = x.shape[dim]

@@ -45,7 +45,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def fewest_with_mass(scores: Tensor, mass: Tensor, share: float, most: int) -> Tensor:
-    """Return the fewest experts of each input, best first by scores (b,n), that hold a share of its mass (b,n).
+    """Return the fewest experts of each input, best first by scores (b,n), with a share of its mass (b,n).
 
     Returns:
         Expert indices (b,most), ascending; n in place of those that are not needed.

@@ -148,7 +148,7 @@ class SoftMoE(MoELayer):
         return router_logits, x if self.config.dispatch_input == "raw" else normalized
 
     def _normalized(self, vectors: Tensor, dim: int, gain: str) -> Tensor:
-        """Normalise vectors along dim, -1 for tokens and slots or 0 for phi; gain: name of the learned gain."""
+        """Normalise vectors along dim, -1 for tokens and slots or 0 for phi, with the gain of this name."""
         norm = self.config.router_norm
         if norm == "none":
             return vectors
