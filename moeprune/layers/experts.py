@@ -7,8 +7,8 @@
     combine · outputs     -> tokens (b,m,d)
 
 Only the slots of chosen experts are dispatched, computed and combined. Rows of all inputs are grouped by
-expert, so that each expert's weights are used where they lie, and once. On the CPU that is a loop over views of
-the stacked weights, or, for little work, a product of gathered copies. On a GPU it is the kernels of
+expert, so that each expert's weights are used where they lie, and once. On the CPU that is a loop over views
+of the stacked weights, or, for little work, a product of gathered copies. On a GPU it is the kernels of
 moeprune.layers.kernels, which never synchronise with the host; the loop, which does so once a layer, remains
 for gradients, float64, and platforms without Triton.
 
