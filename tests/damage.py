@@ -160,72 +160,44 @@ def damaged_safetensors(whole: bytes, chance: random.Random) -> bytes:
     metadata = header.pop("__metadata__", {})
     names = sorted(header)
     name, other = chance.choice(names), chance.choice(names)
-    start, end = header[name]["data_offsets"]
-    match chance.randrange(14):
+    entry, (start, end) = header[name], header[name]["data_offsets"]
+    match chance.randrange(12):
         case 0 | 1:
             return mutated(whole, chance)
         case 2:
-            return whole[: chance.randrange(9)] if chance.random() < 0.5 else _other_length(whole, chance)
+            lengths = (0, 1, len(whole), len(whole) - 8, 10**8, 2**63, 2**64 - 1)
+            return chance.choice(lengths).to_bytes(8, "little") + whole[8:]
         case 3:
             return with_header(damaged_json({"__metadata__": metadata} | header, chance), data)
         case 4:
             header[name], header[other] = header[other], header[name]
         case 5:
-            header[name]["data_offsets"], header[other]["data_offsets"] = (
-                header[other]["data_offsets"], header[name]["data_offsets"],
-            )  # fmt: skip
-        case 6:
-            header[name]["dtype"] = chance.choice(
-                ("F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "F4", "C64")
-            )
-        case 7:  # the type and the shape of as many bytes
-            dtype, size = chance.choice(
-                (("F64", 8), ("F16", 2), ("BF16", 2), ("I32", 4), ("U8", 1), ("I64", 8))
-            )
-            header[name] |= {"dtype": dtype, "shape": [(end - start) // size]}
+            entry["data_offsets"], header[other]["data_offsets"] = header[other]["data_offsets"], [start, end]
+        case 6:  # another type, or another type and the shape of as many bytes
+            types = {"F64": 8, "F16": 2, "BF16": 2, "I32": 4, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "C64": 8}
+            entry["dtype"] = chance.choice([*types])
+            if chance.random() < 0.5:
+                entry["shape"] = [(end - start) // types[entry["dtype"]]]
+        case 7:
+            shape = entry["shape"]
+            shapes = [1, *shape], [*shape, 1], shape[:-1], [0, *shape], [2**62, *shape], [-1, *shape]
+            entry["shape"] = chance.choice((shape[::-1], *shapes))
         case 8:
-            shape = header[name]["shape"]
-            header[name]["shape"] = chance.choice(
-                (
-                    shape[::-1],
-                    [1, *shape],
-                    [*shape, 1],
-                    shape[:-1],
-                    [0, *shape],
-                    [2**62, *shape],
-                    [-1, *shape],
-                )
-            )
-        case 9:
             header[chance.choice(("", "a\0b", "\x1b[31m", "ä", "x" * 3000, name + "."))] = header.pop(name)
-        case 10:
+        case 9:
             del header[name]
             data = data[:start] + data[end:]
             for tensor in header.values():
                 if tensor["data_offsets"][0] >= end:
                     tensor["data_offsets"] = [at - (end - start) for at in tensor["data_offsets"]]
-        case 11:  # values that are no numbers, or too large ones
-            values = bytearray(data)
-            filling = chance.choice(
-                (b"\xff\xff\xff\xff", b"\x00\x00\x80\x7f", b"\xff\xff\x7f\x7f", b"\x01\x00\x00\x00")
-            )
-            if chance.random() < 0.5:
-                values[start:end] = (filling * ((end - start) // 4 + 1))[: end - start]
-            else:
-                values[start : start + 4] = filling[: end - start]
-            data = bytes(values)
+        case 10:  # values that are no numbers, or too large ones
+            value = chance.choice((b"\xff\xff\xff\xff", b"\0\0\x80\x7f", b"\xff\xff\x7f\x7f", b"\1\0\0\0"))
+            stop = end if chance.random() < 0.5 else start + 4
+            data = data[:start] + (value * len(data))[: stop - start] + data[stop:]
         case _:
-            text = metadata.get("moeprune", "{}")
-            return with_metadata(
-                with_header(json.dumps(header), data), damaged_json(json.loads(text), chance)
-            )
+            text = damaged_json(json.loads(metadata.get("moeprune", "{}")), chance)
+            return with_metadata(with_header(json.dumps(header), data), text)
     return with_header(json.dumps({"__metadata__": metadata} | header), data)
-
-
-def _other_length(whole: bytes, chance: random.Random) -> bytes:
-    length = int.from_bytes(whole[:8], "little")
-    other = chance.choice((0, 1, length - 1, length + 1, len(whole), len(whole) - 8, 10**8, 2**63, 2**64 - 1))
-    return other.to_bytes(8, "little") + whole[8:]
 
 
 def damaged_torch(whole: bytes, chance: random.Random) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from moeprune.models.vit import SoftMoEViT
 from tests.endings import complaint
 
 SAMPLES = 12
-SOURCE_ARGS = ("--source-arg", "num_heads=2", "--source-arg", "global_pool=avg")
+SOURCE_ARGS = "--source-arg num_heads=2 --source-arg global_pool=avg"
 """What the foreign files do not tell."""
 LAYER = "blocks.1.soft_moe"
 FACTORY = "fuzzed_model:build"
@@ -81,9 +81,15 @@ class Stock:
         self.output.write_bytes(b"old")
         return found
 
-    def words(self, options: Iterable[object]) -> list[object]:
-        """Options with paths in the place of names that start with `@`."""
-        return [self.path(str(word)[1:]) if str(word).startswith("@") else word for word in options]
+    def command(self, text: str, path: Path | None = None) -> list[object]:
+        """The words of a command line: `@NAME` is a file of the stock, `OLD` and `NEW` are outputs.
+
+        Args:
+            path: in place of `PATH`.
+        """
+        places = {"OLD": self.output, "NEW": self.new, "PATH": path}
+        words = text.split()
+        return [self.path(word[1:]) if word.startswith("@") else places.get(word, word) for word in words]
 
     def path(self, kind: str) -> Path:
         return self.root / kind

@@ -50,28 +50,20 @@ def damaged_npz(whole: bytes, chance: random.Random) -> bytes:
     else:  # the text of its header
         end = 10 + int.from_bytes(member[8:10], "little")
         text, shape = member[10:end], b"(12, 1, 8, 8)" if name == "inputs.npy" else b"(12,)"
-        sizes = (
-            b"(-1,",
-            b"(0,",
-            b"(True,",
-            b"(1.0,",
-            b"(1000000,",
-            b"(1000000000000000,",
-            b"(%d," % 2**70,
-            b"((12,),",
-        )
-        text = chance.choice(
+        renamed = b"de|\xff\xff"
+        sizes = b"(-1,|(0,|(True,|(1.0,|(1000000,|(1000000000000000,|(%d,|((12,)," % 2**70
+        shapes = b"()|(12, 1, 8|12|[12]|None|" + b"(" * 300
+        orders, flags = b"'>|'||'O|'(|'%d" % 2**40, b"True|None|0|b''"
+        old, new = chance.choice(
             (
-                text.replace(b"(12,", chance.choice(sizes)),
-                text.replace(
-                    shape, chance.choice((b"()", b"(12, 1, 8", b"12", b"[12]", b"None", b"(" * 300))
-                ),
-                text.replace(b"False", chance.choice((b"True", b"None", b"0", b"b''"))),
-                text.replace(b"'<", chance.choice((b"'>", b"'|", b"'O", b"'(", b"'%d" % 2**40))),
-                text.replace(b"descr", chance.choice((b"de", b"\xff\xff"))),
-                mutated(text, chance),
+                (b"(12,", sizes),
+                (shape, shapes),
+                (b"False", flags),
+                (b"'<", orders),
+                (b"descr", renamed),
             )
         )
+        text = text.replace(old, chance.choice(new.split(b"|")))
         members[name] = member[:8] + len(text).to_bytes(2, "little") + text + member[end:]
     if chance.random() < 0.2:
         members["labels.npy"] = members["inputs.npy"]
@@ -113,109 +105,74 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 CASES = 60
 """Damaged files of each kind."""
 
-Command = Callable[[Stock], list[object]]
-
-
-def analyzing(kind: str, data: str = "data.npz") -> Command:
-    return lambda s: ["analyze", s.path(kind), "--data", s.path(data), "-o", s.output, "--force"]
-
-
-def pruning(kind: str, *options: object) -> Command:
-    return lambda s: ["prune", s.path(kind), *s.words(options), "-o", s.output, "--force"]
-
-
-def evaluating(kind: str, *options: object, data: str = "data.npz") -> Command:
-    return lambda s: ["eval", s.path(kind), "--data", s.path(data), *s.words(options)]
-
-
-def inspecting(kind: str, *options: object) -> Command:
-    return lambda s: ["inspect", s.path(kind), *options]
-
-
-def converting(kind: str, *options: object) -> Command:
-    return lambda s: ["convert", s.path(kind), "-o", s.output, "--force", *options]
-
-
-ANALYSIS = ("--analysis", "@analysis.safetensors")
-GRAM = ("--signal", "gram")
-RANDOM = ("--signal", "random", "--keep", 2)
-ROUTED = ("--scope", "input", "--signal", "deviation")
-KINDS: dict[str, tuple[Command, ...]] = {
+DENSE = "@dense.safetensors"
+ANALYSIS = "--analysis @analysis.safetensors -o OLD --force"
+DATA = "--data @data.npz"
+KINDS = {
     "dense.safetensors": (
-        inspecting("dense.safetensors"),
-        inspecting("dense.safetensors", "--output-format", "json"),
-        analyzing("dense.safetensors"),
-        pruning("dense.safetensors", *RANDOM),
-        pruning("dense.safetensors", *RANDOM, "--scope", "input"),
-        pruning("dense.safetensors", "--keep", 2, "--compensate", "mean", *ANALYSIS),
-        evaluating("dense.safetensors"),
-        evaluating("static.safetensors", "--baseline", "@dense.safetensors"),
-        converting("dense.safetensors", "--to", "soft-moe"),
+        f"inspect {DENSE}",
+        f"inspect {DENSE} --output-format json",
+        f"analyze {DENSE} {DATA} -o OLD --force",
+        f"prune {DENSE} --signal random --keep 2 -o OLD --force",
+        f"prune {DENSE} --signal random --keep 2 --scope input -o OLD --force",
+        f"prune {DENSE} --keep 2 --compensate mean {ANALYSIS}",
+        f"eval {DENSE} {DATA}",
+        f"eval @static.safetensors {DATA} --baseline {DENSE}",
+        f"convert {DENSE} --to soft-moe -o OLD --force",
     ),
     "static.safetensors": (
-        inspecting("static.safetensors"),
-        evaluating("static.safetensors", "--baseline", "@dense.safetensors"),
-        pruning("dense.safetensors", "--plan", "@static.safetensors", *ANALYSIS),
-        converting("static.safetensors", "--to", "soft-moe"),
+        "inspect @static.safetensors",
+        f"eval @static.safetensors {DATA} --baseline {DENSE}",
+        f"prune {DENSE} --plan @static.safetensors {ANALYSIS}",
+        "convert @static.safetensors --to soft-moe -o OLD --force",
     ),
-    "routed.safetensors": (
-        inspecting("routed.safetensors"),
-        evaluating("routed.safetensors", "--baseline", "@dense.safetensors"),
-        pruning("dense.safetensors", "--plan", "@routed.safetensors", *ANALYSIS),
-    ),
-    "merged.safetensors": (
-        inspecting("merged.safetensors"),
-        evaluating("merged.safetensors", "--baseline", "@dense.safetensors"),
-        evaluating("merged.safetensors", "--output-format", "json"),
-        pruning("dense.safetensors", "--plan", "@merged.safetensors", *ANALYSIS),
-    ),
-    "narrowed.safetensors": (
-        inspecting("narrowed.safetensors", "--output-format", "json"),
-        evaluating("narrowed.safetensors", "--baseline", "@dense.safetensors"),
-        evaluating("narrowed.safetensors", "--output-format", "json"),
-        pruning("dense.safetensors", "--plan", "@narrowed.safetensors", *ANALYSIS),
-    ),
+    **{
+        f"{kind}.safetensors": (
+            f"inspect @{kind}.safetensors --output-format json",
+            f"eval @{kind}.safetensors {DATA} --baseline {DENSE}",
+            f"eval @{kind}.safetensors {DATA} --output-format json",
+            f"prune {DENSE} --plan @{kind}.safetensors {ANALYSIS}",
+        )
+        for kind in ("routed", "merged", "narrowed")
+    },
     "analysis.safetensors": (
-        pruning("dense.safetensors", "--keep", 2, "--compensate", "mean", *ANALYSIS),
-        pruning("dense.safetensors", "--keep", 2, *GRAM, "--compensate", "affine", *ANALYSIS),
-        pruning("dense.safetensors", "--max-size", 0.8, *GRAM, "--compensate", "mean", *ANALYSIS),
-        pruning("dense.safetensors", "--keep", 2, *ROUTED, "--compensate", "lstsq", *ANALYSIS),
-        evaluating("dense.safetensors", "--sweep", "1/2", *GRAM, "--scope", "static", *ANALYSIS),
+        f"prune {DENSE} --keep 2 --compensate mean {ANALYSIS}",
+        f"prune {DENSE} --keep 2 --signal gram --compensate affine {ANALYSIS}",
+        f"prune {DENSE} --max-size 0.8 --signal gram --compensate mean {ANALYSIS}",
+        f"prune {DENSE} --keep 2 --scope input --signal deviation --compensate lstsq {ANALYSIS}",
+        f"eval {DENSE} {DATA} --sweep 1/2 --signal gram --scope static --analysis @analysis.safetensors",
     ),
-    "plan.json": (
-        pruning("dense.safetensors", "--plan", "@plan.json", *ANALYSIS),
-        pruning("dense.safetensors", "--plan", "@plan.json", "--output-format", "json", *ANALYSIS),
-    ),
-    "merge.json": (pruning("dense.safetensors", "--plan", "@merge.json", *ANALYSIS),),
-    "narrow.json": (
-        pruning("dense.safetensors", "--plan", "@narrow.json", *ANALYSIS),
-        pruning("dense.safetensors", "--plan", "@narrow.json", "--data", "@data.npz"),
-    ),
+    **{
+        f"{name}.json": (
+            f"prune {DENSE} --plan @{name}.json {ANALYSIS}",
+            f"prune {DENSE} --plan @{name}.json --output-format json {ANALYSIS}",
+        )
+        for name in ("plan", "merge", "narrow")
+    },
     "foreign.safetensors": (
-        converting("foreign.safetensors", *SOURCE_ARGS),
-        inspecting("foreign.safetensors"),
+        f"convert @foreign.safetensors {SOURCE_ARGS} -o OLD --force", "inspect @foreign.safetensors",
     ),
-    "foreign.pt": (converting("foreign.pt", *SOURCE_ARGS), inspecting("foreign.pt")),
-    "legacy.pt": (converting("legacy.pt", *SOURCE_ARGS),),
-    "shards": (converting("shards", *SOURCE_ARGS),),
-    "data.npz": (evaluating("dense.safetensors"), analyzing("dense.safetensors")),
-    "packed.npz": (evaluating("dense.safetensors", "--limit", 7, data="packed.npz"),),
+    "foreign.pt": (f"convert @foreign.pt {SOURCE_ARGS} -o OLD --force", "inspect @foreign.pt"),
+    "legacy.pt": (f"convert @legacy.pt {SOURCE_ARGS} -o OLD --force",),
+    "shards": (f"convert @shards {SOURCE_ARGS} -o OLD --force",),
+    "data.npz": (f"eval {DENSE} {DATA}", f"analyze {DENSE} {DATA} -o OLD --force"),
+    "packed.npz": (f"eval {DENSE} --limit 7 --data @packed.npz",),
     "data.safetensors": (
-        evaluating("dense.safetensors", data="data.safetensors"),
-        analyzing("dense.safetensors", "data.safetensors"),
+        f"eval {DENSE} --data @data.safetensors", f"analyze {DENSE} --data @data.safetensors -o OLD --force",
     ),
     "images": (
-        evaluating("dense.safetensors", data="images"),
-        evaluating("dense.safetensors", "--preprocess", "resize=9", data="images"),
+        f"eval {DENSE} --data @images", f"eval {DENSE} --data @images --preprocess resize=9",
     ),
     "adopted.safetensors": (
-        inspecting("adopted.safetensors"),
-        inspecting("adopted.safetensors", "--output-format", "json"),
-        pruning("adopted.safetensors", *RANDOM),
-        evaluating("adopted.safetensors", "--model", FACTORY),
-        converting("adopted.safetensors", "--to", "soft-moe-pytorch", "--model", FACTORY),
+        "inspect @adopted.safetensors",
+        "inspect @adopted.safetensors --output-format json",
+        "prune @adopted.safetensors --signal random --keep 2 -o OLD --force",
+        f"eval @adopted.safetensors {DATA} --model {FACTORY}",
+        f"convert @adopted.safetensors --to soft-moe-pytorch --model {FACTORY} -o OLD --force",
     ),
-    "own.safetensors": (converting("own.safetensors", "--model", FACTORY, "--input-shape", "1,8,8"),),
+    "own.safetensors": (
+        f"convert @own.safetensors --model {FACTORY} --input-shape 1,8,8 -o OLD --force",
+    ),
 }  # fmt: skip
 """Files and folders by their name in the stock: one file at a time is damaged, and one command reads it."""
 REFUSED = {
@@ -240,7 +197,8 @@ def case(stock: Stock, kind: str, number: int) -> tuple[Path, bytes, list[object
     whole = stock.path(kind)
     file = whole if whole.is_file() else chance.choice(sorted(p for p in whole.rglob("*") if p.is_file()))
     commands = KINDS[kind]
-    return file, DAMAGES[file.suffix](file.read_bytes(), chance), commands[number % len(commands)](stock)
+    words = stock.command(commands[number % len(commands)])
+    return file, DAMAGES[file.suffix](file.read_bytes(), chance), words
 
 
 @contextlib.contextmanager
@@ -279,7 +237,7 @@ def check(stock: Stock, kind: str, numbers: range) -> None:
 def test_damaged_files_are_read_or_refused(stock, kind, quiet_places):
     add(stock, kind)
     for command in KINDS[kind]:
-        words = command(stock)
+        words = stock.command(command)
         result = stock.run(*words)
         assert result.code == (2 if (kind, words[0]) in REFUSED else 0), (words, result.stderr)
     stock.output.write_bytes(b"old")
@@ -377,10 +335,10 @@ def test_a_plan_that_does_not_fit_its_checkpoint_is_refused(stock, quiet_places,
     metadata = metadata_of(whole)
     [layer] = metadata["plan"]
     commands = {
-        "inspect": inspecting(file.name), "eval": evaluating(file.name),
-        "prune": pruning("dense.safetensors", "--plan", f"@{file.name}", *ANALYSIS),
+        "inspect": f"inspect @{file.name}", "eval": f"eval @{file.name} {DATA}",
+        "prune": f"prune {DENSE} --plan @{file.name} {ANALYSIS}",
     }  # fmt: skip
-    words = commands[command](stock)
+    words = stock.command(commands[command])
     complaints = []
     for value in WRONG[kind][key]:
         damaged = with_metadata(whole, encoded(replaced(metadata, ("plan", layer, key), value)))

@@ -50,11 +50,9 @@ def good(stock: Stock) -> dict[str, Any]:
 
 
 COMMANDS = (
-    ("inspect", "@static.safetensors"),
-    ("analyze", "@dense.safetensors"),
-    ("prune", "@dense.safetensors"),
-    ("eval", "@static.safetensors"),
-)
+    "inspect @static.safetensors", "analyze @dense.safetensors", "prune @dense.safetensors",
+    "eval @static.safetensors",
+)  # fmt: skip
 FILES = {
     "moeprune.toml": (),
     "pyproject.toml": ("tool", "moeprune"),
@@ -133,7 +131,7 @@ def test_damaged_configurations_are_taken_or_refused(stock, folder, run, name):
         chance = random.Random(f"{name} {number}")
         content, key = damaged(table, start, chance) if number >= 0 else (toml(table).encode(), "")
         file.write_bytes(content)
-        words = stock.words(COMMANDS[number % len(COMMANDS)])
+        words = stock.command(COMMANDS[number % len(COMMANDS)])
         words = ["--config", name, *words] if "/" in name else words
         ends = []
         found = complaint(lambda *words, ends=ends: ends.append(run(*words)) or ends[-1], words, folder)
@@ -156,4 +154,4 @@ def test_the_program_takes_or_refuses_damaged_configurations(stock, program, fol
     chance = random.Random(number)
     (folder / "moeprune.toml").write_bytes(damaged(good(stock), (), chance)[0])
 
-    assert complaint(program, stock.words(COMMANDS[number]), folder) is None
+    assert complaint(program, stock.command(COMMANDS[number]), folder) is None

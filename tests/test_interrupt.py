@@ -186,7 +186,7 @@ COMMANDS: dict[str, Callable[[Stock, Path], list[object]]] = {
     "frontier": lambda s, o: [
         "eval", *s.dense_and_data, "--analysis", s.path("analysis.safetensors"), "--plot", o,
     ],
-    "convert": lambda s, o: ["convert", s.path("foreign.safetensors"), *SOURCE_ARGS, "-o", o],
+    "convert": lambda s, o: ["convert", s.path("foreign.safetensors"), *SOURCE_ARGS.split(), "-o", o],
     "convert back": lambda s, o: ["convert", s.path("dense.safetensors"), "--to", "soft-moe", "-o", o],
 }  # fmt: skip
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.endings import complaint
-from tests.stock import Stock
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 
@@ -62,57 +61,40 @@ SPECIAL = {
     "nothing": device("null"),
     "a terminal": device("tty"),
 }
-READERS: dict[str, tuple[str, Callable[[Stock, Path], list[object]]]] = {
-    "inspect": (".safetensors", lambda s, p: ["inspect", p]),
-    "analyze": (".safetensors", lambda s, p: ["analyze", p, "--data", s.path("data.npz"), "-o", s.new]),
-    "prune": (".safetensors", lambda s, p: ["prune", p, "--keep", 2, "--scope", "input", "-o", s.new]),
-    "prune --analysis": (
-        ".safetensors",
-        lambda s, p: ["prune", s.path("dense.safetensors"), "--keep", 2, "--analysis", p, "-o", s.new],
-    ),
-    "prune --plan": (".json", lambda s, p: ["prune", s.path("dense.safetensors"), "--plan", p, "-o", s.new]),
-    "prune --plan of a checkpoint": (
-        ".safetensors",
-        lambda s, p: ["prune", s.path("dense.safetensors"), "--plan", p, "-o", s.new],
-    ),
-    "eval": (".safetensors", lambda s, p: ["eval", p, "--data", s.path("data.npz")]),
-    "eval --baseline": (".safetensors", lambda s, p: ["eval", *s.dense_and_data, "--baseline", p]),
+READERS = {
+    "inspect": (".safetensors", "inspect PATH"),
+    "analyze": (".safetensors", "analyze PATH --data @data.npz -o NEW"),
+    "prune": (".safetensors", "prune PATH --keep 2 --scope input -o NEW"),
+    "prune --analysis": (".safetensors", "prune @dense.safetensors --keep 2 --analysis PATH -o NEW"),
+    "prune --plan": (".json", "prune @dense.safetensors --plan PATH -o NEW"),
+    "prune --plan of a checkpoint": (".safetensors", "prune @dense.safetensors --plan PATH -o NEW"),
+    "eval": (".safetensors", "eval PATH --data @data.npz"),
+    "eval --baseline": (".safetensors", "eval @dense.safetensors --data @data.npz --baseline PATH"),
     "eval --analysis": (
-        ".safetensors",
-        lambda s, p: ["eval", *s.dense_and_data, "--sweep", "1/2", "--analysis", p],
+        ".safetensors", "eval @dense.safetensors --data @data.npz --sweep 1/2 --analysis PATH",
     ),
-    "eval --data array": (".npz", lambda s, p: ["eval", s.path("dense.safetensors"), "--data", p]),
-    "eval --data tensors": (".safetensors", lambda s, p: ["eval", s.path("dense.safetensors"), "--data", p]),
-    "eval --data another": ("", lambda s, p: ["eval", s.path("dense.safetensors"), "--data", p]),
-    "convert": (".safetensors", lambda s, p: ["convert", p, "-o", s.new]),
-    "convert torch": (".pt", lambda s, p: ["convert", p, "-o", s.new]),
-    "convert index": (".safetensors.index.json", lambda s, p: ["convert", p, "-o", s.new]),
-    "convert own model": (
-        ".pt",
-        lambda s, p: ["convert", p, "--model", "os:getcwd", "--input-shape", "1,8,8", "-o", s.new],
-    ),
-    "convert back": (".safetensors", lambda s, p: ["convert", p, "--to", "soft-moe", "-o", s.new]),
-}
-"""Every way in which a command reads a file: its suffix, and the words."""
+    "eval --data array": (".npz", "eval @dense.safetensors --data PATH"),
+    "eval --data tensors": (".safetensors", "eval @dense.safetensors --data PATH"),
+    "eval --data another": ("", "eval @dense.safetensors --data PATH"),
+    "convert": (".safetensors", "convert PATH -o NEW"),
+    "convert torch": (".pt", "convert PATH -o NEW"),
+    "convert index": (".safetensors.index.json", "convert PATH -o NEW"),
+    "convert own model": (".pt", "convert PATH --model os:getcwd --input-shape 1,8,8 -o NEW"),
+    "convert back": (".safetensors", "convert PATH --to soft-moe -o NEW"),
+}  # fmt: skip
+"""Every way in which a command reads a file: its suffix, and the command."""
 
 
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "a pipe" else pytest.param(name, marks=pytest.mark.slow) for name in SPECIAL],
+)
 @pytest.mark.parametrize("reader", READERS)
-def test_a_pipe_is_not_waited_for(stock, run, tmp_path, reader):
-    suffix, words = READERS[reader]
+def test_what_is_no_file_is_refused_at_once(stock, tmp_path, reader, name):
+    suffix, command = READERS[reader]
     path = tmp_path / f"special{suffix}"
-    pipe(path)
-    assert complaint(run, words(stock, path), stock.root / "out", "special") is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS)
-def test_what_is_no_file_is_refused_at_once(stock, run, tmp_path, reader):
-    suffix, words = READERS[reader]
-    for name, make in SPECIAL.items():
-        (tmp_path / name).mkdir()
-        path = tmp_path / name / f"special{suffix}"
-        make(path)
-        assert complaint(run, words(stock, path), stock.root / "out", "special") is None, name
+    SPECIAL[name](path)
+    assert complaint(stock.run, stock.command(command, path), stock.root / "out", "special") is None
 
 
 @pytest.mark.slow
@@ -125,7 +107,7 @@ def test_images_that_are_no_files(stock, run, tmp_path):
         data.mkdir()
         image.new("L", (8, 8)).save(data / "a.png")
         make(data / "special.png")
-        words = ["analyze", stock.path("dense.safetensors"), "--data", data, "-o", stock.new]
+        words = stock.command("analyze @dense.safetensors --data PATH -o NEW", data)
         assert complaint(run, words, stock.root / "out", "special.png") is None, name
 
 
@@ -148,17 +130,9 @@ def test_outputs_that_are_no_files_are_left_alone(stock, run, tmp_path, option, 
     SPECIAL[name](path)
     if name in ("a dangling link", "a long chain of links"):
         pytest.skip("leads to a file that can be written")
-    words = [
-        "prune",
-        stock.path("dense.safetensors"),
-        "--keep",
-        2,
-        "--scope",
-        "input",
-        "--force",
-        option,
-        path,
-    ]
-    words += [] if option == "-o" else ["-o", stock.new]
+    output = "" if option == "-o" else "-o NEW"
+    words = stock.command(
+        f"prune @dense.safetensors --keep 2 --signal random --force {option} PATH {output}", path
+    )
     assert complaint(run, words, stock.root / "out", "special") is None
     assert path.is_symlink() or not path.is_file()

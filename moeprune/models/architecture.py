@@ -474,7 +474,7 @@ def module_from_json(value: Any) -> ModuleConfig:
         raise MoepruneError(f"architecture: `input_shape` is {shape!r}, expected [channels, height, width]")
     values["input_shape"] = tuple(shape)
     for key in ("num_classes", "other_flops"):
-        if type(values.get(key)) is not int or values[key] < 0:
+        if type(values.get(key)) is not int or not 0 <= values[key] < 2**63:
             raise MoepruneError(f"architecture: `{key}` is {values.get(key)!r}, expected a whole number")
     layers = {}
     for name, layer in _mapping(values.get("layers"), "architecture: layers").items():
