@@ -54,7 +54,7 @@ def rows():
 def test_equal_rows_give_equal_plots(rows, tmp_path):
     for suffix in ("png", "svg"):
         for name in ("a", "b"):
-            plot_trade_off(rows, "a model on data", tmp_path / f"{name}.{suffix}")
+            plot_trade_off(rows, "a $model^$ <on> --data", tmp_path / f"{name}.{suffix}")
         first, second = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("a", "b"))
         assert first == second
         assert first.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")

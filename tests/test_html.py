@@ -22,7 +22,7 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.gates import judge
 from moeprune.plan import LayerPlan
 from moeprune.report import figures
-from moeprune.report.document import Facts, Figure, Heading, Highlights, Lines, Page, Table
+from moeprune.report.document import Document, Facts, Figure, Heading, Highlights, Lines, Table
 from moeprune.report.experts import Masses, averaged, bars, curves, experts_of, heat_map
 from moeprune.report.gates import gate_table
 from moeprune.report.html import check_page, to_html
@@ -223,7 +223,7 @@ def test_plans_and_labels_decide_what_is_drawn(small_analysis):
     [layer] = moeprune.load_analysis(small_analysis).layers.values()
 
     def page_of(plan, layer=layer):
-        return to_html(Page("t", list(experts_of(LAYER, layer, plan))))
+        return to_html(Document("t", list(experts_of(LAYER, layer, plan))))
 
     assert ">dropped<" not in page_of(None)
     assert ">dropped<" in page_of(LayerPlan("static", 0, 128, "gram", "mean", ()))
@@ -246,9 +246,9 @@ def test_any_text_is_escaped_everywhere(single, small_analysis, run, tmp_path, m
     blocks = [
         Heading(NASTY), Lines([NASTY]), Facts([(NASTY, NASTY)]), Highlights([(NASTY, NASTY, NASTY)]),
         Table((NASTY, NASTY), [(NASTY, NASTY)], NASTY), Table((NASTY,), [(NASTY,)] * 3, NASTY, shown=0),
-        Figure([figures.panel(lambda axes: axes.set_xlabel(NASTY), NASTY)], NASTY, NASTY),
+        Figure([figures.panel(lambda axes: axes.set_xlabel(f"{NASTY}$x^$"), NASTY)], NASTY, NASTY),
     ]  # fmt: skip
-    page = to_html(Page(NASTY + "\0\x1b\ud800", blocks))
+    page = to_html(Document(NASTY + "\0\x1b\ud800", blocks))
     assert parsed(page).find("head/title").text == NASTY + "���"
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;script&gt;") >= 16
@@ -267,7 +267,7 @@ def test_an_undecided_gate_is_shown_as_such():
         (0.5, ("passed", "2 gates passed")),
     ):
         results = judge(evaluation(98, 0), {"min_accuracy": limit, "min_size_reduction": 0.5}, 0.95)
-        header = parsed(to_html(Page("t", [], gate_table(results)))).find("body/header")
+        header = parsed(to_html(Document("t", [], gate_table(results)))).find("body/header")
         assert (text_of(header[0]), text_of(header[1])) == words
 
 

@@ -332,7 +332,7 @@ def test_bounds_of_gates_are_told_in_words():
         words,
     )
     assert gate_in_words(exact) == "min_size_reduction is 0.5, at the limit of 0.5"
-    document = Document("t", [], gate_table([undecided, exact]), False)
+    document = Document("t", [], gate_table([undecided, exact]))
     assert "FAILED: 100 samples cannot show it" in to_text(document)
     [[header, first, second]] = tables_of(to_markdown(document))
     assert header == ["gate", "limit", "value", "bound at 95 %", ""]

@@ -22,7 +22,7 @@ from moeprune.records import Report
 from moeprune.records import to_text as to_json_text
 
 if TYPE_CHECKING:
-    from moeprune.report.document import Page
+    from moeprune.report.document import Document
 
 FORMATS = ("text", "json", "markdown", "github", "junit")
 SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -135,7 +135,7 @@ class Reporter:
 
             _append_to_summary(f"\n{to_markdown(document_of(result))}")
 
-    def emit_page(self, path: Path | None, make: Callable[[], Page]) -> None:
+    def emit_page(self, path: Path | None, make: Callable[[], Document]) -> None:
         """Write a page with figures, if there is a path for it."""
         if path is not None:
             from moeprune.report.html import to_html

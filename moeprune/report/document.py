@@ -56,19 +56,6 @@ class Lines:
     lines: Sequence[str]
 
 
-Block = Table | Facts | Lines
-
-
-@dataclass(frozen=True)
-class Document:
-    """The report of one command; gates: None where nothing was judged."""
-
-    title: str
-    blocks: Sequence[Block]
-    gates: Table | None = None
-    passed: bool = True
-
-
 @dataclass(frozen=True)
 class Heading:
     """The heading of the blocks below it."""
@@ -85,23 +72,27 @@ class Highlights:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels of SVG side by side.
-
-    description: for readers who cannot see it. caption: how to read it.
-    """
+    """Panels of SVG side by side; description: for readers who cannot see them."""
 
     panels: Sequence[str]
     description: str
     caption: str = ""
 
 
-PageBlock = Block | Heading | Highlights | Figure
+Block = Table | Facts | Lines | Heading | Highlights | Figure
+"""The last three are on pages only."""
 
 
 @dataclass(frozen=True)
-class Page:
-    """A document with figures."""
+class Document:
+    """The report of one command; gates: None where nothing was judged."""
 
     title: str
-    blocks: Sequence[PageBlock]
+    blocks: Sequence[Block]
     gates: Table | None = None
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """The verdicts on all gates."""
+        rows = () if self.gates is None else self.gates.rows
+        return [cell for row in rows if row is not None for cell in row if isinstance(cell, Verdict)]

@@ -23,54 +23,43 @@ WORST_CLASSES = 3
 
 def evaluation(result: Evaluation) -> Document:
     """Return figures of the model, alone or beside the full model's, latency and gates."""
-    models = [result.model, *([result.baseline_model] if result.baseline_model else [])]
-    columns = ["", "model", *(["full model"] if len(models) > 1 else [])]
-    rows = [[label, *texts] for label, *texts in zip(_LABELS, *map(_figures, models), strict=True)]
-    if result.difference and result.baseline_model:
-        columns.append("difference")
-        changes = _changes(result.model, result.baseline_model, result.difference)
-        rows = [[*row, changes.get(row[0], "")] for row in rows]
+    full, difference = result.baseline_model, result.difference
+    rows = [list(row) for row in _figures(result.model)]
+    columns = ["", "model"]
+    if full and difference:
+        columns += ["full model", "difference"]
+        changes = {
+            "accuracy": points(-difference.accuracy_drop),
+            "top-5 accuracy": points(result.model.top5_accuracy - full.top5_accuracy),
+            "size": f"{-100 * difference.size_reduction:+.1f} %",
+            "FLOPs per input": f"{-100 * difference.flops_reduction:+.1f} %",
+        }
+        for row, (label, text) in zip(rows, _figures(full), strict=True):
+            row += [text, changes.get(label, "")]
     blocks: list[Block] = [Table(tuple(columns), rows)]
-    if result.difference and result.forgetting:
-        blocks.append(Lines([_drop(result.difference), _flips(result.forgetting)]))
+    if difference and result.forgetting:
+        blocks.append(Lines([_drop(difference), _flips(result.forgetting)]))
     if result.latency:
         blocks.append(_latency(result.latency, result.environment.device))
     gates = gate_table(result.gates) if result.gates else None
-    return Document(checkpoint_on_data(result.checkpoint, result.data), blocks, gates, result.passed)
+    return Document(checkpoint_on_data(result.checkpoint, result.data), blocks, gates)
 
 
-_PARTS = ("  experts", "  routing", "  compensation", "  other")
-_LABELS = (
-    "accuracy", "top-5 accuracy", "loss", "experts per input", "parameters", "size", *_PARTS,
-    "FLOPs per input", *_PARTS,
-)  # fmt: skip
-
-
-def _figures(model: ModelFigures) -> list[str]:
-    """Return a column of the table, in the order of _LABELS."""
+def _figures(model: ModelFigures) -> list[tuple[str, str]]:
+    """Return labels and values; parts of the figure above them are indented."""
     low, high = model.accuracy_ci95
-    total, *flops = asdict(model.flops_per_input).values()
+    total, *flops = asdict(model.flops_per_input).items()
     return [
-        f"{percent(model.accuracy, 2)} ({100 * low:.1f} to {100 * high:.1f})",
-        percent(model.top5_accuracy, 2),
-        f"{model.loss:.4f}",
-        f"{model.experts_per_input:.4g}",
-        amount(model.parameters),
-        amount(model.bytes, "B"),
-        *(amount(part, "B") for part in asdict(model.bytes_by_part).values()),
-        amount(total),
-        *(amount(part) for part in flops),
+        ("accuracy", f"{percent(model.accuracy, 2)} ({100 * low:.1f} to {100 * high:.1f})"),
+        ("top-5 accuracy", percent(model.top5_accuracy, 2)),
+        ("loss", f"{model.loss:.4f}"),
+        ("experts per input", f"{model.experts_per_input:.4g}"),
+        ("parameters", amount(model.parameters)),
+        ("size", amount(model.bytes, "B")),
+        *((f"  {part}", amount(size, "B")) for part, size in asdict(model.bytes_by_part).items()),
+        ("FLOPs per input", amount(total[1])),
+        *((f"  {part}", amount(count)) for part, count in flops),
     ]
-
-
-def _changes(model: ModelFigures, baseline: ModelFigures, difference: Difference) -> dict[str, str]:
-    """Return differences to the full model, by label."""
-    return {
-        "accuracy": points(-difference.accuracy_drop),
-        "top-5 accuracy": points(model.top5_accuracy - baseline.top5_accuracy),
-        "size": f"{-100 * difference.size_reduction:+.1f} %",
-        "FLOPs per input": f"{-100 * difference.flops_reduction:+.1f} %",
-    }
 
 
 def _drop(difference: Difference) -> str:
@@ -105,12 +94,10 @@ def _latency(latency: Latency, device: str) -> Table:
 
 def _latency_row(batch: BatchLatency) -> dict[str, str]:
     """Return cells by heading."""
-    row = {"batch": str(batch.batch_size)}
-    if batch.speedup is not None and batch.speedup_iqr is not None:
+    row = {"batch": str(batch.batch_size), "model": _seconds(batch.model_seconds, batch.model_seconds_iqr)}
+    if batch.speedup and batch.speedup_iqr and batch.baseline_seconds and batch.baseline_seconds_iqr:
         low, high = batch.speedup_iqr
-        row["speed-up"] = f"{batch.speedup:.2f}× ({low:.2f} to {high:.2f})"
-    row["model"] = _seconds(batch.model_seconds, batch.model_seconds_iqr)
-    if batch.baseline_seconds is not None and batch.baseline_seconds_iqr is not None:
+        row = {"batch": row["batch"], "speed-up": f"{batch.speedup:.2f}× ({low:.2f} to {high:.2f})", **row}
         row["full model"] = _seconds(batch.baseline_seconds, batch.baseline_seconds_iqr)
     return row | {"repetitions": str(batch.repetitions)}
 

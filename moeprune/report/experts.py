@@ -10,7 +10,7 @@ import numpy as np
 
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.plan import LayerPlan
-from moeprune.report.document import Figure, Heading, Lines, PageBlock, Table
+from moeprune.report.document import Block, Figure, Heading, Lines, Table
 from moeprune.report.figures import COLORS, FAINT, INK, PALETTE, panel, percent_axis
 from moeprune.report.words import percent, plan_in_words
 
@@ -48,8 +48,8 @@ class Masses:
         self.kept = None if kept is None else np.isin(np.arange(self.n), kept)
 
 
-def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -> Iterator[PageBlock]:
-    """Yield masses, the mass of the best experts, classes, and a table of all experts.
+def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -> Iterator[Block]:
+    """Yield figures and a table of the experts of a layer.
 
     Args:
         name: of the layer.
@@ -64,10 +64,26 @@ def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -
         panel(partial(bars, masses=masses), "mean mass of each expert"),
         panel(partial(curves, masses=masses, plan=plan), "mass of k experts"),
     ]
+    n, first, last = masses.n, masses.order[0], masses.order[-1]
+    eighth = max(1, n // 8)
+    description = (
+        f"Mean masses of {n} experts, from {percent(masses.mean[first], 2)} (expert {first}) to"
+        f" {percent(masses.mean[last], 2)} (expert {last}); uniform would be {percent(1 / n, 2)}. The best"
+        f" {eighth} of an input hold {percent(masses.best[eighth - 1])} of its mass."
+    )
     caption = "Mass: an expert's share of the combine weights; the masses of one input sum to 1."
-    yield Figure(panels, _description(masses), caption)
+    yield Figure(panels, description, caption)
     if len(masses.classes):
-        yield _class_map(masses)
+        height = 1.2 + min(3.0, 0.16 * len(masses.classes))
+        title = "mass of each expert over the inputs of each class"
+        row, expert = np.unravel_index(masses.by_class.argmax(), masses.by_class.shape)
+        description = (
+            f"Heat map of {len(masses.classes)} classes and {n} experts. The largest mass is expert"
+            f" {expert}'s in class {masses.classes[row]}, {percent(masses.by_class[row, expert])}."
+        )
+        caption = "Experts by the class of their largest mass; those of little mass at the end."
+        caption += "" if masses.kept is None else " Marked above: the kept experts."
+        yield Figure([panel(partial(heat_map, masses=masses), title, height)], description, caption)
     yield _table(masses)
 
 
@@ -107,32 +123,6 @@ def curves(axes: Axes, masses: Masses, plan: LayerPlan | None) -> None:
     axes.legend(loc="lower right")
     axes.set(xlim=(0, masses.n), ylim=(0, 1.02), xlabel="k", ylabel="mass")
     percent_axis(axes.yaxis)
-
-
-def _description(masses: Masses) -> str:
-    n, first, last = masses.n, masses.order[0], masses.order[-1]
-    counts = sorted({max(1, n // part) for part in (16, 8, 4, 2)})
-    best = ", ".join(f"{k} hold {percent(masses.best[k - 1])}" for k in counts)
-    return (
-        f"Mean masses of {n} experts, from {percent(masses.mean[first], 2)} (expert {first}) to"
-        f" {percent(masses.mean[last], 2)} (expert {last}); uniform would be {percent(1 / n, 2)}. Of an"
-        f" input's best experts {best} of its mass."
-    )
-
-
-def _class_map(masses: Masses) -> Figure:
-    title = "mass of each expert over the inputs of each class"
-    row, expert = np.unravel_index(masses.by_class.argmax(), masses.by_class.shape)
-    description = (
-        f"Heat map of {len(masses.classes)} classes and {masses.n} experts. The largest mass is expert"
-        f" {expert}'s in class {masses.classes[row]}, {percent(masses.by_class[row, expert])}. The table"
-        " below has the class of each expert's largest mass."
-    )
-    caption = "Experts by the class of their largest mass; those of little mass at the end."
-    if masses.kept is not None:
-        caption += " Marked above: the kept experts."
-    height = 1.2 + min(3.0, 0.16 * len(masses.classes))
-    return Figure([panel(partial(heat_map, masses=masses), title, height)], description, caption)
 
 
 def heat_map(axes: Axes, masses: Masses) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from moeprune.errors import MoepruneError
@@ -29,7 +30,7 @@ STYLE: dict[str, Any] = {
     "axes.grid": True, "grid.color": RULE, "grid.linewidth": 0.6, "legend.frameon": False,
     "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.edgecolor": FAINT,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "svg.fonttype": "none",
+    "text.parse_math": False,
 }  # fmt: skip
 WIDTH, HEIGHT = 4.2, 2.9
 """Inches of a panel."""
@@ -45,20 +46,31 @@ def require(*modules: str) -> None:
             raise MoepruneError(f"pages and plots need {name}", hint) from None
 
 
+@contextmanager
+def style(fonttype: str) -> Iterator[None]:
+    """Draw in the style of moeprune, whatever the user's own style is."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**STYLE, "svg.fonttype": fonttype})
+        yield
+
+
 def panel(paint: Callable[[Axes], object], title: str = "", height: float = HEIGHT) -> str:
     """Draw a panel whose colours follow the page's.
 
     Args:
         paint: draws into the axes.
+        title: above them.
         height: in inches.
 
     Returns:
         An `svg` element for a page of HTML; equal panels give equal bytes.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with style("none"):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title)
@@ -80,15 +92,17 @@ def legend_panel(handles: Sequence[Artist]) -> str:
 
 
 def _within_html(svg: str) -> str:
-    """Strip what a file needs and a page does not, and name colours by the page's variables."""
-    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
-    root, rest = svg.split(">", 1)
+    """Remove what only a file needs, and name colours by the page's variables."""
+    root, rest = svg[svg.index("<svg") :].replace("xlink:href", "href").split(">", 1)
     root = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", root)
     rest = re.sub(r'<g id="[^"]*"', "<g", rest)  # these recur in every panel
     names = {color: f"var(--{name})" for name, color in PALETTE.items()}
-    styles = re.compile(r'(style|fill|stroke)="[^"]*"')
     colors = re.compile("|".join(names))
-    rest = styles.sub(lambda found: colors.sub(lambda color: names[color.group()], found.group()), rest)
+    rest = re.sub(
+        r'(style|fill|stroke)="[^"]*"',
+        lambda attribute: colors.sub(lambda color: names[color[0]], attribute[0]),
+        rest,
+    )
     return f"{root}>{rest}".strip()
 
 
@@ -99,22 +113,17 @@ def percent_axis(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
-def stacks(rows: dict[str, dict[str, float]]) -> Callable[[Axes], None]:
-    """Return how to draw what wholes consist of: for each row, by its label, the sizes of its parts."""
-
-    def paint(axes: Axes) -> None:
-        labels = list(rows)
-        left = [0.0] * len(rows)
-        for color, part in zip(COLORS, rows[labels[0]], strict=False):
-            sizes = [parts[part] for parts in rows.values()]
-            axes.barh(labels, sizes, left=left, color=color, height=0.6, label=part)
-            left = [start + size for start, size in zip(left, sizes, strict=True)]
-        axes.invert_yaxis()
-        axes.xaxis.set_visible(False)
-        axes.grid(visible=False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_visible(False)
-        axes.tick_params(left=False)
-        axes.figure.legend(loc="outside lower left", ncols=4, columnspacing=1, handlelength=1)
-
-    return paint
+def stacks(axes: Axes, rows: dict[str, dict[str, float]]) -> None:
+    """Draw the sizes of parts, for each row by its label."""
+    labels = list(rows)
+    left = [0.0] * len(rows)
+    for color, part in zip(COLORS, rows[labels[0]], strict=False):
+        sizes = [parts[part] for parts in rows.values()]
+        axes.barh(labels, sizes, left=left, color=color, height=0.6, label=part)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    axes.invert_yaxis()
+    axes.xaxis.set_visible(False)
+    axes.grid(visible=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.figure.legend(loc="outside lower left", ncols=4, columnspacing=1, handlelength=1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeprune.errors import MoepruneError
-from moeprune.report.document import Page, Table, Verdict
+from moeprune.report.document import Document, Verdict
 from moeprune.report.figures import require
 from moeprune.report.words import legal, plural
 
@@ -30,11 +31,11 @@ def check_page(path: Path) -> None:
     require("matplotlib", "jinja2")
 
 
-def to_html(page: Page) -> str:
+def to_html(page: Document) -> str:
     """Return a page as HTML, which is XML too; gates come first.
 
     >>> from moeprune.report.document import Lines
-    >>> html = to_html(Page("<script>", [Lines(["give `--keep 1/8`"])]))
+    >>> html = to_html(Document("<script>", [Lines(["give `--keep 1/8`"])]))
     >>> "<script" in html, "give <code>--keep 1/8</code>" in html
     (False, True)
     """
@@ -46,7 +47,7 @@ def to_html(page: Page) -> str:
     )  # fmt: skip
     environment.filters["inline"] = _inline
     blocks = [(type(block).__name__, block) for block in page.blocks]
-    badge = None if page.gates is None else _badge(page.gates)
+    badge = None if page.gates is None else _badge(page.verdicts)
     return environment.get_template("page.html").render(page=page, blocks=blocks, badge=badge) + "\n"
 
 
@@ -64,9 +65,8 @@ def _inline(text: str) -> Markup:
     return Markup("").join(marked).replace("\n", Markup("<br/>"))
 
 
-def _badge(gates: Table) -> tuple[str, str, str]:
+def _badge(verdicts: Sequence[Verdict]) -> tuple[str, str, str]:
     """Return the class, the word and the counts of a summary of all gates."""
-    verdicts = [cell for row in gates.rows if row is not None for cell in row if isinstance(cell, Verdict)]
     passed = sum(verdict.passed for verdict in verdicts)
     undecided = sum(verdict.undecided for verdict in verdicts)
     failed = len(verdicts) - passed - undecided

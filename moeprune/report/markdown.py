@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from moeprune.report.document import Block, Cell, Document, Facts, Lines, Verdict
+from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table, Verdict
 
 SPECIAL = re.compile(r"[\\`*\[\]<>#~|$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=[\w+-]+:)")
 """Characters with a meaning within a line."""
@@ -23,7 +23,8 @@ def to_markdown(document: Document) -> str:
     """
     title, blocks = document.title, list(document.blocks)
     if document.gates is not None:
-        title = f"{_mark(document.passed)} {'passed' if document.passed else 'FAILED'}: {title}"
+        passed = all(verdict.passed for verdict in document.verdicts)
+        title = f"{_mark(passed)} {'passed' if passed else 'FAILED'}: {title}"
         blocks.insert(0, document.gates)
     parts = [f"## {_inline(title)}", *(_block(block) for block in blocks)]
     return "\n\n".join(parts) + "\n"
@@ -34,6 +35,7 @@ def _block(block: Block) -> str:
         return "\n\n".join(_start(_inline(line)) for line in block.lines)
     if isinstance(block, Facts):
         return _table(("", ""), block.rows, (":--", ":--"))
+    assert isinstance(block, Table)
     alignments = (":--", *["--:"] * (len(block.columns) - 1))
     table = _table(block.columns, [row for row in block.rows if row is not None], alignments)
     return table if block.title is None else f"### {_inline(block.title)}\n\n{table}"

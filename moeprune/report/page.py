@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from msgspec.structs import asdict
@@ -15,15 +16,15 @@ from moeprune.plan import Plan
 from moeprune.pruning.results import Sweep
 from moeprune.report.commands import document_of
 from moeprune.report.document import (
+    Block,
     Cell,
+    Document,
     Facts,
     Figure,
     Heading,
     Highlights,
     Interval,
     Lines,
-    Page,
-    PageBlock,
     Table,
     Verdict,
 )  # fmt: skip
@@ -51,10 +52,10 @@ class Background:
     environment: Environment | None = None
 
 
-def page_of(result: Evaluation | Sweep | AnalysisReport, background: Background) -> Page:
+def page_of(result: Evaluation | Sweep | AnalysisReport, background: Background) -> Document:
     """Return the page of `eval`, `eval --sweep` or `analyze`."""
     document = document_of(result)
-    blocks: list[PageBlock] = []
+    blocks: list[Block] = []
     if isinstance(result, Evaluation):
         blocks.append(Highlights(list(_highlights(result))))
         if result.forgetting is not None and result.forgetting.collapsed:
@@ -70,7 +71,7 @@ def page_of(result: Evaluation | Sweep | AnalysisReport, background: Background)
     if background.analysis is not None:
         for name, statistics in background.analysis.layers.items():
             blocks += experts_of(name, statistics, background.plan.get(name))
-    return Page(document.title, [*blocks, *_origins(result, background)], document.gates)
+    return Document(document.title, [*blocks, *_origins(result, background)], document.gates)
 
 
 def _highlights(result: Evaluation) -> Iterator[tuple[str, str, str]]:
@@ -111,11 +112,11 @@ def _parts(result: Evaluation) -> Figure:
             rows[f"{name}\n{total}"] = parts
             each = ", ".join(f"{part} {amount(value, unit)}" for part, value in parts.items())
             said.append(f"{title} of the {name}: {total} ({each})")
-        panels.append(panel(stacks(rows), title, height=0.7 + 0.4 * len(rows)))
+        panels.append(panel(partial(stacks, rows=rows), title, height=0.7 + 0.4 * len(rows)))
     return Figure(panels, "; ".join(said))
 
 
-def _classes(forgetting: Forgetting) -> Iterator[PageBlock]:
+def _classes(forgetting: Forgetting) -> Iterator[Block]:
     """Return the change of each class, those that collapsed first."""
     yield Heading("Classes")
     changes = sorted(forgetting.classes, key=lambda change: change.index not in forgetting.collapsed)
@@ -146,7 +147,7 @@ def _classes(forgetting: Forgetting) -> Iterator[PageBlock]:
     yield Table(columns, rows, shown=max(CLASSES_SHOWN, len(forgetting.collapsed)))
 
 
-def _origins(result: Evaluation | Sweep | AnalysisReport, background: Background) -> Iterator[PageBlock]:
+def _origins(result: Evaluation | Sweep | AnalysisReport, background: Background) -> Iterator[Block]:
     """Return checkpoints, data, plans and environment."""
     yield Heading("Where these figures come from")
     facts = [("checkpoint", plain(result.checkpoint))]

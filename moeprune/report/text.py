@@ -50,7 +50,7 @@ def _parts(block: Block) -> Iterator[RenderableType]:
         yield from (Text(line) for line in block.lines)
     elif isinstance(block, Facts):
         yield _facts(block)
-    else:
+    elif isinstance(block, Table):
         if block.title is not None:
             yield Text(block.title, style="bold")
         yield _table(block)

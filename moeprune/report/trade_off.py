@@ -14,7 +14,7 @@ from moeprune.files.writing import write_bytes
 from moeprune.plan import COMPENSATIONS
 from moeprune.pruning.results import SweepRow
 from moeprune.report.document import Figure
-from moeprune.report.figures import COLORS, FAINT, INK, STYLE, legend_panel, panel, percent_axis, require
+from moeprune.report.figures import COLORS, FAINT, INK, legend_panel, panel, percent_axis, require, style
 from moeprune.report.words import percent
 
 if TYPE_CHECKING:
@@ -141,11 +141,10 @@ def plot_trade_off(rows: Sequence[SweepRow], title: str, path: Path, overwrite: 
     Raises:
         MoepruneError: the path cannot be written, or exists and may not be replaced.
     """
-    import matplotlib
     from matplotlib.figure import Figure as Drawing
 
     shown = _axes_of(rows[0])
-    with matplotlib.rc_context({**STYLE, "svg.fonttype": "path"}):
+    with style("path"):
         figure = Drawing(figsize=(5 * len(shown), 5), layout="constrained")
         figure.suptitle(title)
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
