@@ -1013,8 +1013,7 @@ def test_a_gate_passes_exactly_at_its_limit(right, passes):
     """One of 100 inputs lost is a drop of 0.01, whatever the floats 0.96 - 0.95 say."""
     labels = torch.zeros(100, dtype=torch.int64)
     model, full = (
-        Predictions(labels, (torch.arange(100) >= count).long(), labels == 0, 0.0, {})
-        for count in (right, 96)
+        Predictions(labels, (torch.arange(100) >= count).long(), 1.0, 0.0, {}) for count in (right, 96)
     )
     result = replace(evaluation(right, 1), difference=compare(cost(900), cost(1000), model, full))
     [drop, *reductions] = judge(

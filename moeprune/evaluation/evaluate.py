@@ -34,13 +34,13 @@ from moeprune.records import from_json
 class Predictions:
     """Predictions of one model for every sample, on the CPU.
 
-    labels, predicted: (samples) int64. in_top5: (samples) bool. loss: mean cross-entropy in nats.
+    labels, predicted: (samples) int64. loss: mean cross-entropy in nats.
     usage: of experts, in the layers whose plans do not fix it.
     """
 
     labels: Tensor
     predicted: Tensor
-    in_top5: Tensor
+    top5_accuracy: float
     loss: float
     usage: dict[str, Usage]
 
@@ -56,8 +56,8 @@ class _Tally:
     def __init__(self, model: Model, device: torch.device):
         self.model = private_copy(model).to(device)
         self.loss = torch.zeros((), device=device, dtype=wide_dtype(device))
+        self.in_top5 = torch.zeros((), device=device, dtype=torch.int64)
         self.predicted: list[Tensor] = []
-        self.in_top5: list[Tensor] = []
         self.running: dict[str, list[Tensor]] = {}
         self.applied: dict[str, int] = {}
         for name, layer in self.model.moe_layers.items():
@@ -75,7 +75,7 @@ class _Tally:
         """Add the predictions for a batch."""
         self.predicted.append(logits.argmax(1))
         top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        self.in_top5.append((top5 == targets[:, None]).any(1))
+        self.in_top5 += (top5 == targets[:, None]).sum()
         self.loss += F.cross_entropy(logits, targets, reduction="sum")
 
     def result(self, labels: Tensor) -> Predictions:
@@ -85,8 +85,8 @@ class _Tally:
             name: Usage(float(sum(parts)) / count, self.applied[name] / count)
             for name, parts in self.running.items()
         }
-        predicted, in_top5 = (torch.cat(parts).cpu() for parts in (self.predicted, self.in_top5))
-        return Predictions(labels, predicted, in_top5, float(self.loss) / count, usage)
+        predicted = torch.cat(self.predicted).cpu()
+        return Predictions(labels, predicted, int(self.in_top5) / count, float(self.loss) / count, usage)
 
 
 def predict(
@@ -98,7 +98,7 @@ def predict(
         MoepruneError: the data has no labels, or a model computes NaN or no logits for an image.
     """
     for model in models:
-        require_labelled_images(model, data, "eval")
+        require_labelled_images(model, data)
     device = runtime.torch_device
     tallies = [_Tally(model, device) for model in models]
     labels: list[Tensor] = []
@@ -159,22 +159,20 @@ def evaluate(
             f"the baseline takes {baseline.input_format.in_words}, the model {model.input_format.in_words}",
             "give the checkpoint that the model was pruned from",
         )
-    models = [model] if baseline is None else [model, baseline]
-    predictions = predict(models, data, runtime)
-    described = [describe(*pair) for pair in zip(models, predictions, strict=True)]
-    difference, forgotten, latency = None, None, None
+    own, *full = predict([model] if baseline is None else [model, baseline], data, runtime)
+    figures, of_baseline, difference, forgotten, latency = describe(model, own), None, None, None, None
     if baseline is not None:
-        own, full = predictions
-        difference = compare(described[0], described[1], own, full)
-        forgotten = forgetting(own.labels, own.predicted, full.predicted, data.indices)
+        of_baseline = describe(baseline, full[0])
+        difference = compare(figures, of_baseline, own, full[0])
+        forgotten = forgetting(own.labels, own.predicted, full[0].predicted, data.indices)
     if latency_batches is not None:
         latency = measure_latency(model, data, baseline, latency_batches, runtime)
     return Evaluation(
         checkpoint=None,
         baseline=None,
         data=data.info,
-        model=described[0],
-        baseline_model=described[1] if baseline is not None else None,
+        model=figures,
+        baseline_model=of_baseline,
         difference=difference,
         forgetting=forgotten,
         latency=latency,
@@ -190,18 +188,14 @@ def describe(model: Model, predictions: Predictions) -> ModelFigures:
     return ModelFigures(
         accuracy=correct / samples,
         accuracy_ci95=wilson(correct, samples),
-        top5_accuracy=float(predictions.in_top5.double().mean()),
+        top5_accuracy=predictions.top5_accuracy,
         loss=predictions.loss,
         **msgspec.structs.asdict(model.cost(predictions.usage)),
     )
 
 
-def require_labelled_images(model: Model, data: Dataset, who: str) -> None:
-    """Raise a MoepruneError unless the model gives logits for an image and the data has labels.
-
-    Args:
-        who: the caller's name in messages.
-    """
+def require_labelled_images(model: Model, data: Dataset) -> None:
+    """Raise a MoepruneError unless the model gives logits for an image and the data has labels."""
     config = model.config
     if config.num_classes == 0:
         raise MoepruneError(
@@ -211,11 +205,11 @@ def require_labelled_images(model: Model, data: Dataset, who: str) -> None:
         raise MoepruneError(
             f"the model gives logits for each of its {config.outputs_per_input} tokens, not for an image"
             " (`pooling` none)",
-            f"analyze and prune work on it; {who} needs a model that pools",
+            "analyze and prune work on it; eval needs a model that pools",
         )
     if not data.has_labels:
         raise MoepruneError(
-            f"`{data.spec}` has no labels, {who} needs them", "add an array `labels` with each sample's class"
+            f"`{data.spec}` has no labels, eval needs them", "add an array `labels` with each sample's class"
         )
 
 

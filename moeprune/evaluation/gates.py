@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.intervals import drop_at_most, median_at_least, share_at_least
@@ -83,31 +83,6 @@ def samples_needed(evidence: Evidence, limit: float, confidence: float) -> int |
     return bisect_left(range(many), True, few + 1, many, key=lambda n: evidence.keeps(limit, confidence, n))
 
 
-def _exact(evaluation: Evaluation) -> list[Evidence]:
-    return []
-
-
-def _accuracy(evaluation: Evaluation) -> list[Evidence]:
-    samples = evaluation.data.samples
-    return [of_share(round(evaluation.model.accuracy * samples), samples)]
-
-
-def _agreement(evaluation: Evaluation) -> list[Evidence]:
-    assert evaluation.difference is not None
-    samples = evaluation.data.samples
-    return [of_share(round(evaluation.difference.agreement * samples), samples)]
-
-
-def _accuracy_drop(evaluation: Evaluation) -> list[Evidence]:
-    assert evaluation.difference is not None
-    return [of_drop(evaluation.difference.outcomes)]
-
-
-def _speedup(evaluation: Evaluation) -> list[Evidence]:
-    assert evaluation.latency is not None
-    return [of_median(batch.speedups or ()) for batch in evaluation.latency.batches]
-
-
 @dataclass(frozen=True)
 class Gate:
     """A limit on one figure of an evaluation.
@@ -115,16 +90,12 @@ class Gate:
     name: of the option, without dashes.
     section, figure: where the value is in the evaluation; in `latency` the worst of all batch sizes counts.
     is_maximum: the value may be at most, and not at least, the limit.
-    evidence: of the figure in an evaluation, for each batch size if there are several; empty for exact ones.
-    is_fraction: limits lie in 0…1; otherwise they may be any ratio above 0.
     """
 
     name: str
     section: str
     figure: str
     is_maximum: bool
-    evidence: Callable[[Evaluation], Sequence[Evidence]] = _exact
-    is_fraction: bool = True
 
     @property
     def option(self) -> str:
@@ -141,12 +112,12 @@ class Gate:
 
 
 GATES = (
-    Gate("max_accuracy_drop", "difference", "accuracy_drop", True, _accuracy_drop),
-    Gate("min_accuracy", "model", "accuracy", False, _accuracy),
+    Gate("max_accuracy_drop", "difference", "accuracy_drop", True),
+    Gate("min_accuracy", "model", "accuracy", False),
     Gate("min_flops_reduction", "difference", "flops_reduction", False),
     Gate("min_size_reduction", "difference", "size_reduction", False),
-    Gate("min_agreement", "difference", "agreement", False, _agreement),
-    Gate("min_speedup", "latency", "speedup", False, _speedup, is_fraction=False),
+    Gate("min_agreement", "difference", "agreement", False),
+    Gate("min_speedup", "latency", "speedup", False),
 )
 
 
@@ -173,14 +144,11 @@ def check_limits(
         limit = limits.get(gate.name)
         if limit is None:
             continue
-        if gate.is_fraction and not 0 <= limit <= 1:
-            raise MoepruneError(
-                f"`{gate.option} {limit}` is outside 0…1", "give a fraction: one percent is 0.01"
-            )
-        if not gate.is_fraction and not 0 < limit < math.inf:
-            raise MoepruneError(
-                f"`{gate.option} {limit}` is not a ratio above 0", "give a speed-up such as 1.5"
-            )
+        given = f"`{gate.option} {limit}`"
+        if gate.section == "latency" and not 0 < limit < math.inf:
+            raise MoepruneError(f"{given} is not a ratio above 0", "give a speed-up such as 1.5")
+        if gate.section != "latency" and not 0 <= limit <= 1:
+            raise MoepruneError(f"{given} is outside 0…1", "give a fraction: one percent is 0.01")
         if gate.section == "latency" and not has_latency:
             raise MoepruneError(f"`{gate.option}` judges measured times", "give it with `--latency`")
         if gate.section in ("difference", "latency") and not has_baseline:
@@ -212,30 +180,35 @@ def judge(
             section = getattr(evaluation, gate.section)
             parts = section.batches if gate.section == "latency" else [section]
             value = gate.worst([getattr(part, gate.figure) for part in parts])
-            evidence = gate.evidence(evaluation) if confidence is not None else ()
-            results.append(_verdict(gate, value, limit, evidence, confidence))
+            evidence = _evidence(gate, parts, evaluation.data.samples) if confidence is not None else []
+            results.append(_verdict(gate, value, limit, evidence, confidence or 0))
     return results
 
 
+def _evidence(gate: Gate, parts: Sequence[Any], samples: int) -> list[Evidence]:
+    """Return the evidence for a gate's figure in each part of its section; none of figures that are exact."""
+    if gate.figure == "accuracy_drop":
+        return [of_drop(part.outcomes) for part in parts]
+    if gate.figure == "speedup":
+        return [of_median(part.speedups) for part in parts]
+    if gate.figure in ("accuracy", "agreement"):
+        return [of_share(round(getattr(part, gate.figure) * samples), samples) for part in parts]
+    return []
+
+
 def _verdict(
-    gate: Gate, value: float, limit: float, evidence: Sequence[Evidence], confidence: float | None
+    gate: Gate, value: float, limit: float, evidence: Sequence[Evidence], confidence: float
 ) -> GateResult:
+    bounds = [part.bound(confidence) for part in evidence]
+    bound = gate.worst(bounds) if bounds else None
     reason: Literal["missed", "undecided"] | None = None
-    bound, samples, needed = None, None, None
-    if evidence and confidence is not None:
-        bounds = [part.bound(confidence) for part in evidence]
-        bound = gate.worst(bounds)
-        samples = evidence[bounds.index(bound)].samples
+    numbers: list[int | None] = [None]
     if not gate.keeps(value, limit):
         reason = "missed"
-    elif bound is not None and confidence is not None and not gate.keeps(bound, limit):
+    elif bound is not None and not gate.keeps(bound, limit):
         reason = "undecided"
-        numbers = [
-            samples_needed(part, limit, confidence)
-            for part, its_bound in zip(evidence, bounds, strict=True)
-            if not gate.keeps(its_bound, limit)
-        ]
-        needed = None if None in numbers else max(number for number in numbers if number is not None)
+        undecided = (part for part, own in zip(evidence, bounds, strict=True) if not gate.keeps(own, limit))
+        numbers = [samples_needed(part, limit, confidence) for part in undecided]
     return GateResult(
         name=gate.name,
         limit=limit,
@@ -244,6 +217,6 @@ def _verdict(
         reason=reason,
         confidence=None if bound is None else confidence,
         bound=bound,
-        samples=samples,
-        samples_needed=needed,
+        samples=None if bound is None else evidence[bounds.index(bound)].samples,
+        samples_needed=max((number for number in numbers if number), default=None) if all(numbers) else None,
     )

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 from statistics import NormalDist
 
-Z95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
+Z95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
 
 def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927).
-
-    Args:
-        successes, trials: of independent trials, at least one.
-
-    Returns:
-        Lower and upper bound, in 0…1.
+    """Return Wilson's score interval of a share of independent trials (Wilson 1927).
 
     >>> [round(bound, 4) for bound in wilson(95, 100)]
     [0.8882, 0.9785]
@@ -39,16 +32,10 @@ def simultaneous_quantile(level: float, intervals: int) -> float:
 def paired_difference(
     both: float, only_first: float, only_second: float, neither: float, z: float = Z95
 ) -> tuple[float, float]:
-    """Interval of the difference of two shares measured on the same trials (first minus second).
+    """Return the interval of the difference of two shares (first - second) from counts of the same trials.
 
     Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions
     based on paired data", method 10.
-
-    Args:
-        both, only_first, only_second, neither: numbers of trials with success of both, and so on.
-
-    Returns:
-        Lower and upper bound, in -1…1.
     """
     trials = both + only_first + only_second + neither
     first, second = (both + only_first) / trials, (both + only_second) / trials
@@ -71,7 +58,7 @@ def paired_difference(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided p of McNemar's exact test that two models are equally good on these inputs.
+    """Return the two-sided p of McNemar's exact test that two models are equally good on these inputs.
 
     >>> round(mcnemar(1, 5), 5)
     0.21875
@@ -82,14 +69,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def share_at_least(successes: float, trials: float, confidence: float) -> float:
-    """Exact one-sided lower bound of a share (Clopper and Pearson 1934).
+    """Return the exact one-sided lower bound of a share of independent trials (Clopper and Pearson 1934).
 
-    At this share, at least as many successes occur with probability 1 - confidence.
-
-    Args:
-        successes, trials: of independent trials; may be fractional, to extrapolate rates to other numbers
-            of trials.
-        confidence: in 0…1.
+    At this share, at least as many successes occur with probability 1 - confidence. Successes and trials may
+    be fractional, to extrapolate rates to other numbers of trials.
 
     >>> round(share_at_least(100, 100, 0.95), 4)
     0.9705
@@ -102,15 +85,10 @@ def share_at_least(successes: float, trials: float, confidence: float) -> float:
 
 
 def drop_at_most(both: float, lost: float, won: float, neither: float, confidence: float) -> float:
-    """One-sided upper bound of an accuracy drop measured on the same inputs.
+    """Return the one-sided upper bound of an accuracy drop, from counts as in `Outcomes`.
 
-    The end of Newcombe's interval, but at least the exact bound of a share of `lost - won` inputs: if few
-    inputs are lost and none is won, Newcombe's bound lies below the true drop too often.
-
-    Args:
-        both, lost, won, neither: numbers of inputs that both models predict right, only the full one, only
-            the pruned one, and neither.
-        confidence: in 0.5…1.
+    It is the end of Newcombe's interval, but at least the exact bound of a share of `lost - won` inputs: if
+    few inputs are lost and none is won, Newcombe's bound lies below the true drop too often.
     """
     bound = paired_difference(both, lost, won, neither, NormalDist().inv_cdf(confidence))[1]
     if lost >= won:
@@ -120,7 +98,7 @@ def drop_at_most(both: float, lost: float, won: float, neither: float, confidenc
 
 
 def median_at_least(values: Sequence[float], confidence: float) -> float:
-    """One-sided lower bound of the median of the distribution that positive values are drawn from.
+    """Return the one-sided lower bound of the median of what positive values are drawn from.
 
     The largest value whose rank exceeds the median with probability at most `1 - confidence`, for any
     distribution of independent values (Thompson 1936); 0 if there are too few values.
@@ -130,11 +108,11 @@ def median_at_least(values: Sequence[float], confidence: float) -> float:
     >>> median_at_least([1.7, 1.1, 1.3, 1.2], 0.95)
     0.0
     """
-    allowed = math.floor((1 - Fraction(confidence)) * 2 ** len(values))
-    below, bound = 0, 0.0
-    for rank, value in enumerate(sorted(values)):
-        below += math.comb(len(values), rank)
-        if below > allowed:
-            break
-        bound = value
-    return bound
+    from scipy.special import bdtr
+
+    ordered = sorted(values)
+    ranks = bdtr(
+        range(len(ordered)), len(ordered), 0.5
+    )  # P(at most so many of the values are below the median)
+    below = [value for value, rank in zip(ordered, ranks, strict=True) if rank <= 1 - confidence + 1e-15]
+    return below[-1] if below else 0.0

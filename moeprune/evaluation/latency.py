@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moeprune.data.datasets import Dataset
 from moeprune.evaluation.results import BatchLatency, Interval, Latency
@@ -47,23 +46,14 @@ def measure_latency(
         name: partial(runtime.forward, private_copy(module).to(device)) for name, module in models.items()
     }
     batches = []
-    for batch_size in tqdm(
-        batch_sizes,
-        desc="latency",
-        unit=" batch sizes",
-        leave=False,
-        disable=None if runtime.progress else True,
-    ):
+    for batch_size in runtime.bar("latency", "batch sizes", batch_sizes):
         seconds = interleaved(functions, ready_batches(data, batch_size, device))
         batches.append(summarize_latency(batch_size, seconds["model"], seconds.get("baseline")))
     return Latency(threads=torch.get_num_threads(), batches=batches)
 
 
 def ready_batches(data: Dataset, batch_size: int, device: torch.device) -> list[Tensor]:
-    """Different batches (batch_size,c,H,W) on the device: the first samples of the data, in order.
-
-    The samples repeat if there are too few.
-    """
+    """Return the first samples of the data, repeated if there are too few, as batches on the device."""
     count = max(2, min(READY_BATCHES, READY_INPUTS // batch_size))
     batches = [inputs for inputs, _ in itertools.islice(data.batches(batch_size), count)]
     if data.samples < count * batch_size:
@@ -87,7 +77,7 @@ def interleaved(
     Args:
         functions: by name.
         inputs: used in turn, cyclically; all on one device.
-        seconds_of: times a call; None for `seconds_of_call` on the device of the inputs.
+        seconds_of: times a call; None: seconds_of_call.
     """
     seconds_of = seconds_of or partial(seconds_of_call, device=inputs[0].device)
     warm_at = time.perf_counter() + WARM_UP_SECONDS

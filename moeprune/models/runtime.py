@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,12 +14,14 @@ from moeprune.errors import MoepruneError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from tqdm import tqdm
 
     from moeprune.data.datasets import Dataset
     from moeprune.data.sources import Batch
 
 logger = logging.getLogger(__name__)
 K = TypeVar("K")
+T = TypeVar("T")
 
 AUTOCAST_DTYPES = {"float32": None, "fp32": None, "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
@@ -56,37 +58,30 @@ class Runtime:
         """
         import torch
 
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            raise _no_device(self.device) from None
-        there = {
-            "cpu": device.index in (None, 0),
-            "cuda": (device.index or 0) < torch.cuda.device_count(),
-            "mps": device.index in (None, 0) and torch.backends.mps.is_available(),
-        }
-        if not there.get(device.type, False):
-            raise _no_device(self.device)
-        return device
+        found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        found += ["mps"] if torch.backends.mps.is_available() else []
+        name = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if name.removesuffix(":0") not in [each.removesuffix(":0") for each in found]:
+            raise MoepruneError(f"no device `{name}` here", f"found: {', '.join(found)}; or give `auto`")
+        return torch.device(name)
 
     def require_device(self) -> None:
         """Raise a MoepruneError if there is no such device; log where models will run."""
         logger.info(f"runs on {self.torch_device} in {self.dtype}, {self.batch_size} inputs at a time")
 
-    def batches(self, data: Dataset, what: str) -> Iterator[Batch]:
-        """Yield the data once, in batches on the device, with a progress bar named `what`."""
+    def bar(
+        self, what: str, unit: str, items: Sequence[T] | None = None, total: int | None = None
+    ) -> tqdm[T]:
+        """Return a progress bar named `what`, over items or of so many steps."""
         from tqdm import tqdm
 
+        hidden = None if self.progress else True
+        return tqdm(items, what, total, unit=f" {unit}", leave=False, disable=hidden)
+
+    def batches(self, data: Dataset, what: str) -> Iterator[Batch]:
+        """Yield the data once, in batches on the device, with a progress bar named `what`."""
         device, start = self.torch_device, time.perf_counter()
-        with tqdm(
-            total=data.samples,
-            desc=what,
-            unit=" samples",
-            leave=False,
-            disable=None if self.progress else True,
-        ) as bar:
+        with self.bar(what, "samples", total=data.samples) as bar:
             for inputs, labels in data.batches(self.batch_size):
                 yield inputs.to(device, non_blocking=True), labels
                 bar.update(len(inputs))
@@ -114,12 +109,3 @@ class Runtime:
             precision = torch.autocast(inputs.device.type, getattr(torch, autocast))
         with torch.inference_mode(), precision:
             return model(inputs.to(next(model.parameters()).dtype))
-
-
-def _no_device(name: str) -> MoepruneError:
-    import torch
-
-    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        found.append("mps")
-    return MoepruneError(f"no device `{name}` here", f"found: {', '.join(found)}; or give `auto`")

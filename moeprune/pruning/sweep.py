@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 
-from tqdm import tqdm
-
 from moeprune.calibration.analysis import Analysis
 from moeprune.data.datasets import Dataset
 from moeprune.evaluation.evaluate import Reference
@@ -140,8 +138,7 @@ def sweep(
         return measure_latency(pruned, data, model, latency_batches, runtime)
 
     yield _row(None, [reference.itself], reference.figures.accuracy, latency(model)), model
-    is_silent = None if runtime.progress else True
-    for variant, plan in tqdm(plans, desc="sweep", unit=" variants", disable=is_silent):
+    for variant, plan in runtime.bar("sweep", "variants", plans):
         results = []
         for draw in range(RANDOM_DRAWS if variant.signal == "random" else 1):
             pruned = prune(model, analysis, plan=plan, data=calibration, seed=seed + draw, runtime=runtime)
