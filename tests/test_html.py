@@ -112,6 +112,9 @@ def test_a_page_is_one_file_that_asks_for_nothing_and_runs_nothing(pages, kind):
     for figure in tree.iter("figure"):
         [panels] = (part for part in figure.iter("div") if part.get("role") == "img")
         assert re.search(r"\d", panels.get("aria-label"))
+    layers = {"eval": 1, "sweep": 1, "layers": 3, "analyze": 1}[kind]
+    for title in ("mean mass of each expert", "mass of k experts", "mass of each expert over the inputs"):
+        assert sum(text_of(part).startswith(title) for part in tree.iter("text")) == layers
 
 
 def test_figures_have_the_colours_of_the_page_in_light():
@@ -203,14 +206,6 @@ def test_experts_are_those_of_the_analysis(judged, pruned, small_analysis):
     assert [label.get_text() for label in axes.get_yticklabels()] == list("0123456789")
     best = painted(curves, masses, plan).lines[0].get_ydata()
     assert best == pytest.approx([0, *arrays[f"{LAYER}.kept_mass"]])
-
-
-def test_each_layer_has_its_figures(pages):
-    tree = read(pages["layers"])
-    layers = [text_of(part) for part in tree.iter("h2") if text_of(part).startswith("Experts of ")]
-    assert layers == [f"Experts of blocks.{i}.soft_moe" for i in (1, 2, 3)]
-    for title in ("mean mass of each expert", "mass of k experts", "mass of each expert over the inputs"):
-        assert sum(text_of(part).startswith(title) for part in tree.iter("text")) == 3
 
 
 def test_of_more_cells_than_are_drawn_neighbours_are_averaged():
