@@ -1,17 +1,16 @@
-"""The model that a checkpoint describes, read from its header and checked; no torch."""
+"""What a checkpoint says about its model, read from its header alone and checked; no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from moeprune.data.preprocessing import Preprocessing
 from moeprune.errors import MoepruneError
 from moeprune.files.header import Header, is_safetensors, is_too_large, read_header, require_format
 from moeprune.models.architecture import ModelConfig, architecture_from_json
 from moeprune.models.details import FORMAT, Details
 from moeprune.models.lookalikes import lookalike
 from moeprune.models.tensors import require_one_type, require_tensors
-from moeprune.plan import Plan, plan_from_json, require_fitting_plan
+from moeprune.plan import LayerPlan, Plan, plan_from_json, require_fitting_plan
 from moeprune.records import from_json
 
 
@@ -26,20 +25,20 @@ def our_header(path: str | Path) -> Header | None:
 
 
 def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
-    """Return the architecture, plan and details of a checkpoint, after checking its tensors against them.
+    """Return the unpruned config, the plan and the details of a checkpoint, whose tensors fit them.
 
-    In a model of the user's own code, only the tensors of MoE layers are checked.
+    Of a model of the user's own code, only the tensors of MoE layers are known beforehand.
 
     Raises:
-        MoepruneError: the file is not a checkpoint of moeprune, of an unknown format, or damaged; it has no
-            MoE layer; or tensors are missing, unexpected, or of several types.
+        MoepruneError: the file is not a checkpoint of moeprune, or damaged; it has no MoE layer, lacks
+            tensors, or has others or some of several types.
     """
     path = header.path
     config, plan, details = _read_metadata(header)
     found = {name: tensor for name, tensor in header.tensors.items() if config.covers(name)}
     shapes = config.shapes(plan)
     if any(is_too_large(shape) for shape in shapes.values()):
-        raise MoepruneError(f"`{path}`: its architecture is too large to build a model")
+        raise MoepruneError(f"`{path}`: no model can be built of its architecture")
     require_tensors(found, shapes, f"`{path}` does not fit its own architecture")
     require_one_type(found, path)
     return config, plan, details
@@ -61,30 +60,30 @@ def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
         config = architecture_from_json(metadata.get("architecture"))
         plan = plan_from_json(metadata.get("plan", {}))
         require_fitting_plan(plan, config.moe_layers)
-        preprocessing: Preprocessing = from_json(
-            metadata.get("preprocessing", {}), Preprocessing, "preprocessing"
-        )
+        for name, layer in plan.items():
+            _require_decided(name, layer)
+        stated = {name: metadata[name] for name in Details.__struct_fields__ if name in metadata}
+        details: Details = from_json(stated, Details, "metadata")
     except MoepruneError as error:
         raise MoepruneError(f"`{path}`: {error.message}", error.hint) from None
     if not config.moe_layers:
-        raise MoepruneError(f"no Soft MoE layers in `{path}`", "there is nothing to prune in it")
+        raise MoepruneError(f"no MoE layers in `{path}`", "there is nothing to prune in it")
     for name, moe in config.moe_layers.items():
         tokens = config.tokens(name)
-        slots = -(-tokens // moe.num_experts)  # rounded up, also where a damaged file has endless tokens
-        if getattr(moe, "dynamic_slots", False) and moe.terms_per_expert != slots:
+        padded = moe.padded_tokens(tokens)
+        if not tokens <= padded < tokens + moe.num_experts:
             raise MoepruneError(
-                f"`{path}`: layer `{name}` has {moe.terms_per_expert} dynamic slots per expert, expected"
-                f" {slots}: {tokens} tokens for {moe.num_experts} experts"
+                f"`{path}`: layer `{name}` computes with {padded} tokens, its inputs have {tokens}"
             )
-    for name, layer in plan.items():
-        if layer.merges and layer.merged_into is None:
-            raise MoepruneError(f"`{path}`: the plan of layer `{name}` lacks `merged_into`")
-        if layer.energy is not None:
-            raise MoepruneError(f"`{path}`: the plan of layer `{name}` leaves its `rank` open")
-        if layer.scope == "static" and layer.kept is None:
-            raise MoepruneError(f"`{path}`: the plan of layer `{name}` lacks `kept`")
-    for key in ("source", "provenance"):
-        if not isinstance(metadata.get(key, {}), dict):
-            raise MoepruneError(f"`{path}`: `{key}` is not an object")
-    details = Details(preprocessing, metadata.get("source", {}), metadata.get("provenance", {}))
     return config, plan, details
+
+
+def _require_decided(name: str, plan: LayerPlan) -> None:
+    """Raise a MoepruneError if the plan of a pruned layer leaves something open."""
+    open_fields = {
+        "merged_into": plan.merges and plan.merged_into is None,
+        "rank": plan.energy is not None,
+        "kept": plan.scope == "static" and plan.kept is None,
+    }
+    if lacking := [f"`{field}`" for field, is_open in open_fields.items() if is_open]:
+        raise MoepruneError(f"the plan of layer `{name}` lacks {', '.join(lacking)}")

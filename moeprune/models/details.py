@@ -1,24 +1,25 @@
-"""Metadata of a checkpoint besides architecture and plan; no torch."""
+"""What a checkpoint says about its model besides tensors, architecture and plan; no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from moeprune.data.preprocessing import Preprocessing
+from moeprune.records import Record
 
 FORMAT = 1
-"""The format of checkpoints."""
+"""Of checkpoints: the only one that there is."""
 
 
-@dataclass(frozen=True)
-class Details:
-    """Preprocessing and origin of a model.
+class Details(Record, frozen=True):
+    """What a checkpoint says besides its tensors, architecture and plan.
 
     source: where the weights came from: `library`, `version`, and for foreign files `sha256`.
     provenance: how they were made: training, or calibration data, seed and versions.
     """
 
     preprocessing: Preprocessing = Preprocessing()
-    source: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = msgspec.field(default_factory=dict)
+    provenance: dict[str, Any] = msgspec.field(default_factory=dict)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header |
             )
     if spec.preprocess:
         preprocessing = model.details.preprocessing.updated(spec.preprocess)
-        model.details = replace(model.details, preprocessing=preprocessing)
+        model.details = model.details.replace(preprocessing=preprocessing)
     return model.requires_grad_(False).eval()
 
 

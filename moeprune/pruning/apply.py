@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -126,7 +126,7 @@ def prune(
         _require_data_of_analysis(analysis, dataset)
     provenance = provenance_of(analysis, dataset, plan, runtime)
     provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}
-    pruned.details = replace(model.details, provenance={**model.details.provenance, **provenance})
+    pruned.details = model.details.replace(provenance={**model.details.provenance, **provenance})
     return pruned.to(next(model.parameters()).device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -141,8 +141,8 @@ def as_dense(config: ViTConfig, plan: Plan) -> tuple[ViTConfig, list[str]]:
     for index, block in enumerate(blocks):
         layer = plan.get(f"blocks.{index}.soft_moe")
         if block.soft_moe is not None and layer is not None and layer.k:
-            blocks[index] = replace(block, soft_moe=block.soft_moe.replace(num_experts=layer.k))
-    return replace(config, blocks=tuple(blocks)), refused
+            blocks[index] = block.replace(soft_moe=block.soft_moe.replace(num_experts=layer.k))
+    return config.replace(blocks=tuple(blocks)), refused
 
 
 def not_dense(name: str, plan: LayerPlan) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -17,7 +16,7 @@ from moeprune.records import Record, from_json
 
 EPS = 1e-6
 """Of norms, unless the model was built with another norm layer."""
-POOLINGS = {"token": "token", "avg": "mean", "": "none"}
+POOLINGS: dict[str, Literal["token", "mean", "none"]] = {"token": "token", "avg": "mean", "": "none"}
 """Ours by the library's `global_pool`."""
 LAYER = re.compile(r"blocks\.(\d+)\.mlp\.(phi$|experts\.|stacked_expert_)")
 UNUSED = re.compile(r"blocks\.\d+\.mlp\.base_expert\.")
@@ -140,8 +139,7 @@ def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple
             f"the tensors of `{path}` do not determine its model; missing arguments: {missing}",
             f"give their values: `{' '.join(f'--source-arg {name}=...' for name in expected)}`",
         )
-    completed = replace(
-        draft,
+    completed = draft.replace(
         image_size=values["img_size"],
         num_heads=values["num_heads"],
         pooling=POOLINGS[values["global_pool"]],
