@@ -79,7 +79,9 @@ def details(path: Path) -> dict:
 def soft_moe(path: Path) -> dict[str, dict]:
     """The Soft MoE layers in a checkpoint's architecture."""
     blocks = details(path)["architecture"]["blocks"]
-    return {f"blocks.{i}.soft_moe": block["soft_moe"] for i, block in enumerate(blocks) if "soft_moe" in block}
+    return {
+        f"blocks.{i}.soft_moe": block["soft_moe"] for i, block in enumerate(blocks) if "soft_moe" in block
+    }
 
 
 @pytest.fixture(scope="module")

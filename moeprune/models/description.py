@@ -1,4 +1,4 @@
-"""What a checkpoint says about its model, read from its header alone and checked; no torch."""
+"""The model that a checkpoint describes, read from its header and checked; no torch."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def our_header(path: str | Path) -> Header | None:
 
 
 def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
-    """Return the unpruned config, the plan and the details of a checkpoint, whose tensors fit them.
+    """Return the architecture, plan and details of a checkpoint, after checking its tensors against them.
 
-    Of a model of the user's own code, only the tensors of MoE layers are known beforehand.
+    In a model of the user's own code, only the tensors of MoE layers are checked.
 
     Raises:
-        MoepruneError: the file is not a checkpoint of moeprune, or damaged; it has no MoE layer, lacks
-            tensors, or has others or some of several types.
+        MoepruneError: the file is not a checkpoint of moeprune, of an unknown format, or damaged; it has no
+            MoE layer; or tensors are missing, unexpected, or of several types.
     """
     path = header.path
     config, plan, details = _read_metadata(header)
     found = {name: tensor for name, tensor in header.tensors.items() if config.covers(name)}
     shapes = config.shapes(plan)
     if any(is_too_large(shape) for shape in shapes.values()):
-        raise MoepruneError(f"`{path}`: no model can be built of its architecture")
+        raise MoepruneError(f"`{path}`: its architecture is too large to build a model")
     require_tensors(found, shapes, f"`{path}` does not fit its own architecture")
     require_one_type(found, path)
     return config, plan, details

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its model besides tensors, architecture and plan; no torch."""
+"""Metadata of a checkpoint besides architecture and plan; no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from moeprune.data.preprocessing import Preprocessing
 from moeprune.records import Record
 
 FORMAT = 1
-"""Of checkpoints: the only one that there is."""
+"""The format of checkpoints."""
 
 
 class Details(Record, frozen=True):
-    """What a checkpoint says besides its tensors, architecture and plan.
+    """Preprocessing and origin of a model.
 
     source: where the weights came from: `library`, `version`, and for foreign files `sha256`.
     provenance: how they were made: training, or calibration data, seed and versions.
