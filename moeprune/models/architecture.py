@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from moeprune.models.module import Factory
 
 
+Total = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
 class ModelConfig(Record, frozen=True, tag_field="type"):
     """A model that holds MoE layers; everything outside moeprune.models asks no further what it is."""
 
@@ -295,9 +298,9 @@ class ModuleConfig(ModelConfig, frozen=True, tag="module"):
     factory: str | None
     arguments: dict[str, Any]
     input_shape: tuple[Positive, Positive, Positive]
-    num_classes: Count
+    num_classes: Total
     layers: dict[str, AdoptedLayer]
-    other_flops: Count
+    other_flops: Total
 
     @property
     def moe_layers(self) -> dict[str, LayerConfig]:
