@@ -138,7 +138,7 @@ def heat_map(axes: Axes, masses: Masses) -> None:
     )  # fmt: skip
     if masses.kept is not None:
         marks = np.flatnonzero(masses.kept[masses.columns]) + 0.5
-        above = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         axes.plot(marks, np.full(len(marks), 1.03), "v", color=COLORS[0], markersize=2.5, **above)
     shown = np.arange(0, rows, -(-rows // 20))
     axes.set_yticks(shown + 0.5, [str(index) for index in masses.classes[shown]])
