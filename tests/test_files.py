@@ -131,7 +131,7 @@ def test_a_checkpoint_is_hashed_once(single, monkeypatch, tmp_path):
     model = open_model(ModelSpec(path=single), header=header)
     assert open_model(ModelSpec(path=single), header=header) is not model
     assert len(scanned) == len(header.tensors)
-    monkeypatch.setattr(checkpoint, "_memory_blocks", None)
+    monkeypatch.setattr(checkpoint, "_blocks", None)
     found = fingerprint(model)
     assert found == checkpoint.fingerprint(header, model.config.to_json())
     monkeypatch.undo()
@@ -266,7 +266,7 @@ def test_links_are_followed(tmp_path, overwrite):
     assert (tmp_path / "link").is_symlink()
     assert not target.is_symlink()
     (tmp_path / "circle").symlink_to("circle")
-    with pytest.raises(MoepruneError, match="cannot write"):
+    with pytest.raises(MoepruneError, match="not a regular file"):
         write_text(tmp_path / "circle", "new", overwrite)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from moeprune.files.writing import replacing
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 """Suffixes of files that are written with torch.save, and not as safetensors."""
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Bytes that are read, checked or written at once."""
 
 EXPONENTS = {
@@ -72,14 +72,11 @@ def scan(header: Header) -> dict[str, str]:
     if not header.digests:
 
         def scan_tensor(name: str) -> tuple[str, bool]:
-            info, digest, finite = header.tensors[name], hashlib.sha256(), True
-            for block in _file_blocks(header.path, header.offsets[name], info.nbytes):
-                digest.update(block)
-                finite = finite and _is_finite(block, info.dtype)
-            return digest.hexdigest(), finite
+            info = header.tensors[name]
+            return _scan(_file_blocks(header.path, header.offsets[name], info.nbytes), info.dtype)
 
         try:
-            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 results = dict(zip(header.tensors, pool.map(scan_tensor, header.tensors), strict=True))
         except OSError as error:
             raise unreadable(header.path, error) from None
@@ -94,7 +91,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     bad = [
         name
         for name, tensor in tensors.items()
-        if not all(_is_finite(block, str(tensor.dtype)) for block in _memory_blocks(tensor))
+        if not all(_is_finite(block, str(tensor.dtype)) for block in _blocks(tensor))
     ]
     _require_finite(bad, path)
 
@@ -117,12 +114,8 @@ def fingerprint(tensors: Mapping[str, Tensor] | Header, architecture: Mapping[st
     if isinstance(tensors, Header):
         infos, digests = tensors.tensors, scan(tensors)
     else:
-        infos, digests = tensor_infos(tensors), {}
-        for name, tensor in tensors.items():
-            of_tensor = hashlib.sha256()
-            for block in _memory_blocks(tensor):
-                of_tensor.update(block)
-            digests[name] = of_tensor.hexdigest()
+        infos = tensor_infos(tensors)
+        digests = {name: _scan(_blocks(t), str(t.dtype))[0] for name, t in tensors.items()}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, info in sorted(infos.items()):
         digest.update(f"{name} {info.dtype} {list(info.shape)} {digests[name]}".encode())
@@ -147,6 +140,7 @@ def write(
         MoepruneError: the path cannot be written, or exists and may not be replaced; values are NaN or
             infinite; a tensor has a type that no file can hold.
     """
+    check_finite({name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}, path)
     sources = {id(entry.header): entry.header for entry in entries.values() if isinstance(entry, Copied)}
     for header in sources.values():
         scan(header)
@@ -155,17 +149,10 @@ def write(
     if odd := [f"`{name}` is {info.dtype}" for name, info in infos.items() if info.dtype not in names]:
         raise MoepruneError(f"cannot write `{path}`: no safetensors file can hold {', '.join(sorted(odd))}")
     order = sorted(infos, key=lambda name: (-names[infos[name].dtype][1], name))  # aligns every tensor
-    bad = []
     with replacing(path, overwrite) as temporary, temporary.open("wb") as file:
         file.write(_encode({n: (names[infos[n].dtype][0], infos[n]) for n in order}, metadata))
         for name in order:
-            entry, finite = entries[name], True
-            for block in _copied_blocks(entry) if isinstance(entry, Copied) else _memory_blocks(entry):
-                finite = finite and (isinstance(entry, Copied) or _is_finite(block, infos[name].dtype))
-                file.write(block)
-            if not finite:
-                bad.append(name)
-        _require_finite(bad, path)
+            file.writelines(_blocks(entries[name]))
         for header in sources.values():
             require_unchanged(header)
 
@@ -201,7 +188,11 @@ def _file_blocks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
             nbytes -= len(block)
 
 
-def _copied_blocks(entry: Copied) -> Iterator[memoryview]:
+def _blocks(entry: Tensor | Copied) -> Iterator[memoryview]:
+    if isinstance(entry, Tensor):
+        data = entry.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        yield from (data[start : start + BLOCK] for start in range(0, len(data), BLOCK))
+        return
     info, offset = entry.header.tensors[entry.name], entry.header.offsets[entry.name]
     row_bytes = info.nbytes if entry.rows is None else info.nbytes // info.shape[0]
     try:
@@ -211,10 +202,13 @@ def _copied_blocks(entry: Copied) -> Iterator[memoryview]:
         raise unreadable(entry.header.path, error) from None
 
 
-def _memory_blocks(tensor: Tensor) -> Iterator[memoryview]:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    for start in range(0, len(data), BLOCK):
-        yield data[start : start + BLOCK]
+def _scan(blocks: Iterable[memoryview], dtype: str) -> tuple[str, bool]:
+    """Return the SHA-256 of a tensor's bytes, and whether all of its values are finite."""
+    digest, finite = hashlib.sha256(), True
+    for block in blocks:
+        digest.update(block)
+        finite = finite and _is_finite(block, dtype)
+    return digest.hexdigest(), finite
 
 
 def _is_finite(block: memoryview, dtype: str) -> bool:

@@ -84,9 +84,7 @@ def read_header(path: str | Path | Header) -> Header:
         with path.open("rb") as file:
             version = version_of(file.fileno())
             tensors, offsets, metadata = _parse(file)
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from None
     parsed = None if metadata is None else _parse_metadata(path, metadata)
     return Header(path, tensors, offsets, parsed, version)
@@ -100,12 +98,11 @@ def require_unchanged(header: Header) -> None:
 
 def is_safetensors(path: Path) -> bool:
     """Return True if a file starts like a safetensors file: with the length of a JSON object, and `{`."""
-    if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises where a name is too long)
-        return False
     try:
+        require_file(path, "a safetensors file")
         with path.open("rb") as file:
             length, brace = file.read(8), file.read(1)
-    except OSError:
+    except (OSError, MoepruneError):
         return False
     return brace == b"{" and int.from_bytes(length, "little") <= MAX_LENGTH
 
@@ -129,13 +126,9 @@ def require_format(metadata: dict[str, Any], known: int, path: str | Path) -> No
 
 
 def is_too_large(shape: Iterable[int]) -> bool:
-    """Return True if a shape is too large for torch; a size of 0 counts as 1, as in strides."""
+    """Return True if torch has no tensors of this shape; a size of 0 counts as 1, as it does in strides."""
     elements = 1
-    for size in shape:
-        elements *= max(size, 1)
-        if elements >= 2**63:
-            return True
-    return False
+    return any((elements := elements * max(size, 1)) >= 2**63 for size in shape)
 
 
 class _Entry(msgspec.Struct):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import secrets
@@ -87,25 +86,20 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
     path = Path(path)
     try:
         target = Path(os.path.realpath(path))
-        if target.is_symlink():  # part of a circle
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        exists, is_file, is_directory = target.exists(), target.is_file(), target.is_dir()
+        if target.is_dir():
+            raise MoepruneError(f"`{path}` is a directory, expected a file to write")
+        if not target.is_file() and os.path.lexists(target):
+            raise MoepruneError(f"`{path}` is not a regular file, expected one to write")
+        if target.is_file() and not overwrite:
+            raise _exists(path)
         folder = target.parent if path.is_symlink() else path.parent
+        if not folder.is_dir():
+            raise MoepruneError(f"no directory `{folder}` for `{path}`", "create it first")
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from None
-    if is_directory:
-        raise MoepruneError(f"`{path}` is a directory, expected a file to write")
-    if exists and not is_file:
-        raise MoepruneError(f"`{path}` is not a regular file, expected one to write")
-    if exists and not overwrite:
-        raise _exists(path)
-    if not folder.is_dir():
-        raise MoepruneError(f"no directory `{folder}` for `{path}`", "create it first")
     if not os.access(folder, os.W_OK):
-        raise MoepruneError(
-            f"cannot write into `{folder}`",
-            "check its permissions, and whether its file system is read-only",
-        )
+        hint = "check its permissions, and whether its file system is read-only"
+        raise MoepruneError(f"cannot write into `{folder}`", hint)
     return target
 
 
@@ -117,14 +111,7 @@ def _publish_once(temporary: Path, target: Path) -> None:
         raise
     except OSError:  # a file system without hard links: take the name first
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        temporaries.add(target)
-        try:
-            temporary.replace(target)
-        except OSError:
-            target.unlink(missing_ok=True)
-            raise
-        finally:
-            temporaries.discard(target)
+        temporary.replace(target)
 
 
 def _exists(path: str | Path) -> MoepruneError:
