@@ -111,12 +111,12 @@ class Workshop:
     def analysis_with(self, **changed: object) -> Path:
         return self.save(self.tensors(self.analysis), {**self.metadata(self.analysis), **changed})
 
-    def analysis_of(self, part: str, **changed: object) -> Path:
-        """The analysis with other keys in a part of its provenance; None removes one."""
-        provenance = self.metadata(self.analysis)["provenance"]
-        values = {**provenance[part], **changed}
-        provenance[part] = {key: value for key, value in values.items() if value is not None}
-        return self.analysis_with(provenance=provenance)
+    def analysis_of(self, **changed: object) -> Path:
+        """The analysis with other values of its data; None removes one."""
+        origin = self.metadata(self.analysis)["origin"]
+        values = {**origin["data"], **changed}
+        data = {key: value for key, value in values.items() if value is not None}
+        return self.analysis_with(origin={**origin, "data": data})
 
     def analysis_tensor(self, name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Path:
         tensors = self.tensors(self.analysis)
@@ -436,27 +436,27 @@ def test_finite_weights_that_overflow(workshop):
 
 LSTSQ = ("--compensate", "lstsq")
 ANALYSES: dict[str, tuple[Make, tuple[object, ...], tuple[str, ...]]] = {
-    "a checkpoint": (lambda w: w.single, (), (".safetensors", "no analysis")),
+    "a checkpoint": (lambda w: w.single, (), (".safetensors", "not an analysis")),
     "a newer format": (lambda w: w.analysis_with(format=2), (), ("format 2",)),
     "no layers": (lambda w: w.analysis_with(layers=[]), (), (LAYER,)),
     "an unknown layer": (lambda w: w.analysis_with(layers=["x"]), (), ("made1", "x.mean_mass")),
     "layers is a number": (lambda w: w.analysis_with(layers=3), (), ("made1.safetensors",)),
-    "no provenance": (lambda w: w.analysis_with(provenance=None), (), ("made1.safetensors",)),
+    "no origin": (lambda w: w.analysis_with(origin=None), (), ("made1.safetensors",)),
     "a fingerprint that is a number": (
-        lambda w: w.analysis_of("checkpoint", fingerprint=3), (), ("fingerprint",),
+        lambda w: w.analysis_of(fingerprint=3), (), ("fingerprint",),
     ),
-    "samples that are text": (lambda w: w.analysis_of("data", samples="all"), LSTSQ, ("samples",)),
-    "fewer samples than none": (lambda w: w.analysis_of("data", samples=-1), LSTSQ, ("samples",)),
+    "samples that are text": (lambda w: w.analysis_of(samples="all"), LSTSQ, ("samples",)),
+    "fewer samples than none": (lambda w: w.analysis_of(samples=-1), LSTSQ, ("samples",)),
     "data that is text": (
-        lambda w: w.analysis_with(provenance={"checkpoint": {}, "data": "a"}), (), ("`data`", "no object"),
+        lambda w: w.analysis_with(origin={"checkpoint": "", "data": "a", "moeprune": ""}), (), ("data`",),
     ),
     **{
-        f"no {key} of its data": (lambda w, key=key: w.analysis_of("data", **{key: None}), LSTSQ, (key,))
+        f"no {key} of its data": (lambda w, key=key: w.analysis_of(**{key: None}), LSTSQ, (key,))
         for key in ("spec", "samples", "fingerprint")
     },
     "a tensor is missing": (lambda w: w.analysis_tensor("gram", lambda t: None), (), (f"{LAYER}.gram",)),
     "too few experts": (
-        lambda w: w.analysis_tensor("mean_mass", lambda t: t[:64]), (), (f"{LAYER}.mean_mass",),
+        lambda w: w.analysis_tensor("mean_mass", lambda t: t[:64]), (), (f"{LAYER}.term_mean",),
     ),
     "another width": (
         lambda w: w.analysis_tensor("term_mean", lambda t: t[..., :3]), (), (f"{LAYER}.term_mean",),

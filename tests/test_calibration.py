@@ -304,7 +304,7 @@ def test_analysis_file_round_trips_and_equal_analyses_give_equal_bytes(name, tmp
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     moeprune.save_analysis(analyses[name], first)
     loaded = moeprune.load_analysis(first)
-    assert loaded.provenance == analyses[name].provenance
+    assert loaded.origin == analyses[name].origin
     assert list(loaded.layers) == list(analyses[name].layers)
     for layer, statistics in analyses[name].layers.items():
         for field in FIELDS:

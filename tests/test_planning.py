@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import moeprune
-from moeprune.calibration.analysis import Analysis
+from moeprune.calibration.analysis import Analysis, Origin
 from moeprune.calibration.statistics import LayerStatistics
+from moeprune.data.info import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.config import SoftMoEConfig
@@ -193,9 +194,18 @@ def test_planning_twelve_layers_of_128_experts_takes_seconds():
     config = ViTConfig((32, 32), (8, 8), 3, 10, dim=64, num_heads=4, blocks=(moe,) * 12)
     with torch.device("meta"):
         infos = tensor_infos(SoftMoEViT(config).state_dict())
+    origin = Origin("", DataInfo(spec="", samples=1, fingerprint=""), "")
+    analysis = Analysis(layers, origin)
     method = Method("static", "gram", "affine")
     costs = size_costs(config, infos, method)
-    plan = plan_within(config, costs, 0.4, Analysis(layers, {}), method, "--max-size")
+    plan = plan_within(
+        config,
+        costs,
+        0.4,
+        analysis,
+        method,
+        "--max-size",
+    )
     ks = [layer.k for layer in plan.values()]
     assert ks == sorted(ks)  # the layers differ in nothing but how much they matter
     assert ks[0] < ks[-1]

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moeprune import __version__
 from moeprune.calibration.passes import divergences, measure, require_finite
-from moeprune.calibration.statistics import (
-    LayerStatistics,
-    StatisticsAccumulator,
-)
+from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, StatisticsAccumulator
 from moeprune.calibration.sums import sums_in_bytes
 from moeprune.data.datasets import Dataset
+from moeprune.data.info import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.header import read_header, require_format
@@ -26,7 +24,7 @@ from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
-from moeprune.records import to_json
+from moeprune.records import Record, from_json, to_json
 
 FORMAT = 1
 PROBE_INPUTS = 256
@@ -34,26 +32,40 @@ WORKSPACE = 2 << 30
 """Bytes of sums over inputs that an analysis holds at once."""
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """The statistics of a model's Soft MoE layers by name, and what they were made from.
+class Origin(Record, frozen=True, omit_defaults=False):
+    """What an analysis was made from.
 
-    provenance: `checkpoint` (fingerprint), `data` (spec, samples, fingerprint), `moeprune` (version).
+    checkpoint: fingerprint of the unpruned model. data: what was read. moeprune: the version.
     """
 
+    checkpoint: str
+    data: DataInfo
+    moeprune: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The statistics of a model's MoE layers by name, and what they were made from."""
+
     layers: dict[str, LayerStatistics]
-    provenance: dict[str, Any]
+    origin: Origin
+
+
+class _Metadata(Record, frozen=True, omit_defaults=False):
+    kind: Literal["analysis"]
+    format: int
+    layers: tuple[str, ...]
+    origin: Origin
 
 
 def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> Analysis:
-    """Statistics of every Soft MoE layer of an unpruned model, from a pass over the data.
+    """Compute the statistics of every MoE layer of an unpruned model, in a pass over the data.
 
-    Memory does not depend on the number of samples, nor the result on the batch size (beyond
-    rounding). Where the sums of all layers take more than WORKSPACE, there are several passes, each for
-    some of the layers.
+    Memory does not depend on the number of samples, nor the result on the batch size, beyond rounding. If the
+    sums of all layers take more than WORKSPACE, each of several passes serves some of the layers.
 
     Raises:
-        MoepruneError: no Soft MoE layer, a pruned one, or data that does not fit the model.
+        MoepruneError: no MoE layer, a pruned one, or data that does not fit the model.
     """
     layers = require_dense_layers(model, "analyze the unpruned checkpoint")
     model_fingerprint = fingerprint(model)
@@ -74,16 +86,11 @@ def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> 
         name: replace(layer, sensitivity=sensitivities.get(name, layer.sensitivity))
         for name, layer in statistics.items()
     }
-    provenance = {
-        "checkpoint": {"fingerprint": model_fingerprint},
-        "data": to_json(data.info),
-        "moeprune": __version__,
-    }
-    return Analysis(statistics, provenance)
+    return Analysis(statistics, Origin(model_fingerprint, data.info, __version__))
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Layers in their order, as many at a time as fit into the workspace, but one at least."""
+    """Split layers into groups, in their order, whose sums fit into the workspace."""
     groups: list[list[str]] = []
     left = 0
     for name, size in sizes.items():
@@ -98,17 +105,16 @@ def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
 def measure_sensitivity(
     model: Model, statistics: Mapping[str, LayerStatistics], data: Dataset, runtime: Runtime
 ) -> dict[str, Tensor]:
-    """How much the output of a model changes for each unit of squared error in a layer's (scalars).
+    """Measure how much a model's output changes for each unit of squared error in a layer's output (scalars).
 
-    Each layer is pruned by itself, to an eighth of its experts with `mean`, and the mean divergence of the
-    predictions from the unpruned model's, in nats, is divided by the layer's error, which the Gram matrix
-    tells. Without a head, the change of the features takes the divergence's place. Layers that cannot be
-    pruned statically are left out.
+    Each layer is pruned by itself, to an eighth of its experts with `mean`, and the mean divergence of
+    PROBE_INPUTS predictions is divided by the layer's error, which the Gram matrix tells. Layers that cannot
+    be pruned statically are left out.
 
     Args:
         model: a private copy of the unpruned one, on the runtime's device.
         statistics: of all its layers.
-        data: PROBE_INPUTS of it are used, drawn with a fixed seed.
+        data: to draw inputs from.
         runtime: where and how models run.
     """
     probes, errors = {}, {}
@@ -138,69 +144,44 @@ def save_analysis(analysis: Analysis, path: str | Path, overwrite: bool = True) 
         for name, statistics in analysis.layers.items()
         for field in fields(statistics)
     }
-    metadata = {
-        "format": FORMAT,
-        "kind": "analysis",
-        "layers": list(analysis.layers),
-        "provenance": analysis.provenance,
-    }
-    checkpoint.write(path, tensors, metadata, overwrite)
+    metadata = _Metadata("analysis", FORMAT, tuple(analysis.layers), analysis.origin)
+    checkpoint.write(path, tensors, to_json(metadata), overwrite)
 
 
 def load_analysis(path: str | Path) -> Analysis:
     """Read an analysis file.
 
     Raises:
-        MoepruneError: it is missing, damaged, no analysis, or of an unknown format.
+        MoepruneError: it is missing, damaged, of an unknown format, or not an analysis.
     """
     header = read_header(path)
-    metadata = header.metadata or {}
-    if metadata.get("kind") != "analysis":
-        raise MoepruneError(f"`{path}` is no analysis", "write one with `moeprune analyze`")
-    require_format(metadata, FORMAT, path)
+    found = header.metadata or {}
+    if found.get("kind") != "analysis":
+        raise MoepruneError(f"`{path}` is not an analysis", "write one with `moeprune analyze`")
+    require_format(found, FORMAT, path)
+    metadata: _Metadata = from_json(found, _Metadata, f"`{path}`:")
     tensors = checkpoint.read_tensors(header)
-    try:
-        layers = {
-            name: LayerStatistics(
-                **{field.name: tensors[f"{name}.{field.name}"] for field in fields(LayerStatistics)}
-            )
-            for name in metadata["layers"]
-        }
-        provenance = metadata["provenance"]
-        made_from, made_for = provenance["data"], provenance["checkpoint"]
-    except (KeyError, TypeError) as error:
-        raise MoepruneError(f"`{path}` lacks {error}", "write it again with `moeprune analyze`") from None
-    if not isinstance(made_from, Mapping) or not isinstance(made_for, Mapping):
-        raise MoepruneError(f"`{path}`: `data` or `checkpoint` of its provenance is no object")
-    texts = made_for.get("fingerprint"), *(made_from.get(key) for key in ("spec", "fingerprint"))
-    samples = made_from.get("samples")
-    if not all(isinstance(text, str) for text in texts) or type(samples) is not int or samples < 1:
-        raise MoepruneError(
-            f"`{path}`: its checkpoint's `fingerprint`, or `spec`, `fingerprint` or `samples` of its data,"
-            " is missing or damaged"
-        )
-    for name, layer in layers.items():
-        _require_consistent(layer, name, path)
+    layers = {name: _layer(tensors, name, path) for name in metadata.layers}
     checkpoint.check_finite(tensors, path)
-    return Analysis(layers, provenance)
+    return Analysis(layers, metadata.origin)
 
 
-def _require_consistent(layer: LayerStatistics, name: str, path: str | Path) -> None:
-    n, p, d = (*layer.term_mean.shape, 0, 0, 0)[:3]
-    shapes = {
-        "mean_mass": (n,), "max_mass": (n,), "rank_frequency": (n, n), "kept_mass": (n,),
-        "experts_for_mass": (3,), "class_mass": (len(layer.class_mass), n),
-        "term_mean": (n, p, d), "deviation": (n,),
-        "sensitivity": (),
-        **dict.fromkeys(("gram", "gram_renorm", "gram_mean", "gram_lstsq", "gram_affine"), (n, n)),
-    }  # fmt: skip
-    for key, shape in shapes.items():
-        tensor = getattr(layer, key)
-        if tensor.shape != shape or tensor.dtype != torch.float32:
+def _layer(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LayerStatistics:
+    """Return the statistics of a layer of a file, whose shapes fit each other."""
+    sizes = {"l": len(MASS_LEVELS)}
+    values = {}
+    for key, axes in AXES.items():
+        tensor = tensors.get(f"{name}.{key}")
+        found = None if tensor is None else list(tensor.shape)
+        expected = [sizes.setdefault(axis, size) for axis, size in zip(axes, found or (), strict=False)]
+        if tensor is None or found != expected or len(axes) != tensor.ndim or tensor.dtype != torch.float32:
             raise MoepruneError(
-                f"`{path}`: `{name}.{key}` is {tensor.dtype} {list(tensor.shape)}, expected {list(shape)}",
+                f"`{path}`: `{name}.{key}` is {'missing' if tensor is None else tensor.dtype} {found or ''},"
+                f" expected torch.float32 {expected or list(axes)}",
                 "write it again with `moeprune analyze`",
             )
+        values[key] = tensor
+    return LayerStatistics(**values)
 
 
 def require_analysis_of(
@@ -209,11 +190,13 @@ def require_analysis_of(
     """Raise a MoepruneError if the analysis was made for a checkpoint of another fingerprint, or damaged.
 
     Args:
-        layers: of the unpruned checkpoint. fingerprint: of the same. analysis: None is right for any.
+        layers: of the unpruned checkpoint.
+        fingerprint: of the unpruned checkpoint.
+        analysis: None fits any.
     """
     if analysis is None:
         return
-    found = analysis.provenance["checkpoint"]["fingerprint"]
+    found = analysis.origin.checkpoint
     if found != fingerprint:
         raise MoepruneError(
             f"the analysis was made for another checkpoint (fingerprint {found[:12]}…, this one has"

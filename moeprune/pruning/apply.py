@@ -19,6 +19,7 @@ from moeprune.calibration.statistics import (
     StatisticsAccumulator,
 )
 from moeprune.data.datasets import Dataset
+from moeprune.data.info import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.surgery import Calibrated, prune_layer
@@ -264,9 +265,9 @@ def calibration_data(model: Model, analysis: Analysis) -> Dataset:
     Raises:
         MoepruneError: it is not there any more.
     """
-    made_from = analysis.provenance["data"]
+    made_from = analysis.origin.data
     try:
-        return dataset_for(model, made_from["spec"], "calibration", made_from["samples"])
+        return dataset_for(model, made_from.spec, "calibration", made_from.samples)
     except MoepruneError as error:
         raise MoepruneError(
             f"cannot read the analysis's own data again: {error.message}",
@@ -289,11 +290,11 @@ def _require_data_of_analysis(analysis: Analysis | None, data: Dataset | None) -
     """Raise a MoepruneError if the data is not that of the analysis, as far as is known before a pass."""
     if analysis is None or data is None:
         return
-    made_from = analysis.provenance["data"]
-    if data.samples != made_from["samples"] or data.fingerprint not in (None, made_from["fingerprint"]):
+    made_from = analysis.origin.data
+    if data.samples != made_from.samples or data.fingerprint not in (None, made_from.fingerprint):
         raise MoepruneError(
             f"`{data.spec}` ({data.samples} samples) is not the data of the analysis"
-            f" (`{made_from['spec']}`, {made_from['samples']} samples), or has changed since",
+            f" (`{made_from.spec}`, {made_from.samples} samples), or has changed since",
             "give the same data with the same `--limit`, or run `moeprune analyze` again",
         )
 
@@ -303,13 +304,13 @@ def provenance_of(
 ) -> dict[str, Any]:
     """What the result was calibrated on, without paths that would make equal runs differ."""
     provenance: dict[str, Any] = {"moeprune": __version__}
-    used = None
+    used: DataInfo | None = None
     if analysis is not None:
-        used = analysis.provenance["data"]
+        used = analysis.origin.data
     elif data is not None:
-        used = to_json(data.info)
+        used = data.info
     if used is not None:
-        provenance["calibration"] = {**used, "spec": Path(used["spec"]).name}
+        provenance["calibration"] = {**to_json(used), "spec": Path(used.spec).name}
         if any(layer.scope == "batch" for layer in plan.values()):
             provenance["calibration"]["batch_size"] = runtime.batch_size
     return provenance

@@ -244,14 +244,14 @@ def interval(outcomes: Outcomes, plans: int) -> tuple[float, float]:
 
 def _require_other_data(analysis: Analysis, data: Dataset, runtime: Runtime) -> None:
     """Raise a MoepruneError if the analysis was made from any samples of the same source."""
-    made_from = analysis.provenance["data"]
-    is_same = data.spec == made_from["spec"]
+    made_from = analysis.origin.data
+    is_same = data.spec == made_from.spec
     with contextlib.suppress(OSError, ValueError):
-        is_same = is_same or Path(data.spec).samefile(made_from["spec"])
+        is_same = is_same or Path(data.spec).samefile(made_from.spec)
     if not is_same:
         for _ in data.batches(runtime.batch_size):
             pass  # the fingerprint is known after a pass
-        is_same = data.fingerprint == made_from["fingerprint"]
+        is_same = data.fingerprint == made_from.fingerprint
     if is_same:
         raise MoepruneError(
             f"the analysis was made from `{data.spec}` too: what confirms a drop must not be calibrated on",

@@ -156,11 +156,10 @@ def _origins(result: Evaluation | Sweep | AnalysisReport, background: Background
     facts.append(("data", f"{plain(result.data.spec)}, {result.data.samples} samples"))
     facts.append(("data, SHA-256", plain(result.data.fingerprint)))
     if background.analysis is not None:
-        origin = background.analysis.provenance
-        data = origin["data"]
-        facts.append(("analysis", f"of {plain(data['spec'])}, {data['samples']} samples"))
-        facts.append(("analysis, SHA-256 of its data", plain(data["fingerprint"])))
-        facts.append(("analysis, fingerprint of its model", origin["checkpoint"]["fingerprint"]))
+        origin = background.analysis.origin
+        facts.append(("analysis", f"of {plain(origin.data.spec)}, {origin.data.samples} samples"))
+        facts.append(("analysis, SHA-256 of its data", plain(origin.data.fingerprint)))
+        facts.append(("analysis, fingerprint of its model", plain(origin.checkpoint)))
     facts += [
         (f"plan of {name}", plan_in_words(plan, with_kept=True)) for name, plan in background.plan.items()
     ]
