@@ -33,11 +33,12 @@ from moeprune.plan import LayerPlan
 from moeprune.records import to_text
 from tests.results import cost, evaluation
 from tests.schemas import complaints
+from tests.stock import SOURCE_ARGS
 
 SCOPES = ("static", "input", "batch")
 COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine")
 EXPERT_TENSORS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-COMMANDS = ("inspect", "analyze", "prune", "eval", "convert", "demo", "schema")
+COMMANDS = ("inspect", "analyze", "prune", "eval", "export", "demo", "schema")
 FLOPS_KEYS = {"total", "experts", "routing", "compensation", "other"}
 SIZE_KEYS = {"parameters", "bytes", "bytes_by_part", "flops_per_input", "experts_per_input"}
 MODEL_KEYS = SIZE_KEYS | {"accuracy", "accuracy_ci95", "top5_accuracy", "loss"}
@@ -105,7 +106,7 @@ def test_inspect_json_says_what_is_in_the_file(single, run_json):
     found = run_json("inspect", single)
     assert set(found) == {
         "schema_version", "checkpoint", "architecture", "preprocessing", "layers", "source", "provenance",
-        *SIZE_KEYS,
+        "reading", *SIZE_KEYS,
     }  # fmt: skip
     assert found["schema_version"] == 1
     assert found["checkpoint"] == str(single)
@@ -815,6 +816,44 @@ def check_what_is_promised(model, of):
     assert of["1/16", "static", "gram", "affine"]["retained"] >= 0.98
 
 
+# --- checkpoints of other programs ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["foreign.pt", "shards"])
+def test_a_checkpoint_of_another_library_is_taken_where_ours_is(stock, run_json, tmp_path, kind):
+    data = ("--data", stock.path("data.npz"))
+    options = {
+        "dense.safetensors": (),
+        kind: (*SOURCE_ARGS.split(), "--preprocess", "mean=0.3", "--preprocess", "std=0.4"),
+    }
+    analyses, plans, differences = [], [], []
+    for name, given in options.items():
+        full, analysis, pruned = stock.path(name), tmp_path / f"{name}.analysis", tmp_path / f"{name}.pruned"
+        analyses.append(run_json("analyze", full, *given, *data, "-o", analysis)["layers"])
+        words = ("--analysis", analysis, "--keep", 2, "--compensate", "mean", "-o", pruned)
+        plans.append(run_json("prune", full, *given, *words))
+        found = run_json("eval", pruned, *data, "--baseline", full, *given, "--min-agreement", 0)
+        differences.append(found["difference"])
+    masses = [[layer["best_eighth_mass"] for layer in layers.values()] for layers in analyses]
+    assert masses[0] == pytest.approx(masses[1], rel=1e-5)
+    assert differences[0]["accuracy_drop"] == differences[1]["accuracy_drop"]
+    assert plans[0]["plan"] == plans[1]["plan"]
+    pruned = [read_header(tmp_path / f"{name}.pruned")[0] for name in options]
+    assert pruned[0] == pruned[1]
+    reading = run_json("inspect", stock.path(kind), *SOURCE_ARGS.split())["reading"]
+    assert reading["library"] == "soft-moe"
+    assert reading["arguments"]["num_heads"] == 2
+
+
+def test_a_checkpoint_goes_back_to_its_library(stock, run_json, tmp_path):
+    found = run_json(
+        "export", stock.path("dense.safetensors"), "--to", "soft-moe", "-o", tmp_path / "back.pt"
+    )
+    assert found["to"] == "soft-moe"
+    back = run_json("inspect", tmp_path / "back.pt", *SOURCE_ARGS.split())
+    assert back["parameters"] == run_json("inspect", stock.path("dense.safetensors"))["parameters"]
+
+
 # --- the entry point ---------------------------------------------------------------------------
 
 
@@ -853,9 +892,9 @@ def test_help_and_wrong_options_do_not_import_torch():
         ["eval", "x", "--data", "y", "--sweep", "1/8"],
         ["inspect", "x", "--output-format", "yaml"],
         ["inspect"],
-        ["convert", "x", "-o", "y", "--to", "nothing"],
-        ["convert", "x", "-o", "y", "--source", "nothing"],
-        ["convert", "x", "-o", "y", "--source-arg", "nothing"],
+        ["export", "x", "-o", "y", "--to", "nothing"],
+        ["inspect", "x", "--source", "nothing"],
+        ["prune", "x", "--keep", "2", "-o", "y", "--source-arg", "nothing"],
     ]
     program = f"""
 import sys
@@ -959,7 +998,7 @@ def ends_with(error: BaseException, monkeypatch, run):
         print("a line")
         raise error
 
-    monkeypatch.setattr("moeprune.files.header.read_header", fail)
+    monkeypatch.setattr("moeprune.models.inspection.inspect_checkpoint", fail)
     return run("inspect", "x")
 
 

@@ -37,9 +37,11 @@ WRITERS = {
         "prune @dense.safetensors --data digits --limit 60 --max-accuracy-drop 1 --compensate mean -o PATH",
     ),
     "save a plan": ("x.json", "prune @dense.safetensors --keep 2 --scope input --save-plan PATH"),
-    "convert": ("x.safetensors", f"convert @foreign.safetensors {SOURCE_ARGS} -o PATH"),
-    "convert back": ("x.safetensors", "convert @dense.safetensors --to soft-moe -o PATH"),
-    "convert to a torch file": ("x.pt", "convert @dense.safetensors --to soft-moe -o PATH"),
+    "prune foreign": (
+        "x.safetensors", f"prune @foreign.safetensors {SOURCE_ARGS} --keep 2 --signal random -o PATH",
+    ),
+    "export": ("x.safetensors", "export @dense.safetensors --to soft-moe -o PATH"),
+    "export to a torch file": ("x.pt", "export @dense.safetensors --to soft-moe -o PATH"),
     "eval report": ("x.json", "eval @dense.safetensors --data @data.npz --output-file PATH"),
     "plot": (
         "x.svg",

@@ -108,6 +108,7 @@ CASES = 60
 DENSE = "@dense.safetensors"
 ANALYSIS = "--analysis @analysis.safetensors -o OLD --force"
 DATA = "--data @data.npz"
+RANDOM = "--signal random --keep 2 -o OLD --force"
 KINDS = {
     "dense.safetensors": (
         f"inspect {DENSE}",
@@ -118,13 +119,13 @@ KINDS = {
         f"prune {DENSE} --keep 2 --compensate mean {ANALYSIS}",
         f"eval {DENSE} {DATA}",
         f"eval @static.safetensors {DATA} --baseline {DENSE}",
-        f"convert {DENSE} --to soft-moe -o OLD --force",
+        f"export {DENSE} --to soft-moe -o OLD --force",
     ),
     "static.safetensors": (
         "inspect @static.safetensors",
         f"eval @static.safetensors {DATA} --baseline {DENSE}",
         f"prune {DENSE} --plan @static.safetensors {ANALYSIS}",
-        "convert @static.safetensors --to soft-moe -o OLD --force",
+        "export @static.safetensors --to soft-moe -o OLD --force",
     ),
     **{
         f"{kind}.safetensors": (
@@ -150,11 +151,11 @@ KINDS = {
         for name in ("plan", "merge", "narrow")
     },
     "foreign.safetensors": (
-        f"convert @foreign.safetensors {SOURCE_ARGS} -o OLD --force", "inspect @foreign.safetensors",
+        f"prune @foreign.safetensors {SOURCE_ARGS} {RANDOM}", "inspect @foreign.safetensors",
     ),
-    "foreign.pt": (f"convert @foreign.pt {SOURCE_ARGS} -o OLD --force", "inspect @foreign.pt"),
-    "legacy.pt": (f"convert @legacy.pt {SOURCE_ARGS} -o OLD --force",),
-    "shards": (f"convert @shards {SOURCE_ARGS} -o OLD --force",),
+    "foreign.pt": (f"prune @foreign.pt {SOURCE_ARGS} {RANDOM}", "inspect @foreign.pt"),
+    "legacy.pt": (f"prune @legacy.pt {SOURCE_ARGS} {RANDOM}",),
+    "shards": (f"prune @shards {SOURCE_ARGS} {RANDOM}",),
     "data.npz": (f"eval {DENSE} {DATA}", f"analyze {DENSE} {DATA} -o OLD --force"),
     "packed.npz": (f"eval {DENSE} --limit 7 --data @packed.npz",),
     "data.safetensors": (
@@ -168,17 +169,17 @@ KINDS = {
         "inspect @adopted.safetensors --output-format json",
         "prune @adopted.safetensors --signal random --keep 2 -o OLD --force",
         f"eval @adopted.safetensors {DATA} --model {FACTORY}",
-        f"convert @adopted.safetensors --to soft-moe-pytorch --model {FACTORY} -o OLD --force",
+        f"export @adopted.safetensors --to soft-moe-pytorch --model {FACTORY} -o OLD --force",
     ),
     "own.safetensors": (
-        f"convert @own.safetensors --model {FACTORY} --input-shape 1,8,8 -o OLD --force",
+        f"prune @own.safetensors --model {FACTORY} --input-shape 1,8,8 {RANDOM}",
     ),
 }  # fmt: skip
 """Files and folders by their name in the stock: one file at a time is damaged, and one command reads it."""
 REFUSED = {
     ("foreign.safetensors", "inspect"),
     ("foreign.pt", "inspect"),
-    ("static.safetensors", "convert"),
+    ("static.safetensors", "export"),
 }
 """What is refused even where nothing is damaged."""
 ADDED = {"images": add_images, "adopted.safetensors": add_adopted, "own.safetensors": add_adopted}

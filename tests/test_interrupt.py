@@ -186,8 +186,10 @@ COMMANDS: dict[str, Callable[[Stock, Path], list[object]]] = {
     "frontier": lambda s, o: [
         "eval", *s.dense_and_data, "--analysis", s.path("analysis.safetensors"), "--plot", o,
     ],
-    "convert": lambda s, o: ["convert", s.path("foreign.safetensors"), *SOURCE_ARGS.split(), "-o", o],
-    "convert back": lambda s, o: ["convert", s.path("dense.safetensors"), "--to", "soft-moe", "-o", o],
+    "prune foreign": lambda s, o: [
+        "prune", s.path("foreign.safetensors"), *f"{SOURCE_ARGS} --keep 2 --signal random".split(), "-o", o,
+    ],
+    "export": lambda s, o: ["export", s.path("dense.safetensors"), "--to", "soft-moe", "-o", o],
 }  # fmt: skip
 
 
@@ -318,8 +320,8 @@ def large(tmp_path_factory) -> Path:
 WRITING = {
     "from file to file": ("x.safetensors", ["prune", "--keep", "120", "--signal", "random"]),
     "in memory": ("x.safetensors", ["prune", "--keep", "2", "--scope", "input"]),
-    "to another library": ("x.safetensors", ["convert", "--to", "soft-moe"]),
-    "to a torch file": ("x.pt", ["convert", "--to", "soft-moe"]),
+    "to another library": ("x.safetensors", ["export", "--to", "soft-moe"]),
+    "to a torch file": ("x.pt", ["export", "--to", "soft-moe"]),
 }
 
 

@@ -31,7 +31,7 @@ GOOD: dict[str, tuple[str, ...]] = {
         "--output", "@new",
     ),
     "eval": ("CKPT", "@single", "--data", "digits", "--limit", "9"),
-    "convert": ("CKPT", "@vit", "--to", "soft-moe", "--output", "@new"),
+    "export": ("CKPT", "@vit", "--to", "soft-moe", "--output", "@new"),
     "schema": ("CKPT", "eval"),
     "demo": ("--output", "@new"),
 }  # fmt: skip
@@ -62,17 +62,15 @@ NEEDS = {
             "--min-agreement",
         )
     },
-    ("convert", "--model-arg"): {
-        "--model": "os:getcwd",
-        "--input-shape": "3,8,8",
-        "--to": None,
-        "CKPT": "@torch",
+    **{
+        (command, option): {"--model": "os:getcwd", "--input-shape": "3,8,8", "CKPT": "@torch"}
+        for command in ("inspect", "analyze", "prune", "eval", "export")
+        for option in ("--model-arg", "--input-shape")
     },
-    ("convert", "--input-shape"): {
-        "--model": "os:getcwd",
-        "--input-shape": "3,8,8",
-        "--to": None,
-        "CKPT": "@torch",
+    **{
+        (command, option): {"CKPT": "@torch"}
+        for command in ("inspect", "analyze", "prune", "eval", "export")
+        for option in ("--source", "--source-arg", "--key")
     },
 }
 """What else an option needs, or does not go with (None)."""

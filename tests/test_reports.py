@@ -432,17 +432,7 @@ def test_warnings_of_libraries_are_shown_if_wished_alone(run, tmp_path, monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.save(build().state_dict(), "model.pt")
-    call = (
-        "convert",
-        "model.pt",
-        "--model",
-        "noisy:build",
-        "--input-shape",
-        "3,16,16",
-        "--force",
-        "-o",
-        "a.st",
-    )
+    call = ("inspect", "model.pt", "--model", "noisy:build", "--input-shape", "3,16,16")
     result = run(*call)
     assert (result.code, result.stderr) == (0, "")
     with warnings.catch_warnings(record=True) as seen:

@@ -45,9 +45,7 @@ def reports(single, small_analysis, run_json, tmp_path_factory):
         "prune": searched,
         "eval": judged,
         "sweep": run_json("eval", single, *digits, *calibrated, "--sweep", "1/8", "--compensate", "mean"),
-        "convert": run_json(
-            "convert", folder / "vit.safetensors", "-o", folder / "vit.pt", "--to", "soft-moe"
-        ),
+        "export": run_json("export", folder / "vit.safetensors", "-o", folder / "vit.pt", "--to", "soft-moe"),
         "plan": json.loads((folder / "plan.json").read_text()),
     }
 

@@ -76,11 +76,10 @@ READERS = {
     "eval --data array": (".npz", "eval @dense.safetensors --data PATH"),
     "eval --data tensors": (".safetensors", "eval @dense.safetensors --data PATH"),
     "eval --data another": ("", "eval @dense.safetensors --data PATH"),
-    "convert": (".safetensors", "convert PATH -o NEW"),
-    "convert torch": (".pt", "convert PATH -o NEW"),
-    "convert index": (".safetensors.index.json", "convert PATH -o NEW"),
-    "convert own model": (".pt", "convert PATH --model os:getcwd --input-shape 1,8,8 -o NEW"),
-    "convert back": (".safetensors", "convert PATH --to soft-moe -o NEW"),
+    "inspect torch": (".pt", "inspect PATH"),
+    "inspect index": (".safetensors.index.json", "inspect PATH"),
+    "inspect own model": (".pt", "inspect PATH --model os:getcwd --input-shape 1,8,8"),
+    "export": (".safetensors", "export PATH --to soft-moe -o NEW"),
 }  # fmt: skip
 """Every way in which a command reads a file: its suffix, and the command."""
 

@@ -3,14 +3,14 @@
 Torch is imported inside commands only: `--help` and usage errors answer at once.
 """
 
-from moeprune.cli import analyze, convert, demo, eval, inspect, prune, schema
+from moeprune.cli import analyze, demo, eval, export, inspect, prune, schema
 from moeprune.cli.command import add_command, app
 
 add_command(inspect.inspect)
 add_command(analyze.analyze)
 add_command(prune.prune)
 add_command(eval.eval)
-add_command(convert.convert)
+add_command(export.export)
 add_command(demo.demo)
 add_command(schema.schema)
 

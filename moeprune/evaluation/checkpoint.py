@@ -14,7 +14,8 @@ from moeprune.evaluation.latency import BATCH_SIZES
 from moeprune.evaluation.request import EvalRequest
 from moeprune.evaluation.results import Evaluation
 from moeprune.models.model import Model, fingerprint, unpruned_fingerprint
-from moeprune.models.opening import open_data_for, open_model
+from moeprune.models.opening import open_data_for, open_model, specs_of
+from moeprune.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +30,11 @@ def evaluate_checkpoint(request: EvalRequest) -> tuple[Evaluation, Model, Analys
         MoepruneError: a file or the data cannot be read or does not fit, or the baseline is pruned itself.
     """
     request.runtime.require_device()
-    model = open_model(request.checkpoint)
+    compared = [] if request.baseline is None else [request.baseline.path]
+    spec, *others = specs_of(request.checkpoint, request.checkpoint.path, *compared)
+    model = open_model(spec)
     data = open_data_for(model, request.data, "test")
-    baseline = None if request.baseline is None else _open_baseline(request, model)
+    baseline = _open_baseline(others[0], spec, model) if others else None
     analysis = None if request.analysis is None else load_analysis(request.analysis)
     if analysis is not None:
         require_analysis_of(model.config.moe_layers, unpruned_fingerprint(model), analysis)
@@ -49,16 +52,15 @@ def evaluate_checkpoint(request: EvalRequest) -> tuple[Evaluation, Model, Analys
     return found, model, analysis
 
 
-def _open_baseline(request: EvalRequest, model: Model) -> Model:
-    assert request.baseline is not None
-    path, baseline = request.baseline.path, open_model(request.baseline)
+def _open_baseline(spec: ModelSpec, of_model: ModelSpec, model: Model) -> Model:
+    baseline = open_model(spec)
     if baseline.plan:
         raise MoepruneError(
-            f"`--baseline {path}` is pruned, expected the full model",
+            f"`--baseline {spec.path}` is pruned, expected the full model",
             "give the checkpoint that the model was pruned from",
         )
     if model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
-        logger.warning(f"`{request.checkpoint.path}` was not pruned from `{path}`, but from another model")
+        logger.warning(f"`{of_model.path}` was not pruned from `{spec.path}`, but from another model")
     return baseline
 
 

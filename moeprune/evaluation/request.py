@@ -10,6 +10,7 @@ import msgspec
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.gates import GATES, check_limits
+from moeprune.models.request import Checkpoint
 from moeprune.models.runtime import Runtime
 from moeprune.models.spec import ModelSpec
 from moeprune.records import Request, from_json, option
@@ -21,10 +22,7 @@ BatchSizes = tuple[Annotated[int, msgspec.Meta(ge=1, le=1_000_000)], ...]
 class EvalRequest(Request, frozen=True, kw_only=True):
     """A checkpoint to evaluate on labelled data, alone or against the full model."""
 
-    checkpoint: Annotated[
-        ModelSpec,
-        option("A checkpoint of moeprune, of a known library or of your own model.", metavar="CKPT"),
-    ]
+    checkpoint: Checkpoint
     data: Annotated[DataSpec, option("Labelled data: digits, pairs, a .npz, a .safetensors, or a folder.")]
     baseline: Annotated[ModelSpec | None, option("The full model to compare with.")] = None
     max_accuracy_drop: Annotated[Gate, option("Gate: accuracy lost to the baseline.")] = None

@@ -50,20 +50,6 @@ class InspectedLayer(Result, frozen=True):
     plan: LayerPlan | None
 
 
-class Inspection(ModelCost, Report, frozen=True):
-    """Contents of a checkpoint, from its header.
-
-    source: the library that wrote it. provenance: training, or calibration data, seed and versions.
-    """
-
-    checkpoint: str
-    architecture: dict[str, Any]
-    preprocessing: dict[str, Any]
-    layers: dict[str, InspectedLayer]
-    source: dict[str, Any]
-    provenance: dict[str, Any]
-
-
 class Parity(Result, frozen=True):
     """Agreement of our model with the library's own, or the user's, on random images.
 
@@ -89,6 +75,22 @@ class Reading(Result, frozen=True):
     parity: Parity
     defaults: dict[str, Any]
     dropped: list[str]
+
+
+class Inspection(ModelCost, Report, frozen=True):
+    """Contents of a checkpoint.
+
+    source: the library that wrote it. provenance: training, or calibration data, seed and versions. reading:
+    None for a checkpoint of moeprune.
+    """
+
+    checkpoint: str
+    architecture: dict[str, Any]
+    preprocessing: dict[str, Any]
+    layers: dict[str, InspectedLayer]
+    source: dict[str, Any]
+    provenance: dict[str, Any]
+    reading: Reading | None
 
 
 class Export(Report, frozen=True):

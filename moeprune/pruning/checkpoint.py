@@ -12,11 +12,12 @@ from moeprune.calibration.analysis import Analysis, load_analysis, require_analy
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment
 from moeprune.evaluation.latency import BATCH_SIZES
-from moeprune.files.checkpoint import fingerprint
+from moeprune.files import checkpoint
+from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.header import read_header
 from moeprune.models.cost import size_and_cost
-from moeprune.models.description import read_description
-from moeprune.models.model import Model, save
+from moeprune.models.description import our_header, read_description
+from moeprune.models.model import Model, fingerprint, save
 from moeprune.models.opening import open_data_for, open_model
 from moeprune.models.spec import ModelSpec
 from moeprune.plan import SIGNALS, Plan, experts_to_keep, parse_keep, scopes_of
@@ -43,18 +44,30 @@ logger = logging.getLogger(__name__)
 
 
 class _Full:
-    """An unpruned checkpoint; its model is built where a pass over data needs it."""
+    """An unpruned checkpoint; the model of one of moeprune is built only to pass data through it."""
 
     def __init__(self, spec: ModelSpec):
         self.spec = spec
-        self.header = read_header(spec.path)
-        self.config, plan, self.details = read_description(self.header)
+        self.header = our_header(spec.path)
+        if self.header is None or spec.foreign_only:
+            self.config, plan, self.details = self.model.config, self.model.plan, self.model.details
+            self.tensors = tensor_infos(self.model.state_dict())
+        else:
+            self.config, plan, self.details = read_description(self.header)
+            self.tensors = self.header.tensors
         require_unpruned(plan)
 
     @cached_property
     def model(self) -> Model:
         """The model, with the preprocessing of the spec."""
-        return open_model(self.spec)
+        return open_model(self.spec, header=self.header)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the architecture and all tensors."""
+        if self.header is None:
+            return fingerprint(self.model)
+        return checkpoint.fingerprint(self.header, self.config.to_json())
 
 
 def prune_checkpoint(request: PruneRequest) -> Pruned:
@@ -70,7 +83,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     full = _Full(request.checkpoint)
     analysis = None if request.analysis is None else load_analysis(request.analysis)
     if analysis is not None and (request.max_size is not None or request.max_flops is not None):
-        require_analysis_of(full.config.moe_layers, fingerprint(full.header, full.config.to_json()), analysis)
+        require_analysis_of(full.config.moe_layers, full.fingerprint, analysis)
     search, cost = None, None
     if request.max_accuracy_drop is None:
         plan = _prune(request, full, analysis)
@@ -87,7 +100,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         saved_plan=None if request.save_plan is None else str(request.save_plan),
         plan=plan,
         model=cost,
-        full_model=size_and_cost(full.config, {}, full.header.tensors),
+        full_model=size_and_cost(full.config, {}, full.tensors),
         search=search,
     )
 
@@ -99,7 +112,7 @@ def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Pla
     else:
         plans = plans_for(
             full.config,
-            full.header.tensors,
+            full.tensors,
             analysis,
             request.method,
             keep=None if request.keep is None else parse_keep(request.keep),
@@ -110,7 +123,7 @@ def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Pla
     if request.output is None:
         return plan
     is_static = all(layer.scope == "static" for layer in plan.values())
-    if is_static and request.data is None and not with_pass:
+    if full.header is not None and is_static and request.data is None and not with_pass:
         preprocessing = full.details.preprocessing.updated(request.checkpoint.preprocess)
         prune_file(
             full.header,

@@ -12,8 +12,8 @@ import msgspec
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.request import EvalRequest
+from moeprune.models.request import Checkpoint
 from moeprune.models.runtime import Runtime
-from moeprune.models.spec import ModelSpec
 from moeprune.plan import Compensation, Method, Scope, Signal, parse_keep
 from moeprune.records import Request, option
 
@@ -27,10 +27,7 @@ Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1), option("Seed of everythi
 class PruneRequest(Request, frozen=True, kw_only=True):
     """An unpruned checkpoint, how many experts to keep, which, and what to write."""
 
-    checkpoint: Annotated[
-        ModelSpec,
-        option("An unpruned checkpoint: of moeprune, a known library or your own model.", metavar="CKPT"),
-    ]
+    checkpoint: Checkpoint
     output: Annotated[Path | None, option("The checkpoint to write (.safetensors).", short=("-o",))] = None
     keep: Annotated[
         str | None,

@@ -23,9 +23,9 @@ from moeprune.report.sweep import sweep
 
 TYPES: dict[str, type[Report]] = {
     "analyze": AnalysisReport,
-    "convert": Export,
     "demo": Summary,
     "eval": Evaluation,
+    "export": Export,
     "inspect": Inspection,
     "plan": PlanFile,
     "prune": Pruned,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moeprune.models.results import Inspection
 from moeprune.report.document import Block, Document, Facts, Table
+from moeprune.report.export import facts_of
 from moeprune.report.words import amount, flops_in_words, plain, plan_in_words, plural
 
 
@@ -19,6 +20,8 @@ def inspection(result: Inspection) -> Document:
     ]
     for title, values in (("source", result.source), ("provenance", result.provenance)):
         facts += [(f"{title}: {name}", plain(value)) for name, value in values.items()]
+    if result.reading is not None:
+        facts += facts_of(result.reading)
     rows = [
         (
             name,
