@@ -136,7 +136,7 @@ def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
         "--save-plan", stock.path("narrow.json"), "-o", stock.path("narrowed.safetensors"),
     )  # fmt: skip
     foreign = stock.path("foreign.safetensors")
-    moeprune.export(dense, foreign, "soft-moe")
+    moeprune.export(model, foreign, "soft-moe")
     tensors = load_file(foreign)
     torch.save({"model": tensors, "epoch": 3}, stock.path("foreign.pt"))
     torch.save(tensors, stock.path("legacy.pt"), _use_new_zipfile_serialization=False)

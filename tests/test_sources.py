@@ -20,7 +20,7 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models import libraries, parity
 from moeprune.models.architecture import BlockConfig, ViTConfig, architecture_from_json
-from moeprune.models.libraries.soft_moe_vit import SoftMoEViTs
+from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.vit import SoftMoEViT
 from tests import peers
 
@@ -291,7 +291,7 @@ def test_a_model_of_ours_goes_out(tmp_path):
     blocks = (BlockConfig(mlp_dim=48), BlockConfig(soft_moe=moe))
     model = randomize(SoftMoEViT(ViTConfig((8, 8), (4, 4), 3, 5, dim=24, num_heads=4, blocks=blocks)))
     moeprune.save(model, tmp_path / "ours.safetensors")
-    found = moeprune.export(tmp_path / "ours.safetensors", tmp_path / "x.pt", "soft-moe")
+    found = moeprune.export(moeprune.load(tmp_path / "ours.safetensors"), tmp_path / "x.pt", "soft-moe")
     assert found.arguments["eps"] == 1e-5
     options = {"mlp_ratio": 2, "eps": 1e-5, "class_token": False, "global_pool": "avg", "fc_norm": False}
     theirs = library_model(**options)
@@ -660,7 +660,7 @@ def test_architectures_that_the_library_lacks(blocks, options, expected, tmp_pat
 @pytest.mark.parametrize("to", ["nonsense", "soft-moe-pytorch"])
 def test_targets_that_do_not_fit(to, single, tmp_path):
     with pytest.raises(MoepruneError, match=f"`{to}`"):
-        moeprune.export(single, tmp_path / "x.pt", to)
+        moeprune.export(moeprune.load(single), tmp_path / "x.pt", to)
 
 
 def test_the_shipped_models_say_what_they_said(single, vit):

@@ -13,7 +13,7 @@ from moeprune.files.header import read_header
 from moeprune.layers.config import ROUTER_NORMS, SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.cost import part_of, size_and_cost
+from moeprune.models.cost import size_and_cost
 from moeprune.models.model import save
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, SCOPES, SIGNALS, LayerPlan, is_possible
@@ -125,8 +125,11 @@ def test_shapes_of_pruned_models(scope, router_norm):
 def test_what_tensors_serve():
     plan = LayerPlan("input", 2, 5, "deviation", "affine")
     parts: dict[str, set[str]] = {}
-    for name in with_router(MIXED, "rms").shapes({FIRST: plan}):
-        parts.setdefault(part_of(name, {FIRST, SECOND}), set()).add(name)
+    config = with_router(MIXED, "rms")
+    for name in config.shapes({FIRST: plan}):
+        layer, _, key = name.rpartition(".")
+        part = config.moe_layers[layer].part(key) if layer in config.moe_layers else "other"
+        parts.setdefault(part, set()).add(name)
     other = parts.pop("other")
     assert not any("soft_moe" in name for name in other)
     assert {"position", "head.weight", "blocks.0.mlp.0.weight", "blocks.1.norm2.bias"} <= other

@@ -18,7 +18,7 @@ from moeprune.layers.families import layer_of_tensors
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
 from moeprune.models.details import Details
 from moeprune.models.libraries import LAYERS
-from moeprune.models.libraries.interface import LayerLibrary
+from moeprune.models.libraries.layers import LayerLibrary
 from moeprune.models.module import AdoptedModel, Factory, build, factory_name, load_strictly, replaced
 
 

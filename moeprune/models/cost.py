@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -31,11 +31,12 @@ def size_and_cost(
         tensors: of the model.
         usage: measured, of layers whose plans do not fix it.
     """
-    usage = usage or {}
+    usage, layers = usage or {}, config.moe_layers
     parts = {"experts": 0, "routing": 0, "compensation": 0, "other": 0}
     for name, tensor in tensors.items():
-        parts[part_of(name, config.moe_layers)] += tensor.nbytes
-    experts: dict[str, float] = {name: layer.num_experts for name, layer in config.moe_layers.items()}
+        layer, _, key = name.rpartition(".")
+        parts[layers[layer].part(key) if layer in layers else "other"] += tensor.nbytes
+    experts: dict[str, float] = {name: layer.num_experts for name, layer in layers.items()}
     experts |= {name: layer.k for name, layer in plan.items()}
     experts |= {name: of_layer.running for name, of_layer in usage.items()}
     flops = config.flops(plan, usage)
@@ -46,14 +47,3 @@ def size_and_cost(
         flops_per_input=FlopsByPart(total=flops.total, **asdict(flops)),
         experts_per_input=float(sum(experts.values())),
     )
-
-
-def part_of(name: str, layers: Container[str]) -> str:
-    """Return the part that a tensor belongs to: `experts`, `routing`, `compensation` or `other`."""
-    module, _, tensor = name.rpartition(".")
-    if module not in layers:
-        return "other"
-    if tensor.startswith("fc"):
-        return "experts"
-    is_compensation = tensor in ("surrogate", "basis") or tensor.startswith("affine")
-    return "compensation" if is_compensation else "routing"

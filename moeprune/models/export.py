@@ -2,53 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import write_state_dict
 from moeprune.models.adopted import load_foreign
+from moeprune.models.architecture import ViTConfig
 from moeprune.models.libraries import LAYERS, MODELS
-from moeprune.models.libraries.interface import as_dense
+from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.model import Model
-from moeprune.models.module import AdoptedModel, Factory
-from moeprune.models.opening import load
+from moeprune.models.module import AdoptedModel, inner_name
 from moeprune.models.parity import compare, difference, require_parity, skipped
-from moeprune.models.results import Export, Parity
-from moeprune.models.translation import to_library, to_module
+from moeprune.models.results import Export
 from moeprune.models.vit import SoftMoEViT
+from moeprune.plan import Plan
 
 
-def export(
-    model: Model | str | Path,
-    output: str | Path,
-    to: str,
-    factory: Factory | None = None,
-    overwrite: bool = True,
-) -> Export:
+def export(model: Model, output: str | Path, to: str, overwrite: bool = True) -> Export:
     """Write a model as a checkpoint that another library, or the user's own code, loads.
 
     Args:
-        model: unpruned, or pruned statically with `renorm`; or the path of its checkpoint.
+        model: unpruned, or pruned statically with `renorm`.
         output: the file to write; with a suffix .pt, .pth or .bin by torch.save, else as safetensors.
         to: the library; in a model of the user's own code, that of its layers.
-        factory: see `load`, if the model is a path.
         overwrite: replace an output that exists.
 
     Raises:
         MoepruneError: the library cannot express the model or computes something else, or the output
             cannot be written.
     """
-    if to not in MODELS and to not in LAYERS:
-        raise MoepruneError(f"unknown library `{to}`", f"give one of {', '.join({**MODELS, **LAYERS})}")
-    model = model if isinstance(model, Model) else load(model, factory)
+    known = model.config.libraries or tuple(MODELS)
+    if to not in known:
+        raise MoepruneError(f"the model cannot be exported to `{to}`", f"give one of {', '.join(known)}")
     if model.config.libraries:
-        tensors, arguments, parity = _of_own_code(model, to)
+        assert isinstance(model, AdoptedModel)
+        if model.original is None:
+            raise MoepruneError(
+                "it is not known what builds the model", "adopt it with the argument `factory`"
+            )
+        original, arguments = model.original(), model.config.arguments
+        tensors = to_module(model, original)
+        if model.plan:
+            parity = skipped("your code builds the unpruned model")
+        else:
+            load_foreign(original, tensors, "the exported tensors")
+            parity = difference(model, original)
     else:
-        tensors, arguments, parity = _of_library(model, to)
+        assert isinstance(model, SoftMoEViT)
+        library, config = MODELS[to], as_dense(model.config, model.plan)
+        tensors, arguments = to_library(model, library), library.arguments(config)
+        parity = compare(model, library, config, tensors)
     require_parity(parity, f"`{to}`", output)
     write_state_dict(output, tensors, overwrite)
     return Export(
@@ -61,34 +67,75 @@ def export(
     )
 
 
-def _of_library(model: Model, to: str) -> tuple[Mapping[str, Tensor], dict[str, Any], Parity]:
-    if to not in MODELS:
-        raise MoepruneError(
-            f"`{to}` has no whole models, only layers for models of your own code",
-            f"give one of {', '.join(MODELS)}",
-        )
-    library = MODELS[to]
-    assert isinstance(model, SoftMoEViT)
-    tensors = to_library(model, library)
-    config, _ = as_dense(model.config, model.plan)
-    return tensors, library.arguments(config), compare(model, library, config, tensors)
+def to_library(model: SoftMoEViT, library: SoftMoEViTs) -> dict[str, Tensor]:
+    """Return the state dict of a library's own model that computes the same as ours.
+
+    Raises:
+        MoepruneError: the library cannot express it; all reasons are named.
+    """
+    config = as_dense(model.config, model.plan)
+    _require_none(_not_dense(model.plan) + library.refusals(config), library.name)
+    ours, theirs = model.state_dict(), {}
+    entries = library.entries(config)
+    assert set(ours) == {entry.ours for entry in entries}
+    for entry in entries:
+        tensor = ours[entry.ours].mT if entry.transposed else ours[entry.ours]
+        for name, part in zip(entry.theirs, tensor.unbind() if entry.split else [tensor], strict=True):
+            theirs[name] = part.reshape(entry.shape).clone(memory_format=torch.contiguous_format)
+    return theirs
 
 
-def _of_own_code(model: Model, to: str) -> tuple[Mapping[str, Tensor], dict[str, Any], Parity]:
-    libraries = model.config.libraries
-    if to not in libraries:
+def to_module(model: Model, original: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of the user's own model that computes the same as ours.
+
+    Args:
+        model: unpruned, or pruned statically with `renorm`.
+        original: the model before its layers were replaced by ours; with any number of experts.
+
+    Raises:
+        MoepruneError: the libraries of the layers cannot express a plan; all reasons are named.
+    """
+    _require_none(_not_dense(model.plan), ", ".join(model.config.libraries))
+    found = {inner_name(name): tensor for name, tensor in model.state_dict().items()}
+    for name, ours in model.moe_layers.items():
+        path = inner_name(name)
+        tensors = {key: found.pop(f"{path}.{key}".lstrip(".")) for key in ours.state_dict()}
+        theirs = original.get_submodule(path)
+        [library] = [library for library in LAYERS.values() if library.recognises(theirs)]
+        restored = library.restore(theirs, tensors)
+        found |= {f"{path}.{key}".lstrip("."): tensor for key, tensor in restored.items()}
+    return found
+
+
+def as_dense(config: ViTConfig, plan: Plan) -> ViTConfig:
+    """Return the dense architecture that computes the same as one pruned statically with `renorm`."""
+    blocks = list(config.blocks)
+    for index, block in enumerate(blocks):
+        layer = plan.get(f"blocks.{index}.soft_moe")
+        if block.soft_moe is not None and layer is not None and layer.k:
+            blocks[index] = block.replace(soft_moe=block.soft_moe.replace(num_experts=layer.k))
+    return config.replace(blocks=tuple(blocks))
+
+
+def _not_dense(plan: Plan) -> list[str]:
+    """Every reason why no dense layers of fewer experts compute what a plan says."""
+    reasons = []
+    for name, layer in plan.items():
+        if layer.scope != "static":
+            reasons.append(
+                f"layer `{name}` chooses its experts anew for each {layer.scope} (scope {layer.scope})"
+            )
+        elif not layer.k or (layer.compensation != "renorm" and layer.k < layer.num_experts):
+            reasons.append(
+                f"layer `{name}` has compensation {layer.compensation}, under which the router still weighs"
+                " the dropped experts; a layer of the kept ones alone computes another function"
+            )
+    return reasons
+
+
+def _require_none(refused: list[str], library: str) -> None:
+    if refused:
         raise MoepruneError(
-            f"the layers of the model are from {', '.join(libraries)}, not from `{to}`",
-            f"give `--to {libraries[0]}`",
+            f"`{library}` cannot express the model: {'; '.join(refused)}",
+            "it takes unpruned models, and those pruned with `--scope static --compensate renorm`",
         )
-    assert isinstance(model, AdoptedModel)
-    if model.original is None:
-        raise MoepruneError("it is not known what builds the model", "adopt it with the argument `factory`")
-    original = model.original()
-    tensors = to_module(model, original)
-    if model.plan:
-        parity = skipped("your code builds the unpruned model")
-    else:
-        load_foreign(original, tensors, "the exported tensors")
-        parity = difference(model, original)
-    return tensors, model.config.arguments, parity

@@ -68,17 +68,11 @@ class Model(nn.Module):
 M = TypeVar("M", bound=nn.Module)
 
 
-def require_moe_layers(model: Model) -> dict[str, MoELayer]:
-    """Return the MoE layers, or raise a MoepruneError if there is none."""
-    layers = model.moe_layers
-    if not layers:
-        raise MoepruneError("no Soft MoE layer in the model", "there is nothing to prune in it")
-    return layers
-
-
 def require_dense_layers(model: Model, hint: str) -> dict[str, MoELayer]:
     """Return the MoE layers, or raise a MoepruneError if there is none or one is pruned already."""
-    layers = require_moe_layers(model)
+    layers = model.moe_layers
+    if not layers:
+        raise MoepruneError("no MoE layer in the model", "there is nothing to prune in it")
     if pruned := [f"`{name}`" for name, layer in layers.items() if layer.plan is not None]:
         raise MoepruneError(f"layers {', '.join(pruned)} are already pruned", hint)
     return layers

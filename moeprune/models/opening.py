@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moeprune import __version__
 from moeprune.data.datasets import Dataset
@@ -19,14 +20,15 @@ from moeprune.files.header import Header, require_unchanged
 from moeprune.models.adopted import adopt, load_foreign, parse_source
 from moeprune.models.description import our_header, read_description
 from moeprune.models.details import Details
+from moeprune.models.export import to_library
 from moeprune.models.libraries import library_of_file
-from moeprune.models.libraries.interface import installed_version
+from moeprune.models.libraries.layers import installed_version
+from moeprune.models.libraries.soft_moe import Layout
 from moeprune.models.model import Model, dataset_for, remember_fingerprint
 from moeprune.models.module import Factory, build, factory_name, load_strictly
 from moeprune.models.parity import compare, difference, require_parity, skipped
 from moeprune.models.results import Reading
 from moeprune.models.spec import ModelSpec
-from moeprune.models.translation import to_library, to_ours
 from moeprune.models.vit import skeleton
 
 logger = logging.getLogger(__name__)
@@ -149,12 +151,13 @@ def _open_library(spec: ModelSpec) -> Model:
     layout = library.read(infos, spec.arguments, str(spec.path))
     checkpoint.check_finite({k: t for k, t in tensors.items() if k not in layout.dropped}, spec.path)
     model = skeleton(layout.config, {}, Details(source=_source({library.name: None}, found)))
-    model.load_state_dict(to_ours(tensors, layout), assign=True)
+    model.load_state_dict(_to_ours(tensors, layout), assign=True)
     model.requires_grad_(False).eval()
     if refused := library.refusals(layout.config):
         parity = skipped(f"{library.model_class} cannot express it: {'; '.join(refused)}")
     else:
-        own = tensors if layout.as_is else to_library(model, library)
+        is_theirs = layout.entries == library.entries(layout.config) and not layout.dropped
+        own = tensors if is_theirs else to_library(model, library)
         parity = compare(model, library, layout.config, own)
         require_parity(parity, library.model_class, spec.path)
     model.reading = Reading(
@@ -165,6 +168,18 @@ def _open_library(spec: ModelSpec) -> Model:
         parity=parity,
     )
     return model
+
+
+def _to_ours(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Return the state dict of our model for that of a library's own model."""
+    shapes = layout.config.shapes({})
+    ours = {}
+    for entry in layout.entries:
+        parts = [tensors[name] for name in entry.theirs]
+        tensor = torch.stack(parts) if entry.split else parts[0]
+        tensor = tensor.mT if entry.transposed else tensor
+        ours[entry.ours] = tensor.reshape(shapes[entry.ours]).contiguous()
+    return ours
 
 
 def _open_module(spec: ModelSpec, factory: Factory) -> Model:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError
 from moeprune.models.architecture import ViTConfig
-from moeprune.models.libraries.interface import ModelLibrary
+from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.model import Model, private_copy
 from moeprune.models.results import Parity
 
@@ -21,7 +21,7 @@ MAX_DIFFERENCE = 1e-5
 """Largest difference of logits of equal models, relative to the largest logit."""
 
 
-def compare(model: Model, library: ModelLibrary, config: ViTConfig, tensors: Mapping[str, Tensor]) -> Parity:
+def compare(model: Model, library: SoftMoEViTs, config: ViTConfig, tensors: Mapping[str, Tensor]) -> Parity:
     """Compare our model with the library's own one; see `difference`.
 
     Args:

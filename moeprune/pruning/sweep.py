@@ -14,7 +14,7 @@ from moeprune.evaluation.evaluate import Reference
 from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.results import Difference, Latency, ModelFigures
 from moeprune.layers.interface import LayerConfig
-from moeprune.models.model import Model, require_moe_layers
+from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
 from moeprune.plan import COMPENSATIONS, Method, Plan, is_possible, uniform_plan
 from moeprune.pruning.apply import calibration_data, prune
@@ -127,7 +127,6 @@ def sweep(
         A row, without its place on the frontier, and its model: first the full one, then one for each variant
         (the last of its draws).
     """
-    require_moe_layers(model)
     plans = [(variant, variant.plan(model.config.moe_layers)) for variant in variants]
     calibration = calibration_data(model, analysis)
     reference = Reference(model, data, runtime, "full model")

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from moeprune.errors import MoepruneError
-from moeprune.models.libraries.interface import LayerLibrary, ModelLibrary, Tensors
-from moeprune.models.libraries.own import OwnLayers
-from moeprune.models.libraries.soft_mixture_of_experts import SoftMixtureOfExperts
-from moeprune.models.libraries.soft_moe import SoftMoELayers
-from moeprune.models.libraries.soft_moe_pytorch import SoftMoEPytorch
-from moeprune.models.libraries.soft_moe_vit import SoftMoEViTs
+from moeprune.models.libraries.layers import (
+    LayerLibrary,
+    OwnLayers,
+    SoftMixtureOfExperts,
+    SoftMoE,
+    SoftMoEPytorch,
+)
+from moeprune.models.libraries.soft_moe import SoftMoEViTs
+from moeprune.models.libraries.soft_moe_file import Tensors
 from moeprune.models.lookalikes import lookalike
 
-MODELS: dict[str, ModelLibrary] = {library.name: library for library in (SoftMoEViTs(),)}
+MODELS = {library.name: library for library in (SoftMoEViTs(),)}
 """Libraries of whole models by name."""
-
 LAYERS: dict[str, LayerLibrary] = {
-    library.name: library
-    for library in (SoftMoELayers(), SoftMoEPytorch(), SoftMixtureOfExperts(), OwnLayers())
+    library.name: library for library in (SoftMoE(), SoftMoEPytorch(), SoftMixtureOfExperts(), OwnLayers())
 }
-"""Libraries of layers by name; the models around the layers are built by the user's own code."""
+"""Libraries of layers by name; the user's own code builds the models around them."""
 
 
-def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> ModelLibrary:
+def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> SoftMoEViTs:
     """Return the library that wrote a file with these tensors.
 
     Args:
@@ -30,15 +31,13 @@ def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> Mod
     Raises:
         MoepruneError: the name is unknown, no library fits, or several do.
     """
-    if name is not None:
-        if name not in MODELS:
-            raise MoepruneError(
-                f"no whole models of `{name}` are known", f"known are those of {', '.join(MODELS)}"
-            )
-        return MODELS[name]
-    fitting = [library for library in MODELS.values() if library.fits(tensors)]
-    if len(fitting) == 1:
-        return fitting[0]
+    fitting = [library for library in MODELS.values() if name == library.name or library.fits(tensors)]
+    if name is not None and name not in MODELS:
+        raise MoepruneError(
+            f"no whole models of `{name}` are known", f"known are those of {', '.join(MODELS)}"
+        )
+    if name is not None or len(fitting) == 1:
+        return MODELS[name or fitting[0].name]
     if fitting:
         names = " and ".join(f"`{library.name}`" for library in fitting)
         raise MoepruneError(f"the tensors of `{path}` fit {names}", "name the library with `--source`")

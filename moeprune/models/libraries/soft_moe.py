@@ -1,39 +1,248 @@
-"""Layers of soft-moe (bwconrad): tokens and phi scaled to unit length, normalised tokens dispatched."""
+"""Whole models of `soft-moe` (bwconrad): vision transformers built on timm's, with Soft MoEs for some MLPs.
+
+Two layouts are read: the library's, with one MLP for each expert, and that of the paper's authors, who
+stacked the experts of a layer for their ImageNet models, gave them a width of their own, and left a
+`base_expert` in the file that never runs. Only the library's layout is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from msgspec.structs import asdict
 
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.models.libraries.experts import class_name, stack_experts, unstack_experts
-from moeprune.models.libraries.interface import LayerLibrary
+from moeprune.models.architecture import ViTConfig
+from moeprune.models.libraries.soft_moe_file import (
+    LAYER,
+    POOLINGS,
+    UNUSED,
+    Tensors,
+    complete,
+    draft_config,
+    or_,
+)
+from moeprune.models.tensors import require_tensors
 
-ROUTER = ("phi", "scale")
+NAMES = {
+    "class_token": "cls_token",
+    "position": "pos_embed",
+    "patch_embed": "patch_embed.proj",
+    "embedding_norm": "norm_pre",
+    "head_norm": "fc_norm",
+    "attention": "attn",
+    "attention_scale": "ls1.gamma",
+    "mixer_scale": "ls2.gamma",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+    "soft_moe": "mlp",
+}
+"""The library's names of parts by ours, where they differ."""
+_OURS = re.compile(rf"(?:^|(?<=\.))({'|'.join(map(re.escape, NAMES))})(?=\.|$)")
 
 
-class SoftMoELayers(LayerLibrary):
-    """Layers inside models of the user's own code; SoftMoEViTs reads whole models."""
+class Entry(NamedTuple):
+    """One of our tensors, and the library's tensors that hold the same values.
+
+    ours: its name in our model. theirs: names in the library. shape: of each of those.
+    transposed: their last two axes are swapped in ours.
+    split: there is one tensor for each expert; ours is the stack of them.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool = False
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The model in a file.
+
+    arguments: of the library's own constructor, as JSON values.
+    defaults: those of them that neither the tensors nor the user determine.
+    dropped: tensors that the model does not use.
+    """
+
+    config: ViTConfig
+    entries: list[Entry]
+    arguments: dict[str, Any]
+    defaults: dict[str, Any]
+    dropped: list[str]
+
+
+class SoftMoEViTs:
+    """The library's whole models; a further library provides the same.
+
+    name: on PyPI and on the command line. model_class: loads what is written.
+    """
 
     name = "soft-moe"
+    model_class = "soft_moe.SoftMoEVisionTransformer"
 
-    def recognises(self, module: nn.Module) -> bool:
-        """Return True for a layer of this library."""
-        return class_name(module) == "soft_moe.soft_moe.SoftMoELayerWrapper"
+    def fits(self, tensors: Tensors) -> bool:
+        """Return True if the names of the tensors are the library's: a block has a phi and experts."""
+        found = {match.groups() for name in tensors if (match := LAYER.match(name))}
+        return any((index, "phi") in found for index, part in found if part != "phi")
 
-    def describe(
-        self, module: nn.Module, name: str, tokens: int, version: str | None
-    ) -> tuple[SoftMoEConfig, dict[str, Tensor]]:
-        """Return our config and tensors; see `LayerLibrary.describe`."""
-        router = {key: tensor for key, tensor in module.state_dict().items() if key in ROUTER}
-        kind, hidden_dim, experts = stack_experts(module.experts, f"{name}.experts")  # type: ignore[arg-type]
-        d, n, p = router["phi"].shape
-        routing = ("l2", "normalized") if "scale" in router else ("none", "raw")
-        return SoftMoEConfig(d, n, p, hidden_dim, *routing, kind), router | experts
+    def read(self, tensors: Tensors, given: Mapping[str, Any], path: str) -> Layout:
+        """Return the layout of a file.
 
-    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors under the library's names; see `LayerLibrary.restore`."""
-        router = {key: tensor for key, tensor in tensors.items() if key in ROUTER}
-        [*experts] = module.experts  # type: ignore[misc]
-        return router | unstack_experts(tensors, "experts", experts[0])
+        Args:
+            given: what the tensors do not show, by the names of the library's constructor.
+            path: of the file, for errors.
+
+        Raises:
+            MoepruneError: tensors are missing, unexpected or contradict each other; an argument is
+                unknown, missing, or does not fit the tensors.
+        """
+        dropped = sorted(name for name in tensors if UNUSED.match(name))
+        used = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+        stacked = any("stacked_expert_" in name for name in used)
+        draft = draft_config(used, path)
+        expected = {name: entry.shape for entry in self.entries(draft, stacked) for name in entry.theirs}
+        require_tensors(used, expected, f"the tensors of `{path}` are not those of a whole model")
+        config, defaults = complete(draft, given, path)
+        arguments = self.arguments(config)
+        assumed = {name: arguments[name] for name in defaults}
+        return Layout(config, self.entries(config, stacked), arguments, assumed, dropped)
+
+    def refusals(self, config: ViTConfig) -> list[str]:
+        """Return every reason why the library cannot express a dense model of this architecture."""
+        refused = []
+        for index, block in enumerate(config.blocks):
+            if not block.attention:
+                refused.append(f"block {index} has no attention")
+            if not block.residual:
+                refused.append(f"block {index} has no residual around its MLP or Soft MoE")
+        for name, layer in config.moe_layers.items():
+            normalize = layer.router_norm != "none"
+            known = SoftMoEConfig(
+                layer.dim, layer.num_experts, layer.slots_per_expert, layer.expert_width,
+                router_norm="l2" if normalize else "none",
+                dispatch_input="normalized" if normalize else layer.dispatch_input,  # the same tokens
+            )  # fmt: skip
+            expected = asdict(known)
+            refused += [
+                f"layer `{name}` has `{key}` {value}, expected {expected[key]}"
+                for key, value in asdict(layer).items()
+                if value != expected[key]
+            ]
+        if config.final_norm == config.head_norm:
+            both = "both" if config.final_norm else "neither"
+            refused.append(f"the model has {both} of `final_norm` and `head_norm`, expected one")
+        layers = config.moe_layers.values()
+        widths = _mlp_widths(config) | {layer.expert_width for layer in layers}
+        for what, values in (
+            ("experts", {layer.num_experts for layer in layers}),
+            ("slots per expert", {layer.slots_per_expert for layer in layers}),
+            ("hidden units of MLPs and experts", widths),
+        ):
+            if len(values) > 1:
+                refused.append(f"the number of {what} is not the same everywhere: {or_(sorted(values))}")
+        return refused
+
+    def entries(self, config: ViTConfig, stacked: bool = False) -> list[Entry]:
+        """Return all tensors of a dense model.
+
+        Args:
+            stacked: the experts of a layer are one tensor, as the authors' files have them.
+        """
+        entries = []
+        for ours, shape in config.shapes({}).items():
+            theirs = _OURS.sub(lambda match: NAMES[match[0]], ours)
+            part, _, tensor = theirs.rpartition(".")
+            if ours in ("class_token", "position"):
+                entries.append(Entry(ours, (theirs,), (1, *shape)))
+            elif ours == "patch_embed.weight":
+                entries.append(Entry(ours, (theirs,), (config.dim, config.in_channels, *config.patch_size)))
+            elif ours.rpartition(".")[0] not in config.moe_layers or not tensor.startswith("fc"):
+                entries.append(Entry(ours, (theirs,), shape))
+            else:
+                n, *rest = shape
+                transposed = tensor == "fc1_weight"
+                one = tuple(reversed(rest) if transposed else rest)
+                names = tuple(f"{part}.experts.{j}.{tensor.replace('_', '.')}" for j in range(n))
+                whole = Entry(ours, (f"{part}.stacked_expert_{tensor}",), (n, *one), transposed)
+                entries.append(whole if stacked else Entry(ours, names, one, transposed, split=True))
+        return entries
+
+    def arguments(self, config: ViTConfig) -> dict[str, Any]:
+        """Return the arguments of the constructor; where layers differ, a list of their values."""
+        layers = config.moe_layers
+        experts = {layer.expert_width for layer in layers.values()}
+        mlps = _mlp_widths(config) or experts
+        indices = [int(name.split(".")[1]) for name in layers]
+        is_tail = indices == list(range(indices[0], len(config.blocks)))
+        arguments = {
+            "num_experts": _common(layer.num_experts for layer in layers.values()),
+            "slots_per_expert": _common(layer.slots_per_expert for layer in layers.values()),
+            "moe_layer_index": indices[0] if is_tail else indices,
+            "img_size": _side(config.image_size),
+            "patch_size": _side(config.patch_size),
+            "in_chans": config.in_channels,
+            "num_classes": config.num_classes,
+            "global_pool": next(theirs for theirs, ours in POOLINGS.items() if ours == config.pooling),
+            "embed_dim": config.dim,
+            "depth": len(config.blocks),
+            "num_heads": config.num_heads,
+            "mlp_ratio": _common(_ratio(width, config.dim) for width in mlps),
+            "qkv_bias": config.qkv_bias,
+            "qk_norm": config.qk_norm,
+            "init_values": 1.0 if config.layer_scale else None,
+            "class_token": config.class_token,
+            "no_embed_class": config.class_token and not config.class_position,
+            "pre_norm": config.embedding_norm,
+            "fc_norm": config.head_norm,
+            "act_layer": "GELU",
+            "eps": config.norm_eps,
+            "normalize": _common(layer.router_norm == "l2" for layer in layers.values()),
+        }
+        if experts != mlps:
+            arguments["moe_mlp_ratio"] = _common(_ratio(width, config.dim) for width in experts)
+        return arguments
+
+    def build(self, config: ViTConfig) -> Any:
+        """Return the library's own model of an architecture that it can express, with random weights.
+
+        Raises:
+            ImportError: the library is not installed.
+        """
+        from soft_moe import SoftMoEVisionTransformer
+
+        arguments = self.arguments(config)
+        for name in ("act_layer", "eps", "normalize"):
+            del arguments[name]
+        model = SoftMoEVisionTransformer(weight_init="skip", **arguments)
+        for module in model.modules():
+            if hasattr(module, "eps"):  # a norm
+                module.eps = config.norm_eps
+        for block, ours in zip(model.blocks, config.blocks, strict=True):
+            if ours.soft_moe is not None and ours.soft_moe.router_norm == "none":
+                block.mlp.normalize = False  # an argument of the layer, which the model's does not set
+                del block.mlp.scale
+        return model
+
+
+def _mlp_widths(config: ViTConfig) -> set[int]:
+    return {block.mlp_dim for block in config.blocks if block.mlp_dim is not None}
+
+
+def _ratio(width: int, dim: int) -> float:
+    """The `mlp_ratio` from which the library, which rounds down, makes this width."""
+    ratio = width / dim
+    return ratio if int(dim * ratio) == width else (width + 0.5) / dim
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The value that all have in common, or the list of different ones."""
+    different = sorted(set(values))
+    return different[0] if len(different) == 1 else different
+
+
+def _side(size: tuple[int, int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)

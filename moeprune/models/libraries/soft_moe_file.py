@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from moeprune.errors import MoepruneError
+from moeprune.files.header import TensorInfo
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.libraries.interface import Tensors
 from moeprune.records import Record, from_json
 
+Tensors = Mapping[str, TensorInfo]
+"""The tensors of a file by name, without their values."""
 EPS = 1e-6
 """Of norms, unless the model was built with another norm layer."""
 POOLINGS: dict[str, Literal["token", "mean", "none"]] = {"token": "token", "avg": "mean", "": "none"}
@@ -52,8 +54,7 @@ def draft_config(tensors: Tensors, path: str) -> ViTConfig:
     rows = _axis(tensors, "pos_embed", 1)
     class_position = class_token and rows > 1
     head_dim = _axis(tensors, "blocks.0.attn.q_norm.weight", 0, default=dim)
-    if dim % head_dim:
-        head_dim = dim  # which the norm does not fit
+    head_dim = dim if dim % head_dim else head_dim  # which the norm does not fit then
     return ViTConfig(
         image_size=((rows - class_position) * patch[0], patch[1]),
         patch_size=(patch[0], patch[1]),
@@ -120,6 +121,8 @@ def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple
         "global_pool": [name for name in POOLINGS if name != "token" or draft.class_token],
         "img_size": list(sizes),
     }
+    if draft.class_token and "no_embed_class" in given:
+        choices["no_embed_class"] = sorted({not has for has in sizes.values()})
     values = {"eps": EPS} | {name: of[0] for name, of in choices.items() if len(of) == 1}
     if square := [size for size in sizes if size[0] == size[1]]:
         [values["img_size"]] = square

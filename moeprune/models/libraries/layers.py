@@ -1,0 +1,264 @@
+"""Layers of other libraries in models of the user's own code: as ours, and back.
+
+soft-moe (bwconrad): tokens and phi of unit length, normalised tokens dispatched.
+soft-moe-pytorch (lucidrains): RMSNorm or LayerNorm on tokens and slots; MLPs or GEGLUs; dynamic slots.
+soft-mixture-of-experts (fkodom): no normalisation; an expert is one linear, and the layer takes the place
+    of an MLP's second linear. Release 0.1 takes the dispatch softmax over the batch by mistake.
+moeprune: our own layers, which need no translation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import metadata
+
+import torch
+from torch import Tensor, nn
+
+from moeprune.errors import MoepruneError
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.interface import LayerConfig
+from moeprune.layers.layer import MoELayer
+
+Described = tuple[LayerConfig, dict[str, Tensor]]
+
+
+class LayerLibrary:
+    """A library of layers.
+
+    name: on PyPI and on the command line. classes: full names of its layers' classes.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+
+    def recognises(self, module: nn.Module) -> bool:
+        """Return True for a layer of this library."""
+        return f"{type(module).__module__}.{type(module).__qualname__}" in self.classes
+
+    def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
+        """Return the config of our layer that computes the same, and its tensors.
+
+        Args:
+            module: a layer of the library.
+            name: of the layer, for errors.
+            tokens: m, of one input.
+            version: of the library, if the user names it.
+
+        Raises:
+            MoepruneError: ours cannot compute the same.
+        """
+        raise NotImplementedError
+
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of our layer under the names of the library.
+
+        Args:
+            module: a layer of the library with any number of experts.
+            tensors: of our layer, unpruned or with fewer experts.
+        """
+        raise NotImplementedError
+
+    def rename(self, tensors: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+        """Return the tensors of a model, those of old releases under the expected names."""
+        return dict(tensors)
+
+
+class SoftMoE(LayerLibrary):
+    """Layers of soft-moe."""
+
+    name = "soft-moe"
+    classes = ("soft_moe.soft_moe.SoftMoELayerWrapper",)
+
+    def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
+        """Return our config and tensors."""
+        router = {key: tensor for key, tensor in module.state_dict().items() if key in ("phi", "scale")}
+        kind, hidden_dim, experts = _stack_experts(module, name)
+        d, n, p = router["phi"].shape
+        routing = ("l2", "normalized") if "scale" in router else ("none", "raw")
+        return SoftMoEConfig(d, n, p, hidden_dim, *routing, kind), router | experts
+
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors under the library's names."""
+        router = {key: tensor for key, tensor in tensors.items() if key in ("phi", "scale")}
+        return router | _unstack_experts(tensors, module)
+
+
+class SoftMoEPytorch(LayerLibrary):
+    """Layers of soft-moe-pytorch."""
+
+    name = "soft-moe-pytorch"
+    classes = (
+        "soft_moe_pytorch.soft_moe.SoftMoE",
+        "soft_moe_pytorch.soft_moe_with_dynamic_slots.DynamicSlotsSoftMoE",
+    )
+
+    def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
+        """Return our config and tensors."""
+        found = module.state_dict()
+        kind, hidden_dim, experts = _stack_experts(module, name)
+        if any(found[key].any() for key in ("norm.beta", "slot_norm.beta") if key in found):
+            raise MoepruneError(
+                f"layer `{name}` has a `beta` that is not zero, which moeprune cannot express"
+            )
+        experts["input_gain"] = found["norm.gamma"]
+        if "slot_embeds" not in found:
+            projection = found["to_slot_embeds.0.weight"]  # (n·d,d)
+            d = projection.shape[1]
+            n = len(projection) // d
+            slots = -(-tokens // n)  # rounded up
+            config = SoftMoEConfig(d, n, slots, hidden_dim, "rms", "normalized", kind, dynamic_slots=True)
+            router = {"slot_projection": projection.unflatten(0, (n, d))}
+            return config, experts | router | {"phi_gain": found["to_slot_embeds.2.gamma"]}
+        n, p, d = found["slot_embeds"].shape
+        norm = "layer" if "norm.beta" in found else "rms"
+        router = {
+            "phi": found["slot_embeds"].permute(2, 0, 1).contiguous(),
+            "phi_gain": found["slot_norm.gamma"],
+        }
+        return SoftMoEConfig(d, n, p, hidden_dim, norm, "normalized", kind), experts | router
+
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors under the library's names."""
+        restored = _unstack_experts(tensors, module) | {"norm.gamma": tensors["input_gain"]}
+        if "slot_projection" in tensors:
+            restored["to_slot_embeds.0.weight"] = tensors["slot_projection"].flatten(0, 1)
+            restored["to_slot_embeds.2.gamma"] = tensors["phi_gain"]
+        else:
+            restored["slot_embeds"] = tensors["phi"].permute(1, 2, 0).contiguous()
+            restored["slot_norm.gamma"] = tensors["phi_gain"]
+        if "norm.beta" in module.state_dict():
+            zero = torch.zeros_like(tensors["input_gain"])
+            restored |= {"norm.beta": zero, "slot_norm.beta": zero.clone()}
+        return restored
+
+    def rename(self, tensors: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+        """Return the tensors; those of old releases are `experts.j`, the newer ones `experts.experts.j`."""
+        renamed = {}
+        for name, tensor in tensors.items():
+            newer = re.sub(r"\bexperts\.(?=\d)", "experts.experts.", name)
+            renamed[newer if name not in expected and newer in expected else name] = tensor
+        return renamed
+
+
+class SoftMixtureOfExperts(LayerLibrary):
+    """Layers of soft-mixture-of-experts."""
+
+    name = "soft-mixture-of-experts"
+    classes = ("soft_mixture_of_experts.soft_moe.SoftMoE",)
+
+    def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
+        """Return our config and tensors.
+
+        Raises:
+            MoepruneError: release 0.1 is installed, and the user does not name it.
+        """
+        release = version or installed_version(self.name)
+        is_over_batch = f"{release}.".startswith("0.1.")
+        if is_over_batch and version is None:
+            raise MoepruneError(
+                f"layer `{name}` is from {self.name} {release}, whose dispatch softmax runs over the batch:"
+                " the output for one input depends on the others",
+                "install release 0.2.0 or newer, or, if the model was trained and is to run this way, give"
+                f" `--source {self.name}==0.1.0`",
+            )
+        found = module.state_dict()
+        d, n, p = found["phi"].shape
+        weight = found["experts.weight"].mT.contiguous()  # (n,out,in)
+        out = weight.shape[1]
+        config = SoftMoEConfig(
+            d, n, p, None, "none", "raw", "linear", None if out == d else out,
+            dispatch_over="batch" if is_over_batch else "tokens",
+        )  # fmt: skip
+        bias = found.get("experts.bias", torch.zeros_like(weight[:, :, 0]))
+        return config, {"phi": found["phi"], "fc2_weight": weight, "fc2_bias": bias}
+
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors under the library's names."""
+        restored = {"phi": tensors["phi"], "experts.weight": tensors["fc2_weight"].mT.contiguous()}
+        bias = {"experts.bias": tensors["fc2_bias"]} if "experts.bias" in module.state_dict() else {}
+        return restored | bias
+
+
+class OwnLayers(LayerLibrary):
+    """Layers of moeprune, of any family."""
+
+    name = "moeprune"
+
+    def recognises(self, module: nn.Module) -> bool:
+        """Return True for our layers."""
+        return isinstance(module, MoELayer)
+
+    def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
+        """Return the layer's own config and tensors."""
+        assert isinstance(module, MoELayer)
+        if module.plan is not None:
+            raise MoepruneError(f"layer `{name}` is already pruned", "adopt the unpruned model")
+        return module.config, dict(module.state_dict())
+
+    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors as they are."""
+        return dict(tensors)
+
+
+def installed_version(library: str) -> str | None:
+    """Return the version of a library in this environment, None if it is not installed."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _experts_of(layer: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of a layer's experts, and its path in the layer."""
+    return next((path, part) for path, part in layer.named_modules() if isinstance(part, nn.ModuleList))
+
+
+def _linears(expert: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linears of one expert by their path in it, in the order of the data flow."""
+    return [(path, part) for path, part in expert.named_modules() if isinstance(part, nn.Linear)]
+
+
+def _stack_experts(layer: nn.Module, name: str) -> tuple[str, int, dict[str, Tensor]]:
+    """The kind of a layer's experts (`mlp` or `geglu`), their hidden width, and their stacked tensors.
+
+    Raises:
+        MoepruneError: they are anything else than linear, GELU or GEGLU, linear.
+    """
+    pairs, gated = [], False
+    for index, expert in enumerate(_experts_of(layer)[1]):
+        linears = [part for _, part in _linears(expert)]
+        passive = (nn.Linear, nn.Dropout, nn.Identity)
+        leaves = [part for part in expert.modules() if not any(part.children())]
+        others = [part for part in leaves if not isinstance(part, passive)]
+        activation = others[0] if len(others) == 1 else None
+        gated = type(activation).__name__ == "GEGLU"
+        is_gelu = isinstance(activation, nn.GELU) and activation.approximate == "none"
+        if len(linears) != 2 or not (gated or is_gelu) or any(linear.bias is None for linear in linears):
+            parts = ", ".join(str(part) for part in [*linears, *others])
+            raise MoepruneError(
+                f"expert `{name}.experts.{index}` is made of {parts}: expected two linears with biases, and a"
+                " GELU or GEGLU between them"
+            )
+        pairs.append(linears)
+    first, second = zip(*pairs, strict=True)
+    tensors = {
+        "fc1_weight": torch.stack([linear.weight.T for linear in first]),
+        "fc1_bias": torch.stack([linear.bias for linear in first]),
+        "fc2_weight": torch.stack([linear.weight for linear in second]),
+        "fc2_bias": torch.stack([linear.bias for linear in second]),
+    }
+    return "geglu" if gated else "mlp", second[0].in_features, tensors
+
+
+def _unstack_experts(tensors: Mapping[str, Tensor], layer: nn.Module) -> dict[str, Tensor]:
+    """The stacked tensors of our layer as those of a library's experts."""
+    prefix, experts = _experts_of(layer)
+    unstacked = {}
+    for fc, (path, _) in zip(("fc1", "fc2"), _linears(experts[0]), strict=True):
+        for j, bias in enumerate(tensors[f"{fc}_bias"]):
+            weight = tensors[f"{fc}_weight"][j]
+            unstacked[f"{prefix}.{j}.{path}.weight"] = weight.T.contiguous() if fc == "fc1" else weight
+            unstacked[f"{prefix}.{j}.{path}.bias"] = bias
+    return unstacked
