@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -264,11 +265,8 @@ def fingerprint(spec: object, form: InputFormat = GREY, batch_size: int = 7, **o
 def test_equal_data_has_equal_fingerprints_in_every_kind_of_file_and_size_of_batch(tmp_path, arrays):
     in_order = np.argsort(arrays["labels"], kind="stable")  # as folders have them
     arrays = {name: array[in_order] for name, array in arrays.items()}
-    found = {
-        fingerprint(write(tmp_path, arrays), batch_size=size)
-        for write in ARRAY_FILES
-        for size in (1, 7, 8, 64)
-    }
+    kinds = itertools.product(ARRAY_FILES, (1, 7, 8, 64))
+    found = {fingerprint(write(tmp_path, arrays), batch_size=size) for write, size in kinds}
     channels_last = tmp_path / "channels-last"
     channels_last.mkdir()
     found.add(fingerprint(as_npz(channels_last, {**arrays, "inputs": arrays["inputs"][:, 0]})))

@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from moeprune.data.digits import SPLITS, digits, pairs
 from moeprune.data.images import open_folder
 from moeprune.data.info import DataInfo
 from moeprune.data.preprocessing import InputFormat
-from moeprune.data.sources import Batch, Source, in_memory, one_ahead
+from moeprune.data.sources import Batch, Source, one_ahead
 from moeprune.errors import MoepruneError
 from moeprune.files.reading import require_file, version_of
 
@@ -181,8 +181,13 @@ def from_tensors(spec: str, inputs: Tensor, labels: Tensor | None, classes: int)
         spec: its name in messages.
         classes: of the model.
     """
-    source = in_memory(inputs, labels if classes else None)
-    return Dataset(spec, source, classes, range(source.samples))
+    used = labels if classes else None
+
+    def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
+        for indices in map(list, batches):
+            yield inputs[indices], None if used is None else used[indices]
+
+    return Dataset(spec, Source(len(inputs), used is not None, read), classes, range(len(inputs)))
 
 
 def _from_path(spec: str, input_format: InputFormat) -> Source:

@@ -32,16 +32,6 @@ class Source:
     files: Sequence[Path] = ()
 
 
-def in_memory(inputs: Tensor, labels: Tensor | None) -> Source:
-    """Return a source of inputs (n,c,H,W) and labels (n,) that are in memory."""
-
-    def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
-        for indices in map(list, batches):
-            yield inputs[indices], None if labels is None else labels[indices]
-
-    return Source(len(inputs), labels is not None, read)
-
-
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
     """Yield each item after the next has been taken from the iterable, so that tasks overlap."""
     iterator = iter(items)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,20 +134,12 @@ def summarize_latency(
         model, baseline: seconds of each repetition, at least two.
     """
     speedups = None if baseline is None else [b / m for m, b in zip(model, baseline, strict=True)]
-    speedup, speedup_iqr = (None, None) if speedups is None else _quartiles(speedups)
-    model_seconds, model_iqr = _quartiles(model)
-    baseline_seconds, baseline_iqr = (None, None) if baseline is None else _quartiles(baseline)
-    return BatchLatency(
-        batch_size=batch_size,
-        repetitions=len(model),
-        speedup=speedup,
-        speedup_iqr=speedup_iqr,
-        model_seconds=model_seconds,
-        model_seconds_iqr=model_iqr,
-        baseline_seconds=baseline_seconds,
-        baseline_seconds_iqr=baseline_iqr,
-        speedups=speedups,
-    )
+    figures: dict[str, Any] = {}
+    for name, values in {
+        "speedup": speedups, "model_seconds": model, "baseline_seconds": baseline,
+    }.items():  # fmt: skip
+        figures[name], figures[f"{name}_iqr"] = (None, None) if values is None else _quartiles(values)
+    return BatchLatency(batch_size=batch_size, repetitions=len(model), speedups=speedups, **figures)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, Interval]:
