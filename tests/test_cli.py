@@ -117,9 +117,9 @@ def test_inspect_json_says_what_is_in_the_file(single, run_json):
     header, _ = read_header(single)
     shapes = [t["shape"] for name, t in header.items() if name.startswith("blocks.0.soft_moe.")]
     assert layer == {
+        "family": "soft_moe",
         "experts": 128,
-        "slots_per_expert": 1,
-        "hidden_dim": 4,
+        "settings": {"dim": 32, "slots_per_expert": 1, "hidden_dim": 4},
         "parameters": sum(math.prod(shape) for shape in shapes),
         "plan": None,
     }
@@ -132,9 +132,9 @@ def test_inspect_text_names_the_layers_and_their_sizes(vit, run):
     result = run("inspect", vit)
     assert (result.code, result.stderr) == (0, "")
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith("blocks.")]
-    sizes = ("num_experts", "slots_per_expert", "hidden_dim")
-    expected = [[name, *(str(layer[size]) for size in sizes)] for name, layer in soft_moe(vit).items()]
-    assert [row[:4] for row in rows] == expected
+    expected = [[name, "soft_moe", str(layer["num_experts"])] for name, layer in soft_moe(vit).items()]
+    assert [row[:3] for row in rows] == expected
+    assert "slots_per_expert 2, hidden_dim 16" in result.stdout
     assert len(rows) > 1
     assert all(row[-1] == "dense" for row in rows)
     assert "1 × 8 × 16" in result.stdout

@@ -16,7 +16,7 @@ from moeprune.models.vit import SoftMoEViT
 from moeprune.report.commands import TYPES, schema_of
 from tests.schemas import complaints, validator
 
-OPEN = {"arguments", "defaults", "provenance", "source", "architecture", "preprocessing"}
+OPEN = {"arguments", "defaults", "provenance", "source", "architecture", "preprocessing", "settings"}
 """Objects whose keys others define."""
 BY_NAME = {"layers", "plan", "k"}
 """Objects whose keys are names of layers."""

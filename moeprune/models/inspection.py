@@ -33,13 +33,13 @@ def inspect_checkpoint(spec: ModelSpec) -> Inspection:
         preprocessing = preprocessing.updated(spec.preprocess)
     layers = {
         name: InspectedLayer(
-            experts=layer.num_experts,
-            slots_per_expert=layer.terms_per_expert,
-            hidden_dim=getattr(layer, "hidden_dim", None),
+            family=settings.pop("family"),
+            experts=settings.pop("num_experts"),
+            settings=settings,
             parameters=sum(tensor.numel for key, tensor in tensors.items() if key.startswith(f"{name}.")),
             plan=plan.get(name),
         )
-        for name, layer in config.moe_layers.items()
+        for name, settings in to_json(config.moe_layers).items()
     }
     return Inspection(
         checkpoint=str(spec.path),

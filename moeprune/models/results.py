@@ -41,11 +41,11 @@ class ModelCost(Result, frozen=True):
 
 
 class InspectedLayer(Result, frozen=True):
-    """One MoE layer of a checkpoint; plan: None if it is not pruned."""
+    """One MoE layer of a checkpoint; settings: of its family. plan: None if it is not pruned."""
 
+    family: str
     experts: int
-    slots_per_expert: int
-    hidden_dim: int | None
+    settings: dict[str, Any]
     parameters: int
     plan: LayerPlan | None
 

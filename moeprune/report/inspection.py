@@ -25,10 +25,10 @@ def inspection(result: Inspection) -> Document:
     rows = [
         (
             name,
+            layer.family,
             str(layer.experts),
-            str(layer.slots_per_expert),
-            "" if layer.hidden_dim is None else str(layer.hidden_dim),
             amount(layer.parameters),
+            plain(layer.settings),
             "dense" if layer.plan is None else plan_in_words(layer.plan),
         )
         for name, layer in result.layers.items()
@@ -40,7 +40,7 @@ def inspection(result: Inspection) -> Document:
     ]
     blocks: list[Block] = [
         Facts(facts),
-        Table(("layer", "experts", "slots", "hidden", "parameters", "plan"), rows),
+        Table(("layer", "family", "experts", "parameters", "settings", "plan"), rows),
     ]
     return Document(result.checkpoint, [*blocks, *([Facts(kept)] if kept else [])])
 
