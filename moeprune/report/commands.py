@@ -13,13 +13,11 @@ from moeprune.models.results import Export, Inspection
 from moeprune.pruning.results import PlanFile, Pruned, Sweep
 from moeprune.records import Report, json_schema
 from moeprune.report.analysis import analysis
-from moeprune.report.demo import demo
+from moeprune.report.checkpoint import export, inspection
 from moeprune.report.document import Document
 from moeprune.report.evaluation import evaluation
-from moeprune.report.export import export
-from moeprune.report.inspection import inspection
 from moeprune.report.pruning import pruning
-from moeprune.report.sweep import sweep
+from moeprune.report.sweep import demo, sweep
 
 TYPES: dict[str, type[Report]] = {
     "analyze": AnalysisReport,

@@ -23,15 +23,10 @@ def to_text(document: Document, terminal_width: int | None = None) -> str:
     """
     on_terminal = terminal_width is not None
     width = terminal_width or WIDTH
-    console = Console(
-        width=width,
-        height=25,  # without it Rich takes no width on a dumb terminal
-        force_terminal=on_terminal,
-        no_color=None if on_terminal else True,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
+    console = Console(  # Rich ignores a width without a height on a dumb terminal
+        width=width, height=25, force_terminal=on_terminal, no_color=None if on_terminal else True,
+        highlight=False, markup=False, emoji=False,
+    )  # fmt: skip
     blocks = [*document.blocks, *([document.gates] if document.gates is not None else [])]
     with console.capture() as capture:
         console.print(Text(document.title, style="bold"))
@@ -49,7 +44,12 @@ def _parts(block: Block) -> Iterator[RenderableType]:
     if isinstance(block, Lines):
         yield from (Text(line) for line in block.lines)
     elif isinstance(block, Facts):
-        yield _facts(block)
+        facts = rich_table.Table(box=None, show_header=False, pad_edge=False)
+        facts.add_column(no_wrap=True)
+        facts.add_column(overflow="fold")
+        for row in block.rows:
+            facts.add_row(*row)
+        yield facts
     elif isinstance(block, Table):
         if block.title is not None:
             yield Text(block.title, style="bold")
@@ -72,12 +72,3 @@ def _cell(cell: Cell) -> Text | str:
     if isinstance(cell, Verdict):
         return Text(cell.text, style="green" if cell.passed else "bold red")
     return cell if isinstance(cell, str) else cell.text
-
-
-def _facts(facts: Facts) -> rich_table.Table:
-    drawn = rich_table.Table(box=None, show_header=False, pad_edge=False)
-    drawn.add_column(no_wrap=True)
-    drawn.add_column(overflow="fold")
-    for row in facts.rows:
-        drawn.add_row(*row)
-    return drawn

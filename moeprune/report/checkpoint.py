@@ -1,10 +1,12 @@
-"""The report of `moeprune inspect`."""
+"""The reports of `moeprune inspect` and `moeprune export`."""
 
 from __future__ import annotations
 
-from moeprune.models.results import Inspection
+from collections.abc import Mapping
+from typing import Any
+
+from moeprune.models.results import Export, Inspection, Parity, Reading
 from moeprune.report.document import Block, Document, Facts, Table
-from moeprune.report.export import facts_of
 from moeprune.report.words import amount, flops_in_words, plain, plan_in_words, plural
 
 
@@ -21,7 +23,7 @@ def inspection(result: Inspection) -> Document:
     for title, values in (("source", result.source), ("provenance", result.provenance)):
         facts += [(f"{title}: {name}", plain(value)) for name, value in values.items()]
     if result.reading is not None:
-        facts += facts_of(result.reading)
+        facts += _reading(result.reading)
     rows = [
         (
             name,
@@ -54,3 +56,39 @@ def _architecture(result: Inspection) -> tuple[str, list[int]]:
     depth = plural(len(architecture["blocks"]), "block")
     kind = f"{architecture['type']}, {depth}, d = {architecture['dim']}"
     return kind, [architecture["in_channels"], *architecture["image_size"]]
+
+
+def export(result: Export) -> Document:
+    """Return what was written, and how well the library's own model agrees."""
+    facts = [
+        ("to", result.to),
+        ("model", f"{amount(result.model.parameters)} parameters"),
+        ("built with", _assignments(result.arguments)),
+        ("parity", _agreement(result.parity)),
+    ]
+    return Document(f"wrote {result.output}", [Facts([fact for fact in facts if fact[1]])])
+
+
+def _reading(reading: Reading) -> list[tuple[str, str]]:
+    """Return what was read from a checkpoint that moeprune did not write."""
+    facts = [
+        ("read as", reading.library),
+        ("built with", _assignments(reading.arguments)),
+        ("taken from the library's defaults", _assignments(reading.defaults)),
+        ("left out", f"{plain(reading.dropped)} (the model does not use them)" if reading.dropped else ""),
+        ("parity", _agreement(reading.parity)),
+    ]
+    return [fact for fact in facts if fact[1]]
+
+
+def _agreement(parity: Parity) -> str:
+    if parity.max_relative_difference is None:
+        return f"not measured: {parity.skipped}"
+    return (
+        f"logits of {parity.images} random images differ by at most"
+        f" {parity.max_relative_difference:.1e} of the largest one ({parity.dtype})"
+    )
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
