@@ -35,6 +35,11 @@ SHAPE, CLASSES, D = (3, 8, 8), 5, 12
 CPU = Runtime("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _same_weights_in_every_run():
+    torch.manual_seed(0)
+
+
 class Tower(nn.Module):
     """Patches, then Soft MoE layers with residuals on tokens, on an image, and on one token."""
 

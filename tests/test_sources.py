@@ -539,7 +539,7 @@ LOOKALIKES = [
     (["attn_layers.layers.0.0.0.gamma", "attn_layers.layers.0.1.to_q.weight"], "x-transformers"),
     (["patch_embed.proj.weight", "blocks.0.attn.qkv.weight"], "`timm` without experts"),
     (["blocks.0.soft_moe.phi", "blocks.0.soft_moe.fc1_weight"], "lost its metadata"),
-    (["encoder.phi", "encoder.experts.0.fc1.weight"], "may belong to a Soft MoE layer, in an unknown model"),
+    (["encoder.phi", "encoder.experts.0.fc1.weight"], "belongs to a Soft MoE layer, in an unknown model"),
     (["conv1.weight"], "none of its 1 tensors matches a known layout"),
     (["gate_proj.weight"], "none of its 1 tensors matches a known layout"),
 ]  # fmt: skip

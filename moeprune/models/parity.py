@@ -27,9 +27,6 @@ def compare(model: Model, library: SoftMoEViTs, config: ViTConfig, tensors: Mapp
     Args:
         config: dense, of a model that the library can express.
         tensors: the library's state dict, which its class must load strictly.
-
-    Raises:
-        MoepruneError: the library's class does not load them.
     """
     try:
         theirs = library.build(config)
@@ -44,14 +41,18 @@ def compare(model: Model, library: SoftMoEViTs, config: ViTConfig, tensors: Mapp
             f"the installed `{library.name}` does not load these tensors ({error})",
             "install the version that wrote the file",
         ) from None
-    return difference(model, theirs)
+    return difference(model, theirs, library.model_class)
 
 
-def difference(ours: Model, theirs: nn.Module) -> Parity:
+def difference(ours: Model, theirs: nn.Module, name: str) -> Parity:
     """Compare two models on random images, in float64 if memory allows.
 
     Args:
         theirs: is converted to that type.
+        name: of their model, for errors.
+
+    Raises:
+        MoepruneError: they do not compute the same.
     """
     parameters = sum(parameter.numel() for parameter in theirs.parameters())
     dtype = _affordable(parameters)
@@ -66,34 +67,19 @@ def difference(ours: Model, theirs: nn.Module) -> Parity:
     largest = float(expected.abs().max())
     if largest == 0:
         return skipped("all logits are zero: there is nothing to compare")
-    return Parity(
-        max_relative_difference=float((logits - expected).abs().max()) / largest,
-        dtype=str(dtype).removeprefix("torch."),
-        images=IMAGES,
-        skipped=None,
-    )
+    found, type_name = float((logits - expected).abs().max()) / largest, str(dtype).removeprefix("torch.")
+    if not found <= MAX_DIFFERENCE:  # NaN too
+        raise MoepruneError(
+            f"logits of moeprune's model and of {name} differ by {found:.1e} of the largest one ({type_name})"
+            f", more than {MAX_DIFFERENCE:g}",
+            "another version of the library may have written the file; if not, please report this defect",
+        )
+    return Parity(max_relative_difference=found, dtype=type_name, images=IMAGES, skipped=None)
 
 
 def skipped(reason: str) -> Parity:
     """Return the parity of models that are not compared."""
     return Parity(max_relative_difference=None, dtype=None, images=None, skipped=reason)
-
-
-def require_parity(parity: Parity, whose: str, path: str | Path) -> Parity:
-    """Return the parity, or raise a MoepruneError if the two models differ.
-
-    Args:
-        whose: the model that ours was compared with.
-        path: of its checkpoint.
-    """
-    difference = parity.max_relative_difference
-    if difference is not None and not difference <= MAX_DIFFERENCE:  # NaN too
-        raise MoepruneError(
-            f"`{path}`: logits of moeprune's model and of {whose} differ by {difference:.1e} of the largest"
-            f" one in {parity.dtype}, more than {MAX_DIFFERENCE:g}",
-            "another version of the library may have written the file; if not, please report this defect",
-        )
-    return parity
 
 
 def _affordable(parameters: int) -> torch.dtype | None:
