@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from moeprune.errors import MoepruneError
 from moeprune.layers.families import layer_of_tensors
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
-from moeprune.models.details import Details
 from moeprune.models.libraries import LAYERS
 from moeprune.models.libraries.layers import LayerLibrary
 from moeprune.models.module import AdoptedModel, Factory, build, factory_name, load_strictly, replaced
@@ -27,7 +26,6 @@ def adopt(
     input_shape: tuple[int, int, int],
     factory: Factory | None = None,
     arguments: Mapping[str, Any] | None = None,
-    details: Details = Details(),
     source: str | None = None,
 ) -> AdoptedModel:
     """Replace every MoE layer of a known library by ours, and return the model in eval mode.
@@ -42,7 +40,6 @@ def adopt(
         factory: the function that builds the module, or its name `package.module:function`; needed to load
             a saved checkpoint again.
         arguments: keyword arguments of the factory, JSON values.
-        details: preprocessing, source and provenance for its checkpoint.
         source: the library and release that the model was trained with, such as
             `soft-mixture-of-experts==0.1.0`, if that is not the installed one.
 
@@ -73,8 +70,10 @@ def adopt(
     own = sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
     arguments = dict(arguments or {})
     whole = ModuleConfig(factory_name(factory), arguments, input_shape, classes, layers, total - own)
-    original = None if factory is None else functools.partial(build, factory, arguments)
-    return AdoptedModel(module, whole, details, original).eval()
+    model = AdoptedModel(module, whole).eval()
+    if factory is not None:
+        model.original = functools.partial(build, factory, arguments)
+    return model
 
 
 def _known_layers(module: nn.Module) -> dict[str, LayerLibrary]:

@@ -269,9 +269,12 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
         """Return the model on the meta device; see `ModelConfig.build`."""
         if factory is not None:
             raise MoepruneError("its architecture is in the file: it needs no `--model`", "omit `--model`")
-        from moeprune.models.vit import skeleton
+        import torch
 
-        return skeleton(self, plan, details)
+        from moeprune.models.vit import SoftMoEViT
+
+        with torch.device("meta"):
+            return SoftMoEViT(self, plan, details)
 
 
 class AdoptedLayer(Record, frozen=True):

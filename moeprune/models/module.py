@@ -30,21 +30,14 @@ Factory: TypeAlias = "str | Callable[..., nn.Module]"
 class AdoptedModel(Model):
     """A model of the user's own code, `module`, in which all Soft MoE layers are ours.
 
-    Inputs (b,c,H,W) in, logits (b,classes) out. original: builds the model as it was before.
+    Inputs (b,c,H,W) in, logits (b,classes) out.
     """
 
     config: ModuleConfig
 
-    def __init__(
-        self,
-        module: nn.Module,
-        config: ModuleConfig,
-        details: Details = Details(),
-        original: Callable[[], nn.Module] | None = None,
-    ):
+    def __init__(self, module: nn.Module, config: ModuleConfig, details: Details = Details()):
         super().__init__(config, details)
         self.module = module
-        self.original = original
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (b,c,H,W) in, logits (b,classes) out."""
@@ -68,7 +61,9 @@ def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factor
             ) from None
         with torch.device("meta"):
             module = replaced(module, path, new_layer(layer.layer, plan.get(name)))
-    return AdoptedModel(module, config, details, functools.partial(build, factory, config.arguments))
+    model = AdoptedModel(module, config, details)
+    model.original = functools.partial(build, factory, config.arguments)
+    return model
 
 
 def inner_name(name: str) -> str:

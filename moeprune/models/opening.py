@@ -29,7 +29,6 @@ from moeprune.models.module import Factory, build, factory_name, load_strictly
 from moeprune.models.parity import compare, difference, skipped
 from moeprune.models.results import Reading
 from moeprune.models.spec import ModelSpec
-from moeprune.models.vit import skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -145,14 +144,14 @@ def _open_library(spec: ModelSpec) -> Model:
     library = library_of_file(infos, str(spec.path), spec.source)
     layout = library.read(infos, spec.arguments, str(spec.path))
     checkpoint.check_finite({k: t for k, t in tensors.items() if k not in layout.dropped}, spec.path)
-    model = skeleton(layout.config, {}, Details(source=_source({library.name: None}, found)))
+    model = layout.config.build({}, Details(source=_source({library.name: None}, found)))
     model.load_state_dict(_to_ours(tensors, layout), assign=True)
     model.requires_grad_(False).eval()
     if refused := library.refusals(layout.config):
         parity = skipped(f"{library.model_class} cannot express it: {'; '.join(refused)}")
     else:
         is_theirs = layout.entries == library.entries(layout.config) and not layout.dropped
-        own = tensors if is_theirs else to_library(model, library)
+        own = tensors if is_theirs else to_library(model, layout.config, library)
         parity = compare(model, library, layout.config, own)
     model.reading = Reading(
         library=library.name, arguments=layout.arguments, defaults=layout.defaults, dropped=layout.dropped,

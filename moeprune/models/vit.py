@@ -22,9 +22,9 @@ class SoftMoEViT(Model):
     every token (b,m,classes) with pooling `none`; without a head, features in place of logits.
 
     Args:
-        config: the architecture of the unpruned model.
-        plan: the plan of each pruned layer; layers that it does not name are dense.
-        details: what its checkpoint says beside that.
+        config: of the unpruned model.
+        plan: of the pruned layers; all others are dense.
+        details: preprocessing, source and provenance.
     """
 
     config: ViTConfig
@@ -32,9 +32,7 @@ class SoftMoEViT(Model):
     def __init__(self, config: ViTConfig, plan: Plan | None = None, details: Details = Details()):
         super().__init__(config, details)
         plan = plan or {}
-        patch_height, patch_width = config.patch_size
-        pixels = config.in_channels * patch_height * patch_width
-        self.patch_embed = nn.Linear(pixels, config.dim, bias=not config.embedding_norm)
+        self.patch_embed = nn.Linear(config.patch_values, config.dim, bias=not config.embedding_norm)
         if config.class_token:
             self.class_token = nn.Parameter(0.02 * torch.randn(1, config.dim))
         self.position = nn.Parameter(0.02 * torch.randn(config.num_positions, config.dim))
@@ -60,20 +58,17 @@ class SoftMoEViT(Model):
         return self.head(self.head_norm(tokens))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (b,c,H,W) as tokens with their positions (b,m,d), the class token first."""
-        tokens = self.patch_embed(self.patches(images))
+        """Return images (b,c,H,W) as tokens with their positions (b,m,d), the class token first."""
+        (ph, pw), b = self.config.patch_size, len(images)
+        grid = images.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # (b,c,gh,ph,gw,pw)
+        patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(b, self.config.num_patches, -1)  # in reading order
+        tokens = self.patch_embed(patches)
         if not self.config.class_token:
             return tokens + self.position
-        class_token = self.class_token.expand(len(tokens), 1, -1)
+        class_token = self.class_token.expand(b, 1, -1)
         if self.config.class_position:
             return torch.cat([class_token, tokens], dim=1) + self.position
         return torch.cat([class_token, tokens + self.position], dim=1)
-
-    def patches(self, images: Tensor) -> Tensor:
-        """Images (b,c,H,W) as rows of pixels (b,patches,c·ph·pw), patches in reading order."""
-        (ph, pw), b = self.config.patch_size, len(images)
-        grid = images.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # (b,c,gh,ph,gw,pw)
-        return grid.permute(0, 2, 4, 1, 3, 5).reshape(b, self.config.num_patches, -1)
 
 
 class Block(nn.Module):
@@ -86,11 +81,10 @@ class Block(nn.Module):
             self.norm1 = _norm(config)
             self.attention = Attention(config)
         self.norm2 = _norm(config)
-        self.register_parameter("attention_scale", None)
-        self.register_parameter("mixer_scale", None)
+        self.attention_scale = self.mixer_scale = None
+        if config.layer_scale and block.attention:
+            self.attention_scale = nn.Parameter(torch.ones(config.dim))
         if config.layer_scale:
-            if block.attention:
-                self.attention_scale = nn.Parameter(torch.ones(config.dim))
             self.mixer_scale = nn.Parameter(torch.ones(config.dim))
         if block.soft_moe is not None:
             self.soft_moe = SoftMoE(block.soft_moe, plan)
@@ -134,9 +128,3 @@ def _norm(config: ViTConfig, present: bool = True, width: int | None = None) -> 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale
-
-
-def skeleton(config: ViTConfig, plan: Plan, details: Details) -> SoftMoEViT:
-    """Return the model on the meta device."""
-    with torch.device("meta"):
-        return SoftMoEViT(config, plan, details)
