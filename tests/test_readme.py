@@ -1,9 +1,7 @@
-"""The README's commands and code do what it says."""
+"""The commands, code, figures and links of the README, the guide and the map of the package."""
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,21 +16,30 @@ from torch import nn
 import moeprune
 from moeprune.data.digits import digits
 from tests import peers
+from tests.test_layout import LEVELS
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README, GUIDE, MAP, BENCHMARKS = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "moeprune/guide.md", "moeprune/README.md", "tests/benchmarks/README.md")
+)
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def block(text, language, containing=""):
+    """The only fenced block of a language that contains a text."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    [found] = [block for block in blocks if containing in block]
+    return found
 
 
 def commands(text):
-    """The arguments of each moeprune command in a text."""
-    return [shlex.split(line)[1:] for line in re.findall(r"moeprune [a-z]+ .*", text)]
+    """The arguments of each moeprune command in a block."""
+    lines = re.findall(r"^moeprune .*", text.replace("\\\n", " "), flags=re.MULTILINE)
+    return [shlex.split(line)[1:] for line in lines]
 
 
 def without_numbers(text):
-    """Its words, line by line: another CPU may round a last digit otherwise."""
+    """The words of each line: the last digits depend on the CPU."""
     lines = (line for line in text.splitlines() if line.strip())
     return [re.sub(r"[+-]?\d+(\.\d+)?(e-\d+)?", "0", line).split() for line in lines]
 
@@ -54,7 +61,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, single, images):
-    """What the README's commands read, in the current directory."""
+    """A working directory with the data and the checkpoint that the commands read."""
     monkeypatch.chdir(tmp_path)
     Path("model.safetensors").write_bytes(single.read_bytes())
     for path in images.iterdir():
@@ -62,8 +69,15 @@ def workplace(tmp_path, monkeypatch, single, images):
     return tmp_path
 
 
-def test_transcript_at_the_top(workplace, run):
-    transcript = blocks("console")[0]
+def run_all(run, words):
+    for arguments in words:
+        result = run(*arguments)
+        assert (result.code, result.stderr) == (0, ""), arguments
+
+
+def test_transcript_at_the_top_and_the_figures_of_the_guide(workplace, run):
+    transcript = block(README, "console")
+    assert README[: README.index(transcript)].count("\n") < 20
     printed = dict(re.findall(r"^\$ moeprune (.*)\n((?:(?!\$ ).*\n)*)", transcript, flags=re.MULTILINE))
     assert "moeprune/demo/checkpoints/single.safetensors model.safetensors" in transcript
     assert [line.split()[0] for line in printed] == ["analyze", "prune", "eval"]
@@ -72,107 +86,59 @@ def test_transcript_at_the_top(workplace, run):
         assert (result.code, result.stderr) == (0, "")
         if expected:
             assert without_numbers(result.stdout) == without_numbers(expected)
-
-
-def test_commands_for_a_checkpoint_of_ones_own(workplace, run):
-    [block] = [block for block in blocks("sh") if "inspect" in block]
-    for arguments in commands(block):
+    for option, first, code in (("--latency", "latency on", 0), ("--confidence", "gate ", 1)):
+        [arguments] = commands(block(GUIDE, "sh", f"{option}" if code else f"{option}\n"))
         result = run(*arguments)
-        assert (result.code, result.stderr) == (0, ""), arguments
+        assert result.code == code
+        expected = [words[:1] for words in without_numbers(block(GUIDE, "console", first))]
+        assert [words[:1] for words in without_numbers(result.stdout)][-len(expected) :] == expected
 
 
-def test_commands_for_budgets_and_plans(workplace, run):
-    [block] = [block for block in blocks("sh") if "--max-size" in block]
-    analyze = ("analyze", "model.safetensors", "--data", "calibration/", "-o", "analysis.safetensors")
-    assert run(*analyze).code == 0
-    for arguments in commands(block):
-        result = run(*arguments)
-        assert (result.code, result.stderr) == (0, ""), arguments
+def test_commands_for_budgets_plans_and_sweeps(workplace, run, monkeypatch):
+    monkeypatch.setenv("MOEPRUNE_EVAL_COMPENSATE", "mean")  # the others take long
+    run_all(run, [("analyze", "model.safetensors", "--data", "calibration/", "-o", "analysis.safetensors")])
+    run_all(run, commands(block(GUIDE, "sh", "--max-size")) + commands(block(GUIDE, "sh", "--plot")))
+    assert Path("trade-off.svg").exists()
 
 
-def recipes():
-    """The shell steps of each CI recipe, without those that install."""
-    github, gitlab = (yaml.safe_load(block) for block in blocks("yaml"))
-    [job], steps = github["jobs"].values(), gitlab["prune"]["script"]
-    return {
-        "github": [
-            step["run"] for step in job["steps"] if "run" in step and "pip install" not in step["run"]
-        ],
-        "gitlab": [step for step in steps if "pip install" not in step],
-    }
-
-
-@pytest.fixture(params=["github", "gitlab"])
-def recipe(request, workplace, monkeypatch):
-    """The steps of a recipe, where training has left its files and the configuration stands beside them."""
+@pytest.mark.parametrize("service", ["github", "gitlab"])
+def test_ci_recipe(workplace, run, monkeypatch, service):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(workplace / "summary.md"))
-    [configuration] = blocks("toml")
-    Path("moeprune.toml").write_text(configuration, encoding="utf-8")
-    return request.param, recipes()[request.param]
-
-
-def check_what_a_recipe_leaves(name, report, verdict):
-    page = Path("report.html").read_text(encoding="utf-8")
-    assert {"passed": ">passed<", "failed": ">FAILED<"}[verdict] in page
-    assert "Experts of <code>blocks.0.soft_moe</code>" in page
-    if name == "github":
-        assert {"passed": "::notice title", "failed": "::error title"}[verdict] in report
-        written = Path("summary.md").read_text(encoding="utf-8")
-        assert written.count("\n## ") == 3
-        assert {"passed": "✅ passed: pruned", "failed": "❌ FAILED: pruned"}[verdict] in written
+    if service == "github":
+        job = yaml.safe_load(block(README, "yaml"))["jobs"]["prune"]
+        steps = [step.get("run", "") for step in job["steps"]]
     else:
-        assert report == ""
-        failures = etree.parse("gates.xml").findall(".//failure")
-        assert len(failures) == {"passed": 0, "failed": 1}[verdict]
+        steps = yaml.safe_load(block(GUIDE, "yaml"))["prune"]["script"]
+        Path("moeprune.toml").write_text(block(GUIDE, "toml"), encoding="utf-8")
+    *before, judge = [shlex.split(step)[1:] for step in steps if step.startswith("moeprune ")]
+    assert [step[0] for step in before] == ["analyze", "prune"]
+    run_all(run, before)
+    for passes in (True, False):
+        if not passes:
+            monkeypatch.setenv("MOEPRUNE_EVAL_MIN_ACCURACY", "0.999")
+        result = run(*judge, *([] if passes else ["--force"]))
+        assert (result.code, result.stderr) == (0 if passes else 1, "")
+        assert (">passed<" if passes else ">FAILED<") in Path("report.html").read_text(encoding="utf-8")
+        if service == "github":
+            assert ("::notice title" if passes else "::error title") in result.stdout
+            summary = Path("summary.md").read_text(encoding="utf-8")
+            assert ("✅ passed: pruned" if passes else "❌ FAILED: pruned") in summary
+        else:
+            assert len(etree.parse("gates.xml").findall(".//failure")) == (0 if passes else 1)
 
 
-@pytest.mark.parametrize("verdict", ["passed", "failed"])
-def test_ci_recipe(recipe, run, monkeypatch, verdict):
-    name, steps = recipe
-    if verdict == "failed":
-        monkeypatch.setenv("MOEPRUNE_EVAL_MIN_SIZE_REDUCTION", "0.99")
-    words = [shlex.split(step)[1:] for step in steps]
-    assert [step[0] for step in words] == ["analyze", "prune", "eval"]
-    *before, judged = [run(*step) for step in words]
-    assert [(result.code, result.stderr) for result in before] == [(0, "")] * 2
-    assert (judged.code, judged.stderr) == ({"passed": 0, "failed": 1}[verdict], "")
-    check_what_a_recipe_leaves(name, judged.stdout, verdict)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("verdict", ["passed", "failed"])
-def test_ci_recipe_in_a_shell(recipe, workplace, monkeypatch, verdict):
-    """As a runner does it: the steps one after the other, each ending at the first command that fails."""
-    name, steps = recipe
-    Path("bin").mkdir()
-    tool = Path("bin/moeprune")
-    tool.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m moeprune "$@"\n')
-    tool.chmod(0o755)
-    root = Path(moeprune.__file__).parents[1]
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    monkeypatch.setenv("PATH", f"{workplace / 'bin'}:{os.environ['PATH']}")
-    if verdict == "failed":
-        monkeypatch.setenv("MOEPRUNE_EVAL_MIN_SIZE_REDUCTION", "0.99")
-    ended = [subprocess.run(["bash", "-ec", step], capture_output=True, text=True) for step in steps]
-    assert [step.returncode for step in ended] == [0, 0, {"passed": 0, "failed": 1}[verdict]]
-    assert [step.stderr for step in ended] == ["", "", ""]
-    check_what_a_recipe_leaves(name, ended[-1].stdout, verdict)
-
-
-def test_python_code(tmp_path, monkeypatch):
+def test_code_for_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for block in blocks("python"):
-        exec(block, {})
+    exec(block(GUIDE, "python"), {})
     assert moeprune.load("model.safetensors").config.moe_layers
 
 
 @pytest.mark.slow
-def test_demo_prints_what_the_readme_shows(tmp_path, monkeypatch, run):
+def test_demo_prints_what_the_guide_shows(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     result = run("demo")
     assert result.code == 0
-    [shown] = blocks("text")
-    assert without_numbers(result.stdout) == without_numbers(shown)
+    assert without_numbers(result.stdout) == without_numbers(block(GUIDE, "text"))
 
 
 def test_commands_for_soft_moe(workplace, run):
@@ -180,20 +146,21 @@ def test_commands_for_soft_moe(workplace, run):
         pytest.skip("soft-moe is not installed")
     from soft_moe.vision_transformer import SoftMoEVisionTransformer
 
-    model = SoftMoEVisionTransformer(
-        num_experts=8, img_size=16, patch_size=8, num_classes=10, embed_dim=24, depth=2, num_heads=6,
-        moe_layer_index=1,
-    )  # fmt: skip
-    torch.save(model.state_dict(), "model.pt")
-    Path("model.safetensors").unlink()
-    [block] = [block for block in blocks("sh") if "--source-arg" in block]
-    for command in commands(block):
-        assert run(*command).code == 0
-    smaller = SoftMoEVisionTransformer(
-        num_experts=2, img_size=16, patch_size=8, num_classes=10, embed_dim=24, depth=2, num_heads=6,
-        moe_layer_index=1,
-    )  # fmt: skip
-    smaller.load_state_dict(torch.load("pruned.pt", weights_only=True), strict=True)
+    def build(num_experts):
+        return SoftMoEVisionTransformer(
+            num_experts=num_experts, img_size=16, patch_size=8, num_classes=10, embed_dim=24, depth=2,
+            num_heads=6, moe_layer_index=1,
+        )  # fmt: skip
+
+    torch.save(build(8).state_dict(), "model.pt")
+    run_all(run, commands(block(README, "sh", "--source-arg")))
+    Path("pruned.safetensors").unlink()
+    exec(block(README, "python"), {})
+    for name in ("analysis.safetensors", "pruned.safetensors"):
+        Path(name).unlink()
+    run_all(run, commands(block(GUIDE, "sh", "--source-arg")))
+    build(2).load_state_dict(torch.load("pruned.pt", weights_only=True), strict=True)
+    exec(block(GUIDE, "py"), {"moeprune": moeprune})
 
 
 def test_commands_for_a_model_of_ones_own_code(workplace, run, monkeypatch):
@@ -210,10 +177,50 @@ def test_commands_for_a_model_of_ones_own_code(workplace, run, monkeypatch):
     module.build = build
     monkeypatch.setitem(sys.modules, "mypackage", type(sys)("mypackage"))
     monkeypatch.setitem(sys.modules, "mypackage.models", module)
+    monkeypatch.setenv("MOEPRUNE_ANALYZE_LIMIT", "20")
+    monkeypatch.setenv("MOEPRUNE_EVAL_LIMIT", "20")
     torch.save({"state_dict": build(depth=4).state_dict()}, "model.pt")
-    Path("model.safetensors").unlink()
-    [block] = [block for block in blocks("sh") if "--model-arg" in block]
-    analyze, prune, export = commands(block)
-    for command in ((*analyze, "--limit", 20), prune, export):
-        assert run(*command).code == 0
+    run_all(run, commands(block(GUIDE, "sh", "--model-arg")))
     assert len(torch.load("pruned.pt", weights_only=True)["1.slot_embeds"]) == 2
+
+
+def test_figures_of_the_table_of_methods():
+    recorded = {}
+    for line in re.findall(
+        r"^(?:static|input), .*$", block(BENCHMARKS, "text", "full model 0.9055"), re.MULTILINE
+    ):
+        method, figures = re.split(r"\s{3,}", line, maxsplit=1)
+        recorded[tuple(method.split(", "))] = re.findall(r"(\d\.\d+) \(", figures)[-2]  # 1/8
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `(\w+)`.* (\d\.\d+) \|$", README, flags=re.MULTILINE)
+    assert len(rows) == 10
+    assert {tuple(method): figure for *method, figure in rows}.items() <= recorded.items()
+
+
+def anchors(text):
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CHANGELOG.md", "moeprune/README.md", "moeprune/guide.md", "tests/benchmarks/README.md"],
+)
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!https?:)([^)]*)\)", path.read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+
+
+def test_the_readme_is_short_and_the_map_is_complete():
+    assert README.count("\n") <= 200
+    packages = re.findall(r"^\| (`.*?) \|.*?\| (.*) \|$", MAP, flags=re.MULTILINE)
+    names = [name for row, _ in packages for name in re.findall(r"`(\w+)(?:/|\.py)`", row)]
+    assert sorted(names) == sorted(LEVELS)
+    for row, files in packages:
+        folder = ROOT / "moeprune" / (row.strip("`") if row.endswith("/`") else "")
+        assert all((folder / file).exists() for file in re.findall(r"`(.*?)`", files)), row
+    named = re.findall(r"`(\w+/\w+\.py)`", MAP.partition("## One checkpoint")[2])
+    assert named and all((ROOT / "moeprune" / name).exists() or (ROOT / name).exists() for name in named)
