@@ -122,11 +122,11 @@ def test_a_file_that_becomes_shorter_or_another_while_it_is_read(tmp_path, singl
 def test_a_checkpoint_is_hashed_once(single, monkeypatch, tmp_path):
     scanned = []
 
-    def file_blocks(*arguments, file_blocks=checkpoint._file_blocks):
+    def file_blocks(*arguments, file_blocks=checkpoint.file_blocks):
         scanned.append(arguments)
         return file_blocks(*arguments)
 
-    monkeypatch.setattr(checkpoint, "_file_blocks", file_blocks)
+    monkeypatch.setattr(checkpoint, "file_blocks", file_blocks)
     header = read_header(single)
     model = open_model(ModelSpec(path=single), header=header)
     assert open_model(ModelSpec(path=single), header=header) is not model

@@ -24,18 +24,16 @@ from moeprune.files.header import DTYPES, METADATA_KEY, Header, TensorInfo, requ
 from moeprune.files.writing import replacing
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-"""Suffixes of files that are written with torch.save, and not as safetensors."""
-
+"""Suffixes of files that torch.save writes."""
 BLOCK = 1 << 18
 """Bytes that are read, checked or written at once."""
-
 EXPONENTS = {
     "torch.float16": ("<u2", 0x7C00),
     "torch.bfloat16": ("<u2", 0x7F80),
     "torch.float32": ("<u4", 0x7F80_0000),
     "torch.float64": ("<u8", 0x7FF0_0000_0000_0000),
 }
-"""The bits of the exponent by type, all of which are set in NaN and infinity, in no other value."""
+"""The bits of the exponent by type; all are set in NaN and infinity, in no other value."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,7 @@ class Copied:
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file by name, memory-mapped.
-
-    Raises:
-        MoepruneError: the file cannot be read.
-    """
+    """Return the tensors of a safetensors file by name, memory-mapped."""
     try:
         with safe_open(header.path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in header.tensors}
@@ -63,53 +57,42 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
 def scan(header: Header) -> dict[str, str]:
     """Return the SHA-256 of each tensor's bytes, and check the values, in one pass over the file.
 
-    A header remembers the result, so that its file is read once however often this is called.
+    A header remembers the result.
 
     Raises:
         MoepruneError: the file cannot be read, has changed since its header was read, or has NaN or
             infinite values; all tensors with such values are named.
     """
-    if not header.digests:
+    if header.digests:
+        return header.digests
 
-        def scan_tensor(name: str) -> tuple[str, bool]:
-            info = header.tensors[name]
-            return _scan(_file_blocks(header.path, header.offsets[name], info.nbytes), info.dtype)
+    def scan_tensor(name: str) -> tuple[str, bool]:
+        return _scan(_blocks(Copied(header, name)), header.tensors[name].dtype)
 
-        try:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                results = dict(zip(header.tensors, pool.map(scan_tensor, header.tensors), strict=True))
-        except OSError as error:
-            raise unreadable(header.path, error) from None
-        require_unchanged(header)
-        _require_finite([name for name, (_, finite) in results.items() if not finite], header.path)
-        header.digests.update({name: digest for name, (digest, _) in results.items()})
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = dict(zip(header.tensors, pool.map(scan_tensor, header.tensors), strict=True))
+    require_unchanged(header)
+    _require_finite([name for name, (_, finite) in results.items() if not finite], header.path)
+    header.digests.update({name: digest for name, (digest, _) in results.items()})
     return header.digests
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise a MoepruneError that names every tensor in memory with NaN or infinite values."""
-    bad = [
-        name
-        for name, tensor in tensors.items()
-        if not all(_is_finite(block, str(tensor.dtype)) for block in _blocks(tensor))
-    ]
+    bad = [name for name, t in tensors.items() if not all(_is_finite(b, str(t.dtype)) for b in _blocks(t))]
     _require_finite(bad, path)
 
 
 def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     """Return what the header of a file says about tensors."""
-    return {name: TensorInfo(str(t.dtype), tuple(t.shape), t.nbytes) for name, t in tensors.items()}
+    return {name: _info(tensor) for name, tensor in tensors.items()}
 
 
 def fingerprint(tensors: Mapping[str, Tensor] | Header, architecture: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of an architecture and its tensors: their names, types, shapes and bytes.
-
-    Args:
-        tensors: in memory, or in a file, which is then scanned.
-        architecture: JSON values.
+    """Return the SHA-256 of an architecture (JSON values) and its tensors: names, types, shapes and bytes.
 
     Raises:
-        MoepruneError: see `scan`, for a file.
+        MoepruneError: the tensors are those of a file, which cannot be read or has NaN or infinite values.
     """
     if isinstance(tensors, Header):
         infos, digests = tensors.tensors, scan(tensors)
@@ -131,10 +114,8 @@ def write(
     """Write a safetensors file, a block at a time: equal entries and metadata give equal bytes.
 
     Args:
-        path: to write.
         entries: the tensors by name: values, or what to copy from another file.
         metadata: for the key `moeprune`; None for a file that is not one of moeprune's own.
-        overwrite: replace a file that exists.
 
     Raises:
         MoepruneError: the path cannot be written, or exists and may not be replaced; values are NaN or
@@ -158,7 +139,7 @@ def write(
 
 
 def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor], overwrite: bool = True) -> None:
-    """Write tensors for other programs: by torch.save with a suffix .pt, .pth or .bin, else as safetensors.
+    """Write tensors for other programs: with torch.save if the suffix is one of its own, else as safetensors.
 
     Raises:
         MoepruneError: the path cannot be written, or exists and may not be replaced.
@@ -175,7 +156,7 @@ def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor], overwrite:
             raise
 
 
-def _file_blocks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
+def file_blocks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
     """Yield the bytes of a file from an offset, in blocks; each is overwritten by the next."""
     buffer = memoryview(bytearray(min(BLOCK, nbytes)))
     with path.open("rb") as file:
@@ -197,7 +178,7 @@ def _blocks(entry: Tensor | Copied) -> Iterator[memoryview]:
     row_bytes = info.nbytes if entry.rows is None else info.nbytes // info.shape[0]
     try:
         for row in (0,) if entry.rows is None else entry.rows:
-            yield from _file_blocks(entry.header.path, offset + row * row_bytes, row_bytes)
+            yield from file_blocks(entry.header.path, offset + row * row_bytes, row_bytes)
     except OSError as error:
         raise unreadable(entry.header.path, error) from None
 
@@ -221,10 +202,9 @@ def _is_finite(block: memoryview, dtype: str) -> bool:
 
 def _require_finite(bad: list[str], path: str | Path) -> None:
     if bad:
-        raise MoepruneError(
-            f"`{path}` has NaN or infinite values in {', '.join(f'`{name}`' for name in sorted(bad))}",
-            "the training diverged or the file is damaged; use an earlier checkpoint",
-        )
+        names = ", ".join(f"`{name}`" for name in sorted(bad))
+        hint = "the training diverged or the file is damaged; use an earlier checkpoint"
+        raise MoepruneError(f"`{path}` has NaN or infinite values in {names}", hint)
 
 
 def _info(entry: Tensor | Copied) -> TensorInfo:
@@ -233,21 +213,18 @@ def _info(entry: Tensor | Copied) -> TensorInfo:
     info = entry.header.tensors[entry.name]
     if entry.rows is None:
         return info
-    nbytes = info.nbytes // info.shape[0] * len(entry.rows)
-    return TensorInfo(info.dtype, (len(entry.rows), *info.shape[1:]), nbytes)
+    count = len(entry.rows)
+    return TensorInfo(info.dtype, (count, *info.shape[1:]), info.nbytes // info.shape[0] * count)
 
 
 def _encode(infos: Mapping[str, tuple[str, TensorInfo]], metadata: Mapping[str, Any] | None) -> bytes:
     """Return the length and the JSON of a header, given the type's name in files with each tensor."""
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt"} if metadata is None else {METADATA_KEY: text},
-    }
-    position = 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else {METADATA_KEY: text}}
+    end = 0
     for name, (dtype, info) in infos.items():
-        end = position + info.nbytes
-        header[name] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [position, end]}
-        position = end
+        start, end = end, end + info.nbytes
+        header[name] = {"dtype": dtype, "shape": info.shape, "data_offsets": (start, end)}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
-from moeprune.files.header import FLOATS, is_safetensors, read_header
+from moeprune.files.header import DTYPES, is_safetensors, read_header
 from moeprune.files.reading import cannot_read, read_json, require_file
 from moeprune.records import from_json
 
@@ -39,11 +39,7 @@ STATE_DICT_KEYS = (
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """Prefixes that DistributedDataParallel, torch.compile and Lightning add to all names."""
-
-PLAIN_TYPES = {
-    *FLOATS, "torch.bool", "torch.int8", "torch.int16", "torch.int32", "torch.int64",
-    "torch.uint8", "torch.uint16", "torch.uint32", "torch.uint64",
-}  # fmt: skip
+PLAIN_TYPES = {name for name, _ in DTYPES.values() if not re.search("float8|complex", name)}
 SAFE_WAY = (
     "moeprune runs no code from a file. If you trust the file, load it with"
     " `found = torch.load(FILE, map_location='cpu', weights_only=False)` and save the tensors alone:"
@@ -57,26 +53,21 @@ WRITE_AGAIN = "a file cut off by a full disk or a broken transfer must be writte
 class StateDict:
     """The tensors of a foreign checkpoint by name, in the order of the file, and the files that were read.
 
-    The tensors are on the CPU, detached, and of the file's own types. They are memory-mapped, unless the file
-    has torch's legacy format, and may be views that are not contiguous and share memory. Prefixes that
-    wrappers put before all names, such as `module.`, are removed.
+    The tensors are on the CPU, detached, of the file's own types, and memory-mapped, unless the file has
+    torch's legacy format. They may be views that are not contiguous and share memory. Names are without the
+    prefixes of wrappers, such as `module.`.
     """
 
     tensors: dict[str, Tensor]
     files: tuple[Path, ...]
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the bytes of all files, one after the other.
-
-        Raises:
-            MoepruneError: a file cannot be read any more.
-        """
+        """Return the SHA-256 of the bytes of all files, one after the other."""
         digest = hashlib.sha256()
         for path in self.files:
             try:
-                with path.open("rb") as file:
-                    while block := file.read(checkpoint.BLOCK):
-                        digest.update(block)
+                for block in checkpoint.file_blocks(path, 0, path.stat().st_size):
+                    digest.update(block)
             except OSError as error:
                 raise cannot_read(path, error) from None
         return digest.hexdigest()
@@ -94,9 +85,8 @@ def read_state_dict(path: str | Path, key: str | None = None) -> StateDict:
             if several entries hold tensors.
 
     Raises:
-        MoepruneError: there is no such file; it is empty, truncated, damaged, or of another kind; it needs
-            code to be loaded; no entry or several entries hold tensors; an entry is not a dense tensor of
-            floats, integers or bool; shards and index contradict each other.
+        MoepruneError: the file is missing, damaged or of another kind, or needs code to be loaded; no single
+            entry holds tensors, or other things than dense tensors; shards and index contradict each other.
     """
     path = Path(path)
     is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where a name is too long)
@@ -121,9 +111,6 @@ def read_state_dict(path: str | Path, key: str | None = None) -> StateDict:
     tensors = _plain_tensors(entries, path, sum(part.stat().st_size for part in files))
     prefix = _common_prefix(tensors)
     return StateDict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, files)
-
-
-# Torch files
 
 
 def _load(path: Path, start: bytes) -> Any:
@@ -153,32 +140,23 @@ def _refusal(path: Path, start: bytes, error: Exception) -> MoepruneError:
             f" numbers beside the weights, or a whole model instead of its state dict. {SAFE_WAY}",
         )
     if "TorchScript archives" in str(cause):
-        return MoepruneError(
-            f"`{path}` is a TorchScript archive (`torch.jit.save`): a program, not only tensors",
-            "if you trust it, save the tensors alone:"
-            " `torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW)`",
-        )
+        message = f"`{path}` is a TorchScript archive (`torch.jit.save`): a program, not only tensors"
+        way = "`torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW)`"
+        return MoepruneError(message, f"if you trust it, save the tensors alone: {way}")
     if start.startswith(b"version https://git-lfs"):
         return MoepruneError(f"`{path}` is a pointer of Git LFS, not the file itself", "run `git lfs pull`")
     reason = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0][:200]
     if start.startswith(b"PK") and not isinstance(error, pickle.UnpicklingError):
         return MoepruneError(f"`{path}` is a zip file that torch cannot load ({reason})", WRITE_AGAIN)
     if start.startswith((b"PK", b"\x80")) or "tar format" in str(cause):
-        return MoepruneError(
-            f"`{path}` is damaged, or cannot be loaded without running code ({reason})", SAFE_WAY
-        )
-    return MoepruneError(
-        f"`{path}` is not a checkpoint, or a truncated one: it starts with {start[:16]!r}, as no safetensors"
-        " file, index or torch file does",
-        WRITE_AGAIN,
-    )
-
-
-# The state dict in a training checkpoint
+        message = f"`{path}` is damaged, or cannot be loaded without running code ({reason})"
+        return MoepruneError(message, SAFE_WAY)
+    message = f"`{path}` is not a checkpoint, or a truncated one: it starts with {start[:16]!r}"
+    return MoepruneError(f"{message}, as no safetensors file, index or torch file does", WRITE_AGAIN)
 
 
 def _find_state_dict(loaded: Any, key: str | None, path: Path) -> dict[Any, Any]:
-    """Return the one dict that holds tensors."""
+    """Return the one dict of a training checkpoint that holds tensors."""
     found = dict(_state_dicts(loaded))
     start = key or ""
     inside = [name for name in found if name == start or _is_within(name, start)]
@@ -187,10 +165,8 @@ def _find_state_dict(loaded: Any, key: str | None, path: Path) -> dict[Any, Any]
     if len(known) == 1:
         return found[known[0]]
     if known:
-        raise MoepruneError(
-            f"`{path}` holds several state dicts: {_quoted(known)}",
-            f"choose one, for example with `--key {known[-1]}`",
-        )
+        hint = f"choose one, for example with `--key {known[-1]}`"
+        raise MoepruneError(f"`{path}` holds several state dicts: {_quoted(known)}", hint)
     raise MoepruneError(
         f"`{path}` ({type(loaded).__name__}) holds no state dict{f' under `{key}`' if key else ''}: expected"
         f" tensors by name, at the top or under {_quoted(STATE_DICT_KEYS)}",
@@ -217,16 +193,13 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-# Tensors
-
-
 def _plain_tensors(entries: Mapping[Any, Any], path: Path, file_size: int) -> dict[str, Tensor]:
     """Return the tensors detached, or raise a MoepruneError that names all entries that are not plain."""
     odd = [f"`{name}` {flaw}" for name, entry in entries.items() if (flaw := _flaw(name, entry, file_size))]
     if odd:
+        hint = "save `model.state_dict()` in floats of 16 bits or more, with nothing beside the tensors"
         raise MoepruneError(
-            f"`{path}` has entries that are not plain tensors: {', '.join(sorted(odd))}",
-            "save `model.state_dict()` in floats of 16 bits or more, with nothing beside the tensors",
+            f"`{path}` has entries that are not plain tensors: {', '.join(sorted(odd))}", hint
         )
     if not entries:
         raise MoepruneError(f"`{path}` holds no tensors")
@@ -260,9 +233,6 @@ def _common_prefix(names: Iterable[str]) -> str:
     return "" if found in names else found
 
 
-# Shards
-
-
 class _Index(msgspec.Struct):
     """The shard of each tensor, and the bytes of all tensors, if the index says so."""
 
@@ -288,24 +258,19 @@ def _read_shards(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     index: _Index = from_json(read_json(path, "the index of a sharded checkpoint"), _Index, f"index `{path}`")
     names = sorted(set(index.weight_map.values()))
     if outside := [name for name in names if not _is_file_name(name)]:
-        raise MoepruneError(
-            f"`{path}` names shards that are not beside it: {_quoted(outside)}",
-            "put all shards into the folder of the index, and name them without a folder",
-        )
+        hint = "put all shards into the folder of the index, and name them without a folder"
+        raise MoepruneError(f"`{path}` names shards that are not beside it: {_quoted(outside)}", hint)
     shards = {name: path.parent / name for name in names}
     if missing := [name for name, shard in shards.items() if not os.path.exists(shard)]:  # noqa: PTH110
         raise MoepruneError(f"`{path}` names shards that are missing: {_quoted(missing)}", "fetch them too")
     headers = {name: read_header(shard) for name, shard in shards.items()}
     expected = set(index.weight_map.items())
     found = {(name, shard) for shard, header in headers.items() for name in header.tensors}
-    if problems := [
-        *(f"missing `{name}` in `{shard}`" for name, shard in sorted(expected - found)),
-        *(f"unexpected `{name}` in `{shard}`" for name, shard in sorted(found - expected)),
-    ]:
-        raise MoepruneError(
-            f"`{path}` does not fit its shards: {'; '.join(problems)}",
-            "index and shards are of different models or damaged; fetch or write them again, together",
-        )
+    problems = [f"missing `{name}` in `{shard}`" for name, shard in sorted(expected - found)]
+    problems += [f"unexpected `{name}` in `{shard}`" for name, shard in sorted(found - expected)]
+    if problems:
+        hint = "index and shards are of different models or damaged; fetch or write them again, together"
+        raise MoepruneError(f"`{path}` does not fit its shards: {'; '.join(problems)}", hint)
     size = sum(tensor.nbytes for header in headers.values() for tensor in header.tensors.values())
     total_size = (index.metadata or {}).get("total_size", size)
     if total_size != size:

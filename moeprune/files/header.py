@@ -22,21 +22,15 @@ MAX_DEPTH = 100
 """Limit of the nesting of the metadata's JSON."""
 
 DTYPES = {
-    name: (f"torch.{name_in_torch}", itemsize)
-    for itemsize, names in {
-        1: {
-            "BOOL": "bool", "I8": "int8", "U8": "uint8", "F8_E8M0": "float8_e8m0fnu",
-            "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-            "F8_E5M2": "float8_e5m2", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-        },
-        2: {"I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16"},
-        4: {"I32": "int32", "U32": "uint32", "F32": "float32"},
-        8: {"I64": "int64", "U64": "uint64", "F64": "float64", "C64": "complex64"},
-    }.items()
-    for name, name_in_torch in names.items()
+    "BOOL": ("torch.bool", 1), "I8": ("torch.int8", 1), "U8": ("torch.uint8", 1),
+    "F8_E8M0": ("torch.float8_e8m0fnu", 1), "F8_E4M3": ("torch.float8_e4m3fn", 1),
+    "F8_E4M3FNUZ": ("torch.float8_e4m3fnuz", 1), "F8_E5M2": ("torch.float8_e5m2", 1),
+    "F8_E5M2FNUZ": ("torch.float8_e5m2fnuz", 1), "I16": ("torch.int16", 2), "U16": ("torch.uint16", 2),
+    "F16": ("torch.float16", 2), "BF16": ("torch.bfloat16", 2), "I32": ("torch.int32", 4),
+    "U32": ("torch.uint32", 4), "F32": ("torch.float32", 4), "I64": ("torch.int64", 8),
+    "U64": ("torch.uint64", 8), "F64": ("torch.float64", 8), "C64": ("torch.complex64", 8),
 }  # fmt: skip
 """The name in torch and the bytes of an element, by the name in a file."""
-
 FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
@@ -56,9 +50,9 @@ class TensorInfo(msgspec.Struct, frozen=True):
 class Header(msgspec.Struct, frozen=True):
     """The header of a safetensors file.
 
-    path: of the file. tensors: by name. offsets: where the bytes of each tensor start in the file.
-    metadata: the JSON of the key `moeprune`, if there is one. version: of the file, see `version_of`.
-    digests: the SHA-256 of each tensor's bytes, once moeprune.files.checkpoint.scan has computed them.
+    offsets: where the bytes of each tensor start in the file. metadata: the JSON of the key `moeprune`, if
+    there is one. version: of the file, by `version_of`. digests: the SHA-256 of each tensor's bytes, once
+    moeprune.files.checkpoint.scan has computed them.
     """
 
     path: Path

@@ -17,11 +17,9 @@ MAX_LENGTH = 100_000_000
 
 
 def require_file(path: Path, expected: str) -> None:
-    """Raise a MoepruneError unless a path leads to a regular file: a pipe or a device may never end.
+    """Raise a MoepruneError unless a path leads to a regular file with contents: a pipe may never end.
 
-    Args:
-        path: of the file, which must not be empty.
-        expected: what the file should be, in words.
+    expected: what the file should be, in words.
     """
     try:
         status = path.stat()
@@ -47,11 +45,7 @@ def version_of(file: str | Path | int) -> tuple[int, int, int] | None:
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """Read a JSON file in UTF-8, which may begin with a byte order mark.
-
-    Args:
-        path: of the file.
-        expected: what the file should be, in words.
+    """Read a JSON file in UTF-8, which may begin with a byte order mark; expected: its kind in words.
 
     Raises:
         MoepruneError: the file cannot be read, or is not JSON.

@@ -18,20 +18,12 @@ temporaries: set[Path] = set()
 
 
 def write_text(path: str | Path, text: str, overwrite: bool = True) -> None:
-    """Write a text file in UTF-8.
-
-    Raises:
-        MoepruneError: the path cannot be written, or exists and may not be replaced.
-    """
+    """Write a text file in UTF-8; raise a MoepruneError if that fails or is not allowed."""
     write_bytes(path, text.encode(), overwrite)
 
 
 def write_bytes(path: str | Path, data: bytes, overwrite: bool = True) -> None:
-    """Write a file.
-
-    Raises:
-        MoepruneError: the path cannot be written, or exists and may not be replaced.
-    """
+    """Write a file; raise a MoepruneError if that fails or is not allowed."""
     with replacing(path, overwrite) as temporary:
         temporary.write_bytes(data)
 
@@ -45,17 +37,13 @@ def replacing(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
         overwrite: replace a file that exists. Otherwise one of several concurrent writers succeeds.
 
     Raises:
-        MoepruneError: see `check_output`, or the disk is full or fails.
+        MoepruneError: the file cannot be written, or exists and may not be replaced; the disk is full.
     """
     target = check_output(path, overwrite)
     temporary = target.parent / f".{target.name[:48]}.{secrets.token_hex(8)}.part"
     temporaries.add(temporary)  # before the file exists: a signal may arrive in between
     try:
         temporary.touch(0o600, exist_ok=False)
-    except OSError as error:
-        temporaries.discard(temporary)
-        raise _cannot_write(path, error) from None
-    try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -72,7 +60,8 @@ def replacing(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     except OSError as error:
         raise _cannot_write(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         temporaries.discard(temporary)
 
 

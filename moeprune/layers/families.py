@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
     from moeprune.layers.layer import MoELayer
 
-FAMILIES: dict[str, tuple[Any, str]] = {
-    "soft_moe": (SoftMoEConfig, "moeprune.layers.soft_moe:SoftMoE"),
-}
+FAMILIES: dict[str, tuple[Any, str]] = {"soft_moe": (SoftMoEConfig, "moeprune.layers.soft_moe:SoftMoE")}
 """The configuration of a family and where its module is, by the `family` in JSON. Modules are imported late:
 configurations are read without torch.
 """
