@@ -159,7 +159,7 @@ def load_analysis(path: str | Path) -> Analysis:
     if found.get("kind") != "analysis":
         raise MoepruneError(f"`{path}` is not an analysis", "write one with `moeprune analyze`")
     require_format(found, FORMAT, path)
-    metadata: _Metadata = from_json(found, _Metadata, f"`{path}`:")
+    metadata: _Metadata = from_json(found, _Metadata, f"`{path}`")
     tensors = checkpoint.read_tensors(header)
     layers = {name: _layer(tensors, name, path) for name in metadata.layers}
     checkpoint.check_finite(tensors, path)
