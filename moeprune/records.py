@@ -72,6 +72,8 @@ def from_json(value: Any, kind: type[T] | Any, where: str) -> T:
     """
     try:
         return msgspec.convert(value, kind, dec_hook=_from_class)
+    except UnicodeEncodeError:
+        raise MoepruneError(f"{where}: not text in UTF-8") from None
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
         keys = [key or int(index) for key, index in re.findall(r"\.([\w-]+)|\[(\d+)\]", path)]

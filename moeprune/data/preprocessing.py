@@ -51,7 +51,7 @@ class Preprocessing(Record, frozen=True, omit_defaults=False):
             key: [settings[key]] for key in ("mean", "std") if isinstance(settings.get(key), int | float)
         }
         try:
-            return from_json(to_json(self) | dict(settings) | lists, Preprocessing, "preprocessing")
+            return from_json(to_json(self) | dict(settings) | lists, Preprocessing, "`--preprocess`")
         except MoepruneError as error:
             raise MoepruneError(error.message, HINT) from None
 

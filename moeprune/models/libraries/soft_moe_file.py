@@ -110,7 +110,7 @@ def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple
     Raises:
         MoepruneError: an argument is unknown, missing, of another type, or does not fit the tensors.
     """
-    checked: Arguments = from_json(dict(arguments), Arguments, "arguments of `soft-moe`")
+    checked: Arguments = from_json(dict(arguments), Arguments, "`--source-arg`")
     given = {name: getattr(checked, name) for name in arguments}
     if given.get("img_size") is not None:
         given["img_size"] = _sides(given["img_size"])
