@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import moeprune
+from moeprune.cli.settings import parse_settings
 from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.errors import MoepruneError
 from moeprune.files.header import read_header
@@ -429,6 +430,25 @@ def test_the_layer_may_be_all_but_a_reshape():
 def test_factories_that_fail(package, factory, message):
     with pytest.raises(MoepruneError, match=message):
         build(factory, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("4", 4), ("1e-6", 1e-6), ("avg", "avg"), ("'none'", "none"), ("none", None), ("null", None),
+        ("True", True), ("false", False), ("3,8,8", [3, 8, 8]), ("[1, true]", [1, True]),
+        ("192x256", "192x256"), ("", ""), ("''", ""), ("{'a': (1, 2)}", {"a": [1, 2]}), ("007", "007"), ("nan", "nan"),
+    ],
+)  # fmt: skip
+def test_values_are_read_in_the_spelling_of_python_or_json(text, value):
+    found = parse_settings([f"key={text}"], "--model-arg")["key"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("texts", [["x"], ["=2"], ["1x=2"], ["x=1", "x=2"], ["x={1}"], ["x=1e999"]])
+def test_settings_that_are_wrong(texts):
+    with pytest.raises(MoepruneError, match="--model-arg"):
+        parse_settings(texts, "--model-arg")
 
 
 TRAINED = {"model": tower, "input_shape": SHAPE, "geglu": True}
