@@ -25,22 +25,18 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     """One Soft MoE layer (Puigcerver et al. 2023, arXiv 2308.00951, section 2).
 
     Attributes:
-        dim: width of the input, d.
-        num_experts: n.
-        slots_per_expert: p.
         hidden_dim: hidden width of an expert, h; None for `linear` experts.
-        router_norm: what the router does to the tokens X and to phi before it multiplies them: `none`; `l2`
-            scales both to unit length, phi then by a learned scale; `rms` to root mean square 1 and `layer`
-            to mean 0 and variance 1, each then times a learned gain of width d.
-        dispatch_input: whether slots average the `raw` tokens or the `normalized` ones.
+        router_norm: of the tokens X and of phi before they are multiplied: `none`; `l2` scales both to unit
+            length, phi then by a learned scale; `rms` to root mean square 1 and `layer` to mean 0 and
+            variance 1, each then times a learned gain of width d.
+        dispatch_input: slots average the `raw` tokens or the `normalized` ones.
         expert: an `mlp` (linear, GELU, linear); a `geglu`, whose first linear has twice the hidden width, one
             half times the GELU of the other; or one `linear`.
         out_dim: width of the output; None: that of the input.
         dynamic_slots: there is no phi: n consecutive tokens at a time are averaged and projected, once for
-            each expert, to what takes the place of a column of phi for this input. An input of m tokens has
-            m/n slots per expert, rounded up.
-        dispatch_over: whether the dispatch softmax runs over an input's `tokens` or, as one library's old
-            release did, over the `batch`, so that inputs depend on each other.
+            each expert, to a column of phi for this input; m tokens make m/n slots per expert, rounded up.
+        dispatch_over: the dispatch softmax runs over an input's `tokens`, or, as in one library's old
+            release, over the `batch`, so that inputs depend on each other.
     """
 
     dim: Positive
@@ -58,9 +54,8 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
         super().__post_init__()
         if (self.expert == "linear") != (self.hidden_dim is None):
             expected = "null" if self.expert == "linear" else "a whole number of at least 1"
-            raise MoepruneError(
-                f"`hidden_dim` is {self.hidden_dim!r}, expected {expected} for an expert `{self.expert}`"
-            )
+            found = f"`hidden_dim` is {self.hidden_dim!r}"
+            raise MoepruneError(f"{found}, expected {expected} for an expert `{self.expert}`")
 
     @property
     def output_width(self) -> int:
@@ -108,10 +103,9 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     def router_shapes(self, num_experts: int) -> Shapes:
         """Return the tensors of the router if it has columns for so many experts."""
         d = self.dim
+        shapes: Shapes = {"phi": (d, num_experts, self.slots_per_expert)}
         if self.dynamic_slots:
-            shapes: Shapes = {"slot_projection": (num_experts, d, d)}
-        else:
-            shapes = {"phi": (d, num_experts, self.slots_per_expert)}
+            shapes = {"slot_projection": (num_experts, d, d)}
         if self.router_norm == "l2":
             shapes["scale"] = (1,)
         elif self.router_norm != "none":
@@ -131,9 +125,7 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
         return {"phi": 1, "slot_projection": 0}.get(tensor)
 
     def router_flops(self, tokens: int, routed: int, running: float) -> float:
-        """Return the FLOPs of logits (2·m·d·p an expert), dispatch (2·m·d·p) and combine (2·m·o·p); dynamic
-        slots take 2·d·d·p more for each expert.
-        """
+        """Logits and dispatch take 2·m·d·p an expert, combine 2·m·o·p, dynamic slots 2·d·d·p more."""
         d, p, out = self.dim, self.slots_per_expert, self.output_width
         projection = 2 * d * d * routed * p if self.dynamic_slots else 0
         return 2 * tokens * p * (d * routed + (d + out) * running) + projection

@@ -6,11 +6,10 @@
     slot inputs, chosen   -> slot outputs (b,k,p,d)             run_experts
     combine · outputs     -> tokens (b,m,d)
 
-Only the slots of chosen experts are dispatched, computed and combined. Rows of all inputs are grouped by
-expert, so that each expert's weights are used where they lie, and once. On the CPU that is a loop over views
-of the stacked weights, or, for little work, a product of gathered copies. On a GPU it is the kernels of
-moeprune.layers.kernels, which never synchronise with the host; the loop, which does so once a layer, remains
-for gradients, float64, and platforms without Triton.
+Rows of all inputs are grouped by expert, so that each expert's weights are used where they lie, and once: on
+the CPU in a loop over views of the stacked weights, or, for little work, as a product of gathered copies. On
+a GPU the kernels of moeprune.layers.kernels never synchronise with the host; the loop, which does so once a
+layer, remains for gradients, float64, and platforms without Triton.
 
 Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert; k experts
 run for an input, with s = k·p slots in the order of `chosen`.
@@ -51,46 +50,6 @@ class Experts(NamedTuple):
             return F.gelu(hidden)
         values, gate = hidden.chunk(2, dim=-1)
         return values * F.gelu(gate)
-
-
-def run_chosen(
-    tokens: Tensor,
-    router_logits: Tensor,
-    combine_weights: Tensor,
-    chosen: Tensor,
-    experts: Experts,
-    renorm: bool,
-    surrogate: Tensor | None,
-    over_batch: bool = False,
-    is_ragged: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return output tokens (b,m,d) and the outputs (b,k,p,d) of the chosen experts' slots.
-
-    Args:
-        tokens: those that are dispatched (b,m,d).
-        router_logits: L (b,m,n,p).
-        combine_weights: C (b,m,n,p).
-        chosen: experts to run (b,k), ascending.
-        experts: all of them.
-        renorm: the combine softmax is over the chosen slots alone.
-        surrogate: outputs of the slots that do not run (n,p,d); None: zero.
-        over_batch: the dispatch softmax is over the inputs, not over the tokens of each.
-        is_ragged: where `chosen` says n, no expert runs.
-    """
-    n, p = router_logits.shape[2:]
-    idle = chosen == n if is_ragged else None
-    someone = chosen.clamp_max(n - 1) if is_ragged else chosen  # in place of none, and then not counted
-    dispatch, combine = slot_weights(
-        router_logits, None if renorm else combine_weights, someone, over_batch, idle
-    )
-    slot_inputs = (dispatch @ tokens).unflatten(1, (chosen.shape[1], p))
-    slot_outputs = run_experts(slot_inputs, chosen, experts, idle)
-    if surrogate is None:
-        return combine @ slot_outputs.flatten(1, 2), slot_outputs
-    # The surrogates of all slots, corrected where a slot has its real output.
-    output = combine_weights.flatten(2).to(combine.dtype) @ surrogate.flatten(0, 1)
-    corrections = (slot_outputs - surrogate[someone]).flatten(1, 2)
-    return torch.baddbmm(output, combine, corrections), slot_outputs
 
 
 def choose(scores: Tensor, k: int) -> Tensor:
@@ -147,9 +106,7 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Ten
         pairs, counts = kernels.group_by_expert(chosen, n)
         if experts.fc1_weight is not None:
             fuse = not experts.is_gated
-            rows = kernels.grouped_linear(
-                rows, pairs, counts, experts.fc1_weight, experts.fc1_bias, gelu=fuse
-            )
+            rows = kernels.grouped_linear(rows, pairs, counts, experts.fc1_weight, experts.fc1_bias, fuse)
             rows = rows if fuse else experts.activate(rows)
         rows = kernels.grouped_linear(rows, pairs, counts, experts.fc2_weight.mT, experts.fc2_bias)
         rows = rows.view(*slot_inputs.shape[:-1], width)
@@ -157,7 +114,10 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Ten
     b, k, p, d = slot_inputs.shape
     bytes_of_one = sum(weight[0].nbytes for weight in experts if weight is not None) if n else 0
     if idle is not None:
-        return _run_some(slot_inputs, chosen, experts, ~idle)
+        outputs = slot_inputs.new_zeros(b, k, p, width)
+        active = ~idle  # each pair as if it were an input of its own with one expert
+        outputs[active] = run_experts(slot_inputs[active][:, None], chosen[active][:, None], experts)[:, 0]
+        return outputs
     if 0 < chosen.numel() * bytes_of_one <= GATHERED:
         rows = _run_gathered(slot_inputs.flatten(0, 1), chosen.flatten(), experts)
         return rows.view(b, k, p, width)
@@ -175,13 +135,6 @@ def run_sorted(rows: Tensor, rows_of_expert: list[int], experts: Experts) -> Ten
     if experts.fc1_weight is not None and experts.fc1_bias is not None:
         rows = experts.activate(grouped_linear(rows, rows_of_expert, experts.fc1_weight, experts.fc1_bias))
     return grouped_linear(rows, rows_of_expert, experts.fc2_weight.mT, experts.fc2_bias)
-
-
-def _run_some(slot_inputs: Tensor, chosen: Tensor, experts: Experts, active: Tensor) -> Tensor:
-    """Run the active pairs (b,k) alone, as if each were an input of its own with one expert."""
-    outputs = slot_inputs.new_zeros(*slot_inputs.shape[:-1], experts.fc2_bias.shape[1])
-    outputs[active] = run_experts(slot_inputs[active][:, None], chosen[active][:, None], experts)[:, 0]
-    return outputs
 
 
 def _run_gathered(rows: Tensor, chosen: Tensor, experts: Experts) -> Tensor:

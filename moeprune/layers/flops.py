@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class Usage(NamedTuple):
-    """Mean numbers of experts for one input of a routed layer.
+    """Mean numbers of experts for one input of a routed layer."""
 
-    running: experts that run. applied: experts whose router weights are applied, also where they are zero.
-    """
-
-    running: float
-    applied: float
+    running: float  # experts that run
+    applied: float  # experts whose router weights are applied, also where they are zero
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs for one input.
+    """FLOPs for one input."""
 
-    experts: the experts' MLPs. routing: router logits, dispatch and combine. compensation: the
-    combine product with surrogates. other: the rest of the model.
-    """
-
-    experts: int = 0
-    routing: int = 0
+    experts: int = 0  # the experts' MLPs
+    routing: int = 0  # router logits, dispatch and combine
     compensation: int = 0
-    other: int = 0
+    other: int = 0  # the rest of the model
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.experts + self.routing + self.compensation + self.other
+        return sum(vars(self).values())
 
     def __add__(self, more: Flops) -> Flops:
-        return Flops(*(a + b for a, b in zip(asdict(self).values(), asdict(more).values(), strict=True)))
+        return Flops(*(a + b for a, b in zip(vars(self).values(), vars(more).values(), strict=True)))

@@ -27,14 +27,8 @@ class LayerConfig:
     __slots__ = ()
 
     if TYPE_CHECKING:  # fields or properties of the family
-
-        @property
-        def dim(self) -> int:
-            """Width of the input, d."""
-
-        @property
-        def num_experts(self) -> int:
-            """Number of experts, n."""
+        dim: int  # width of the input, d
+        num_experts: int
 
         @property
         def output_width(self) -> int:
@@ -112,15 +106,10 @@ class LayerConfig:
         return "compensation" if is_compensation else "routing"
 
     def flops(self, tokens: int, plan: LayerPlan | None = None, usage: Usage | None = None) -> Flops:
-        """Return the FLOPs of the layer on one input.
+        """Return the FLOPs of the layer on one input of m tokens; usage: where the plan does not fix it.
 
         Surrogates cost 2·m·w·p for each expert that has one (all of them with scope `input`, `batch` or a
         rank), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, the basis 2·m·r·o.
-
-        Args:
-            tokens: m.
-            plan: of a pruned layer.
-            usage: as measured, where the plan does not fix it.
         """
         n, p, out, m = self.num_experts, self.terms_per_expert, self.output_width, self.padded_tokens(tokens)
         if plan is None:
@@ -128,10 +117,8 @@ class LayerConfig:
         k: float = n if plan.merges else plan.k
         running, applied = usage or (k, k)
         width = out if plan.rank is None or not plan.has_basis else plan.rank
-        surrogates = 0
-        if plan.has_surrogate:
-            surrogates = n - plan.k if plan.scope == "static" and not plan.has_basis else n
-        compensation = 2 * m * width * p * surrogates
+        surrogates = n - plan.k if plan.scope == "static" and not plan.has_basis else n
+        compensation = 2 * m * width * p * surrogates if plan.has_surrogate else 0
         compensation += 2 * (m + 1) * self.dim * width if plan.has_affine else 0
         compensation += 2 * m * width * out if plan.has_basis else 0
         routing = self.router_flops(m, plan.routed_experts, applied)

@@ -17,9 +17,9 @@ from moeprune.plan import AFFINE, LayerPlan
 class MoELayer(nn.Module):
     """An MoE layer: tokens (b,m,d) in, tokens (b,m,o) out. Without a plan it is dense.
 
-    With a plan of scope `static` only the kept experts have weights; the router has their columns first, then
-    those of the dropped ones. With scope `input` or `batch` all weights are there and those of the chosen
-    experts are used. A family provides `forward`, which calls `observe`.
+    With scope `static` only kept experts have weights; the router has their columns first, then those of the
+    dropped ones. With `input` or `batch` all weights are there. A family provides `forward`, which calls
+    `observe`.
     """
 
     fc2_weight: Tensor  # (e,o,h), the last linear of each expert that has weights
@@ -70,10 +70,8 @@ class MoELayer(nn.Module):
         if self.plan.mass is None:
             return choose(scores, self.plan.k)
         chosen = fewest_with_mass(scores, mass, self.plan.mass, self.plan.k)
-        if not chosen.is_cuda:  # where the host may ask: no more columns than an input needs
-            chosen = (
-                chosen[:, : int((chosen < self.config.num_experts).sum(1).amax())] if len(chosen) else chosen
-            )
+        if len(chosen) and not chosen.is_cuda:  # where the host may ask: only as many as an input needs
+            chosen = chosen[:, : int((chosen < self.config.num_experts).sum(1).amax())]
         return chosen
 
     def observe(self, observation: Callable[[], Observation]) -> None:
@@ -83,13 +81,10 @@ class MoELayer(nn.Module):
                 self.observer(observation())
 
     def compensated(self, output: Tensor, x: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the output (b,m,o) with what compensates for dropped experts, if anything does.
+        """Return an output (b,m,o) with what compensates for dropped experts, if anything does.
 
-        Args:
-            output: of the experts that ran (b,m,o).
-            x: the layer's input (b,m,d).
-            weights: of all terms (b,m,n,p), zero for those that ran.
-            mask: tokens that are not padding (b,m); None: all.
+        x: the layer's input (b,m,d). weights: of all terms (b,m,n,p), zero for those that ran. mask: tokens
+        that are not padding (b,m); None: all.
         """
         if self.plan is None or not self.plan.has_surrogate:
             return output

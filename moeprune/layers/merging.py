@@ -1,11 +1,10 @@
 """Fold dropped experts into kept ones, to compare with leaving them out.
 
-What MC-SMoE (Li et al. 2024, arXiv 2310.01334) does to sparse mixtures, adapted to Soft MoE. A dropped expert
-goes to the kept one with the most similar weights over calibration data (cosine). Hidden units have no order:
-those of the dropped expert are matched to the kept one's (the assignment with the largest sum of products of
-weights; Ainsworth et al. 2023, arXiv 2209.04836, section 3.2). Then the experts of a group become their mean,
-weighted by mass. All slots stay, and are run by the merged expert of their group: the file shrinks, the FLOPs
-do not.
+MC-SMoE (Li et al. 2024, arXiv 2310.01334), adapted to Soft MoE. A dropped expert goes to the kept one with
+the most similar combine weights over calibration data (cosine). Its hidden units are matched to the kept
+one's (the assignment with the largest sum of products of weights; Ainsworth et al. 2023, arXiv 2209.04836,
+section 3.2). Then a group becomes its mean, weighted by mass. All slots stay, run by the merged expert of
+their group: the file shrinks, the FLOPs do not.
 
 Axes: n experts, p slots per expert, d width of the input, h hidden width, o width of the output.
 """
@@ -24,10 +23,7 @@ from moeprune.plan import LayerPlan
 def nearest_kept(power: Tensor, kept: Sequence[int], num_experts: int) -> tuple[int, ...]:
     """Return for each dropped expert, ascending, the kept one with the most similar weights.
 
-    Args:
-        power: CᵀC (n·p,n·p), summed over calibration data.
-        kept: at least one expert, ascending.
-        num_experts: n.
+    power: CᵀC (n·p,n·p), summed over calibration data. kept: at least one expert, ascending.
     """
     n = num_experts
     together = power.unflatten(1, (n, -1)).unflatten(0, (n, -1)).sum((1, 3)).cpu()
@@ -40,10 +36,7 @@ def nearest_kept(power: Tensor, kept: Sequence[int], num_experts: int) -> tuple[
 def merged_experts(tensors: Mapping[str, Tensor], plan: LayerPlan, mean_mass: Tensor) -> dict[str, Tensor]:
     """Return the tensors of the k kept experts, each merged with those that the plan folds into it.
 
-    Args:
-        tensors: of all experts, by the names in Experts.
-        plan: with `kept` and `merged_into`.
-        mean_mass: the weights of the means (n).
+    tensors: of all experts, by the names in Experts. mean_mass: the weights of the means (n).
     """
     experts = Experts(*(tensors.get(name) for name in Experts._fields))  # type: ignore[arg-type]
     merged = [_mean([_one(experts, j) for j in group], mean_mass[group]) for group in plan.groups]

@@ -10,7 +10,7 @@ experts that ran, q regressors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,39 +26,29 @@ WORKSPACE = 2**24
 class Observation:
     """One forward pass. Padded tokens are zero in all of it.
 
-    Attributes:
-        weights: of all experts' terms (b,m,n,p), in the order of the router's columns.
-        mass: mean weight of each expert over the tokens (b,n).
-        output: Y (b,m,o).
-        tokens: X (b,m,d).
-        mask: tokens that are not padding (b,m); None: all.
-        chosen: experts that ran for each input (b,e), n standing for none; None: the first of the router's
-            columns, as many as have weights.
+    chosen: experts that ran for each input, n standing for none; None: the first of the router's columns, as
+    many as have weights.
     """
 
-    weights: Tensor
-    mass: Tensor
-    output: Tensor
-    tokens: Tensor
-    mask: Tensor | None
-    chosen: Tensor | None
+    weights: Tensor  # of all experts' terms (b,m,n,p), in the order of the router's columns
+    mass: Tensor  # mean weight of each expert over the tokens (b,n)
+    output: Tensor  # Y (b,m,o)
+    tokens: Tensor  # X (b,m,d)
+    mask: Tensor | None  # tokens that are not padding (b,m); None: all
+    chosen: Tensor | None  # (b,e)
 
     def select(self, index: Tensor) -> Observation:
         """Return the observation of some of the inputs."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: part[index] for name, part in parts.items() if isinstance(part, Tensor)}
-        )
+        parts = {name: part[index] for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **parts)
 
     def contributions(self) -> Tensor:
         """Return R (b,e,m,o), what each expert that ran adds to the output. For a family to provide."""
-        raise TypeError(f"{type(self).__name__} does not tell contributions")
+        raise NotImplementedError
 
     def weighted_hidden(self) -> Tensor:
-        """Return what the last linears of the experts take, times its weights, summed over an expert's terms
-        (b,m,e·h). For a family to provide, if `refit` is to work.
-        """
-        raise TypeError(f"{type(self).__name__} does not tell hidden units")
+        """Return weights × inputs of the experts' last linears, summed over terms (b,m,e·h), for `refit`."""
+        raise NotImplementedError
 
     def regressors(self, compensation: str) -> Tensor:
         """Return Z (b,m,q): the weights, zero for terms that ran for their own input; for `affine` also the
@@ -93,9 +83,9 @@ class Observation:
         return (added @ added.mT).to(dtype)
 
     def renorm_gram(self, dtype: torch.dtype) -> Tensor:
-        """Return the sum over inputs of <R_j - w_j·Y, R_l - w_l·Y> - <R_j, R_l> (n,n), w_j the expert's
-        weight: what to add to the Gram matrix where the weights of the kept experts are made to sum to 1, but
-        for the division by that sum.
+        """Return the sum over inputs of <R_j - w_j·Y, R_l - w_l·Y> - <R_j, R_l> (n,n), w_j an expert's weight.
+
+        Added to the Gram matrix where kept experts' weights are made to sum to 1, before that division.
         """
         weights = self.weights.float().sum(3).transpose(1, 2)[..., None]  # (b,n,m,1)
         added = self.contributions().float()
@@ -113,17 +103,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class SlotObservation(Observation):
-    """One forward pass of a Soft MoE: an expert's output is one vector for each of its slots.
+    """One forward pass of a Soft MoE: an expert's output is one vector for each of its slots."""
 
-    Attributes:
-        slot_outputs: f (b,e,p,o), without surrogates.
-        slot_inputs: of the experts that have weights (b,e,p,d); None with `chosen`.
-        hidden: computes what the experts' last linears take (b,e,p,h) from that.
-    """
-
-    slot_outputs: Tensor
-    slot_inputs: Tensor | None
-    hidden: Callable[[Tensor], Tensor]
+    slot_outputs: Tensor  # f (b,e,p,o), without surrogates
+    slot_inputs: Tensor | None  # of the experts that have weights (b,e,p,d); None with `chosen`
+    hidden: Callable[[Tensor], Tensor]  # from these to what the experts' last linears take (b,e,p,h)
 
     def contributions(self) -> Tensor:
         """Return R (b,e,m,o)."""
@@ -147,14 +131,16 @@ class SlotObservation(Observation):
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Return the sum over inputs of <R_j, R_l> = Σ_pq (CᵀC)_jp,lq · <f_jp, f_lq> (n,n)."""
-        gram = self.weights.new_zeros(self._experts, dtype=dtype)
+        n = self.weights.shape[2]
+        gram = self.weights.new_zeros(n, n, dtype=dtype)
         for c, f, _ in self._chunks():
             gram += self._of_experts((c.mT @ c) * (f @ f.mT), dtype)
         return gram
 
     def renorm_gram(self, dtype: torch.dtype) -> Tensor:
         """Return the sum over inputs of <C_j·(f_j - Y), C_l·(f_l - Y)> - <R_j, R_l> (n,n)."""
-        gram = self.weights.new_zeros(self._experts, dtype=dtype)
+        n = self.weights.shape[2]
+        gram = self.weights.new_zeros(n, n, dtype=dtype)
         for c, f, y in self._chunks():
             with_output = c.mT @ (c * (y @ f.mT))  # C_lᵀ·(C_j∘<f_j, Y>) (b,S,S)
             squares = (c * y.square().sum(2, keepdim=True)).mT @ c
@@ -176,10 +162,6 @@ class SlotObservation(Observation):
         along = (self.weights.float().flatten(2).mT @ gap) * self.slot_outputs.float().flatten(1, 2)
         return along.sum((0, 2), dtype=dtype).view(self.weights.shape[2:]).sum(1)
 
-    @property
-    def _experts(self) -> tuple[int, int]:
-        return self.weights.shape[2], self.weights.shape[2]
-
     def _chunks(self) -> list[tuple[Tensor, ...]]:
         """C (b,m,S), f (b,S,o) and Y (b,m,o) of some inputs at a time, with S = n·p slots."""
         step = max(1, WORKSPACE // (2 * (self.weights.shape[2] * self.weights.shape[3]) ** 2))
@@ -193,11 +175,7 @@ class SlotObservation(Observation):
 
 
 def is_dropped(chosen: Tensor, weights: Tensor) -> Tensor:
-    """Return 1 for experts that an input did not choose, else 0: (b,n), for weights (b,m,n,p).
-
-    Args:
-        chosen: experts that ran (b,e); n stands for none.
-    """
+    """Return 1 for experts that are not chosen (b,e), n for none, else 0: (b,n), for weights (b,m,n,p)."""
     dropped = torch.ones_like(weights[:, 0, :, 0])
     return F.pad(dropped, (0, 1)).scatter_(1, chosen, 0)[:, :-1]
 

@@ -10,15 +10,10 @@ from torch import Tensor
 
 
 def combine_mass(combine_weights: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mass of each expert: the sum over tokens and slots of C, divided by m, so that the masses of
-    one input sum to 1 (Chung et al. 2024, arXiv 2409.00879, Algorithm 1).
+    """Return the mass of each expert (b,n) in float32 or better, by C (b,m,n,p) and a mask of tokens (b,m).
 
-    Args:
-        combine_weights: C (b,m,n,p).
-        mask: tokens that count (b,m) bool; None: all.
-
-    Returns:
-        (b,n), in float32 or better.
+    The sum over tokens and slots of C, divided by m: the masses of one input sum to 1 (Chung et al. 2024,
+    arXiv 2409.00879, Algorithm 1).
     """
     dtype = torch.promote_types(combine_weights.dtype, torch.float32)
     if mask is not None:
@@ -47,8 +42,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 def fewest_with_mass(scores: Tensor, mass: Tensor, share: float, most: int) -> Tensor:
     """Return the fewest experts of each input, best first by scores (b,n), with a share of its mass (b,n).
 
-    Returns:
-        Expert indices (b,most), ascending; n in place of those that are not needed.
+    As indices (b,most), ascending; n in place of those that are not needed.
     """
     n = scores.shape[-1]
     order = rank(scores)[..., :most]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.experts import Experts, kernels_for, run_chosen, run_experts, run_sorted
+from moeprune.layers.experts import Experts, kernels_for, run_experts, run_sorted, slot_weights
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import SlotObservation, is_dropped
 from moeprune.layers.scores import combine_mass
@@ -226,23 +226,25 @@ class SoftMoE(MoELayer):
     def _run_chosen(
         self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor, chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Run each input's k chosen experts and no others: output and slot outputs."""
-        assert self.plan is not None
-        return run_chosen(
-            tokens,
-            router_logits,
-            combine_weights,
-            chosen,
-            self.experts,
-            renorm=self.plan.compensation == "renorm",
-            surrogate=self.surrogate if self.plan.has_surrogate and not self.plan.has_basis else None,
-            over_batch=self.config.dispatch_over == "batch",
-            is_ragged=self.plan.mass is not None,
-        )
+        """Run each input's chosen experts (b,k), n for none: output and their slots' outputs (b,k,p,o)."""
+        plan, (n, p) = self.plan, combine_weights.shape[2:]
+        assert plan is not None
+        idle = None if plan.mass is None else chosen == n
+        someone = chosen if idle is None else chosen.clamp_max(n - 1)  # in place of none, and not counted
+        weights = None if plan.compensation == "renorm" else combine_weights
+        dispatch, combine = slot_weights(router_logits, weights, someone, self.config.mixes_batch, idle)
+        slot_inputs = (dispatch @ tokens).unflatten(1, (chosen.shape[1], p))
+        slot_outputs = run_experts(slot_inputs, chosen, self.experts, idle)
+        if plan.has_basis or not plan.has_surrogate:
+            return combine @ slot_outputs.flatten(1, 2), slot_outputs
+        # The surrogates of all slots, corrected where a slot has its real output.
+        output = combine_weights.flatten(2).to(combine.dtype) @ self.surrogate.flatten(0, 1)
+        corrections = (slot_outputs - self.surrogate[someone]).flatten(1, 2)
+        return torch.baddbmm(output, combine, corrections), slot_outputs
 
     def _dispatch_weights(self, router_logits: Tensor, stored: int) -> Tensor:
         """Return Dᵀ (b,e·p,m) of the slots of the first e experts."""
-        over_batch = self.config.dispatch_over == "batch"
+        over_batch = self.config.mixes_batch
         if stored and not over_batch and (kernels := kernels_for(router_logits)):
             every = _every_expert(router_logits, stored)
             return kernels.slot_weights(router_logits, every, None, router_logits.dtype)[0]

@@ -21,15 +21,11 @@ T = TypeVar("T")
 
 
 class Calibrated(NamedTuple):
-    """What calibration data says of a layer; None where the plan does not need it.
+    """What calibration data says of a layer; None where the plan does not need it."""
 
-    score_weights: of a routed plan's signal: factors of each expert's mass, or scores (`random`) (n).
-    term_mean: mean output of each term (n,p,o). mean_mass: of each expert (n).
-    """
-
-    score_weights: Tensor | None = None
-    term_mean: Tensor | None = None
-    mean_mass: Tensor | None = None
+    score_weights: Tensor | None = None  # of a routed plan: factors of each mass, or scores (`random`) (n)
+    term_mean: Tensor | None = None  # mean output of each term (n,p,o)
+    mean_mass: Tensor | None = None  # of each expert (n)
 
 
 def prune_tensors(
@@ -40,12 +36,8 @@ def prune_tensors(
 ) -> dict[str, T | Tensor]:
     """Return the tensors of a pruned layer by name; a fitted compensation starts as `mean`.
 
-    Args:
-        config: of the layer.
-        plan: with `kept`, if its scope is static.
-        take: returns a tensor of the dense layer by name, all of it (axis None) or the places of some experts
-            along an axis, in their order.
-        calibrated: what the plan needs.
+    take: returns a tensor of the dense layer by name, all of it (axis None) or the places of some experts
+    along an axis, in their order.
     """
     tensors: dict[str, T | Tensor] = {}
     for name, shape in config.shapes(plan).items():
@@ -60,7 +52,13 @@ def prune_tensors(
             tensors[name] = take(name, axis, experts)
     if plan.has_surrogate:
         assert calibrated.term_mean is not None
-        tensors["surrogate"] = _surrogate(plan, calibrated.term_mean)
+        surrogate = calibrated.term_mean
+        if (
+            plan.scope == "static"
+        ):  # in the order of the router's columns; kept experts have their own outputs
+            surrogate = surrogate[list(plan.columns)]
+            surrogate[: plan.k] = 0
+        tensors["surrogate"] = surrogate
     return tensors
 
 
@@ -84,12 +82,3 @@ def prune_layer(layer: MoELayer, plan: LayerPlan, calibrated: Calibrated = Calib
         assert calibrated.mean_mass is not None
         tensors |= merged_experts(dense, plan, calibrated.mean_mass)
     return layer_of_tensors(layer.config, plan, tensors)
-
-
-def _surrogate(plan: LayerPlan, term_mean: Tensor) -> Tensor:
-    """Order mu (n,p,o) as the router's columns; kept experts have their own outputs."""
-    if plan.scope != "static":
-        return term_mean
-    surrogate = term_mean[list(plan.columns)]
-    surrogate[: plan.k] = 0
-    return surrogate
