@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import product
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from moeprune.demo.train import initialize, pairs_recipe, single_layer_recipe
 from moeprune.evaluation.evaluate import predict
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.header import read_header
-from moeprune.layers.config import ROUTER_NORMS, SoftMoEConfig
+from moeprune.layers.config import RouterNorm, SoftMoEConfig
 from moeprune.layers.flops import Flops
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
@@ -111,7 +112,7 @@ DENSE = {
     "single": single_layer_recipe().config,
     "vit": pairs_recipe().config,
     **{str(options): SMALL.replace(**options) for options in OPTIONS},
-    **{norm: with_router(SMALL, norm, dispatch_input="raw") for norm in ROUTER_NORMS},
+    **{norm: with_router(SMALL, norm, dispatch_input="raw") for norm in get_args(RouterNorm)},
     **{
         f"{kind.expert} experts": SMALL.replace(blocks=(BlockConfig(soft_moe=kind),))
         for kind in KINDS
@@ -129,7 +130,7 @@ def test_shapes_and_flops_of_dense_models(name):
         assert counted(model, drawn(b, *config.input_shape)) == b * config.flops({}).total
 
 
-@pytest.mark.parametrize("router_norm", ROUTER_NORMS)
+@pytest.mark.parametrize("router_norm", get_args(RouterNorm))
 @pytest.mark.parametrize("scope", SCOPES)
 def test_shapes_of_pruned_models(scope, router_norm):
     config = with_router(SMALL, router_norm)

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal
 
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig, Shapes
 from moeprune.plan import SCOPES, LayerPlan, Positive
 from moeprune.records import Record
 
-ROUTER_NORMS = ("none", "l2", "rms", "layer")
-EXPERTS = ("mlp", "geglu", "linear")
-if TYPE_CHECKING:
-    RouterNorm: TypeAlias = str
-    Expert: TypeAlias = str
-    DispatchInput: TypeAlias = str
-    DispatchOver: TypeAlias = str
-else:
-    RouterNorm, Expert = Literal[ROUTER_NORMS], Literal[EXPERTS]
-    DispatchInput, DispatchOver = Literal["raw", "normalized"], Literal["tokens", "batch"]
+RouterNorm = Literal["none", "l2", "rms", "layer"]
+Expert = Literal["mlp", "geglu", "linear"]
 
 
 class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="soft_moe"):
@@ -44,11 +36,11 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     slots_per_expert: Positive
     hidden_dim: Positive | None
     router_norm: RouterNorm = "l2"
-    dispatch_input: DispatchInput = "normalized"
+    dispatch_input: Literal["raw", "normalized"] = "normalized"
     expert: Expert = "mlp"
     out_dim: Positive | None = None
     dynamic_slots: bool = False
-    dispatch_over: DispatchOver = "tokens"
+    dispatch_over: Literal["tokens", "batch"] = "tokens"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -83,9 +83,9 @@ class Observation:
         return (added @ added.mT).to(dtype)
 
     def renorm_gram(self, dtype: torch.dtype) -> Tensor:
-        """Return the sum over inputs of <R_j - w_j·Y, R_l - w_l·Y> - <R_j, R_l> (n,n), w_j an expert's weight.
+        """Return the sum over inputs of <R_j - w_j·Y, R_l - w_l·Y> - <R_j, R_l> (n,n), w_j a weight.
 
-        Added to the Gram matrix where kept experts' weights are made to sum to 1, before that division.
+        To add to the Gram matrix where kept experts' weights are made to sum to 1, before that division.
         """
         weights = self.weights.float().sum(3).transpose(1, 2)[..., None]  # (b,n,m,1)
         added = self.contributions().float()

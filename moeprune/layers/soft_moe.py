@@ -65,7 +65,7 @@ class SoftMoE(MoELayer):
             router.normal_(std=1 / math.sqrt(d), generator=generator)
             if self.config.router_norm == "l2":
                 self.scale.fill_(scale)
-            elif self.config.router_norm in ("rms", "layer"):
+            elif self.config.router_norm != "none":
                 self.input_gain.fill_(1)
                 self.phi_gain.fill_(1)
             for parameter, fan_in in zip(self.experts, (d, d, h, h), strict=True):
@@ -74,11 +74,9 @@ class SoftMoE(MoELayer):
                     parameter.uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the output of the input's shape, with width o.
+        """Return the output, shaped as x: tokens (b,m,d), images (b,d,H,W) or single tokens (b,d).
 
-        Args:
-            x: tokens (b,m,d), images (b,d,H,W) or single tokens (b,d).
-            mask: tokens that are not padding (b,m); padding is not dispatched and not counted in scores.
+        mask: tokens that are not padding (b,m); padding is not dispatched and not counted in scores.
         """
         if not x.is_cuda:
             return self._forward(x, mask)
@@ -118,11 +116,10 @@ class SoftMoE(MoELayer):
 
         def observation() -> SlotObservation:
             assert mass is not None
-            parts = (combine_weights, output, x)
-            weights, shown, taken = (
-                part if mask is None else part * mask.view(*mask.shape, *[1] * (part.ndim - 2))
-                for part in parts
-            )
+            parts = [combine_weights, output, x]
+            if mask is not None:
+                parts = [part * mask.view(*mask.shape, *[1] * (part.ndim - 2)) for part in parts]
+            weights, shown, taken = parts
             return SlotObservation(
                 weights, mass, shown, taken, mask, chosen, slot_outputs, slot_inputs, self.hidden
             )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError
-from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.config import Expert, RouterNorm, SoftMoEConfig
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer
 
@@ -76,8 +76,9 @@ class SoftMoE(LayerLibrary):
         router = {key: tensor for key, tensor in module.state_dict().items() if key in ("phi", "scale")}
         kind, hidden_dim, experts = _stack_experts(module, name)
         d, n, p = router["phi"].shape
-        routing = ("l2", "normalized") if "scale" in router else ("none", "raw")
-        return SoftMoEConfig(d, n, p, hidden_dim, *routing, kind), router | experts
+        if "scale" in router:
+            return SoftMoEConfig(d, n, p, hidden_dim, "l2", "normalized", kind), router | experts
+        return SoftMoEConfig(d, n, p, hidden_dim, "none", "raw", kind), router | experts
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors under the library's names."""
@@ -112,7 +113,7 @@ class SoftMoEPytorch(LayerLibrary):
             router = {"slot_projection": projection.unflatten(0, (n, d))}
             return config, experts | router | {"phi_gain": found["to_slot_embeds.2.gamma"]}
         n, p, d = found["slot_embeds"].shape
-        norm = "layer" if "norm.beta" in found else "rms"
+        norm: RouterNorm = "layer" if "norm.beta" in found else "rms"
         router = {
             "phi": found["slot_embeds"].permute(2, 0, 1).contiguous(),
             "phi_gain": found["slot_norm.gamma"],
@@ -220,7 +221,7 @@ def _linears(expert: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(path, part) for path, part in expert.named_modules() if isinstance(part, nn.Linear)]
 
 
-def _stack_experts(layer: nn.Module, name: str) -> tuple[str, int, dict[str, Tensor]]:
+def _stack_experts(layer: nn.Module, name: str) -> tuple[Expert, int, dict[str, Tensor]]:
     """The kind of a layer's experts (`mlp` or `geglu`), their hidden width, and their stacked tensors.
 
     Raises:
