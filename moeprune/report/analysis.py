@@ -13,19 +13,13 @@ def analysis(result: AnalysisReport) -> Document:
         "layer", "experts", "mass of the best 1/8\nper input", "\none set for all", "\nuniform router",
         "experts with 50 / 90 / 99 %\nper input", "\nover all inputs", "unused\nexperts",
     )  # fmt: skip
-    rows = [
-        (
-            name,
-            str(layer.experts),
-            percent(layer.best_eighth_mass),
-            percent(layer.static_eighth_mass),
-            percent(layer.uniform_mass),
-            " / ".join(f"{count:.1f}" for count in layer.experts_for_mass_per_input),
-            " / ".join(str(count) for count in layer.experts_for_mass_overall),
-            str(len(layer.unused_experts)),
-        )
-        for name, layer in result.layers.items()
-    ]
+    rows = []
+    for name, layer in result.layers.items():
+        masses = layer.best_eighth_mass, layer.static_eighth_mass, layer.uniform_mass
+        per_input = " / ".join(f"{count:.1f}" for count in layer.experts_for_mass_per_input)
+        overall = " / ".join(map(str, layer.experts_for_mass_overall))
+        unused = str(len(layer.unused_experts))
+        rows.append((name, str(layer.experts), *map(percent, masses), per_input, overall, unused))
     advice = [f"{name}: {_advice(layer)}" for name, layer in result.layers.items()]
     return Document(checkpoint_on_data(result.checkpoint, result.data), [Table(columns, rows), Lines(advice)])
 
@@ -36,9 +30,8 @@ def _advice(layer: LayerSummary) -> str:
     if n == 1:
         return "one expert: nothing to prune"
     few = f"the best {max(1, n // 8)} of {n} experts"
-    best, static, uniform = (
-        percent(mass, 0) for mass in (layer.best_eighth_mass, layer.static_eighth_mass, layer.uniform_mass)
-    )
+    masses = layer.best_eighth_mass, layer.static_eighth_mass, layer.uniform_mass
+    best, static, uniform = (percent(mass, 0) for mass in masses)
     if not layer.informative:
         return (
             f"the combine signal is weak: {few} hold {best} of an input's mass (uniform: {uniform}),"

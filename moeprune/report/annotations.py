@@ -12,14 +12,7 @@ from moeprune.report.gates import gate_in_words
 def to_annotations(
     command: str, document: Document, gates: Sequence[GateResult], warnings: Iterable[str]
 ) -> str:
-    """Return an error for each failed gate, a warning for each warning, and a notice for the rest.
-
-    Args:
-        command: such as `moeprune eval`.
-        document: its report.
-        gates: their results; empty if nothing was judged.
-        warnings: those given during the run.
-    """
+    """Return an error for each failed gate, a warning for each warning, and a notice for the rest."""
     lines = [annotation("warning", command, warning) for warning in warnings]
     for gate in sorted(gates, key=lambda gate: gate.passed):
         level, verdict = ("notice", "passed") if gate.passed else ("error", "failed")
@@ -31,12 +24,7 @@ def to_annotations(
 
 
 def annotation(level: str, title: str, message: str) -> str:
-    """Return one workflow command.
-
-    Args:
-        level: `error`, `warning` or `notice`.
-        title: shown in bold above the message.
-        message: one line or several.
+    """Return one workflow command; level: `error`, `warning` or `notice`.
 
     >>> annotation("error", "a, b: c", "50 %")
     '::error title=a%2C b%3A c::50 %25'

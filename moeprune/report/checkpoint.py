@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeprune.models.results import Export, Inspection, Parity, Reading
-from moeprune.report.document import Block, Document, Facts, Table
+from moeprune.report.document import Document, Facts, Table
 from moeprune.report.words import amount, flops_in_words, plain, plan_in_words, plural
 
 
@@ -24,34 +24,22 @@ def inspection(result: Inspection) -> Document:
         facts += [(f"{title}: {name}", plain(value)) for name, value in values.items()]
     if result.reading is not None:
         facts += _reading(result.reading)
-    rows = [
-        (
-            name,
-            layer.family,
-            str(layer.experts),
-            amount(layer.parameters),
-            plain(layer.settings),
-            "dense" if layer.plan is None else plan_in_words(layer.plan),
-        )
-        for name, layer in result.layers.items()
-    ]
-    kept = [
-        (f"kept in {name}", plain(layer.plan.kept))
-        for name, layer in result.layers.items()
-        if layer.plan is not None and layer.plan.kept is not None
-    ]
-    blocks: list[Block] = [
-        Facts(facts),
-        Table(("layer", "family", "experts", "parameters", "settings", "plan"), rows),
-    ]
-    return Document(result.checkpoint, [*blocks, *([Facts(kept)] if kept else [])])
+    rows, kept = [], []
+    for name, layer in result.layers.items():
+        plan = "dense" if layer.plan is None else plan_in_words(layer.plan)
+        size = amount(layer.parameters)
+        rows.append((name, layer.family, str(layer.experts), size, plain(layer.settings), plan))
+        if layer.plan is not None and layer.plan.kept is not None:
+            kept.append((f"kept in {name}", plain(layer.plan.kept)))
+    layers = Table(("layer", "family", "experts", "parameters", "settings", "plan"), rows)
+    return Document(result.checkpoint, [Facts(facts), layers, *([Facts(kept)] if kept else [])])
 
 
 def _architecture(result: Inspection) -> tuple[str, list[int]]:
     """Return the kind of model, and the shape of an input."""
     architecture = result.architecture
     if architecture["type"] == "module":
-        arguments = ", ".join(f"{key}={value!r}" for key, value in architecture["arguments"].items())
+        arguments = _assignments(architecture["arguments"])
         return plain(f"{architecture['factory']}({arguments})"), architecture["input_shape"]
     depth = plural(len(architecture["blocks"]), "block")
     kind = f"{architecture['type']}, {depth}, d = {architecture['dim']}"
@@ -60,12 +48,8 @@ def _architecture(result: Inspection) -> tuple[str, list[int]]:
 
 def export(result: Export) -> Document:
     """Return what was written, and how well the library's own model agrees."""
-    facts = [
-        ("to", result.to),
-        ("model", f"{amount(result.model.parameters)} parameters"),
-        ("built with", _assignments(result.arguments)),
-        ("parity", _agreement(result.parity)),
-    ]
+    model, arguments = f"{amount(result.model.parameters)} parameters", _assignments(result.arguments)
+    facts = [("to", result.to), ("model", model), ("built with", arguments), _parity(result.parity)]
     return Document(f"wrote {result.output}", [Facts([fact for fact in facts if fact[1]])])
 
 
@@ -76,18 +60,16 @@ def _reading(reading: Reading) -> list[tuple[str, str]]:
         ("built with", _assignments(reading.arguments)),
         ("taken from the library's defaults", _assignments(reading.defaults)),
         ("left out", f"{plain(reading.dropped)} (the model does not use them)" if reading.dropped else ""),
-        ("parity", _agreement(reading.parity)),
+        _parity(reading.parity),
     ]
     return [fact for fact in facts if fact[1]]
 
 
-def _agreement(parity: Parity) -> str:
+def _parity(parity: Parity) -> tuple[str, str]:
     if parity.max_relative_difference is None:
-        return f"not measured: {parity.skipped}"
-    return (
-        f"logits of {parity.images} random images differ by at most"
-        f" {parity.max_relative_difference:.1e} of the largest one ({parity.dtype})"
-    )
+        return "parity", f"not measured: {parity.skipped}"
+    most = f"{parity.max_relative_difference:.1e} of the largest one ({parity.dtype})"
+    return "parity", f"logits of {parity.images} random images differ by at most {most}"
 
 
 def _assignments(values: Mapping[str, Any]) -> str:

@@ -16,34 +16,25 @@ from moeprune.report.analysis import analysis
 from moeprune.report.checkpoint import export, inspection
 from moeprune.report.document import Document
 from moeprune.report.evaluation import evaluation
-from moeprune.report.pruning import pruning
-from moeprune.report.sweep import demo, sweep
+from moeprune.report.pruning import demo, pruning, sweep
 
-TYPES: dict[str, type[Report]] = {
-    "analyze": AnalysisReport,
-    "demo": Summary,
-    "eval": Evaluation,
-    "export": Export,
-    "inspect": Inspection,
-    "plan": PlanFile,
-    "prune": Pruned,
-    "sweep": Sweep,
+COMMANDS: dict[str, tuple[type[Report], Callable[[Any], Document] | None]] = {
+    "analyze": (AnalysisReport, analysis),
+    "demo": (Summary, demo),
+    "eval": (Evaluation, evaluation),
+    "export": (Export, export),
+    "inspect": (Inspection, inspection),
+    "plan": (PlanFile, None),
+    "prune": (Pruned, pruning),
+    "sweep": (Sweep, sweep),
 }
-"""By command; `sweep` is what `eval --sweep` reports, `plan` what `prune --plan` reads."""
-DOCUMENTS: dict[type[Report], Callable[[Any], Document]] = {
-    AnalysisReport: analysis,
-    Export: export,
-    Evaluation: evaluation,
-    Inspection: inspection,
-    Pruned: pruning,
-    Summary: demo,
-    Sweep: sweep,
-}
+"""`sweep` is what `eval --sweep` reports, `plan` what `prune --plan` reads."""
+TYPES = {command: kind for command, (kind, _) in COMMANDS.items()}
 
 
 def document_of(result: Report) -> Document:
     """Return the report that text, Markdown and CI formats show."""
-    return DOCUMENTS[type(result)](result)
+    return next(make(result) for kind, make in COMMANDS.values() if make and kind is type(result))
 
 
 def schema_of(command: str) -> dict[str, Any]:

@@ -25,6 +25,11 @@ def points(difference: float) -> str:
     return f"{100 * difference + 0.0:+.2f} pt"
 
 
+def points_ci(bounds: tuple[float, float]) -> str:
+    """Return a 95 % interval of a difference of shares."""
+    return f"95 %: {points(bounds[0])} to {points(bounds[1])}"
+
+
 def amount(value: float, unit: str = "") -> str:
     """Return a number with a decimal prefix: `12345` is `12.3 k`."""
     prefixes = iter(("", "k", "M", "G", "T", "P"))
@@ -62,17 +67,11 @@ def flops_in_words(flops: FlopsByPart) -> str:
 
 
 def plan_in_words(plan: LayerPlan, with_kept: bool = False) -> str:
-    """Return the plan of one layer in words.
-
-    Args:
-        with_kept: list the kept experts, where the plan has one set of them.
-    """
-    count = f"{plan.k} of {plan.num_experts}"
-    if plan.mass is not None:
-        count = f"mass {plan.mass:g} in at most {count}"
-    rank = ""
-    if plan.rank is not None and plan.k < plan.num_experts:
-        rank = f" in {plural(plan.rank, 'direction')}"
+    """Return the plan of one layer in words; with_kept: and the kept experts, if it has one set of them."""
+    most = "" if plan.mass is None else f"mass {plan.mass:g} in at most "
+    count = f"{most}{plan.k} of {plan.num_experts}"
+    has_rank = plan.rank is not None and plan.k < plan.num_experts
+    rank = f" in {plural(plan.rank or 0, 'direction')}" if has_rank else ""
     kept = f": {plain(plan.kept)}" if with_kept and plan.kept is not None else ""
     return f"{plan.scope}, {count} by {plan.signal}, {plan.compensation}{rank}{kept}"
 
