@@ -137,7 +137,8 @@ def option(help_text: str, **settings: Any) -> msgspec.Meta:
 
     Args:
         help_text: of the option.
-        settings: further arguments of typer.Option, and `short`, other spellings such as `-o`.
+        settings: further arguments of typer.Option; `short`: other spellings, such as `-o`; `argument`: the
+            name of a positional argument, which is no option.
     """
     return msgspec.Meta(description=help_text, extra=settings)
 

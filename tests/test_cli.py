@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 
 import moeprune
 from moeprune.cli import app
-from moeprune.cli.reporter import FORMATS
+from moeprune.cli.reporter import Format
 from moeprune.evaluation.evaluate import Predictions, compare
 from moeprune.evaluation.gates import judge
 from moeprune.models.architecture import architecture_from_json
@@ -535,7 +536,7 @@ def test_sweep_text_has_a_line_for_each_row(single, small_analysis, run):
 # --- files and repeatability -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output_format", FORMATS)
+@pytest.mark.parametrize("output_format", get_args(Format))
 @pytest.mark.parametrize("command", ["inspect", "eval"])
 def test_output_file_gets_what_stdout_would(single, run, tmp_path, command, output_format):
     call = [command, single, "--output-format", output_format]

@@ -20,8 +20,8 @@ from typer.models import OptionInfo
 
 from moeprune import __version__
 from moeprune.cli.configuration import read_configuration
-from moeprune.cli.options import KEYWORD, options_of, parameters_of, request_of
-from moeprune.cli.reporter import Reporter
+from moeprune.cli.options import KEYWORD, options_of, request_of
+from moeprune.cli.reporter import Output, Reporter
 from moeprune.errors import MoepruneError
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-COMMON = parameters_of(Reporter)[1:]
+COMMON = options_of(Output)
 """Options of every command."""
 OPTIONS: dict[str, dict[str, Any]] = {}
 """The annotated type of each option by command and name, without the leading dashes."""
@@ -90,47 +90,44 @@ def add_command(function: Callable[..., int | None]) -> None:
     """Add a command.
 
     Args:
-        function: takes a `reporter`, a `request` whose fields are its options, or further options; returns
-            the exit code, None for 0.
+        function: takes a Reporter, a Request whose fields are its options, and further options; returns the
+            exit code, None for 0.
     """
-    parameters = [inspect.Parameter("context", KEYWORD, annotation=typer.Context)]
-    request = None
-    for parameter in (*parameters_of(function), *COMMON):
-        if parameter.name == "request":
-            request = parameter.annotation
-            parameters += options_of(request)
-        elif parameter.name != "reporter":
-            parameters.append(parameter.replace(kind=KEYWORD))
+    _, request, *own = inspect.signature(function, eval_str=True).parameters.values()
+    options = [*options_of(request.annotation), *(extra.replace(kind=KEYWORD) for extra in own), *COMMON]
+    parameters = [inspect.Parameter("context", KEYWORD, annotation=typer.Context), *options]
 
     @functools.wraps(function)
     def run(context: typer.Context, **values: Any) -> None:
-        reporter = Reporter(function.__name__, **{option.name: values[option.name] for option in COMMON})
-        with _exit_codes(context, reporter), reporter.working():
-            if request is not None:
-                values["request"] = request_of(request, values, reporter.progress, reporter.force)
-            own = {name.name: values[name.name] for name in parameters_of(function)[1:]}
-            code = function(reporter, **own) or 0
+        with _exit_codes(context):
+            output = request_of(Output, values)
+            context.obj = reporter = Reporter(function.__name__, output)
+            with reporter.working():
+                others = {"progress": not output.quiet, "overwrite": output.force}
+                made = request_of(request.annotation, values, **others)
+                code = function(reporter, made, **{extra.name: values[extra.name] for extra in own}) or 0
         raise typer.Exit(code)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     OPTIONS[function.__name__] = {
-        parameter.name.replace("_", "-"): get_args(parameter.annotation)[0]
-        for parameter in parameters
-        if any(isinstance(part, OptionInfo) for part in get_args(parameter.annotation))
+        option.name.replace("_", "-"): get_args(option.annotation)[0]
+        for option in options
+        if isinstance(get_args(option.annotation)[1], OptionInfo)
     }
     app.command(function.__name__, cls=Command)(run)
 
 
 @contextlib.contextmanager
-def _exit_codes(context: typer.Context, reporter: Reporter) -> Iterator[None]:
+def _exit_codes(context: typer.Context) -> Iterator[None]:
     """End the program with exit code 2 and a message, whatever is raised."""
     try:
         yield
     except MoepruneError as error:
         error = MoepruneError("; ".join((error.message, *_places(context, error.message))), error.hint)
-        with contextlib.suppress(BrokenPipeError, MoepruneError):
-            reporter.emit_error(error)
+        if context.obj is not None:
+            with contextlib.suppress(BrokenPipeError, MoepruneError):
+                context.obj.emit_error(error)
         _fail(f"error: {error}\n")
     except BrokenPipeError:  # nobody reads stdout any more
         raise typer.Exit(2) from None

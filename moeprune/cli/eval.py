@@ -38,7 +38,7 @@ def _sweep(reporter: Reporter, request: SweepRequest, report: Path | None) -> in
     found, model, analysis = sweep_checkpoint(request)
     if request.plot is not None:
         title = f"{request.checkpoint.path.name} on {found.data.spec} ({found.data.samples} samples)"
-        plot_trade_off(found.rows, title, request.plot, reporter.force)
+        plot_trade_off(found.rows, title, request.plot, reporter.output.force)
     background = page.Background({}, model.details.provenance, analysis, found.environment)
     reporter.emit_page(report, lambda: page.page_of(found, background))
     reporter.emit(found)

@@ -17,4 +17,4 @@ def export(reporter: Reporter, request: ExportRequest) -> None:
     from moeprune.models.opening import open_model
 
     model = open_model(request.checkpoint)
-    reporter.emit(export.export(model, request.output, request.to, overwrite=reporter.force))
+    reporter.emit(export.export(model, request.output, request.to, overwrite=reporter.output.force))

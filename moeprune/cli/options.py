@@ -3,203 +3,124 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import typer
 
-from moeprune.cli.settings import parse_settings
-from moeprune.data.spec import DataSpec
+from moeprune.cli.settings import parse_settings, parse_value
 from moeprune.errors import MoepruneError
-from moeprune.models.runtime import Runtime
-from moeprune.models.spec import ModelSpec
 from moeprune.records import Request
 
 R = TypeVar("R", bound=Request)
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto takes CUDA if there is one.")]
 Report = Annotated[
     Path | None, typer.Option(help="Write a page with figures too: one HTML file that loads nothing.")
 ]
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """How to read a checkpoint that moeprune did not write; --preprocess is for all."""
+class Field(NamedTuple):
+    """A field of a request: its type without None, and its help text, if it is an option."""
 
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PACKAGE.MODULE:FUNCTION", help="Builds the model, if it is your own. This code is run."
-        ),
-    ] = None
-    model_arg: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="With --model: an argument of the function (repeatable)."),
-    ] = None
-    source: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIBRARY[==VERSION]",
-            help="The library that wrote the checkpoint, if its tensors do not tell: soft-moe,"
-            " soft-moe-pytorch or soft-mixture-of-experts.",
-        ),
-    ] = None
-    source_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="An argument of the library's constructor that the tensors do not tell, such as num_heads=6"
-            " (repeatable).",
-        ),
-    ] = None
-    key: Annotated[
-        str | None,
-        typer.Option(help="The entry of a training checkpoint that holds the weights, such as model_ema."),
-    ] = None
-    input_shape: Annotated[
-        str | None, typer.Option(metavar="C,H,W", help="With --model: the shape of one input.")
-    ] = None
-    preprocess: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", help="A preprocessing setting, such as resize=256 or mean=0.5 (repeatable)."
-        ),
-    ] = None
+    name: str
+    kind: Any
+    help: str | None
+    settings: Mapping[str, Any]
+    default: Any
 
-    def spec(self, path: Path) -> ModelSpec:
-        """Return the spec of the model in a file."""
-        if self.model is None and (self.model_arg or self.input_shape is not None):
-            raise MoepruneError("`--model-arg` and `--input-shape` go with `--model`", "add `--model`")
-        if self.model is not None and self.source_arg:
-            raise MoepruneError("`--source-arg` does not go with `--model`", "give `--model-arg`")
-        model_arguments = parse_settings(self.model_arg, "--model-arg")
-        return ModelSpec(
-            path=path,
-            model=self.model,
-            source=self.source,
-            arguments=model_arguments or parse_settings(self.source_arg, "--source-arg"),
-            key=self.key,
-            input_shape=None if self.input_shape is None else _shape(self.input_shape),
-            preprocess=parse_settings(self.preprocess, "--preprocess"),
-        )
+    @property
+    def flag(self) -> str:
+        """The option, such as `--max-size`."""
+        return "--" + self.name.replace("_", "-")
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """Which samples of the data to take."""
-
-    split: Annotated[
-        str | None, typer.Option(help="Split of a built-in data set: train, calibration or test.")
-    ] = None
-    limit: Annotated[
-        int | None, typer.Option(help="Take only so many samples, drawn with a fixed seed.", min=1)
-    ] = None
-
-    def spec(self, data: str | None) -> DataSpec | None:
-        """Return the spec of the data, if any are given."""
-        if data is not None:
-            return DataSpec(spec=data, split=self.split, limit=self.limit)
-        if self.split is not None or self.limit is not None:
-            raise MoepruneError("`--split` and `--limit` go with `--data`", "add `--data`")
-        return None
-
-
-@dataclass(frozen=True)
-class RuntimeOptions:
-    """Where and how models run."""
-
-    device: Device = "auto"
-    dtype: Annotated[
-        str, typer.Option(help="float32: the precision of the weights. bf16: under autocast.")
-    ] = "float32"
-    batch_size: Annotated[
-        int,
-        typer.Option(help="Inputs of a forward pass; with scope batch, also the batch that shares experts."),
-    ] = 64
-
-
-GROUPS: dict[Any, Any] = {ModelSpec: ModelOptions, DataSpec: DataOptions, Runtime: RuntimeOptions}
-"""Options of the fields of these types, beside the one that the field is named after."""
-
-
-def parameters_of(function: Any) -> list[inspect.Parameter]:
-    """Return the parameters of a function or class with their types."""
-    return [*inspect.signature(function, eval_str=True).parameters.values()]
+def fields_of(request: type[Request]) -> list[Field]:
+    """Return the fields of a request."""
+    hints, fields = get_type_hints(request, include_extras=True), []
+    for field in msgspec.structs.fields(request):
+        kind, text, settings = hints[field.name], None, dict[str, Any]()
+        while get_origin(kind) in (Annotated, Union, UnionType):
+            for meta in getattr(kind, "__metadata__", ()):
+                text, settings = meta.description or text, {**settings, **(meta.extra or {})}
+            kind = next(part for part in get_args(kind) if part is not NoneType)
+        fields.append(Field(field.name, kind, text, settings, field.default))
+    return fields
 
 
 def options_of(request: type[Request]) -> list[inspect.Parameter]:
-    """Return the options of a command that makes a request: its fields that have a help text, then groups."""
-    parameters, groups = [], {}
-    for field in msgspec.structs.fields(request):
-        kind, help_text, settings = _described(request, field.name)
-        if kind in GROUPS:
-            groups.update({group.name: group for group in parameters_of(GROUPS[kind])})
-        if help_text is None:
-            continue
-        flags = [f"--{field.name}".replace("_", "-"), *settings.pop("short", ())]
-        is_required = field.default is msgspec.NODEFAULT and field.default_factory is msgspec.NODEFAULT
-        accepted: Any = {ModelSpec: Path, DataSpec: str}.get(kind, kind)
-        default: Any = inspect.Parameter.empty if is_required else field.default
-        if get_origin(kind) is tuple:
-            part: Any = str if get_origin(get_args(kind)[0]) is Literal else get_args(kind)[0]
-            accepted, default = list[part], None
-        if kind is ModelSpec and is_required:
-            info: Any = typer.Argument(help=help_text, **settings)
-        elif kind is bool:
-            info = typer.Option(f"{flags[0]}/--no-{flags[0][2:]}", help=help_text, show_default=False)
-        else:
-            info = typer.Option(*flags, help=help_text, **settings)
-        accepted = accepted if is_required or kind is bool else accepted | None
-        parameters.append(
-            inspect.Parameter(field.name, KEYWORD, default=default, annotation=Annotated[accepted, info])
-        )
-    return [*parameters, *(group.replace(kind=KEYWORD) for group in groups.values())]
+    """Return the options of a command that makes a request.
+
+    A request within a request gives its first field the name of the whole, and the others follow at the end;
+    without a help text of the whole, all of them do.
+    """
+    own: dict[str, inspect.Parameter] = {}
+    within: dict[str, inspect.Parameter] = {}
+    for field in fields_of(request):
+        if isinstance(field.kind, type) and issubclass(field.kind, Request):
+            first, *others = fields_of(field.kind)
+            for other in others if field.help else (first, *others):
+                within |= {option.name: option for option in _option(other)}
+            field = field._replace(kind=first.kind)
+        own |= {option.name: option for option in _option(field)}
+    return [*own.values(), *within.values()]
 
 
-def request_of(request: type[R], values: dict[str, Any], progress: bool, overwrite: bool) -> R:
-    """Make a request of the values of its options."""
-    groups = {
-        kind: group(**{parameter.name: values.get(parameter.name) for parameter in parameters_of(group)})
-        for kind, group in GROUPS.items()
-    }
-    fields: dict[str, Any] = {}
-    for field in request.__struct_fields__:
-        kind, _, _ = _described(request, field)
-        value = values.get(field)
-        if kind is Runtime:
-            value = Runtime(**vars(groups[Runtime]), progress=progress)
-        elif kind is DataSpec or (kind is ModelSpec and value is not None):
-            value = groups[kind].spec(value)
-        elif get_origin(kind) is tuple:
+def _option(field: Field) -> Iterator[inspect.Parameter]:
+    """Yield the option of a field as Typer takes it, if it is one."""
+    kind, default, settings = field.kind, field.default, dict(field.settings)
+    flags, argument = [field.flag, *settings.pop("short", ())], settings.pop("argument", None)
+    if get_origin(kind) is tuple and get_args(kind)[-1] is ...:
+        kind, default = list[_plain(get_args(kind)[0])], None  # type: ignore[misc]
+    elif get_origin(kind) is dict:
+        kind, default = list[str], None
+    kind = _plain(kind)
+    if kind is bool:
+        flags, settings = [f"{field.flag}/--no-{field.flag[2:]}"], {"show_default": False}
+    info: Any = typer.Option(*flags, help=field.help, **settings)
+    if argument is not None:
+        info = typer.Argument(metavar=argument, help=field.help)
+    if default is msgspec.NODEFAULT:
+        default = inspect.Parameter.empty
+    elif kind is not bool:
+        kind |= None
+    if field.help is not None:
+        yield inspect.Parameter(field.name, KEYWORD, default=default, annotation=Annotated[kind, info])
+
+
+def _plain(kind: Any) -> Any:
+    """Return the type that Typer reads: text for choices and for a list of fixed length."""
+    return str if get_origin(kind) in (Literal, tuple) else kind
+
+
+def request_of(request: type[R], values: Mapping[str, Any], **others: Any) -> R:
+    """Make a request of the values of its options.
+
+    Args:
+        others: values of fields that are no options.
+    """
+    fields = fields_of(request)
+    given = {field.kind for field in fields if values.get(field.name) is not None}
+    made: dict[str, Any] = {}
+    for field in fields:
+        value = values.get(field.name, others.get(field.name, field.default))
+        if isinstance(field.kind, type) and issubclass(field.kind, Request):
+            first, *rest = fields_of(field.kind)
+            if field.help is None:
+                value = request_of(field.kind, values, **others)
+            elif value is not None:
+                value = request_of(field.kind, {**values, first.name: value}, **others)
+            elif field.kind not in given:
+                for other in rest:
+                    if values[other.name] is not None:
+                        raise MoepruneError(f"`{other.flag}` goes with `{field.flag}`", f"add `{field.flag}`")
+        elif get_origin(field.kind) is dict:
+            value = parse_settings(value, field.flag)
+        elif get_origin(field.kind) is tuple and get_args(field.kind)[-1] is ...:
             value = tuple(value or ())
-        elif field == "overwrite":
-            value = overwrite
-        fields[field] = value
-    return request(**fields)
-
-
-def _described(request: type[Request], field: str) -> tuple[Any, str | None, dict[str, Any]]:
-    """Return the type of a field as Typer takes it, without None, its help text and its settings."""
-    kind: Any = get_type_hints(request, include_extras=True)[field]
-    help_text, settings = None, dict[str, Any]()
-    while get_origin(kind) in (Annotated, Union, UnionType):
-        for meta in getattr(kind, "__metadata__", ()):
-            help_text, settings = meta.description or help_text, {**settings, **(meta.extra or {})}
-        kind = next(part for part in get_args(kind) if part is not NoneType)
-    return (str if get_origin(kind) is Literal else kind), help_text, settings
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    """Read `3,224,224`."""
-    sides = text.split(",")
-    if len(sides) != 3 or not all(s.isascii() and s.isdigit() and len(s) < 10 and int(s) for s in sides):
-        raise MoepruneError(
-            f"`--input-shape {text}` is not C,H,W", "give the shape of one input, such as 3,224,224"
-        )
-    channels, height, width = map(int, sides)
-    return channels, height, width
+        elif get_origin(field.kind) is tuple and value is not None:
+            value = parse_value(value)
+        made[field.name] = value
+    return request(**made)

@@ -10,95 +10,80 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 from moeprune.errors import MoepruneError
 from moeprune.files.writing import check_output, write_text
-from moeprune.records import Report
+from moeprune.records import Report, Request, option
 from moeprune.records import to_text as to_json_text
 
 if TYPE_CHECKING:
     from moeprune.report.document import Document
 
-FORMATS = ("text", "json", "markdown", "github", "junit")
+Format = Literal["text", "json", "markdown", "github", "junit"]
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """The variable that names the file whose Markdown GitHub shows on the page of a run."""
 
 logger = logging.getLogger("moeprune")
 
 
-@dataclass
-class Reporter:
-    """How a command reports; all fields but its name are options of every command."""
+class Output(Request, frozen=True, kw_only=True):
+    """How a command reports: options of every command."""
 
-    command: str
     output_format: Annotated[
-        str, typer.Option(help="Format of the report: text, json, markdown, github (annotations) or junit.")
+        Format,
+        option("Format of the report: text, json, markdown, github (annotations) or junit."),
     ] = "text"
-    output_file: Annotated[
-        Path | None, typer.Option(help="Write the report to this file instead of stdout.")
-    ] = None
+    output_file: Annotated[Path | None, option("Write the report to this file instead of stdout.")] = None
     summary: Annotated[
-        bool,
-        typer.Option(
-            "--summary/--no-summary",
-            show_default=False,
-            help="Append the report as Markdown to the file that $GITHUB_STEP_SUMMARY names.",
-        ),
+        bool, option("Append the report as Markdown to the file that $GITHUB_STEP_SUMMARY names.")
     ] = False
-    quiet: Annotated[
-        bool,
-        typer.Option("--quiet/--no-quiet", show_default=False, help="Errors only: no progress, no warnings."),
-    ] = False
-    verbose: Annotated[
-        bool,
-        typer.Option(
-            "--verbose/--no-verbose",
-            show_default=False,
-            help="Log what is read and written, where it runs and how long it takes.",
-        ),
-    ] = False
-    force: Annotated[
-        bool, typer.Option("--force/--no-force", show_default=False, help="Replace output files that exist.")
-    ] = False
-    warnings: list[str] = field(default_factory=list, init=False)
-    stdout: TextIO | None = field(default_factory=lambda: sys.stdout, init=False)
+    quiet: Annotated[bool, option("Errors only: no progress, no warnings.")] = False
+    verbose: Annotated[bool, option("Log what is read and written, where it runs and how long it takes.")] = (
+        False
+    )
+    force: Annotated[bool, option("Replace output files that exist.")] = False
 
-    @property
-    def progress(self) -> bool:
-        """True if progress is shown where stderr is a terminal."""
-        return not self.quiet
+    def check(self) -> None:
+        """Raise a MoepruneError if fields exclude each other."""
+        if self.quiet and self.verbose:
+            raise MoepruneError("`quiet` and `verbose` exclude each other", "give one of them")
+
+
+class Reporter:
+    """Where a command writes: its report and its messages.
+
+    Args:
+        command: its name.
+        output: its options.
+    """
+
+    def __init__(self, command: str, output: Output):
+        self.command, self.output = command, output
+        self.warnings: list[str] = []
+        self.stdout: TextIO | None = sys.stdout
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Check the options, then send to stderr what the package logs and what other code prints.
+        """Send to stderr what the package logs and what other code prints.
 
         Raises:
-            MoepruneError: the report cannot be given in this format, or not written where it is to go.
+            MoepruneError: the report cannot be written where it is to go.
         """
-        if self.output_format not in FORMATS:
-            raise MoepruneError(
-                f"`--output-format {self.output_format}` is unknown", f"give one of {', '.join(FORMATS)}"
-            )
-        if self.quiet and self.verbose:
-            raise MoepruneError("`--quiet` and `--verbose` exclude each other", "give one of them")
-        if self.output_file is not None:
-            check_output(self.output_file, self.force)
-        if self.summary:
+        if self.output.output_file is not None:
+            check_output(self.output.output_file, self.output.force)
+        if self.output.summary:
             _append_to_summary("")
         handler = _Messages(self)
         level, propagates = logger.level, logger.propagate
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO if self.verbose else logging.WARNING)
+        logger.setLevel(logging.INFO if self.output.verbose else logging.WARNING)
         logger.propagate = False
         sys.stdout = sys.stderr
         try:
             with warnings.catch_warnings():
-                if not self.verbose and not sys.warnoptions:
+                if not self.output.verbose and not sys.warnoptions:
                     warnings.simplefilter("ignore")
                 yield
         finally:
@@ -114,10 +99,10 @@ class Reporter:
             paths: by the options that name them, with underscores; None is not written.
         """
         options: dict[str, str] = {}
-        for name, path in {**paths, "output_file": self.output_file}.items():
+        for name, path in {**paths, "output_file": self.output.output_file}.items():
             if path is None:
                 continue
-            check_output(path, self.force)
+            check_output(path, self.output.force)
             if name == "report":
                 from moeprune.report.html import check_page
 
@@ -129,7 +114,7 @@ class Reporter:
     def emit(self, result: Report) -> None:
         """Write the report of a result to its file or to stdout, and append it to the summary."""
         self.write(self._render(result))
-        if self.summary:
+        if self.output.summary:
             from moeprune.report.commands import document_of
             from moeprune.report.markdown import to_markdown
 
@@ -140,40 +125,40 @@ class Reporter:
         if path is not None:
             from moeprune.report.html import to_html
 
-            write_text(path, to_html(make()), self.force)
+            write_text(path, to_html(make()), self.output.force)
 
     def _render(self, result: Report) -> str:
-        if self.output_format == "json":
+        kind, command = self.output.output_format, f"moeprune {self.command}"
+        if kind == "json":
             return to_json_text(result)
         from moeprune.report.commands import document_of
 
-        document = document_of(result)
-        command, gates = f"moeprune {self.command}", getattr(result, "gates", ())
-        if self.output_format == "markdown":
+        document, gates = document_of(result), getattr(result, "gates", ())
+        if kind == "markdown":
             from moeprune.report.markdown import to_markdown
 
             return to_markdown(document)
-        if self.output_format == "github":
+        if kind == "github":
             from moeprune.report.annotations import to_annotations
 
             return to_annotations(command, document, gates, self.warnings)
-        if self.output_format == "junit":
+        if kind == "junit":
             from moeprune.report.junit import to_junit
 
             return to_junit(command, document, gates, self.warnings)
         from moeprune.report.text import to_text
 
-        on_terminal = self.output_file is None and self.stdout is not None and self.stdout.isatty()
+        on_terminal = self.output.output_file is None and self.stdout is not None and self.stdout.isatty()
         return to_text(document, shutil.get_terminal_size().columns if on_terminal else None)
 
     def emit_error(self, error: MoepruneError) -> None:
         """Write an error where CI servers look for it: an annotation on stdout, or a test case of JUnit."""
         command = f"moeprune {self.command}"
-        if self.output_format == "github" and self.output_file is None:
+        if self.output.output_format == "github" and self.output.output_file is None:
             from moeprune.report.annotations import annotation
 
             self.write(annotation("error", command, str(error)) + "\n")
-        elif self.output_format == "junit":
+        elif self.output.output_format == "junit":
             from moeprune.report.junit import error_to_junit
 
             self.write(error_to_junit(command, error))
@@ -185,8 +170,8 @@ class Reporter:
             MoepruneError: the file or stdout cannot be written.
             BrokenPipeError: nobody reads stdout any more.
         """
-        if self.output_file is not None:
-            write_text(self.output_file, text, self.force)
+        if self.output.output_file is not None:
+            write_text(self.output.output_file, text, self.output.force)
         elif self.stdout is not None:
             if isinstance(self.stdout, io.TextIOWrapper):
                 self.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8
@@ -211,7 +196,7 @@ class _Messages(logging.Handler):
         message = record.getMessage()
         if record.levelno == logging.WARNING:
             self.reporter.warnings.append(message)
-        if not self.reporter.quiet or record.levelno >= logging.ERROR:
+        if not self.reporter.output.quiet or record.levelno >= logging.ERROR:
             sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
 
 

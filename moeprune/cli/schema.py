@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-import typer
-
 from moeprune.cli.reporter import Reporter
+from moeprune.records import Request, option
+
+NAMES = "analyze, demo, eval, export, inspect, prune, sweep (of eval --sweep), or plan (a plan file)."
 
 
-def schema(
-    reporter: Reporter,
-    *,
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME",
-            help="analyze, demo, eval, export, inspect, prune, sweep (eval --sweep), or plan (plan files).",
-        ),
-    ],
-) -> None:
+class SchemaRequest(Request, frozen=True, kw_only=True):
+    """Which schema to print."""
+
+    name: Annotated[str, option(NAMES, argument="NAME")]
+
+
+def schema(reporter: Reporter, request: SchemaRequest) -> None:
     """Print the JSON Schema of a command's JSON report, or of a plan file."""
     from moeprune.report.commands import schema_of
 
-    reporter.write(json.dumps(schema_of(name), indent=2) + "\n")
+    reporter.write(json.dumps(schema_of(request.name), indent=2) + "\n")

@@ -12,10 +12,7 @@ from moeprune.errors import MoepruneError
 
 
 def parse_settings(texts: Iterable[str] | None, option: str) -> dict[str, Any]:
-    """Read `KEY=VALUE` texts; see `parse_value`.
-
-    Args:
-        option: that they were given with, for errors.
+    """Read the `KEY=VALUE` texts of an option.
 
     Raises:
         MoepruneError: a text without a key, a key that is given twice, or a value that JSON does not have.
@@ -33,9 +30,7 @@ def parse_settings(texts: Iterable[str] | None, option: str) -> dict[str, Any]:
         try:
             settings[key] = parse_value(value)
         except (TypeError, ValueError) as error:
-            raise MoepruneError(
-                f"`{option} {text}`: {error}", "give numbers, texts, lists and the like"
-            ) from None
+            raise MoepruneError(f"`{option} {text}`: {error}", "give numbers, texts or lists") from None
     return settings
 
 
@@ -45,8 +40,9 @@ def parse_value(text: str) -> Any:
     Raises:
         TypeError, ValueError: a value that JSON does not have, such as a set or an infinite number.
     """
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Python about odd literals, which are texts
         for parse in (json.loads, ast.literal_eval):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
-
 from moeprune.errors import MoepruneError
-from moeprune.records import Request
+from moeprune.plan import Positive
+from moeprune.records import Request, option
 
 BUILT_IN = ("digits", "pairs")
 
@@ -19,8 +18,8 @@ class DataSpec(Request, frozen=True, kw_only=True):
     """
 
     spec: str
-    split: str | None = None
-    limit: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    split: Annotated[str | None, option("Split of a built-in data set: train, calibration or test.")] = None
+    limit: Annotated[Positive | None, option("Take only so many samples, drawn with a fixed seed.")] = None
 
     def check(self) -> None:
         """Raise a MoepruneError if a split is given of data that has none."""

@@ -57,8 +57,8 @@ def load(
             compute what the library's or your own does.
     """
     spec = ModelSpec(
-        path=Path(path), model=factory_name(model), source=source, arguments=arguments, key=key,
-        input_shape=input_shape, preprocess=dict(preprocess or {}),
+        path=Path(path), model=factory_name(model), source=source, key=key, input_shape=input_shape,
+        preprocess=dict(preprocess or {}), **{"source_arg" if model is None else "model_arg": arguments},
     )  # fmt: skip
     return open_model(spec, model)
 
@@ -137,12 +137,14 @@ def _open_ours(header: Header, factory: Factory | None) -> Model:
 
 def _open_library(spec: ModelSpec) -> Model:
     """Open a whole model of a library."""
-    if spec.input_shape is not None:
-        raise MoepruneError("`input_shape` goes with `model`", "say what builds the model, or omit it")
+    if spec.input_shape is not None or spec.model_arg:
+        raise MoepruneError(
+            "`--input-shape` and `--model-arg` go with `--model`", "say what builds the model"
+        )
     found = read_state_dict(spec.path, spec.key)
     tensors, infos = found.tensors, checkpoint.tensor_infos(found.tensors)
     library = library_of_file(infos, str(spec.path), spec.source)
-    layout = library.read(infos, spec.arguments, str(spec.path))
+    layout = library.read(infos, spec.source_arg, str(spec.path))
     checkpoint.check_finite({k: t for k, t in tensors.items() if k not in layout.dropped}, spec.path)
     model = layout.config.build({}, Details(source=_source({library.name: None}, found)))
     model.load_state_dict(_to_ours(tensors, layout), assign=True)
@@ -183,11 +185,11 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
     checkpoint.check_finite(found.tensors, spec.path)
 
     def built() -> nn.Module:
-        module = build(factory, spec.arguments)
+        module = build(factory, spec.model_arg)
         load_foreign(module, found.tensors, spec.path)
         return module
 
-    model = adopt(built(), spec.input_shape, factory, spec.arguments, source=spec.source)
+    model = adopt(built(), spec.input_shape, factory, spec.model_arg, source=spec.source)
     stated, release = parse_source(spec.source)
     libraries = {name: release if name == stated else None for name in model.config.libraries}
     model.details = Details(source=_source(libraries, found))
@@ -196,7 +198,7 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
     else:
         parity = difference(model, built(), "your own model")
     model.reading = Reading(
-        library=", ".join(libraries), arguments=spec.arguments, defaults={}, dropped=[], parity=parity
+        library=", ".join(libraries), arguments=spec.model_arg, defaults={}, dropped=[], parity=parity
     )
     return model
 

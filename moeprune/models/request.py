@@ -10,7 +10,7 @@ from moeprune.models.spec import LIBRARIES, ModelSpec
 from moeprune.records import Request, option
 
 Checkpoint = Annotated[
-    ModelSpec, option("A checkpoint: of moeprune, a known library or your own model.", metavar="CKPT")
+    ModelSpec, option("A checkpoint: of moeprune, a known library or your own model.", argument="CKPT")
 ]
 
 

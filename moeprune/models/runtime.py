@@ -6,10 +6,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from moeprune.errors import MoepruneError
+from moeprune.plan import Positive
+from moeprune.records import Request, option
 
 if TYPE_CHECKING:
     import torch
@@ -23,31 +24,26 @@ logger = logging.getLogger(__name__)
 K = TypeVar("K")
 T = TypeVar("T")
 
+Dtype = Literal["float32", "fp32", "bfloat16", "bf16"]
 AUTOCAST_DTYPES = {"float32": None, "fp32": None, "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
 
-@dataclass(frozen=True)
-class Runtime:
+class Runtime(Request, frozen=True):
     """How models run over a data set.
 
-    device: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for CUDA if available, else the CPU.
-    dtype: `float32` runs in the precision of the weights, `bf16` under autocast.
-    batch_size: inputs of a forward pass; with the scope `batch` also the batch of Algorithm 2.
     progress: show a progress bar on stderr when that is a terminal.
     """
 
-    device: str = "auto"
-    dtype: str = "float32"
-    batch_size: int = 64
+    device: Annotated[str, option("cpu, cuda, cuda:N, mps, or auto: CUDA if there is one, else the CPU.")] = (
+        "auto"
+    )
+    dtype: Annotated[Dtype, option("float32: the precision of the weights. bf16: under autocast.")] = (
+        "float32"
+    )
+    batch_size: Annotated[
+        Positive, option("Inputs of a forward pass; with scope batch, also the batch that shares experts.")
+    ] = 64
     progress: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in AUTOCAST_DTYPES:
-            raise MoepruneError(
-                f"`--dtype {self.dtype}` is unknown", f"give one of {', '.join(AUTOCAST_DTYPES)}"
-            )
-        if self.batch_size < 1:
-            raise MoepruneError(f"`--batch-size {self.batch_size}` is below 1")
 
     @property
     def torch_device(self) -> torch.device:

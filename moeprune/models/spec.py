@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from moeprune.errors import MoepruneError
 from moeprune.plan import Positive
-from moeprune.records import Request
+from moeprune.records import Request, option
 
 MAX_ELEMENTS = 2**28
 """Limit of the values of one input; more would fill the memory."""
@@ -21,20 +21,45 @@ LIBRARIES = ("soft-moe", "soft-moe-pytorch", "soft-mixture-of-experts", "moeprun
 class ModelSpec(Request, frozen=True, kw_only=True):
     """A checkpoint of moeprune, of a known library, or of a model of the user's own code.
 
-    path: a file, or a folder of shards. model: the factory `package.module:function` of the user's own model;
-    its code is run. source: the library that wrote the file, with `==version` if that matters.
-    arguments: of the factory, or those of the library's constructor that the tensors do not show. key: the
-    entry of a training checkpoint that holds the weights. input_shape: of one input (c,H,W), with a factory.
-    preprocess: settings in place of the checkpoint's, such as `{"resize": 256}`.
+    path: a file, or a folder of shards. input_shape: (c,H,W). preprocess: replaces the checkpoint's.
     """
 
     path: Path
-    model: str | None = None
-    source: str | None = None
-    arguments: dict[str, Any] = msgspec.field(default_factory=dict)
-    key: str | None = None
-    input_shape: tuple[Positive, Positive, Positive] | None = None
-    preprocess: dict[str, Any] = msgspec.field(default_factory=dict)
+    model: Annotated[
+        str | None,
+        option("Builds the model, if it is your own. This code is run.", metavar="PACKAGE.MODULE:FUNCTION"),
+    ] = None
+    model_arg: Annotated[
+        dict[str, Any],
+        option("With --model: an argument of the function (repeatable).", metavar="KEY=VALUE"),
+    ] = msgspec.field(default_factory=dict)
+    input_shape: Annotated[
+        tuple[Positive, Positive, Positive] | None,
+        option("With --model: the shape of one input.", metavar="C,H,W"),
+    ] = None
+    source: Annotated[
+        str | None,
+        option(
+            "The library that wrote the checkpoint, if its tensors do not show it: soft-moe,"
+            " soft-moe-pytorch or soft-mixture-of-experts.",
+            metavar="LIBRARY[==VERSION]",
+        ),
+    ] = None
+    source_arg: Annotated[
+        dict[str, Any],
+        option(
+            "An argument of the library's constructor that the tensors do not show, such as num_heads=6"
+            " (repeatable).",
+            metavar="KEY=VALUE",
+        ),
+    ] = msgspec.field(default_factory=dict)
+    key: Annotated[
+        str | None, option("The entry of a training checkpoint that holds the weights, such as model_ema.")
+    ] = None
+    preprocess: Annotated[
+        dict[str, Any],
+        option("A preprocessing setting, such as resize=256 or mean=0.5 (repeatable).", metavar="KEY=VALUE"),
+    ] = msgspec.field(default_factory=dict)
 
     def check(self) -> None:
         """Raise a MoepruneError if the source is unknown or the input too large."""
@@ -47,5 +72,6 @@ class ModelSpec(Request, frozen=True, kw_only=True):
 
     @property
     def foreign_only(self) -> list[str]:
-        """The fields that are set and that only a file of another program needs."""
-        return [name for name in ("source", "arguments", "key", "input_shape") if getattr(self, name)]
+        """The options that are given and that only a file of another program needs."""
+        names = ("source", "source_arg", "model_arg", "key", "input_shape")
+        return ["--" + name.replace("_", "-") for name in names if getattr(self, name)]

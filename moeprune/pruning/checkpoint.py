@@ -110,15 +110,11 @@ def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Pla
     if request.plan is not None:
         plans = [read_plan(request.plan, full.config.moe_layers)]
     else:
+        keep = None if request.keep is None else parse_keep(request.keep)
         plans = plans_for(
-            full.config,
-            full.tensors,
-            analysis,
-            request.method,
-            keep=None if request.keep is None else parse_keep(request.keep),
-            max_size=request.max_size,
+            full.config, full.tensors, analysis, request.method, keep=keep, max_size=request.max_size,
             max_flops=request.max_flops,
-        )
+        )  # fmt: skip
     plan, with_pass = plans[0], needs_pass(plans[0], request.one_shot)
     if request.output is None:
         return plan
@@ -126,25 +122,15 @@ def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Pla
     if full.header is not None and is_static and request.data is None and not with_pass:
         preprocessing = full.details.preprocessing.updated(request.checkpoint.preprocess)
         prune_file(
-            full.header,
-            request.output,
-            analysis,
-            plan=plan,
-            preprocessing=preprocessing,
-            seed=request.seed,
+            full.header, request.output, analysis, plan=plan, preprocessing=preprocessing, seed=request.seed,
             overwrite=request.overwrite,
-        )
+        )  # fmt: skip
         return plan
     data = None if request.data is None else open_data_for(full.model, request.data, "calibration")
     pruned = prune_best(
-        full.model,
-        plans if with_pass else plans[:1],
-        analysis,
-        data=data,
-        one_shot=request.one_shot,
-        seed=request.seed,
-        runtime=request.runtime,
-    )
+        full.model, plans if with_pass else plans[:1], analysis, data=data, one_shot=request.one_shot,
+        seed=request.seed, runtime=request.runtime,
+    )  # fmt: skip
     save(pruned, request.output, request.overwrite)
     return plan
 
@@ -155,14 +141,10 @@ def _search(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Se
     assert request.output is not None
     assert request.max_accuracy_drop is not None
     model, search = prune_within_drop(
-        full.model,
-        open_data_for(full.model, request.data, "calibration"),
+        full.model, open_data_for(full.model, request.data, "calibration"),
         DropLimit(request.max_accuracy_drop, request.confidence),
-        analysis=analysis,
-        method=request.method,
-        seed=request.seed,
-        runtime=request.runtime,
-    )
+        analysis=analysis, method=request.method, seed=request.seed, runtime=request.runtime,
+    )  # fmt: skip
     save(model, request.output, request.overwrite)
     return search
 
