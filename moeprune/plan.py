@@ -1,4 +1,4 @@
-"""What a pruned checkpoint keeps, layer by layer, and its JSON form."""
+"""Plans: the experts that each layer keeps, their compensation, and the JSON form."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Energy = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 
 def impossible(scope: str, signal: str, compensation: str) -> str | None:
     """Return why a scope, a signal and a compensation do not go together, or None if they do."""
-    if compensation == "merge" and signal == "gram":  # the loss by merging is no sum over pairs of experts
+    if compensation == "merge" and signal == "gram":  # the loss by merging is not a sum over pairs of experts
         return "compensation `merge` does not go with signal `gram`"
     if scope != "static" and compensation in ("refit", "merge"):
         return f"compensation `{compensation}` needs one set of experts for all inputs, scope `static`"
@@ -55,7 +55,7 @@ def scopes_of(layers: Iterable[Any]) -> tuple[str, ...]:
 
 
 class LayerPlan(Record, frozen=True, omit_defaults=False, dict=True):
-    """Which experts of one layer run, and what compensates for the others.
+    """The experts of one layer that run, and the compensation for the others.
 
     Attributes:
         scope: `static` keeps one set for all inputs and removes the others from the checkpoint; with `input`
@@ -207,7 +207,7 @@ Plan = dict[str, LayerPlan]
 
 
 class Method(Record, frozen=True):
-    """How layers are pruned, whatever the number of experts; see LayerPlan for the fields."""
+    """A way to prune layers, for any number of experts; see LayerPlan for the fields."""
 
     scope: Scope = "static"
     signal: Signal = "combine"

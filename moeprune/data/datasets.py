@@ -9,7 +9,7 @@ A spec is one of
                                                               class, or images without labels
 
 Pixels (the built-in sets, images, and arrays of uint8) are scaled to 0…1 and then normalised as the
-checkpoint's preprocessing says. Arrays of floats are taken as they are.
+checkpoint's preprocessing says. Arrays of floats are used unchanged.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Dataset:
 
     @property
     def has_labels(self) -> bool:
-        """Whether batches have labels."""
+        """True if batches have labels."""
         return self.source.has_labels
 
     @property
@@ -93,7 +93,7 @@ class Dataset:
         return replace(self, indices=sorted(random.Random(0).sample(self.indices, count)))
 
     def part(self, places: Sequence[int], name: str) -> Dataset:
-        """Return a data set of the samples at these ascending places of a pass; name says which they are."""
+        """Return the samples at these ascending places as a data set; name: appended to its spec."""
         return replace(self, spec=f"{self.spec} ({name})", indices=[self.indices[place] for place in places])
 
     def batches(self, batch_size: int) -> Iterator[Batch]:

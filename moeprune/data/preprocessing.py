@@ -24,7 +24,7 @@ HINT = (
 
 
 class Preprocessing(Record, frozen=True, omit_defaults=False):
-    """How pixels become inputs; the size and the channels come from the model.
+    """Preprocessing settings; the size and the channels come from the model.
 
     resize: the shorter side of an image before the centre crop; None: as small as covers the crop.
     mean, std: of pixels in 0…1, one value for each channel or one for all.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor | None]
-"""Inputs (b,c,H,W) in float32 and labels (b,) in int64, or None where there are none."""
+"""Inputs (b,c,H,W) in float32 and labels (b,) in int64, or None."""
 Read = Callable[[Iterable[Sequence[int]]], Iterator[Batch]]
 
 
@@ -21,7 +21,7 @@ class Source:
     """Samples that can be read in batches.
 
     samples: how many there are.
-    has_labels: whether batches have labels. They never do where the model has no classes.
+    has_labels: batches have labels; never for a model without classes.
     read: reads a batch for each sequence of indices; all indices ascend.
     files: that the samples are read from.
     """

@@ -25,7 +25,7 @@ PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # about the statistics
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one demo model is built and trained.
+    """Architecture and training of one demo model.
 
     steps: batches of batch_size images.
     scale: initial scale of the router; the sharper it is, the more the combine mass says about an expert.
@@ -124,7 +124,7 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
 
 
 def _batches(recipe: Recipe, generator: torch.Generator) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Return how to draw a batch of digits, or of pairs where the model takes images twice as wide."""
+    """Return a function that draws a batch of digits, or of pairs if the model takes wider images."""
     pixels, labels = digits("train")
     images = InputFormat(1, 8, 8, 10, PREPROCESSING).normalize(pixels)
     sides = recipe.config.image_size[1] // 8

@@ -22,14 +22,13 @@ def forgetting(
 ) -> Forgetting:
     """Compare predictions with those of the full model, class by class and input by input.
 
-    A class has collapsed if the full model knows it (an accuracy of KNOWN or more), at most half of its
-    accuracy is left, and the average hides the drop: it is HIDES times as large as the average, and the
-    interval of the drop, at a level that holds for all classes at once, lies above the average.
+    A class has collapsed if its accuracy is at least KNOWN in the full model and at most half of that in the
+    pruned one, and if its drop is at least HIDES times the average drop, with an interval (simultaneous over
+    all classes) above the average.
 
     Args:
-        labels: the true classes (samples), int64.
-        predicted: by the pruned model, likewise.
-        reference: by the full model, likewise.
+        labels: (samples) int64.
+        predicted, reference: classes predicted by the pruned and by the full model, (samples) int64.
         indices: names of the samples in `lost` and `won`; None: their places.
     """
     right, full_right = predicted == labels, reference == labels

@@ -84,7 +84,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    """Return what the header of a file says about tensors."""
+    """Return types, shapes and sizes of tensors, as a header has them."""
     return {name: _info(tensor) for name, tensor in tensors.items()}
 
 

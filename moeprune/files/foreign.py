@@ -234,7 +234,7 @@ def _common_prefix(names: Iterable[str]) -> str:
 
 
 class _Index(msgspec.Struct):
-    """The shard of each tensor, and the bytes of all tensors, if the index says so."""
+    """The shard of each tensor, and metadata such as the bytes of all tensors."""
 
     weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
     metadata: dict[str, Any] | None = None

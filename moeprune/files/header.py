@@ -156,7 +156,7 @@ def _parse(file: BinaryIO) -> tuple[dict[str, TensorInfo], dict[str, int], str |
         tensors[name] = TensorInfo(dtype, entry.shape, math.prod(entry.shape) * itemsize)
         offsets[name] = 8 + length + position
         if entry.data_offsets != (position, position + tensors[name].nbytes):
-            raise ValueError(f"tensor `{name}` does not lie where its type and shape say")
+            raise ValueError(f"tensor `{name}` is not at the offsets that follow from types and shapes")
         position += tensors[name].nbytes
     if 8 + length + position != file_size:
         raise ValueError(f"the tensors end at byte {8 + length + position} of {file_size}")

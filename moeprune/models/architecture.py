@@ -1,4 +1,4 @@
-"""What a model is made of, as plain data: all that is needed to build it and to know its cost; no torch.
+"""The architecture of a model as plain data, enough to build it and to compute its cost; no torch.
 
 Axes, here and everywhere: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of
 an expert.
@@ -53,11 +53,11 @@ class ModelConfig(Record, frozen=True, tag_field="type"):
             """Return m, the tokens of one input that reach an MoE layer."""
 
         def build(self, plan: Plan, details: Details = Details(), factory: Factory | None = None) -> Model:
-            """Return the model, whose weights are yet to be loaded.
+            """Return the model, without weights.
 
             Args:
                 plan: of the pruned layers.
-                details: what its checkpoint says besides.
+                details: preprocessing, source and provenance.
                 factory: of the user's own code, which the caller allows to run.
 
             Raises:
@@ -83,7 +83,7 @@ class ModelConfig(Record, frozen=True, tag_field="type"):
 
         Args:
             plan: of the pruned layers.
-            usage: of layers, as measured, where the plan does not fix it.
+            usage: measured, of layers whose plans do not fix it.
         """
         usage, flops = usage or {}, Flops(other=self.other_flops)
         for name, layer in self.moe_layers.items():
@@ -127,7 +127,7 @@ class BlockConfig(Record, frozen=True):
 class ViTConfig(ModelConfig, frozen=True, tag="vit"):
     """A vision transformer in which some blocks have a Soft MoE; images (b,c,H,W) in, logits out.
 
-    num_classes: 0 if there is no head, so that pooled features come out.
+    num_classes: 0 for a model without a head, which returns pooled features.
     pooling: over the patch tokens (`mean`), or takes the class token (`token`); with `none` every token, the
         class token too, gives logits.
     class_position: the class token has a row of its own in the position embedding.

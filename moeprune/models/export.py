@@ -117,7 +117,7 @@ def as_dense(config: ViTConfig, plan: Plan) -> ViTConfig:
 
 
 def _not_dense(plan: Plan) -> list[str]:
-    """Every reason why no dense layers of fewer experts compute what a plan says."""
+    """Return all reasons why no dense layers of fewer experts compute the same as pruned ones."""
     reasons = []
     for name, layer in plan.items():
         if layer.scope != "static":

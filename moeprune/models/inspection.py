@@ -1,4 +1,4 @@
-"""What a checkpoint holds; torch only if another program wrote it."""
+"""Contents of a checkpoint; imports torch only if another program wrote it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file of no known library is instead, told from the names of its tensors; no torch."""
+"""A guess at the contents of an unknown file, from the names of its tensors; no torch."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ _fingerprints: WeakKeyDictionary[Model, tuple[list[tuple], str]] = WeakKeyDictio
 def _state_of(model: Model) -> list[tuple] | None:
     """Return a value that changes whenever a tensor does; None if PyTorch does not count changes.
 
-    Once a tensor is gone, another one may lie in its memory: the weak references tell the two apart.
+    Weak references distinguish a tensor from a later one in the same memory.
     """
     tensors = model.state_dict()
     if any(tensor.is_inference() for tensor in tensors.values()):

@@ -96,8 +96,8 @@ class Inspection(ModelCost, Report, frozen=True):
 class Export(Report, frozen=True):
     """A checkpoint written for another library.
 
-    source: where the weights came from. arguments: with which the library, or the user's own code, builds the
-    model that loads it.
+    source: origin of the weights. arguments: with which the library, or the user's own code, builds the model
+    that loads it.
     """
 
     output: str

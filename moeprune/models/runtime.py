@@ -50,7 +50,7 @@ class Runtime(Request, frozen=True):
         """The device that `device` names.
 
         Raises:
-            MoepruneError: there is no such device here.
+            MoepruneError: no such device.
         """
         import torch
 
@@ -62,7 +62,7 @@ class Runtime(Request, frozen=True):
         return torch.device(name)
 
     def require_device(self) -> None:
-        """Raise a MoepruneError if there is no such device; log where models will run."""
+        """Raise a MoepruneError if the device does not exist; log the settings."""
         logger.info(f"runs on {self.torch_device} in {self.dtype}, {self.batch_size} inputs at a time")
 
     def bar(

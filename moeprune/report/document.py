@@ -85,7 +85,7 @@ Block = Table | Facts | Lines | Heading | Highlights | Figure
 
 @dataclass(frozen=True)
 class Document:
-    """The report of one command; gates: None where nothing was judged."""
+    """The report of one command; gates: None if nothing was judged."""
 
     title: str
     blocks: Sequence[Block]

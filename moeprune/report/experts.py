@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SMALL = 0.25
-"""Share of 1/n below which an expert's mass stands for no class."""
+"""Share of 1/n below which an expert's mass is not attributed to a class."""
 MOST_CELLS = 256
 """Rows and columns of a heat map; of more, neighbours are averaged."""
 
@@ -88,7 +88,7 @@ def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -
 
 
 def _held(masses: Masses, plan: LayerPlan) -> str:
-    """Return the mass that the kept experts hold, where that is known."""
+    """Return the mass that the kept experts hold, if known."""
     if masses.kept is not None:
         return f": the kept experts hold {percent(masses.mean[masses.kept].sum())} of the mass of all inputs"
     if plan.scope == "input" and plan.signal == "combine" and plan.mass is None and plan.k:

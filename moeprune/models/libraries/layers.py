@@ -2,8 +2,8 @@
 
 soft-moe (bwconrad): tokens and phi of unit length, normalised tokens dispatched.
 soft-moe-pytorch (lucidrains): RMSNorm or LayerNorm on tokens and slots; MLPs or GEGLUs; dynamic slots.
-soft-mixture-of-experts (fkodom): no normalisation; an expert is one linear, and the layer takes the place
-    of an MLP's second linear. Release 0.1 takes the dispatch softmax over the batch by mistake.
+soft-mixture-of-experts (fkodom): no normalisation; an expert is one linear, and the layer replaces the
+    second linear of an MLP. Release 0.1 takes the dispatch softmax over the batch by mistake.
 moeprune: our own layers, which need no translation.
 """
 

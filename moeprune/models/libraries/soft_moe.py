@@ -40,7 +40,7 @@ NAMES = {
     "mlp.2": "mlp.fc2",
     "soft_moe": "mlp",
 }
-"""The library's names of parts by ours, where they differ."""
+"""The library's names of parts by ours, if different."""
 _OURS = re.compile(rf"(?:^|(?<=\.))({'|'.join(map(re.escape, NAMES))})(?=\.|$)")
 
 
