@@ -23,10 +23,7 @@ def case(request):
     x = inputs(b=B, seed=3)
     mask = torch.ones(B, M, dtype=torch.bool)
     mask[::3, 4:] = False
-    seen = []
-    layer.observer = seen.append
-    layer(x, mask)
-    [observation] = seen
+    observation = observe(layer, x, mask)
     generator = torch.Generator().manual_seed(4)
     gap = 0.1 * torch.randn(B, M, 5, generator=generator, dtype=torch.float64) * mask[:, :, None]
     moments = MomentsAccumulator(layer)

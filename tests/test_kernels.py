@@ -12,38 +12,31 @@ from moeprune.layers import experts as routed
 from moeprune.layers import soft_moe
 from moeprune.layers.scores import top_k
 from moeprune.models.runtime import Runtime
-from tests.reference import best_subset, reference_layer
 from tests.test_soft_moe import (
     COMPENSATIONS,
     KINDS,
     ROUTERS,
+    SCOPES,
     D,
     N,
     adaptive_layer,
-    affine_of,
     dense_layer,
     expected_sets,
-    expert_scores,
+    formulas,
     inputs,
     observe,
     pruned_layer,
     ragged_sets,
     relative_error,
-    router,
     surrogates,
 )
 
 kernels = pytest.importorskip("moeprune.layers.kernels", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALVES = [
-    torch.float16,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bfloat16 product"),
-    ),
-]
+no_bfloat16 = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bfloat16 product")
+HALVES = [torch.float16, pytest.param(torch.bfloat16, marks=no_bfloat16)]
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-PRUNINGS = list(product(("static", "input", "batch"), COMPENSATIONS))
+PRUNINGS = list(product(SCOPES, COMPENSATIONS))
 ROUGH = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -96,27 +89,19 @@ def test_pairs_are_grouped_by_expert(b, n, k):
 @pytest.mark.parametrize(
     ("b", "n", "k", "p", "width_in", "width_out"),
     [
-        (1, 5, 2, 1, 17, 33),
-        (6, 5, 2, 3, 20, 70),
-        (9, 3, 2, 4, 64, 16),
-        (40, 2, 1, 1, 130, 8),
-        (1, 5, 2, 17, 8, 8),
-        (2, 8, 8, 33, 8, 8),
-        (1, 4, 1, 100, 8, 8),
+        (1, 5, 2, 1, 17, 33), (6, 5, 2, 3, 20, 70), (9, 3, 2, 4, 64, 16), (40, 2, 1, 1, 130, 8),
+        (1, 5, 2, 17, 8, 8), (2, 8, 8, 33, 8, 8), (1, 4, 1, 100, 8, 8),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("gelu", [False, True])
 def test_grouped_product_equals_a_product_for_each_row(b, n, k, p, width_in, width_out, transposed, gelu):
     chosen, rows = chosen_experts(b, n, k), random(b * k, p, width_in)
     weight = random(n, width_out, width_in, seed=1).mT if transposed else random(n, width_in, width_out)
     bias = random(n, width_out, seed=2)
-    expected = torch.stack(
-        [
-            row.double() @ weight[j].double() + bias[j].double()
-            for row, j in zip(rows, chosen.flatten().tolist(), strict=True)
-        ]
-    )
+    of_row = chosen.flatten().long()
+    products = torch.einsum("rpi,rio->rpo", rows.double(), weight[of_row].double())
+    expected = products + bias[of_row, None].double()
     found = kernels.grouped_linear(rows, *kernels.group_by_expert(chosen, n), weight, bias, gelu)
     assert relative_error(found, F.gelu(expected) if gelu else expected) < 1e-5
 
@@ -149,11 +134,9 @@ def test_unit_vectors(shape, dim, with_gain, with_factor):
     x.select(1 if dim == 0 else -2, 0).zero_()  # a vector of zeros stays one
     gain = random(shape[dim], seed=1) if with_gain else None
     factor = random(1, seed=2) if with_factor else None
-    expected = F.normalize(x.double(), dim=dim)
-    if gain is not None:
+    expected = F.normalize(x.double(), dim=dim) * (factor if with_factor else 1)
+    if with_gain:
         expected = expected * (gain if dim == -1 else gain[:, None])
-    if factor is not None:
-        expected = expected * factor
     assert (kernels.unit(x, dim, gain, factor) - expected).abs().max() < 1e-6
 
 
@@ -175,42 +158,32 @@ def layer_inputs(dtype=torch.float32):
     return inputs(dtype=dtype).to(DEVICE)
 
 
+def error_of(dense, x, scope, k=2, compensation="none", u=None) -> float:
+    """Of a layer pruned in a scope (None: the dense one) on the device, against the formulas."""
+    layer = pruned_layer(dense, scope, k, compensation, u).to(DEVICE)
+    expected = formulas(layer, dense, x, expected_sets(dense, x, scope, k), u)
+    return relative_error(layer(x.to(DEVICE)).cpu(), expected)
+
+
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize("p", [1, 3])
 @pytest.mark.parametrize(("router_norm", "dispatch_input"), ROUTERS)
 def test_dense_layer_equals_the_formulas(router_norm, dispatch_input, p):
-    layer, x = dense_layer(router_norm, dispatch_input, p, torch.float32).to(DEVICE), layer_inputs()
-    expected = reference_layer(x.cpu(), layer.cpu().state_dict(), router_norm, dispatch_input)
-    assert relative_error(layer.to(DEVICE)(x).cpu(), expected) < 1e-5
+    assert error_of(dense_layer(router_norm, dispatch_input, p, torch.float32), layer_inputs(), None) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize(("k", "p"), [(1, 3), (N, 1)])
 @pytest.mark.parametrize(("scope", "compensation"), PRUNINGS)
 def test_pruned_layer_equals_the_masked_formulas(scope, compensation, p, k):
-    dense, x, u = dense_layer(p=p, dtype=torch.float32), layer_inputs(), surrogates(p)
-    scores = expert_scores() if scope == "static" else None
-    layer = pruned_layer(dense, scope, k, compensation, scores=scores, slot_mean=u).to(DEVICE)
-    kept = (
-        [best_subset(scores.tolist(), k)] * len(x)
-        if scope == "static"
-        else expected_sets(dense, x.cpu(), scope, k)
-    )
-    expected = reference_layer(
-        x.cpu(), dense.state_dict(), *router(dense), kept, compensation, u, affine=affine_of(layer.cpu())
-    )
-    assert relative_error(layer(x).cpu(), expected) < 1e-5
+    dense = dense_layer(p=p, dtype=torch.float32)
+    assert error_of(dense, layer_inputs(), scope, k, compensation, surrogates(p)) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize("scope", [None, "input"])
 def test_layer_of_many_slots_per_expert_equals_the_formulas(scope):
-    dense, x = dense_layer(p=20, dtype=torch.float32), layer_inputs()[:1]
-    layer = dense if scope is None else pruned_layer(dense, scope, 2)
-    kept = None if scope is None else expected_sets(dense, x.cpu(), scope, 2)
-    tensors = {name: tensor.cpu() for name, tensor in dense.state_dict().items()}
-    expected = reference_layer(x.cpu(), tensors, *router(dense), kept)
-    assert relative_error(layer.to(DEVICE)(x).cpu(), expected) < 1e-5
+    assert error_of(dense_layer(p=20, dtype=torch.float32), layer_inputs()[:1], scope) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")
@@ -219,50 +192,36 @@ def test_layer_of_many_slots_per_expert_equals_the_formulas(scope):
 def test_layer_with_a_mass_equals_the_masked_formulas(p, compensation):
     dense, x, u = dense_layer(p=p, dtype=torch.float32), layer_inputs(), surrogates(p)
     dense.scale.fill_(8)
-    layer = adaptive_layer(dense, 0.6, compensation, slot_mean=u).to(DEVICE)
-    found = layer(x).cpu()
-    dense = dense.cpu()
-    kept = ragged_sets(dense, x.cpu(), 0.6)
-    expected = reference_layer(
-        x.cpu(), dense.state_dict(), *router(dense), kept, compensation, u, affine=affine_of(layer.cpu())
-    )
-    assert relative_error(found, expected) < 1e-5
+    layer = adaptive_layer(dense, 0.6, compensation, u=u).to(DEVICE)
+    expected = formulas(layer, dense, x, ragged_sets(dense, x, 0.6), u)
+    assert relative_error(layer(x).cpu(), expected) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize(("expert", "out_dim"), KINDS)
 @pytest.mark.parametrize("scope", [None, "input"])
 def test_layer_of_every_kind_of_expert_equals_the_formulas(scope, expert, out_dim):
-    dense, x = dense_layer("layer", dtype=torch.float32, expert=expert, out_dim=out_dim), layer_inputs()
-    u = surrogates(width=out_dim or D)
-    layer = dense if scope is None else pruned_layer(dense, scope, 2, "mean", slot_mean=u)
-    kept = None if scope is None else expected_sets(dense, x.cpu(), scope, 2)
-    tensors = {name: tensor.cpu() for name, tensor in dense.state_dict().items()}
-    expected = reference_layer(x.cpu(), tensors, *router(dense), kept, "mean", u)
-    assert relative_error(layer.to(DEVICE)(x).cpu(), expected) < 1e-5
+    dense = dense_layer("layer", dtype=torch.float32, expert=expert, out_dim=out_dim)
+    assert error_of(dense, layer_inputs(), scope, 2, "mean", surrogates(width=out_dim or D)) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("scope", [None, "static", "input", "batch"])
+@pytest.mark.parametrize("scope", [None, *SCOPES])
 def test_half_precision_stays_near_float32(scope, dtype):
-    dense, x = dense_layer(dtype=torch.float32), layer_inputs()
-    scores = expert_scores() if scope == "static" else None
-    layer = dense if scope is None else pruned_layer(dense, scope, 2, "mean", "combine", scores, surrogates())
+    x = layer_inputs()
+    layer = pruned_layer(dense_layer(dtype=torch.float32), scope, 2, "mean", surrogates())
     exact = observe(layer.to(DEVICE), x)
     rough = observe(layer.to(dtype), x.to(dtype))
-    assert rough.output.dtype == dtype
-    assert rough.weights.dtype == torch.float32
-    if exact.chosen is not None:
-        assert torch.equal(rough.chosen, exact.chosen)
+    assert (rough.output.dtype, rough.weights.dtype) == (dtype, torch.float32)
+    assert exact.chosen is None or torch.equal(rough.chosen, exact.chosen)
     assert relative_error(rough.output, exact.output) < ROUGH[dtype]
 
 
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize("scope", ["input", "batch"])
 def test_layer_without_experts_runs(scope):
-    layer = pruned_layer(dense_layer(dtype=torch.float32), scope, 0, "mean", slot_mean=surrogates())
-    x = layer_inputs()
+    layer, x = pruned_layer(dense_layer(dtype=torch.float32), scope, 0, "mean", surrogates()), layer_inputs()
     assert relative_error(layer.to(DEVICE)(x).cpu(), layer.cpu()(x.cpu())) < 1e-5
 
 
@@ -300,13 +259,8 @@ def test_tensors_on_the_gpu_take_kernels_where_these_can_compute():
 @pytest.mark.parametrize(("scope", "compensation"), [(None, "none"), *PRUNINGS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_forward_pass_waits_for_nothing_and_a_graph_can_hold_it(scope, compensation, dtype):
-    dense = dense_layer(p=3, dtype=torch.float32)
-    scores = expert_scores() if scope == "static" else None
-    layer = dense
-    if scope is not None:
-        layer = pruned_layer(dense, scope, 2, compensation, scores=scores, slot_mean=surrogates(3))
-    layer = layer.to("cuda", dtype)
-    x = layer_inputs(dtype)
+    layer = pruned_layer(dense_layer(p=3, dtype=torch.float32), scope, 2, compensation, surrogates(3))
+    layer, x = layer.to("cuda", dtype), layer_inputs(dtype)
     with torch.inference_mode():
         layer(x)
         torch.cuda.set_sync_debug_mode("error")
@@ -327,16 +281,12 @@ def test_a_forward_pass_waits_for_nothing_and_a_graph_can_hold_it(scope, compens
 @on_gpu
 @pytest.mark.parametrize(("scope", "compensation"), [(None, "none"), *PRUNINGS])
 def test_autocast_on_the_gpu_stays_near_float32(scope, compensation):
-    dense, x, u = dense_layer(dtype=torch.float32), layer_inputs(), surrogates()
-    scores = expert_scores() if scope == "static" else None
-    layer = dense if scope is None else pruned_layer(dense, scope, 2, compensation, "combine", scores, u)
-    exact = observe(layer.to("cuda"), x)
+    layer = pruned_layer(dense_layer(dtype=torch.float32), scope, 2, compensation, surrogates())
+    exact, x = observe(layer.to("cuda"), layer_inputs()), layer_inputs()
     with torch.autocast("cuda", torch.bfloat16):
-        rough = observe(layer, x)
-        unobserved = layer(x)
+        rough, unobserved = observe(layer, x), layer(x)
     assert rough.weights.dtype == torch.float32
-    if exact.chosen is not None:
-        assert torch.equal(rough.chosen, exact.chosen)
+    assert exact.chosen is None or torch.equal(rough.chosen, exact.chosen)
     assert 1e-5 < relative_error(rough.output, exact.output) < 0.03
     assert torch.equal(unobserved, rough.output)
 
@@ -345,16 +295,7 @@ def test_autocast_on_the_gpu_stays_near_float32(scope, compensation):
 @pytest.mark.parametrize(("scope", "compensation"), PRUNINGS)
 @pytest.mark.parametrize("p", [1, 3])
 def test_float64_on_the_gpu_equals_the_masked_formulas(scope, compensation, p):
-    dense, x, u = dense_layer(p=p), inputs(), surrogates(p)
-    scores = expert_scores() if scope == "static" else None
-    layer = pruned_layer(dense, scope, 2, compensation, scores=scores, slot_mean=u).to("cuda")
-    kept = (
-        [best_subset(scores.tolist(), 2)] * len(x) if scope == "static" else expected_sets(dense, x, scope, 2)
-    )
-    expected = reference_layer(
-        x, dense.state_dict(), *router(dense), kept, compensation, u, affine=affine_of(layer.cpu())
-    )
-    assert relative_error(layer(x.cuda()).cpu(), expected) < 1e-10
+    assert error_of(dense_layer(p=p), inputs(), scope, 2, compensation, surrogates(p)) < 1e-10
 
 
 @on_gpu
@@ -367,7 +308,7 @@ def test_a_model_that_the_gpu_measured_lies_where_it_was(single):
 @on_gpu
 @pytest.mark.parametrize("scope", ["input", "batch"])
 def test_gradients_on_the_gpu_equal_those_on_the_cpu(scope):
-    layer, x = pruned_layer(dense_layer(), scope, 2, "mean", slot_mean=surrogates()), inputs()
+    layer, x = pruned_layer(dense_layer(), scope, 2, "mean", surrogates()), inputs()
     gradients = []
     for device in ("cpu", "cuda"):
         moved = x.detach().to(device).requires_grad_()

@@ -122,8 +122,7 @@ def test_weights_are_used_where_they_lie(scope):
 
 
 @pytest.mark.parametrize(
-    "compensation",
-    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "renorm")), "mean"],
+    "compensation", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "renorm")), "mean"]
 )
 def test_activations_of_a_routed_layer_are_no_more_than_the_dense_layers(compensation):
     config = SoftMoEConfig(384, 128, 1, 1536)  # of a ViT-S

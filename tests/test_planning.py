@@ -198,14 +198,7 @@ def test_planning_twelve_layers_of_128_experts_takes_seconds():
     analysis = Analysis(layers, origin)
     method = Method("static", "gram", "affine")
     costs = size_costs(config, infos, method)
-    plan = plan_within(
-        config,
-        costs,
-        0.4,
-        analysis,
-        method,
-        "--max-size",
-    )
+    plan = plan_within(config, costs, 0.4, analysis, method, "--max-size")
     ks = [layer.k for layer in plan.values()]
     assert ks == sorted(ks)  # the layers differ in nothing but how much they matter
     assert ks[0] < ks[-1]

@@ -152,8 +152,7 @@ def test_any_text_is_shown_as_it_is_in_markdown():
         texts = texts if number else [NASTY] * 4
         line = "".join(rng.choices(alphabet, k=9)).strip() + "x"
         document = Document(
-            texts[0],
-            [Table(("", texts[1]), [(texts[2], "y")]), Facts([(texts[3], "z")]), Lines([line])],
+            texts[0], [Table(("", texts[1]), [(texts[2], "y")]), Facts([(texts[3], "z")]), Lines([line])]
         )
         markdown = to_markdown(document)
         heading, *_ = (token for token in parsed(markdown) if token.type == "inline")
@@ -335,10 +334,7 @@ def test_a_summary_is_appended(judge, single, run, tmp_path, monkeypatch):
     inspected = run("inspect", single, "--summary")
     assert inspected.code == 0
     assert inspected.stdout == run("inspect", single).stdout
-    markdown = [
-        judge("markdown").stdout,
-        run("inspect", single, "--output-format", "markdown").stdout,
-    ]
+    markdown = [judge("markdown").stdout, run("inspect", single, "--output-format", "markdown").stdout]
     assert path.read_text(encoding="utf-8") == f"# Before\n{markdown[0]}\n{markdown[1]}"
 
 
