@@ -1,5 +1,4 @@
 import dataclasses
-from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -17,10 +16,11 @@ from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning import compensation as compensation_module
 from moeprune.pruning.compensation import Gathered, Stream, fit_routed, fit_static, gather, refit_kept
-from tests.reference import reference_layer, replace
-from tests.test_calibration import two_layer_model, write_inputs
+from tests.reference import replace
+from tests.test_calibration import layer_inputs_and_outputs, two_layer_model, write_inputs
 
 CPU = Runtime(device="cpu")
+FIRST, LAST = "blocks.0.soft_moe", "blocks.1.soft_moe"
 
 
 # --- the regression ----------------------------------------------------------------------------
@@ -123,8 +123,8 @@ def test_only_slots_that_did_not_run_for_their_input_are_regressors():
 
 
 @pytest.fixture(scope="module")
-def calibrated():
-    model = moeprune.load(files("moeprune.demo") / "checkpoints" / "single.safetensors")
+def calibrated(single):
+    model = moeprune.load(single)
     data = moeprune.open_data("digits:calibration", model.input_format, limit=200)
     return model, data, moeprune.analyze(model, data, CPU)
 
@@ -142,20 +142,10 @@ def observed(model, name, data) -> Observation:
     return dataclasses.replace(seen[0], **parts)
 
 
-def layer_outputs(model: SoftMoEViT, name: str, data) -> Tensor:
-    seen = []
-    handle = model.moe_layers[name].register_forward_hook(lambda _, args, y: seen.append(y))
-    with torch.no_grad():
-        for inputs, _ in data.batches(64):
-            model(inputs)
-    handle.remove()
-    return torch.cat(seen).double()
-
-
 def output_error(pruned: SoftMoEViT, full: SoftMoEViT, name: str, data) -> float:
     """Mean squared change of a layer's output, as a share of the output's own square."""
-    expected = layer_outputs(full, name, data)
-    return float((layer_outputs(pruned, name, data) - expected).square().sum() / expected.square().sum())
+    found, expected = (layer_inputs_and_outputs(model, name, data)[1].double() for model in (pruned, full))
+    return float((found - expected).square().sum() / expected.square().sum())
 
 
 @pytest.mark.parametrize("scope", ["static", "input", "batch"])
@@ -167,7 +157,7 @@ def test_each_compensation_leaves_less_error_than_the_one_before(scope, calibrat
         pruned = moeprune.prune(
             model, analysis, keep="1/16", scope=scope, compensate=compensate, data=data, runtime=CPU
         )
-        errors[compensate] = output_error(pruned, model, "blocks.0.soft_moe", data)
+        errors[compensate] = output_error(pruned, model, FIRST, data)
     assert errors["affine"] < errors["lstsq"] < errors["mean"] < errors["none"]
     assert errors.get("refit", 0) <= errors["affine"]
 
@@ -180,20 +170,19 @@ def test_the_set_that_the_gram_matrix_chooses_leaves_less_error(compensate, cali
         pruned = moeprune.prune(
             model, keep="1/16", signal=signal, compensate=compensate, data=data, runtime=CPU
         )
-        errors[signal] = output_error(pruned, model, "blocks.0.soft_moe", data)
+        errors[signal] = output_error(pruned, model, FIRST, data)
     assert errors["gram"] < min(errors["combine"], errors["deviation"])
 
 
-def test_lstsq_repairs_what_earlier_pruned_layers_broke():
-    model = moeprune.load(files("moeprune.demo") / "checkpoints" / "vit.safetensors")
+def test_lstsq_repairs_what_earlier_pruned_layers_broke(vit):
+    model = moeprune.load(vit)
     data = moeprune.open_data("pairs:calibration", model.input_format, limit=300)
     last, runtime = list(model.moe_layers)[-1], Runtime(device="cpu", batch_size=150)
     errors = []
     for compensate in ("mean", "lstsq"):
         pruned = moeprune.prune(model, keep="1/8", compensate=compensate, data=data, runtime=runtime)
         errors.append(output_error(pruned, model, last, data))
-    mean, lstsq = errors
-    assert lstsq < mean
+    assert errors[1] < errors[0]
 
 
 def behind_a_pruned_layer(tmp_path, scope=None, kind="mlp") -> tuple[SoftMoEViT, SoftMoEViT, object]:
@@ -207,17 +196,23 @@ def behind_a_pruned_layer(tmp_path, scope=None, kind="mlp") -> tuple[SoftMoEViT,
         pruned.set_submodule(LAST, full.get_submodule(LAST))
     else:
         pruned.get_submodule(LAST).surrogate.zero_()
-    assert output_error(pruned, full, "blocks.0.soft_moe", data) > 1e-4
+    assert output_error(pruned, full, FIRST, data) > 1e-4
     return full, pruned, data
-
-
-LAST = "blocks.1.soft_moe"
 
 
 def without_means(gathered: Gathered) -> Gathered:
     """As if the means were zero: there is much to correct."""
     moments = replace(gathered.moments, term_mean=torch.zeros_like(gathered.moments.term_mean))
     return gathered._replace(moments=moments)
+
+
+def corrected(scope, compensation, full, pruned, data, runtime) -> Tensor:
+    """The correction of the last layer; with scope static experts 1 and 3 are kept."""
+    stream = Stream(pruned, full, LAST, data, runtime)
+    if scope == "input":
+        return fit_routed(stream, compensation)[0]
+    plan = LayerPlan("static", 2, 5, "combine", compensation, (1, 3))
+    return fit_static(without_means(gather(stream, compensation)), plan)[0]
 
 
 def rows_and_kinds(seen: Observation, weights: Tensor, compensation: str) -> tuple[np.ndarray, list[int]]:
@@ -239,31 +234,21 @@ def nearest_ridge(R: np.ndarray, T: np.ndarray, kinds: list[int], correction: Te
 
 
 @pytest.mark.parametrize("compensation", ["lstsq", "affine"])
-def test_routed_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(compensation, tmp_path):
+@pytest.mark.parametrize("scope", ["static", "input"])
+def test_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(scope, compensation, tmp_path):
     """The layer before it is pruned too: the targets hold what that one broke."""
-    full, pruned, data = behind_a_pruned_layer(tmp_path, "input")
-    correction, _ = fit_routed(Stream(pruned, full, LAST, data, CPU), compensation)
+    full, pruned, data = behind_a_pruned_layer(tmp_path, None if scope == "static" else scope)
+    correction = corrected(scope, compensation, full, pruned, data, CPU)
     before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
-    weights = before.weights.clone()
-    for i, experts in enumerate(before.chosen.tolist()):
-        weights[i, :, experts] = 0
+    missing, weights = target - before.output, before.weights.clone()
+    if scope == "static":
+        dropped = torch.einsum("bmnp,bnpd->bmnd", weights, before.slot_outputs)[:, :, [0, 2, 4]].sum(2)
+        missing, weights = missing + dropped, weights[:, :, [1, 3, 0, 2, 4]]
+    else:
+        for i, experts in enumerate(before.chosen.tolist()):
+            weights[i, :, experts] = 0
     R, kinds = rows_and_kinds(before, weights, compensation)
-    T = (target - before.output).flatten(0, 1).double().numpy()
-    assert nearest_ridge(R, T, kinds, correction) < 1e-4
-
-
-@pytest.mark.parametrize("compensation", ["lstsq", "affine"])
-def test_static_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(compensation, tmp_path):
-    full, pruned, data = behind_a_pruned_layer(tmp_path)
-    gathered = without_means(gather(Stream(pruned, full, LAST, data, CPU), compensation))
-    plan = LayerPlan("static", 2, 5, "combine", compensation, (1, 3))
-    correction, _ = fit_static(gathered, plan)
-    before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
-    outputs = before.slot_outputs[:, list(plan.dropped)]
-    dropped = torch.einsum("bmnp,bnpd->bmd", before.weights[:, :, list(plan.dropped)], outputs)
-    R, kinds = rows_and_kinds(before, before.weights[:, :, [1, 3, 0, 2, 4]], compensation)
-    T = (target - before.output + dropped).flatten(0, 1).double().numpy()
-    assert nearest_ridge(R, T, kinds, correction) < 1e-4
+    assert nearest_ridge(R, missing.flatten(0, 1).double().numpy(), kinds, correction) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["mlp", "geglu", "linear"])
@@ -302,15 +287,10 @@ def test_a_refit_that_is_too_large_is_refused_before_any_pass(calibrated, monkey
 @pytest.mark.parametrize("scope", ["static", "input"])
 def test_correction_does_not_depend_on_the_batch_size(scope, tmp_path):
     full, pruned, data = behind_a_pruned_layer(tmp_path, None if scope == "static" else scope)
-    found = []
-    for size in (1, 64):
-        runtime = Runtime(device="cpu", batch_size=size)
-        if scope == "static":
-            plan = LayerPlan("static", 2, 5, "combine", "affine", (1, 3))
-            gathered = without_means(gather(Stream(pruned, full, LAST, data, runtime), "affine"))
-            found.append(fit_static(gathered, plan)[0])
-        else:
-            found.append(fit_routed(Stream(pruned, full, LAST, data, runtime), "affine")[0])
+    found = [
+        corrected(scope, "affine", full, pruned, data, Runtime(device="cpu", batch_size=size))
+        for size in (1, 64)
+    ]
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-3
 
 
@@ -321,8 +301,8 @@ def test_surrogates_of_a_layer_are_its_means_behind_the_pruned_layers_before_it(
     means = {}
     for what, first in (("pruned", pruned.blocks[0].soft_moe), ("full", full.blocks[0].soft_moe)):
         model = two_layer_model()  # its last layer is dense
-        model.set_submodule("blocks.0.soft_moe", first)
-        seen = observed(model, "blocks.1.soft_moe", data)
+        model.set_submodule(FIRST, first)
+        seen = observed(model, LAST, data)
         weight = seen.weights.double().sum(1)[..., None]
         means[what] = (weight * seen.slot_outputs).sum(0) / weight.sum(0)
     found = pruned.blocks[1].soft_moe.surrogate.double()
@@ -344,24 +324,6 @@ def test_scope_input_corrects_only_dropped_columns(calibrated):
     assert torch.equal(layer.surrogate[kept], mean[kept])
     dropped = sorted(set(range(128)) - set(kept))
     assert ((layer.surrogate - mean)[dropped].abs().amax((1, 2)) > 0).all()
-
-
-def test_scope_input_with_lstsq_equals_the_masked_formulas(calibrated):
-    model, data, analysis = calibrated
-    pruned = moeprune.prune(
-        model, analysis, keep=8, scope="input", compensate="lstsq", data=data, runtime=CPU
-    )
-    [(name, layer)] = pruned.moe_layers.items()
-    inputs = next(iter(data.batches(3)))[0]
-    seen = []
-    handle = layer.register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
-    pruned(inputs)
-    handle.remove()
-    [(x, y)] = seen
-    kept = observed(pruned, name, data).chosen[:3].tolist()
-    dense = model.moe_layers[name].state_dict()
-    expected = reference_layer(x, dense, "l2", "normalized", kept, "lstsq", layer.surrogate)
-    assert float((y - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
 def test_static_lstsq_may_correct_kept_slots_and_mean_does_not(calibrated):
