@@ -25,11 +25,9 @@ def test_a_point_is_on_the_frontier_where_no_other_is_better():
     for found, own in zip(on_frontier(rows), rows, strict=True):
         for which in ("size", "flops"):
             saved = operator.attrgetter(f"difference.{which}_reduction")
-            better = [
-                other for other in rows
-                if saved(other) >= saved(own) and other.accuracy >= own.accuracy
-                and (saved(other), other.accuracy) != (saved(own), own.accuracy)
-            ]  # fmt: skip
+            mine = saved(own), own.accuracy
+            others = [(saved(other), other.accuracy) for other in rows]
+            better = [other for other in others if other != mine and other >= mine and other[1] >= mine[1]]
             assert getattr(found, which) == (not better)
 
 
@@ -45,7 +43,6 @@ def test_every_method_is_measured_at_every_share_and_static_ones_without_experts
 
 @pytest.fixture
 def rows():
-    pytest.importorskip("matplotlib")
     labels = list(METHODS.values())
     points = [row(0.5 + k / 20, 0.1 * k, 0.1 * k, labels[k % len(labels)], f"1/{k}") for k in range(1, 9)]
     return [row(0.98, 1.0, 1.0, None, "1"), *points, row(0.3, 0.05, 0.1, labels[0], "0")]
@@ -84,26 +81,20 @@ def test_plots_that_cannot_be_drawn(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp_path):
-    pytest.importorskip("matplotlib")
     plot = tmp_path / "frontier.png"
-    words = (
-        "eval", single, "--data", "digits", "--limit", 40, "--analysis", small_analysis, "--plot", plot,
-        "--sweep", "1/16,1/4",
-    )  # fmt: skip
+    words = ("eval", single, "--data", "digits", "--limit", 40, "--analysis", small_analysis)
+    words += ("--plot", plot, "--sweep", "1/16,1/4")
     found = run_json(*words, "--latency", "--latency-batch", 2)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert found["plot"] == str(plot)
-    labels = {row["label"] for row in found["rows"]}
-    assert labels == {None, *METHODS.values()}
+    assert {row["label"] for row in found["rows"]} == {None, *METHODS.values()}
     assert all(row["latency"]["batches"][0]["batch_size"] == 2 for row in found["rows"])
     assert {row["keep"] for row in found["rows"]} == {"1", "0", "1/16", "1/4"}
     best = max(row["accuracy"] for row in found["rows"])
     assert any(row["on_frontier"]["size"] and row["accuracy"] == best for row in found["rows"])
     again = run(*words)
-    assert again.code == 2
-    assert "exists" in again.stderr
-    text = run(*words, "--force")
-    assert f"drawn in {plot}" in text.stdout
+    assert (again.code, "exists" in again.stderr) == (2, True)
+    assert f"drawn in {plot}" in run(*words, "--force").stdout
 
 
 @pytest.mark.parametrize(
@@ -117,7 +108,6 @@ def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp
     ],
 )  # fmt: skip
 def test_calls_that_are_wrong(words, message, single, small_analysis, run, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     words = [small_analysis if word == "ANALYSIS" else word for word in words]
     result = run("eval", single, "--data", "digits", *words)
