@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from itertools import combinations
-from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import moeprune
+from moeprune.calibration.analysis import Analysis
+from moeprune.calibration.passes import observe_layers
 from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
@@ -25,18 +26,9 @@ CPU = Runtime("cpu", batch_size=5)
 SAMPLES, CLASSES = 12, 3
 
 
-class Small(NamedTuple):
-    """A model in float64 of two Soft MoE layers, and labelled inputs."""
-
-    model: SoftMoEViT
-    data: Dataset
-    analysis: moeprune.calibration.analysis.Analysis
-    found: dict
-
-
 @pytest.fixture(scope="module")
-def small() -> Small:
-    """One layer with a residual around it, one without."""
+def small() -> tuple[SoftMoEViT, Dataset, Analysis]:
+    """A model in float64 of two Soft MoE layers, one with a residual around it; labelled inputs."""
     generator = torch.Generator().manual_seed(5)
     blocks = tuple(
         BlockConfig(soft_moe=SoftMoEConfig(8, n, slots_per_expert=p, hidden_dim=6), residual=residual)
@@ -52,33 +44,16 @@ def small() -> Small:
             parameter.mul_(torch.linspace(2, 0.2, len(parameter))[:, None, None])
     inputs = torch.randn(SAMPLES, 1, 4, 8, generator=generator)
     data = from_tensors("memory", inputs, torch.arange(SAMPLES) % CLASSES, CLASSES)
-    analysis = moeprune.analyze(model, data, CPU)
-    return Small(model, data, analysis, oracle.compare_signals(model, analysis, data, CPU))
-
-
-def samples(data: Dataset) -> Iterator[tuple[Tensor, int]]:
-    for inputs, labels in data.batches(1):
-        yield inputs.double(), int(labels)
+    return model, data, moeprune.analyze(model, data, CPU)
 
 
 def with_experts(model: SoftMoEViT, name: str, kept: tuple[int, ...]) -> SoftMoEViT:
     """The model in which all other experts of a layer give zero."""
     masked = copy.deepcopy(model)
     layer = masked.moe_layers[name]
-    for j in range(layer.config.num_experts):
-        if j not in kept:
-            layer.fc2_weight[j] = 0
-            layer.fc2_bias[j] = 0
+    dropped = [j for j in range(layer.config.num_experts) if j not in kept]
+    layer.fc2_weight[dropped] = layer.fc2_bias[dropped] = 0
     return masked
-
-
-def tokens_of(model: SoftMoEViT, name: str, image: Tensor) -> Tensor:
-    """What a layer takes for one image (m,d)."""
-    seen = []
-    hook = model.moe_layers[name].register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
-    model(image)
-    hook.remove()
-    return seen[0]
 
 
 def scores_of(signal: str, tokens: Tensor, layer: SoftMoE, deviation: Tensor) -> list[float]:
@@ -104,22 +79,21 @@ def margin(logits: Tensor, label: int) -> float:
     return float(logits[label] - max(logit for index, logit in enumerate(logits) if index != label))
 
 
-def means(outcomes: list[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(float(outcome[key]) for outcome in outcomes) / len(outcomes) for key in outcomes[0]}
-
-
-def by_brute_force(small: Small, name: str) -> dict[tuple[int, str], dict[str, float]]:
+def by_brute_force(model, data, analysis, name: str) -> dict[tuple[int, str], dict[str, float]]:
     """The rows of a layer, with every subset run as a model of its own."""
-    statistics = small.analysis.layers[name]
+    statistics = analysis.layers[name]
     n = statistics.num_experts
     subsets = [kept for k in range(n + 1) for kept in combinations(range(n), k)]
-    models = {kept: with_experts(small.model, name, kept) for kept in subsets}
-    layer = small.model.moe_layers[name]
-    outcomes: dict[tuple[int, str], list[dict[str, float]]] = {}
-    for image, label in samples(small.data):
-        logits = {kept: model(image)[0] for kept, model in models.items()}
+    models = {kept: with_experts(model, name, kept) for kept in subsets}
+    layer = model.moe_layers[name]
+    outcomes: dict[tuple[int, str], list[list[float]]] = {}
+    for inputs, labels in data.batches(1):
+        image, label = inputs.double(), int(labels)
+        logits = {kept: masked(image)[0] for kept, masked in models.items()}
         score = {kept: margin(of_kept, label) for kept, of_kept in logits.items()}
-        tokens = tokens_of(small.model, name, image)
+        seen = {}
+        observe_layers(model, [name], seen.__setitem__, image, CPU)
+        [tokens] = seen[name].tokens
         for k in sorted({max(1, int(share * n + 0.5)) for share in (1 / 8, 1 / 4, 1 / 2)}):
             of_size = [kept for kept in subsets if len(kept) == k]
             picks = {
@@ -137,22 +111,22 @@ def by_brute_force(small: Small, name: str) -> dict[tuple[int, str], dict[str, f
             picks["gram"] = min(of_size, key=lambda kept, of=lost: float(gram[of[kept]][:, of[kept]].sum()))
             is_right = {kept: int(logits[kept].argmax()) == label for kept in of_size}
             for signal, kept in picks.items():
-                outcome = {
-                    "accuracy": is_right[kept],
-                    "true_class_logit": logits[kept][label],
-                    "margin": score[kept],
-                    "found_best": kept == picks["exhaustive"],
-                    "as_right": is_right[kept] or not any(is_right.values()),
-                    "percentile": sum(score[other] <= score[kept] for other in of_size) / len(of_size),
-                }
-                outcomes.setdefault((k, signal), []).append(outcome)
-    return {key: means(of_key) for key, of_key in outcomes.items()}
+                as_good = [score[other] <= score[kept] for other in of_size]
+                as_right = is_right[kept] or not any(is_right.values())
+                best = kept == picks["exhaustive"]
+                figures = [is_right[kept], logits[kept][label], score[kept], best, as_right, np.mean(as_good)]
+                outcomes.setdefault((k, signal), []).append([float(figure) for figure in figures])
+    return {
+        key: dict(zip(oracle.FIGURES, np.mean(of_key, 0), strict=True)) for key, of_key in outcomes.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["blocks.0.soft_moe", "blocks.1.soft_moe"])
 def test_rows_are_what_running_every_subset_as_a_model_gives(small, name):
-    expected = by_brute_force(small, name)
-    rows = {(row["k"], row["signal"]): row for row in small.found[name]}
+    model, data, analysis = small
+    expected = by_brute_force(model, data, analysis, name)
+    found = oracle.compare_signals(model, analysis, data, CPU)[name]
+    rows = {(row["k"], row["signal"]): row for row in found}
     assert {key for key in rows if key[1] != "random"} == set(expected)
     for key, row in expected.items():
         assert {figure: rows[key][figure] for figure in row} == pytest.approx(row, abs=1e-9), key
