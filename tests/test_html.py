@@ -81,14 +81,12 @@ def judged(single, pruned, small_analysis, run, folder):
 def pages(single, vit, vit_analysis, small_analysis, judged, run_json, folder):
     """A page of each kind."""
     few = ("--limit", 40)
+    digits = (single, "--data", "digits", *few)
     calls = {
-        "sweep": (
-            "eval", single, "--data", "digits", *few, "--sweep", "1/8", "--compensate", "none",
-            "--analysis", small_analysis,
-        ),
+        "sweep": ("eval", *digits, "--sweep", "1/8", "--compensate", "none", "--analysis", small_analysis),
         "layers": ("eval", vit, "--data", "pairs", *few, "--analysis", vit_analysis),
-        "analyze": ("analyze", single, "--data", "digits", *few, "-o", folder / "a.safetensors"),
-    }  # fmt: skip
+        "analyze": ("analyze", *digits, "-o", folder / "a.safetensors"),
+    }
     for name, call in calls.items():
         run_json(*call, "--report", folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in KINDS}
@@ -128,9 +126,8 @@ def test_the_verdict_stands_first_and_tables_have_the_values_of_the_json(judged,
     path, report = judged
     tree = read(path)
     header, main = tree.find("body")
-    assert [text_of(part) for part in header] == [
-        "FAILED", "1 gate passed, 1 gate failed", f"{pruned} on digits:test (531 samples)",
-    ]  # fmt: skip
+    title = f"{pruned} on digits:test (531 samples)"
+    assert [text_of(part) for part in header] == ["FAILED", "1 gate passed, 1 gate failed", title]
     assert main[0].find("table") is not None
     of_gates, numbers, classes, experts, facts = tables_of(tree)
     drop, size = report["gates"]
@@ -138,9 +135,8 @@ def test_the_verdict_stands_first_and_tables_have_the_values_of_the_json(judged,
         ["max_accuracy_drop", "0.001", f"{drop['value']:.4g}", "✗ FAILED"],
         ["min_size_reduction", "0.5", f"{size['value']:.4g}", "✓ passed"],
     ]
-    assert ["top-5 accuracy", f"{100 * report['model']['top5_accuracy']:.2f} %"] in [
-        row[:2] for row in numbers
-    ]
+    top5 = f"{100 * report['model']['top5_accuracy']:.2f} %"
+    assert ["top-5 accuracy", top5] in [row[:2] for row in numbers]
     shown = {cells[0]: cells[1:5] for cells in classes[1:]}
     assert len(shown) == len(report["forgetting"]["classes"]) == 10
     for entry in report["forgetting"]["classes"]:
@@ -188,9 +184,8 @@ def test_experts_are_those_of_the_analysis(judged, pruned, small_analysis):
     order = [int(expert) for expert, *_ in rows]
     assert order == sorted(range(128), key=lambda j: (-mean_mass[j], j))
     for expert, (_, *cells) in zip(order, rows, strict=True):
-        assert cells[:2] == [
-            f"{100 * mean_mass[expert]:.2f} %", f"{100 * arrays[f'{LAYER}.max_mass'][expert]:.1f} %",
-        ]  # fmt: skip
+        max_mass = arrays[f"{LAYER}.max_mass"][expert]
+        assert cells[:2] == [f"{100 * mean_mass[expert]:.2f} %", f"{100 * max_mass:.1f} %"]
         assert int(cells[2]) == class_mass[:, expert].argmax()
         assert (cells[-1] == "kept") == is_kept[expert]
     masses = Masses(moeprune.load_analysis(small_analysis).layers[LAYER], plan)
@@ -257,10 +252,8 @@ def test_any_text_is_escaped_everywhere(single, small_analysis, run, tmp_path, m
 
 
 def test_an_undecided_gate_is_shown_as_such():
-    for limit, words in (
-        (0.95, ("UNDECIDED", "1 gate passed, 1 gate undecided")),
-        (0.5, ("passed", "2 gates passed")),
-    ):
+    undecided = ("UNDECIDED", "1 gate passed, 1 gate undecided")
+    for limit, words in ((0.95, undecided), (0.5, ("passed", "2 gates passed"))):
         results = judge(evaluation(98, 0), {"min_accuracy": limit, "min_size_reduction": 0.5}, 0.95)
         header = parsed(to_html(Document("t", [], gate_table(results)))).find("body/header")
         assert (text_of(header[0]), text_of(header[1])) == words
@@ -307,8 +300,7 @@ QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
 )  # fmt: skip
-SCHEMES = {"dark": (20, 23, 28), "light": (255, 255, 255)}
-"""Colours of the page, in the order of the browser's own numbers of the schemes."""
+SCHEMES = {"dark": (20, 23, 28), "light": (255, 255, 255)}  # in the order of the browser's numbers
 
 
 @pytest.fixture

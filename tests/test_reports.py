@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -114,10 +115,8 @@ def test_markdown_shows_what_text_shows(run, calls, command):
     assert tables
     for rows in tables:
         assert len({len(row) for row in rows}) == 1
-        for row in rows:
-            for cell in row:
-                parts = cell.split() if row is rows[0] else [cell]
-                assert all(squeezed(part) in squeezed(text.stdout) for part in parts), cell
+        for part in (*" ".join(rows[0]).split(), *(cell for row in rows[1:] for cell in row)):
+            assert squeezed(part) in squeezed(text.stdout), part
     sizes = {"sweep": 8, "inspect": 8, "analyze": 2, "prune": 4, "eval": 16}
     assert sum(map(len, tables)) >= sizes[command]
     shown = [plain(token) for token in parsed(markdown.stdout) if token.type == "inline"]
@@ -130,15 +129,12 @@ def test_the_verdict_stands_first_in_markdown_and_last_in_text(judge):
     markdown = judge("markdown")
     assert markdown.code == 1
     assert markdown.stdout.startswith("## ❌ FAILED: ")
-    first, *_ = tables_of(markdown.stdout)
-    assert first[0] == ["gate", "limit", "value", ""]
-    assert [(row[0], row[-1]) for row in first[1:]] == [
-        ("max_accuracy_drop", "❌ FAILED"),
-        ("min_agreement", "✅ passed"),
-    ]
+    (header, drop, agreement), *_ = tables_of(markdown.stdout)
+    assert header == ["gate", "limit", "value", ""]
+    assert (drop[0], drop[-1]) == ("max_accuracy_drop", "❌ FAILED")
+    assert (agreement[0], agreement[-1]) == ("min_agreement", "✅ passed")
     lines = judge("text").stdout.splitlines()
-    assert lines[-2].split()[-1] == "FAILED"
-    assert lines[-1].split()[-1] == "passed"
+    assert [line.split()[-1] for line in lines[-2:]] == ["FAILED", "passed"]
     passing = judge("markdown", "--max-accuracy-drop", 1)
     assert passing.code == 0
     assert passing.stdout.startswith("## ✅ passed: ")
@@ -151,19 +147,13 @@ def test_any_text_is_shown_as_it_is_in_markdown():
         texts = ["x" + "".join(rng.choices(alphabet, k=12)).strip() + "x" for _ in range(4)]
         texts = texts if number else [NASTY] * 4
         line = "".join(rng.choices(alphabet, k=9)).strip() + "x"
-        document = Document(
-            texts[0], [Table(("", texts[1]), [(texts[2], "y")]), Facts([(texts[3], "z")]), Lines([line])]
-        )
-        markdown = to_markdown(document)
-        heading, *_ = (token for token in parsed(markdown) if token.type == "inline")
-        *_, last = (token for token in parsed(markdown) if token.type == "inline")
+        blocks = [Table(("", texts[1]), [(texts[2], "y")]), Facts([(texts[3], "z")]), Lines([line])]
+        markdown = to_markdown(Document(texts[0], blocks))
+        heading, *_, last = (plain(token) for token in parsed(markdown) if token.type == "inline")
         expected = [" ".join(text.split()) for text in (*texts, line)]
-        assert plain(heading) == expected[0], markdown
-        assert tables_of(markdown) == [
-            [["", expected[1]], [expected[2], "y"]],
-            [["", ""], [expected[3], "z"]],
-        ]
-        assert plain(last) == expected[4], markdown
+        assert (heading, last) == (expected[0], expected[4]), markdown
+        tables = [[["", expected[1]], [expected[2], "y"]], [["", ""], [expected[3], "z"]]]
+        assert tables_of(markdown) == tables, markdown
 
 
 # --- annotations -------------------------------------------------------------------------------
@@ -185,16 +175,14 @@ def test_one_annotation_for_each_gate_and_each_warning(judge, forgetful):
     result = judge("github")
     assert result.code == 1
     collapsed, failed, passed = annotations(result.stdout)
-    assert collapsed[:2] == ("warning", "moeprune eval")
+    assert [found[:2] for found in (collapsed, failed, passed)] == [
+        ("warning", "moeprune eval"), ("error", "moeprune eval: max_accuracy_drop failed"),
+        ("notice", "moeprune eval: min_agreement passed"),
+    ]  # fmt: skip
     assert collapsed[2].startswith("class 3 collapsed: ")
     assert result.stderr == f"warning: {collapsed[2]}\n"
-    assert failed[:2] == ("error", "moeprune eval: max_accuracy_drop failed")
-    assert re.fullmatch(
-        rf"{re.escape(str(forgetful))} on digits:test \(531 samples\):"
-        r" max_accuracy_drop is (0\.\d+), \1 above the limit of 0",
-        failed[2],
-    )
-    assert passed[:2] == ("notice", "moeprune eval: min_agreement passed")
+    words = r" on digits:test \(531 samples\): max_accuracy_drop is (0\.\d+), \1 above the limit of 0"
+    assert re.fullmatch(re.escape(str(forgetful)) + words, failed[2])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -209,8 +197,8 @@ def test_a_command_without_gates_is_a_notice_and_a_test_case(run, calls, schema,
 
 
 def test_a_notice_of_an_eval_without_baseline_has_the_accuracy(run, single):
-    result = run("eval", single, "--data", "digits", "--output-format", "github")
-    [(_, _, message)] = annotations(result.stdout)
+    call = ("eval", single, "--data", "digits", "--output-format", "github")
+    [(_, _, message)] = annotations(run(*call).stdout)
     assert re.search(r"^accuracy: 98\.\d\d % ", message, flags=re.MULTILINE)
 
 
@@ -241,11 +229,8 @@ def suite_of(text, schema):
     root = etree.fromstring(text.encode())
     schema.assertValid(root)
     [suite] = root
-    assert {key: root.get(key) for key in ("tests", "failures", "errors")} == {
-        "tests": str(len(suite.findall("testcase"))),
-        "failures": str(len(suite.findall("testcase/failure"))),
-        "errors": str(len(suite.findall("testcase/error"))),
-    }
+    for key, path in (("tests", ""), ("failures", "/failure"), ("errors", "/error")):
+        assert root.get(key) == str(len(suite.findall(f"testcase{path}")))
     return suite
 
 
@@ -253,10 +238,9 @@ def test_a_test_case_for_each_gate(judge, schema):
     result = judge("junit")
     assert result.code == 1
     suite = suite_of(result.stdout, schema)
-    assert suite.get("name") == "moeprune eval"
     failed, passed = suite.findall("testcase")
     assert (failed.get("name"), passed.get("name")) == ("max_accuracy_drop", "min_agreement")
-    assert (failed.get("classname"), passed.get("classname")) == ("moeprune eval", "moeprune eval")
+    assert {suite.get("name"), *(case.get("classname") for case in (failed, passed))} == {"moeprune eval"}
     words = failed.find("failure").get("message")
     assert re.fullmatch(r"max_accuracy_drop is (0\.\d+), \1 above the limit of 0", words)
     assert words in failed.find("failure").text
@@ -306,11 +290,10 @@ def test_bounds_of_gates_are_told_in_words():
     undecided, exact = judge_gates(evaluation(98, 0), {"min_accuracy": 0.95, "min_size_reduction": 0.5}, 0.95)
     assert undecided.reason == "undecided"
     words = gate_in_words(undecided)
-    assert re.fullmatch(
-        r"min_accuracy is 0\.98, 0\.03 above the limit of 0\.95; its bound at 95 % is 0\.9\d+, 0\.01\d+ below"
-        r" the limit: 100 samples cannot show it, about \d+ would",
-        words,
+    expected = (
+        r"0\.98, 0\.03 above the limit of 0\.95; its bound at 95 % is 0\.9\d+, 0\.01\d+ below the limit"
     )
+    assert re.fullmatch(f"min_accuracy is {expected}: 100 samples cannot show it, about \\d+ would", words)
     assert gate_in_words(exact) == "min_size_reduction is 0.5, at the limit of 0.5"
     document = Document("t", [], gate_table([undecided, exact]))
     assert "FAILED: 100 samples cannot show it" in to_text(document)
@@ -331,9 +314,7 @@ def test_a_summary_is_appended(judge, single, run, tmp_path, monkeypatch):
     path.write_text("# Before")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(path))
     assert judge("json", "--summary").code == 1
-    inspected = run("inspect", single, "--summary")
-    assert inspected.code == 0
-    assert inspected.stdout == run("inspect", single).stdout
+    assert run("inspect", single, "--summary") == run("inspect", single)
     markdown = [judge("markdown").stdout, run("inspect", single, "--output-format", "markdown").stdout]
     assert path.read_text(encoding="utf-8") == f"# Before\n{markdown[0]}\n{markdown[1]}"
 
@@ -343,10 +324,8 @@ def test_a_summary_that_cannot_be_written_is_told_before_any_work(single, run, t
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", value)
     result = run("analyze", single, "--data", "digits", "-o", "analysis.safetensors", "--summary")
-    assert (result.code, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ")
-    assert "GITHUB_STEP_SUMMARY" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert (result.code, result.stdout, list(tmp_path.iterdir())) == (2, "", [])
+    assert re.match("error: .*GITHUB_STEP_SUMMARY", result.stderr)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY")
     assert "which is not set" in run("inspect", single, "--summary").stderr
 
@@ -368,12 +347,8 @@ def test_verbose_says_what_is_read_where_it_runs_and_how_long_it_takes(single, r
     said = run(*call, "--verbose")
     assert said.stdout == run(*call, "--force").stdout
     assert all(line.startswith("info: ") for line in said.stderr.splitlines())
-    for fragment in (
-        f"read `{single}`: 42,539 parameters, 1 MoE layer",
-        "read `digits:calibration`: 50 samples",
-        "runs on ",
-        f"wrote `{path}` ({path.stat().st_size} bytes)",
-    ):
+    read = (f"read `{single}`: 42,539 parameters, 1 MoE layer", "read `digits:calibration`: 50 samples")
+    for fragment in (*read, "runs on ", f"wrote `{path}` ({path.stat().st_size} bytes)"):
         assert fragment in said.stderr
     assert re.search(r"analyze: 50 samples in \d+\.\d\d s, \d+ samples/s", said.stderr)
     assert run(*call, "--force").stderr == ""
@@ -384,20 +359,13 @@ def on_a_terminal(*arguments):
     fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moeprune", *map(str, arguments)],
-        stdout=subprocess.DEVNULL, stderr=terminal,
-    )  # fmt: skip
+    call = [sys.executable, "-m", "moeprune", *map(str, arguments)]
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=terminal)
     os.close(terminal)
     written = b""
-    while True:
-        try:
-            chunk = os.read(main, 4096)
-        except OSError:
-            break
-        if not chunk:
-            break
-        written += chunk
+    with contextlib.suppress(OSError):  # the end, where the terminal is closed
+        while chunk := os.read(main, 4096):
+            written += chunk
     os.close(main)
     assert process.wait() == 0
     return written.decode()
@@ -412,14 +380,13 @@ def test_progress_shows_samples_per_second_and_the_time_left_on_a_terminal_unles
 
 
 def test_warnings_of_libraries_are_shown_if_wished_alone(run, tmp_path, monkeypatch):
-    soft_moe_pytorch = pytest.importorskip("soft_moe_pytorch")
+    theirs = pytest.importorskip("soft_moe_pytorch")
 
     def build():
         warnings.warn("noise", stacklevel=1)
-        return nn.Sequential(
-            nn.Conv2d(3, 12, 8, 8), soft_moe_pytorch.SoftMoE(12, num_experts=8, num_slots=1),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
-        )  # fmt: skip
+        layer = theirs.SoftMoE(12, num_experts=8, num_slots=1)
+        pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)
+        return nn.Sequential(nn.Conv2d(3, 12, 8, 8), layer, *pooled)
 
     module = type(sys)("noisy")
     module.build = build
