@@ -49,7 +49,6 @@ def without_residuals(
 
     Args:
         widths: for each Soft MoE layer its experts and their hidden width; a block with an MLP comes first.
-        steps: of training.
         position: standard deviation of the first position embeddings.
         noise: standard deviation of what is added to normalised pixels while training.
     """
@@ -58,11 +57,8 @@ def without_residuals(
         soft_moe = SoftMoEConfig(64, experts, slots_per_expert=1, hidden_dim=hidden)
         blocks.append(BlockConfig(soft_moe=soft_moe, residual=False))
     config = ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=tuple(blocks))
-    recipe = Recipe(
-        config, steps, learning_rate=2e-3, weight_decay=0.01, scale=8.0, position=position, noise=noise,
-        label_smoothing=0.0,
-    )  # fmt: skip
-    return train(recipe)
+    rates = {"learning_rate": 2e-3, "weight_decay": 0.01, "label_smoothing": 0.0}
+    return train(Recipe(config, steps, scale=8.0, position=position, noise=noise, **rates))
 
 
 def calibration(model: Model, seed: int) -> Dataset:
@@ -72,11 +68,9 @@ def calibration(model: Model, seed: int) -> Dataset:
     if model.input_format.width == 8:
         chosen = sorted(generator.sample(range(len(images)), DIGITS))
         return in_memory(model, images[chosen], labels[chosen])
-    halves = [[generator.randrange(len(images)) for _ in range(PAIRS)] for _ in range(2)]
-    left, right = halves
-    return in_memory(
-        model, torch.cat([images[left], images[right]], dim=3), 10 * labels[left] + labels[right]
-    )
+    left, right = ([generator.randrange(len(images)) for _ in range(PAIRS)] for _ in range(2))
+    pixels = torch.cat([images[left], images[right]], dim=3)
+    return in_memory(model, pixels, 10 * labels[left] + labels[right])
 
 
 def in_memory(model: Model, pixels: Tensor, labels: Tensor) -> Dataset:
@@ -102,10 +96,7 @@ Method = tuple[str, str, str] | tuple[str, str, str, float]
 
 
 def table(model: Model, methods: Iterable[Method], keeps: Sequence[str] = KEEPS) -> None:
-    """Print for each method what it keeps: mean and range over SEEDS.
-
-    The first column is of no experts at all.
-    """
+    """Print for each method what it keeps, with no experts at all first: mean and range over SEEDS."""
     test = test_set(model)
     full = accuracy(model, test)
     draws = [calibration(model, seed) for seed in SEEDS]

@@ -38,9 +38,7 @@ def plot(means: dict[tuple[str, Fraction], list[float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="experts n (512 hidden units in all)", ylabel="share of the full accuracy"
-    )
+    axes = figure.add_subplot(xlabel="experts n (512 hidden units)", ylabel="share of the full accuracy")
     for signal, style in (("combine", "o-"), ("random", "x:")):
         for index, share in enumerate(SHARES[:-1]):
             label = f"{share} kept, {'combine mass' if signal == 'combine' else 'random'}"
@@ -59,9 +57,8 @@ def main() -> None:
     output = parser.parse_args().output
     means: dict[tuple[str, Fraction], list[float]] = {}
     print(f"accuracy as a share of the full model's, mean of {len(SEEDS)} seeds (standard deviation)")
-    columns = [f"{signal} {share}" for signal in ("combine", "random") for share in SHARES]
-    header = "".join(f"{column:>16}" for column in columns)
-    print(f"{'n':>4}{header}")
+    columns = (f"{signal} {share}" for signal in ("combine", "random") for share in SHARES)
+    print(f"{'n':>4}" + "".join(f"{column:>16}" for column in columns))
     for num_experts in EXPERTS:
         runs = [retained(num_experts, seed) for seed in SEEDS]
         line = f"{num_experts:4}"

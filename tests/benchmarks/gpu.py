@@ -25,7 +25,7 @@ from torch import Tensor
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.observation import SlotObservation as Observation
 from moeprune.layers.soft_moe import SoftMoE
-from moeprune.layers.surgery import Calibrated, prune_layer
+from moeprune.layers.surgery import prune_layer
 from moeprune.plan import LayerPlan
 
 TOKENS, SLOTS = 196, 128
@@ -36,12 +36,7 @@ REPETITIONS = 15
 
 
 def microseconds(calls: dict[str, Callable[[], object]], from_idle: bool = False) -> dict[str, float]:
-    """Median time of each call on the GPU, the cache being emptied before each.
-
-    Args:
-        calls: by name.
-        from_idle: the GPU has nothing else to do while the host launches the call's kernels.
-    """
+    """Median time of each call on the GPU with a cold cache; from_idle: it waits for the host's launches."""
     cold = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for repetition in range(-2, REPETITIONS):
@@ -56,14 +51,11 @@ def microseconds(calls: dict[str, Callable[[], object]], from_idle: bool = False
             if repetition >= 0:
                 events[name].append((start, end))
     torch.cuda.synchronize()
-    return {
-        name: statistics.median(1e3 * start.elapsed_time(end) for start, end in pairs)
-        for name, pairs in events.items()
-    }
+    spent = {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+    return {name: 1e3 * statistics.median(milliseconds) for name, milliseconds in spent.items()}
 
 
 def graph_of(layer: SoftMoE, x: Tensor) -> torch.cuda.CUDAGraph:
-    """A forward pass as a CUDA graph."""
     layer(x)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -101,42 +93,29 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dtype}")
     print(f"copy {ceiling[0] / 1e6:.2f} TB/s, matrix product {ceiling[1] / 1e6:.0f} TFLOP/s\n")
     pruned = ("static", "input", "batch")
-    columns = [
-        "layer",
-        "n",
-        "b",
-        "dense, µs",
-        *pruned,
-        "of roofline: dense",
-        *pruned,
-        "eager: static",
-        *pruned[1:],
-    ]
+    columns = ["layer", "n", "b", "dense, µs", *pruned, "of roofline: dense", *pruned, "eager: static"]
+    columns += pruned[1:]
     print("|", " | ".join(columns), "|")
     print("|---|" + "--:|" * (len(columns) - 1))
     for size, (d, h) in SIZES.items():
         for n in EXPERTS:
             k, config = n // 8, SoftMoEConfig(d, n, SLOTS // n, h)
             dense = SoftMoE(config).cuda().to(dtype).requires_grad_(False).eval()
-            static = LayerPlan("static", k, n, "combine", "renorm", tuple(range(k)))
-            layers = {
-                "dense": dense,
-                "static": prune_layer(dense, static, Calibrated(torch.rand(n))),
-                "input": prune_layer(dense, LayerPlan("input", k, n, "combine", "none")),
-                "batch": prune_layer(dense, LayerPlan("batch", k, n, "combine", "none")),
+            plans = {
+                "static": LayerPlan("static", k, n, "combine", "renorm", tuple(range(k))),
+                "input": LayerPlan("input", k, n, "combine", "none"),
+                "batch": LayerPlan("batch", k, n, "combine", "none"),
             }
+            layers = {"dense": dense} | {name: prune_layer(dense, plan) for name, plan in plans.items()}
             for b in BATCHES:
                 x = torch.randn(b, TOKENS, d, device="cuda").to(dtype)
                 took = microseconds({name: graph_of(layer, x).replay for name, layer in layers.items()})
-                eager = microseconds(
-                    {name: partial(layer, x) for name, layer in layers.items()}, from_idle=True
-                )
+                calls = {name: partial(layer, x) for name, layer in layers.items()}
+                eager = microseconds(calls, from_idle=True)
+                shares = (roofline(layer, x, ceiling) / took[name] for name, layer in layers.items())
                 cells = [size, str(n), str(b), f"{took['dense']:.0f}"]
                 cells += [f"{took['dense'] / took[name]:.1f}×" for name in pruned]
-                cells += [
-                    f"{100 * roofline(layer, x, ceiling) / took[name]:.0f} %"
-                    for name, layer in layers.items()
-                ]
+                cells += [f"{100 * share:.0f} %" for share in shares]
                 cells += [f"{eager['dense'] / eager[name]:.1f}×" for name in pruned]
                 print("|", " | ".join(cells), "|", flush=True)
 

@@ -14,8 +14,10 @@ where these libraries are installed.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from torch import nn
 from moeprune.evaluation.latency import interleaved
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
-from moeprune.layers.surgery import prune_layer
+from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
@@ -58,12 +60,8 @@ def lucidrains(config: SoftMoEConfig) -> nn.Module:
     """The same layer of soft-moe-pytorch; ImportError where that is not installed."""
     from soft_moe_pytorch import SoftMoE as PeerSoftMoE
 
-    return PeerSoftMoE(
-        config.dim,
-        num_experts=config.num_experts,
-        num_slots=config.slots_per_expert,
-        expert_mult=config.hidden_dim // config.dim,
-    )
+    sizes = {"num_experts": config.num_experts, "num_slots": config.slots_per_expert}
+    return PeerSoftMoE(config.dim, **sizes, expert_mult=config.hidden_dim // config.dim)
 
 
 def bwconrad_vit_s(config: ViTConfig) -> nn.Module:
@@ -77,10 +75,8 @@ def installed(peers: dict[str, Callable[[], nn.Module]]) -> dict[str, nn.Module]
     """Those that can be built."""
     found = {}
     for name, build in peers.items():
-        try:
+        with contextlib.suppress(ImportError):
             found[name] = build().eval()
-        except ImportError:
-            continue
     return found
 
 
@@ -104,20 +100,16 @@ def print_rows(name: str, batch: int, seconds: Seconds, of_ideal: float | None =
 
 
 def measure_layer(name: str, config: SoftMoEConfig, batches: tuple[int, ...]) -> None:
-    """Print the lines of one layer."""
     n, k = config.num_experts, config.num_experts // 8
     dense = SoftMoE(config).eval()
-    means, scores = torch.randn(n, config.slots_per_expert, config.dim), torch.rand(n)
+    means = torch.randn(n, config.slots_per_expert, config.dim)
     layers: dict[str, nn.Module] = {"dense": dense}
     for scope, compensation in PRUNED:
         kept = tuple(range(k)) if scope == "static" else None
         plan = LayerPlan(scope, k, n, "combine", compensation, kept)
-        layers[f"{scope}, {compensation}"] = prune_layer(
-            dense, plan, scores if scope == "static" else None, means
-        )
-    layers |= installed(
-        {"soft-moe": lambda: bwconrad(config), "soft-moe-pytorch": lambda: lucidrains(config)}
-    )
+        layers[f"{scope}, {compensation}"] = prune_layer(dense, plan, Calibrated(None, means))
+    peers = {"soft-moe": partial(bwconrad, config), "soft-moe-pytorch": partial(lucidrains, config)}
+    layers |= installed(peers)
     static = LayerPlan("static", k, n, "combine", "renorm", tuple(range(k)))
     share = config.flops(TOKENS, static).total / config.flops(TOKENS).total
     for batch in batches:
@@ -134,9 +126,8 @@ def measure_vit_s() -> None:
     """Print the lines of a whole ViT-S whose last 6 of 12 blocks have a Soft MoE."""
     mlp = BlockConfig(mlp_dim=1536)
     moe = BlockConfig(soft_moe=SoftMoEConfig(384, 128, 1, 1536))
-    config = ViTConfig(
-        (224, 224), (16, 16), 3, 1000, 384, 6, (mlp,) * 6 + (moe,) * 6, class_token=True, pooling="token"
-    )
+    blocks, token = (mlp,) * 6 + (moe,) * 6, {"class_token": True, "pooling": "token"}
+    config = ViTConfig((224, 224), (16, 16), 3, 1000, 384, 6, blocks, **token)
     dense = SoftMoEViT(config).eval()
     models: dict[str, nn.Module] = {
         "dense": dense,

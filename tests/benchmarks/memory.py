@@ -13,6 +13,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,33 +44,23 @@ def resident(path: str) -> int:
 def measure(path: str) -> None:
     """Print a row for each input."""
     model = moeprune.load(path)
-    layers = model.moe_layers
-    chosen: dict[str, set[int]] = {name: set() for name in layers}
+    chosen: set[tuple[str, int]] = set()
 
-    def observer(name: str) -> None:
-        def observe(observation: Observation) -> None:
-            assert observation.chosen is not None
-            chosen[name].update(observation.chosen.flatten().tolist())
+    def observe(name: str, observation: Observation) -> None:
+        chosen.update((name, expert) for expert in observation.chosen.flatten().tolist())
 
-        layers[name].observer = observe
-
-    for name in layers:
-        observer(name)
-    expert = 2 * MOE.dim * MOE.hidden_dim * 4
-    size = Path(path).stat().st_size
-    print(
-        f"checkpoint {size / 1e6:.0f} MB, of which {len(layers) * MOE.num_experts * expert / 1e6:.0f} experts"
-    )
+    for name, layer in model.moe_layers.items():
+        layer.observer = partial(observe, name)
+    expert = 2 * MOE.dim * MOE.hidden_dim * 4 / 1e6  # MB
+    experts = len(model.moe_layers) * MOE.num_experts * expert
+    print(f"checkpoint {Path(path).stat().st_size / 1e6:.0f} MB, of which {experts:.0f} experts")
     print(f"{'inputs':>6} {'different experts':>18} {'their weights':>14} {'resident':>10}")
     generator = torch.Generator().manual_seed(0)
     for count in range(INPUTS + 1):
         if count:
             model(torch.randn(1, 3, 224, 224, generator=generator))
-        distinct = sum(map(len, chosen.values()))
-        print(
-            f"{count:6} {distinct:18} {distinct * expert / 1e6:11.0f} MB {resident(path) / 1e6:7.0f} MB",
-            flush=True,
-        )
+        weights = len(chosen) * expert
+        print(f"{count:6} {len(chosen):18} {weights:11.0f} MB {resident(path) / 1e6:7.0f} MB", flush=True)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -56,14 +56,7 @@ Judge = Callable[[Tensor], Tensor]
 def compare_signals(
     model: SoftMoEViT, analysis: Analysis, data: Dataset, runtime: Runtime
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return, for each layer, a row of FIGURES for each k and signal.
-
-    Args:
-        model: unpruned.
-        analysis: of this model.
-        data: labelled.
-        runtime: where and how models run.
-    """
+    """Return, for each layer of an unpruned model, a row of FIGURES for each k and signal; data: labelled."""
     model = private_copy(model).to(runtime.torch_device)
     contests = {name: _Contest(model, name, analysis.layers[name], runtime) for name in model.moe_layers}
     for inputs, labels in runtime.batches(data, "oracle"):
@@ -121,12 +114,10 @@ class _Contest:
         self.given = _Given()
         self.rest.set_submodule(name, self.given)
         n = statistics.num_experts
-        self.all_masks = {k: all_subsets(n, k).to(runtime.torch_device) for k in self._ks(n)}
+        ks = sorted({experts_to_keep(share, n, "") for share in SHARES})
+        self.all_masks = {k: all_subsets(n, k).to(runtime.torch_device) for k in ks}
         self.generator = torch.Generator().manual_seed(0)
         self.totals: dict[tuple[int, str], Tensor] = {}
-
-    def _ks(self, n: int) -> list[int]:
-        return sorted({experts_to_keep(share, n, "") for share in SHARES})
 
     def add(self, inputs: Tensor, labels: Tensor, observation: SlotObservation) -> None:
         """Add inputs (b,c,H,W) with their classes (b), and what the dense layer computed for them."""
@@ -177,11 +168,10 @@ class _Contest:
 
     def rows(self, samples: int) -> list[dict[str, Any]]:
         """Return the means of FIGURES over so many samples."""
+        means = {key: (self.totals[key] / samples).tolist() for key in product(self.all_masks, SIGNALS)}
         return [
-            {"k": k, "signal": signal}
-            | dict(zip(FIGURES, (self.totals[k, signal] / samples).tolist(), strict=True))
-            for k in self.all_masks
-            for signal in SIGNALS
+            {"k": k, "signal": signal, **dict(zip(FIGURES, figures, strict=True))}
+            for (k, signal), figures in means.items()
         ]
 
 

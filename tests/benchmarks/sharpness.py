@@ -29,9 +29,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    print(
-        f"accuracy as a share of the full model's at {SHARE}; informative from a mass of {INFORMATIVE_MASS}"
-    )
+    print(f"share of the full model's accuracy at {SHARE}; informative from a mass of {INFORMATIVE_MASS}")
     columns = [f"{'n':>4}", f"{'scale':>6}", f"{'trained':>8}", f"{'mass of 1/8':>12}", f"{'unused':>7}"]
     print(*columns, *(f"{variant:>17}" for variant in VARIANTS))
     for num_experts in (32, 128):
@@ -42,11 +40,8 @@ def main() -> None:
             [layer] = (summarize(statistics, SCOPES) for statistics in analysis.layers.values())
             _, *rows = (row for row, _ in sweep(model, VARIANTS.values(), analysis, data))
             trained, mass = float(model.get_parameter("blocks.0.soft_moe.scale")), layer.best_eighth_mass
-            print(
-                f"{num_experts:4} {scale:6g} {trained:8.2f} {mass:12.3f} {len(layer.unused_experts):7}",
-                *(f"{row.retained:17.3f}" for row in rows),
-                flush=True,
-            )
+            cells = f"{num_experts:4} {scale:6g} {trained:8.2f} {mass:12.3f} {len(layer.unused_experts):7}"
+            print(cells, *(f"{row.retained:17.3f}" for row in rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -77,13 +77,11 @@ def main() -> None:
                 copying_all.append(seconds(lambda: copy(path, copied)))
             ratio = statistics.median(a / b for a, b in zip(pruning, copying, strict=True))
             ratio_all = statistics.median(a / b for a, b in zip(pruning, copying_all, strict=True))
-            ran = subprocess.run(
-                [sys.executable, __file__, path, target, keep], capture_output=True, text=True, check=True
-            )
+            memory = subprocess.check_output([sys.executable, __file__, path, target, keep], text=True)
             print(
                 f"keep {keep}: {target.stat().st_size / 1e9:.2f} GB in {statistics.median(pruning):.2f} s,"
                 f" {ratio:.2f} times `cp` of the result, {ratio_all:.2f} times `cp` of the full checkpoint;"
-                f" peak memory above the imports {ran.stdout.strip()} MB",
+                f" peak memory above the imports {memory.strip()} MB",
                 flush=True,
             )
 
