@@ -139,11 +139,7 @@ class MomentsAccumulator:
         term_mean = self.weighted_outputs / weights[..., None]
         spread = self.weighted_squares - self.weights * term_mean.square().sum(-1)
         variance = spread.sum(1).clamp_min(0) / weights.sum(1)
-        return {
-            "mean_mass": self.mass / self.samples,
-            "term_mean": term_mean,
-            "deviation": variance.sqrt(),
-        }
+        return {"mean_mass": self.mass / self.samples, "term_mean": term_mean, "deviation": variance.sqrt()}
 
     def result(self) -> LayerMoments:
         """The moments of all inputs so far."""

@@ -46,8 +46,7 @@ def open_folder(path: Path, input_format: InputFormat) -> Source:
     ]
     if not files:
         raise MoepruneError(
-            f"no images in `{path}` ({len(classes)} class folders)",
-            f"expected {path}/CLASS/*.png or *.jpg",
+            f"no images in `{path}` ({len(classes)} class folders)", f"expected {path}/CLASS/*.png or *.jpg"
         )
     has_labels = bool(classes) and input_format.classes > 0
 

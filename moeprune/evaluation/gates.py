@@ -122,10 +122,7 @@ GATES = (
 
 
 def check_limits(
-    limits: Mapping[str, float | None],
-    has_baseline: bool,
-    has_latency: bool,
-    confidence: float | None = None,
+    limits: Mapping[str, float | None], has_baseline: bool, has_latency: bool, confidence: float | None = None
 ) -> None:
     """Refuse limits that cannot be judged, before anything is computed.
 

@@ -13,33 +13,23 @@ from torch import Tensor
 from moeprune import __version__
 from moeprune.calibration.analysis import Analysis, require_analysis_of
 from moeprune.calibration.passes import measure, require_finite
+from moeprune.calibration.selection import best_kept
 from moeprune.calibration.statistics import (
     LayerMoments,
+    LayerStatistics,
     MomentsAccumulator,
     StatisticsAccumulator,
 )
+from moeprune.calibration.sums import lost_gram
 from moeprune.data.datasets import Dataset
-from moeprune.data.info import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
+from moeprune.layers.merging import nearest_kept
+from moeprune.layers.scores import random_scores, top_k
 from moeprune.layers.surgery import Calibrated, prune_layer
-from moeprune.models.model import (
-    Model,
-    dataset_for,
-    fingerprint,
-    private_copy,
-    require_dense_layers,
-)
+from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
-from moeprune.plan import (
-    LayerPlan,
-    Method,
-    Plan,
-    parse_keep,
-    require_fitting_plan,
-    uniform_plan,
-)
-from moeprune.pruning.choice import choose_experts, score_weights
+from moeprune.plan import LayerPlan, Method, Plan, parse_keep, require_fitting_plan, uniform_plan
 from moeprune.pruning.compensation import (
     Gathered,
     Stream,
@@ -47,10 +37,10 @@ from moeprune.pruning.compensation import (
     fit_routed,
     fit_static,
     gather,
+    narrowed,
     refit_kept,
     require_affordable_refits,
 )
-from moeprune.pruning.narrowing import narrowed
 from moeprune.records import to_json
 
 if TYPE_CHECKING:
@@ -106,28 +96,22 @@ def prune(
     dense = require_dense_layers(model, ALREADY_PRUNED)
     configs = {name: layer.config for name, layer in dense.items()}
     plan = full_plan(configs, keep, plan, Method(**method))
-    require_affordable_refits(configs, plan)
-    require_calibration(plan, analysis is not None or data is not None, one_shot)
     model_fingerprint = fingerprint(model)
-    is_calibrated = any(layer.is_calibrated for layer in plan.values())
-    if not (is_calibrated or any(layer.is_ranked for layer in plan.values())):
-        analysis = None
-    require_analysis_of(configs, model_fingerprint, analysis)
+    has_data = data is not None
+    used = require_calibration(plan, configs, model_fingerprint, analysis, has_data, one_shot)
     dataset = None
-    if is_calibrated:
-        dataset = _calibration_data(model, analysis, data, needed=needs_pass(plan, one_shot))
-
+    if any(layer.is_calibrated for layer in plan.values()):
+        dataset = _calibration_data(model, used, data, needs_pass(plan, one_shot))
     full = private_copy(model)
     if dataset is not None:
         full.to(runtime.torch_device)
     pruned = private_copy(full)
-    pruner = _Pruner(pruned, full, analysis, dataset, seed, runtime)
+    pruner = _Pruner(pruned, full, used, dataset, seed, runtime)
     for index, (name, layer_plan) in enumerate(plan.items()):
         pruner.prune(name, layer_plan, index, from_analysis=index == 0 or one_shot)
-        _require_data_of_analysis(analysis, dataset)
-    provenance = provenance_of(analysis, dataset, plan, runtime)
-    provenance |= {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}
-    pruned.details = model.details.replace(provenance={**model.details.provenance, **provenance})
+        _require_data_of_analysis(used, dataset)
+    made = provenance(model_fingerprint, plan, used, dataset, seed, runtime)
+    pruned.details = model.details.replace(provenance=model.details.provenance | made)
     return pruned.to(next(model.parameters()).device)
 
 
@@ -147,36 +131,32 @@ class _Pruner:
     runtime: Runtime
 
     def prune(self, name: str, plan: LayerPlan, index: int, from_analysis: bool) -> None:
-        """Prune a layer that is dense yet, by a plan that may leave its experts open.
+        """Prune the dense layer at this place among the planned ones; its plan may leave its experts open.
 
-        Args:
-            name: of the layer.
-            plan: for it.
-            index: its place among the planned layers.
-            from_analysis: take its statistics from the analysis, if there is one.
+        from_analysis: take its statistics from the analysis, if there is one.
         """
-        stream = None
+        stream = gathered = None
         if self.data is not None:
             stream = Stream(self.pruned, self.full, name, self.data, self.runtime)
-        gathered = None
-        if plan.scope == "static" and plan.is_fitted and stream is not None:
-            gathered = gather(stream, plan.compensation)
+            if plan.scope == "static" and plan.is_fitted:
+                gathered = gather(stream, plan.compensation)
         moments = gathered.moments if gathered else self._moments(name, plan, from_analysis)
         if moments is not None and self.data is not None:
             require_finite({name: moments}, self.data)
         wanted = choose_experts(plan, moments, gathered, self.seed, index)
         plan = wanted.replace(rank=None, energy=None)
         calibrated = Calibrated(
-            score_weights(plan, moments, self.seed, index),
+            _score_weights(plan, moments, self.seed, index),
             None if moments is None else moments.term_mean,
             None if moments is None else moments.mean_mass,
         )
         layer = prune_layer(self.full.moe_layers[name], plan, calibrated)
         self.pruned.set_submodule(name, layer)
-        power = None if stream is None else _fit(stream, plan, gathered)
-        if power is not None and wanted != plan:
-            tokens = self.full.config.tokens(name)
-            self.pruned.set_submodule(name, narrowed(layer, wanted, power, tokens))
+        if stream is not None and plan.is_fitted and not plan.merges:
+            power = _fit(stream, plan, gathered)
+            if wanted != plan:
+                tokens = self.full.config.tokens(name)
+                self.pruned.set_submodule(name, narrowed(layer, wanted, power, tokens))
 
     def _moments(self, name: str, plan: LayerPlan, from_analysis: bool) -> LayerMoments | None:
         """Return the statistics that a plan needs, from the analysis or by a pass over the data."""
@@ -192,14 +172,8 @@ class _Pruner:
         return measured[name].result()
 
 
-def _fit(stream: Stream, plan: LayerPlan, gathered: Gathered | None) -> Tensor | None:
-    """Fit the compensation of the stream's pruned layer, if its plan has a fitted one.
-
-    Returns:
-        ZᵀZ (q,q) of the regressors; None if nothing was fitted.
-    """
-    if not plan.is_fitted or plan.merges:
-        return None
+def _fit(stream: Stream, plan: LayerPlan, gathered: Gathered | None) -> Tensor:
+    """Fit the compensation of the stream's pruned layer; return ZᵀZ (q,q) of its regressors."""
     if gathered is None:
         correction, power = fit_routed(stream, plan.compensation)
     else:
@@ -208,6 +182,55 @@ def _fit(stream: Stream, plan: LayerPlan, gathered: Gathered | None) -> Tensor |
     if plan.compensation == "refit" and plan.k:
         refit_kept(stream)
     return power
+
+
+def choose_experts(
+    plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, index: int
+) -> LayerPlan:
+    """Return the plan with its static set, and what is merged, chosen.
+
+    Args:
+        plan: may leave them open.
+        moments: of the layer, if calibrated.
+        gathered: sums for a fitted compensation, if there is one.
+        seed: of the signal `random`.
+        index: the layer's place among the planned ones.
+    """
+    if plan.scope == "static" and plan.kept is None:
+        plan = plan.replace(kept=_best_experts(plan, moments, gathered, seed, index))
+    if plan.merges and plan.merged_into is None:
+        assert gathered is not None
+        assert plan.kept is not None
+        power = gathered.halves[0].power + gathered.halves[1].power
+        plan = plan.replace(merged_into=nearest_kept(power, plan.kept, plan.num_experts))
+    return plan
+
+
+def _best_experts(
+    plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, index: int
+) -> tuple[int, ...]:
+    """Return the experts that a static set keeps by the plan's signal, ascending."""
+    if plan.signal == "random":
+        return tuple(top_k(random_scores(plan.num_experts, seed, index), plan.k).tolist())
+    assert moments is not None
+    if plan.signal == "gram":
+        if gathered is not None:
+            gram = lost_gram(*gathered.halves, moments.term_mean, plan.compensation)
+            return best_kept(gram, plan.num_experts, plan.k)
+        assert isinstance(moments, LayerStatistics)
+        return moments.best_kept(plan.k, plan.compensation)
+    scores = moments.mean_mass * (moments.deviation if plan.signal == "deviation" else 1)
+    return tuple(top_k(scores, plan.k).tolist())
+
+
+def _score_weights(plan: LayerPlan, moments: LayerMoments | None, seed: int, index: int) -> Tensor | None:
+    """Return the factors of each expert's mass, or the scores, of a routed plan's signal (n), if any."""
+    if plan.scope == "static" or plan.signal == "combine":
+        return None
+    if plan.signal == "random":
+        return random_scores(plan.num_experts, seed, index)
+    assert moments is not None
+    return moments.deviation
 
 
 def require_unpruned(plan: Plan) -> None:
@@ -224,10 +247,23 @@ def needs_pass(plan: Plan, one_shot: bool) -> bool:
     return measured or any(layer.is_fitted for layer in plan.values())
 
 
-def require_calibration(plan: Plan, has_calibration: bool, one_shot: bool) -> None:
-    """Raise a MoepruneError if a plan needs calibration data and there is none, or needs a pass over data."""
+def require_calibration(
+    plan: Plan,
+    configs: Mapping[str, LayerConfig],
+    model_fingerprint: str,
+    analysis: Analysis | None,
+    has_data: bool,
+    one_shot: bool,
+) -> Analysis | None:
+    """Return the analysis, or None if the plan does not use it.
+
+    Raises:
+        MoepruneError: the plan needs calibration that is missing or a refit that is too large, or the
+            analysis is another model's.
+    """
+    require_affordable_refits(configs, plan)
     for name, layer in plan.items():
-        if layer.is_calibrated and not has_calibration:
+        if layer.is_calibrated and analysis is None and not has_data:
             raise MoepruneError(
                 f"scope {layer.scope} with signal {layer.signal} and compensation {layer.compensation} needs"
                 " calibration",
@@ -238,6 +274,10 @@ def require_calibration(plan: Plan, has_calibration: bool, one_shot: bool) -> No
                 f"`{layer.compensation}` of layer `{name}` is fitted to data, not in one shot",
                 "give another `--compensate`",
             )
+    if not any(layer.is_calibrated or layer.is_ranked for layer in plan.values()):
+        return None
+    require_analysis_of(configs, model_fingerprint, analysis)
+    return analysis
 
 
 def full_plan(
@@ -247,20 +287,16 @@ def full_plan(
     if (keep is None) == (plan is None) and not (plan is None and method.mass):
         raise MoepruneError("give either `keep` or a plan")
     if plan is None:
-        if isinstance(keep, str):
-            keep = parse_keep(keep, "keep")
-        elif isinstance(keep, float):
-            keep = parse_keep(str(Fraction(keep)), "keep")
-        elif keep is None:
-            keep = Fraction(1)  # as many as hold the mass
+        if isinstance(keep, str | float):
+            keep = parse_keep(keep if isinstance(keep, str) else str(Fraction(keep)), "keep")
         experts = {name: layer.num_experts for name, layer in layers.items()}
-        plan = uniform_plan(experts, keep, method)
+        plan = uniform_plan(experts, Fraction(1) if keep is None else keep, method)
     require_fitting_plan(plan, layers)
     return {name: plan[name] for name in layers if name in plan}
 
 
 def calibration_data(model: Model, analysis: Analysis) -> Dataset:
-    """The data that an analysis was made from, opened again.
+    """Open the data that an analysis was made from.
 
     Raises:
         MoepruneError: it is not there any more.
@@ -278,7 +314,7 @@ def calibration_data(model: Model, analysis: Analysis) -> Dataset:
 def _calibration_data(
     model: Model, analysis: Analysis | None, data: Dataset | str | None, needed: bool
 ) -> Dataset | None:
-    """The data to measure layers on, opened; None where the analysis has all that is needed."""
+    """Open the data to measure layers on; None where the analysis has all that is needed."""
     if data is None:
         return calibration_data(model, analysis) if needed and analysis is not None else None
     dataset = dataset_for(model, data, "calibration")
@@ -299,18 +335,19 @@ def _require_data_of_analysis(analysis: Analysis | None, data: Dataset | None) -
         )
 
 
-def provenance_of(
-    analysis: Analysis | None, data: Dataset | None, plan: Plan, runtime: Runtime
+def provenance(
+    model_fingerprint: str,
+    plan: Plan,
+    analysis: Analysis | None,
+    data: Dataset | None,
+    seed: int,
+    runtime: Runtime,
 ) -> dict[str, Any]:
-    """What the result was calibrated on, without paths that would make equal runs differ."""
-    provenance: dict[str, Any] = {"moeprune": __version__}
-    used: DataInfo | None = None
-    if analysis is not None:
-        used = analysis.origin.data
-    elif data is not None:
-        used = data.info
+    """Return what was pruned and calibrated on, without paths that would make equal runs differ."""
+    made: dict[str, Any] = {"moeprune": __version__}
+    used = analysis.origin.data if analysis is not None else data.info if data is not None else None
     if used is not None:
-        provenance["calibration"] = {**to_json(used), "spec": Path(used.spec).name}
+        made["calibration"] = {**to_json(used), "spec": Path(used.spec).name}
         if any(layer.scope == "batch" for layer in plan.values()):
-            provenance["calibration"]["batch_size"] = runtime.batch_size
-    return provenance
+            made["calibration"]["batch_size"] = runtime.batch_size
+    return made | {"pruned_from": {"fingerprint": model_fingerprint}, "seed": seed}

@@ -147,12 +147,7 @@ def plans_for(
 
 
 def plan_within(
-    config: ModelConfig,
-    costs: Costs,
-    budget: float,
-    analysis: Analysis | None,
-    method: Method,
-    option: str,
+    config: ModelConfig, costs: Costs, budget: float, analysis: Analysis | None, method: Method, option: str
 ) -> Plan:
     """Return the plan that costs a share of the full model at most and is expected to lose least.
 

@@ -30,6 +30,7 @@ from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator
 from moeprune.calibration.sums import Contributions, halves, wide_dtype
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
+from moeprune.layers.families import layer_of_tensors
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
@@ -203,3 +204,36 @@ def add_correction(layer: MoELayer, correction: Tensor) -> None:
     """Add V (q,o) to the compensation of a pruned layer, in place."""
     for name, rows in layer.split_rows(correction.to(layer.surrogate)).items():
         getattr(layer, name).add_(rows)
+
+
+def narrowed(layer: MoELayer, wanted: LayerPlan, power: Tensor, tokens: int) -> MoELayer:
+    """Return the layer with its compensation in the output directions that a plan's rank or energy asks for.
+
+    Of all matrices of rank r the nearest to the Z·V that a compensation adds is Z·V·Bᵀ·B, where the rows of B
+    are the first r eigenvectors of VᵀZᵀZ·V (Eckart and Young 1936); the eigenvalues are the energies of the
+    directions. V·Bᵀ (q,r) and B (r,o) are stored. With an energy, r is the least that holds it; where that is
+    no cheaper, the layer is returned as it is.
+
+    Args:
+        layer: pruned, with a fitted compensation in full.
+        wanted: has a rank or an energy.
+        power: ZᵀZ (q,q), summed over calibration data, in the order of the layer's columns.
+        tokens: of one input.
+    """
+    assert layer.plan is not None
+    added = layer.rows()
+    energies, directions = torch.linalg.eigh(added.mT @ power.to("cpu", torch.float64) @ added)
+    rank = wanted.rank
+    if rank is None:
+        assert wanted.energy is not None
+        held = energies.flip(0).clamp_min(0).cumsum(0)
+        rank = int((held < wanted.energy * held[-1]).sum()) + 1
+    plan = layer.plan.replace(rank=rank)
+    if wanted.rank is None:
+        cost, in_full = (layer.config.flops(tokens, p).compensation for p in (plan, layer.plan))
+        if cost >= in_full:
+            return layer
+    basis = directions[:, -rank:].flip(1).mT  # (r,o)
+    narrow = {**layer.split_rows(added @ basis.mT), "basis": basis}
+    tensors = {name: tensor.to(layer.surrogate).contiguous() for name, tensor in narrow.items()}
+    return layer_of_tensors(layer.config, plan, {**layer.state_dict(), **tensors})

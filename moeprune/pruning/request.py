@@ -30,8 +30,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     checkpoint: Checkpoint
     output: Annotated[Path | None, option("The checkpoint to write (.safetensors).", short=("-o",))] = None
     keep: Annotated[
-        str | None,
-        option("Experts to keep in each layer: a share (1/8) or a number (16).", metavar="K"),
+        str | None, option("Experts to keep in each layer: a share (1/8) or a number (16).", metavar="K")
     ] = None
     mass: Annotated[
         Share | None,

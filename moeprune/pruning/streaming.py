@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeprune.calibration.analysis import Analysis, require_analysis_of
+from moeprune.calibration.analysis import Analysis
 from moeprune.calibration.statistics import LayerMoments
 from moeprune.data.preprocessing import Preprocessing
 from moeprune.files import checkpoint
@@ -22,17 +22,13 @@ from moeprune.models.description import read_description
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Method, Plan, plan_to_json
 from moeprune.pruning.apply import (
-    MethodWords,
+    choose_experts,
     full_plan,
-    provenance_of,
+    provenance,
     require_calibration,
     require_unpruned,
 )
-from moeprune.pruning.choice import choose_experts
 from moeprune.records import to_json
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def prune_file(
@@ -45,22 +41,17 @@ def prune_file(
     preprocessing: Preprocessing | None = None,
     seed: int = 0,
     overwrite: bool = True,
-    **method: Unpack[MethodWords],
+    **method: Any,
 ) -> None:
     """Prune a checkpoint statically in one shot, from file to file: the memory it takes is small.
 
-    Writes what `moeprune.save(prune(load(source), ..., one_shot=True), target)` writes. No model is
-    built, so that the factory of a model of the user's own code is not needed.
+    Writes what `moeprune.save(prune(load(source), ..., one_shot=True), target)` writes, see
+    moeprune.pruning.apply.prune. The factory of a model of the user's own code is not needed.
 
     Args:
         source: an unpruned checkpoint, or its header.
-        target: the file to write.
-        analysis: of this checkpoint; may be None where nothing calibrated is used.
-        keep: the share or number of experts to keep in each layer.
-        plan: in place of keep and method, of scope static only.
+        plan: of scope static only.
         preprocessing: in place of the checkpoint's.
-        seed: of the signal `random`.
-        overwrite: replace a target that exists.
         method: `signal` and `compensate`, of `none`, `renorm` and `mean`.
 
     Raises:
@@ -72,23 +63,18 @@ def prune_file(
     require_unpruned(existing)
     plan = full_plan(config.moe_layers, keep, plan, Method(**method))
     source_fingerprint = checkpoint.fingerprint(header, config.to_json())
-    require_calibration(plan, analysis is not None, one_shot=True)
-    if not any(layer.is_calibrated or layer.is_ranked for layer in plan.values()):
-        analysis = None
-    require_analysis_of(config.moe_layers, source_fingerprint, analysis)
+    analysis = require_calibration(
+        plan, config.moe_layers, source_fingerprint, analysis, has_data=False, one_shot=True
+    )
     tensors = checkpoint.read_tensors(header)
     entries: dict[str, Tensor | Copied] = {name: Copied(header, name) for name in header.tensors}
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]
         plan[name] = choose_experts(layer_plan, moments, None, seed, index)
         entries |= _pruned_entries(header, tensors, name, config.moe_layers[name], plan[name], moments)
-    provenance = provenance_of(analysis, None, plan, Runtime())
-    provenance |= {"pruned_from": {"fingerprint": source_fingerprint}, "seed": seed}
+    made = provenance(source_fingerprint, plan, analysis, None, seed, Runtime())
     assert header.metadata is not None
-    metadata = header.metadata | {
-        "plan": plan_to_json(plan),
-        "provenance": {**details.provenance, **provenance},
-    }
+    metadata = header.metadata | {"plan": plan_to_json(plan), "provenance": details.provenance | made}
     if preprocessing is not None:
         metadata["preprocessing"] = to_json(preprocessing)
     checkpoint.write(target, entries, metadata, overwrite)
