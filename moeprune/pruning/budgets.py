@@ -8,34 +8,26 @@ bytes or FLOPs; the budget is split so that the sum of the losses is least.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from moeprune.calibration.analysis import Analysis
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.architecture import ModelConfig
-from moeprune.plan import (
-    LayerPlan,
-    Method,
-    Plan,
-    experts_to_keep,
-    impossible,
-    require_fitting_plan,
-    uniform_plan,
-)
+from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, require_fitting_plan
 
 
 @dataclass(frozen=True)
 class Costs:
     """What a model costs under every plan of one scope and compensation, in bytes or FLOPs.
 
-    full: of the unpruned model. rest: of what is in no Soft MoE layer. layers: of each layer with
-    k = 0…n experts; infinite where there is no such plan.
+    full: of the unpruned model. rest: of what is in no MoE layer. layers: of each layer with k = 0…n experts;
+    infinite where there is no such plan.
     """
 
     full: float
@@ -43,104 +35,84 @@ class Costs:
     layers: dict[str, list[float]]
 
     def of(self, experts: Mapping[str, int]) -> float:
-        """What the model costs with k experts in each layer."""
+        """Return what the model costs with k experts in each layer."""
         return self.rest + math.fsum(self.layers[name][k] for name, k in experts.items())
 
 
 def size_costs(config: ModelConfig, tensors: Mapping[str, TensorInfo], method: Method) -> Costs:
     """Return the costs in bytes of an unpruned model, with the tensors of its checkpoint."""
-    full = float(sum(tensor.nbytes for tensor in tensors.values()))
-    in_layers = 0
-    layers = {}
-    for name, layer in config.moe_layers.items():
-        in_layers += sum(tensors[f"{name}.{tensor}"].nbytes for tensor in layer.shapes(None))
+
+    def cost(name: str, layer: LayerConfig, plan: LayerPlan | None) -> float:
+        if plan is None:
+            return sum(tensors[f"{name}.{tensor}"].nbytes for tensor in layer.shapes(None))
         weight = tensors[f"{name}.fc2_weight"]
         item = weight.nbytes / weight.numel
+        return sum(
+            math.prod(shape) * (4 if tensor == "score_weights" else item)  # those are float32 always
+            for tensor, shape in layer.shapes(plan).items()
+        )
 
-        def cost(plan: LayerPlan, layer: LayerConfig = layer, item: float = item) -> float:
-            return sum(
-                math.prod(shape) * (4 if tensor == "score_weights" else item)  # those are float32 always
-                for tensor, shape in layer.shapes(plan).items()
-            )
-
-        layers[name] = _costs_of(layer, method, cost)
-    return Costs(full, full - in_layers, layers)
+    return _costs(config, method, sum(tensor.nbytes for tensor in tensors.values()), cost)
 
 
 def flops_costs(config: ModelConfig, method: Method) -> Costs:
     """Return the costs in FLOPs of one input of an unpruned model."""
-    full = config.flops({}).total
-    layers = {}
-    dense = 0
-    for name, layer in config.moe_layers.items():
-        tokens = config.tokens(name)
-        dense += layer.flops(tokens).total
 
-        def cost(plan: LayerPlan, layer: LayerConfig = layer, tokens: int = tokens) -> float:
-            return float(layer.flops(tokens, plan).total)
+    def cost(name: str, layer: LayerConfig, plan: LayerPlan | None) -> float:
+        return layer.flops(config.tokens(name), plan).total
 
-        layers[name] = _costs_of(layer, method, cost)
-    return Costs(full, full - dense, layers)
+    return _costs(config, method, config.flops({}).total, cost)
 
 
-def _costs_of(layer: LayerConfig, method: Method, cost: Callable[[LayerPlan], float]) -> list[float]:
-    """Return what a layer costs with 0, 1, … n experts; infinite where there is no such plan."""
-    needs_experts = method.compensate in ("renorm", "merge")
-    if impossible(method.scope, method.signal, method.compensate):
-        return [math.inf] * (layer.num_experts + 1)
-    return [
-        math.inf
-        if k == 0 and needs_experts
-        else cost(
-            method.replace(mass=None, energy=None).plan(
-                k, layer.num_experts, tuple(range(k)) if method.scope == "static" else None
-            )
-        )
-        for k in range(layer.num_experts + 1)
-    ]
+def _costs(
+    config: ModelConfig,
+    method: Method,
+    full: float,
+    cost: Callable[[str, LayerConfig, LayerPlan | None], float],
+) -> Costs:
+    method = method.replace(mass=None, energy=None)
+
+    def cost_of(name: str, layer: LayerConfig, k: int) -> float:
+        kept = tuple(range(k)) if method.scope == "static" else None
+        try:
+            plan = method.plan(k, layer.num_experts, kept)
+        except MoepruneError:
+            return math.inf
+        return float(cost(name, layer, plan))
+
+    layers = config.moe_layers.items()
+    dense = sum(cost(name, layer, None) for name, layer in layers)
+    plans = {name: [cost_of(name, layer, k) for k in range(layer.num_experts + 1)] for name, layer in layers}
+    return Costs(full, full - dense, plans)
 
 
-def plans_for(
+def plans_within(
     config: ModelConfig,
     tensors: Mapping[str, TensorInfo],
     analysis: Analysis | None,
     method: Method,
-    *,
-    keep: Fraction | int | None = None,
     max_size: float | None = None,
     max_flops: float | None = None,
 ) -> list[Plan]:
-    """Return the plans for a number of experts or a budget, one of which is given.
-
-    These are the planned one and, for a budget that is split over layers, the one that keeps the same share
-    in each layer, if that is another.
+    """Return the plan for a budget and, if it is another, the one with the same share in each layer.
 
     Args:
         config: of the unpruned model.
         tensors: of its checkpoint.
-        analysis: of the model; needed for budgets with scope `static`.
+        analysis: of the model; needed with scope `static`.
         method: budgets are met without what its energy may save.
-        keep: the share or number of experts in each layer; with a mass in the method, all by default.
-        max_size: the share of the model's bytes that may remain.
-        max_flops: the share of its FLOPs that may remain.
+        max_size, max_flops: the share of the model's bytes or FLOPs that may remain; one is given.
 
     Raises:
-        MoepruneError: the budget cannot be met, a layer cannot be pruned so, or more experts are to be kept
-            than there are.
+        MoepruneError: the budget cannot be met, or a layer cannot be pruned so.
     """
-    layers = config.moe_layers
-    if keep is not None or method.mass is not None:
-        experts = {name: layer.num_experts for name, layer in layers.items()}
-        plan = uniform_plan(experts, Fraction(1) if keep is None else keep, method)
-        require_fitting_plan(plan, layers)
-        return [plan]
     if max_size is not None:
         option, costs, budget = "--max-size", size_costs(config, tensors, method), max_size
     else:
         assert max_flops is not None
         option, costs, budget = "--max-flops", flops_costs(config, method), max_flops
     planned = plan_within(config, costs, budget, analysis, method, option)
-    require_fitting_plan(planned, layers)
+    require_fitting_plan(planned, config.moe_layers)
     share = uniform_within(costs, budget)
     uniform = planned if share is None else plan_of_experts(config, share, method)
     return [planned] if uniform == planned else [planned, uniform]
@@ -155,15 +127,11 @@ def plan_within(
     same share of its experts. Which experts are kept is left open.
 
     Args:
-        config: of the unpruned model.
-        costs: of its plans.
         budget: the share.
-        analysis: of the model; needed with scope `static`.
-        method: of all layers.
         option: the name of the budget in messages.
 
     Raises:
-        MoepruneError: even the cheapest plan costs more.
+        MoepruneError: even the cheapest plan costs more, or a static one lacks an analysis.
     """
     is_static = method.scope == "static"
     if is_static:
@@ -189,9 +157,7 @@ def plan_within(
 
 
 def uniform_within(costs: Costs, budget: float) -> dict[str, int] | None:
-    """Return the experts of each layer with the largest share of them, the same in each, that costs a share
-    of the full model at most; None if there is no such share.
-    """
+    """Return the experts of each layer with the largest affordable share, the same in each, if there is one."""
     affordable = [experts for experts in _uniform_choices(costs) if costs.of(experts) <= budget * costs.full]
     return affordable[-1] if affordable else None
 
@@ -209,52 +175,59 @@ def plan_of_experts(config: ModelConfig, experts: Mapping[str, int], method: Met
 
 
 def losses(analysis: Analysis, compensation: str) -> dict[str, list[float]]:
-    """What each layer loses with its best k experts kept, k = 0…n."""
+    """Return what each layer loses with its best k experts kept, k = 0…n."""
     found = {}
     for name, layer in analysis.layers.items():
-        n = layer.num_experts
-        errors = layer.errors(compensation)
         power = max(float(layer.gram.sum()), 1e-30)  # of the layer's output
         scale = math.sqrt(max(float(layer.sensitivity), 0.0) / power)
-        found[name] = [scale * max(errors[n - k], 0.0) for k in range(n + 1)]
+        found[name] = [scale * max(error, 0.0) for error in reversed(layer.errors(compensation))]
     return found
 
 
 def allocate(
     losses: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], budget: float
 ) -> dict[str, int]:
-    """The k of each layer whose losses sum to the least that is found within a budget.
+    """Return the k of each layer whose losses sum to the least that is found within a budget.
 
     Starts with the cheapest choice of every layer and takes the steps of the layers' lower convex hulls,
     those that gain most for their cost first; what is left of the budget then goes to single steps.
 
     Args:
-        losses: of each layer with k experts kept, k = 0…n.
-        costs: likewise.
+        losses, costs: of each layer with k experts kept, k = 0…n.
         budget: what the costs may sum to; one expert in each layer is taken to be affordable.
     """
     hulls = {name: _hull(losses[name], costs[name]) for name in costs}
     chosen = {name: hull[0] for name, hull in hulls.items()}
     spent = math.fsum(costs[name][k] for name, k in chosen.items())
-    steps: list[tuple[float, int, str, int]] = []
-    for order, name in enumerate(costs):
-        for index, (k, larger) in enumerate(zip(hulls[name], hulls[name][1:], strict=False)):
+    steps: list[tuple[float, int, int, str]] = []
+    for order, (name, hull) in enumerate(hulls.items()):
+        for index, (k, larger) in enumerate(pairwise(hull)):
             gain = (losses[name][k] - losses[name][larger]) / (costs[name][larger] - costs[name][k])
-            steps.append((-gain, order * 10**6 + index, name, larger))
+            steps.append((-gain, order, index, name))
     stopped = set()
-    for _, _, name, larger in sorted(steps):
+    for _, _, index, name in sorted(steps):
+        larger = hulls[name][index + 1]
         more = costs[name][larger] - costs[name][chosen[name]]
-        if name in stopped:
-            continue
         if spent + more > budget:
             stopped.add(name)  # a later step of this layer would leave this one out
-            continue
-        chosen[name], spent = larger, spent + more
-    return _fill(chosen, losses, costs, budget - spent)
+        elif name not in stopped:
+            chosen[name], spent = larger, spent + more
+    while True:  # spend what is left where one more expert gains most for its cost
+        ways = []
+        for name, k in chosen.items():
+            if k + 1 < len(losses[name]):
+                more = costs[name][k + 1] - costs[name][k]
+                gain = losses[name][k] - losses[name][k + 1]
+                if spent + more <= budget and (gain > 0 or more <= 0):
+                    ways.append((-gain / more if more > 0 else -math.inf, name, more))
+        if not ways:
+            return chosen
+        _, name, more = min(ways)
+        chosen[name], spent = chosen[name] + 1, spent + more
 
 
 def _hull(losses: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """The choices of k ≥ 1 on the lower convex hull of losses over costs, from the cheapest on."""
+    """Return the choices of k ≥ 1 on the lower convex hull of losses over costs, from the cheapest on."""
     order = sorted(range(1, len(losses)), key=lambda k: (costs[k], losses[k]))
     hull: list[int] = []
     for k in order:
@@ -268,32 +241,3 @@ def _hull(losses: Sequence[float], costs: Sequence[float]) -> list[int]:
             hull.pop()
         hull.append(k)
     return hull
-
-
-def _fill(
-    chosen: dict[str, int],
-    losses: Mapping[str, Sequence[float]],
-    costs: Mapping[str, Sequence[float]],
-    left: float,
-) -> dict[str, int]:
-    """Spend what is left on more experts, one at a time, where that gains most for its cost."""
-
-    def step(name: str) -> tuple[float, str, float] | None:
-        k = chosen[name]
-        if k + 1 >= len(losses[name]):
-            return None
-        more = costs[name][k + 1] - costs[name][k]
-        gain = losses[name][k] - losses[name][k + 1]
-        if gain <= 0 < more:
-            return None
-        return (-gain / more if more > 0 else -math.inf, name, more)
-
-    heap = [entry for name in chosen if (entry := step(name))]
-    heapq.heapify(heap)
-    while heap:
-        _, name, more = heapq.heappop(heap)
-        if more <= left:
-            chosen[name], left = chosen[name] + 1, left - more
-            if entry := step(name):
-                heapq.heappush(heap, entry)
-    return chosen

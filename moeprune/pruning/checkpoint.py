@@ -20,10 +20,10 @@ from moeprune.models.description import our_header, read_description
 from moeprune.models.model import Model, fingerprint, save
 from moeprune.models.opening import open_data_for, open_model
 from moeprune.models.spec import ModelSpec
-from moeprune.plan import SIGNALS, Plan, experts_to_keep, parse_keep, scopes_of
+from moeprune.plan import SIGNALS, Plan, experts_to_keep, scopes_of
 from moeprune.pruning import compensation
-from moeprune.pruning.apply import needs_pass, require_unpruned
-from moeprune.pruning.budgets import plans_for
+from moeprune.pruning.apply import full_plan, needs_pass, require_unpruned
+from moeprune.pruning.budgets import plans_within
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest, SweepRequest
 from moeprune.pruning.results import Pruned, Search, Sweep
@@ -107,14 +107,14 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
 
 def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Plan:
     """Write the pruned checkpoint, if one is asked for; return the plan."""
+    layers = full.config.moe_layers
     if request.plan is not None:
-        plans = [read_plan(request.plan, full.config.moe_layers)]
+        plans = [read_plan(request.plan, layers)]
+    elif request.max_size is None and request.max_flops is None:
+        plans = [full_plan(layers, request.keep, None, request.method)]
     else:
-        keep = None if request.keep is None else parse_keep(request.keep)
-        plans = plans_for(
-            full.config, full.tensors, analysis, request.method, keep=keep, max_size=request.max_size,
-            max_flops=request.max_flops,
-        )  # fmt: skip
+        sizes = request.max_size, request.max_flops
+        plans = plans_within(full.config, full.tensors, analysis, request.method, *sizes)
     plan, with_pass = plans[0], needs_pass(plans[0], request.one_shot)
     if request.output is None:
         return plan
