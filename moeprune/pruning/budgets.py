@@ -157,7 +157,7 @@ def plan_within(
 
 
 def uniform_within(costs: Costs, budget: float) -> dict[str, int] | None:
-    """Return the experts of each layer with the largest affordable share, the same in each, if there is one."""
+    """Return k of each layer for the largest affordable share, the same in each layer, if any."""
     affordable = [experts for experts in _uniform_choices(costs) if costs.of(experts) <= budget * costs.full]
     return affordable[-1] if affordable else None
 

@@ -29,16 +29,7 @@ from moeprune.pruning.request import PruneRequest, SweepRequest
 from moeprune.pruning.results import Pruned, Search, Sweep
 from moeprune.pruning.search import DropLimit, prune_best, prune_within_drop
 from moeprune.pruning.streaming import prune_file
-from moeprune.pruning.sweep import (
-    COMPENSATIONS_TRIED,
-    KEEPS,
-    Variant,
-    grid,
-    methods,
-    on_frontier,
-    sweep,
-    without_large_refits,
-)
+from moeprune.pruning.sweep import COMPENSATIONS_TRIED, KEEPS, Variant, grid, methods, on_frontier, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -195,9 +186,10 @@ def _ways(request: SweepRequest, model: Model) -> list[Variant]:
             "no way to prune has such a scope, signal and compensation",
             "`gram`, `refit` and `merge` need scope static, and `merge` does not go with `gram`",
         )
-    ways, left_out = without_large_refits(ways, model)
+    layers = model.config.moe_layers
+    left_out = [way for way in ways if not compensation.is_affordable(layers, way.plan(layers))]
     if left_out:
         shares = ", ".join(dict.fromkeys(str(way.keep) for way in left_out))
         most = compensation.MAX_REGRESSORS
         logger.warning(f"`refit` is left out at {shares}: it would take more than {most:,} regressors")
-    return ways
+    return [way for way in ways if way not in left_out]

@@ -158,22 +158,22 @@ def refit_kept(stream: Stream) -> None:
 def require_affordable_refits(configs: Mapping[str, LayerConfig], plan: Plan) -> None:
     """Raise a MoepruneError if the refit of a layer would take more than MAX_REGRESSORS regressors."""
     for name, layer in plan.items():
-        if not is_affordable_refit(configs[name], layer):
+        if (regressors := _refit_regressors(configs[name], layer)) > MAX_REGRESSORS:
             raise MoepruneError(
-                f"`refit` of layer `{name}` would take {_refit_regressors(configs[name], layer):,}"
-                f" regressors: {layer.k} experts of width {configs[name].expert_width} are kept; at most"
-                f" {MAX_REGRESSORS:,} are possible",
+                f"`refit` of layer `{name}` would take {regressors:,} regressors: {layer.k} experts of width"
+                f" {configs[name].expert_width} are kept; at most {MAX_REGRESSORS:,} are possible",
                 "keep fewer experts, or give `--compensate affine`",
             )
 
 
-def is_affordable_refit(config: LayerConfig, plan: LayerPlan) -> bool:
-    """Return True if a plan has no refit, or one with MAX_REGRESSORS regressors at most."""
-    is_refit = plan.compensation == "refit" and plan.drops
-    return not is_refit or _refit_regressors(config, plan) <= MAX_REGRESSORS
+def is_affordable(configs: Mapping[str, LayerConfig], plan: Plan) -> bool:
+    """Return True if no refit of the plan takes more than MAX_REGRESSORS regressors."""
+    return all(_refit_regressors(configs[name], plan[name]) <= MAX_REGRESSORS for name in plan)
 
 
 def _refit_regressors(config: LayerConfig, plan: LayerPlan) -> int:
+    if plan.compensation != "refit" or not plan.drops:
+        return 0
     terms = config.num_experts * config.terms_per_expert
     return plan.k * config.expert_width + terms + 2 * config.dim + 1
 

@@ -34,7 +34,7 @@ from moeprune.models.runtime import Runtime
 from moeprune.plan import Method, Plan
 from moeprune.pruning.apply import ALREADY_PRUNED, calibration_data, prune
 from moeprune.pruning.budgets import flops_costs, plan_of_experts, plan_within, size_costs
-from moeprune.pruning.compensation import is_affordable_refit
+from moeprune.pruning.compensation import is_affordable
 from moeprune.pruning.results import Confirmation, Search, TriedPlan
 
 COMPARED_INPUTS = 1000
@@ -73,24 +73,18 @@ def prune_best(
     """Prune by each of several plans, and return the model that agrees with the full one on most inputs.
 
     Args:
-        model: unpruned.
-        plans: at least one.
-        analysis: see moeprune.pruning.apply.prune, as for one_shot, seed and runtime.
-        data: calibration data, or its spec; the analysis's own if it is None.
+        plans: at least one. The other arguments are those of moeprune.pruning.apply.prune.
     """
-    if len(plans) > 1 and data is None:
+    apply = partial(prune, model, analysis, one_shot=one_shot, seed=seed, runtime=runtime)
+    if len(plans) == 1:
+        return apply(plan=plans[0], data=data)
+    if data is None:
         assert analysis is not None
         data = calibration_data(model, analysis)
-    pruned = [
-        prune(model, analysis, plan=plan, data=data, one_shot=one_shot, seed=seed, runtime=runtime)
-        for plan in plans
-    ]
-    if len(pruned) == 1:
-        return pruned[0]
-    assert data is not None
-    dataset = dataset_for(model, data, "calibration")
-    differences = _differences(pruned, model, dataset.sample(COMPARED_INPUTS), runtime)
-    return min(zip(differences, pruned, strict=True), key=lambda pair: pair[0])[1]
+    data = dataset_for(model, data, "calibration")
+    pruned = [apply(plan=plan, data=data) for plan in plans]
+    differences = _differences(pruned, model, data.sample(COMPARED_INPUTS), runtime)
+    return pruned[differences.index(min(differences))]
 
 
 def _differences(
@@ -123,12 +117,10 @@ def prune_within_drop(
     """Return the smallest pruned model (or, unless scope is static, that of least FLOPs) within a drop.
 
     Args:
-        model: unpruned.
         data: labelled; a plan is searched on one half of it and confirmed on the other.
         limit: on the accuracy drop on both halves.
         analysis: of the model, made from other data, which everything is calibrated on; None: the half to
             search is calibrated on.
-        seed: draws the experts of the signal `random`.
 
     Raises:
         MoepruneError: no plan is within the limit, the analysis was made from the same data, or what `prune`
@@ -169,6 +161,7 @@ class _Search:
     """A search among plans, from small to large, that `apply` prunes by.
 
     judged: what was compared with the limit, for each plan that was measured; the larger of both halves.
+    smallest: plan within the limit on the first half so far, and its model.
     """
 
     plans: Sequence[Plan]
@@ -177,7 +170,7 @@ class _Search:
     first: Reference
     tried: dict[int, TriedPlan] = field(default_factory=dict)
     judged: dict[int, float] = field(default_factory=dict)
-    smallest: tuple[int, Model] | None = None  # within the limit on the first half, so far
+    smallest: tuple[int, Model] | None = None
 
     def attempt(self, index: int) -> Model | None:
         """Return the model of a plan if it is within the limit on the first half."""
@@ -220,9 +213,11 @@ class _Search:
                     confidence=self.limit.confidence,
                     bound=None if self.limit.confidence is None else judged,
                 )
-                tried = [self.tried[index] for index in sorted(self.tried)]
-                limit = self.limit.max_accuracy_drop
-                return pruned, Search(max_accuracy_drop=limit, tried=tried, confirmed=confirmed)
+                return pruned, Search(
+                    max_accuracy_drop=self.limit.max_accuracy_drop,
+                    tried=[self.tried[index] for index in sorted(self.tried)],
+                    confirmed=confirmed,
+                )
         return None
 
 
@@ -277,7 +272,6 @@ def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Plan]:
             plan = plan_within(config, costs, costs.of(experts) / costs.full, analysis, method, "keep")
         else:
             plan = plan_of_experts(config, experts, method)
-        is_affordable = all(is_affordable_refit(config.moe_layers[name], plan[name]) for name in plan)
-        if is_affordable and any(layer.drops for layer in plan.values()):
+        if is_affordable(config.moe_layers, plan) and any(layer.drops for layer in plan.values()):
             plans.setdefault(tuple(layer.k for layer in plan.values()), plan)
     return list(plans.values())

@@ -18,7 +18,6 @@ from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
 from moeprune.plan import COMPENSATIONS, Method, Plan, is_possible, uniform_plan
 from moeprune.pruning.apply import calibration_data, prune
-from moeprune.pruning.compensation import is_affordable_refit
 from moeprune.pruning.results import OnFrontier, SweepRow
 
 RANDOM_DRAWS = 10
@@ -68,11 +67,7 @@ def grid(
     compensations: Sequence[str],
     control_scope: str = "static",
 ) -> Iterator[Variant]:
-    """Yield all possible combinations, and as controls random experts and none at all.
-
-    Args:
-        control_scope: of the controls; `static` where the model can be pruned so.
-    """
+    """Yield all possible combinations, and as controls (of this scope) random experts and none at all."""
     every = product(scopes, signals, compensations)
     ways = [way for way in every if way[1] != "random" and is_possible(*way)]
     controls = [c for c in compensations if is_possible(control_scope, "random", c)]
@@ -93,16 +88,6 @@ def methods(keeps: Sequence[Fraction | int], scopes: Sequence[str]) -> Iterator[
                 yield Variant(keep, scope, signal, compensate)
 
 
-def without_large_refits(variants: Iterable[Variant], model: Model) -> tuple[list[Variant], list[Variant]]:
-    """Split off the variants whose `refit` would take too many regressors."""
-    split: tuple[list[Variant], list[Variant]] = [], []
-    layers = model.config.moe_layers
-    for variant in variants:
-        plan = variant.plan(layers)
-        split[not all(is_affordable_refit(layers[name], plan[name]) for name in plan)].append(variant)
-    return split
-
-
 def sweep(
     model: Model,
     variants: Iterable[Variant],
@@ -115,12 +100,9 @@ def sweep(
     """Prune the model in each way and evaluate it on labelled data, one after the other.
 
     Args:
-        model: unpruned.
-        variants: what to try.
-        analysis: of the model; its data is read again to measure layers behind pruned ones.
+        analysis: of the unpruned model; its data is read again to measure layers behind pruned ones.
         data: labelled; what the results are evaluated on.
         seed: of the signal `random`, which is drawn RANDOM_DRAWS times with seeds from this on.
-        runtime: where and how models run.
         latency_batches: batch sizes at which latency is measured; None: it is not.
 
     Yields:
