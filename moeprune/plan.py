@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import msgspec
 
 from moeprune.errors import MoepruneError
-from moeprune.records import Record, from_json, to_json
+from moeprune.records import Record, from_json
 
 SCOPES = ("static", "input", "batch")
 SIGNALS = ("combine", "deviation", "gram", "random")
@@ -109,20 +109,19 @@ class LayerPlan(Record, frozen=True, omit_defaults=False, dict=True):
             raise MoepruneError("`rank` and `energy` do not go together: the energy decides the rank")
 
     def _check_kept(self) -> None:
-        if self.kept is not None:
+        kept, n = self.kept, self.num_experts
+        if kept is not None:
             if self.scope != "static":
                 raise MoepruneError("`kept` goes with scope `static` only")
-            fits = len(self.kept) == self.k and all(j < self.num_experts for j in self.kept)
-            if not fits or list(self.kept) != sorted(set(self.kept)):
+            if len(kept) != self.k or list(kept) != sorted(set(kept)) or any(j >= n for j in kept):
                 raise MoepruneError(
-                    f"`kept` is {list(self.kept)}, expected {self.k} different experts below"
-                    f" {self.num_experts}, ascending"
+                    f"`kept` is {list(kept)}, expected {self.k} different experts below {n}, ascending"
                 )
         if self.merged_into is not None:
-            if self.compensation != "merge" or self.kept is None:
+            if self.compensation != "merge" or kept is None:
                 raise MoepruneError("`merged_into` goes with compensation `merge`, and `kept`")
-            dropped = self.num_experts - self.k  # may be so many that they must not be listed
-            if len(self.merged_into) != dropped or not set(self.merged_into) <= set(self.kept):
+            dropped = n - self.k  # may be so many that they must not be listed
+            if len(self.merged_into) != dropped or not set(self.merged_into) <= set(kept):
                 raise MoepruneError(
                     f"`merged_into` is {list(self.merged_into)}, expected a kept expert for each of the"
                     f" {dropped} dropped ones"
@@ -169,7 +168,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False, dict=True):
     @property
     def routed_experts(self) -> int:
         """Number of experts that the router has columns for: all, unless the router itself is cut."""
-        return self.k if self.scope == "static" and self.compensation == "renorm" else self.num_experts
+        return self.stored_experts if self.compensation == "renorm" else self.num_experts
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -178,9 +177,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False, dict=True):
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """With scope `static`, the experts in the order of the router's columns: the kept ones first, or with
-        `merge` group by group.
-        """
+        """With scope `static`, the experts in the order of the router's columns: kept first, or by groups."""
         if self.merges:
             return tuple(j for group in self.groups for j in group)
         kept = self.kept or ()
@@ -232,8 +229,6 @@ def uniform_plan(
 
     Args:
         layers: the number of experts of each layer.
-        keep: as `parse_keep` returns it.
-        method: of all layers.
         option: the name of keep in messages.
 
     Raises:
@@ -243,12 +238,7 @@ def uniform_plan(
 
 
 def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
-    """Raise a MoepruneError that names a layer of the plan that does not fit the model.
-
-    Args:
-        plan: to check.
-        layers: the configuration of each of the model's layers (moeprune.layers.config.LayerConfig).
-    """
+    """Raise a MoepruneError that names a layer of the plan that does not fit the model's (LayerConfig)."""
     for name, layer in plan.items():
         if name not in layers:
             raise MoepruneError(
@@ -264,17 +254,8 @@ def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
             raise MoepruneError(f"layer `{name}` {reason}")
 
 
-def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON values, which `plan_from_json` reads."""
-    return to_json(plan)
-
-
 def plan_from_json(value: Any) -> Plan:
-    """Read a plan from JSON values.
-
-    Raises:
-        MoepruneError: an unknown or missing key, or a value that does not fit.
-    """
+    """Read a plan from JSON values, or raise a MoepruneError that names the layer."""
     if not isinstance(value, Mapping):
         raise MoepruneError(f"plan: found {type(value).__name__}, expected an object of layers")
     plan: Plan = {}

@@ -314,11 +314,11 @@ def test_a_static_budget_needs_an_analysis(vit, run, tmp_path):
 def test_plans_yet_to_be_chosen_are_no_checkpoint(vit, tmp_path):
     from moeprune.files import checkpoint
     from moeprune.files.header import read_header
-    from moeprune.plan import plan_to_json
+    from moeprune.records import to_json
 
     header = read_header(vit)
     plan = {"blocks.1.soft_moe": LayerPlan("static", 2, 64, "combine", "none")}
-    metadata = {**header.metadata, "plan": plan_to_json(plan)}
+    metadata = {**header.metadata, "plan": to_json(plan)}
     checkpoint.write(tmp_path / "x.safetensors", checkpoint.read_tensors(header), metadata)
     with pytest.raises(MoepruneError, match="lacks `kept`"):
         moeprune.load(tmp_path / "x.safetensors")

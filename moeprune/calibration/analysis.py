@@ -33,10 +33,7 @@ WORKSPACE = 2 << 30
 
 
 class Origin(Record, frozen=True, omit_defaults=False):
-    """What an analysis was made from.
-
-    checkpoint: fingerprint of the unpruned model. data: what was read. moeprune: the version.
-    """
+    """What an analysis was made from; checkpoint: fingerprint of the unpruned model; moeprune: version."""
 
     checkpoint: str
     data: DataInfo
@@ -105,7 +102,7 @@ def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
 def measure_sensitivity(
     model: Model, statistics: Mapping[str, LayerStatistics], data: Dataset, runtime: Runtime
 ) -> dict[str, Tensor]:
-    """Measure how much a model's output changes for each unit of squared error in a layer's output (scalars).
+    """Measure how much a model's output changes for each unit of squared error in a layer's (scalars).
 
     Each layer is pruned by itself, to an eighth of its experts with `mean`, and the mean divergence of
     PROBE_INPUTS predictions is divided by the layer's error, which the Gram matrix tells. Layers that cannot
@@ -115,7 +112,6 @@ def measure_sensitivity(
         model: a private copy of the unpruned one, on the runtime's device.
         statistics: of all its layers.
         data: to draw inputs from.
-        runtime: where and how models run.
     """
     probes, errors = {}, {}
     for name, layer in model.moe_layers.items():
@@ -124,10 +120,11 @@ def measure_sensitivity(
         n = layer.config.num_experts
         kept = statistics[name].best_kept(n // 8, "mean")
         plan = LayerPlan("static", n // 8, n, "gram", "mean", kept)
-        errors[name] = statistics[name].gram_mean.double()[list(plan.dropped)][:, list(plan.dropped)].sum()
+        dropped = list(plan.dropped)
+        errors[name] = statistics[name].gram_mean.double()[dropped][:, dropped].sum()
         probes[name] = private_copy(model)
-        probe = prune_layer(layer, plan, Calibrated(term_mean=statistics[name].term_mean))
-        probes[name].set_submodule(name, probe)
+        pruned = prune_layer(layer, plan, Calibrated(term_mean=statistics[name].term_mean))
+        probes[name].set_submodule(name, pruned)
     changes = divergences(probes, model, data.sample(PROBE_INPUTS), runtime, "probe layers")
     tiny = torch.finfo(torch.float32).tiny
     return {name: (change / errors[name].clamp_min(tiny)).float() for name, change in changes.items()}
@@ -187,13 +184,7 @@ def _layer(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LayerS
 def require_analysis_of(
     layers: Mapping[str, LayerConfig], fingerprint: str, analysis: Analysis | None
 ) -> None:
-    """Raise a MoepruneError if the analysis was made for a checkpoint of another fingerprint, or damaged.
-
-    Args:
-        layers: of the unpruned checkpoint.
-        fingerprint: of the unpruned checkpoint.
-        analysis: None fits any.
-    """
+    """Raise a MoepruneError if the analysis, if any, is not of the unpruned checkpoint with these layers."""
     if analysis is None:
         return
     found = analysis.origin.checkpoint

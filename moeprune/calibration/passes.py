@@ -5,9 +5,10 @@ Axes: b inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -38,8 +39,6 @@ def measure(
     Args:
         model: a private copy; it is moved to the runtime's device.
         names: of dense layers.
-        data: labels are not needed.
-        runtime: where and how the model runs.
         what: the progress bar's title.
         accumulator: makes one for a layer.
     """
@@ -72,10 +71,7 @@ def divergences(
     head, the change of the features as a share of their square.
 
     Args:
-        models: private copies on the runtime's device, like full.
-        full: the unpruned model.
-        data: labels are not used.
-        runtime: where and how models run.
+        models, full: private copies on the runtime's device.
         what: the progress bar's title.
     """
     changes = {name: torch.zeros((), dtype=torch.float64) for name in models}
@@ -109,27 +105,19 @@ def observe_layers(
 ) -> None:
     """Run the model on inputs as far as the named layers and hand each one's observation over."""
     waiting = set(names)
+    layers: dict[str, MoELayer] = {name: model.get_submodule(name) for name in names}  # type: ignore[misc]
 
-    def observer(name: str) -> Callable[[Observation], None]:
-        def seen(observation: Observation) -> None:
-            observe(name, observation)
-            waiting.discard(name)
-            if not waiting:
-                raise StopForward
+    def seen(name: str, observation: Observation) -> None:
+        observe(name, observation)
+        waiting.discard(name)
+        if not waiting:
+            raise StopForward
 
-        return seen
-
-    with _observing(model, {name: observer(name) for name in names}), suppress(StopForward):
-        runtime.forward(model, inputs)
-
-
-@contextmanager
-def _observing(model: nn.Module, observers: Mapping[str, Callable[[Observation], None]]) -> Iterator[None]:
-    layers: dict[str, MoELayer] = {name: model.get_submodule(name) for name in observers}  # type: ignore[misc]
-    for name, observer in observers.items():
-        layers[name].observer = observer
     try:
-        yield
+        for name, layer in layers.items():
+            layer.observer = partial(seen, name)
+        with suppress(StopForward):
+            runtime.forward(model, inputs)
     finally:
-        for name in observers:
-            layers[name].observer = None
+        for layer in layers.values():
+            layer.observer = None

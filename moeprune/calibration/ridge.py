@@ -6,7 +6,7 @@ huge, and all noise). Of the lambdas whose error on held-out inputs is least, up
 is to gain, the strongest is taken: that makes coefficients several times smaller, which narrow floats need.
 lambda → infinity leaves V = 0.
 
-Axes: q regressors, o targets, r problems with the same regressors.
+Axes: q regressors, o targets.
 """
 
 from __future__ import annotations
@@ -33,29 +33,24 @@ class Equations(NamedTuple):
         return Equations(self.power + other.power, self.cross + other.cross)
 
     def scaled(self, scale: Tensor) -> Equations:
-        """Of the same problem with each column of R divided by its scale (q)."""
+        """Return the equations with each column of R divided by its scale (q)."""
         return Equations(self.power / (scale[:, None] * scale), self.cross / scale[:, None])
 
 
 def column_scale(power: Tensor, kinds: Sequence[int]) -> Tensor:
-    """What to divide each column of R by (q).
-
-    Args:
-        power: RᵀR (q,q).
-        kinds: how many columns there are of each kind, in their order.
-    """
+    """Return what to divide each column of R by (q), from RᵀR (q,q) and the number of each kind."""
     parts = power.diagonal().sqrt().split(list(kinds))
     tiny = torch.finfo(power.dtype).tiny ** 0.25  # whose square a column without any power is divided by
     return torch.cat([part.clamp_min(max(WEAKEST * float(part.max()), tiny)) for part in parts])
 
 
 def solve_held_out(first: Equations, second: Equations, kinds: Sequence[int] | None = None) -> Tensor:
-    """V (q,o) of the ridge regression on two halves of the data together, in float64.
+    """Return V (q,o) of the ridge regression on two halves of the data together.
 
     lambda is chosen by fitting one half and measuring the error on the other, both ways.
 
     Args:
-        first, second: the halves, on the CPU in float64.
+        first, second: the halves, on the CPU in float64, like the result.
         kinds: how many columns of R are of each kind, in their order; None: all of one.
     """
     both = first + second
@@ -67,7 +62,7 @@ def solve_held_out(first: Equations, second: Equations, kinds: Sequence[int] | N
 
 
 def choose_ridge(first: Equations, second: Equations) -> float | None:
-    """lambda for the sum of two scaled halves; None where every one does harm."""
+    """Return lambda for the sum of two scaled halves; None where every one does harm."""
     gains = torch.zeros(len(LAMBDAS), dtype=torch.float64)  # over V = 0, on the inputs not fitted
     for fitted, held_out in ((first, second), (second, first)):
         values, vectors = torch.linalg.eigh(fitted.power)
@@ -82,6 +77,6 @@ def choose_ridge(first: Equations, second: Equations) -> float | None:
 
 
 def solve(equations: Equations, ridge: float) -> Tensor:
-    """V (q,o) of one ridge regression."""
+    """Return V (q,o) of one ridge regression."""
     identity = torch.eye(len(equations.power), dtype=equations.power.dtype)
     return torch.linalg.solve(equations.power + ridge * identity, equations.cross)

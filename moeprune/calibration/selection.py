@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def drop_order(gram: Tensor, num_experts: int, mass: Tensor | None = None) -> tuple[list[int], list[float]]:
-    """Backward elimination: drop the expert that adds least error, again and again.
+    """Do backward elimination: drop the expert that adds least error, again and again.
 
     Args:
         gram: G (r,r), whose first n rows are of the experts.
@@ -44,15 +44,14 @@ def drop_order(gram: Tensor, num_experts: int, mass: Tensor | None = None) -> tu
 
 
 def best_kept(gram: Tensor, num_experts: int, k: int, mass: Tensor | None = None) -> tuple[int, ...]:
-    """The k experts to keep, ascending, of all sets that no exchange of two experts betters.
+    """Return the k experts to keep, ascending, of all sets that no exchange of two experts betters.
 
     Starts with backward elimination, then exchanges the two whose exchange gains most while one gains.
 
     Args:
-        gram: G (r,r), whose first n rows are of the experts.
+        gram, mass: as in drop_order.
         num_experts: n.
         k: 0 to n.
-        mass: with `renorm` the mean combine mass of each expert (n).
     """
     n = num_experts
     gram, mass = gram.double(), _mass_or_zeros(mass, n)
@@ -83,5 +82,5 @@ def _mass_or_zeros(mass: Tensor | None, num_experts: int) -> Tensor:
 
 
 def _divided(lost: Tensor, left: Tensor) -> Tensor:
-    """What is lost, divided by the square of the mass that is left."""
+    """Return what is lost, divided by the square of the mass that is left."""
     return lost / left.clamp_min(1e-12).square()

@@ -19,10 +19,9 @@ from moeprune.layers.scores import rank
 
 MASS_LEVELS = (0.5, 0.9, 0.99)
 INFORMATIVE_MASS = 0.45
-"""Mass of an input's best n/8 experts from which on the signal `combine` is called informative: on the
+"""Mass of the best n/8 experts at or above which the signal `combine` is considered informative: on the
 digits the paper's rule kept 97 % of the accuracy and more above it, 44 to 84 % below it
 (tests/benchmarks/sharpness.py)."""
-
 
 AXES = {
     "mean_mass": "n", "term_mean": "npo", "deviation": "n", "max_mass": "n", "rank_frequency": "nn",
@@ -53,23 +52,20 @@ class LayerMoments:
 
 @dataclass(frozen=True)
 class LayerStatistics(LayerMoments):
-    """The moments, and what a person or a planner wants to know beside them.
+    """The moments, and what reports and planning take beside them.
 
     max_mass: the largest mass of each expert over inputs (n).
-    rank_frequency: row r, column j: share of inputs whose r-th best expert is j (n,n). The sum of
-        the first k rows is how often an expert is among the best k.
+    rank_frequency: row r, column j: share of inputs whose r-th best expert is j (n,n).
     kept_mass: entry k-1: mean mass of the best k experts of an input (n).
     experts_for_mass: mean number of an input's experts that hold each of MASS_LEVELS (3).
-    class_mass: mean mass of each expert over the inputs of a class (classes,n); no rows without
-        labels.
+    class_mass: mean mass of each expert over the inputs of a class (classes,n); no rows without labels.
     gram: G_jl = E <R_j, R_l> (n,n), where R_j is what expert j adds: the expected squared error of the
         layer's output when the set Z is dropped is exactly the sum of G over Z×Z.
     gram_renorm, gram_mean, gram_lstsq, gram_affine: the same for what is lost under a compensation
         (n,n). For `renorm` that is C_j·(f_j - Y), the error but for the division by the kept mass of each
         token; for `lstsq` and `affine` what a regression on one half of the inputs leaves on the other.
-    sensitivity: how much the model's output changes for each unit of squared error in the layer's (scalar):
-        the divergence of the predictions from the full model's in nats, measured with this layer alone
-        pruned.
+    sensitivity: divergence of the model's predictions in nats for each unit of squared error in the layer's
+        output (scalar), measured with this layer alone pruned.
     """
 
     max_mass: Tensor
@@ -85,25 +81,23 @@ class LayerStatistics(LayerMoments):
     sensitivity: Tensor
 
     def gram_under(self, compensation: str) -> Tensor:
-        """The Gram matrix (n,n) of what is lost under a compensation; `refit` gives some of it back. That of
-        `mean` stands in for `merge`.
-        """
+        """Return a Gram matrix (n,n) of what is lost: `affine` stands for `refit`, `mean` for `merge`."""
         compensation = {"refit": "affine", "merge": "mean"}.get(compensation, compensation)
         return self.gram if compensation == "none" else getattr(self, f"gram_{compensation}")
 
     def best_kept(self, k: int, compensation: str) -> tuple[int, ...]:
-        """The k experts to keep for all inputs, by the error that they leave."""
+        """Return the k experts to keep for all inputs, by the error that they leave."""
         return best_kept(self.gram_under(compensation), self.num_experts, k, self._mass(compensation))
 
     def errors(self, compensation: str) -> list[float]:
-        """The least error of the layer's output that is found with n, n-1, … 0 experts kept (n + 1)."""
+        """Return the least error of the layer's output found with n, n-1, … 0 experts kept (n + 1)."""
         return drop_order(self.gram_under(compensation), self.num_experts, self._mass(compensation))[1]
 
     def _mass(self, compensation: str) -> Tensor | None:
         return self.mean_mass if compensation == "renorm" else None
 
     def top_k_frequency(self, k: int) -> Tensor:
-        """How often each expert is among the best k of an input: shares (n)."""
+        """Return how often each expert is among the best k of an input: shares (n)."""
         return self.rank_frequency[:k].sum(0)
 
 
@@ -133,7 +127,7 @@ class MomentsAccumulator:
         self.weighted_squares += squares
 
     def moments(self) -> dict[str, Tensor]:
-        """The fields of LayerMoments."""
+        """Return the fields of LayerMoments."""
         # A term without any weight (it underflowed) has no mean; zero is as good as any.
         weights = self.weights.clamp_min(torch.finfo(self.dtype).tiny)
         term_mean = self.weighted_outputs / weights[..., None]
@@ -142,7 +136,7 @@ class MomentsAccumulator:
         return {"mean_mass": self.mass / self.samples, "term_mean": term_mean, "deviation": variance.sqrt()}
 
     def result(self) -> LayerMoments:
-        """The moments of all inputs so far."""
+        """Return the moments of all inputs so far."""
         return LayerMoments(**_on_cpu(self.moments()))
 
 
@@ -169,7 +163,10 @@ class StatisticsAccumulator(MomentsAccumulator):
         self._add_ranks(mass)
         if labels is not None:
             self._add_classes(mass, labels)
-        self._add_grams(observation)
+        self.gram_renorm += observation.renorm_gram(self.dtype)
+        members = halves(self.samples - len(mass), len(mass))
+        for contributions, index in zip(self.halves, members, strict=True):
+            contributions.add(observation.select(index.to(mass.device)))
 
     def _add_ranks(self, mass: Tensor) -> None:
         n = mass.shape[1]
@@ -191,37 +188,29 @@ class StatisticsAccumulator(MomentsAccumulator):
         self.class_mass.index_add_(0, labels, mass)
         self.class_samples.index_add_(0, labels, torch.ones_like(labels))
 
-    def _add_grams(self, observation: Observation) -> None:
-        self.gram_renorm += observation.renorm_gram(self.dtype)
-        members = halves(self.samples - len(observation.mass), len(observation.mass))
-        for contributions, index in zip(self.halves, members, strict=True):
-            contributions.add(observation.select(index.to(observation.mass.device)))
-
     def result(self) -> LayerStatistics:
-        """The statistics of all inputs so far."""
+        """Return the statistics of all inputs so far."""
         n = len(self.mass)
+        first, second = self.halves
+        moments = self.moments()
+        mean = moments["term_mean"].to("cpu", torch.float64)
+        gram = (first.gram + second.gram)[:n, :n]
         sums = {
             "rank_frequency": self.rank_counts.view(n, n),
             "kept_mass": self.kept_mass,
             "experts_for_mass": self.experts_for_mass,
-            **self._grams(),
+            "gram": gram,
+            "gram_renorm": self.gram_renorm + gram,
         }
-        fields = {name: total / self.samples for name, total in sums.items()}
-        fields["max_mass"] = self.max_mass
-        fields["sensitivity"] = self._zeros()  # not known yet
-        fields["class_mass"] = self.class_mass / self.class_samples.clamp_min(1)[:, None]
-        return LayerStatistics(**_on_cpu(self.moments() | fields))
-
-    def _grams(self) -> dict[str, Tensor]:
-        n = len(self.mass)
-        first, second = self.halves
-        gram = (first.gram + second.gram)[:n, :n]
-        term_mean = self.moments()["term_mean"].to("cpu", torch.float64)
-        lost = {
-            f"gram_{compensation}": lost_gram(first, second, term_mean, compensation)[:n, :n]
-            for compensation in ("mean", "lstsq", "affine")
+        for compensation in ("mean", "lstsq", "affine"):
+            sums[f"gram_{compensation}"] = lost_gram(first, second, mean, compensation)[:n, :n]
+        others = {
+            "max_mass": self.max_mass,
+            "sensitivity": self._zeros(),  # not known yet
+            "class_mass": self.class_mass / self.class_samples.clamp_min(1)[:, None],
         }
-        return {"gram": gram, "gram_renorm": self.gram_renorm + gram, **lost}
+        means = {name: total / self.samples for name, total in sums.items()}
+        return LayerStatistics(**_on_cpu(moments | means | others))
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -229,13 +218,9 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def summarize(statistics: LayerStatistics, scopes: tuple[str, ...]) -> LayerSummary:
-    """Summarize a layer for a report.
+    """Summarize a layer that can be pruned in some scopes, for a report.
 
-    Args:
-        scopes: in which the layer can be pruned.
-
-    Returns:
-        The summary; `informative` means a mass of INFORMATIVE_MASS and twice a uniform router's, or more.
+    `informative` means a mass of INFORMATIVE_MASS and twice a uniform router's, or more.
     """
     n = statistics.num_experts
     eighth = max(1, n // 8)

@@ -30,12 +30,12 @@ CHUNK = 2**24
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest float that sums over a data set can be kept in on a device."""
+    """Return the widest float that sums over a data set can be kept in on a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def half_of(first: int, count: int) -> Tensor:
-    """In which half, 0 or 1, the inputs first, first + 1, … are (count): by the hash of their number."""
+    """Return in which half, 0 or 1, the inputs first, first + 1, … are (count), by hash of their number."""
     mixed = torch.arange(first, first + count)
     for multiplier in (0x45D9F3B, 0x119DE1F3):
         mixed = ((mixed ^ (mixed >> 16)) * multiplier) % 2**32
@@ -43,7 +43,7 @@ def half_of(first: int, count: int) -> Tensor:
 
 
 def halves(first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Which of the inputs first, first + 1, … are in either half: their places from 0 on, ascending."""
+    """Return the places, from 0 on, of those of the inputs first, first + 1, … that are in either half."""
     half = half_of(first, count)
     return (half == 0).nonzero().flatten(), (half == 1).nonzero().flatten()
 
@@ -88,13 +88,8 @@ class Contributions:
             self.gram[n, n] += gap.square().sum(dtype=self.gram.dtype)
 
     def equations(self, dropped: Sequence[int], term_mean: Tensor) -> Equations:
-        """Of the regression on the gap and what the dropped experts add beside their means.
-
-        Args:
-            term_mean: mu (n,p,o).
-
-        Returns:
-            On the CPU in float64.
+        """Return the equations of the gap, and of what dropped experts add beside their means mu (n,p,o), on the
+        CPU in float64.
         """
         index = torch.tensor(dropped, dtype=torch.int64, device=self.cross.device)
         n, p, out = term_mean.shape
@@ -106,7 +101,7 @@ class Contributions:
 
 
 def lost_gram(first: Contributions, second: Contributions, term_mean: Tensor, compensation: str) -> Tensor:
-    """Gram matrix (n+1,n+1) of what is lost of each expert's contribution under a compensation.
+    """Return the Gram matrix (n+1,n+1) of what is lost of each expert's contribution under a compensation.
 
     Args:
         first, second: two halves of the inputs.
@@ -115,16 +110,14 @@ def lost_gram(first: Contributions, second: Contributions, term_mean: Tensor, co
             is measured on the other, both ways; `refit` is taken for `affine`.
 
     Returns:
-        The sum over the inputs of both, in float64 on the CPU. The last row and column are the gap's. NaN
-        where the sums are not finite.
+        The sum over the inputs of both, in float64 on the CPU, the gap last; NaN where sums are not finite.
     """
     n, p, out = term_mean.shape
     parts = [_on_cpu(half, compensation) for half in (first, second)]
     if not all(power.isfinite().all() and gram.isfinite().all() for power, _, gram in parts):
         return torch.full((n + 1, n + 1), torch.nan, dtype=torch.float64)
     q = len(parts[0][0])
-    scale = torch.ones(q, dtype=torch.float64)
-    ridge = None
+    scale, ridge = torch.ones(q, dtype=torch.float64), None
     if compensation != "mean":
         kinds = first.kinds if compensation in AFFINE else first.kinds[:1]
         scale = column_scale(parts[0][0] + parts[1][0], kinds)
@@ -132,43 +125,41 @@ def lost_gram(first: Contributions, second: Contributions, term_mean: Tensor, co
         cut = [Equations(power[:q, :q], cross[:q]).scaled(scale) for power, cross in everything]
         ridge = choose_ridge(*cut)
     scaled_powers = [power / (scale[:, None] * scale) for power, _, _ in parts]
-    factors: list[Tensor | None] = [None, None]
+    factors = []
     if ridge is not None:
-        identity = torch.eye(q, dtype=torch.float64)
-        factors = [torch.linalg.cholesky(power + ridge / 2 * identity) for power in scaled_powers]
+        ridges = ridge / 2 * torch.eye(q, dtype=torch.float64)
+        factors = [torch.linalg.cholesky(power + ridges) for power in scaled_powers]
     lost = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     step = max(1, CHUNK // ((n + 1) * q))
     for start in range(0, out, step):
         means = term_mean[:, :, start : start + step].double()
-        crosses, fits = [], []
-        for (power, cross, _), factor in zip(parts, factors, strict=True):
+        crosses = []
+        for power, cross, _ in parts:
             own = cross[:, :, start : start + step].to("cpu", torch.float64)
             lost -= _with_means(power, own, means)
             own[:n] -= torch.einsum("qjp,jpo->jqo", power[:, : n * p].unflatten(1, (n, p)), means)
             own /= scale[:, None]
             crosses.append(own)
-            if factor is not None:
-                columns = own.transpose(0, 1).flatten(1)  # (q,(n+1)·o)
-                fits.append(torch.cholesky_solve(columns, factor).unflatten(1, (n + 1, -1)).transpose(0, 1))
         others = reversed(crosses), reversed(scaled_powers)
-        for fit, measured, scaled in zip(fits, *others, strict=False):
+        for factor, fitted, measured, scaled in zip(factors, crosses, *others, strict=False):
+            columns = fitted.transpose(0, 1).flatten(1)  # (q,(n+1)·o)
+            fit = torch.cholesky_solve(columns, factor).unflatten(1, (n + 1, -1)).transpose(0, 1)
             of_both = torch.einsum("jqo,lqo->jl", measured, fit)
             lost += torch.einsum("jqo,lqo->jl", fit, scaled @ fit) - of_both - of_both.mT
     return lost + parts[0][2] + parts[1][2]
 
 
 def _on_cpu(half: Contributions, compensation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Power, cross and gram with the regressors of a compensation; of cross a view where it lies."""
+    """Return power, cross and gram with the regressors of a compensation; of cross a view where it lies."""
     q = sum(half.kinds) if compensation in AFFINE else half.kinds[0]
     power = half.power[:q, :q].to("cpu", torch.float64)
     return power, half.cross[:, :q], half.gram.to("cpu", torch.float64)
 
 
 def _with_means(power: Tensor, cross: Tensor, means: Tensor) -> Tensor:
-    """What subtracting C_j·mu_j from each expert's contribution takes off the Gram matrix (n+1,n+1).
+    """Return what subtracting C_j·mu_j from each expert's contribution takes off the Gram matrix (n+1,n+1).
 
-    Args:
-        power: (q,q). cross: (n+1,q,o). means: mu (n,p,o).
+    power: (q,q). cross: (n+1,q,o). means: mu (n,p,o).
     """
     n, p, _ = means.shape
     taken = torch.zeros(n + 1, n + 1, dtype=power.dtype)

@@ -20,7 +20,7 @@ from moeprune.models.cost import size_and_cost
 from moeprune.models.details import FORMAT, Details
 from moeprune.models.results import ModelCost, Reading
 from moeprune.models.tensors import require_one_type
-from moeprune.plan import Plan, plan_to_json
+from moeprune.plan import Plan
 from moeprune.records import to_json
 
 if TYPE_CHECKING:  # a config builds its model, not the other way round
@@ -161,7 +161,7 @@ def save(model: Model, path: str | Path, overwrite: bool = True) -> None:
         "architecture": model.config.to_json(),
         "preprocessing": to_json(model.details.preprocessing),
         "source": model.details.source,
-        "plan": plan_to_json(model.plan),
+        "plan": to_json(model.plan),
         "provenance": model.details.provenance,
     }
     checkpoint.write(path, tensors, metadata, overwrite)

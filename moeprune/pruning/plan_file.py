@@ -18,7 +18,8 @@ from moeprune.files.header import read_header
 from moeprune.files.reading import read_json
 from moeprune.files.writing import write_text
 from moeprune.layers.interface import LayerConfig
-from moeprune.plan import Plan, plan_from_json, plan_to_json, require_fitting_plan
+from moeprune.plan import Plan, plan_from_json, require_fitting_plan
+from moeprune.records import to_json
 
 SCHEMA_VERSION = 1
 DEFAULTS = {"scope": "static", "signal": "combine", "compensation": "none"}
@@ -30,7 +31,7 @@ def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
     Raises:
         MoepruneError: the path cannot be written, or exists and may not be replaced.
     """
-    layers = [f"    {json.dumps(name)}: {json.dumps(layer)}" for name, layer in plan_to_json(plan).items()]
+    layers = [f"    {json.dumps(name)}: {json.dumps(layer)}" for name, layer in to_json(plan).items()]
     lines = ["{", f'  "schema_version": {SCHEMA_VERSION},', '  "plan": {', ",\n".join(layers), "  }", "}"]
     write_text(Path(path), "\n".join(lines) + "\n", overwrite)
 

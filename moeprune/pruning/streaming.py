@@ -20,7 +20,7 @@ from moeprune.layers.interface import LayerConfig
 from moeprune.layers.surgery import Calibrated, prune_tensors
 from moeprune.models.description import read_description
 from moeprune.models.runtime import Runtime
-from moeprune.plan import LayerPlan, Method, Plan, plan_to_json
+from moeprune.plan import LayerPlan, Method, Plan
 from moeprune.pruning.apply import (
     choose_experts,
     full_plan,
@@ -74,7 +74,7 @@ def prune_file(
         entries |= _pruned_entries(header, tensors, name, config.moe_layers[name], plan[name], moments)
     made = provenance(source_fingerprint, plan, analysis, None, seed, Runtime())
     assert header.metadata is not None
-    metadata = header.metadata | {"plan": plan_to_json(plan), "provenance": details.provenance | made}
+    metadata = header.metadata | {"plan": to_json(plan), "provenance": details.provenance | made}
     if preprocessing is not None:
         metadata["preprocessing"] = to_json(preprocessing)
     checkpoint.write(target, entries, metadata, overwrite)
