@@ -88,8 +88,8 @@ class Contributions:
             self.gram[n, n] += gap.square().sum(dtype=self.gram.dtype)
 
     def equations(self, dropped: Sequence[int], term_mean: Tensor) -> Equations:
-        """Return the equations of the gap, and of what dropped experts add beside their means mu (n,p,o), on the
-        CPU in float64.
+        """Return the equations, on the CPU in float64, of the regression on the gap and what dropped experts
+        add beside their means mu (n,p,o).
         """
         index = torch.tensor(dropped, dtype=torch.int64, device=self.cross.device)
         n, p, out = term_mean.shape

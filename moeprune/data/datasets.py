@@ -99,12 +99,11 @@ class Dataset:
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Iterate over the samples in a fixed order, reading one batch ahead in a thread.
 
-        The first whole pass checks and hashes the samples in that thread; later passes do not, unless
-        the files have changed.
+        The first whole pass checks and hashes the samples in that thread; later passes do not, unless the
+        files have changed.
 
         Raises:
-            MoepruneError: NaN or infinite inputs, labels outside the classes, or what reading the
-                file raises.
+            MoepruneError: NaN or infinite inputs, labels outside the classes, or an unreadable file.
         """
         versions = [version_of(path) for path in self.source.files]
         places = range(0, self.samples, batch_size)
@@ -153,8 +152,7 @@ def open_data(
         limit: take at most this many samples, drawn with a fixed seed.
 
     Raises:
-        MoepruneError: an unknown spec or split, or a file or folder that is missing, damaged, or does
-            not fit the model.
+        MoepruneError: an unknown spec or split, or a file or folder that is missing, damaged or does not fit.
     """
     name, _, spec_split = spec.partition(":")
     if split is not None and split not in SPLITS:
@@ -175,12 +173,7 @@ def open_data(
 
 
 def from_tensors(spec: str, inputs: Tensor, labels: Tensor | None, classes: int) -> Dataset:
-    """Return a data set in memory, of inputs (n,c,H,W) as the model takes them and labels (n,).
-
-    Args:
-        spec: its name in messages.
-        classes: of the model.
-    """
+    """Return a data set in memory, of inputs (n,c,H,W) as the model takes them and labels (n,)."""
     used = labels if classes else None
 
     def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:

@@ -66,11 +66,7 @@ def of_median(values: Sequence[float]) -> Evidence:
 def samples_needed(evidence: Evidence, limit: float, confidence: float) -> int | None:
     """Return how many samples with the same rates would have a bound that keeps the limit.
 
-    Args:
-        evidence: its own bound is beyond the limit.
-
-    Returns:
-        A number above that of the evidence; None if MOST_SAMPLES are too few.
+    That of the evidence does not. None if MOST_SAMPLES are too few.
 
     >>> samples_needed(of_share(100, 100), 0.98, 0.95)
     149
@@ -103,7 +99,7 @@ class Gate:
         return "--" + self.name.replace("_", "-")
 
     def keeps(self, value: float, limit: float) -> bool:
-        """Return whether a value keeps a limit."""
+        """Return True if a value keeps a limit."""
         return value <= limit if self.is_maximum else value >= limit
 
     def worst(self, values: Sequence[float]) -> float:
@@ -122,20 +118,15 @@ GATES = (
 
 
 def check_limits(
-    limits: Mapping[str, float | None], has_baseline: bool, has_latency: bool, confidence: float | None = None
+    limits: Mapping[str, float], has_baseline: bool, has_latency: bool, confidence: float | None
 ) -> None:
-    """Refuse limits that cannot be judged, before anything is computed.
+    """Raise a MoepruneError for limits (fractions or ratios by gate name) that cannot be judged.
 
-    Args:
-        limits: fractions or ratios by gate name; None for no limit.
-        confidence: of the bounds to judge; None: measured values are judged.
-
-    Raises:
-        MoepruneError: a limit is out of range, or needs a baseline or latency that is missing; the
-            confidence is out of range or comes without a limit.
+    They are out of range, or need a baseline or latency that is missing; or the confidence is out of range or
+    comes without a limit.
     """
     check_confidence(confidence)
-    if confidence is not None and all(limit is None for limit in limits.values()):
+    if confidence is not None and not limits:
         raise MoepruneError("`--confidence` goes with a gate", "add one, such as `--max-accuracy-drop 0.01`")
     for gate in GATES:
         limit = limits.get(gate.name)
@@ -162,14 +153,9 @@ def check_confidence(confidence: float | None) -> None:
 
 
 def judge(
-    evaluation: Evaluation, limits: Mapping[str, float | None], confidence: float | None = None
+    evaluation: Evaluation, limits: Mapping[str, float], confidence: float | None = None
 ) -> list[GateResult]:
-    """Judge the gates that have a limit.
-
-    Args:
-        limits: by gate name; None for no limit.
-        confidence: of the bounds to judge; None: measured values are judged.
-    """
+    """Judge the gates that have a limit: by measured values, or by their bounds at a confidence."""
     results = []
     for gate in GATES:
         limit = limits.get(gate.name)

@@ -34,8 +34,8 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Return the interval of the difference of two shares (first - second) from counts of the same trials.
 
-    Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions
-    based on paired data", method 10.
+    Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on
+    paired data", method 10.
     """
     trials = both + only_first + only_second + neither
     first, second = (both + only_first) / trials, (both + only_second) / trials
@@ -111,8 +111,6 @@ def median_at_least(values: Sequence[float], confidence: float) -> float:
     from scipy.special import bdtr
 
     ordered = sorted(values)
-    ranks = bdtr(
-        range(len(ordered)), len(ordered), 0.5
-    )  # P(at most so many of the values are below the median)
+    ranks = bdtr(range(len(ordered)), len(ordered), 0.5)  # P(at most so many values are below the median)
     below = [value for value, rank in zip(ordered, ranks, strict=True) if rank <= 1 - confidence + 1e-15]
     return below[-1] if below else 0.0

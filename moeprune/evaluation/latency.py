@@ -128,16 +128,11 @@ def seconds_of_call(call: Callable[[], object], device: torch.device) -> float:
 def summarize_latency(
     batch_size: int, model: Sequence[float], baseline: Sequence[float] | None = None
 ) -> BatchLatency:
-    """Return medians and quartiles of the seconds of a model and of its speed-up over a baseline.
-
-    Args:
-        model, baseline: seconds of each repetition, at least two.
-    """
+    """Summarize the seconds of each repetition (at least two) of a model and a baseline."""
     speedups = None if baseline is None else [b / m for m, b in zip(model, baseline, strict=True)]
+    measured = {"speedup": speedups, "model_seconds": model, "baseline_seconds": baseline}
     figures: dict[str, Any] = {}
-    for name, values in {
-        "speedup": speedups, "model_seconds": model, "baseline_seconds": baseline,
-    }.items():  # fmt: skip
+    for name, values in measured.items():
         figures[name], figures[f"{name}_iqr"] = (None, None) if values is None else _quartiles(values)
     return BatchLatency(batch_size=batch_size, repetitions=len(model), speedups=speedups, **figures)
 
