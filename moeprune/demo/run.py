@@ -55,10 +55,8 @@ def run_demo(
     """Write checkpoints, analyses, evaluations and `summary.json` into a directory.
 
     Args:
-        directory: made if it is missing.
         train_anew: train both models first (minutes) instead of taking the shipped ones.
         seed: of training, and of random experts.
-        runtime: where and how models run.
 
     Raises:
         MoepruneError: the directory cannot be written, or scikit-learn is missing.

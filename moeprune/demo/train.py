@@ -27,20 +27,17 @@ PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # about the statistics
 class Recipe:
     """Architecture and training of one demo model.
 
-    steps: batches of batch_size images.
-    scale: initial scale of the router; the sharper it is, the more the combine mass says about an expert.
-    position: standard deviation of the initial position embeddings; the more tokens differ, the fewer experts
-        a sharp router leaves unused.
-    noise: standard deviation of noise on normalised pixels.
+    The sharper the router, the more the combine mass says about an expert; the more tokens differ in their
+    positions, the fewer experts a sharp router leaves unused.
     """
 
     config: ViTConfig
     steps: int
     learning_rate: float
     weight_decay: float
-    scale: float
-    position: float
-    noise: float
+    scale: float  # of the router at first
+    position: float  # standard deviation of the initial position embeddings
+    noise: float  # standard deviation, on normalised pixels
     label_smoothing: float
     batch_size: int = 128
 
@@ -50,10 +47,7 @@ def single_layer_recipe(num_experts: int = 128) -> Recipe:
     soft_moe = SoftMoEConfig(32, num_experts, slots_per_expert=1, hidden_dim=512 // num_experts)
     block = BlockConfig(attention=False, soft_moe=soft_moe, residual=False)
     config = ViTConfig((8, 8), (2, 2), 1, 10, dim=32, num_heads=4, blocks=(block,), final_norm=False)
-    return Recipe(
-        config, steps=1500, learning_rate=3e-3, weight_decay=0.1, scale=5.0, position=1.0, noise=0.3,
-        label_smoothing=0.05,
-    )  # fmt: skip
+    return Recipe(config, 1500, 3e-3, 0.1, scale=5.0, position=1.0, noise=0.3, label_smoothing=0.05)
 
 
 def pairs_recipe() -> Recipe:
@@ -61,14 +55,11 @@ def pairs_recipe() -> Recipe:
     mlp = BlockConfig(mlp_dim=128)
     moe = BlockConfig(soft_moe=SoftMoEConfig(64, num_experts=64, slots_per_expert=2, hidden_dim=16))
     config = ViTConfig((8, 16), (2, 2), 1, 100, dim=64, num_heads=4, blocks=(mlp, moe, moe, moe))
-    return Recipe(
-        config, steps=3000, learning_rate=2e-3, weight_decay=0.01, scale=16.0, position=0.1, noise=0.2,
-        label_smoothing=0.0,
-    )  # fmt: skip
+    return Recipe(config, 3000, 2e-3, 0.01, scale=16.0, position=0.1, noise=0.2, label_smoothing=0.0)
 
 
 def initialize(model: SoftMoEViT, scale: float, position: float, generator: torch.Generator) -> None:
-    """Draw the initial weights from one generator; see Recipe."""
+    """Draw the initial weights from one generator; scale, position: those of a Recipe."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, SoftMoE):
@@ -83,24 +74,20 @@ def initialize(model: SoftMoEViT, scale: float, position: float, generator: torc
 
 
 def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
-    """Train a model by a recipe; equal seeds give equal weights.
-
-    Returns:
-        The model, in eval mode.
-    """
+    """Return a model trained by a recipe, in eval mode; equal seeds give equal weights."""
     generator = torch.Generator().manual_seed(seed)
     settings = {name: value for name, value in asdict(recipe).items() if name != "config"}
     trained = {"data": "digits:train", "seed": seed, "recipe": settings, "moeprune": __version__}
     details = Details(PREPROCESSING, {"library": "moeprune"}, {"training": trained})
     model = SoftMoEViT(recipe.config, details=details)
     initialize(model, recipe.scale, recipe.position, generator)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=recipe.learning_rate,
-    )
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
     warm_up = max(1, recipe.steps // 20)
 
     def factor(step: int) -> float:

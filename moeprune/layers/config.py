@@ -82,10 +82,8 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     def refusal(self, plan: LayerPlan) -> str | None:
         """Return why the layer cannot be pruned by a plan, None if it can."""
         if self.dynamic_slots and plan.scope == "static":
-            return (
-                "makes its slots anew from each input's tokens, and the number of its experts decides how:"
-                " it can be pruned with scope input or batch only"
-            )
+            why = "makes its slots anew from each input's tokens, and the number of its experts decides how"
+            return f"{why}: it can be pruned with scope input or batch only"
         return super().refusal(plan)
 
     def padded_tokens(self, tokens: int) -> int:

@@ -67,12 +67,9 @@ def slot_weights(
 ) -> tuple[Tensor, Tensor]:
     """Return Dᵀ (b,s,m) and C (b,m,s) of the chosen experts' slots, by softmaxes in float32 or better.
 
-    Args:
-        router_logits: L (b,m,n,p).
-        combine_weights: C (b,m,n,p); None for a softmax over the chosen slots alone.
-        chosen: expert indices (b,k).
-        over_batch: the dispatch softmax is over the inputs, not over the tokens of each.
-        idle: which of the chosen do not count (b,k): their combine weights are zero; None: all do.
+    router_logits: L (b,m,n,p). combine_weights: C (b,m,n,p); None for a softmax over the chosen slots alone.
+    chosen: expert indices (b,k). over_batch: the dispatch softmax is over the inputs, not over the tokens of
+    each. idle: which of the chosen do not count (b,k), with combine weights of zero; None: all do.
     """
     kernels, dtype = None if over_batch else kernels_for(router_logits), router_logits.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -119,8 +116,7 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Ten
         outputs[active] = run_experts(slot_inputs[active][:, None], chosen[active][:, None], experts)[:, 0]
         return outputs
     if 0 < chosen.numel() * bytes_of_one <= GATHERED:
-        rows = _run_gathered(slot_inputs.flatten(0, 1), chosen.flatten(), experts)
-        return rows.view(b, k, p, width)
+        return _run_gathered(slot_inputs.flatten(0, 1), chosen.flatten(), experts).view(b, k, p, width)
     order = chosen.flatten().argsort(stable=True)
     rows_of_expert = [p * count for count in chosen.flatten().bincount(minlength=n).tolist()]
     rows = slot_inputs.reshape(b * k, p, d)[order].view(b * k * p, d)

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from moeprune.layers.layer import MoELayer
 
 FAMILIES: dict[str, tuple[Any, str]] = {"soft_moe": (SoftMoEConfig, "moeprune.layers.soft_moe:SoftMoE")}
-"""The configuration of a family and where its module is, by the `family` in JSON. Modules are imported late:
-configurations are read without torch.
-"""
+"""By the `family` in JSON: the configuration, and the place of the module, imported late for torch."""
 
 
 def register(config_class: Any, module_class: type) -> None:

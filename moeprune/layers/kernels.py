@@ -83,13 +83,10 @@ def _choose(scores, chosen, n, k, input_stride, expert_stride, N: tl.constexpr):
 def slot_weights(
     router_logits: Tensor, chosen: Tensor, combine_source: Tensor | None, combine_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Return Dᵀ (b,s,m) of the chosen experts' slots, and their columns (b,m,s) of combine_source.
+    """Return Dᵀ (b,s,m) of the chosen experts' slots (b,k), and their columns (b,m,s) of combine_source.
 
-    Args:
-        router_logits: L (b,m,n,p).
-        chosen: expert indices (b,k).
-        combine_source: (b,m,n,p), or None where its columns are not needed.
-        combine_dtype: type of those columns; Dᵀ has the type of the logits.
+    router_logits and combine_source (None where it is not needed) are (b,m,n,p). Dᵀ has the type of the
+    logits, the columns have combine_dtype.
     """
     b, m, n, p = router_logits.shape
     slots = chosen.shape[1] * p
@@ -159,15 +156,9 @@ def grouped_linear(
 ) -> Tensor:
     """Multiply each row by its expert's matrix and add its bias: rows (b·k,p,in) to (b·k,p,out).
 
-    Only the weights of experts with rows are read. Products are summed in float32.
-
-    Args:
-        rows: those of pair i·k + j belong to expert chosen[i,j].
-        pairs: as `group_by_expert` returns them, (n,b).
-        counts: likewise, (n).
-        weight: (n,in,out), any strides; converted to the rows' type while it is read.
-        bias: (n,out).
-        gelu: whether the result goes through GELU.
+    The rows of pair i·k + j belong to expert chosen[i,j]; pairs (n,b) and counts (n) are from
+    `group_by_expert`; weight (n,in,out), of any strides, is converted to the rows' type while it is read, for
+    experts with rows only; bias (n,out). Products are summed in float32. gelu: applied to the result.
     """
     num_pairs, p, num_in = rows.shape
     n, _, num_out = weight.shape

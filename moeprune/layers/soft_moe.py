@@ -9,8 +9,8 @@ are kept. The maths (Puigcerver et al. 2023, arXiv 2308.00951, section 2.1):
     Y = C · f(Dᵀ·X)                           f_j is expert j
 
 With only some experts kept, Y = sum over kept slots of C·f plus, with a surrogate, the sum over dropped slots
-of C·u, where u is a constant vector for each slot. A static surrogate may also add a constant to the output f
-of a kept slot. With `merge` all slots run, those of dropped experts by kept ones.
+of C·u, u a constant vector for each slot, also added to f of a kept slot if static. With `merge` all slots
+run, those of dropped experts by kept ones.
 """
 
 from __future__ import annotations
@@ -251,14 +251,11 @@ class SoftMoE(MoELayer):
 
 
 def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
-    """Scale vectors along dim, -1 or 0, to unit length, then by a gain for each element and a factor.
-
-    Computed in float32 or better: in float16 a zero token would be 0/0.
-    """
+    """Scale vectors along dim, -1 or 0, to unit length, then by a gain for each element and a factor."""
     given = [tensor for tensor in (x, gain, factor) if tensor is not None]
     if kernels := kernels_for(*given):
         return kernels.unit(x, dim, gain, factor)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)  # in float16 a zero token would be 0/0
     unit = F.normalize(x.to(wide), dim=dim).to(x.dtype)
     if gain is not None:
         unit = unit * (gain if dim == -1 else gain[:, None])

@@ -31,15 +31,12 @@ Cell = str | Verdict | Interval
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under headings, which may have several lines; a row of None separates groups.
-
-    shown: rows that a page does not fold away; None for all.
-    """
+    """Rows of cells under headings, which may have several lines; a row of None separates groups."""
 
     columns: tuple[str, ...]
     rows: Sequence[Sequence[Cell] | None]
     title: str | None = None
-    shown: int | None = None
+    shown: int | None = None  # rows that a page does not fold away; None: all
 
 
 @dataclass(frozen=True)

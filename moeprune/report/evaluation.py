@@ -6,17 +6,10 @@ from collections.abc import Sequence
 
 from msgspec.structs import asdict
 
-from moeprune.evaluation.results import (
-    BatchLatency,
-    Difference,
-    Evaluation,
-    Forgetting,
-    Latency,
-    ModelFigures,
-)
+from moeprune.evaluation.results import BatchLatency, Evaluation, Forgetting, Latency, ModelFigures
 from moeprune.report.document import Block, Document, Lines, Table
 from moeprune.report.gates import gate_table
-from moeprune.report.words import amount, checkpoint_on_data, percent, points
+from moeprune.report.words import amount, checkpoint_on_data, percent, points, points_ci
 
 WORST_CLASSES = 3
 
@@ -38,7 +31,10 @@ def evaluation(result: Evaluation) -> Document:
             row += [text, changes.get(label, "")]
     blocks: list[Block] = [Table(tuple(columns), rows)]
     if difference and result.forgetting:
-        blocks.append(Lines([_drop(difference), _flips(result.forgetting)]))
+        drop, p = points(difference.accuracy_drop), f"{difference.mcnemar_p:.3g}"
+        line = f"accuracy drop {drop} ({points_ci(difference.accuracy_drop_ci95)}; McNemar p = {p}),"
+        line += f" same prediction as the full model on {percent(difference.agreement, 2)}"
+        blocks.append(Lines([line, _flips(result.forgetting)]))
     if result.latency:
         blocks.append(_latency(result.latency, result.environment.device))
     gates = gate_table(result.gates) if result.gates else None
@@ -62,25 +58,15 @@ def _figures(model: ModelFigures) -> list[tuple[str, str]]:
     ]
 
 
-def _drop(difference: Difference) -> str:
-    low, high = difference.accuracy_drop_ci95
-    return (
-        f"accuracy drop {points(difference.accuracy_drop)} (95 %: {points(low)} to {points(high)};"
-        f" McNemar p = {difference.mcnemar_p:.3g}), same prediction as the full model on"
-        f" {percent(difference.agreement, 2)}"
-    )
-
-
 def _flips(forgetting: Forgetting) -> str:
     """Return the inputs that flip, and the classes that lost most."""
     lost, won = len(forgetting.lost), len(forgetting.won)
     text = f"inputs that flip: {lost} from right to wrong, {won} from wrong to right"
-    worst = [
-        f"{change.index} ({percent(change.baseline_accuracy, 0)} → {percent(change.accuracy, 0)} of"
-        f" {change.samples})"
-        for change in forgetting.classes[:WORST_CLASSES]
-        if change.accuracy_drop > 0
-    ]
+    worst = []
+    for change in forgetting.classes[:WORST_CLASSES]:
+        if change.accuracy_drop > 0:
+            before, after = percent(change.baseline_accuracy, 0), percent(change.accuracy, 0)
+            worst.append(f"{change.index} ({before} → {after} of {change.samples})")
     return text + (f"; classes that lost most: {', '.join(worst)}" if worst else "")
 
 

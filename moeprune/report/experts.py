@@ -29,8 +29,7 @@ class Masses:
 
     mean, most: over all inputs (n). best: of an input's best k experts, k = 1…n. order: experts, the largest
     mean mass first. classes: those with inputs (c). by_class: means over their inputs (c,n). columns: experts
-    by the class of their largest mass, those of little mass last. kept: by expert (n); None if the plan has
-    no set of experts.
+    by the class of their largest mass, those of little mass last. kept: by expert (n); None without a set.
     """
 
     def __init__(self, statistics: LayerStatistics, plan: LayerPlan | None):
@@ -49,13 +48,7 @@ class Masses:
 
 
 def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -> Iterator[Block]:
-    """Yield figures and a table of the experts of a layer.
-
-    Args:
-        name: of the layer.
-        statistics: of the unpruned layer.
-        plan: of the evaluated layer; None if it is not pruned.
-    """
+    """Yield figures and a table of the experts of a layer, by statistics of the unpruned layer."""
     masses = Masses(statistics, plan)
     yield Heading(f"Experts of `{name}`")
     if plan is not None:
@@ -64,8 +57,7 @@ def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -
         panel(partial(bars, masses=masses), "mean mass of each expert"),
         panel(partial(curves, masses=masses, plan=plan), "mass of k experts"),
     ]
-    n, first, last = masses.n, masses.order[0], masses.order[-1]
-    eighth = max(1, n // 8)
+    n, first, last, eighth = masses.n, masses.order[0], masses.order[-1], max(1, masses.n // 8)
     description = (
         f"Mean masses of {n} experts, from {percent(masses.mean[first], 2)} (expert {first}) to"
         f" {percent(masses.mean[last], 2)} (expert {last}); uniform would be {percent(1 / n, 2)}. The best"
@@ -73,17 +65,17 @@ def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -
     )
     caption = "Mass: an expert's share of the combine weights; the masses of one input sum to 1."
     yield Figure(panels, description, caption)
-    if len(masses.classes):
-        height = 1.2 + min(3.0, 0.16 * len(masses.classes))
-        title = "mass of each expert over the inputs of each class"
+    if classes := len(masses.classes):
         row, expert = np.unravel_index(masses.by_class.argmax(), masses.by_class.shape)
         description = (
-            f"Heat map of {len(masses.classes)} classes and {n} experts. The largest mass is expert"
-            f" {expert}'s in class {masses.classes[row]}, {percent(masses.by_class[row, expert])}."
+            f"Heat map of {classes} classes and {n} experts. The largest mass is expert {expert}'s in class"
+            f" {masses.classes[row]}, {percent(masses.by_class[row, expert])}."
         )
         caption = "Experts by the class of their largest mass; those of little mass at the end."
         caption += "" if masses.kept is None else " Marked above: the kept experts."
-        yield Figure([panel(partial(heat_map, masses=masses), title, height)], description, caption)
+        title = "mass of each expert over the inputs of each class"
+        drawn = panel(partial(heat_map, masses=masses), title, 1.2 + min(3.0, 0.16 * classes))
+        yield Figure([drawn], description, caption)
     yield _table(masses)
 
 

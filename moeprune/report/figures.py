@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeprune.errors import MoepruneError
@@ -36,8 +37,10 @@ WIDTH, HEIGHT = 4.2, 2.9
 """Inches of a panel."""
 
 
-def require(*modules: str) -> None:
-    """Raise a MoepruneError if a module of the extra `report` cannot be imported."""
+def check_drawing(path: Path, kind: str, suffixes: Sequence[str], *modules: str) -> None:
+    """Raise a MoepruneError if a path has none of the suffixes, or a module is missing."""
+    if path.suffix not in suffixes:
+        raise MoepruneError(f"`{path}` is not {kind}", f"give a path that ends with {' or '.join(suffixes)}")
     for name in modules:
         try:
             importlib.import_module(name)
@@ -58,15 +61,9 @@ def style(fonttype: str) -> Iterator[None]:
 
 
 def panel(paint: Callable[[Axes], object], title: str = "", height: float = HEIGHT) -> str:
-    """Draw a panel whose colours follow the page's.
+    """Return a panel as an `svg` element whose colours follow the page's; equal panels give equal bytes.
 
-    Args:
-        paint: draws into the axes.
-        title: above them.
-        height: in inches.
-
-    Returns:
-        An `svg` element for a page of HTML; equal panels give equal bytes.
+    paint: draws into the axes. height: in inches.
     """
     from matplotlib.figure import Figure
 
@@ -98,11 +95,11 @@ def _within_html(svg: str) -> str:
     rest = re.sub(r'<g id="[^"]*"', "<g", rest)  # these recur in every panel
     names = {color: f"var(--{name})" for name, color in PALETTE.items()}
     colors = re.compile("|".join(names))
-    rest = re.sub(
-        r'(style|fill|stroke)="[^"]*"',
-        lambda attribute: colors.sub(lambda color: names[color[0]], attribute[0]),
-        rest,
-    )
+
+    def rename(attribute: re.Match[str]) -> str:
+        return colors.sub(lambda color: names[color[0]], attribute[0])
+
+    rest = re.sub(r'(style|fill|stroke)="[^"]*"', rename, rest)
     return f"{root}>{rest}".strip()
 
 

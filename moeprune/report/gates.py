@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from moeprune.evaluation.results import GateResult
 from moeprune.report.document import Cell, Table, Verdict
 
-NOTES = {"min_speedup": " (lowest of all batch sizes)"}
-
 
 def gate_table(results: Sequence[GateResult]) -> Table:
     """Return a row for each gate."""
     level = next((gate.confidence for gate in results if gate.confidence is not None), None)
     rows: list[Sequence[Cell]] = []
     for gate in results:
-        row: list[Cell] = [gate.name + NOTES.get(gate.name, ""), f"{gate.limit:g}", f"{gate.value:.4g}"]
+        name = gate.name + (" (lowest of all batch sizes)" if gate.name == "min_speedup" else "")
+        row: list[Cell] = [name, f"{gate.limit:g}", f"{gate.value:.4g}"]
         if level is not None:
             row.append("exact" if gate.bound is None else f"{gate.bound:.4g}")
         undecided = gate.reason == "undecided"

@@ -7,28 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeprune.errors import MoepruneError
 from moeprune.report.document import Document, Verdict
-from moeprune.report.figures import require
+from moeprune.report.figures import check_drawing
 from moeprune.report.words import legal, plural
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-SUFFIXES = (".html", ".htm")
-
 
 def check_page(path: Path) -> None:
-    """Refuse a page that cannot be written, before any work is done for it.
-
-    Raises:
-        MoepruneError: another suffix than SUFFIXES, or matplotlib or jinja2 is missing.
-    """
-    if path.suffix not in SUFFIXES:
-        raise MoepruneError(
-            f"`{path}` is not a page of HTML", f"give a path that ends with {' or '.join(SUFFIXES)}"
-        )
-    require("matplotlib", "jinja2")
+    """Raise a MoepruneError if a page cannot be written, before any work is done for it."""
+    check_drawing(path, "a page of HTML", (".html", ".htm"), "matplotlib", "jinja2")
 
 
 def to_html(page: Document) -> str:

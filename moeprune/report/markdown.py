@@ -42,12 +42,8 @@ def _block(block: Block) -> str:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], alignments: Sequence[str]) -> str:
-    lines = [_row(columns), f"| {' | '.join(alignments)} |", *(_row(row) for row in rows)]
-    return "\n".join(lines)
-
-
-def _row(cells: Iterable[Cell]) -> str:
-    return f"| {' | '.join(_cell(cell) for cell in cells)} |"
+    first, *others = (map(_cell, row) for row in (columns, *rows))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (first, alignments, *others))
 
 
 def _cell(cell: Cell) -> str:
@@ -66,9 +62,7 @@ def _mark(passed: bool) -> str:
 def _inline(text: str) -> str:
     """Escape a text within a line, but for names in backticks, which become code."""
     pieces = re.split(r"(`[^`\n]+`)", " ".join(text.split()))
-    return "".join(
-        piece if index % 2 else SPECIAL.sub(r"\\\g<0>", piece) for index, piece in enumerate(pieces)
-    )
+    return "".join(p if i % 2 else SPECIAL.sub(r"\\\g<0>", p) for i, p in enumerate(pieces))
 
 
 def _start(line: str) -> str:

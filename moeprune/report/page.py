@@ -27,11 +27,11 @@ from moeprune.report.document import (
     Lines,
     Table,
     Verdict,
-)  # fmt: skip
+)
 from moeprune.report.experts import experts_of
 from moeprune.report.figures import panel, stacks
 from moeprune.report.trade_off import best_of, trade_off
-from moeprune.report.words import amount, percent, plain, plan_in_words, points
+from moeprune.report.words import amount, percent, plain, plan_in_words, points, points_ci
 
 CLASSES_SHOWN = 20
 MOST_CLASSES = 1000
@@ -40,15 +40,11 @@ MOST_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Background:
-    """Context of a result that a page shows.
+    """Context of a result that a page shows."""
 
-    plan: of the evaluated model. provenance: of its checkpoint. analysis: of the full model; None: nothing
-    about masses. environment: of the run.
-    """
-
-    plan: Plan = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    analysis: Analysis | None = None
+    plan: Plan = field(default_factory=dict)  # of the evaluated model
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # of its checkpoint
+    analysis: Analysis | None = None  # of the full model; None: nothing about masses
     environment: Environment | None = None
 
 
@@ -76,15 +72,13 @@ def page_of(result: Evaluation | Sweep | AnalysisReport, background: Background)
 
 def _highlights(result: Evaluation) -> Iterator[tuple[str, str, str]]:
     model, full, difference = result.model, result.baseline_model, result.difference
-    low, high = (percent(bound) for bound in model.accuracy_ci95)
-    accuracy = f"95 %: {low} to {high}"
+    accuracy = "95 %: {} to {}".format(*map(percent, model.accuracy_ci95))
     if difference is None or full is None:
         yield "accuracy", percent(model.accuracy, 2), accuracy
         yield "size", amount(model.bytes, "B"), ""
         yield "FLOPs per input", amount(model.flops_per_input.total), ""
         return
-    low, high = (points(bound) for bound in difference.accuracy_drop_ci95)
-    yield "accuracy drop", points(difference.accuracy_drop), f"95 %: {low} to {high}"
+    yield "accuracy drop", points(difference.accuracy_drop), points_ci(difference.accuracy_drop_ci95)
     yield "accuracy", percent(model.accuracy, 2), f"{accuracy}; full model {percent(full.accuracy, 2)}"
     sizes = " → ".join(amount(side.bytes, "B") for side in (full, model))
     yield "size", percent(1 - difference.size_reduction), f"of the full model's: {sizes}"
@@ -122,27 +116,18 @@ def _classes(forgetting: Forgetting) -> Iterator[Block]:
     changes = sorted(forgetting.classes, key=lambda change: change.index not in forgetting.collapsed)
     less = sum(change.accuracy_drop_ci95[0] > 0 for change in changes)
     more = sum(change.accuracy_drop_ci95[1] < 0 for change in changes)
-    lines = [
-        f"Of {len(changes)} classes, {less} lost and {more} gained more than chance explains (95 % each)."
-    ]
-    if len(changes) > MOST_CLASSES:
-        lines.append(f"The {len(changes) - MOST_CLASSES} classes that changed least are left out.")
-    yield Lines(lines)
+    line = f"Of {len(changes)} classes, {less} lost and {more} gained more than chance explains (95 % each)."
+    left_out = f"The {len(changes) - MOST_CLASSES} classes that changed least are left out."
+    yield Lines([line, left_out] if len(changes) > MOST_CLASSES else [line])
     reach = max(abs(bound) for change in changes for bound in change.accuracy_drop_ci95)
     rows: list[Sequence[Cell]] = []
     for change in changes[:MOST_CLASSES]:
         low, high = (-bound + 0.0 for bound in reversed(change.accuracy_drop_ci95))
         text = f"{points(-change.accuracy_drop)} ({100 * low:+.1f} to {100 * high:+.1f})"
-        rows.append(
-            (
-                str(change.index),
-                Interval(text, low, -change.accuracy_drop, high, reach),
-                percent(change.baseline_accuracy),
-                percent(change.accuracy),
-                str(change.samples),
-                Verdict(False, "collapsed") if change.index in forgetting.collapsed else "",
-            )
-        )
+        interval = Interval(text, low, -change.accuracy_drop, high, reach)
+        accuracies = percent(change.baseline_accuracy), percent(change.accuracy)
+        verdict = Verdict(False, "collapsed") if change.index in forgetting.collapsed else ""
+        rows.append((str(change.index), interval, *accuracies, str(change.samples), verdict))
     columns = ("class", "change (95 %)", "full model", "model", "samples", "")
     yield Table(columns, rows, shown=max(CLASSES_SHOWN, len(forgetting.collapsed)))
 

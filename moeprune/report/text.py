@@ -18,8 +18,7 @@ WIDTH = 160
 def to_text(document: Document, terminal_width: int | None = None) -> str:
     """Return a document as text; gates come last, nearest to the prompt.
 
-    Args:
-        terminal_width: columns of the terminal, which gets colours; None for a file or a pipe.
+    terminal_width: columns of the terminal, which gets colours; None for a file or a pipe.
     """
     on_terminal = terminal_width is not None
     width = terminal_width or WIDTH

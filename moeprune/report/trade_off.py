@@ -9,22 +9,28 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeprune.errors import MoepruneError
 from moeprune.files.writing import write_bytes
 from moeprune.plan import COMPENSATIONS
 from moeprune.pruning.results import SweepRow
 from moeprune.report.document import Figure
-from moeprune.report.figures import COLORS, FAINT, INK, legend_panel, panel, percent_axis, require, style
+from moeprune.report.figures import (
+    COLORS,
+    FAINT,
+    INK,
+    check_drawing,
+    legend_panel,
+    panel,
+    percent_axis,
+    style,
+)
 from moeprune.report.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-SUFFIXES = (".png", ".svg")
-COLOR_OF = dict(
-    zip((*COMPENSATIONS, "random experts"), (COLORS[i] for i in (1, 3, 4, 2, 0, 6, 5, 7)), strict=True)
-)
+NAMES = (*COMPENSATIONS, "random experts")
+COLOR_OF = {name: COLORS[i] for name, i in zip(NAMES, (1, 3, 4, 2, 0, 6, 5, 7), strict=True)}
 """By compensation, in every picture; random experts look alike."""
 MARKER_OF = {"static": "o", "input": "^", "batch": "s"}
 NEAR, CLOSE = 0.01, 0.05
@@ -37,23 +43,20 @@ def best_of(rows: Sequence[SweepRow]) -> Iterator[tuple[str, str, str]]:
     yield "accuracy of the full model", percent(full.accuracy, 2), f"{len(pruned)} ways to prune it"
     near = [row for row in pruned if row.accuracy >= full.accuracy - NEAR]
     for name, cost in (("size", "size"), ("FLOPs", "flops")):
-        label = f"least {name} within {100 * NEAR:g} pt"
+        value, note = "–", "none of them"
         if near:
             best = min(near, key=lambda row: (getattr(row, cost), -row.accuracy))
             kept = "no expert" if best.keep == "0" else best.keep
+            value = percent(getattr(best, cost))
             note = f"{kept}, {best.label}: accuracy {percent(best.accuracy, 2)}"
-            yield label, percent(getattr(best, cost)), note
-        else:
-            yield label, "–", "none of them"
+        yield f"least {name} within {100 * NEAR:g} pt", value, note
 
 
 def trade_off(rows: Sequence[SweepRow]) -> Iterator[Figure]:
     """Yield a figure of all rows, the full model first, and one of those that are close to it."""
     best = sum(row.on_frontier is not None and row.on_frontier.size for row in rows)
-    description = (
-        f"Accuracy of {len(rows) - 1} ways to prune over the remaining size and FLOPs; the table below lists"
-        f" all of them. {best} are on the frontier of size."
-    )
+    description = f"Accuracy of {len(rows) - 1} ways to prune over the remaining size and FLOPs: the table"
+    description += f" below has them all. {best} are on the frontier of size."
     yield _figure(rows, description, "Dashed: no other way is as accurate at less cost.")
     low = rows[0].accuracy - CLOSE
     close = [row for row in rows if row.accuracy >= low]
@@ -95,8 +98,7 @@ def draw(axes: Axes, rows: Sequence[SweepRow], cost: str, label: str) -> None:
         axes.xaxis.set_major_formatter("{x:g}×")
     plot(rows[:1], "*", INK, 0, 10)
     percent_axis(axes.yaxis)
-    axes.set_xlabel(label)
-    axes.set_ylabel("accuracy")
+    axes.set(xlabel=label, ylabel="accuracy")
 
 
 def _color(row: SweepRow) -> str:
@@ -119,24 +121,12 @@ def _legend(rows: Sequence[SweepRow]) -> list[Line2D]:
 
 
 def check_plot(path: Path) -> None:
-    """Refuse a plot that cannot be drawn, before any work is done for it.
-
-    Raises:
-        MoepruneError: another suffix than SUFFIXES, or matplotlib is missing.
-    """
-    if path.suffix not in SUFFIXES:
-        raise MoepruneError(f"`{path}` is not a plot", f"give a path that ends with {' or '.join(SUFFIXES)}")
-    require("matplotlib")
+    """Raise a MoepruneError if a plot cannot be drawn, before any work is done for it."""
+    check_drawing(path, "a plot", (".png", ".svg"), "matplotlib")
 
 
 def plot_trade_off(rows: Sequence[SweepRow], title: str, path: Path, overwrite: bool = True) -> None:
-    """Write a plot of accuracy over each cost; equal rows give equal bytes.
-
-    Args:
-        rows: of a sweep, the full model first.
-        title: above the plot.
-        path: by its suffix a PNG or an SVG.
-        overwrite: replace a file that exists.
+    """Write a PNG or SVG of accuracy over each cost; equal rows, the full model first, give equal bytes.
 
     Raises:
         MoepruneError: the path cannot be written, or exists and may not be replaced.
