@@ -134,11 +134,10 @@ def _refusal(path: Path, start: bytes, error: Exception) -> MoepruneError:
     """Return the error of a file that `torch.load` refused, by the reason that it gave."""
     cause = (isinstance(error, pickle.UnpicklingError) and error.__context__) or error
     if match := re.search(r"GLOBAL (\S+)", str(cause)):
-        return MoepruneError(
-            f"`{path}` cannot be loaded without running code: it contains `{match[1]}`",
-            "training checkpoints look like this if they hold objects such as `args`, `config` or numpy"
-            f" numbers beside the weights, or a whole model instead of its state dict. {SAFE_WAY}",
-        )
+        message = f"`{path}` cannot be loaded without running code: it contains `{match[1]}`"
+        why = "training checkpoints look like this if they hold objects such as `args`, `config` or numpy"
+        why += " numbers beside the weights, or a whole model instead of its state dict"
+        return MoepruneError(message, f"{why}. {SAFE_WAY}")
     if "TorchScript archives" in str(cause):
         message = f"`{path}` is a TorchScript archive (`torch.jit.save`): a program, not only tensors"
         way = "`torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW)`"
@@ -167,11 +166,10 @@ def _find_state_dict(loaded: Any, key: str | None, path: Path) -> dict[Any, Any]
     if known:
         hint = f"choose one, for example with `--key {known[-1]}`"
         raise MoepruneError(f"`{path}` holds several state dicts: {_quoted(known)}", hint)
-    raise MoepruneError(
-        f"`{path}` ({type(loaded).__name__}) holds no state dict{f' under `{key}`' if key else ''}: expected"
-        f" tensors by name, at the top or under {_quoted(STATE_DICT_KEYS)}",
-        f"choose one with `--key`: {_quoted(found)}" if any(found) else "save `model.state_dict()`",
-    )
+    where = f" under `{key}`" if key else ""
+    expected = f"expected tensors by name, at the top or under {_quoted(STATE_DICT_KEYS)}"
+    hint = f"choose one with `--key`: {_quoted(found)}" if any(found) else "save `model.state_dict()`"
+    raise MoepruneError(f"`{path}` ({type(loaded).__name__}) holds no state dict{where}: {expected}", hint)
 
 
 def _is_within(name: str, outer: str) -> bool:

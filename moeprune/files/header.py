@@ -103,20 +103,18 @@ def is_safetensors(path: Path) -> bool:
 
 def unreadable(path: Path, reason: object) -> MoepruneError:
     """Return the error of a file that is not a safetensors file, or a damaged one."""
-    return MoepruneError(
-        f"`{path}` is not a safetensors file, or a truncated one ({reason})",
+    hint = (
         "write it again if a full disk or a broken transfer cut it off; name the library (`--source`) or the"
-        " function that builds the model (`--model`) if another program wrote it",
     )
+    hint += " function that builds the model (`--model`) if another program wrote it"
+    return MoepruneError(f"`{path}` is not a safetensors file, or a truncated one ({reason})", hint)
 
 
 def require_format(metadata: dict[str, Any], known: int, path: str | Path) -> None:
     """Raise a MoepruneError if the metadata's `format` is not the one that this moeprune reads."""
-    if metadata.get("format") != known:
-        raise MoepruneError(
-            f"`{path}` has format {metadata.get('format')!r}, this moeprune reads {known}",
-            "use the moeprune that wrote it, or write it again",
-        )
+    found, hint = metadata.get("format"), "use the moeprune that wrote it, or write it again"
+    if found != known:
+        raise MoepruneError(f"`{path}` has format {found!r}, this moeprune reads {known}", hint)
 
 
 def is_too_large(shape: Iterable[int]) -> bool:

@@ -66,19 +66,13 @@ def replacing(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
 
 
 def check_output(path: str | Path, overwrite: bool) -> Path:
-    """Return the file that a path leads to, if it can be written.
-
-    Raises:
-        MoepruneError: it is a directory or another kind of file; it exists and may not be replaced; its
-            directory is missing or cannot be written into.
-    """
+    """Return the file that a path leads to; raise a MoepruneError if it cannot or may not be written."""
     path = Path(path)
     try:
         target = Path(os.path.realpath(path))
-        if target.is_dir():
-            raise MoepruneError(f"`{path}` is a directory, expected a file to write")
-        if not target.is_file() and os.path.lexists(target):
-            raise MoepruneError(f"`{path}` is not a regular file, expected one to write")
+        if os.path.lexists(target) and not target.is_file():
+            kind = "a directory" if target.is_dir() else "not a regular file"
+            raise MoepruneError(f"`{path}` is {kind}, expected a file to write")
         if target.is_file() and not overwrite:
             raise _exists(path)
         folder = target.parent if path.is_symlink() else path.parent

@@ -9,7 +9,7 @@ from msgspec.structs import asdict
 from moeprune.evaluation.results import BatchLatency, Evaluation, Forgetting, Latency, ModelFigures
 from moeprune.report.document import Block, Document, Lines, Table
 from moeprune.report.gates import gate_table
-from moeprune.report.words import amount, checkpoint_on_data, percent, points, points_ci
+from moeprune.report.words import amount, checkpoint_on_data, percent, plural, points, points_ci
 
 WORST_CLASSES = 3
 
@@ -71,8 +71,7 @@ def _flips(forgetting: Forgetting) -> str:
 
 
 def _latency(latency: Latency, device: str) -> Table:
-    threads = latency.threads
-    where = device if device != "cpu" else f"cpu with {threads} thread{'s' if threads > 1 else ''}"
+    where = device if device != "cpu" else f"cpu with {plural(latency.threads, 'thread')}"
     rows = [_latency_row(batch) for batch in latency.batches]
     title = f"latency on {where}: median (middle half) of the repetitions"
     return Table(tuple(rows[0]), [tuple(row.values()) for row in rows], title)
@@ -90,8 +89,6 @@ def _latency_row(batch: BatchLatency) -> dict[str, str]:
 
 def _seconds(median: float, quartiles: Sequence[float]) -> str:
     """Return all three in the unit of the median: `1.23 ms (1.2 to 1.31)`."""
-    scale, unit = next(
-        (pair for pair in ((1, "s"), (1e-3, "ms")) if median >= 0.9995 * pair[0]), (1e-6, "µs")
-    )
+    scale, unit = (1.0, "s") if median >= 0.9995 else (1e-3, "ms") if median >= 0.9995e-3 else (1e-6, "µs")
     middle, low, high = (f"{float(f'{value / scale:.3g}'):g}" for value in (median, *quartiles))
     return f"{middle} {unit} ({low} to {high})"

@@ -151,16 +151,15 @@ def averaged(values: NDArray) -> NDArray:
 
 
 def _table(masses: Masses) -> Table:
-    columns = ["expert", "mean mass", "largest mass\nof an input"]
-    columns += ["class of the\nlargest mass", "mass over its\ninputs"] if len(masses.classes) else []
-    columns += [] if masses.kept is None else [""]
     rows = []
-    for expert in masses.order:
-        row = [str(expert), percent(masses.mean[expert], 2), percent(masses.most[expert])]
+    for j in masses.order:
+        mean, most = percent(masses.mean[j], 2), percent(masses.most[j])
+        row = {"expert": str(j), "mean mass": mean, "largest mass\nof an input": most}
         if len(masses.classes):
-            largest = masses.by_class[:, expert].argmax()
-            row += [str(masses.classes[largest]), percent(masses.by_class[largest, expert], 2)]
+            largest = masses.by_class[:, j].argmax()
+            row["class of the\nlargest mass"] = str(masses.classes[largest])
+            row["mass over its\ninputs"] = percent(masses.by_class[largest, j], 2)
         if masses.kept is not None:
-            row.append("kept" if masses.kept[expert] else "")
+            row[""] = "kept" if masses.kept[j] else ""
         rows.append(row)
-    return Table(tuple(columns), rows, "experts in numbers", shown=0)
+    return Table(tuple(rows[0]), [tuple(row.values()) for row in rows], "experts in numbers", shown=0)

@@ -30,10 +30,9 @@ def to_html(page: Document) -> str:
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        finalize=_legal, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    loader = FileSystemLoader(Path(__file__).parent)
+    strict: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "finalize": _legal}
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     environment.filters["inline"] = _inline
     blocks = [(type(block).__name__, block) for block in page.blocks]
     badge = None if page.gates is None else _badge(page.verdicts)

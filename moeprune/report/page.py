@@ -80,9 +80,9 @@ def _highlights(result: Evaluation) -> Iterator[tuple[str, str, str]]:
         return
     yield "accuracy drop", points(difference.accuracy_drop), points_ci(difference.accuracy_drop_ci95)
     yield "accuracy", percent(model.accuracy, 2), f"{accuracy}; full model {percent(full.accuracy, 2)}"
-    sizes = " → ".join(amount(side.bytes, "B") for side in (full, model))
+    sizes = f"{amount(full.bytes, 'B')} → {amount(model.bytes, 'B')}"
     yield "size", percent(1 - difference.size_reduction), f"of the full model's: {sizes}"
-    flops = " → ".join(amount(side.flops_per_input.total) for side in (full, model))
+    flops = f"{amount(full.flops_per_input.total)} → {amount(model.flops_per_input.total)}"
     yield "FLOPs per input", percent(1 - difference.flops_reduction), f"of the full model's: {flops}"
     flips = f"flips: {difference.outcomes.lost} to wrong, {difference.outcomes.won} to right"
     yield "same prediction", percent(difference.agreement, 2), f"as the full model; {flips}"
@@ -93,15 +93,13 @@ def _highlights(result: Evaluation) -> Iterator[tuple[str, str, str]]:
 
 def _parts(result: Evaluation) -> Figure:
     """Draw size and FLOPs of the models by part."""
-    models = {"model": result.model}
-    if result.baseline_model is not None:
-        models["full model"] = result.baseline_model
+    full = {} if result.baseline_model is None else {"full model": result.baseline_model}
+    models = {"model": result.model, **full}
     panels, said = [], []
     for title, figure, unit in (("size", "bytes_by_part", "B"), ("FLOPs per input", "flops_per_input", "")):
         rows = {}
         for name, model in models.items():
-            parts = asdict(getattr(model, figure))
-            parts.pop("total", None)
+            parts = {part: n for part, n in asdict(getattr(model, figure)).items() if part != "total"}
             total = amount(sum(parts.values()), unit)
             rows[f"{name}\n{total}"] = parts
             each = ", ".join(f"{part} {amount(value, unit)}" for part, value in parts.items())
@@ -145,11 +143,9 @@ def _origins(result: Evaluation | Sweep | AnalysisReport, background: Background
         facts.append(("analysis", f"of {plain(origin.data.spec)}, {origin.data.samples} samples"))
         facts.append(("analysis, SHA-256 of its data", plain(origin.data.fingerprint)))
         facts.append(("analysis, fingerprint of its model", plain(origin.checkpoint)))
-    facts += [
-        (f"plan of {name}", plan_in_words(plan, with_kept=True)) for name, plan in background.plan.items()
-    ]
+    plans = {name: plan_in_words(plan, with_kept=True) for name, plan in background.plan.items()}
+    facts += [(f"plan of {name}", text) for name, text in plans.items()]
     facts += [(f"provenance: {name}", plain(value)) for name, value in background.provenance.items()]
-    if background.environment is not None:
-        settings = asdict(background.environment)
-        facts += [(name.replace("_", " "), plain(value)) for name, value in settings.items()]
+    settings = {} if background.environment is None else asdict(background.environment)
+    facts += [(name.replace("_", " "), plain(value)) for name, value in settings.items()]
     yield Facts(facts)

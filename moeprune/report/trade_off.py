@@ -90,12 +90,12 @@ def draw(axes: Axes, rows: Sequence[SweepRow], cost: str, label: str) -> None:
     for (_, is_none), own in groupby(sorted(rows[1:], key=way), way):
         first, *others = own
         plot([first, *others], f"{'x' if is_none else MARKER_OF[first.scope or '']}-", _color(first), 0.5)
-    if cost != "speedup":
+    if cost == "speedup":
+        axes.xaxis.set_major_formatter("{x:g}×")
+    else:
         best = [row for row in rows if row.on_frontier and getattr(row.on_frontier, cost)]
         plot(sorted(best, key=lambda row: getattr(row, cost)), "--", FAINT, 1)
         percent_axis(axes.xaxis)
-    else:
-        axes.xaxis.set_major_formatter("{x:g}×")
     plot(rows[:1], "*", INK, 0, 10)
     percent_axis(axes.yaxis)
     axes.set(xlabel=label, ylabel="accuracy")
@@ -110,14 +110,14 @@ def _legend(rows: Sequence[SweepRow]) -> list[Line2D]:
 
     pruned = rows[1:]
     colors, scopes = {_color(row) for row in pruned}, {row.scope for row in pruned}
-    entries = [("full model", INK, "*")]
-    entries += [(name, color, "o") for name, color in COLOR_OF.items() if color in colors]
+    entries = [("full model", INK, "*", "")]
+    entries += [(name, color, "o", "") for name, color in COLOR_OF.items() if color in colors]
     if len(scopes) > 1:
-        entries += [(f"scope {name}", FAINT, mark) for name, mark in MARKER_OF.items() if name in scopes]
+        entries += [(f"scope {name}", FAINT, mark, "") for name, mark in MARKER_OF.items() if name in scopes]
     if any(row.keep == "0" for row in pruned):
-        entries.append(("no expert at all", FAINT, "x"))
-    lines = [Line2D([], [], color=color, marker=mark, ls="", label=name) for name, color, mark in entries]
-    return [*lines, Line2D([], [], color=FAINT, ls="--", label="frontier")]
+        entries.append(("no expert at all", FAINT, "x", ""))
+    entries.append(("frontier", FAINT, "", "--"))
+    return [Line2D([], [], color=color, marker=mark, ls=ls, label=name) for name, color, mark, ls in entries]
 
 
 def check_plot(path: Path) -> None:
