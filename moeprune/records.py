@@ -96,7 +96,7 @@ def _from_class(kind: type, value: Any) -> Any:
 
 
 def _found(value: Any, keys: list[str | int]) -> str:
-    """Say what is at a path, if it is short."""
+    """Return the value at a path in words, if it is short."""
     for key in keys:
         try:
             value = value[key] if isinstance(value, dict | list | tuple) else getattr(value, str(key))  # type: ignore[index]
@@ -138,7 +138,7 @@ def option(help_text: str, **settings: Any) -> msgspec.Meta:
     Args:
         help_text: of the option.
         settings: further arguments of typer.Option; `short`: other spellings, such as `-o`; `argument`: the
-            name of a positional argument, which is no option.
+            name of a positional argument instead of an option.
     """
     return msgspec.Meta(description=help_text, extra=settings)
 

@@ -141,7 +141,7 @@ def _exit_codes(context: typer.Context) -> Iterator[None]:
 
 
 def _places(context: typer.Context, message: str) -> list[str]:
-    """Say where each option is set that a message names or quotes, if not on the command line."""
+    """Return where options are set that a message names or quotes, if not on the command line."""
     named = {*re.findall(r"--[a-z][a-z-]*", message), *re.findall(r"`([^`]*)`", message)}
     places = []
     for option in context.command.params:

@@ -8,9 +8,9 @@ from moeprune.models.runtime import Runtime
 
 
 def demo(reporter: Reporter, request: DemoRequest) -> None:
-    """Show the whole story on two real checkpoints.
+    """Analyze, prune and evaluate two shipped checkpoints.
 
-    Analyzes, prunes and evaluates them on scikit-learn's digits, in under a minute on two cores.
+    Runs on scikit-learn's digits, in under a minute on two cores.
     """
     from moeprune.demo.run import run_demo
 

@@ -1,4 +1,4 @@
-"""Where commands write: outputs are checked before any work, messages go to stderr, the report to stdout."""
+"""Output of commands: files are checked before any work, messages go to stderr, the report to stdout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("moeprune")
 
 
 class Output(Request, frozen=True, kw_only=True):
-    """How a command reports: options of every command."""
+    """Options of every command for its output."""
 
     output_format: Annotated[
         Format,
@@ -52,7 +52,7 @@ class Output(Request, frozen=True, kw_only=True):
 
 
 class Reporter:
-    """Where a command writes: its report and its messages.
+    """Writer of a command's report and messages.
 
     Args:
         command: its name.
@@ -69,7 +69,7 @@ class Reporter:
         """Send to stderr what the package logs and what other code prints.
 
         Raises:
-            MoepruneError: the report cannot be written where it is to go.
+            MoepruneError: the report cannot be written.
         """
         if self.output.output_file is not None:
             check_output(self.output.output_file, self.output.force)

@@ -12,7 +12,7 @@ NAMES = "analyze, demo, eval, export, inspect, prune, sweep (of eval --sweep), o
 
 
 class SchemaRequest(Request, frozen=True, kw_only=True):
-    """Which schema to print."""
+    """The schema to print."""
 
     name: Annotated[str, option(NAMES, argument="NAME")]
 

@@ -45,7 +45,7 @@ class EvalRequest(Request, frozen=True, kw_only=True):
         option("With --latency: inputs of a forward pass (repeatable).", show_default="1, 8, 32"),
     ] = ()
     analysis: Annotated[
-        Path | None, option("What `moeprune analyze` wrote; for --sweep, --plot and --report.")
+        Path | None, option("The file that `moeprune analyze` wrote; for --sweep, --plot and --report.")
     ] = None
     runtime: Runtime = Runtime()
 

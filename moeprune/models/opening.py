@@ -139,7 +139,7 @@ def _open_library(spec: ModelSpec) -> Model:
     """Open a whole model of a library."""
     if spec.input_shape is not None or spec.model_arg:
         raise MoepruneError(
-            "`--input-shape` and `--model-arg` go with `--model`", "say what builds the model"
+            "`--input-shape` and `--model-arg` go with `--model`", "name the function that builds the model"
         )
     found = read_state_dict(spec.path, spec.key)
     tensors, infos = found.tensors, checkpoint.tensor_infos(found.tensors)

@@ -29,7 +29,7 @@ AUTOCAST_DTYPES = {"float32": None, "fp32": None, "bfloat16": "bfloat16", "bf16"
 
 
 class Runtime(Request, frozen=True):
-    """How models run over a data set.
+    """Settings for running models over a data set.
 
     progress: show a progress bar on stderr when that is a terminal.
     """

@@ -18,7 +18,7 @@ from moeprune.plan import Compensation, Method, Scope, Signal, parse_keep
 from moeprune.records import Request, option
 
 AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
-"""Fields of which exactly one says how many experts are kept."""
+"""Fields of which exactly one sets the number of kept experts."""
 METHOD = ("scope", "signal", "compensate")
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1), option("Seed of everything random.")]
@@ -57,9 +57,9 @@ class PruneRequest(Request, frozen=True, kw_only=True):
             "With --max-accuracy-drop: judge the one-sided bound of the drop at this level, such as 0.95."
         ),
     ] = None
-    plan: Annotated[
-        Path | None, option("What to do with each layer: a JSON file, or a pruned checkpoint.")
-    ] = None
+    plan: Annotated[Path | None, option("The plan of each layer: a JSON file, or a pruned checkpoint.")] = (
+        None
+    )
     save_plan: Annotated[
         Path | None, option("Write the plan as JSON; without -o, nothing else is written.")
     ] = None
@@ -75,7 +75,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     ] = None
     signal: Annotated[
         Signal | None,
-        option("What ranks the experts: combine, deviation, gram or random.", show_default="combine"),
+        option("Score that ranks the experts: combine, deviation, gram or random.", show_default="combine"),
     ] = None
     compensate: Annotated[
         Compensation | None,
@@ -88,7 +88,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         float | None,
         option(
             "With lstsq, affine or refit: use the fewest output directions that hold this share of the"
-            " compensation, such as 0.99, where that is cheaper.",
+            " compensation, such as 0.99, if that is cheaper.",
             show_default="all directions",
         ),
     ] = None
@@ -125,7 +125,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
             for name in (*METHOD, "energy"):
                 if getattr(self, name) is not None:
                     raise MoepruneError(
-                        f"`{name}` does not go with `plan`", "the plan says it for each layer"
+                        f"`{name}` does not go with `plan`", "the plan sets it for each layer"
                     )
         check_method(self.method)
         if self.keep is not None:

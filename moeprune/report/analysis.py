@@ -25,7 +25,7 @@ def analysis(result: AnalysisReport) -> Document:
 
 
 def _advice(layer: LayerSummary) -> str:
-    """Say whether the combine mass distinguishes experts, and what to try."""
+    """Return in words whether the combine mass distinguishes experts, and what to try."""
     n = layer.experts
     if n == 1:
         return "one expert: nothing to prune"
