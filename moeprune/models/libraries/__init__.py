@@ -43,6 +43,6 @@ def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> Sof
         raise MoepruneError(f"the tensors of `{path}` fit {names}", "name the library with `--source`")
     raise MoepruneError(
         f"`{path}` is not a model of a known library: {lookalike(tensors)}",
-        f"known layouts are {', '.join(MODELS)}; name one with `--source`, or name the function that builds the model with"
-        " `--model package.module:function` and `--input-shape`",
+        f"known layouts are {', '.join(MODELS)}; name one with `--source`, or the function that builds the"
+        " model with `--model package.module:function` and `--input-shape`",
     )
