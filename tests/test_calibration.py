@@ -266,17 +266,14 @@ def test_without_labels_there_is_no_class_mass_and_the_rest_is_the_same(tmp_path
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_analysis_file_round_trips_and_equal_analyses_give_equal_bytes(name, tmp_path, cases, analyses):
-    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    moeprune.save_analysis(analyses[name], first)
-    loaded = moeprune.load_analysis(first)
+def test_analysis_file_round_trips(name, tmp_path, analyses):
+    moeprune.save_analysis(analyses[name], tmp_path / "a.safetensors")
+    loaded = moeprune.load_analysis(tmp_path / "a.safetensors")
     assert loaded.origin == analyses[name].origin
     assert list(loaded.layers) == list(analyses[name].layers)
     for layer, statistics in analyses[name].layers.items():
         for field in FIELDS:
             assert torch.equal(getattr(loaded.layers[layer], field), getattr(statistics, field))
-    moeprune.save_analysis(moeprune.analyze(*cases[name], CPU), second)
-    assert first.read_bytes() == second.read_bytes()
 
 
 def test_analysis_refuses_a_pruned_model(cases, analyses):

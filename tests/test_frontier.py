@@ -111,6 +111,5 @@ def test_calls_that_are_wrong(words, message, single, small_analysis, run, tmp_p
     monkeypatch.chdir(tmp_path)
     words = [small_analysis if word == "ANALYSIS" else word for word in words]
     result = run("eval", single, "--data", "digits", *words)
-    assert result.code == 2
+    assert (result.code, list(tmp_path.iterdir())) == (2, [])
     assert message in result.stderr
-    assert list(tmp_path.iterdir()) == []

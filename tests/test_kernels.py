@@ -315,7 +315,3 @@ def test_gradients_on_the_gpu_equal_those_on_the_cpu(scope):
         layer.to(device)(moved).square().sum().backward()
         gradients.append(moved.grad.cpu())
     assert relative_error(*gradients) < 1e-10
-
-
-def test_width_of_the_layers_here_is_no_multiple_of_a_block():
-    assert D % 16
