@@ -152,11 +152,9 @@ def output_error(pruned: SoftMoEViT, full: SoftMoEViT, name: str, data) -> float
 def test_each_compensation_leaves_less_error_than_the_one_before(scope, calibrated):
     model, data, analysis = calibrated
     errors = {}
-    compensations = ("none", "mean", "lstsq", "affine", "refit")
-    for compensate in compensations[: 5 if scope == "static" else 4]:
-        pruned = moeprune.prune(
-            model, analysis, keep="1/16", scope=scope, compensate=compensate, data=data, runtime=CPU
-        )
+    for compensate in ("none", "mean", "lstsq", "affine", *(("refit",) if scope == "static" else ())):
+        choice = {"keep": "1/16", "scope": scope, "compensate": compensate}
+        pruned = moeprune.prune(model, analysis, **choice, data=data, runtime=CPU)
         errors[compensate] = output_error(pruned, model, FIRST, data)
     assert errors["affine"] < errors["lstsq"] < errors["mean"] < errors["none"]
     assert errors.get("refit", 0) <= errors["affine"]
@@ -165,13 +163,12 @@ def test_each_compensation_leaves_less_error_than_the_one_before(scope, calibrat
 @pytest.mark.parametrize("compensate", ["none", "mean", "lstsq", "affine"])
 def test_the_set_that_the_gram_matrix_chooses_leaves_less_error(compensate, calibrated):
     model, data, _ = calibrated
-    errors = {}
+    errors = []
     for signal in ("gram", "combine", "deviation"):
-        pruned = moeprune.prune(
-            model, keep="1/16", signal=signal, compensate=compensate, data=data, runtime=CPU
-        )
-        errors[signal] = output_error(pruned, model, FIRST, data)
-    assert errors["gram"] < min(errors["combine"], errors["deviation"])
+        choice = {"keep": "1/16", "signal": signal, "compensate": compensate}
+        pruned = moeprune.prune(model, **choice, data=data, runtime=CPU)
+        errors.append(output_error(pruned, model, FIRST, data))
+    assert errors[0] < min(errors[1:])
 
 
 def test_lstsq_repairs_what_earlier_pruned_layers_broke(vit):
@@ -313,9 +310,8 @@ def test_surrogates_of_a_layer_are_its_means_behind_the_pruned_layers_before_it(
 def test_scope_input_corrects_only_dropped_columns(calibrated):
     """With one set for all inputs (signal random) the surrogates of the kept experts stay the means."""
     model, data, analysis = calibrated
-    pruned = moeprune.prune(
-        model, analysis, keep=96, scope="input", signal="random", compensate="lstsq", data=data, runtime=CPU
-    )
+    choice = {"keep": 96, "scope": "input", "signal": "random", "compensate": "lstsq"}
+    pruned = moeprune.prune(model, analysis, **choice, data=data, runtime=CPU)
     [(name, layer)] = pruned.moe_layers.items()
     chosen = observed(pruned, name, data).chosen
     kept = chosen[0].tolist()

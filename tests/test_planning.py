@@ -148,13 +148,10 @@ def test_routed_plans_keep_the_same_share_everywhere_and_no_larger_one_is_within
     costs = flops_costs(model.config, Method(scope))
     experts = uniform_within(costs, 0.8)
     shares = sorted({Fraction(k, n) for n in (4, 6, 8) for k in range(1, n + 1)})
-    within = [
-        share for share in shares
-        if costs.of({name: max(1, int(share * c.num_experts + Fraction(1, 2)))
-                     for name, c in model.config.moe_layers.items()}) <= 0.8 * costs.full
-    ]  # fmt: skip
-    largest = max(within)
-    assert list(experts.values()) == [max(1, int(largest * n + Fraction(1, 2))) for n in (6, 4, 8)]
+    splits = [[max(1, int(share * n + Fraction(1, 2))) for n in (6, 4, 8)] for share in shares]
+    names = model.config.moe_layers
+    within = [ks for ks in splits if costs.of(dict(zip(names, ks, strict=True))) <= 0.8 * costs.full]
+    assert list(experts.values()) == max(within)
 
 
 def test_losses_are_those_of_backward_elimination_and_end_at_zero(analyzed):
@@ -164,10 +161,10 @@ def test_losses_are_those_of_backward_elimination_and_end_at_zero(analyzed):
             statistics = analysis.layers[name]
             assert layer[-1] == 0
             assert min(layer) >= 0
-            everything = float(statistics.gram_under(compensation).sum())
             scale = (float(statistics.sensitivity) / float(statistics.gram.sum())) ** 0.5
+            everything = scale * float(statistics.gram_under(compensation).sum())
             if compensation != "renorm":  # which keeps one expert at least
-                assert layer[0] == pytest.approx(everything * scale, rel=1e-5, abs=1e-8)
+                assert layer[0] == pytest.approx(everything, rel=1e-5, abs=1e-8)
 
 
 def test_of_twelve_equal_layers_those_that_matter_more_keep_more_experts():
@@ -235,7 +232,7 @@ def test_what_a_plan_written_by_hand_leaves_out_has_defaults(tmp_path):
         "plan": {FIRST: {"k": 2}, "blocks.1.soft_moe": {"kept": [3, 0], "compensation": "mean"}},
     }))  # fmt: skip
     assert read_plan(path, layers) == {
-        "blocks.0.soft_moe": LayerPlan("static", 2, 6, "combine", "none"),
+        FIRST: LayerPlan("static", 2, 6, "combine", "none"),
         "blocks.1.soft_moe": LayerPlan("static", 2, 4, "combine", "mean", (0, 3)),
     }
 
@@ -280,10 +277,7 @@ def test_plans_that_are_wrong(content, message, tmp_path):
 
 def test_a_plan_that_is_not_there(tmp_path, single):
     layers = three_layers().config.moe_layers
-    for path in (tmp_path / "none.json", tmp_path / "none.safetensors"):
-        with pytest.raises(MoepruneError, match="no file"):
+    missing = [(tmp_path / name, "no file") for name in ("none.json", "none.safetensors")]
+    for path, words in (*missing, (tmp_path, "is a folder"), (single, "is not a pruned checkpoint")):
+        with pytest.raises(MoepruneError, match=words):
             read_plan(path, layers)
-    with pytest.raises(MoepruneError, match="is a folder"):
-        read_plan(tmp_path, layers)
-    with pytest.raises(MoepruneError, match="is not a pruned checkpoint"):
-        read_plan(single, layers)
