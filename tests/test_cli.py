@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -37,7 +38,6 @@ SCOPES = ("static", "input", "batch")
 COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine")
 EXPERT_TENSORS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 COMMANDS = ("inspect", "analyze", "prune", "eval", "export", "demo", "schema")
-SIZE_KEYS = {"parameters", "bytes", "bytes_by_part", "flops_per_input", "experts_per_input"}
 
 
 def read_header(path: Path) -> tuple[dict, dict]:
@@ -79,6 +79,18 @@ def pruned(single, single_analysis, run, tmp_path_factory):
     result = run("prune", single, "--analysis", single_analysis, "--keep", "1/8", "-o", path)
     assert result.code == 0, result.stderr
     return path
+
+
+@pytest.fixture
+def prune(single, small_analysis, run_json, tmp_path):
+    """Prune with options given as text; the file, and the report."""
+
+    def prune(options: str, checkpoint=single, analysis=small_analysis):
+        path = tmp_path / f"pruned{len(list(tmp_path.iterdir()))}.safetensors"
+        words = () if analysis is None else ("--analysis", analysis)
+        return path, run_json("prune", checkpoint, *words, *options.split(), "-o", path)
+
+    return prune
 
 
 @pytest.fixture(scope="module")
@@ -124,18 +136,16 @@ def test_inspect_text_names_the_layers_and_their_sizes(vit, run):
     assert "100 classes" in result.stdout
 
 
-def test_inspect_shows_the_plan_of_a_pruned_checkpoint(pruned, run, run_json):
-    plan = run_json("inspect", pruned)["layers"]["blocks.0.soft_moe"]["plan"]
+def test_inspect_shows_the_plan_of_a_pruned_checkpoint(pruned, evaluated, run, run_json):
+    found = run_json("inspect", pruned)
+    sizes = ("parameters", "bytes", "bytes_by_part", "flops_per_input", "experts_per_input")
+    assert [found[key] for key in sizes] == [evaluated["model"][key] for key in sizes]
+    plan = found["layers"]["blocks.0.soft_moe"]["plan"]
     assert plan == details(pruned)["plan"]["blocks.0.soft_moe"]
     shown = ", ".join(str(expert) for expert in plan["kept"])
     printed = run("inspect", pruned).stdout
     assert "static, 16 of 128 by combine, none" in printed
     assert f"kept in blocks.0.soft_moe  {shown}" in printed
-
-
-def test_inspect_and_eval_tell_the_same_sizes(pruned, evaluated, run_json):
-    found = run_json("inspect", pruned)
-    assert {key: found[key] for key in SIZE_KEYS} == {key: evaluated["model"][key] for key in SIZE_KEYS}
 
 
 # --- analyze -----------------------------------------------------------------------------------
@@ -168,29 +178,17 @@ def test_analyze_text_gives_a_verdict_for_each_layer(single, run, tmp_path):
     assert "blocks.0.soft_moe: the combine signal is informative" in " ".join(result.stdout.split())
 
 
-def test_split_takes_the_place_of_the_default(single, run_json, tmp_path):
-    path = tmp_path / "a.safetensors"
-    found = run_json("analyze", single, "--data", "digits", "--split", "train", "--limit", 9, "-o", path)
-    assert found["data"]["spec"] == "digits:train"
-
-
 # --- prune -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("compensate", COMPENSATIONS)
 def test_a_pruned_file_evaluates_as_the_pruned_model_in_memory(
-    single, small_analysis, run_json, tmp_path, scope, compensate
+    single, small_analysis, prune, run_json, scope, compensate
 ):
-    path = tmp_path / "pruned.safetensors"
-    made = run_json(
-        "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--scope", scope,
-        "--compensate", compensate, "-o", path,
-    )  # fmt: skip
+    path, made = prune(f"--keep 1/8 --scope {scope} --compensate {compensate}")
     plan = made["plan"]["blocks.0.soft_moe"]
-    assert (plan["scope"], plan["compensation"], plan["k"], plan["num_experts"]) == (
-        scope, compensate, 16, 128,
-    )  # fmt: skip
+    assert (plan["scope"], plan["compensation"], plan["k"]) == (scope, compensate, 16)
     assert (plan["kept"] is not None) == (scope == "static")
     assert made["checkpoint"] == str(path)
     assert made["model"]["bytes"] == tensor_bytes(path)
@@ -200,27 +198,22 @@ def test_a_pruned_file_evaluates_as_the_pruned_model_in_memory(
     assert tensor_bytes(path, *EXPERT_TENSORS) * share == tensor_bytes(single, *EXPERT_TENSORS)
     found = run_json("eval", path, "--data", "digits", "--baseline", single, "--limit", 150)
 
-    model = moeprune.load(single)
-    pruned = moeprune.prune(
-        model, moeprune.load_analysis(small_analysis), keep="1/8", scope=scope, compensate=compensate
-    )
+    model, analysis = moeprune.load(single), moeprune.load_analysis(small_analysis)
+    pruned = moeprune.prune(model, analysis, keep="1/8", scope=scope, compensate=compensate)
     data = moeprune.open_data("digits", model.input_format, limit=150)
     in_memory = moeprune.evaluate(pruned, data, baseline=model)
     assert found["model"] == json.loads(to_text(in_memory.model))
     assert found["difference"] == json.loads(to_text(in_memory.difference))
 
 
-def test_layers_of_a_deep_model_are_pruned_one_after_the_other(vit, vit_analysis, run_json, tmp_path):
+def test_layers_of_a_deep_model_are_pruned_one_after_the_other(vit, vit_analysis, prune, run_json):
     """Each behind the pruned ones before it: the same as in memory, and all of them smaller."""
-    path = tmp_path / "pruned.safetensors"
-    options = ["--keep", "1/8", "--compensate", "mean"]
-    made = run_json("prune", vit, "--analysis", vit_analysis, *options, "-o", path)
+    path, made = prune("--keep 1/8 --compensate mean", vit, vit_analysis)
     assert list(made["plan"]) == list(soft_moe(vit))
     assert tensor_bytes(path, *EXPERT_TENSORS) * 8 == tensor_bytes(vit, *EXPERT_TENSORS)
     found = run_json("eval", path, "--data", "pairs", "--limit", 60)
-    model = moeprune.load(vit)
+    model, analysis = moeprune.load(vit), moeprune.load_analysis(vit_analysis)
     data = moeprune.open_data("pairs", model.input_format, "calibration", limit=100)
-    analysis = moeprune.load_analysis(vit_analysis)
     pruned = moeprune.prune(model, analysis, keep="1/8", compensate="mean", data=data)
     test = moeprune.open_data("pairs", model.input_format, limit=60)
     assert found["model"] == json.loads(to_text(moeprune.evaluate(pruned, test).model))
@@ -229,12 +222,12 @@ def test_layers_of_a_deep_model_are_pruned_one_after_the_other(vit, vit_analysis
     assert not torch.allclose(last.surrogate[last.plan.k :], of_unpruned, rtol=1e-3)
 
 
-def test_routed_scopes_need_no_calibration_without_compensation(single, run_json, tmp_path):
-    path = tmp_path / "pruned.safetensors"
-    made = run_json("prune", single, "--keep", 16, "--scope", "input", "-o", path)
+def test_routed_scopes_need_no_calibration_without_compensation(single, prune):
+    path, made = prune("--keep 16 --scope input --preprocess mean=0.5", analysis=None)
     assert tensor_bytes(path) == tensor_bytes(single)
     assert made["model"]["flops_per_input"]["experts"] * 8 == made["full_model"]["flops_per_input"]["experts"]
     assert "calibration" not in details(path)["provenance"]
+    assert details(path)["preprocessing"] == {**details(single)["preprocessing"], "mean": [0.5]}
 
 
 def test_prune_text_gives_sizes_and_kept_experts(single, small_analysis, run, tmp_path):
@@ -268,27 +261,6 @@ def test_metadata_is_one_key_of_sorted_json_that_names_what_it_was_made_from(sin
     origin = details(single_analysis)["origin"]
     assert found["provenance"]["pruned_from"]["fingerprint"] == origin["checkpoint"]
     assert found["provenance"]["calibration"] == origin["data"]
-
-
-def test_provenance_names_the_data_that_was_measured(single, small_analysis, run, tmp_path):
-    """Where the analysis is enough, other data beside it changes nothing and must not be named."""
-    path = tmp_path / "pruned.safetensors"
-    result = run(
-        "prune", single, "--analysis", small_analysis, "--data", "digits:train", "--keep", "1/8",
-        "-o", path,
-    )  # fmt: skip
-    if result.code == 0:
-        made_from = details(small_analysis)["origin"]["data"]
-        assert details(path)["provenance"]["calibration"] == made_from
-    else:
-        assert "digits:train" in result.stderr
-        assert "analysis" in result.stderr
-
-
-def test_preprocessing_given_to_prune_is_that_of_the_pruned_model(single, run, tmp_path):
-    path = tmp_path / "pruned.safetensors"
-    run("prune", single, "--keep", "1/8", "--scope", "input", "--preprocess", "mean=0.5", "-o", path)
-    assert details(path)["preprocessing"] == {**details(single)["preprocessing"], "mean": [0.5]}
 
 
 # --- eval --------------------------------------------------------------------------------------
@@ -363,13 +335,9 @@ def test_a_gate_passes_at_its_limit_and_fails_beyond(
         )  # fmt: skip
         found = json.loads(result.stdout)
         name = option.removeprefix("--").replace("-", "_")
-        assert found["gates"] == [
-            {
-                "name": name, "limit": limit, "value": value, "passed": passed,
-                "reason": None if passed else "missed", "confidence": None, "bound": None, "samples": None,
-                "samples_needed": None,
-            }
-        ]  # fmt: skip
+        [gate] = found["gates"]
+        assert (gate["name"], gate["limit"], gate["value"], gate["passed"]) == (name, limit, value, passed)
+        assert gate["reason"] == (None if passed else "missed")
         assert found["passed"] is passed
         assert result.code == (0 if passed else 1)
         assert result.stderr == ""
@@ -397,20 +365,14 @@ def test_a_failed_gate_still_writes_the_output_file(single, run, tmp_path):
 
 @pytest.mark.parametrize("scope", ["static", "input"])
 @pytest.mark.parametrize("compensate", ["none", "renorm", "mean"])
-def test_batch_size_does_not_matter(single, small_analysis, run_json, tmp_path, scope, compensate):
-    path = tmp_path / "pruned.safetensors"
-    run_json(
-        "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--scope", scope,
-        "--compensate", compensate, "-o", path,
-    )  # fmt: skip
-    results = [
-        run_json("eval", path, "--data", "digits", "--limit", 100, "--batch-size", size)
-        for size in (1, 7, 100)
-    ]
-    assert len({result["model"]["accuracy"] for result in results}) == 1
-    assert len({result["data"]["fingerprint"] for result in results}) == 1
-    for result in results[1:]:
-        assert result["model"]["loss"] == pytest.approx(results[0]["model"]["loss"], abs=1e-5)
+def test_batch_size_does_not_matter(prune, run_json, scope, compensate):
+    path, _ = prune(f"--keep 1/8 --scope {scope} --compensate {compensate}")
+    words = ("eval", path, "--data", "digits", "--limit", 100, "--batch-size")
+    first, *others = (run_json(*words, size) for size in (1, 7, 100))
+    for other in others:
+        assert other["model"]["accuracy"] == first["model"]["accuracy"]
+        assert other["data"] == first["data"]
+        assert other["model"]["loss"] == pytest.approx(first["model"]["loss"], abs=1e-5)
 
 
 def test_limit_takes_so_many_samples(single, run_json):
@@ -484,18 +446,9 @@ def test_sweep_is_restricted_by_options_and_keeps_its_controls(single, small_ana
         "--scope", "input", "--signal", "deviation", "--compensate", "none", "--compensate", "renorm",
     )  # fmt: skip
     keys = [(row["keep"], row["scope"], row["signal"], row["compensate"]) for row in found["rows"]]
-    assert keys == [
-        ("1", None, None, None),
-        ("1/16", "input", "deviation", "none"),
-        ("1/16", "input", "deviation", "renorm"),
-        ("1/16", "static", "random", "none"),
-        ("1/16", "static", "random", "renorm"),
-        ("8", "input", "deviation", "none"),
-        ("8", "input", "deviation", "renorm"),
-        ("8", "static", "random", "none"),
-        ("8", "static", "random", "renorm"),
-        ("0", "static", "combine", "none"),
-    ]
+    ways = product(["1/16", "8"], [("input", "deviation"), ("static", "random")], ["none", "renorm"])
+    tried = [(keep, scope, signal, compensate) for keep, (scope, signal), compensate in ways]
+    assert keys == [("1", None, None, None), *tried, ("0", "static", "combine", "none")]
     of = dict(zip(keys, found["rows"], strict=True))
     for signal in ("deviation", "random"):
         scope = "static" if signal == "random" else "input"
@@ -503,34 +456,15 @@ def test_sweep_is_restricted_by_options_and_keeps_its_controls(single, small_ana
         assert {**share, "keep": "8"} == number  # 1/16 of 128
 
 
-def test_a_sweep_row_equals_prune_and_eval(single, small_analysis, run_json, tmp_path):
-    sweep = run_json(
-        "eval", single, "--data", "digits", "--limit", 60, "--sweep", "1/8", "--analysis", small_analysis,
-        "--scope", "static", "--signal", "combine", "--compensate", "lstsq",
-    )  # fmt: skip
-    path = tmp_path / "pruned.safetensors"
-    run_json(
-        "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--compensate", "lstsq", "-o", path
-    )
+def test_a_sweep_row_equals_prune_and_eval(single, small_analysis, prune, run_json):
+    words = ("eval", single, "--data", "digits", "--limit", 60, "--analysis", small_analysis)
+    ways = ("--sweep", "1/8", "--scope", "static", "--signal", "combine", "--compensate", "lstsq")
+    sweep = run_json(*words, *ways)
+    path, _ = prune("--keep 1/8 --compensate lstsq")
     alone = run_json("eval", path, "--data", "digits", "--limit", 60, "--baseline", single)
     [row] = [row for row in sweep["rows"] if row["keep"] == "1/8" and row["signal"] == "combine"]
     assert row["model"] == alone["model"]
     assert row["difference"] == alone["difference"]
-
-
-def test_sweep_text_has_a_line_for_each_row(single, small_analysis, run):
-    result = run(
-        "eval", single, "--data", "digits", "--limit", 30, "--sweep", "1/4", "--analysis", small_analysis,
-        "--scope", "static", "--signal", "combine", "--compensate", "none",
-    )  # fmt: skip
-    assert (result.code, result.stderr) == (0, "")
-    assert "full model" in result.stdout
-    lines = [line.split()[:4] for line in result.stdout.splitlines() if line.startswith(("1/4", "0"))]
-    assert lines == [
-        ["1/4", "static", "combine", "none"],
-        ["1/4", "static", "random", "none"],
-        ["0", "static", "combine", "none"],
-    ]
 
 
 # --- files and repeatability -------------------------------------------------------------------
@@ -579,26 +513,16 @@ def test_equal_analyses_give_equal_bytes(single, small_analysis, run, tmp_path):
 
 
 @pytest.mark.parametrize(("scope", "compensate"), [("static", "lstsq"), ("input", "mean"), ("batch", "none")])
-def test_equal_prunings_give_equal_bytes(single, small_analysis, run, tmp_path, scope, compensate):
-    paths = [tmp_path / name for name in ("one.safetensors", "two.safetensors")]
-    for path in paths:
-        run(
-            "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--scope", scope,
-            "--compensate", compensate, "-o", path,
-        )  # fmt: skip
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+def test_equal_prunings_give_equal_bytes(prune, scope, compensate):
+    options = f"--keep 1/8 --scope {scope} --compensate {compensate}"
+    (first, _), (second, _) = prune(options), prune(options)
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_random_experts_depend_on_the_seed_alone(vit, run, tmp_path, scope):
-    files = []
-    for index, seed in enumerate((3, 3, 4)):
-        path = tmp_path / f"{index}.safetensors"
-        result = run(
-            "prune", vit, "--keep", "1/8", "--scope", scope, "--signal", "random", "--seed", seed, "-o", path
-        )
-        assert result.code == 0, result.stderr
-        files.append(path)
+def test_random_experts_depend_on_the_seed_alone(vit, prune, scope):
+    options = f"--keep 1/8 --scope {scope} --signal random --seed"
+    files = [prune(f"{options} {seed}", vit, None)[0] for seed in (3, 3, 4)]
     first, again, other = (path.read_bytes() for path in files)
     assert first == again
     assert first != other
@@ -617,36 +541,18 @@ def test_equal_evals_print_equal_bytes(pruned, single, run):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_checkpoint_of_another_precision_runs_in_it(single, run_json, tmp_path, dtype):
+def test_a_checkpoint_of_another_precision_runs_and_is_pruned_in_it(single, prune, run_json, tmp_path, dtype):
     path = tmp_path / "model.safetensors"
     moeprune.save(moeprune.load(single).to(dtype), path)
     found = run_json("eval", path, "--data", "digits", "--baseline", single, "--limit", 60)
     assert found["model"]["bytes"] == tensor_bytes(single) * dtype.itemsize // 4
     assert found["difference"]["agreement"] > 0.95
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_checkpoint_of_another_precision_is_pruned_in_it(single, run_json, tmp_path, dtype):
-    path, pruned = tmp_path / "model.safetensors", tmp_path / "pruned.safetensors"
-    moeprune.save(moeprune.load(single).to(dtype), path)
-    data = ["--data", "digits", "--limit", 60]
-    run_json("prune", path, "--keep", "1/8", "--compensate", "lstsq", "-o", pruned, *data)
-    kinds = {tensor["dtype"] for tensor in read_header(pruned)[0].values()}
-    assert kinds == {"BF16" if dtype == torch.bfloat16 else "F64"}
-    assert run_json("eval", pruned, *data, "--baseline", path)["difference"]["agreement"] > 0.8
-
-
-# --- text off a terminal -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variable", [{}, {"TERM": "dumb"}, {"GITHUB_ACTIONS": "true"}, {"NO_COLOR": "1"}])
-def test_text_has_no_escape_codes(single, run, monkeypatch, variable):
-    for name, value in variable.items():
-        monkeypatch.setenv(name, value)
-    result = run("eval", single, "--data", "digits", "--limit", 20, "--min-accuracy", 0.1)
-    assert result.code == 0
-    assert "\x1b" not in result.stdout
-    assert "…" not in result.stdout
+    if dtype != torch.float16:
+        pruned, _ = prune("--keep 1/8 --compensate lstsq --data digits --limit 60", path, None)
+        kinds = {tensor["dtype"] for tensor in read_header(pruned)[0].values()}
+        assert kinds == {"BF16" if dtype == torch.bfloat16 else "F64"}
+        words = ("--data", "digits:calibration", "--limit", 60, "--baseline", path)
+        assert run_json("eval", pruned, *words)["difference"]["agreement"] > 0.8
 
 
 @pytest.mark.parametrize("charset", ["ascii", "latin-1", "cp1252"])
@@ -824,14 +730,7 @@ for call in {calls!r}:
 
 
 def test_inspect_imports_neither_torch_nor_numpy(single, tmp_path):
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(single.read_bytes()[:-1])
-    calls = [
-        ["inspect", str(single)],
-        ["inspect", str(single), "--output-format", "json"],
-        ["inspect", str(single), "--output-file", str(tmp_path / "report")],
-        ["inspect", str(broken)],
-    ]
+    calls = [["inspect", str(single)], ["inspect", str(single), "--output-file", str(tmp_path / "report")]]
     program = f"""
 import sys
 from moeprune.cli import app
@@ -842,8 +741,7 @@ for call in {calls!r}:
         print("ended:", end.code, *({{"torch", "numpy", "safetensors"}} & set(sys.modules)))
 """
     result = python("-c", program)
-    ends = [line for line in result.stdout.splitlines() if line.startswith("ended:")]
-    assert ends == ["ended: 0"] * 3 + ["ended: 2"]
+    assert [line for line in result.stdout.splitlines() if line.startswith("ended:")] == ["ended: 0"] * 2
 
 
 def test_a_checkpoint_of_2_gb_is_inspected_in_2_seconds(single, tmp_path):
@@ -884,14 +782,12 @@ def test_help_and_usage_errors_have_no_escape_codes(variable):
 
 
 def test_the_entry_point_tells_a_failed_gate_from_a_wrong_call(single, stock):
-    gate = python(
-        "-m", "moeprune", "eval", *stock.dense_and_data, "--min-accuracy", 1, GITHUB_ACTIONS="true",
-        TERM="dumb",
-    )  # fmt: skip
+    words = ("-m", "moeprune", "eval", *stock.dense_and_data, "--min-accuracy")
+    gate = python(*words, 1, GITHUB_ACTIONS="true", TERM="dumb")
     assert (gate.returncode, gate.stderr) == (1, "")
     assert "FAILED" in gate.stdout
     assert "\x1b" not in gate.stdout
-    wrong = python("-m", "moeprune", "eval", single, "--data", "digits", "--min-accuracy", 7)
+    wrong = python(*words, 7)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("error: `--min-accuracy 7.0` is outside 0…1\n")
 
@@ -930,11 +826,10 @@ def test_code_that_ends_the_program_is_an_error_and_what_it_prints_is_not_the_re
     assert result.stderr.startswith("a line\nerror: ")
 
 
-def test_shares_are_rounded_to_the_nearest_number_of_experts(single, run_json, tmp_path):
-    for index, (keep, k) in enumerate({"1/8": 16, "0.1": 13, "16": 16, "1/1000": 1, "1": 1}.items()):
-        path = tmp_path / f"{index}.safetensors"
-        made = run_json("prune", single, "--keep", keep, "--scope", "input", "-o", path)
-        assert made["plan"]["blocks.0.soft_moe"]["k"] == k, Fraction(keep)
+@pytest.mark.parametrize(("keep", "k"), [("0.1", 13), ("16", 16), ("1/1000", 1), ("1", 1)])
+def test_shares_are_rounded_to_the_nearest_number_of_experts(prune, keep, k):
+    _, made = prune(f"--keep {keep} --scope input", analysis=None)
+    assert made["plan"]["blocks.0.soft_moe"]["k"] == k
 
 
 def test_a_narrow_terminal_cuts_no_table(single, stock, tmp_path):
@@ -942,21 +837,16 @@ def test_a_narrow_terminal_cuts_no_table(single, stock, tmp_path):
     import pty
 
     main, terminal = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "80", "TERM": "dumb"}
-    arguments = ["analyze", single, "--data", stock.path("data.npz"), "-o", tmp_path / "a.safetensors"]
+    words = ["analyze", single, "--data", stock.path("data.npz"), "-o", tmp_path / "a.safetensors"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "moeprune", *map(str, arguments)], stdout=terminal, env=environment
-    )
+        [sys.executable, "-m", "moeprune", *map(str, words)], stdout=terminal,
+        env={**os.environ, "COLUMNS": "80", "TERM": "dumb"},
+    )  # fmt: skip
     os.close(terminal)
     printed = b""
-    while True:
-        try:
-            chunk = os.read(main, 4096)
-        except OSError:
-            break
-        if not chunk:
-            break
-        printed += chunk
+    with contextlib.suppress(OSError):  # the other end is closed
+        while chunk := os.read(main, 4096):
+            printed += chunk
     assert process.wait() == 0
     assert b"unused" in printed
     assert "…" not in printed.decode()
@@ -1010,17 +900,10 @@ def test_an_analysis_and_other_uses_of_the_model_do_not_disturb_each_other(singl
     torch.testing.assert_close(again.result().layers["blocks.0.soft_moe"].gram, alone.gram)
 
 
-@pytest.mark.parametrize("keep", ["16", 16, 0.125, "0.125", Fraction(1, 8)])
-def test_a_share_or_a_number_of_experts_may_be_kept(single, keep):
-    model = moeprune.load(single)
-    [layer] = moeprune.prune(model, keep=keep, scope="input").moe_layers.values()
-    assert layer.plan.k == 16
-
-
-@pytest.mark.parametrize("keep", [0, Fraction(0)])
-def test_no_expert_at_all_is_a_control_of_the_python_api(single, keep):
+@pytest.mark.parametrize("keep", ["16", 16, 0.125, "0.125", Fraction(1, 8), 0, Fraction(0)])
+def test_a_share_or_a_number_of_experts_or_none_may_be_kept(single, keep):
     [layer] = moeprune.prune(moeprune.load(single), keep=keep, scope="input").moe_layers.values()
-    assert layer.plan.k == 0
+    assert layer.plan.k == (16 if keep else 0)
 
 
 def test_a_baseline_is_the_full_model(pruned, single, vit, run, tmp_path):

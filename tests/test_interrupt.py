@@ -41,11 +41,8 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-def interrupt(
-    words: list[object], ready: Callable[[bytes], bool], number: int = signal.SIGINT
-) -> tuple[int, bytes, bytes]:
-    """Start a command with a terminal as stderr and send a signal, that of Ctrl-C if no other is given, once
-    what it shows there says it works.
+def interrupt(words: list[object], ready: Callable[[bytes], bool], number: int) -> tuple[int, bytes, bytes]:
+    """Start a command with a terminal as stderr, and send a signal once what it shows there says it works.
 
     Returns:
         Its exit code, stdout and stderr.
@@ -91,63 +88,18 @@ def bar_moves(name: str) -> Callable[[bytes], bool]:
     return moves
 
 
-CALLS = {
-    "analyze": ("analyze", ["analyze"]),
-    "measuring": ("measure", ["prune", "--keep", "1/8", "--signal", "random", "--compensate", "mean"]),
-    "fit": ("fit", ["prune", "--keep", "1/8", "--scope", "input", "--compensate", "lstsq"]),
-    "eval": ("eval", ["eval"]),
-}
-"""The progress bar to wait for, the command and what it needs beside a checkpoint, data and output."""
-
-
-@pytest.fixture(scope="module")
-def data_analysis(stock, data) -> Path:
-    path = data.parent / "analysis.safetensors"
-    stock.make("analyze", stock.path("dense.safetensors"), "--data", data, "--batch-size", 500, "-o", path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        ("analyze", signal.SIGINT),
-        ("eval", signal.SIGTERM),
-        pytest.param("measuring", signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("fit", signal.SIGINT, marks=pytest.mark.slow),
-    ],
-)
-def test_interrupted_work_leaves_files_as_they_were(stock, data, request, tmp_path, name, number):
-    bar, words = CALLS[name]
-    words = [*words, stock.path("dense.safetensors"), "--data", data, "--batch-size", 1, "--force"]
-    if name == "fit":
-        words += ["--analysis", request.getfixturevalue("data_analysis")]
+@pytest.mark.parametrize(("name", "number"), [("analyze", signal.SIGINT), ("eval", signal.SIGTERM)])
+def test_interrupted_work_leaves_files_as_they_were(stock, data, tmp_path, name, number):
     output = tmp_path / "output"
     output.write_bytes(b"old")
+    words = [name, stock.path("dense.safetensors"), "--data", data, "--batch-size", 1, "--force"]
     words += ["--output-file" if name == "eval" else "-o", output]
-    code, stdout, shown = interrupt(words, bar_moves(bar), number)
+    code, stdout, shown = interrupt(words, bar_moves(name), number)
     assert (code, stdout) == (128 + number, b"")
     assert b"Traceback" not in shown
     assert b"error" not in shown
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     assert output.read_bytes() == b"old"
-
-
-@pytest.mark.slow
-def test_interrupted_demo_leaves_whole_files_only(tmp_path):
-    pytest.importorskip("sklearn")
-    output = tmp_path / "demo"
-    done = output / "single" / "input-none-1-8.safetensors"
-    code, stdout, shown = interrupt(["demo", "-o", output], lambda shown: done.exists())
-    assert (code, stdout) == (130, b"")
-    assert b"Traceback" not in shown
-    files = [path for path in output.rglob("*") if path.is_file()]
-    assert done in files
-    assert not (output / "summary.json").exists()
-    for path in files:
-        assert path.suffix in (".safetensors", ".json")
-        assert not path.name.startswith(".")
-        if path.suffix == ".safetensors":
-            (moeprune.load_analysis if path.stem == "analysis" else moeprune.load)(path)
 
 
 @pytest.mark.slow
