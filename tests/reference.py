@@ -138,8 +138,6 @@ def best_subset(scores: Sequence[float], k: int) -> tuple[int, ...]:
 
 def replace(config, **changes):
     """A record or dataclass with some fields changed."""
-    return (
-        dataclasses.replace(config, **changes)
-        if dataclasses.is_dataclass(config)
-        else config.replace(**changes)
-    )
+    if dataclasses.is_dataclass(config):
+        return dataclasses.replace(config, **changes)
+    return config.replace(**changes)
