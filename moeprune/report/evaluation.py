@@ -9,7 +9,7 @@ from msgspec.structs import asdict
 from moeprune.evaluation.results import BatchLatency, Evaluation, Forgetting, Latency, ModelFigures
 from moeprune.report.document import Block, Document, Lines, Table
 from moeprune.report.gates import gate_table
-from moeprune.report.words import amount, checkpoint_on_data, percent, plural, points, points_ci
+from moeprune.report.words import amount, checkpoint_on_data, ci95, percent, plural, points
 
 WORST_CLASSES = 3
 
@@ -32,7 +32,7 @@ def evaluation(result: Evaluation) -> Document:
     blocks: list[Block] = [Table(tuple(columns), rows)]
     if difference and result.forgetting:
         drop, p = points(difference.accuracy_drop), f"{difference.mcnemar_p:.3g}"
-        line = f"accuracy drop {drop} ({points_ci(difference.accuracy_drop_ci95)}; McNemar p = {p}),"
+        line = f"accuracy drop {drop} ({ci95(difference.accuracy_drop_ci95)}; McNemar p = {p}),"
         line += f" same prediction as the full model on {percent(difference.agreement, 2)}"
         blocks.append(Lines([line, _flips(result.forgetting)]))
     if result.latency:

@@ -31,7 +31,7 @@ from moeprune.report.document import (
 from moeprune.report.experts import experts_of
 from moeprune.report.figures import panel, stacks
 from moeprune.report.trade_off import best_of, trade_off
-from moeprune.report.words import amount, percent, plain, plan_in_words, points, points_ci
+from moeprune.report.words import amount, ci95, percent, plain, plan_in_words, points
 
 CLASSES_SHOWN = 20
 MOST_CLASSES = 1000
@@ -78,7 +78,7 @@ def _highlights(result: Evaluation) -> Iterator[tuple[str, str, str]]:
         yield "size", amount(model.bytes, "B"), ""
         yield "FLOPs per input", amount(model.flops_per_input.total), ""
         return
-    yield "accuracy drop", points(difference.accuracy_drop), points_ci(difference.accuracy_drop_ci95)
+    yield "accuracy drop", points(difference.accuracy_drop), ci95(difference.accuracy_drop_ci95)
     yield "accuracy", percent(model.accuracy, 2), f"{accuracy}; full model {percent(full.accuracy, 2)}"
     sizes = f"{amount(full.bytes, 'B')} → {amount(model.bytes, 'B')}"
     yield "size", percent(1 - difference.size_reduction), f"of the full model's: {sizes}"

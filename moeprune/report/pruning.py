@@ -12,11 +12,11 @@ from moeprune.report.document import Cell, Document, Facts, Lines, Table
 from moeprune.report.words import (
     amount,
     checkpoint_on_data,
+    ci95,
     flops_in_words,
     percent,
     plan_in_words,
     points,
-    points_ci,
 )
 
 
@@ -49,7 +49,7 @@ def _confirmed(search: Search) -> str:
     bound = ""
     if found.bound is not None:
         bound = f"; at most {points(found.bound)} with confidence {found.confidence:g}"
-    drop = f"{points(found.accuracy_drop)} ({points_ci(found.accuracy_drop_ci95)}{bound})"
+    drop = f"{points(found.accuracy_drop)} ({ci95(found.accuracy_drop_ci95)}{bound})"
     return f"{drop} on {found.samples} samples that were not searched ({len(search.tried)} plans tried)"
 
 

@@ -25,7 +25,7 @@ def points(difference: float) -> str:
     return f"{100 * difference + 0.0:+.2f} pt"
 
 
-def points_ci(bounds: tuple[float, float]) -> str:
+def ci95(bounds: tuple[float, float]) -> str:
     """Return a 95 % interval of a difference of shares."""
     return f"95 %: {points(bounds[0])} to {points(bounds[1])}"
 
