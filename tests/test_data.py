@@ -453,3 +453,11 @@ def test_reading_takes_no_more_memory_for_more_samples(tmp_path, write, limit):
         tracemalloc.stop()
     assert seen == (limit or samples)
     assert peak < 6 * batch_size * sample_bytes  # 6 MB
+
+
+@pytest.mark.parametrize("shape", [(), (SAMPLES,)])
+@pytest.mark.parametrize("form", [GREY, COLOUR])
+def test_inputs_that_are_no_images_do_not_fit(shape, form, tmp_path):
+    np.savez(tmp_path / "x.npz", inputs=np.zeros(shape, np.float32))
+    with pytest.raises(MoepruneError, match="have the shape"):
+        moeprune.open_data(str(tmp_path / "x.npz"), form)

@@ -40,9 +40,9 @@ def open_safetensors(path: Path, input_format: InputFormat) -> Source:
     names = set(file.keys())
     _require_inputs(path, names)
     inputs = file.get_slice("inputs")
-    samples = inputs.get_shape()[0] if inputs.get_shape() else 0
-    to_inputs = _converter(path, tuple(inputs.get_shape()), input_format)
-    labels = None
+    shape = tuple(inputs.get_shape())
+    to_inputs = _converter(path, shape, input_format)
+    samples, labels = shape[0], None
     if "labels" in names and input_format.classes:
         labels = _checked_labels(path, file.get_tensor("labels"), samples)
 
@@ -94,9 +94,9 @@ def open_npz(path: Path, input_format: InputFormat) -> Source:
 def _npy_header(archive: ZipFile, name: str, path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
     """Return the shape and type of an array in an archive, and where its values start in its member."""
     with _damage_as_error(f"`{name}` of `{path}` is not readable"), archive.open(f"{name}.npy") as member:
-        is_first_version = np.lib.format.read_magic(member) == (1, 0)
         formats = np.lib.format
-        read_header = formats.read_array_header_1_0 if is_first_version else formats.read_array_header_2_0
+        is_first = formats.read_magic(member) == (1, 0)
+        read_header = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
         shape, fortran_order, dtype = read_header(member)
         torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))  # fails unless these are numbers
         start = member.tell()
@@ -143,7 +143,8 @@ def _converter(path: Path, shape: tuple[int, ...], form: InputFormat) -> Callabl
         shape: of all inputs of the file: (n,c,H,W), (n,H,W,c), or (n,H,W) for one channel.
     """
     channels, height, width = form.shape
-    if shape[1:] not in {form.shape, (height, width, channels), (height, width) if channels == 1 else ()}:
+    grey = (height, width) if channels == 1 else form.shape
+    if shape[1:] not in {form.shape, (height, width, channels), grey}:
         raise form.misfit(str(path), shape)
     is_channels_last = shape[1:] != form.shape and len(shape) == 4
 

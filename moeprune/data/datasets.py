@@ -50,7 +50,6 @@ class Dataset:
     """Samples of a source.
 
     spec: as the user gave it, with its split.
-    source: where samples are read from.
     classes: of the model; labels lie below it. 0: the model has no head, and labels are not read.
     indices: of the samples in the source, ascending.
     fingerprint: SHA-256 of all inputs and labels as the model gets them; None before a whole pass.

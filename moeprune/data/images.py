@@ -22,15 +22,13 @@ def open_folder(path: Path, input_format: InputFormat) -> Source:
     """Open a folder of images, ordered by class and by name.
 
     Raises:
-        MoepruneError: no images, a number of class folders other than the model's classes, or
-            Pillow is not installed.
+        MoepruneError: no images, class folders other in number than the model's classes, or no Pillow.
     """
     try:
         import PIL  # noqa: F401
     except ImportError:
-        raise MoepruneError(
-            "folders of images need Pillow", "install it, or moeprune's extra `images`"
-        ) from None
+        hint = "install it, or moeprune's extra `images`"
+        raise MoepruneError("folders of images need Pillow", hint) from None
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
     if classes and len(classes) != input_format.classes and input_format.classes:
         raise MoepruneError(

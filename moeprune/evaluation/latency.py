@@ -39,7 +39,7 @@ def measure_latency(
     different experts for different inputs. The batch size of the runtime is ignored.
 
     Raises:
-        MoepruneError: a batch size below 1, data that cannot be read, or no such device.
+        MoepruneError: data that cannot be read, or no such device.
     """
     device = runtime.torch_device
     models = {"model": model} | ({} if baseline is None else {"baseline": baseline})

@@ -34,12 +34,10 @@ class Runtime(Request, frozen=True):
     progress: show a progress bar on stderr when that is a terminal.
     """
 
-    device: Annotated[str, option("cpu, cuda, cuda:N, mps, or auto: CUDA if there is one, else the CPU.")] = (
+    device: Annotated[str, option("cpu, cuda, cuda:N, mps, or auto: CUDA if available, else the CPU.")] = (
         "auto"
     )
-    dtype: Annotated[Dtype, option("float32: the precision of the weights. bf16: under autocast.")] = (
-        "float32"
-    )
+    dtype: Annotated[Dtype, option("float32: the precision of the weights; bf16: autocast.")] = "float32"
     batch_size: Annotated[
         Positive, option("Inputs of a forward pass; with scope batch, also the batch that shares experts.")
     ] = 64
@@ -47,11 +45,7 @@ class Runtime(Request, frozen=True):
 
     @property
     def torch_device(self) -> torch.device:
-        """The device that `device` names.
-
-        Raises:
-            MoepruneError: no such device.
-        """
+        """The device that `device` names, or a MoepruneError."""
         import torch
 
         found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
@@ -82,9 +76,8 @@ class Runtime(Request, frozen=True):
                 yield inputs.to(device, non_blocking=True), labels
                 bar.update(len(inputs))
         seconds = time.perf_counter() - start
-        logger.info(
-            f"{what}: {data.samples} samples in {seconds:.2f} s, {data.samples / seconds:.0f} samples/s"
-        )
+        rate = data.samples / seconds
+        logger.info(f"{what}: {data.samples} samples in {seconds:.2f} s, {rate:.0f} samples/s")
 
     def run_paired(
         self, models: Mapping[K, nn.Module], full: nn.Module, data: Dataset, what: str

@@ -44,9 +44,9 @@ MAX_REGRESSORS = 4096
 
 @dataclass(frozen=True)
 class Stream:
-    """A layer of the pruned model, seen beside the same layer of the full one, over calibration data.
+    """A layer of a model whose layers before it are pruned, seen beside the same layer of the full model.
 
-    pruned: with the layers before the named one pruned. full: the unpruned model. Both are private copies.
+    pruned, full: private copies.
     """
 
     pruned: Model
@@ -80,10 +80,9 @@ class Stream:
 
 
 class Gathered(NamedTuple):
-    """What one pass over data says of a dense layer behind pruned ones.
+    """The moments of a dense layer behind pruned ones, and its contributions over each half of the data.
 
-    moments: of its experts. halves: sums of what they add, over each half of the data; the gap is what the
-    unpruned model's layer gives beyond this one's.
+    Their gap is what the unpruned model's layer gives beyond this one's.
     """
 
     moments: LayerMoments
@@ -92,16 +91,13 @@ class Gathered(NamedTuple):
 
 def gather(stream: Stream, compensation: str) -> Gathered:
     """Sum up what any static set takes whose compensation is fitted; the stream's layer is dense."""
-    moments = sums = None
+    layer = stream.layer.to(stream.runtime.torch_device)
+    moments = MomentsAccumulator(layer)
+    sums = Contributions(layer, compensation), Contributions(layer, compensation)
     for members, seen, gap in stream:
-        if moments is None or sums is None:
-            moments = MomentsAccumulator(stream.layer)
-            sums = Contributions(stream.layer, compensation), Contributions(stream.layer, compensation)
         moments.add(seen, None)
         for half, index in zip(sums, members, strict=True):
             half.add(seen.select(index), gap[index])
-    assert moments is not None
-    assert sums is not None
     return Gathered(moments.result(), sums)
 
 

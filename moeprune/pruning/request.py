@@ -33,17 +33,10 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         str | None, option("Experts to keep in each layer: a share (1/8) or a number (16).", metavar="K")
     ] = None
     mass: Annotated[
-        Share | None,
-        option(
-            "With scope input: each input keeps the fewest experts that hold this share of its combine mass."
-        ),
+        Share | None, option("With scope input: the fewest experts that hold this share of an input's mass.")
     ] = None
-    max_size: Annotated[Share | None, option("Budget: share of the full model's bytes that may remain.")] = (
-        None
-    )
-    max_flops: Annotated[Share | None, option("Budget: share of the full model's FLOPs that may remain.")] = (
-        None
-    )
+    max_size: Annotated[Share | None, option("Budget: largest share of the full model's bytes.")] = None
+    max_flops: Annotated[Share | None, option("Budget: largest share of the full model's FLOPs.")] = None
     max_accuracy_drop: Annotated[
         Annotated[float, msgspec.Meta(ge=0, le=1)] | None,
         option(
@@ -53,19 +46,11 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     ] = None
     confidence: Annotated[
         Annotated[float, msgspec.Meta(ge=0.5, lt=1)] | None,
-        option(
-            "With --max-accuracy-drop: judge the one-sided bound of the drop at this level, such as 0.95."
-        ),
+        option("With --max-accuracy-drop: judge the drop's one-sided bound at this level, such as 0.95."),
     ] = None
-    plan: Annotated[Path | None, option("The plan of each layer: a JSON file, or a pruned checkpoint.")] = (
-        None
-    )
-    save_plan: Annotated[
-        Path | None, option("Write the plan as JSON; without -o, nothing else is written.")
-    ] = None
-    analysis: Annotated[
-        Path | None, option("The file that `moeprune analyze` wrote for this checkpoint.")
-    ] = None
+    plan: Annotated[Path | None, option("Plan of each layer: a JSON file, or a pruned checkpoint.")] = None
+    save_plan: Annotated[Path | None, option("Write the plan as JSON, and without -o nothing else.")] = None
+    analysis: Annotated[Path | None, option("What `moeprune analyze` wrote for this checkpoint.")] = None
     scope: Annotated[
         Scope | None,
         option(
@@ -99,9 +84,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
             " the data of the analysis again."
         ),
     ] = None
-    one_shot: Annotated[
-        bool, option("Prune all layers by the analysis alone, without another pass over data.")
-    ] = False
+    one_shot: Annotated[bool, option("Prune by the analysis alone, without another pass over data.")] = False
     seed: Seed = 0
     overwrite: bool = False
     runtime: Runtime = Runtime()
@@ -121,28 +104,22 @@ class PruneRequest(Request, frozen=True, kw_only=True):
             options = ", ".join(f"`--{name.replace('_', '-')}`" for name in AMOUNTS)
             wrong = f"{' and '.join(given)} exclude each other" if given else "no number of experts to keep"
             raise MoepruneError(wrong, f"give one of {options}")
-        if self.plan is not None:
-            for name in (*METHOD, "energy"):
-                if getattr(self, name) is not None:
-                    raise MoepruneError(
-                        f"`{name}` does not go with `plan`", "the plan sets it for each layer"
-                    )
+        for name in (*METHOD, "energy"):
+            if self.plan is not None and getattr(self, name) is not None:
+                raise MoepruneError(f"`{name}` does not go with `plan`", "the plan sets it for each layer")
         check_method(self.method)
         if self.keep is not None:
             parse_keep(self.keep)
         if self.one_shot and self.data is not None:
             raise MoepruneError("`one_shot` and `data` exclude each other", "leave one of them out")
         if self.data is not None and self.output is None:
-            raise MoepruneError(
-                "`save_plan` alone reads no `data`",
-                "leave it out, or give `--output` to choose experts by it",
-            )
+            hint = "leave it out, or give `--output` to choose experts by it"
+            raise MoepruneError("`save_plan` alone reads no `data`", hint)
         if self.max_accuracy_drop is None and self.confidence is not None:
             raise MoepruneError("`confidence` goes with `max_accuracy_drop`", "leave it out")
         if self.max_accuracy_drop is not None and (self.data is None or self.output is None):
-            raise MoepruneError(
-                "`max_accuracy_drop` searches on labelled `data`", "add `--data` and `--output`"
-            )
+            hint = "add `--data` and `--output`"
+            raise MoepruneError("`max_accuracy_drop` searches on labelled `data`", hint)
 
 
 class SweepRequest(EvalRequest, frozen=True, kw_only=True):
@@ -185,10 +162,8 @@ class SweepRequest(EvalRequest, frozen=True, kw_only=True):
             return
         for name in ("baseline", "confidence", *self.limits):
             if getattr(self, name) is not None:
-                raise MoepruneError(
-                    f"`{name}` does not go with `sweep` or `plot`",
-                    "give it to an eval of the checkpoint that you choose",
-                )
+                hint = "give it to an eval of the checkpoint that you choose"
+                raise MoepruneError(f"`{name}` does not go with `sweep` or `plot`", hint)
         if self.analysis is None:
             raise MoepruneError("`sweep` and `plot` need `analysis`", "write one with `moeprune analyze`")
         if self.latency_batch and not self.latency:
