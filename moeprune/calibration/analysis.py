@@ -108,10 +108,7 @@ def measure_sensitivity(
     PROBE_INPUTS predictions is divided by the layer's error, which the Gram matrix tells. Layers that cannot
     be pruned statically are left out.
 
-    Args:
-        model: a private copy of the unpruned one, on the runtime's device.
-        statistics: of all its layers.
-        data: to draw inputs from.
+    model: a private copy of the unpruned one, on the runtime's device; statistics: of all its layers.
     """
     probes, errors = {}, {}
     for name, layer in model.moe_layers.items():

@@ -16,14 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def analyze_checkpoint(request: AnalyzeRequest) -> tuple[AnalysisReport, Model, Analysis]:
-    """Analyze a model and write the analysis.
-
-    Returns:
-        The report, and the model and the analysis that it is about.
+    """Analyze a model and write the analysis; return the report, and the model and analysis that it is about.
 
     Raises:
-        MoepruneError: the checkpoint or the data cannot be read, the model is pruned already or computes NaN,
-            or the output cannot be written.
+        MoepruneError: an input cannot be read or does not fit, or the output cannot be written.
     """
     request.runtime.require_device()
     model = open_model(request.checkpoint)

@@ -23,8 +23,7 @@ logger = logging.getLogger(__name__)
 def evaluate_checkpoint(request: EvalRequest) -> tuple[Evaluation, Model, Analysis | None]:
     """Evaluate a checkpoint, compare it with the baseline, and judge the limits.
 
-    Returns:
-        The evaluation, the model that it is about, and the analysis, if one is given.
+    Returns the evaluation, the model that it is about, and the analysis, if one is given.
 
     Raises:
         MoepruneError: a file or the data cannot be read or does not fit, or the baseline is pruned itself.

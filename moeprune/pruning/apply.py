@@ -187,14 +187,9 @@ def _fit(stream: Stream, plan: LayerPlan, gathered: Gathered | None) -> Tensor:
 def choose_experts(
     plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, index: int
 ) -> LayerPlan:
-    """Return the plan with its static set, and what is merged, chosen.
+    """Return a plan that may leave open its static set, and what is merged, with both chosen.
 
-    Args:
-        plan: may leave them open.
-        moments: of the layer, if calibrated.
-        gathered: sums for a fitted compensation, if there is one.
-        seed: of the signal `random`.
-        index: the layer's place among the planned ones.
+    gathered: sums for a fitted compensation, if there is one. index: the layer's among the planned ones.
     """
     if plan.scope == "static" and plan.kept is None:
         plan = plan.replace(kept=_best_experts(plan, moments, gathered, seed, index))

@@ -97,9 +97,7 @@ def plans_within(
     """Return the plan for a budget and, if it is another, the one with the same share in each layer.
 
     Args:
-        config: of the unpruned model.
-        tensors: of its checkpoint.
-        analysis: of the model; needed with scope `static`.
+        config, tensors, analysis: of the unpruned model; the analysis is needed with scope `static`.
         method: budgets are met without what its energy may save.
         max_size, max_flops: the share of the model's bytes or FLOPs that may remain; one is given.
 
@@ -126,9 +124,7 @@ def plan_within(
     With scope `static` the budget is split over the layers by what they lose, otherwise each layer keeps the
     same share of its experts. Which experts are kept is left open.
 
-    Args:
-        budget: the share.
-        option: the name of the budget in messages.
+    budget: the share. option: its name in messages.
 
     Raises:
         MoepruneError: even the cheapest plan costs more, or a static one lacks an analysis.

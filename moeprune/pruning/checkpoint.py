@@ -141,14 +141,10 @@ def _search(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Se
 
 
 def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:
-    """Prune a checkpoint in many ways and evaluate each.
-
-    Returns:
-        The sweep, and the unpruned model and its analysis.
+    """Prune a checkpoint in many ways and evaluate each; return also the unpruned model and its analysis.
 
     Raises:
-        MoepruneError: a file or the data cannot be read or does not fit, the checkpoint is pruned already, or
-            no way to prune is left.
+        MoepruneError: an input cannot be read or does not fit, or no way to prune is left.
     """
     assert request.analysis is not None
     request.runtime.require_device()

@@ -102,14 +102,9 @@ def gather(stream: Stream, compensation: str) -> Gathered:
 
 
 def fit_routed(stream: Stream, compensation: str) -> tuple[Tensor, Tensor]:
-    """Fit one correction for all subsets of experts, over those that the inputs choose.
+    """Fit one correction (`lstsq` or `affine`) for all subsets of experts, over those that the inputs choose.
 
-    Args:
-        stream: of a layer that is routed, its surrogates being means.
-        compensation: `lstsq` or `affine`.
-
-    Returns:
-        V (q,o) and ZᵀZ (q,q) of its regressors.
+    stream: of a routed layer whose surrogates are means. Returns V (q,o) and ZᵀZ (q,q) of its regressors.
     """
     layer = stream.layer
     kinds = layer.regressor_kinds(compensation)
@@ -122,8 +117,7 @@ def fit_routed(stream: Stream, compensation: str) -> tuple[Tensor, Tensor]:
 def fit_static(gathered: Gathered, plan: LayerPlan) -> tuple[Tensor, Tensor]:
     """Fit the correction of a static layer whose surrogates are means.
 
-    Returns:
-        V (q,o) and ZᵀZ (q,q) of its regressors, both in the order of the layer's columns.
+    Returns V (q,o) and ZᵀZ (q,q) of its regressors, both in the order of the layer's columns.
     """
     first, second = gathered.halves
     mean, dropped = gathered.moments.term_mean, plan.dropped

@@ -37,11 +37,7 @@ def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
 
 
 def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
-    """Read the plan of a JSON file, or of a pruned checkpoint.
-
-    Args:
-        path: of the file.
-        layers: of the model that the plan is for.
+    """Read the plan, for a model with these layers, of a JSON file or a pruned checkpoint.
 
     Raises:
         MoepruneError: the file is missing, holds no plan, or one that does not fit the layers.

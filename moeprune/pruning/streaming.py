@@ -55,8 +55,7 @@ def prune_file(
         method: `signal` and `compensate`, of `none`, `renorm` and `mean`.
 
     Raises:
-        MoepruneError: the checkpoint is damaged or pruned already, the analysis is another one's, the
-            target cannot be written, or values are NaN or infinite.
+        MoepruneError: the source is damaged or pruned, the analysis another's, or the output not writable.
     """
     header = read_header(source)
     config, existing, details = read_description(header)
