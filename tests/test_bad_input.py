@@ -28,13 +28,9 @@ from tests.endings import files_under
 SAMPLES = 12
 LAYER = "blocks.0.soft_moe"
 PLAN = {
-    "scope": "static",
-    "k": 2,
-    "num_experts": 128,
-    "signal": "combine",
-    "compensation": "none",
+    "scope": "static", "k": 2, "num_experts": 128, "signal": "combine", "compensation": "none",
     "kept": [3, 5],
-}
+}  # fmt: skip
 
 
 class Bomb:
@@ -231,6 +227,20 @@ class Workshop:
     def evaluating(self, data: object, *options: object) -> list[object]:
         return ["eval", self.single, "--data", data, *options]
 
+    def words(self, text: str) -> list[object]:
+        """The words of a command; those in capitals stand for paths, which are made where they are used."""
+        paths: dict[str, Any] = {
+            "SINGLE": self.single, "NEW": self.output, "ANALYSIS": self.analysis, "OUT": self.out,
+            "OLD": lambda: existing(self), "LONG": self.out / ("x" * 300), "PRUNED": self.pruned,
+            "MISSING": self.out / "missing" / "x.safetensors", "BELOW": lambda: existing(self) / "x",
+            "FEWER": lambda: self.other_model(classes=7), "WIDE": lambda: self.other_model(image=(8, 16)),
+            "SMALL": lambda: self.other_model(image=(4, 4), patch=1), "NPZ": self.npz,
+            "DARK": lambda: self.with_metadata(preprocessing={"mean": [0.1]}),
+            "MEANS": lambda: self.with_metadata(preprocessing={"mean": [0, 0]}),
+        }  # fmt: skip
+        found = [paths.get(word, word) for word in text.split()]
+        return [word() if callable(word) else word for word in found]
+
     def pruning(self, *options: object, keep: object = "1/8", output: Path | None = None) -> list[object]:
         return ["prune", self.single, "--keep", keep, "-o", output or self.output, *options]
 
@@ -238,9 +248,6 @@ class Workshop:
         path = self.path(".safetensors")
         assert self.run(*self.pruning("--scope", "input", output=path)).code == 0
         return path
-
-    def sweeping(self, *options: object) -> list[object]:
-        return self.evaluating("digits", "--limit", 10, "--analysis", self.analysis, "--sweep", *options)
 
 
 @pytest.fixture
@@ -624,78 +631,42 @@ def test_a_bad_sample_is_named_by_its_place_in_the_file(workshop):
 
 # --- options -----------------------------------------------------------------------------------
 
-GATES = ("--max-accuracy-drop", "--min-flops-reduction", "--min-size-reduction", "--min-agreement")
-Build = Callable[[Workshop], list[object]]
-OPTIONS: dict[str, tuple[Build, tuple[str, ...]]] = {
-    **{
-        f"{option} without baseline": (
-            lambda w, option=option: w.evaluating("digits", option, "0.5"), (option, "--baseline"),
-        )
-        for option in GATES
-    },
-    **{
-        f"baseline of {name}": (
-            lambda w, make=make: w.evaluating("digits", "--baseline", make(w)), ("baseline", *fragments),
-        )
-        for name, make, fragments in (
-            ("other classes", lambda w: w.other_model(classes=7), ("10", "7")),
-            ("other images", lambda w: w.other_model(image=(8, 16)), ("16",)),
-            ("smaller images", lambda w: w.other_model(image=(4, 4), patch=1), ("4",)),
-            ("other preprocessing", lambda w: w.with_metadata(preprocessing={"mean": [0.1]}), ("mean",)),
-        )
-    },
-    "sweep with a baseline": (lambda w: w.sweeping("1/8", "--baseline", w.single), ("--sweep", "--baseline")),
-    "sweep with a gate": (lambda w: w.sweeping("1/8", "--min-accuracy", 1), ("--min-accuracy", "--sweep")),
-    "sweep without analysis": (
-        lambda w: w.evaluating("digits", "--sweep", "1/8"), ("--sweep", "--analysis"),
-    ),
-    "sweep of a pruned model": (
-        lambda w: ["eval", w.pruned(), "--data", "digits", "--sweep", "1/8", "--analysis", w.analysis],
-        ("pruned",),
-    ),
-    **{
-        f"eval with {option}": (
-            lambda w, option=option, value=value: w.evaluating("digits", option, value), (option, "--sweep"),
-        )
-        for option, value in (("--scope", "static"), ("--signal", "combine"), ("--compensate", "mean"))
-    },
-    "static without calibration": (lambda w: w.pruning(), ("--analysis", "--data")),
-    "deviation without calibration": (
-        lambda w: w.pruning("--scope", "input", "--signal", "deviation"), ("deviation", "--analysis"),
-    ),
-    "mean without calibration": (
-        lambda w: w.pruning("--scope", "batch", "--compensate", "mean"), ("mean",),
-    ),
-    "lstsq without calibration": (
-        lambda w: w.pruning("--scope", "input", *LSTSQ), ("lstsq", "--analysis", "--data"),
-    ),
-    "data of another split than the analysis's": (
-        lambda w: w.pruning("--analysis", w.analysis, "--data", "digits:train"),
-        ("digits:train", "not the data of the analysis"),
-    ),
-    "two splits": (
-        lambda w: w.evaluating("digits:train", "--split", "test"), ("--split test", "digits"),
-    ),
-    "a split of a file": (lambda w: w.evaluating(w.npz(), "--split", "test"), ("--split test",)),
-    "a limit without data": (
-        lambda w: w.pruning("--analysis", w.analysis, "--limit", 9), ("--limit",),
-    ),
-    "two means for one channel": (
-        lambda w: w.evaluating("digits", "--preprocess", "mean=0.1,0.2"), ("mean", "2 values", "1 channels"),
-    ),
-    "a file with two means for one channel": (
-        lambda w: ["eval", w.with_metadata(preprocessing={"mean": [0, 0]}), "--data", "digits"],
-        ("mean", "2 values", "1 channels"),
-    ),
-    "analyze a pruned model": (
-        lambda w: ["analyze", w.pruned(), "--data", "digits", "-o", w.output], (f"`{LAYER}`", "pruned"),
-    ),
-}  # fmt: skip
+EVAL = "eval SINGLE --data digits"
+PRUNE = "prune SINGLE --keep 1/8 -o NEW"
+SWEEP = f"{EVAL} --limit 10 --analysis ANALYSIS --sweep 1/8"
+OPTIONS = {
+    f"{EVAL} --max-accuracy-drop 0.5": ("--max-accuracy-drop", "--baseline"),
+    f"{EVAL} --min-flops-reduction 0.5": ("--min-flops-reduction", "--baseline"),
+    f"{EVAL} --min-size-reduction 0.5": ("--min-size-reduction", "--baseline"),
+    f"{EVAL} --min-agreement 0.5": ("--min-agreement", "--baseline"),
+    f"{EVAL} --baseline FEWER": ("baseline", "10", "7"),
+    f"{EVAL} --baseline WIDE": ("baseline", "16"),
+    f"{EVAL} --baseline SMALL": ("baseline", "4"),
+    f"{EVAL} --baseline DARK": ("baseline", "mean"),
+    f"{SWEEP} --baseline SINGLE": ("--sweep", "--baseline"),
+    f"{SWEEP} --min-accuracy 1": ("--min-accuracy", "--sweep"),
+    f"{EVAL} --sweep 1/8": ("--sweep", "--analysis"),
+    "eval PRUNED --data digits --sweep 1/8 --analysis ANALYSIS": ("pruned",),
+    f"{EVAL} --scope static": ("--scope", "--sweep"),
+    f"{EVAL} --signal combine": ("--signal", "--sweep"),
+    f"{EVAL} --compensate mean": ("--compensate", "--sweep"),
+    PRUNE: ("--analysis", "--data"),
+    f"{PRUNE} --scope input --signal deviation": ("deviation", "--analysis"),
+    f"{PRUNE} --scope batch --compensate mean": ("mean",),
+    f"{PRUNE} --scope input --compensate lstsq": ("lstsq", "--analysis", "--data"),
+    f"{PRUNE} --analysis ANALYSIS --data digits:train": ("digits:train", "not the data of the analysis"),
+    f"{PRUNE} --analysis ANALYSIS --limit 9": ("--limit",),
+    "eval SINGLE --data digits:train --split test": ("--split test", "digits"),
+    "eval SINGLE --data NPZ --split test": ("--split test",),
+    f"{EVAL} --preprocess mean=0.1,0.2": ("mean", "2 values", "1 channels"),
+    "eval MEANS --data digits": ("mean", "2 values", "1 channels"),
+    "analyze PRUNED --data digits -o NEW": (f"`{LAYER}`", "pruned"),
+}
 
 
-@pytest.mark.parametrize(("build", "fragments"), OPTIONS.values(), ids=OPTIONS)
-def test_options(workshop, build, fragments):
-    check_refused(workshop, build(workshop), fragments)
+@pytest.mark.parametrize(("text", "fragments"), OPTIONS.items())
+def test_options(workshop, text, fragments):
+    check_refused(workshop, workshop.words(text), fragments)
 
 
 @pytest.mark.parametrize(
@@ -710,57 +681,36 @@ def test_calls_that_lack_something(run, words):
 # --- outputs -----------------------------------------------------------------------------------
 
 
-def existing(workshop: Workshop, name: str = "old.safetensors") -> Path:
-    path = workshop.out / name
+def existing(workshop: Workshop) -> Path:
+    path = workshop.out / "old.safetensors"
     path.write_bytes(b"keep me")
     return path
 
 
-def writers(output: Callable[[Workshop], Path]) -> dict[str, Build]:
-    """Every kind of call that writes a file, writing to this path."""
-    return {
-        "analyze": lambda w: ["analyze", w.single, "--data", "digits", "--limit", 9, "-o", output(w)],
-        "prune": lambda w: w.pruning("--scope", "input", output=output(w)),
-        "a report": lambda w: ["inspect", w.single, "--output-file", output(w)],
-    }
+WRITERS = (
+    "analyze SINGLE --data digits --limit 9 -o", "prune SINGLE --keep 1/8 --scope input -o",
+    "inspect SINGLE --output-file",
+)  # fmt: skip
+PLACES = {
+    "OLD": ("old.safetensors", "--force"),
+    "OUT": ("out", "directory"),
+    "MISSING": ("missing",),
+    "BELOW": ("old.safetensors",),
+    "LONG": ("xxx",),
+}
+OUTPUTS = {
+    **{f"{writer} {place}": fragments for writer in WRITERS for place, fragments in PLACES.items()},
+    f"{PRUNE} --scope input --output-file NEW": ("--output-file",),
+    "prune SINGLE --keep 1/8 -o OLD --force --output-file OLD": ("old.safetensors", "--output-file"),
+    "demo -o OLD": ("old.safetensors", "directory"),
+    "demo -o BELOW": ("old.safetensors",),
+    "demo -o OUT --output-file OLD": ("--force",),
+}
 
 
-OUTPUTS: dict[str, tuple[Build, tuple[str, ...]]] = {
-    **{
-        f"{name} {place}": (build, fragments)
-        for place, output, fragments in (
-            ("to a file that exists", existing, ("old.safetensors", "--force")),
-            ("to a directory", lambda w: w.out, ("out", "directory")),
-            ("into no directory", lambda w: w.out / "missing" / "x.safetensors", ("missing",)),
-            ("into a file", lambda w: existing(w) / "x.safetensors", ("old.safetensors",)),
-            ("to an impossible name", lambda w: w.out / ("x" * 300), ("xxx",)),
-        )
-        for name, build in writers(output).items()
-    },
-    "report and checkpoint to one file": (
-        lambda w: w.pruning("--scope", "input", "--output-file", w.output), ("--output-file",),
-    ),
-    "report and checkpoint to one file that exists": (
-        lambda w: w.pruning(
-            "--scope", "input", "--force", "--output-file", w.out / ".." / "out" / "old.safetensors",
-            output=existing(w),
-        ),
-        ("old.safetensors", "--output-file"),
-    ),
-    "demo to a file": (lambda w: ["demo", "-o", existing(w)], ("old.safetensors", "directory")),
-    "demo into a file": (lambda w: ["demo", "-o", existing(w) / "x"], ("old.safetensors",)),
-    "demo to a directory that is not empty": (
-        lambda w: ["demo", "-o", existing(w).parent], ("out", "--force"),
-    ),
-    "demo report to a file that exists": (
-        lambda w: ["demo", "-o", w.out / "demo", "--output-file", existing(w)], ("--force",),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("build", "fragments"), OUTPUTS.values(), ids=OUTPUTS)
-def test_outputs(workshop, build, fragments):
-    check_refused(workshop, build(workshop), fragments)
+@pytest.mark.parametrize(("text", "fragments"), OUTPUTS.items())
+def test_outputs(workshop, text, fragments):
+    check_refused(workshop, workshop.words(text), fragments)
 
 
 def test_a_file_that_is_refused_later_leaves_the_old_output_alone(workshop):
@@ -792,8 +742,8 @@ def test_force_replaces_files_only(workshop):
 def test_a_directory_that_cannot_be_written(workshop):
     workshop.out.chmod(0o555)
     try:
-        for build in writers(lambda w: w.out / "x.safetensors").values():
-            check_refused(workshop, build(workshop), ("out", "permission"))
+        for writer in WRITERS:
+            check_refused(workshop, workshop.words(f"{writer} NEW"), ("out", "permission"))
     finally:
         workshop.out.chmod(0o755)
 

@@ -28,25 +28,17 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def good(stock: Stock) -> dict[str, Any]:
     """A configuration with options of every type, for all commands and for one."""
+    data, dense = str(stock.path("data.npz")), str(stock.path("dense.safetensors"))
     return {
-        "limit": 9,
-        "batch-size": 4,
-        "data": str(stock.path("data.npz")),
-        "dtype": "float32",
-        "quiet": False,
+        "limit": 9, "batch-size": 4, "data": data, "dtype": "float32", "quiet": False,
         "inspect": {"output-format": "json"},
         "analyze": {"output": "analysis.safetensors"},
         "prune": {"output": "pruned.safetensors", "keep": "1/2", "signal": "random", "seed": 3},
         "eval": {
-            "baseline": str(stock.path("dense.safetensors")),
-            "min-accuracy": 0.0,
-            "min-agreement": 0,
-            "latency-batch": [1],
-            "latency": True,
-            "preprocess": ["resize=8"],
-            "confidence": 0.9,
+            "baseline": dense, "min-accuracy": 0.0, "min-agreement": 0, "latency-batch": [1], "latency": True,
+            "preprocess": ["resize=8"], "confidence": 0.9,
         },
-    }
+    }  # fmt: skip
 
 
 COMMANDS = (
@@ -69,19 +61,7 @@ RAW = (
     "1\n[[eval]]\nlimit = 1", "\ufeff1",
 )  # fmt: skip
 """Values as they stand in a file, many of which are none."""
-KEYS = (
-    "limt",
-    "",
-    "eval",
-    "a.b",
-    "x" * 3000,
-    "ä😀",
-    "a\x1b[31m",
-    "batch_size",
-    "checkpoint",
-    "--limit",
-    "tool",
-)
+KEYS = ("limt", "", "eval", "a.b", "x" * 3000, "ä😀", "a\x1b[31m", "batch_size", "checkpoint", "--limit")
 
 
 def damaged(table: dict[str, Any], start: tuple[str, ...], chance: random.Random) -> tuple[bytes, str]:
@@ -89,26 +69,15 @@ def damaged(table: dict[str, Any], start: tuple[str, ...], chance: random.Random
     whole = toml(table)
     place = chance.choice([place for place in places(table) if len(place) > len(start)])
     [name, *_] = [key for key in place[::-1] if isinstance(key, str)]
-    match chance.randrange(8):
+    match chance.randrange(6):
         case 0:
             return mutated(whole.encode(), chance), ""
         case 1:
-            content = whole.encode()
-            at = content.index(f'"{name}"'.encode())
-            return content[:at] + chance.choice((b"\xff", b"\0", b"\xed\xa0\x80", b"\xef\xbb\xbf")) + content[
-                at:
-            ], ""
-        case 2:
             return toml(removed(table, place)).encode(), ""
-        case 3:
-            key = chance.choice(KEYS)
-            return toml(
-                replaced(table, (*place[:-1], key) if isinstance(place[-1], str) else place, 1)
-            ).encode(), ""
-        case 4:
-            line = chance.choice(whole.splitlines())
-            return whole.replace(line, f"{line}\n{line}").encode(), ""
-        case 5 | 6:
+        case 2:
+            key = (*place[:-1], chance.choice(KEYS)) if isinstance(place[-1], str) else place
+            return toml(replaced(table, key, 1)).encode(), ""
+        case 3 | 4:
             new = toml(replaced(table, place, "@raw")).replace('"@raw"', chance.choice(RAW))
             return new.encode("utf-8", "surrogatepass"), ""
         case _:
@@ -145,13 +114,3 @@ def test_damaged_configurations_are_taken_or_refused(stock, folder, run, name):
             if path.is_file() and path != file:
                 path.unlink()
     assert not complaints, "\n\n".join(complaints[:20]) + f"\n{len(complaints)} in all"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(3))
-def test_the_program_takes_or_refuses_damaged_configurations(stock, program, folder, number):
-    """In a process of its own, as users start it."""
-    chance = random.Random(number)
-    (folder / "moeprune.toml").write_bytes(damaged(good(stock), (), chance)[0])
-
-    assert complaint(program, stock.command(COMMANDS[number]), folder) is None
