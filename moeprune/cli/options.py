@@ -72,8 +72,12 @@ def _option(field: Field) -> Iterator[inspect.Parameter]:
     """Yield the option of a field as Typer takes it, if it is one."""
     kind, default, settings = field.kind, field.default, dict(field.settings)
     flags, argument = [field.flag, *settings.pop("short", ())], settings.pop("argument", None)
-    if get_origin(kind) is tuple and get_args(kind)[-1] is ...:
-        kind, default = list[_plain(get_args(kind)[0])], None  # type: ignore[misc]
+    is_list = get_origin(kind) is tuple and get_args(kind)[-1] is ...
+    part = get_args(kind)[0] if is_list else kind
+    if get_origin(part) is Literal:
+        settings.setdefault("metavar", "|".join(map(str, get_args(part))))
+    if is_list:
+        kind, default = list[_plain(part)], None  # type: ignore[misc]
     elif get_origin(kind) is dict:
         kind, default = list[str], None
     kind = _plain(kind)

@@ -42,7 +42,9 @@ class EvalRequest(Request, frozen=True, kw_only=True):
     ] = False
     latency_batch: Annotated[
         tuple[int, ...],
-        option("With --latency: inputs of a forward pass (repeatable).", show_default="1, 8, 32"),
+        option(
+            "With --latency: inputs of a forward pass (repeatable).", metavar="N", show_default="1, 8, 32"
+        ),
     ] = ()
     analysis: Annotated[
         Path | None, option("The file that `moeprune analyze` wrote; for --sweep, --plot and --report.")

@@ -60,12 +60,12 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     ] = None
     signal: Annotated[
         Signal | None,
-        option("Score that ranks the experts: combine, deviation, gram or random.", show_default="combine"),
+        option("Score that ranks the experts.", show_default="combine"),
     ] = None
     compensate: Annotated[
         Compensation | None,
         option(
-            "Compensation for dropped experts: none, renorm, mean, lstsq, affine, refit or merge.",
+            "Compensation for dropped experts.",
             show_default="none",
         ),
     ] = None
