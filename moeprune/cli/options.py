@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -125,6 +126,7 @@ def request_of(request: type[R], values: Mapping[str, Any], **others: Any) -> R:
         elif get_origin(field.kind) is tuple and get_args(field.kind)[-1] is ...:
             value = tuple(value or ())
         elif get_origin(field.kind) is tuple and value is not None:
-            value = parse_value(value)
+            with contextlib.suppress(TypeError, ValueError):
+                value = parse_value(value)
         made[field.name] = value
     return request(**made)

@@ -155,20 +155,18 @@ class SweepRequest(EvalRequest, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raise a MoepruneError for fields that do not go together."""
-        if not self.is_sweep:
-            if given := [name for name in METHOD if getattr(self, name)]:
-                raise MoepruneError(f"`{given[0]}` goes with `sweep`", "add `--sweep 1/16,1/8,1/4`")
-            super().check()
-            return
-        for name in ("baseline", "confidence", *self.limits):
-            if getattr(self, name) is not None:
-                hint = "give it to an eval of the checkpoint that you choose"
-                raise MoepruneError(f"`{name}` does not go with `sweep` or `plot`", hint)
-        if self.analysis is None:
+        judging = [
+            name for name in ("baseline", "confidence", *self.limits) if getattr(self, name) is not None
+        ]
+        if self.is_sweep and judging:
+            hint = "give it to an eval of the checkpoint that you choose"
+            raise MoepruneError(f"`{judging[0]}` does not go with `sweep` or `plot`", hint)
+        if self.is_sweep and self.analysis is None:
             raise MoepruneError("`sweep` and `plot` need `analysis`", "write one with `moeprune analyze`")
-        if self.latency_batch and not self.latency:
-            raise MoepruneError("`latency_batch` goes with `latency`", "add `--latency`")
+        if not self.is_sweep and (chosen := [name for name in METHOD if getattr(self, name)]):
+            raise MoepruneError(f"`{chosen[0]}` goes with `sweep`", "add `--sweep 1/16,1/8,1/4`")
         self.keeps  # noqa: B018 (reads the text)
+        super().check()
 
 
 def check_method(method: Method) -> None:
@@ -177,5 +175,4 @@ def check_method(method: Method) -> None:
         method.plan(1, 2)
     except MoepruneError as error:
         message = re.sub(r"\b(scope|signal|compensation)s? `(\w+)`", r"`--\1 \2`", error.message)
-        message = re.sub(r"`(scope|signal|compensation|mass|energy)`", r"`--\1`", message)
         raise MoepruneError(message.replace("--compensation", "--compensate"), error.hint) from None
