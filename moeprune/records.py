@@ -6,6 +6,8 @@ import functools
 import inspect
 import json
 import re
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -78,10 +80,17 @@ def from_json(value: Any, kind: type[T] | Any, where: str) -> T:
         reason, _, path = str(error).partition(" - at `$")
         keys = [key or int(index) for key, index in re.findall(r"\.([\w-]+)|\[(\d+)\]", path)]
         place = " ".join(filter(None, (where, path.strip(".`") and f"`{path.strip('.`')}`")))
+        found, hint, there = "" if "[...]" in path else _found(value, keys), None, list(_types_at(kind, keys))
         if reason.startswith("Invalid enum value"):
-            reason = f"expected one of {', '.join(map(str, _choices(kind, keys)))}"
-        found = "" if "[...]" in path else _found(value, keys)
-        raise MoepruneError(f"{place}: {reason[:1].lower()}{reason[1:]}{found}".lstrip(": ")) from None
+            choices = [choice for part in there if get_origin(part) is Literal for choice in get_args(part)]
+            reason = f"expected one of {', '.join(str(choice) or repr(choice) for choice in choices)}"
+        elif unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL):
+            known = [name for part in there if _is_struct(part) for name in _field_types(part)]
+            near = get_close_matches(unknown[1], known, n=1)
+            reason = f"unknown key `{unknown[1]}`"
+            hint = f"did you mean `{near[0]}`?" if near else known and f"known keys are {', '.join(known)}"
+        message = f"{place}: {reason[:1].lower()}{reason[1:]}{found}".lstrip(": ")
+        raise MoepruneError(message, hint or None) from None
 
 
 def _from_class(kind: type, value: Any) -> Any:
@@ -105,17 +114,22 @@ def _found(value: Any, keys: list[str | int]) -> str:
     return "" if isinstance(value, dict | list | tuple | msgspec.Struct) else f", found {value!r}"
 
 
-def _choices(kind: Any, keys: list[str | int]) -> tuple[Any, ...]:
-    """Return the values of the Literal at a path of a type."""
-    for part in get_args(kind) if get_origin(kind) in (Union, UnionType, Annotated) else ():
-        if choices := _choices(part, keys):
-            return choices
-    if not keys:
-        return get_args(kind) if get_origin(kind) is Literal else ()
-    if isinstance(keys[0], int):
-        return _choices(get_args(kind)[0], keys[1:])
-    fields = _field_types(kind) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else {}
-    return _choices(fields[keys[0]], keys[1:]) if keys[0] in fields else ()
+def _types_at(kind: Any, keys: list[str | int]) -> Iterator[Any]:
+    """Yield the types that values at a path of a type may have."""
+    if get_origin(kind) in (Union, UnionType, Annotated):
+        for part in get_args(kind):
+            yield from _types_at(part, keys)
+    elif not keys:
+        yield kind
+    elif isinstance(keys[0], int):
+        for part in get_args(kind)[:1]:
+            yield from _types_at(part, keys[1:])
+    elif _is_struct(kind) and keys[0] in _field_types(kind):
+        yield from _types_at(_field_types(kind)[keys[0]], keys[1:])
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
 def to_text(value: Any) -> str:

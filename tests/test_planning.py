@@ -19,7 +19,7 @@ from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
-from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Method, is_possible
+from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Method, is_possible, plan_from_json
 from moeprune.pruning.apply import prune
 from moeprune.pruning.budgets import (
     allocate,
@@ -256,7 +256,7 @@ def test_what_a_plan_written_by_hand_leaves_out_has_defaults(tmp_path):
                 ({"k": "1"}, "`k`: expected `int`, got `str`, found '1'"),
                 ({"kept": [1, 1]}, "2 different experts"),
                 ({"kept": ["a"]}, "`kept[0]`: expected `int`, got `str`, found 'a'"),
-                ({"k": 1, "nope": 1}, "unknown field `nope`"),
+                ({"k": 1, "nope": 1}, "unknown key `nope`"),
                 ({"k": 1, "kept": 1}, "`kept`: expected `array | null`, got `int`"),
                 ({"k": 1, "num_experts": 9}, "is for 9 experts"),
                 ({"k": 1, "scope": "input", "signal": "gram"}, "signal `gram` needs one set of experts"),
@@ -273,6 +273,15 @@ def test_plans_that_are_wrong(content, message, tmp_path):
         read_plan(path, three_layers().config.moe_layers)
     assert message in caught.value.message
     assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"), [("scop", "did you mean `scope`?"), ("xyz", "known keys are scope, k, num_experts")]
+)
+def test_unknown_keys_have_the_nearest_known_one(key, hint):
+    with pytest.raises(MoepruneError) as caught:
+        plan_from_json({FIRST: {"num_experts": 6, "k": 1, key: 1}})
+    assert hint in caught.value.hint
 
 
 def test_a_plan_that_is_not_there(tmp_path, single):
