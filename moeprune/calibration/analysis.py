@@ -1,4 +1,4 @@
-"""What calibration data says of every MoE layer of a model, and its file."""
+"""The statistics of all MoE layers of a model on calibration data, and the file that holds them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WORKSPACE = 2 << 30
 
 
 class Origin(Record, frozen=True, omit_defaults=False):
-    """What an analysis was made from; checkpoint: fingerprint of the unpruned model; moeprune: version."""
+    """The origin of an analysis; checkpoint: fingerprint of the unpruned model; moeprune: version."""
 
     checkpoint: str
     data: DataInfo

@@ -7,7 +7,7 @@ from moeprune.records import Report, Result
 
 
 class LayerSummary(Result, frozen=True):
-    """How the combine mass of one layer is spread over its experts.
+    """Distribution of one layer's combine mass over its experts.
 
     best_eighth_mass: mean mass of an input's best n/8 experts. static_eighth_mass: that of the n/8 experts
     that are best over all inputs. uniform_mass: that of n/8 experts under a uniform router.

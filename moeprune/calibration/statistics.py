@@ -33,7 +33,7 @@ AXES = {
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """What pruning a layer takes: its experts' means over calibration inputs, in float32 on the CPU.
+    """What pruning needs of a layer: the means of its experts over calibration inputs, in float32 on the CPU.
 
     mean_mass: mean mass of each expert (n).
     term_mean: mu, the mean output of each term, weighted by its weights (n,p,o).
@@ -52,7 +52,7 @@ class LayerMoments:
 
 @dataclass(frozen=True)
 class LayerStatistics(LayerMoments):
-    """The moments, and what reports and planning take beside them.
+    """The moments, and what reports and planning need as well.
 
     max_mass: the largest mass of each expert over inputs (n).
     rank_frequency: row r, column j: share of inputs whose r-th best expert is j (n,n).

@@ -1,4 +1,4 @@
-"""The seam between MoE layers and everything else: what a layer's configuration says; no torch.
+"""The interface between MoE layers and everything else: the configuration of a layer; no torch.
 
 Axes, here and everywhere: b inputs, m tokens, d width of the input, o width of the output, n experts, k of
 them run. An expert adds p terms to each token's output, each a weight times a vector: one for each slot in a

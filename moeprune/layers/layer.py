@@ -1,4 +1,4 @@
-"""What the modules of all families share: tensors by configuration and plan, compensation, observer."""
+"""Base of the modules of all families: tensors by configuration and plan, compensation, observer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class MoELayer(nn.Module):
     def choose(self, mass: Tensor) -> Tensor:
         """Return the experts (b,k) that run for each input, by the plan's signal and the mass (b,n).
 
-        With a mass in the plan inputs may run fewer than k: n stands for none.
+        With a mass in the plan inputs may run fewer than k: n means none.
         """
         assert self.plan is not None
         scores = mass

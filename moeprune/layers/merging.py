@@ -63,7 +63,7 @@ def _mean(group: Sequence[Experts], mass: Tensor) -> Experts:
 
 
 def _aligned(expert: Experts, reference: Experts) -> Experts:
-    """The same expert with its hidden units in the order in which they are most like the reference's."""
+    """Return the expert with its hidden units reordered to match the reference's."""
     from scipy.optimize import linear_sum_assignment
 
     if expert.fc1_weight is None or expert.fc1_bias is None:

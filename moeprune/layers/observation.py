@@ -1,4 +1,4 @@
-"""What one forward pass of a layer shows, and the sums over inputs that calibration takes from it.
+"""Values of one forward pass of a layer, and the sums over inputs that calibration needs.
 
 Expert j adds R_j = sum over its p terms of weight × output to the layer's output (m,o). `Observation` takes
 every sum from R_j itself; a family whose terms share structure overrides what it can compute without R_j.

@@ -158,7 +158,7 @@ class SoftMoE(MoELayer):
         return normalized if dim == -1 else normalized.mT
 
     def _dynamic_slots(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Return what takes the place of phi (b,n,p,d), made of the inputs' own tokens (b,n·p,d)."""
+        """Return the replacement of phi (b,n,p,d), made of the inputs' own tokens (b,n·p,d)."""
         n = self.config.num_experts
         segments = tokens.unflatten(1, (-1, n))  # (b,p,n,d)
         if mask is None:

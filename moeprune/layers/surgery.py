@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Calibrated(NamedTuple):
-    """What calibration data says of a layer; None where the plan does not need it."""
+    """Calibrated values of a layer; None if the plan does not need them."""
 
     score_weights: Tensor | None = None  # of a routed plan: factors of each mass, or scores (`random`) (n)
     term_mean: Tensor | None = None  # mean output of each term (n,p,o)

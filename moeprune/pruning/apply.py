@@ -1,4 +1,4 @@
-"""From a model and what calibration says of it to a pruned or routed model."""
+"""Prune a model, or route its inputs, with the statistics of calibration data."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ def prune(
     """Return a model whose MoE layers run few of their experts.
 
     Layers are pruned in the order of the data flow, and what is calibrated in a layer is measured behind the
-    pruned layers before it. For the first layer that is what the analysis says.
+    pruned layers before it. For the first layer, that is in the analysis.
 
     Args:
         model: unpruned; it stays as it is. What pruning does not change lies in the same memory.
-        analysis: of this model; may be None with data, or where nothing calibrated is used.
+        analysis: of this model; may be None with data, or if nothing calibrated is used.
         keep: the share of experts to keep in each layer (`"1/8"`, 0.125, a Fraction) or their number (16).
         plan: in place of keep and method: what to do with each layer; others stay dense.
         data: calibration data, or its spec; with an analysis the same data. None: the analysis's own is
             opened again if layers behind the first, or a fit, need it.
         one_shot: take the statistics of all layers from the analysis, with no pass over data.
         seed: of the signal `random`.
-        runtime: where and how models run over the data; the result lies where the model does.
+        runtime: where and how models run over the data; the result is on the model's device.
         method: `scope`, `signal`, `compensate`, `mass` and `energy` (see moeprune.plan.Method).
 
     Raises:
@@ -236,7 +236,7 @@ def require_unpruned(plan: Plan) -> None:
 
 
 def needs_pass(plan: Plan, one_shot: bool) -> bool:
-    """Whether something has to be measured that the analysis of the unpruned model does not say."""
+    """Return True if something must be measured that the analysis of the unpruned model lacks."""
     behind_others = list(plan.values())[1:]
     measured = not one_shot and any(layer.is_calibrated for layer in behind_others)
     return measured or any(layer.is_fitted for layer in plan.values())

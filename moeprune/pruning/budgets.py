@@ -24,7 +24,7 @@ from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, require_fitt
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model costs under every plan of one scope and compensation, in bytes or FLOPs.
+    """The cost of a model under every plan of one scope and compensation, in bytes or FLOPs.
 
     full: of the unpruned model. rest: of what is in no MoE layer. layers: of each layer with k = 0…n experts;
     infinite where there is no such plan.

@@ -49,8 +49,10 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         option("With --max-accuracy-drop: judge the drop's one-sided bound at this level, such as 0.95."),
     ] = None
     plan: Annotated[Path | None, option("Plan of each layer: a JSON file, or a pruned checkpoint.")] = None
-    save_plan: Annotated[Path | None, option("Write the plan as JSON, and without -o nothing else.")] = None
-    analysis: Annotated[Path | None, option("What `moeprune analyze` wrote for this checkpoint.")] = None
+    save_plan: Annotated[Path | None, option("Write the plan as JSON; -o may be omitted.")] = None
+    analysis: Annotated[
+        Path | None, option("The file that `moeprune analyze` wrote for this checkpoint.")
+    ] = None
     scope: Annotated[
         Scope | None,
         option(

@@ -49,7 +49,7 @@ class PlanFile(Report, frozen=True):
 
 
 class Pruned(Report, frozen=True):
-    """What `prune` wrote.
+    """The result of `prune`.
 
     checkpoint, saved_plan: files written, or None. model: None without a checkpoint. search: None without
     `--max-accuracy-drop`.
