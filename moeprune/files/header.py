@@ -103,11 +103,11 @@ def is_safetensors(path: Path) -> bool:
 
 def unreadable(path: Path, reason: object) -> MoepruneError:
     """Return the error of a file that is not a safetensors file, or a damaged one."""
-    hint = (
+    return MoepruneError(
+        f"`{path}` is not a safetensors file, or a truncated one ({reason})",
         "write it again if a full disk or a broken transfer cut it off; name the library (`--source`) or the"
+        " function that builds the model (`--model`) if another program wrote it",
     )
-    hint += " function that builds the model (`--model`) if another program wrote it"
-    return MoepruneError(f"`{path}` is not a safetensors file, or a truncated one ({reason})", hint)
 
 
 def require_format(metadata: dict[str, Any], known: int, path: str | Path) -> None:

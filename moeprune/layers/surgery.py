@@ -53,9 +53,7 @@ def prune_tensors(
     if plan.has_surrogate:
         assert calibrated.term_mean is not None
         surrogate = calibrated.term_mean
-        if (
-            plan.scope == "static"
-        ):  # in the order of the router's columns; kept experts have their own outputs
+        if plan.scope == "static":  # in the order of the columns; kept experts have their own outputs
             surrogate = surrogate[list(plan.columns)]
             surrogate[: plan.k] = 0
         tensors["surrogate"] = surrogate

@@ -28,9 +28,6 @@ def inspect_checkpoint(spec: ModelSpec) -> Inspection:
     else:
         config, plan, details = read_description(header)
         tensors, reading = header.tensors, None
-    preprocessing = details.preprocessing
-    if spec.preprocess:
-        preprocessing = preprocessing.updated(spec.preprocess)
     layers = {
         name: InspectedLayer(
             family=settings.pop("family"),
@@ -44,7 +41,7 @@ def inspect_checkpoint(spec: ModelSpec) -> Inspection:
     return Inspection(
         checkpoint=str(spec.path),
         architecture=config.to_json(),
-        preprocessing=to_json(preprocessing),
+        preprocessing=to_json(details.preprocessing.updated(spec.preprocess)),
         layers=layers,
         source=details.source,
         provenance=details.provenance,

@@ -73,9 +73,15 @@ def require_dense_layers(model: Model, hint: str) -> dict[str, MoELayer]:
     layers = model.moe_layers
     if not layers:
         raise MoepruneError("no MoE layer in the model", "there is nothing to prune in it")
-    if pruned := [f"`{name}`" for name, layer in layers.items() if layer.plan is not None]:
-        raise MoepruneError(f"layers {', '.join(pruned)} are already pruned", hint)
+    require_unpruned(model.plan, hint)
     return layers
+
+
+def require_unpruned(plan: Plan, hint: str) -> None:
+    """Raise a MoepruneError if a model has a plan already."""
+    if plan:
+        names = ", ".join(f"`{name}`" for name in plan)
+        raise MoepruneError(f"layers {names} are already pruned", hint)
 
 
 def private_copy(model: M) -> M:

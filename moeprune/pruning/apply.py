@@ -228,13 +228,6 @@ def _score_weights(plan: LayerPlan, moments: LayerMoments | None, seed: int, ind
     return moments.deviation
 
 
-def require_unpruned(plan: Plan) -> None:
-    """Raise a MoepruneError if a checkpoint has a plan already."""
-    if plan:
-        names = ", ".join(f"`{name}`" for name in plan)
-        raise MoepruneError(f"layers {names} are already pruned", ALREADY_PRUNED)
-
-
 def needs_pass(plan: Plan, one_shot: bool) -> bool:
     """Return True if something must be measured that the analysis of the unpruned model lacks."""
     behind_others = list(plan.values())[1:]

@@ -17,12 +17,12 @@ from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.header import read_header
 from moeprune.models.cost import size_and_cost
 from moeprune.models.description import our_header, read_description
-from moeprune.models.model import Model, fingerprint, save
+from moeprune.models.model import Model, fingerprint, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
 from moeprune.models.spec import ModelSpec
 from moeprune.plan import SIGNALS, Plan, experts_to_keep, scopes_of
 from moeprune.pruning import compensation
-from moeprune.pruning.apply import full_plan, needs_pass, require_unpruned
+from moeprune.pruning.apply import ALREADY_PRUNED, full_plan, needs_pass
 from moeprune.pruning.budgets import plans_within
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest, SweepRequest
@@ -46,7 +46,7 @@ class _Full:
         else:
             self.config, plan, self.details = read_description(self.header)
             self.tensors = self.header.tensors
-        require_unpruned(plan)
+        require_unpruned(plan, ALREADY_PRUNED)
 
     @cached_property
     def model(self) -> Model:

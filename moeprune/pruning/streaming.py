@@ -19,14 +19,15 @@ from moeprune.files.header import Header, read_header
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.surgery import Calibrated, prune_tensors
 from moeprune.models.description import read_description
+from moeprune.models.model import require_unpruned
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Method, Plan
 from moeprune.pruning.apply import (
+    ALREADY_PRUNED,
     choose_experts,
     full_plan,
     provenance,
     require_calibration,
-    require_unpruned,
 )
 from moeprune.records import to_json
 
@@ -59,7 +60,7 @@ def prune_file(
     """
     header = read_header(source)
     config, existing, details = read_description(header)
-    require_unpruned(existing)
+    require_unpruned(existing, ALREADY_PRUNED)
     plan = full_plan(config.moe_layers, keep, plan, Method(**method))
     source_fingerprint = checkpoint.fingerprint(header, config.to_json())
     analysis = require_calibration(
