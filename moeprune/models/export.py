@@ -53,7 +53,7 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = True) ->
     else:
         assert isinstance(model, SoftMoEViT)
         library, config = MODELS[to], as_dense(model.config, model.plan)
-        tensors, arguments = to_library(model, model.config, library), library.arguments(config)
+        tensors, arguments = to_library(model, config, library), library.arguments(config)
         parity = compare(model, library, config, tensors)
     write_state_dict(output, tensors, overwrite)
     return Export(
@@ -69,10 +69,13 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = True) ->
 def to_library(model: Model, config: ViTConfig, library: SoftMoEViTs) -> dict[str, Tensor]:
     """Return the state dict of a library's own model that computes the same as ours.
 
+    Args:
+        model: unpruned, or pruned statically with `renorm`.
+        config: what `as_dense` returns for it.
+
     Raises:
         MoepruneError: the library cannot express it; all reasons are named.
     """
-    config = as_dense(config, model.plan)
     _require_none(_not_dense(model.plan) + library.refusals(config), library.name)
     ours, theirs = model.state_dict(), {}
     entries = library.entries(config)
