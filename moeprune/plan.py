@@ -114,9 +114,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False, dict=True):
             if self.scope != "static":
                 raise MoepruneError("`kept` goes with scope `static` only")
             if len(kept) != self.k or list(kept) != sorted(set(kept)) or any(j >= n for j in kept):
-                raise MoepruneError(
-                    f"`kept` is {list(kept)}, expected {self.k} different experts below {n}, ascending"
-                )
+                raise MoepruneError(f"`kept` is {list(kept)}, expected {self.k} different experts below {n}, ascending")
         if self.merged_into is not None:
             if self.compensation != "merge" or kept is None:
                 raise MoepruneError("`merged_into` goes with compensation `merge`, and `kept`")
@@ -214,17 +212,13 @@ class Method(Record, frozen=True):
 
     def plan(self, k: int, num_experts: int, kept: tuple[int, ...] | None = None) -> LayerPlan:
         """Return the plan of a layer that keeps k experts."""
-        return LayerPlan(
-            self.scope, k, num_experts, self.signal, self.compensate, kept, self.mass, energy=self.energy
-        )
+        return LayerPlan(self.scope, k, num_experts, self.signal, self.compensate, kept, self.mass, energy=self.energy)
 
     def __str__(self) -> str:
         return f"scope {self.scope}, signal {self.signal} and compensation {self.compensate}"
 
 
-def uniform_plan(
-    layers: Mapping[str, int], keep: Fraction | int, method: Method, option: str = "--keep"
-) -> Plan:
+def uniform_plan(layers: Mapping[str, int], keep: Fraction | int, method: Method, option: str = "--keep") -> Plan:
     """Keep the same share or number of experts in each layer, for the signal to choose.
 
     Args:

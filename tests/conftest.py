@@ -99,9 +99,7 @@ def vit() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def single_analysis(
-    single: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def single_analysis(single: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An analysis of `single` on all calibration digits."""
     path = tmp_path_factory.mktemp("single") / "analysis.safetensors"
     result = run("analyze", single, "--data", "digits", "--batch-size", 128, "-o", path)
@@ -110,9 +108,7 @@ def single_analysis(
 
 
 @pytest.fixture(scope="session")
-def small_analysis(
-    single: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def small_analysis(single: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An analysis of `single` on 60 calibration digits, for what only has to be fast."""
     path = tmp_path_factory.mktemp("small") / "analysis.safetensors"
     result = run("analyze", single, "--data", "digits", "--limit", 60, "-o", path)

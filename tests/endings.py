@@ -35,10 +35,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def files_under(folder: Path) -> dict[str, bytes | None]:
     """The bytes of all files under a folder; of what is none, None."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def complaint(run: Callable[..., Any], words: Sequence[object], folder: Path, *named: str) -> str | None:
@@ -63,9 +60,7 @@ def complaint(run: Callable[..., Any], words: Sequence[object], folder: Path, *n
     if not good or "Traceback" in result.stderr or "a defect" in result.stderr:
         return f"exit code {result.code}: {result.stderr[-700:]}"
     after = files_under(folder)
-    message = "\n".join(
-        line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "info: "))
-    )
+    message = "\n".join(line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "info: ")))
     if any(name.endswith(".part") for name in after):
         return f"left {sorted(after)}"
     if result.code != 2:
@@ -79,11 +74,7 @@ def complaint(run: Callable[..., Any], words: Sequence[object], folder: Path, *n
         return None
     if before != after:
         return f"changed {sorted(before)} to {sorted(after)}"
-    if (
-        result.stdout
-        or not message.startswith(("error: ", "Error: ", "Usage: "))
-        or "out of memory" in message
-    ):
+    if result.stdout or not message.startswith(("error: ", "Error: ", "Usage: ")) or "out of memory" in message:
         return f"says {result.stdout[:300]} {message[:600]}"
     if named and not any(text in message for text in named):
         return f"does not name {' or '.join(named)}: {message[:600]}"

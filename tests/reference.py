@@ -102,9 +102,7 @@ def reference_combine(logits: Tensor, experts: Sequence[int]) -> Tensor:
     return combine
 
 
-def reference_slot_output(
-    slot_logits: Tensor, tokens: Tensor, tensors: Mapping[str, Tensor], j: int
-) -> Tensor:
+def reference_slot_output(slot_logits: Tensor, tokens: Tensor, tensors: Mapping[str, Tensor], j: int) -> Tensor:
     """f (d): expert j on the mean of the tokens weighted by the softmax of the logits (m)."""
     weights = (slot_logits - slot_logits.max()).exp()
     slot_input = (weights / weights.sum()) @ tokens

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from moeprune.data.info import DataInfo
-from moeprune.evaluation.results import (
-    Difference,
-    Environment,
-    Evaluation,
-    ModelFigures,
-    Outcomes,
-)
+from moeprune.evaluation.results import Difference, Environment, Evaluation, ModelFigures, Outcomes
 from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
 from moeprune.pruning.results import SweepRow
 
@@ -55,11 +49,7 @@ def evaluation(right: int, lost: int, samples: int = 100) -> Evaluation:
 
 
 def row(
-    accuracy: float,
-    size: float,
-    flops: float,
-    label: str | None = "static by gram, affine",
-    keep: str = "1/8",
+    accuracy: float, size: float, flops: float, label: str | None = "static by gram, affine", keep: str = "1/8"
 ) -> SweepRow:
     """A row of a sweep; without a label that of the full model."""
     changes = difference(Outcomes(both=1, lost=0, won=0, neither=0), size, flops)

@@ -101,12 +101,8 @@ def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
         (root / folder).mkdir()
     stock.output.write_bytes(b"old")
     blocks = BlockConfig(mlp_dim=16), BlockConfig(soft_moe=SoftMoEConfig(8, 4, 1, 16))
-    config = ViTConfig(
-        (8, 8), (4, 4), 1, 10, dim=8, num_heads=2, blocks=blocks, final_norm=False, head_norm=True
-    )
-    details = Details(
-        Preprocessing(mean=(0.3,), std=(0.4,)), {"library": "moeprune"}, {"training": {"seed": 0}}
-    )
+    config = ViTConfig((8, 8), (4, 4), 1, 10, dim=8, num_heads=2, blocks=blocks, final_norm=False, head_norm=True)
+    details = Details(Preprocessing(mean=(0.3,), std=(0.4,)), {"library": "moeprune"}, {"training": {"seed": 0}})
     model = SoftMoEViT(config, details=details)
     initialize(model, 5.0, 1.0, torch.Generator().manual_seed(0))
     dense, analysis = stock.path("dense.safetensors"), stock.path("analysis.safetensors")
@@ -126,9 +122,7 @@ def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
         stock.make("prune", dense, "--analysis", analysis, "--keep", 2, *ways, "-o", output)
     words = "prune", dense, "--analysis", analysis, "--keep", 2, "--compensate", "mean"
     stock.make(*words, "--save-plan", stock.path("plan.json"), "-o", stock.path("mean.safetensors"))
-    stock.make(
-        *words[:-1], "merge", "--save-plan", stock.path("merge.json"), "-o", stock.path("merged.safetensors")
-    )
+    stock.make(*words[:-1], "merge", "--save-plan", stock.path("merge.json"), "-o", stock.path("merged.safetensors"))
     layer = {"k": 2, "compensation": "affine", "rank": 2}
     stock.path("rank.json").write_text(json.dumps({"schema_version": 1, "plan": {LAYER: layer}}))
     stock.make(

@@ -83,9 +83,7 @@ class DynamicTower(Tower):
 
 
 def dynamic(geglu=False, num_experts=4) -> nn.Module:
-    return DynamicTower(
-        lambda: lucidrains.DynamicSlotsSoftMoE(D, num_experts=num_experts, expert_mult=2, geglu=geglu)
-    )
+    return DynamicTower(lambda: lucidrains.DynamicSlotsSoftMoE(D, num_experts=num_experts, expert_mult=2, geglu=geglu))
 
 
 def encoder(num_experts=4) -> nn.Module:
@@ -134,10 +132,7 @@ def test_adopted_models_compute_what_their_libraries_do(factory, arguments, dtyp
     model = adopt(theirs, SHAPE)
     assert relative_error(model(images(dtype=dtype)), expected) < tolerance
     theirs_left = [
-        m
-        for m in model.modules()
-        for n, library in LAYERS.items()
-        if n != "moeprune" and library.recognises(m)
+        m for m in model.modules() for n, library in LAYERS.items() if n != "moeprune" and library.recognises(m)
     ]
     assert theirs_left == []
 
@@ -396,14 +391,8 @@ def running_twice() -> nn.Module:
             lambda: with_part(tower(), "late.experts.experts.2.1", nn.ReLU()),
             r"late\.experts\.2` is made of .*ReLU.*: expected two linears",
         ),
-        (
-            lambda: with_part(tower(use_layernorm=True), "late.norm.beta", torch.ones(D)),
-            "layer `late` has a `beta`",
-        ),
-        (
-            lambda: (one := tower()) and with_part(one, "late", one.layers[0]),
-            r"`late` and `layers\.0` are one",
-        ),
+        (lambda: with_part(tower(use_layernorm=True), "late.norm.beta", torch.ones(D)), "layer `late` has a `beta`"),
+        (lambda: (one := tower()) and with_part(one, "late", one.layers[0]), r"`late` and `layers\.0` are one"),
         (running_twice, "`late` runs more than once"),
     ],
 )
@@ -490,9 +479,7 @@ def test_calls_that_are_wrong(name, changed, message, files):
         moeprune.load(files / name, **said)
 
 
-@pytest.mark.parametrize(
-    ("make", "library"), [(tower, "soft-moe-pytorch"), (encoder, "soft-mixture-of-experts")]
-)
+@pytest.mark.parametrize(("make", "library"), [(tower, "soft-moe-pytorch"), (encoder, "soft-mixture-of-experts")])
 def test_files_of_layers_alone_are_told_by_name(make, library, tmp_path):
     torch.save(make().state_dict(), tmp_path / "x.pt")
     with pytest.raises(MoepruneError, match=f"belongs to a layer of {library}"):

@@ -377,10 +377,7 @@ NO_CHECKPOINT: dict[str, tuple[Make, tuple[str, ...]]] = {
     ),
     **{name: (lambda w, c=c: w.with_architecture(**c), texts) for name, (c, texts) in ARCHITECTURE.items()},
     **{name: (lambda w, c=c: w.with_metadata(**c), texts) for name, (c, texts) in METADATA.items()},
-    **{
-        f"plan, {name}": (lambda w, c=c: w.with_plan(**c), (LAYER, *texts))
-        for name, (c, texts) in PLANS.items()
-    },
+    **{f"plan, {name}": (lambda w, c=c: w.with_plan(**c), (LAYER, *texts)) for name, (c, texts) in PLANS.items()},
 }
 
 
@@ -669,9 +666,7 @@ def test_options(workshop, text, fragments):
     check_refused(workshop, workshop.words(text), fragments)
 
 
-@pytest.mark.parametrize(
-    "words", [["prune"], ["prune", "x"], ["eval", "x"], ["analyze", "x", "-o", "y"], ["fit"]]
-)
+@pytest.mark.parametrize("words", [["prune"], ["prune", "x"], ["eval", "x"], ["analyze", "x", "-o", "y"], ["fit"]])
 def test_calls_that_lack_something(run, words):
     result = run(*words)
     assert (result.code, result.stdout) == (2, "")

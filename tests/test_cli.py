@@ -52,9 +52,7 @@ def tensor_bytes(path: Path, *suffixes: str) -> int:
     """Bytes of the tensors of a safetensors file, or of those with one of these last names."""
     header, _ = read_header(path)
     spans = [
-        tensor["data_offsets"]
-        for name, tensor in header.items()
-        if not suffixes or name.rpartition(".")[2] in suffixes
+        tensor["data_offsets"] for name, tensor in header.items() if not suffixes or name.rpartition(".")[2] in suffixes
     ]
     return sum(end - start for start, end in spans)
 
@@ -67,9 +65,7 @@ def details(path: Path) -> dict:
 def soft_moe(path: Path) -> dict[str, dict]:
     """The Soft MoE layers in a checkpoint's architecture."""
     blocks = details(path)["architecture"]["blocks"]
-    return {
-        f"blocks.{i}.soft_moe": block["soft_moe"] for i, block in enumerate(blocks) if "soft_moe" in block
-    }
+    return {f"blocks.{i}.soft_moe": block["soft_moe"] for i, block in enumerate(blocks) if "soft_moe" in block}
 
 
 @pytest.fixture(scope="module")
@@ -324,9 +320,7 @@ def test_eval_text_shows_the_figures_of_the_json(evaluated, pruned, single, run)
         ("--min-agreement", "difference", "agreement", 1e-9),
     ],
 )
-def test_a_gate_passes_at_its_limit_and_fails_beyond(
-    evaluated, pruned, single, run, option, section, figure, worse
-):
+def test_a_gate_passes_at_its_limit_and_fails_beyond(evaluated, pruned, single, run, option, section, figure, worse):
     value = evaluated[section][figure]
     for limit, passed in ((value, True), (value + worse, False)):
         result = run(
@@ -407,9 +401,7 @@ def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis
 
 
 def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, run_json):
-    found = run_json(
-        "eval", single, "--data", "digits", "--limit", 40, "--sweep", "1/8", "--analysis", small_analysis
-    )
+    found = run_json("eval", single, "--data", "digits", "--limit", 40, "--sweep", "1/8", "--analysis", small_analysis)
     rows = found["rows"]
     keys = [(row["keep"], row["scope"], row["signal"], row["compensate"]) for row in rows]
     every_way = [
@@ -435,9 +427,7 @@ def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, r
             assert row["difference"]["size_reduction"] <= 0
     of = dict(zip(keys, rows, strict=True))
     assert of["1/8", "static", "random", "none"]["accuracy_sd"] > 0
-    assert (
-        of["1/8", "static", "random", "none"]["accuracy"] < of["1/8", "static", "combine", "none"]["accuracy"]
-    )
+    assert of["1/8", "static", "random", "none"]["accuracy"] < of["1/8", "static", "combine", "none"]["accuracy"]
 
 
 def test_sweep_is_restricted_by_options_and_keeps_its_controls(single, small_analysis, run_json):
@@ -665,9 +655,7 @@ def test_a_checkpoint_of_another_library_is_taken_where_ours_is(stock, run_json,
 
 
 def test_a_checkpoint_goes_back_to_its_library(stock, run_json, tmp_path):
-    found = run_json(
-        "export", stock.path("dense.safetensors"), "--to", "soft-moe", "-o", tmp_path / "back.pt"
-    )
+    found = run_json("export", stock.path("dense.safetensors"), "--to", "soft-moe", "-o", tmp_path / "back.pt")
     assert found["to"] == "soft-moe"
     back = run_json("inspect", tmp_path / "back.pt", *SOURCE_ARGS.split())
     assert back["parameters"] == run_json("inspect", stock.path("dense.safetensors"))["parameters"]
@@ -856,9 +844,7 @@ def test_a_narrow_terminal_cuts_no_table(single, stock, tmp_path):
 def test_a_gate_passes_exactly_at_its_limit(right, passes):
     """One of 100 inputs lost is a drop of 0.01, whatever the floats 0.96 - 0.95 say."""
     labels = torch.zeros(100, dtype=torch.int64)
-    model, full = (
-        Predictions(labels, (torch.arange(100) >= count).long(), 1.0, 0.0, {}) for count in (right, 96)
-    )
+    model, full = (Predictions(labels, (torch.arange(100) >= count).long(), 1.0, 0.0, {}) for count in (right, 96))
     result = replace(evaluation(right, 1), difference=compare(cost(900), cost(1000), model, full))
     [drop, *reductions] = judge(
         result, {"max_accuracy_drop": 0.01, "min_flops_reduction": 0.1, "min_size_reduction": 0.1}
@@ -914,9 +900,7 @@ def test_a_baseline_is_the_full_model(pruned, single, vit, run, tmp_path):
     with torch.no_grad():
         model.head.weight.mul_(2)
     moeprune.save(model, tmp_path / "other.safetensors")
-    result = run(
-        "eval", pruned, "--data", "digits", "--limit", 9, "--baseline", tmp_path / "other.safetensors"
-    )
+    result = run("eval", pruned, "--data", "digits", "--limit", 9, "--baseline", tmp_path / "other.safetensors")
     assert result.code == 0
     assert "was not pruned from" in result.stderr
 

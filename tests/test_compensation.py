@@ -284,10 +284,7 @@ def test_a_refit_that_is_too_large_is_refused_before_any_pass(calibrated, monkey
 @pytest.mark.parametrize("scope", ["static", "input"])
 def test_correction_does_not_depend_on_the_batch_size(scope, tmp_path):
     full, pruned, data = behind_a_pruned_layer(tmp_path, None if scope == "static" else scope)
-    found = [
-        corrected(scope, "affine", full, pruned, data, Runtime(device="cpu", batch_size=size))
-        for size in (1, 64)
-    ]
+    found = [corrected(scope, "affine", full, pruned, data, Runtime(device="cpu", batch_size=size)) for size in (1, 64)]
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-3
 
 

@@ -29,9 +29,7 @@ def value_of(command, option, *words):
     return group.commands[command].make_context(command, given, parent=root).params[option]
 
 
-def test_the_command_line_counts_before_the_environment_before_the_file_before_the_default(
-    single, run, monkeypatch
-):
+def test_the_command_line_counts_before_the_environment_before_the_file_before_the_default(single, run, monkeypatch):
     def samples(*options):
         result = run("eval", single, "--data", "digits", "--output-format", "json", *options)
         assert (result.code, result.stderr) == (0, "")

@@ -63,9 +63,7 @@ def test_error_under_mean_is_that_of_the_rows(case, dropped):
 
 @pytest.mark.parametrize("workspace", [2**24, 60])
 @pytest.mark.parametrize("compensation", ["lstsq", "affine"])
-def test_error_of_a_regression_is_that_on_the_rows_of_the_other_half(
-    case, compensation, workspace, monkeypatch
-):
+def test_error_of_a_regression_is_that_on_the_rows_of_the_other_half(case, compensation, workspace, monkeypatch):
     monkeypatch.setattr(contributions, "CHUNK", workspace)
     layer, observation, gap, slot_mean = case
     slot_mean = slot_mean / 2  # so that there is something to gain

@@ -99,9 +99,7 @@ def check_refused(stock: Stock, command: str, path: Path, *fragments: str) -> No
     assert files_under(path.parent) == before
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.slow) if name in NEEDS else name for name in WRITERS]
-)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in NEEDS else name for name in WRITERS])
 def writer(request) -> tuple[str, str]:
     if request.param in NEEDS:
         pytest.importorskip(NEEDS[request.param])
@@ -166,10 +164,5 @@ def test_a_full_stdout(single, words, unbuffered):
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("wb") as full:
         command = [sys.executable, "-m", "moeprune", *words]
-        result = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False, text=True
-        )
-    assert (result.returncode, result.stderr) == (
-        2,
-        f"error: cannot write to stdout ({os.strerror(errno.ENOSPC)})\n",
-    )
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False, text=True)
+    assert (result.returncode, result.stderr) == (2, f"error: cannot write to stdout ({os.strerror(errno.ENOSPC)})\n")

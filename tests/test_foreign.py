@@ -187,9 +187,7 @@ def test_a_key_means_nothing_to_safetensors(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize(
-    "prefix", [*PREFIXES, "module._orig_mod.", "_orig_mod.module.model.", "model.model."]
-)
+@pytest.mark.parametrize("prefix", [*PREFIXES, "module._orig_mod.", "_orig_mod.module.model.", "model.model."])
 def test_prefixes_of_all_names_are_taken_off(tmp_path, form, prefix):
     expected = tensors()
     wrapped = {prefix + name: tensor for name, tensor in expected.items()}
@@ -295,15 +293,9 @@ def test_weights_are_mapped_not_copied(tmp_path, form):
         (lambda: torch.ones(2, device="meta"), "`odd` has no values (device meta)"),
         (lambda: torch.eye(3).to_sparse(), "`odd` is sparse (torch.sparse_coo)"),
         (lambda: torch.eye(3).to_sparse_csr(), "`odd` is sparse (torch.sparse_csr)"),
-        (
-            lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-            "`odd` has the type torch.qint8",
-        ),
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "`odd` has the type torch.qint8"),
         (lambda: torch.ones(2, dtype=torch.complex64), "`odd` has the type torch.complex64"),
-        (
-            lambda: torch.zeros(1).expand(10**12),
-            "`odd` has the shape [1000000000000], larger than the whole file",
-        ),
+        (lambda: torch.zeros(1).expand(10**12), "`odd` has the shape [1000000000000], larger than the whole file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -586,9 +578,7 @@ def check_read_or_refused(path: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    ("form", "bomb"), [*((form, False) for form in FORMATS), ("zip", True), ("legacy", True)]
-)
+@pytest.mark.parametrize(("form", "bomb"), [*((form, False) for form in FORMATS), ("zip", True), ("legacy", True)])
 def test_damaged_files_are_read_or_refused(tmp_path, form, bomb):
     chance = random.Random(form)
     beside = {"args": Bomb()} if bomb else {"optimizer": {"state": [1, "a"]}}

@@ -55,13 +55,7 @@ def damaged_npz(whole: bytes, chance: random.Random) -> bytes:
         shapes = b"()|(12, 1, 8|12|[12]|None|" + b"(" * 300
         orders, flags = b"'>|'||'O|'(|'%d" % 2**40, b"True|None|0|b''"
         old, new = chance.choice(
-            (
-                (b"(12,", sizes),
-                (shape, shapes),
-                (b"False", flags),
-                (b"'<", orders),
-                (b"descr", renamed),
-            )
+            ((b"(12,", sizes), (shape, shapes), (b"False", flags), (b"'<", orders), (b"descr", renamed))
         )
         text = text.replace(old, chance.choice(new.split(b"|")))
         members[name] = member[:8] + len(text).to_bytes(2, "little") + text + member[end:]
@@ -176,11 +170,7 @@ KINDS = {
     ),
 }  # fmt: skip
 """Files and folders by their name in the stock: one file at a time is damaged, and one command reads it."""
-REFUSED = {
-    ("foreign.safetensors", "inspect"),
-    ("foreign.pt", "inspect"),
-    ("static.safetensors", "export"),
-}
+REFUSED = {("foreign.safetensors", "inspect"), ("foreign.pt", "inspect"), ("static.safetensors", "export")}
 """What is refused even where nothing is damaged."""
 ADDED = {"images": add_images, "adopted.safetensors": add_adopted, "own.safetensors": add_adopted}
 """What needs a library that may be missing."""
@@ -271,9 +261,7 @@ def test_every_key_of_the_metadata_of_a_checkpoint(stock, kind, quiet_places):
     chance = random.Random(kind)
     texts = [encoded(removed(metadata, place)) for place in places(metadata) if place]
     texts += [
-        encoded(replaced(metadata, place, new))
-        for place in places(metadata)
-        for new in chance.sample(EXTREMES, 12)
+        encoded(replaced(metadata, place, new)) for place in places(metadata) for new in chance.sample(EXTREMES, 12)
     ]
     complaints = []
     for number, text in enumerate(texts):

@@ -147,11 +147,7 @@ def test_every_type_is_known_by_its_name_in_torch_and_its_size(dtype, tmp_path):
     name, itemsize = DTYPES[dtype]
     content = with_tensor(8 * itemsize, dtype=dtype, shape=[8], data_offsets=[0, 8 * itemsize])
     path = write(tmp_path / "x.safetensors", content)
-    assert (
-        read_header(path).tensors
-        == tensor_infos(load_file(path))
-        == {"a": TensorInfo(name, (8,), 8 * itemsize)}
-    )
+    assert read_header(path).tensors == tensor_infos(load_file(path)) == {"a": TensorInfo(name, (8,), 8 * itemsize)}
 
 
 def test_the_number_of_elements():

@@ -190,9 +190,7 @@ def started(words: list[object]) -> Started:
     os.close(writing)
     process = Started(pid, open(reading, "rb"))  # noqa: PTH123, SIM115
     while not process.is_done():
-        caught = next(
-            line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line
-        )
+        caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line)
         if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
             break
     return process

@@ -81,8 +81,7 @@ def test_paired_difference_narrows_where_models_are_right_on_the_same_inputs():
 
 
 @pytest.mark.parametrize(
-    "shares",
-    [(0.7, 0.1, 0.1, 0.1), (0.5, 0.2, 0.05, 0.25), (0.25, 0.25, 0.25, 0.25), (0.85, 0.05, 0.02, 0.08)],
+    "shares", [(0.7, 0.1, 0.1, 0.1), (0.5, 0.2, 0.05, 0.25), (0.25, 0.25, 0.25, 0.25), (0.85, 0.05, 0.02, 0.08)]
 )
 def test_paired_difference_covers_the_true_difference(shares):
     """By exact enumeration of all tables of 12 inputs."""

@@ -131,8 +131,7 @@ def test_few_directions_on_the_command_line(vit, vit_analysis, run, run_json, tm
 
 
 @pytest.mark.parametrize(
-    "words",
-    [("--compensate", "mean", "--energy", 0.9), ("--compensate", "affine", "--energy", 1), ("--energy", 0.9)],
+    "words", [("--compensate", "mean", "--energy", 0.9), ("--compensate", "affine", "--energy", 1), ("--energy", 0.9)]
 )
 def test_an_energy_that_is_wrong(words, vit, run, tmp_path):
     result = run("prune", vit, "--keep", 4, "--data", "pairs", *words, "-o", tmp_path / "o.safetensors")

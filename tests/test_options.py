@@ -53,12 +53,7 @@ NEEDS = {
     ("eval", "--min-speedup"): {"--latency": "", "--baseline": "@single"},
     **{
         ("eval", gate): {"--baseline": "@single"}
-        for gate in (
-            "--max-accuracy-drop",
-            "--min-flops-reduction",
-            "--min-size-reduction",
-            "--min-agreement",
-        )
+        for gate in ("--max-accuracy-drop", "--min-flops-reduction", "--min-size-reduction", "--min-agreement")
     },
     **{
         (command, option): {"--model": "os:getcwd", "--input-shape": "3,8,8", "CKPT": "@torch"}
@@ -71,8 +66,7 @@ NEEDS = {
         for option in ("--source", "--key")
     },
     **{
-        (command, "--source-arg"): {"CKPT": "@foreign"}
-        for command in ("inspect", "analyze", "prune", "eval", "export")
+        (command, "--source-arg"): {"CKPT": "@foreign"} for command in ("inspect", "analyze", "prune", "eval", "export")
     },
 }
 """What else an option needs, or does not go with (None)."""
@@ -218,9 +212,7 @@ def test_odd_values_are_taken_or_refused(words_with, folder, run, command, optio
 @pytest.mark.parametrize(
     ("command", "option"), [(command, option) for command, option, is_flag in OPTIONS if not is_flag]
 )
-def test_a_wrong_value_of_a_variable_is_refused_by_name(
-    words_with, folder, run, command, option, monkeypatch
-):
+def test_a_wrong_value_of_a_variable_is_refused_by_name(words_with, folder, run, command, option, monkeypatch):
     value = next(filter(None, WRONG_FOR.get((command, option), WRONG[option])))
     words, given = words_with(command, option, value)
     name = f"MOEPRUNE_{command}_{option[2:]}".upper().replace("-", "_")

@@ -116,9 +116,7 @@ def by_brute_force(model, data, analysis, name: str) -> dict[tuple[int, str], di
                 best = kept == picks["exhaustive"]
                 figures = [is_right[kept], logits[kept][label], score[kept], best, as_right, np.mean(as_good)]
                 outcomes.setdefault((k, signal), []).append([float(figure) for figure in figures])
-    return {
-        key: dict(zip(oracle.FIGURES, np.mean(of_key, 0), strict=True)) for key, of_key in outcomes.items()
-    }
+    return {key: dict(zip(oracle.FIGURES, np.mean(of_key, 0), strict=True)) for key, of_key in outcomes.items()}
 
 
 @pytest.mark.parametrize("name", ["blocks.0.soft_moe", "blocks.1.soft_moe"])

@@ -201,8 +201,7 @@ def anchors(text):
 
 
 @pytest.mark.parametrize(
-    "page",
-    ["README.md", "CHANGELOG.md", "moeprune/README.md", "moeprune/guide.md", "tests/benchmarks/README.md"],
+    "page", ["README.md", "CHANGELOG.md", "moeprune/README.md", "moeprune/guide.md", "tests/benchmarks/README.md"]
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page

@@ -290,9 +290,7 @@ def test_bounds_of_gates_are_told_in_words():
     undecided, exact = judge_gates(evaluation(98, 0), {"min_accuracy": 0.95, "min_size_reduction": 0.5}, 0.95)
     assert undecided.reason == "undecided"
     words = gate_in_words(undecided)
-    expected = (
-        r"0\.98, 0\.03 above the limit of 0\.95; its bound at 95 % is 0\.9\d+, 0\.01\d+ below the limit"
-    )
+    expected = r"0\.98, 0\.03 above the limit of 0\.95; its bound at 95 % is 0\.9\d+, 0\.01\d+ below the limit"
     assert re.fullmatch(f"min_accuracy is {expected}: 100 samples cannot show it, about \\d+ would", words)
     assert gate_in_words(exact) == "min_size_reduction is 0.5, at the limit of 0.5"
     document = Document("t", [], gate_table([undecided, exact]))

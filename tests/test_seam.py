@@ -165,9 +165,7 @@ def test_streaming_gives_what_pruning_in_memory_gives(folder, run_json):
     run_json("prune", full, *words, "-o", folder / "streamed.safetensors")  # no factory: nothing is built
     dense = moeprune.load(full, FACTORY)
     moeprune.save(
-        moeprune.prune(
-            dense, moeprune.load_analysis(analysis), keep=3, compensate="mean", one_shot=True, runtime=CPU
-        ),
+        moeprune.prune(dense, moeprune.load_analysis(analysis), keep=3, compensate="mean", one_shot=True, runtime=CPU),
         folder / "memory.safetensors",
     )
     assert (folder / "streamed.safetensors").read_bytes() == (folder / "memory.safetensors").read_bytes()

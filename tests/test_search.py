@@ -276,10 +276,7 @@ def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path)
         (("--keep", 4, "--save-plan", "o.st", "-o", "o.st"), "`--save-plan` and another output are both"),
         (("--plan", "plan.json", "--scope", "static", "-o", "o.st"), "`--scope` does not go with `--plan`"),
         (("--plan", "missing.json", "-o", "o.st"), "no file `missing.json`"),
-        (
-            ("--keep", 4, "--scope", "input", "--signal", "gram", "-o", "o.st"),
-            "`--signal gram` needs one set",
-        ),
+        (("--keep", 4, "--scope", "input", "--signal", "gram", "-o", "o.st"), "`--signal gram` needs one set"),
     ],
 )
 def test_budgets_that_are_wrong(words, message, vit, vit_analysis, run, tmp_path, monkeypatch):

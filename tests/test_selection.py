@@ -10,11 +10,7 @@ from torch import Tensor
 
 from moeprune.calibration.selection import best_kept, drop_order
 
-WAYS = [
-    (0, False),
-    (1, False),
-    (0, True),
-]  # what is lost in any case; whether the kept mass divides the error
+WAYS = [(0, False), (1, False), (0, True)]  # what is lost in any case; whether the kept mass divides the error
 
 
 def problem(n: int, always: int, with_mass: bool, seed: int) -> tuple[Tensor, Tensor | None]:

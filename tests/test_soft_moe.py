@@ -231,9 +231,7 @@ EXPERTS = [{"router_norm": "layer", "expert": expert, "out_dim": width} for expe
 
 
 @pytest.mark.usefixtures("_both_ways")
-@pytest.mark.parametrize(
-    ("settings", "k"), [*product(SHAPES, (1, 2, N)), *((kind, 2) for kind in EXPERTS)], ids=str
-)
+@pytest.mark.parametrize(("settings", "k"), [*product(SHAPES, (1, 2, N)), *((kind, 2) for kind in EXPERTS)], ids=str)
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_pruned_layer_equals_the_masked_formulas(scope, compensation, settings, k):
@@ -248,14 +246,9 @@ def test_pruned_layer_equals_the_masked_formulas(scope, compensation, settings, 
 
 def test_static_surrogate_of_a_kept_slot_is_added_to_its_output():
     dense, x, u = dense_layer(), inputs(), surrogates()
-    layer, [kept, *_] = (
-        pruned_layer(dense, "static", 2, "lstsq", u),
-        expected_sets(dense, inputs(), "static", 2),
-    )
+    layer, [kept, *_] = (pruned_layer(dense, "static", 2, "lstsq", u), expected_sets(dense, inputs(), "static", 2))
     layer.surrogate = u[[*kept, *(j for j in range(N) if j not in kept)]]
-    expected = reference_layer(
-        x, dense.state_dict(), *router(dense), [kept] * B, "lstsq", u, static_correction=True
-    )
+    expected = reference_layer(x, dense.state_dict(), *router(dense), [kept] * B, "lstsq", u, static_correction=True)
     assert relative_error(layer(x), expected) < 1e-10
 
 

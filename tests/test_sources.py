@@ -154,9 +154,7 @@ def test_every_option_comes_in_and_goes_back(name, write, tmp_path):
     assert (reading.library, reading.dropped) == ("soft-moe", [])
     assert reading.parity.max_relative_difference < 1e-12
     assert reading.parity.dtype == "float64"
-    stated = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in (BASE | options).items()
-    }
+    stated = {key: list(value) if isinstance(value, tuple) else value for key, value in (BASE | options).items()}
     for key in ("init_values", "mlp_ratio"):  # the tensors show that there is one, or how wide it is
         stated.pop(key, None)
     assert {key: reading.arguments[key] for key in stated} == stated
@@ -234,10 +232,7 @@ def test_what_the_librarys_model_cannot_be_built_with(case, write, tmp_path):
     if case == "experts wider than MLPs":
         for index in (1, 2):
             theirs.blocks[index].mlp = SoftMoELayerWrapper(24, 4, 2, Mlp, in_features=24, hidden_features=40)
-        state, expected = (
-            stacked(randomize(theirs).state_dict()),
-            "hidden units of MLPs and experts is not the",
-        )
+        state, expected = (stacked(randomize(theirs).state_dict()), "hidden units of MLPs and experts is not the")
     else:
         theirs.blocks[2].mlp = SoftMoELayerWrapper(24, 3, 1, Mlp, in_features=24, hidden_features=96)
         state, expected = randomize(theirs).state_dict(), "everywhere: 3 or 4; the number of slots"
@@ -542,11 +537,7 @@ def test_a_source_may_be_named(write, monkeypatch):
 
 @pytest.mark.parametrize("said", [{"source": "soft-moe"}, GIVEN, {"key": "ema"}, {"input_shape": (3, 8, 8)}])
 def test_a_checkpoint_of_ours_needs_nothing_said(said, single):
-    assert all(
-        f"`--{name.replace(chr(95), chr(45))}`" in refused(single, **said)
-        for name in said
-        if name not in GIVEN
-    )
+    assert all(f"`--{name.replace(chr(95), chr(45))}`" in refused(single, **said) for name in said if name not in GIVEN)
     assert "is a checkpoint of moeprune and takes no" in refused(single, **said)
 
 

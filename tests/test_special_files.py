@@ -85,8 +85,7 @@ READERS = {
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name if name == "a pipe" else pytest.param(name, marks=pytest.mark.slow) for name in SPECIAL],
+    "name", [name if name == "a pipe" else pytest.param(name, marks=pytest.mark.slow) for name in SPECIAL]
 )
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_no_file_is_refused_at_once(stock, tmp_path, reader, name):
@@ -130,8 +129,6 @@ def test_outputs_that_are_no_files_are_left_alone(stock, run, tmp_path, option, 
     if name in ("a dangling link", "a long chain of links"):
         pytest.skip("leads to a file that can be written")
     output = "" if option == "-o" else "-o NEW"
-    words = stock.command(
-        f"prune @dense.safetensors --keep 2 --signal random --force {option} PATH {output}", path
-    )
+    words = stock.command(f"prune @dense.safetensors --keep 2 --signal random --force {option} PATH {output}", path)
     assert complaint(run, words, stock.root / "out", "special") is None
     assert path.is_symlink() or not path.is_file()

@@ -178,9 +178,7 @@ def _layer(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LayerS
     return LayerStatistics(**values)
 
 
-def require_analysis_of(
-    layers: Mapping[str, LayerConfig], fingerprint: str, analysis: Analysis | None
-) -> None:
+def require_analysis_of(layers: Mapping[str, LayerConfig], fingerprint: str, analysis: Analysis | None) -> None:
     """Raise a MoepruneError if the analysis, if any, is not of the unpruned checkpoint with these layers."""
     if analysis is None:
         return

@@ -27,12 +27,7 @@ A = TypeVar("A", bound=MomentsAccumulator)
 
 
 def measure(
-    model: Model,
-    names: Sequence[str],
-    data: Dataset,
-    runtime: Runtime,
-    what: str,
-    accumulator: Callable[[MoELayer], A],
+    model: Model, names: Sequence[str], data: Dataset, runtime: Runtime, what: str, accumulator: Callable[[MoELayer], A]
 ) -> dict[str, A]:
     """Return what the named layers compute, accumulated over the data in one pass up to the last of them.
 

@@ -74,9 +74,7 @@ def require_known_variables() -> None:
     be misspelt.
     """
     known = {
-        f"MOEPRUNE_{name}_{option}".upper().replace("-", "_")
-        for name, options in OPTIONS.items()
-        for option in options
+        f"MOEPRUNE_{name}_{option}".upper().replace("-", "_") for name, options in OPTIONS.items() for option in options
     }
     prefixes = tuple(f"MOEPRUNE_{name}_".upper() for name in OPTIONS)
     for name in sorted(os.environ):
@@ -190,8 +188,7 @@ def _options(
         ),
     ] = None,
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass

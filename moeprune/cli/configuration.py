@@ -87,9 +87,7 @@ def _find(path: Path | None) -> tuple[Path | None, dict[str, Any]]:
     there = [name for name in (OWN, PROJECT) if name.exists()]
     tables = {name: table for name in there if (table := _table_of(name)) is not None}
     if len(tables) == 2:
-        raise MoepruneError(
-            f"both `{OWN}` and `{PROJECT}` configure moeprune", "keep one, or name it with `--config`"
-        )
+        raise MoepruneError(f"both `{OWN}` and `{PROJECT}` configure moeprune", "keep one, or name it with `--config`")
     return next(iter(tables.items()), (None, {}))
 
 

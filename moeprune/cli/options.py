@@ -18,9 +18,7 @@ from moeprune.records import Request
 
 R = TypeVar("R", bound=Request)
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-Report = Annotated[
-    Path | None, typer.Option(help="Write a page with figures too: one HTML file that loads nothing.")
-]
+Report = Annotated[Path | None, typer.Option(help="Write a page with figures too: one HTML file that loads nothing.")]
 
 
 class Field(NamedTuple):

@@ -32,17 +32,14 @@ class Output(Request, frozen=True, kw_only=True):
     """Options of every command for its output."""
 
     output_format: Annotated[
-        Format,
-        option("Format of the report: text, json, markdown, github (annotations) or junit."),
+        Format, option("Format of the report: text, json, markdown, github (annotations) or junit.")
     ] = "text"
     output_file: Annotated[Path | None, option("Write the report to this file instead of stdout.")] = None
-    summary: Annotated[
-        bool, option("Append the report as Markdown to the file that $GITHUB_STEP_SUMMARY names.")
-    ] = False
-    quiet: Annotated[bool, option("Errors only: no progress, no warnings.")] = False
-    verbose: Annotated[bool, option("Log what is read and written, where it runs and how long it takes.")] = (
+    summary: Annotated[bool, option("Append the report as Markdown to the file that $GITHUB_STEP_SUMMARY names.")] = (
         False
     )
+    quiet: Annotated[bool, option("Errors only: no progress, no warnings.")] = False
+    verbose: Annotated[bool, option("Log what is read and written, where it runs and how long it takes.")] = False
     force: Annotated[bool, option("Replace output files that exist.")] = False
 
     def check(self) -> None:

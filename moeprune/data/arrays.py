@@ -74,11 +74,7 @@ def open_npz(path: Path, input_format: InputFormat) -> Source:
     sample_bytes = dtype.itemsize * math.prod(shape[1:])
 
     def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
-        with (
-            _damage_as_error(f"`{path}` is damaged"),
-            ZipFile(path) as archive,
-            archive.open("inputs.npy") as member,
-        ):
+        with _damage_as_error(f"`{path}` is damaged"), ZipFile(path) as archive, archive.open("inputs.npy") as member:
             for indices in batches:
                 buffer = bytearray()
                 for index in indices:

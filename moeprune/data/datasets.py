@@ -141,9 +141,7 @@ class Dataset:
             yield inputs, labels
 
 
-def open_data(
-    spec: str, input_format: InputFormat, split: str | None = None, limit: int | None = None
-) -> Dataset:
+def open_data(spec: str, input_format: InputFormat, split: str | None = None, limit: int | None = None) -> Dataset:
     """Open the data set that a spec names: `digits`, `pairs`, an array file or a folder of images.
 
     Args:

@@ -47,9 +47,7 @@ class Preprocessing(Record, frozen=True, omit_defaults=False):
         Raises:
             MoepruneError: an unknown key or a value that does not fit.
         """
-        lists = {
-            key: [settings[key]] for key in ("mean", "std") if isinstance(settings.get(key), int | float)
-        }
+        lists = {key: [settings[key]] for key in ("mean", "std") if isinstance(settings.get(key), int | float)}
         try:
             return from_json(to_json(self) | dict(settings) | lists, Preprocessing, "`--preprocess`")
         except MoepruneError as error:
@@ -75,8 +73,7 @@ class InputFormat:
     def in_words(self) -> str:
         """A description such as `3×224×224 in 1000 classes, normalised with mean 0.5 and std 0.5`."""
         mean, std = (
-            ", ".join(str(value) for value in values)
-            for values in (self.preprocessing.mean, self.preprocessing.std)
+            ", ".join(str(value) for value in values) for values in (self.preprocessing.mean, self.preprocessing.std)
         )
         size = "×".join(str(side) for side in self.shape)
         return f"{size} in {self.classes} classes, normalised with mean {mean} and std {std}"
@@ -94,9 +91,7 @@ class InputFormat:
         for name in ("mean", "std"):
             values = getattr(self.preprocessing, name)
             if len(values) not in (1, self.channels):
-                raise MoepruneError(
-                    f"preprocessing: `{name}` has {len(values)} values for {self.channels} channels"
-                )
+                raise MoepruneError(f"preprocessing: `{name}` has {len(values)} values for {self.channels} channels")
         mean = pixels.new_tensor(self.preprocessing.mean)[:, None, None]
         std = pixels.new_tensor(self.preprocessing.std)[:, None, None]
         return (pixels - mean).div_(std)

@@ -25,6 +25,5 @@ class DataSpec(Request, frozen=True, kw_only=True):
         """Raise a MoepruneError if a split is given of data that has none."""
         if self.split is not None and self.spec not in BUILT_IN:
             raise MoepruneError(
-                f"`--split {self.split}` does not go with `{self.spec}`",
-                f"it picks a split of {' or '.join(BUILT_IN)}",
+                f"`--split {self.split}` does not go with `{self.spec}`", f"it picks a split of {' or '.join(BUILT_IN)}"
             )

@@ -14,12 +14,8 @@ class DemoRequest(Request, frozen=True, kw_only=True):
     """A directory to write into."""
 
     output: Annotated[Path, option("The directory to write into.", short=("-o",))] = Path("moeprune-demo")
-    train: Annotated[bool, option("Train both models again first (minutes), as the shipped ones were.")] = (
-        False
-    )
-    device: Annotated[str, option("cpu, cuda, cuda:N, mps, or auto: CUDA if there is one, else the CPU.")] = (
-        "auto"
-    )
+    train: Annotated[bool, option("Train both models again first (minutes), as the shipped ones were.")] = False
+    device: Annotated[str, option("cpu, cuda, cuda:N, mps, or auto: CUDA if there is one, else the CPU.")] = "auto"
     seed: Seed = 0
     overwrite: bool = False
 

@@ -49,9 +49,7 @@ SAVED = {
 CALIBRATION_INPUTS = 1000
 
 
-def run_demo(
-    directory: Path, train_anew: bool = False, seed: int = 0, runtime: Runtime = Runtime()
-) -> Summary:
+def run_demo(directory: Path, train_anew: bool = False, seed: int = 0, runtime: Runtime = Runtime()) -> Summary:
     """Write checkpoints, analyses, evaluations and `summary.json` into a directory.
 
     Args:

@@ -83,10 +83,7 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
     initialize(model, recipe.scale, recipe.position, generator)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
     warm_up = max(1, recipe.steps // 20)
 

@@ -82,8 +82,7 @@ class _Tally:
         """Return all predictions."""
         count = len(labels)
         usage = {
-            name: Usage(float(sum(parts)) / count, self.applied[name] / count)
-            for name, parts in self.running.items()
+            name: Usage(float(sum(parts)) / count, self.applied[name] / count) for name, parts in self.running.items()
         }
         predicted = torch.cat(self.predicted).cpu()
         return Predictions(labels, predicted, int(self.in_top5) / count, float(self.loss) / count, usage)
@@ -108,9 +107,7 @@ def predict(
         for tally in tallies:
             tally.add(runtime.forward(tally.model, inputs).float(), batch_labels.to(device))
     if not all(tally.loss.isfinite() for tally in tallies):
-        raise MoepruneError(
-            f"a model computes NaN or infinite logits on `{data.spec}`", "try `--dtype float32`"
-        )
+        raise MoepruneError(f"a model computes NaN or infinite logits on `{data.spec}`", "try `--dtype float32`")
     return [tally.result(torch.cat(labels)) for tally in tallies]
 
 
@@ -198,9 +195,7 @@ def require_labelled_images(model: Model, data: Dataset) -> None:
     """Raise a MoepruneError unless the model gives logits for an image and the data has labels."""
     config = model.config
     if config.num_classes == 0:
-        raise MoepruneError(
-            "the model has no head: it gives features, not logits", "there is nothing to evaluate"
-        )
+        raise MoepruneError("the model has no head: it gives features, not logits", "there is nothing to evaluate")
     if config.outputs_per_input > 1:
         raise MoepruneError(
             f"the model gives logits for each of its {config.outputs_per_input} tokens, not for an image"
@@ -213,14 +208,10 @@ def require_labelled_images(model: Model, data: Dataset) -> None:
         )
 
 
-def compare(
-    model: ModelCost, baseline: ModelCost, predictions: Predictions, reference: Predictions
-) -> Difference:
+def compare(model: ModelCost, baseline: ModelCost, predictions: Predictions, reference: Predictions) -> Difference:
     """Compare a model with the baseline on the same inputs."""
     right, full_right = predictions.correct, reference.correct
-    both, lost, won, neither = (
-        int((a & b).sum()) for b, a in product((full_right, ~full_right), (right, ~right))
-    )
+    both, lost, won, neither = (int((a & b).sum()) for b, a in product((full_right, ~full_right), (right, ~right)))
     outcomes = Outcomes(both=both, lost=lost, won=won, neither=neither)
     return Difference(
         accuracy_drop=outcomes.drop,

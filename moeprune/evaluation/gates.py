@@ -117,9 +117,7 @@ GATES = (
 )
 
 
-def check_limits(
-    limits: Mapping[str, float], has_baseline: bool, has_latency: bool, confidence: float | None
-) -> None:
+def check_limits(limits: Mapping[str, float], has_baseline: bool, has_latency: bool, confidence: float | None) -> None:
     """Raise a MoepruneError for limits (fractions or ratios by gate name) that cannot be judged.
 
     They are out of range, or need a baseline or latency that is missing; or the confidence is out of range or
@@ -152,9 +150,7 @@ def check_confidence(confidence: float | None) -> None:
         )
 
 
-def judge(
-    evaluation: Evaluation, limits: Mapping[str, float], confidence: float | None = None
-) -> list[GateResult]:
+def judge(evaluation: Evaluation, limits: Mapping[str, float], confidence: float | None = None) -> list[GateResult]:
     """Judge the gates that have a limit: by measured values, or by their bounds at a confidence."""
     results = []
     for gate in GATES:
@@ -179,9 +175,7 @@ def _evidence(gate: Gate, parts: Sequence[Any], samples: int) -> list[Evidence]:
     return []
 
 
-def _verdict(
-    gate: Gate, value: float, limit: float, evidence: Sequence[Evidence], confidence: float
-) -> GateResult:
+def _verdict(gate: Gate, value: float, limit: float, evidence: Sequence[Evidence], confidence: float) -> GateResult:
     bounds = [part.bound(confidence) for part in evidence]
     bound = gate.worst(bounds) if bounds else None
     reason: Literal["missed", "undecided"] | None = None

@@ -43,9 +43,7 @@ def measure_latency(
     """
     device = runtime.torch_device
     models = {"model": model} | ({} if baseline is None else {"baseline": baseline})
-    functions = {
-        name: partial(runtime.forward, private_copy(module).to(device)) for name, module in models.items()
-    }
+    functions = {name: partial(runtime.forward, private_copy(module).to(device)) for name, module in models.items()}
     batches = []
     for batch_size in runtime.bar("latency", "batch sizes", batch_sizes):
         seconds = interleaved(functions, ready_batches(data, batch_size, device))
@@ -125,9 +123,7 @@ def seconds_of_call(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def summarize_latency(
-    batch_size: int, model: Sequence[float], baseline: Sequence[float] | None = None
-) -> BatchLatency:
+def summarize_latency(batch_size: int, model: Sequence[float], baseline: Sequence[float] | None = None) -> BatchLatency:
     """Summarize the seconds of each repetition (at least two) of a model and a baseline."""
     speedups = None if baseline is None else [b / m for m, b in zip(model, baseline, strict=True)]
     measured = {"speedup": speedups, "model_seconds": model, "baseline_seconds": baseline}

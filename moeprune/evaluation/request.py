@@ -34,17 +34,14 @@ class EvalRequest(Request, frozen=True, kw_only=True):
         Gate, option("Gate, with --latency: speed-up over the baseline, the worst of all batch sizes.")
     ] = None
     confidence: Annotated[
-        float | None,
-        option("Gates judge the one-sided bound of a value at this level, such as 0.95, not the value."),
+        float | None, option("Gates judge the one-sided bound of a value at this level, such as 0.95, not the value.")
     ] = None
-    latency: Annotated[
-        bool, option("Measure forward passes too; with --baseline, in turn with the full model's.")
-    ] = False
+    latency: Annotated[bool, option("Measure forward passes too; with --baseline, in turn with the full model's.")] = (
+        False
+    )
     latency_batch: Annotated[
         tuple[int, ...],
-        option(
-            "With --latency: inputs of a forward pass (repeatable).", metavar="N", show_default="1, 8, 32"
-        ),
+        option("With --latency: inputs of a forward pass (repeatable).", metavar="N", show_default="1, 8, 32"),
     ] = ()
     analysis: Annotated[
         Path | None, option("The file that `moeprune analyze` wrote; for --sweep, --plot and --report.")

@@ -106,10 +106,7 @@ def fingerprint(tensors: Mapping[str, Tensor] | Header, architecture: Mapping[st
 
 
 def write(
-    path: str | Path,
-    entries: Mapping[str, Tensor | Copied],
-    metadata: Mapping[str, Any] | None,
-    overwrite: bool = True,
+    path: str | Path, entries: Mapping[str, Tensor | Copied], metadata: Mapping[str, Any] | None, overwrite: bool = True
 ) -> None:
     """Write a safetensors file, a block at a time: equal entries and metadata give equal bytes.
 

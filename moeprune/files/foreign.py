@@ -196,9 +196,7 @@ def _plain_tensors(entries: Mapping[Any, Any], path: Path, file_size: int) -> di
     odd = [f"`{name}` {flaw}" for name, entry in entries.items() if (flaw := _flaw(name, entry, file_size))]
     if odd:
         hint = "save `model.state_dict()` in floats of 16 bits or more, with nothing beside the tensors"
-        raise MoepruneError(
-            f"`{path}` has entries that are not plain tensors: {', '.join(sorted(odd))}", hint
-        )
+        raise MoepruneError(f"`{path}` has entries that are not plain tensors: {', '.join(sorted(odd))}", hint)
     if not entries:
         raise MoepruneError(f"`{path}` holds no tensors")
     return {name: Tensor.detach(tensor) for name, tensor in entries.items()}

@@ -217,9 +217,7 @@ def _grouped_linear(
         inner = first + tl.arange(0, BLOCK_IN)
         is_inner = inner < num_in
         x = tl.load(rows + row * num_in + inner[None, :], mask=is_row[:, None] & is_inner[None, :], other=0.0)
-        w = tl.load(
-            weight_at + inner[:, None] * in_stride, mask=is_inner[:, None] & is_column[None, :], other=0.0
-        )
+        w = tl.load(weight_at + inner[:, None] * in_stride, mask=is_inner[:, None] & is_column[None, :], other=0.0)
         total = tl.dot(x, w.to(x.dtype), total, input_precision=PRECISION)
     total += tl.load(bias + expert * num_out + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     if GELU:

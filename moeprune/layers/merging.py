@@ -72,9 +72,7 @@ def _aligned(expert: Experts, reference: Experts) -> Experts:
     order = torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
     h = len(order)
     rows = torch.cat([order, order + h]) if expert.fc1_bias.shape[0] == 2 * h else order
-    return Experts(
-        expert.fc1_weight[:, rows], expert.fc1_bias[rows], expert.fc2_weight[:, order], expert.fc2_bias
-    )
+    return Experts(expert.fc1_weight[:, rows], expert.fc1_bias[rows], expert.fc2_weight[:, order], expert.fc2_bias)
 
 
 def _units(expert: Experts) -> Tensor:

@@ -120,9 +120,7 @@ class SoftMoE(MoELayer):
             if mask is not None:
                 parts = [part * mask.view(*mask.shape, *[1] * (part.ndim - 2)) for part in parts]
             weights, shown, taken = parts
-            return SlotObservation(
-                weights, mass, shown, taken, mask, chosen, slot_outputs, slot_inputs, self.hidden
-            )
+            return SlotObservation(weights, mass, shown, taken, mask, chosen, slot_outputs, slot_inputs, self.hidden)
 
         self.observe(observation)
         return output

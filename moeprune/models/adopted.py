@@ -52,8 +52,7 @@ def adopt(
     names = sorted({library.name for library in libraries.values()})
     if not names:
         raise MoepruneError(
-            f"no MoE layer of a known library in {type(module).__name__}",
-            f"known are those of {', '.join(LAYERS)}",
+            f"no MoE layer of a known library in {type(module).__name__}", f"known are those of {', '.join(LAYERS)}"
         )
     stated, version = parse_source(source)
     if stated is not None and stated not in names:
@@ -133,8 +132,7 @@ def _run(module: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
         raise
     except Exception as error:  # the user's code may raise anything
         raise MoepruneError(
-            f"the {type(module).__name__} fails on an input of shape {list(x.shape)}:"
-            f" {type(error).__name__}: {error}",
+            f"the {type(module).__name__} fails on an input of shape {list(x.shape)}: {type(error).__name__}: {error}",
             "check the shape of one input, channels × height × width",
         ) from None
     if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == 1):

@@ -161,8 +161,7 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
         super().__post_init__()
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
             raise MoepruneError(
-                f"`image_size` {list(self.image_size)} is not a multiple of `patch_size`"
-                f" {list(self.patch_size)}"
+                f"`image_size` {list(self.image_size)} is not a multiple of `patch_size` {list(self.patch_size)}"
             )
         if self.dim % self.num_heads:
             raise MoepruneError(f"`dim` {self.dim} is not a multiple of `num_heads` {self.num_heads}")
@@ -251,12 +250,8 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
         norms |= {"head_norm": d} if self.head_norm else {}
         linears |= {"head": (self.num_classes, d)} if self.num_classes else {}
         for name, (outputs, inputs) in linears.items():
-            has_bias = (
-                self.qkv_bias if name.endswith(".qkv") else not self.embedding_norm or name != "patch_embed"
-            )
-            shapes |= {f"{name}.weight": (outputs, inputs)} | (
-                {f"{name}.bias": (outputs,)} if has_bias else {}
-            )
+            has_bias = self.qkv_bias if name.endswith(".qkv") else not self.embedding_norm or name != "patch_embed"
+            shapes |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if has_bias else {})
         for name, width in norms.items():
             shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
         return shapes | super().shapes(plan)
@@ -325,8 +320,7 @@ class ModuleConfig(ModelConfig, frozen=True, tag="module"):
         if factory is None or (isinstance(factory, str) and self.factory not in (None, factory)):
             stated = "none is given" if factory is None else f"given is `{factory}`"
             raise MoepruneError(
-                f"the model is built by the factory `{name}`, {stated}",
-                f"if you trust that code, add `--model {name}`",
+                f"the model is built by the factory `{name}`, {stated}", f"if you trust that code, add `--model {name}`"
             )
         from moeprune.models.module import skeleton
 

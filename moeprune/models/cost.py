@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 
 
 def size_and_cost(
-    config: ModelConfig,
-    plan: Plan,
-    tensors: Mapping[str, TensorInfo],
-    usage: Mapping[str, Usage] | None = None,
+    config: ModelConfig, plan: Plan, tensors: Mapping[str, TensorInfo], usage: Mapping[str, Usage] | None = None
 ) -> ModelCost:
     """Return parameters, bytes, FLOPs per input and experts per input of a model.
 

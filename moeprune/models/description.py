@@ -48,8 +48,7 @@ def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
     path, metadata = header.path, header.metadata
     if metadata is None:
         raise MoepruneError(
-            f"`{path}` is not a checkpoint of moeprune: {lookalike(header.tensors)}",
-            "give one that moeprune wrote",
+            f"`{path}` is not a checkpoint of moeprune: {lookalike(header.tensors)}", "give one that moeprune wrote"
         )
     if metadata.get("kind") != "checkpoint":
         raise MoepruneError(
@@ -72,9 +71,7 @@ def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
         tokens = config.tokens(name)
         padded = moe.padded_tokens(tokens)
         if not tokens <= padded < tokens + moe.num_experts:
-            raise MoepruneError(
-                f"`{path}`: layer `{name}` computes with {padded} tokens, its inputs have {tokens}"
-            )
+            raise MoepruneError(f"`{path}`: layer `{name}` computes with {padded} tokens, its inputs have {tokens}")
     return config, plan, details
 
 

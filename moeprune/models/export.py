@@ -40,9 +40,7 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = True) ->
     if model.config.libraries:
         assert isinstance(model, AdoptedModel)
         if model.original is None:
-            raise MoepruneError(
-                "it is not known what builds the model", "adopt it with the argument `factory`"
-            )
+            raise MoepruneError("it is not known what builds the model", "adopt it with the argument `factory`")
         original, arguments = model.original(), model.config.arguments
         tensors = to_module(model, original)
         if model.plan:
@@ -57,12 +55,7 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = True) ->
         parity = compare(model, library, config, tensors)
     write_state_dict(output, tensors, overwrite)
     return Export(
-        output=str(output),
-        to=to,
-        source=model.details.source,
-        arguments=arguments,
-        parity=parity,
-        model=model.cost(),
+        output=str(output), to=to, source=model.details.source, arguments=arguments, parity=parity, model=model.cost()
     )
 
 
@@ -124,9 +117,7 @@ def _not_dense(plan: Plan) -> list[str]:
     reasons = []
     for name, layer in plan.items():
         if layer.scope != "static":
-            reasons.append(
-                f"layer `{name}` chooses its experts anew for each {layer.scope} (scope {layer.scope})"
-            )
+            reasons.append(f"layer `{name}` chooses its experts anew for each {layer.scope} (scope {layer.scope})")
         elif not layer.k or (layer.compensation != "renorm" and layer.k < layer.num_experts):
             reasons.append(
                 f"layer `{name}` has compensation {layer.compensation}, under which the router still weighs"

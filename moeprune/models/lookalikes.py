@@ -7,10 +7,7 @@ from collections.abc import Collection
 
 KINDS = (
     (r"(^|\.)soft_moe\.phi$", "a checkpoint of moeprune that has lost its metadata `moeprune`"),
-    (
-        r"(^|\.)(slot_embeds|to_slot_embeds\.0\.weight)$",
-        "a layer of soft-moe-pytorch, in a model of other code",
-    ),
+    (r"(^|\.)(slot_embeds|to_slot_embeds\.0\.weight)$", "a layer of soft-moe-pytorch, in a model of other code"),
     (r"(^|\.)moe\.experts\.weight$", "a layer of soft-mixture-of-experts, in a model of other code"),
     (r"(^|\.)phi$", "a Soft MoE layer, in an unknown model or a part of one"),
     (r"(^|[./])(router|gates?|gating|w_gat(e|ing)|wg)([./]|$)", "a router that picks experts (top-k)"),

@@ -56,9 +56,7 @@ def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factor
         try:
             module.get_submodule(path)
         except AttributeError:
-            raise MoepruneError(
-                f"`--model` builds a model without a layer `{path}`", "the code changed"
-            ) from None
+            raise MoepruneError(f"`--model` builds a model without a layer `{path}`", "the code changed") from None
         with torch.device("meta"):
             module = replaced(module, path, new_layer(layer.layer, plan.get(name)))
     model = AdoptedModel(module, config, details)

@@ -34,9 +34,7 @@ class Runtime(Request, frozen=True):
     progress: show a progress bar on stderr when that is a terminal.
     """
 
-    device: Annotated[str, option("cpu, cuda, cuda:N, mps, or auto: CUDA if available, else the CPU.")] = (
-        "auto"
-    )
+    device: Annotated[str, option("cpu, cuda, cuda:N, mps, or auto: CUDA if available, else the CPU.")] = "auto"
     dtype: Annotated[Dtype, option("float32: the precision of the weights; bf16: autocast.")] = "float32"
     batch_size: Annotated[
         Positive, option("Inputs of a forward pass; with scope batch, also the batch that shares experts.")
@@ -59,9 +57,7 @@ class Runtime(Request, frozen=True):
         """Raise a MoepruneError if the device does not exist; log the settings."""
         logger.info(f"runs on {self.torch_device} in {self.dtype}, {self.batch_size} inputs at a time")
 
-    def bar(
-        self, what: str, unit: str, items: Sequence[T] | None = None, total: int | None = None
-    ) -> tqdm[T]:
+    def bar(self, what: str, unit: str, items: Sequence[T] | None = None, total: int | None = None) -> tqdm[T]:
         """Return a progress bar named `what`, over items or of so many steps."""
         from tqdm import tqdm
 

@@ -26,16 +26,13 @@ class ModelSpec(Request, frozen=True, kw_only=True):
 
     path: Path
     model: Annotated[
-        str | None,
-        option("Builds the model, if it is your own. This code is run.", metavar="PACKAGE.MODULE:FUNCTION"),
+        str | None, option("Builds the model, if it is your own. This code is run.", metavar="PACKAGE.MODULE:FUNCTION")
     ] = None
     model_arg: Annotated[
-        dict[str, Any],
-        option("With --model: an argument of the function (repeatable).", metavar="KEY=VALUE"),
+        dict[str, Any], option("With --model: an argument of the function (repeatable).", metavar="KEY=VALUE")
     ] = msgspec.field(default_factory=dict)
     input_shape: Annotated[
-        tuple[Positive, Positive, Positive] | None,
-        option("With --model: the shape of one input.", metavar="C,H,W"),
+        tuple[Positive, Positive, Positive] | None, option("With --model: the shape of one input.", metavar="C,H,W")
     ] = None
     source: Annotated[
         str | None,
@@ -48,8 +45,7 @@ class ModelSpec(Request, frozen=True, kw_only=True):
     source_arg: Annotated[
         dict[str, Any],
         option(
-            "An argument of the library's constructor that the tensors do not show, such as num_heads=6"
-            " (repeatable).",
+            "An argument of the library's constructor that the tensors do not show, such as num_heads=6 (repeatable).",
             metavar="KEY=VALUE",
         ),
     ] = msgspec.field(default_factory=dict)
@@ -66,9 +62,7 @@ class ModelSpec(Request, frozen=True, kw_only=True):
         if self.source is not None and self.source.partition("==")[0] not in LIBRARIES:
             raise MoepruneError(f"`source` is {self.source!r}, expected one of {', '.join(LIBRARIES)}")
         if self.input_shape is not None and math.prod(self.input_shape) > MAX_ELEMENTS:
-            raise MoepruneError(
-                f"`input_shape` is {list(self.input_shape)}, expected at most {MAX_ELEMENTS} values"
-            )
+            raise MoepruneError(f"`input_shape` is {list(self.input_shape)}, expected at most {MAX_ELEMENTS} values")
 
     @property
     def foreign_only(self) -> list[str]:

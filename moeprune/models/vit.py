@@ -38,8 +38,7 @@ class SoftMoEViT(Model):
         self.position = nn.Parameter(0.02 * torch.randn(config.num_positions, config.dim))
         self.embedding_norm = _norm(config, config.embedding_norm)
         self.blocks = nn.ModuleList(
-            Block(config, block, plan.get(f"blocks.{index}.soft_moe"))
-            for index, block in enumerate(config.blocks)
+            Block(config, block, plan.get(f"blocks.{index}.soft_moe")) for index, block in enumerate(config.blocks)
         )
         self.norm = _norm(config, config.final_norm)
         self.head_norm = _norm(config, config.head_norm)

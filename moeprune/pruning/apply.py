@@ -14,12 +14,7 @@ from moeprune import __version__
 from moeprune.calibration.analysis import Analysis, require_analysis_of
 from moeprune.calibration.passes import measure, require_finite
 from moeprune.calibration.selection import best_kept
-from moeprune.calibration.statistics import (
-    LayerMoments,
-    LayerStatistics,
-    MomentsAccumulator,
-    StatisticsAccumulator,
-)
+from moeprune.calibration.statistics import LayerMoments, LayerStatistics, MomentsAccumulator, StatisticsAccumulator
 from moeprune.calibration.sums import lost_gram
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
@@ -324,12 +319,7 @@ def _require_data_of_analysis(analysis: Analysis | None, data: Dataset | None) -
 
 
 def provenance(
-    model_fingerprint: str,
-    plan: Plan,
-    analysis: Analysis | None,
-    data: Dataset | None,
-    seed: int,
-    runtime: Runtime,
+    model_fingerprint: str, plan: Plan, analysis: Analysis | None, data: Dataset | None, seed: int, runtime: Runtime
 ) -> dict[str, Any]:
     """Return what was pruned and calibrated on, without paths that would make equal runs differ."""
     made: dict[str, Any] = {"moeprune": __version__}

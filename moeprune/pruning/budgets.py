@@ -65,10 +65,7 @@ def flops_costs(config: ModelConfig, method: Method) -> Costs:
 
 
 def _costs(
-    config: ModelConfig,
-    method: Method,
-    full: float,
-    cost: Callable[[str, LayerConfig, LayerPlan | None], float],
+    config: ModelConfig, method: Method, full: float, cost: Callable[[str, LayerConfig, LayerPlan | None], float]
 ) -> Costs:
     method = method.replace(mass=None, energy=None)
 
@@ -144,9 +141,7 @@ def plan_within(
         assert uniform is not None
         return plan_of_experts(config, uniform, method)
     if analysis is None:
-        raise MoepruneError(
-            f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`"
-        )
+        raise MoepruneError(f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`")
     available = budget * costs.full - costs.rest
     experts = allocate(losses(analysis, method.compensate), costs.layers, available)
     return plan_of_experts(config, experts, method)

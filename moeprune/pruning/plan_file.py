@@ -68,9 +68,7 @@ def _read_json(path: Path) -> Any:
             'a plan is {"schema_version": 1, "plan": {"LAYER": {"k": 8, ...}}}',
         )
     if unknown := [key for key in found if key not in ("schema_version", "plan")]:
-        raise MoepruneError(
-            f"`{path}`: unknown key `{unknown[0]}`", "the keys are `schema_version` and `plan`"
-        )
+        raise MoepruneError(f"`{path}`: unknown key `{unknown[0]}`", "the keys are `schema_version` and `plan`")
     return found.get("plan")
 
 

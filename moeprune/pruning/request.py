@@ -50,9 +50,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     ] = None
     plan: Annotated[Path | None, option("Plan of each layer: a JSON file, or a pruned checkpoint.")] = None
     save_plan: Annotated[Path | None, option("Write the plan as JSON; -o may be omitted.")] = None
-    analysis: Annotated[
-        Path | None, option("The file that `moeprune analyze` wrote for this checkpoint.")
-    ] = None
+    analysis: Annotated[Path | None, option("The file that `moeprune analyze` wrote for this checkpoint.")] = None
     scope: Annotated[
         Scope | None,
         option(
@@ -60,17 +58,8 @@ class PruneRequest(Request, frozen=True, kw_only=True):
             show_default="static",
         ),
     ] = None
-    signal: Annotated[
-        Signal | None,
-        option("Score that ranks the experts.", show_default="combine"),
-    ] = None
-    compensate: Annotated[
-        Compensation | None,
-        option(
-            "Compensation for dropped experts.",
-            show_default="none",
-        ),
-    ] = None
+    signal: Annotated[Signal | None, option("Score that ranks the experts.", show_default="combine")] = None
+    compensate: Annotated[Compensation | None, option("Compensation for dropped experts.", show_default="none")] = None
     energy: Annotated[
         float | None,
         option(
@@ -128,14 +117,11 @@ class SweepRequest(EvalRequest, frozen=True, kw_only=True):
     """A checkpoint to evaluate; or, with shares or a plot, an unpruned one to prune in many ways first."""
 
     sweep: Annotated[
-        str | None,
-        option("Prune in many ways and evaluate each: shares such as 1/16,1/8,1/4.", metavar="SHARES"),
+        str | None, option("Prune in many ways and evaluate each: shares such as 1/16,1/8,1/4.", metavar="SHARES")
     ] = None
     scope: Annotated[tuple[Scope, ...], option("With --sweep: only this scope (repeatable).")] = ()
     signal: Annotated[tuple[Signal, ...], option("With --sweep: only this signal (repeatable).")] = ()
-    compensate: Annotated[
-        tuple[Compensation, ...], option("With --sweep: only this compensation (repeatable).")
-    ] = ()
+    compensate: Annotated[tuple[Compensation, ...], option("With --sweep: only this compensation (repeatable).")] = ()
     plot: Annotated[
         Path | None,
         option(
@@ -157,9 +143,7 @@ class SweepRequest(EvalRequest, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raise a MoepruneError for fields that do not go together."""
-        judging = [
-            name for name in ("baseline", "confidence", *self.limits) if getattr(self, name) is not None
-        ]
+        judging = [name for name in ("baseline", "confidence", *self.limits) if getattr(self, name) is not None]
         if self.is_sweep and judging:
             hint = "give it to an eval of the checkpoint that you choose"
             raise MoepruneError(f"`{judging[0]}` does not go with `sweep` or `plot`", hint)

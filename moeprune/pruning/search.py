@@ -87,9 +87,7 @@ def prune_best(
     return pruned[differences.index(min(differences))]
 
 
-def _differences(
-    models: Sequence[Model], full: Model, data: Dataset, runtime: Runtime
-) -> list[tuple[int, float]]:
+def _differences(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtime) -> list[tuple[int, float]]:
     """Return for each model how many predictions differ from the full one's, and the squared difference.
 
     Divergences would not do: by them, a model that is too sure of the right class is far from the full one.

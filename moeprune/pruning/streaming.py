@@ -22,13 +22,7 @@ from moeprune.models.description import read_description
 from moeprune.models.model import require_unpruned
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Method, Plan
-from moeprune.pruning.apply import (
-    ALREADY_PRUNED,
-    choose_experts,
-    full_plan,
-    provenance,
-    require_calibration,
-)
+from moeprune.pruning.apply import ALREADY_PRUNED, choose_experts, full_plan, provenance, require_calibration
 from moeprune.records import to_json
 
 
@@ -63,9 +57,7 @@ def prune_file(
     require_unpruned(existing, ALREADY_PRUNED)
     plan = full_plan(config.moe_layers, keep, plan, Method(**method))
     source_fingerprint = checkpoint.fingerprint(header, config.to_json())
-    analysis = require_calibration(
-        plan, config.moe_layers, source_fingerprint, analysis, has_data=False, one_shot=True
-    )
+    analysis = require_calibration(plan, config.moe_layers, source_fingerprint, analysis, has_data=False, one_shot=True)
     tensors = checkpoint.read_tensors(header)
     entries: dict[str, Tensor | Copied] = {name: Copied(header, name) for name in header.tensors}
     for index, (name, layer_plan) in enumerate(plan.items()):
@@ -101,6 +93,5 @@ def _pruned_entries(
     pruned = prune_tensors(config, plan, take, calibrated)
     dtype = tensors[f"{layer}.fc2_weight"].dtype
     return {
-        f"{layer}.{name}": tensor.to(dtype) if isinstance(tensor, Tensor) else tensor
-        for name, tensor in pruned.items()
+        f"{layer}.{name}": tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for name, tensor in pruned.items()
     }

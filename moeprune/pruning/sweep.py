@@ -128,10 +128,7 @@ def sweep(
 
 
 def _row(
-    variant: Variant | None,
-    results: Sequence[tuple[ModelFigures, Difference]],
-    of_full: float,
-    latency: Latency | None,
+    variant: Variant | None, results: Sequence[tuple[ModelFigures, Difference]], of_full: float, latency: Latency | None
 ) -> SweepRow:
     accuracies = [figures.accuracy for figures, _ in results]
     return SweepRow(

@@ -9,9 +9,7 @@ from moeprune.report.document import Document, Facts, Lines, Table
 from moeprune.report.gates import gate_in_words
 
 
-def to_annotations(
-    command: str, document: Document, gates: Sequence[GateResult], warnings: Iterable[str]
-) -> str:
+def to_annotations(command: str, document: Document, gates: Sequence[GateResult], warnings: Iterable[str]) -> str:
     """Return an error for each failed gate, a warning for each warning, and a notice for the rest."""
     lines = [annotation("warning", command, warning) for warning in warnings]
     for gate in sorted(gates, key=lambda gate: gate.passed):

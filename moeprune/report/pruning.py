@@ -9,15 +9,7 @@ from moeprune.demo.results import DemoModel, Summary
 from moeprune.models.results import ModelCost
 from moeprune.pruning.results import Pruned, Search, Sweep, SweepRow
 from moeprune.report.document import Cell, Document, Facts, Lines, Table
-from moeprune.report.words import (
-    amount,
-    checkpoint_on_data,
-    ci95,
-    flops_in_words,
-    percent,
-    plan_in_words,
-    points,
-)
+from moeprune.report.words import amount, checkpoint_on_data, ci95, flops_in_words, percent, plan_in_words, points
 
 
 def pruning(result: Pruned) -> Document:

@@ -13,16 +13,7 @@ from moeprune.files.writing import write_bytes
 from moeprune.plan import COMPENSATIONS
 from moeprune.pruning.results import SweepRow
 from moeprune.report.document import Figure
-from moeprune.report.figures import (
-    COLORS,
-    FAINT,
-    INK,
-    check_drawing,
-    legend_panel,
-    panel,
-    percent_axis,
-    style,
-)
+from moeprune.report.figures import COLORS, FAINT, INK, check_drawing, legend_panel, panel, percent_axis, style
 from moeprune.report.words import percent
 
 if TYPE_CHECKING:

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from moeprune.errors import MoepruneError
-from moeprune.models.libraries.layers import (
-    LayerLibrary,
-    OwnLayers,
-    SoftMixtureOfExperts,
-    SoftMoE,
-    SoftMoEPytorch,
-)
+from moeprune.models.libraries.layers import LayerLibrary, OwnLayers, SoftMixtureOfExperts, SoftMoE, SoftMoEPytorch
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.libraries.soft_moe_file import Tensors
 from moeprune.models.lookalikes import lookalike
@@ -33,9 +27,7 @@ def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> Sof
     """
     fitting = [library for library in MODELS.values() if name == library.name or library.fits(tensors)]
     if name is not None and name not in MODELS:
-        raise MoepruneError(
-            f"no whole models of `{name}` are known", f"known are those of {', '.join(MODELS)}"
-        )
+        raise MoepruneError(f"no whole models of `{name}` are known", f"known are those of {', '.join(MODELS)}")
     if name is not None or len(fitting) == 1:
         return MODELS[name or fitting[0].name]
     if fitting:

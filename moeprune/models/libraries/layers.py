@@ -90,19 +90,14 @@ class SoftMoEPytorch(LayerLibrary):
     """Layers of soft-moe-pytorch."""
 
     name = "soft-moe-pytorch"
-    classes = (
-        "soft_moe_pytorch.soft_moe.SoftMoE",
-        "soft_moe_pytorch.soft_moe_with_dynamic_slots.DynamicSlotsSoftMoE",
-    )
+    classes = ("soft_moe_pytorch.soft_moe.SoftMoE", "soft_moe_pytorch.soft_moe_with_dynamic_slots.DynamicSlotsSoftMoE")
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
         """Return our config and tensors."""
         found = module.state_dict()
         kind, hidden_dim, experts = _stack_experts(module, name)
         if any(found[key].any() for key in ("norm.beta", "slot_norm.beta") if key in found):
-            raise MoepruneError(
-                f"layer `{name}` has a `beta` that is not zero, which moeprune cannot express"
-            )
+            raise MoepruneError(f"layer `{name}` has a `beta` that is not zero, which moeprune cannot express")
         experts["input_gain"] = found["norm.gamma"]
         if "slot_embeds" not in found:
             projection = found["to_slot_embeds.0.weight"]  # (n·d,d)
@@ -114,10 +109,7 @@ class SoftMoEPytorch(LayerLibrary):
             return config, experts | router | {"phi_gain": found["to_slot_embeds.2.gamma"]}
         n, p, d = found["slot_embeds"].shape
         norm: RouterNorm = "layer" if "norm.beta" in found else "rms"
-        router = {
-            "phi": found["slot_embeds"].permute(2, 0, 1).contiguous(),
-            "phi_gain": found["slot_norm.gamma"],
-        }
+        router = {"phi": found["slot_embeds"].permute(2, 0, 1).contiguous(), "phi_gain": found["slot_norm.gamma"]}
         return SoftMoEConfig(d, n, p, hidden_dim, norm, "normalized", kind), experts | router
 
     def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,15 +16,7 @@ from msgspec.structs import asdict
 
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import ViTConfig
-from moeprune.models.libraries.soft_moe_file import (
-    LAYER,
-    POOLINGS,
-    UNUSED,
-    Tensors,
-    complete,
-    draft_config,
-    or_,
-)
+from moeprune.models.libraries.soft_moe_file import LAYER, POOLINGS, UNUSED, Tensors, complete, draft_config, or_
 from moeprune.models.tensors import require_tensors
 
 NAMES = {

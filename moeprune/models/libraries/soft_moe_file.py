@@ -132,9 +132,7 @@ def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple
         for name in choices
         if values.get(name) not in choices[name]
     }
-    if wrong := [
-        f"`{name}` is {given[name]!r}, expected {expected[name]}" for name in expected if name in given
-    ]:
+    if wrong := [f"`{name}` is {given[name]!r}, expected {expected[name]}" for name in expected if name in given]:
         raise MoepruneError(f"arguments do not fit the tensors of `{path}`: {'; '.join(wrong)}")
     if expected:
         missing = ", ".join(f"`{name}` ({choices})" for name, choices in expected.items())
