@@ -20,7 +20,7 @@ from moeprune.data.preprocessing import Preprocessing
 from moeprune.demo.train import initialize
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.details import Details
+from moeprune.models.description import Details
 from moeprune.models.vit import SoftMoEViT
 from tests.endings import complaint
 

@@ -19,11 +19,10 @@ from moeprune.errors import MoepruneError
 from moeprune.files.header import read_header
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
-from moeprune.models.adopted import adopt
+from moeprune.models.adopted import AdoptedModel, adopt, build
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.export import to_module
 from moeprune.models.libraries import LAYERS
-from moeprune.models.module import AdoptedModel, build
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.apply import prune

@@ -21,7 +21,6 @@ from moeprune.layers.config import RouterNorm, SoftMoEConfig
 from moeprune.layers.flops import Flops
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.cost import size_and_cost
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, LayerPlan, is_possible
@@ -229,7 +228,7 @@ def test_a_model_and_its_file_are_of_one_size(plan, tmp_path):
     tensors = read_header(tmp_path / "x.safetensors").tensors
     assert tensors == tensor_infos(model.state_dict())
     size = model.cost()
-    assert size == size_and_cost(model.config, model.plan, tensors)
+    assert size == model.config.cost(model.plan, tensors)
     assert size.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
     assert size.bytes == sum(to_json(size.bytes_by_part).values()) == 2 * size.parameters
     stored = sum(len(layer.fc1_weight) for layer in model.moe_layers.values())

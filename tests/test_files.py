@@ -22,7 +22,7 @@ from moeprune.files.header import read_header
 from moeprune.files.writing import replacing, write_text
 from moeprune.models.model import fingerprint, private_copy
 from moeprune.models.opening import open_model
-from moeprune.models.spec import ModelSpec
+from moeprune.models.request import ModelSpec
 
 MIB = 1 << 20
 LAYER = "blocks.0.soft_moe.fc1_weight"

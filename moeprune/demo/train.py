@@ -17,7 +17,7 @@ from moeprune.data.preprocessing import InputFormat, Preprocessing
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.details import Details
+from moeprune.models.description import Details
 from moeprune.models.vit import SoftMoEViT
 
 PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # about the statistics of the digits

@@ -15,7 +15,7 @@ from moeprune.evaluation.request import EvalRequest
 from moeprune.evaluation.results import Evaluation
 from moeprune.models.model import Model, fingerprint, unpruned_fingerprint
 from moeprune.models.opening import open_data_for, open_model, specs_of
-from moeprune.models.spec import ModelSpec
+from moeprune.models.request import ModelSpec
 
 logger = logging.getLogger(__name__)
 

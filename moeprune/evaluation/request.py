@@ -10,9 +10,8 @@ import msgspec
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.gates import GATES, check_limits
-from moeprune.models.request import Checkpoint
+from moeprune.models.request import Checkpoint, ModelSpec
 from moeprune.models.runtime import Runtime
-from moeprune.models.spec import ModelSpec
 from moeprune.records import Request, from_json, option
 
 Gate = float | None

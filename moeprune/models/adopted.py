@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,42 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moeprune.errors import MoepruneError
-from moeprune.layers.families import layer_of_tensors
+from moeprune.files.checkpoint import tensor_infos
+from moeprune.layers.families import layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
+from moeprune.models.description import Details
 from moeprune.models.libraries import LAYERS
 from moeprune.models.libraries.layers import LayerLibrary
-from moeprune.models.module import AdoptedModel, Factory, build, factory_name, load_strictly, replaced
+from moeprune.models.model import Model
+from moeprune.models.tensors import require_tensors
+from moeprune.plan import Plan
+
+Factory: TypeAlias = "str | Callable[..., nn.Module]"
+"""Builds a model of the user's own code: a function, or its name `package.module:function`."""
+
+
+class AdoptedModel(Model):
+    """A model of the user's own code, `module`, in which all Soft MoE layers are ours.
+
+    Inputs (b,c,H,W) in, logits (b,classes) out.
+    """
+
+    config: ModuleConfig
+
+    def __init__(self, module: nn.Module, config: ModuleConfig, details: Details, factory: Factory | None):
+        super().__init__(config, details)
+        self.module = module
+        if factory is not None:
+            self.original = functools.partial(build, factory, config.arguments)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs (b,c,H,W) in, logits (b,classes) out."""
+        return self.module(x)
+
+
+def wrapped(module: nn.Module) -> nn.ModuleDict:
+    """Return a parent of the module, in which parts have their names in an AdoptedModel."""
+    return nn.ModuleDict({"module": module})
 
 
 def adopt(
@@ -54,25 +87,23 @@ def adopt(
         raise MoepruneError(
             f"no MoE layer of a known library in {type(module).__name__}", f"known are those of {', '.join(LAYERS)}"
         )
-    stated, version = parse_source(source)
-    if stated is not None and stated not in names:
+    releases = parse_source(source)
+    for stated in set(releases) - set(names):
         raise MoepruneError(f"the layers of the model are from {', '.join(names)}, not from `{stated}`")
-    layers = {}
+    layers, parent = {}, wrapped(module)
     for name, tokens in _tokens(module, libraries, input_shape).items():
         library, theirs = libraries[name], module.get_submodule(name)
-        release = version if stated == library.name else None
-        config, tensors = library.describe(theirs, name, tokens, release)
+        config, tensors = library.describe(theirs, name, tokens, releases.get(library.name))
         ours = layer_of_tensors(config, None, {key: tensor.detach() for key, tensor in tensors.items()})
-        module = replaced(module, name, ours)
-        layers[f"module.{name}".rstrip(".")] = AdoptedLayer(config, library.name, tokens)
-    total, classes = _flops(module, input_shape)
-    own = sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
-    arguments = dict(arguments or {})
-    whole = ModuleConfig(factory_name(factory), arguments, input_shape, classes, layers, total - own)
-    model = AdoptedModel(module, whole).eval()
-    if factory is not None:
-        model.original = functools.partial(build, factory, arguments)
-    return model
+        path = f"module.{name}".rstrip(".")
+        parent.set_submodule(path, ours)
+        layers[path] = AdoptedLayer(config, library.name, tokens)
+    module = parent["module"]
+    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+        classes = _run(module, input_shape).shape[1]
+    other = flops.get_total_flops() - sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
+    whole = ModuleConfig(name_of(factory), dict(arguments or {}), input_shape, classes, layers, other)
+    return AdoptedModel(module, whole, Details(), factory).eval()
 
 
 def _known_layers(module: nn.Module) -> dict[str, LayerLibrary]:
@@ -113,13 +144,6 @@ def _tokens(module: nn.Module, names: Iterable[str], input_shape: tuple[int, int
     return tokens
 
 
-def _flops(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Return the FLOPs of one input and the number of classes."""
-    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        classes = _run(module, input_shape).shape[1]
-    return flops.get_total_flops(), classes
-
-
 @torch.no_grad()
 def _run(module: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
     """Return the logits (1,classes) of one random input."""
@@ -144,18 +168,91 @@ def _run(module: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
     return output
 
 
-def parse_source(text: str | None) -> tuple[str | None, str | None]:
-    """Return library and release of a text such as `soft-mixture-of-experts==0.1.0`; either may be None.
+def parse_source(text: str | None) -> dict[str, str | None]:
+    """Return the library of a text such as `soft-mixture-of-experts==0.1.0`, and the release if it names one.
 
     Raises:
         MoepruneError: the release is not a version number.
     """
-    if text is None:
-        return None, None
-    name, equals, version = text.partition("==")
+    name, equals, version = (text or "").partition("==")
     if equals and not re.fullmatch(r"\d+(\.\d+)+", version):
         raise MoepruneError(f"source `{text}` names no release", f"give for example `{name}==0.1.0`")
-    return name, version or None
+    return {name: version or None} if name else {}
+
+
+def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factory | None) -> AdoptedModel:
+    """Return the model of a checkpoint, without its weights.
+
+    Raises:
+        MoepruneError: the factory is missing, is not the expected one, or fails, or its model lacks a layer.
+    """
+    name = config.factory or "package.module:function"
+    if factory is None or (isinstance(factory, str) and config.factory not in (None, factory)):
+        stated = "none is given" if factory is None else f"given is `{factory}`"
+        raise MoepruneError(
+            f"the model is built by the factory `{name}`, {stated}", f"if you trust that code, add `--model {name}`"
+        )
+    model = AdoptedModel(build(factory, config.arguments), config, details, factory)
+    for path, layer in config.moe_layers.items():
+        with torch.device("meta"):
+            ours = new_layer(layer, plan.get(path))
+        try:
+            model.set_submodule(path, ours, strict=True)
+        except AttributeError:
+            theirs = path.removeprefix("module.")
+            raise MoepruneError(f"`--model` builds a model without a layer `{theirs}`", "the code changed") from None
+    return model
+
+
+def build(factory: Factory, arguments: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a factory builds; the current directory is searched for `package.module` too.
+
+    Raises:
+        MoepruneError: there is no such function, it fails, or it builds something else.
+    """
+    name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", repr(factory))
+    package, _, function = name.partition(":")
+    if isinstance(factory, str) and not (package and function):
+        raise MoepruneError(f"`--model {name}` is not a factory", "give `package.module:function`")
+    here = str(Path.cwd())
+    if isinstance(factory, str) and here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(package), function) if isinstance(factory, str) else factory
+        model = found(**arguments)
+    except Exception as error:  # the user's code may raise anything
+        raise MoepruneError(
+            f"`--model {name}` fails: {type(error).__name__}: {error}",
+            "check its name and `--model-arg`, and that it can be imported from here",
+        ) from None
+    if not isinstance(model, nn.Module):
+        raise MoepruneError(f"`--model {name}` builds a {type(model).__name__}, expected a torch module")
+    return model
+
+
+def name_of(factory: Factory | None) -> str | None:
+    """Return `package.module:function` of a factory; None if it cannot be imported by that."""
+    if factory is None or isinstance(factory, str):
+        return factory
+    name = getattr(factory, "__qualname__", "<unnamed>")
+    return None if "<" in name else f"{factory.__module__}:{name}"
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load the tensors of a file into a module, which must have exactly these.
+
+    Raises:
+        MoepruneError: tensors are missing, unexpected, or of other shapes or types; all are listed.
+    """
+    own = module.state_dict()
+    require_tensors(
+        tensor_infos(tensors),
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
+        f"`{path}` does not fit the model that `--model` builds",
+        "give the function and the `--model-arg` that it was trained with",
+        {name for name, tensor in own.items() if not tensor.is_floating_point()},
+    )
+    module.load_state_dict(dict(tensors), assign=True)
 
 
 def load_foreign(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:

@@ -7,23 +7,20 @@ an expert.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
 from moeprune.errors import MoepruneError
+from moeprune.files.header import TensorInfo
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.families import layer_from_json
 from moeprune.layers.flops import Flops, Usage
 from moeprune.layers.interface import LayerConfig, Shapes
-from moeprune.models.details import Details
+from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
 from moeprune.plan import Count, Plan, Positive
 from moeprune.records import Record, from_json, to_json
-
-if TYPE_CHECKING:
-    from moeprune.models.model import Model
-    from moeprune.models.module import Factory
-
 
 Total = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
@@ -52,18 +49,6 @@ class ModelConfig(Record, frozen=True, tag_field="type"):
         def tokens(self, name: str) -> int:
             """Return m, the tokens of one input that reach an MoE layer."""
 
-        def build(self, plan: Plan, details: Details = Details(), factory: Factory | None = None) -> Model:
-            """Return the model, without weights.
-
-            Args:
-                plan: of the pruned layers.
-                details: preprocessing, source and provenance.
-                factory: of the user's own code, which the caller allows to run.
-
-            Raises:
-                MoepruneError: the factory is missing, is not the expected one, or fails.
-            """
-
     @property
     def outputs_per_input(self) -> int:
         """Rows of logits that the model returns for one input."""
@@ -90,6 +75,30 @@ class ModelConfig(Record, frozen=True, tag_field="type"):
             flops += layer.flops(self.tokens(name), plan.get(name), usage.get(name))
         return flops
 
+    def cost(
+        self, plan: Plan, tensors: Mapping[str, TensorInfo], usage: Mapping[str, Usage] | None = None
+    ) -> ModelCost:
+        """Return parameters, bytes, FLOPs per input and experts per input of a model with these tensors.
+
+        For a plan with a mass and without measured usage, the largest possible number of experts is counted.
+        """
+        usage, layers = usage or {}, self.moe_layers
+        parts = {"experts": 0, "routing": 0, "compensation": 0, "other": 0}
+        for name, tensor in tensors.items():
+            layer, _, key = name.rpartition(".")
+            parts[layers[layer].part(key) if layer in layers else "other"] += tensor.nbytes
+        experts: dict[str, float] = {name: layer.num_experts for name, layer in layers.items()}
+        experts |= {name: layer.k for name, layer in plan.items()}
+        experts |= {name: of_layer.running for name, of_layer in usage.items()}
+        flops = self.flops(plan, usage)
+        return ModelCost(
+            parameters=sum(tensor.numel for tensor in tensors.values()),
+            bytes=sum(parts.values()),
+            bytes_by_part=BytesByPart(**parts),
+            flops_per_input=FlopsByPart(total=flops.total, **asdict(flops)),
+            experts_per_input=float(sum(experts.values())),
+        )
+
     def shapes(self, plan: Plan) -> Shapes:
         """Return the shapes of the tensors that are known beforehand, by their names in the `state_dict`."""
         return {
@@ -98,9 +107,10 @@ class ModelConfig(Record, frozen=True, tag_field="type"):
             for tensor, shape in layer.shapes(plan.get(name)).items()
         }
 
-    def covers(self, tensor: str) -> bool:
-        """Return True if `shapes` lists a tensor of this name whenever the model has one."""
-        return tensor.rpartition(".")[0] in self.moe_layers
+    def known(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Return the tensors that `shapes` must list: of a model of the user's own, those of the MoE layers."""
+        layers = self.moe_layers
+        return {name: t for name, t in tensors.items() if not self.libraries or name.rpartition(".")[0] in layers}
 
     def to_json(self) -> dict[str, Any]:
         """Return the config as JSON values; `architecture_from_json` reads it back."""
@@ -256,21 +266,6 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
             shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
         return shapes | super().shapes(plan)
 
-    def covers(self, tensor: str) -> bool:
-        """Return True: all tensors are known beforehand."""
-        return True
-
-    def build(self, plan: Plan, details: Details = Details(), factory: Factory | None = None) -> Model:
-        """Return the model on the meta device; see `ModelConfig.build`."""
-        if factory is not None:
-            raise MoepruneError("its architecture is in the file: it needs no `--model`", "omit `--model`")
-        import torch
-
-        from moeprune.models.vit import SoftMoEViT
-
-        with torch.device("meta"):
-            return SoftMoEViT(self, plan, details)
-
 
 class AdoptedLayer(Record, frozen=True):
     """A layer that took the place of another library's.
@@ -313,18 +308,6 @@ class ModuleConfig(ModelConfig, frozen=True, tag="module"):
     def tokens(self, name: str) -> int:
         """Return m, the tokens of one input that reach an MoE layer."""
         return self.layers[name].tokens
-
-    def build(self, plan: Plan, details: Details = Details(), factory: Factory | None = None) -> Model:
-        """Run the factory and put MoE layers into its model; see `ModelConfig.build`."""
-        name = self.factory or "package.module:function"
-        if factory is None or (isinstance(factory, str) and self.factory not in (None, factory)):
-            stated = "none is given" if factory is None else f"given is `{factory}`"
-            raise MoepruneError(
-                f"the model is built by the factory `{name}`, {stated}", f"if you trust that code, add `--model {name}`"
-            )
-        from moeprune.models.module import skeleton
-
-        return skeleton(self, plan, details, factory)
 
 
 def architecture_from_json(value: Any) -> ModelConfig:

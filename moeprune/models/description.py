@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from moeprune.data.preprocessing import Preprocessing
 from moeprune.errors import MoepruneError
 from moeprune.files.header import Header, is_safetensors, is_too_large, read_header, require_format
 from moeprune.models.architecture import ModelConfig, architecture_from_json
-from moeprune.models.details import FORMAT, Details
-from moeprune.models.lookalikes import lookalike
-from moeprune.models.tensors import require_one_type, require_tensors
+from moeprune.models.tensors import lookalike, require_one_type, require_tensors
 from moeprune.plan import LayerPlan, Plan, plan_from_json, require_fitting_plan
-from moeprune.records import from_json
+from moeprune.records import Record, from_json
+
+FORMAT = 1
+"""The format of checkpoints."""
+
+
+class Details(Record, frozen=True):
+    """Preprocessing and origin of a model.
+
+    source: where the weights came from: `library`, `version`, and for foreign files `sha256`.
+    provenance: how they were made: training, or calibration data, seed and versions.
+    """
+
+    preprocessing: Preprocessing = Preprocessing()
+    source: dict[str, Any] = msgspec.field(default_factory=dict)
+    provenance: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 def our_header(path: str | Path) -> Header | None:
@@ -35,7 +52,7 @@ def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
     """
     path = header.path
     config, plan, details = _read_metadata(header)
-    found = {name: tensor for name, tensor in header.tensors.items() if config.covers(name)}
+    found = config.known(header.tensors)
     shapes = config.shapes(plan)
     if any(is_too_large(shape) for shape in shapes.values()):
         raise MoepruneError(f"`{path}`: its architecture is too large to build a model")

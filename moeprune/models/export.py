@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import write_state_dict
-from moeprune.models.adopted import load_foreign
+from moeprune.models.adopted import AdoptedModel, load_foreign, wrapped
 from moeprune.models.architecture import ViTConfig
 from moeprune.models.libraries import LAYERS, MODELS
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.model import Model
-from moeprune.models.module import AdoptedModel, inner_name
 from moeprune.models.parity import compare, difference, skipped
 from moeprune.models.results import Export
 from moeprune.models.vit import SoftMoEViT
@@ -91,15 +90,13 @@ def to_module(model: Model, original: nn.Module) -> dict[str, Tensor]:
         MoepruneError: the libraries of the layers cannot express a plan; all reasons are named.
     """
     _require_none(_not_dense(model.plan), ", ".join(model.config.libraries))
-    found = {inner_name(name): tensor for name, tensor in model.state_dict().items()}
+    found, parent = dict(model.state_dict()), wrapped(original)
     for name, ours in model.moe_layers.items():
-        path = inner_name(name)
-        tensors = {key: found.pop(f"{path}.{key}".lstrip(".")) for key in ours.state_dict()}
-        theirs = original.get_submodule(path)
+        tensors = {key: found.pop(f"{name}.{key}") for key in ours.state_dict()}
+        theirs = parent.get_submodule(name)
         [library] = [library for library in LAYERS.values() if library.recognises(theirs)]
-        restored = library.restore(theirs, tensors)
-        found |= {f"{path}.{key}".lstrip("."): tensor for key, tensor in restored.items()}
-    return found
+        found |= {f"{name}.{key}": tensor for key, tensor in library.restore(theirs, tensors).items()}
+    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
 def as_dense(config: ViTConfig, plan: Plan) -> ViTConfig:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from msgspec.structs import asdict
 
-from moeprune.models.cost import size_and_cost
 from moeprune.models.description import our_header, read_description
+from moeprune.models.request import ModelSpec
 from moeprune.models.results import InspectedLayer, Inspection
-from moeprune.models.spec import ModelSpec
 from moeprune.records import to_json
 
 
@@ -46,5 +45,5 @@ def inspect_checkpoint(spec: ModelSpec) -> Inspection:
         source=details.source,
         provenance=details.provenance,
         reading=reading,
-        **asdict(size_and_cost(config, plan, tensors)),
+        **asdict(config.cost(plan, tensors)),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
@@ -16,15 +16,12 @@ from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.layers.flops import Usage
 from moeprune.layers.layer import MoELayer
-from moeprune.models.cost import size_and_cost
-from moeprune.models.details import FORMAT, Details
+from moeprune.models.architecture import ModelConfig
+from moeprune.models.description import FORMAT, Details
 from moeprune.models.results import ModelCost, Reading
 from moeprune.models.tensors import require_one_type
 from moeprune.plan import Plan
 from moeprune.records import to_json
-
-if TYPE_CHECKING:  # a config builds its model, not the other way round
-    from moeprune.models.architecture import ModelConfig
 
 
 class Model(nn.Module):
@@ -56,8 +53,8 @@ class Model(nn.Module):
         return {name: layer.plan for name, layer in self.moe_layers.items() if layer.plan is not None}
 
     def cost(self, usage: Mapping[str, Usage] | None = None) -> ModelCost:
-        """Return parameters, bytes, FLOPs and experts per input; see `moeprune.models.cost`."""
-        return size_and_cost(self.config, self.plan, checkpoint.tensor_infos(self.state_dict()), usage)
+        """Return parameters, bytes, FLOPs and experts per input; see `ModelConfig.cost`."""
+        return self.config.cost(self.plan, checkpoint.tensor_infos(self.state_dict()), usage)
 
     @property
     def input_format(self) -> InputFormat:
@@ -158,9 +155,7 @@ def save(model: Model, path: str | Path, overwrite: bool = True) -> None:
             infinite or of several types.
     """
     tensors = model.state_dict()
-    infos = checkpoint.tensor_infos(tensors)
-    covered = {name: info for name, info in infos.items() if model.config.covers(name)}
-    require_one_type(covered, path)  # the user's own part may have several
+    require_one_type(model.config.known(checkpoint.tensor_infos(tensors)), path)  # the user's own part may have several
     metadata = {
         "format": FORMAT,
         "kind": "checkpoint",

@@ -17,18 +17,19 @@ from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.foreign import StateDict, read_state_dict
 from moeprune.files.header import Header, require_unchanged
-from moeprune.models.adopted import adopt, load_foreign, parse_source
-from moeprune.models.description import our_header, read_description
-from moeprune.models.details import Details
+from moeprune.models.adopted import Factory, adopt, build, load_foreign, load_strictly, name_of, parse_source, skeleton
+from moeprune.models.architecture import ModelConfig, ModuleConfig, ViTConfig
+from moeprune.models.description import Details, our_header, read_description
 from moeprune.models.export import to_library
 from moeprune.models.libraries import library_of_file
 from moeprune.models.libraries.layers import installed_version
 from moeprune.models.libraries.soft_moe import Layout
 from moeprune.models.model import Model, dataset_for, remember_fingerprint
-from moeprune.models.module import Factory, build, factory_name, load_strictly
 from moeprune.models.parity import compare, difference, skipped
+from moeprune.models.request import ModelSpec
 from moeprune.models.results import Reading
-from moeprune.models.spec import ModelSpec
+from moeprune.models.vit import SoftMoEViT
+from moeprune.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def load(
             compute what the library's or your own does.
     """
     spec = ModelSpec(
-        path=Path(path), model=factory_name(model), source=source, key=key, input_shape=input_shape,
+        path=Path(path), model=name_of(model), source=source, key=key, input_shape=input_shape,
         preprocess=dict(preprocess or {}), **{"source_arg" if model is None else "model_arg": arguments},
     )  # fmt: skip
     return open_model(spec, model)
@@ -126,13 +127,24 @@ def _open_ours(header: Header, factory: Factory | None) -> Model:
     config, plan, details = read_description(header)
     fingerprint = checkpoint.fingerprint(header, config.to_json())
     try:
-        model = config.build(plan, details, factory)
+        model = _build(config, plan, details, factory)
     except MoepruneError as error:
         raise MoepruneError(f"`{header.path}`: {error.message}", error.hint) from None
     load_strictly(model, checkpoint.read_tensors(header), header.path)
     require_unchanged(header)
     remember_fingerprint(model, fingerprint)
     return model
+
+
+def _build(config: ModelConfig, plan: Plan, details: Details, factory: Factory | None) -> Model:
+    """Return the model without weights, its MoE layers on the meta device."""
+    if isinstance(config, ModuleConfig):
+        return skeleton(config, plan, details, factory)
+    if factory is not None:
+        raise MoepruneError("its architecture is in the file: it needs no `--model`", "omit `--model`")
+    assert isinstance(config, ViTConfig)
+    with torch.device("meta"):
+        return SoftMoEViT(config, plan, details)
 
 
 def _open_library(spec: ModelSpec) -> Model:
@@ -146,7 +158,7 @@ def _open_library(spec: ModelSpec) -> Model:
     library = library_of_file(infos, str(spec.path), spec.source)
     layout = library.read(infos, spec.source_arg, str(spec.path))
     checkpoint.check_finite({k: t for k, t in tensors.items() if k not in layout.dropped}, spec.path)
-    model = layout.config.build({}, Details(source=_source({library.name: None}, found)))
+    model = _build(layout.config, {}, Details(source=_source({library.name: None}, found)), None)
     model.load_state_dict(_to_ours(tensors, layout), assign=True)
     model.requires_grad_(False).eval()
     if refused := library.refusals(layout.config):
@@ -190,11 +202,12 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
         return module
 
     model = adopt(built(), spec.input_shape, factory, spec.model_arg, source=spec.source)
-    stated, release = parse_source(spec.source)
-    libraries = {name: release if name == stated else None for name in model.config.libraries}
+    libraries = dict.fromkeys(model.config.libraries) | parse_source(spec.source)
     model.details = Details(source=_source(libraries, found))
-    if release is not None and (installed := installed_version(str(stated))) != release:
-        parity = skipped(f"`{stated}` {installed} is installed, not {release}")
+    others = {name: release for name, release in libraries.items() if release not in (None, installed_version(name))}
+    if others:
+        [(name, release)] = others.items()
+        parity = skipped(f"`{name}` {installed_version(name)} is installed, not {release}")
     else:
         parity = difference(model, built(), "your own model")
     model.reading = Reading(

@@ -1,13 +1,75 @@
-"""Options of `moeprune inspect` and `moeprune export`; no torch."""
+"""A checkpoint with its options, and the requests of `moeprune inspect` and `moeprune export`; no torch."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+
+import msgspec
 
 from moeprune.errors import MoepruneError
-from moeprune.models.spec import LIBRARIES, ModelSpec
+from moeprune.plan import Positive
 from moeprune.records import Request, option
+
+MAX_ELEMENTS = 2**28
+"""Limit of the values of one input; more would fill the memory."""
+LIBRARIES = ("soft-moe", "soft-moe-pytorch", "soft-mixture-of-experts", "moeprune")
+"""Libraries whose models or layers are known; see moeprune.models.libraries, which imports torch."""
+
+
+class ModelSpec(Request, frozen=True, kw_only=True):
+    """A checkpoint of moeprune, of a known library, or of a model of the user's own code.
+
+    path: a file, or a folder of shards. input_shape: (c,H,W). preprocess: replaces the checkpoint's.
+    """
+
+    path: Path
+    model: Annotated[
+        str | None, option("Builds the model, if it is your own. This code is run.", metavar="PACKAGE.MODULE:FUNCTION")
+    ] = None
+    model_arg: Annotated[
+        dict[str, Any], option("With --model: an argument of the function (repeatable).", metavar="KEY=VALUE")
+    ] = msgspec.field(default_factory=dict)
+    input_shape: Annotated[
+        tuple[Positive, Positive, Positive] | None, option("With --model: the shape of one input.", metavar="C,H,W")
+    ] = None
+    source: Annotated[
+        str | None,
+        option(
+            "The library that wrote the checkpoint, if its tensors do not show it: soft-moe,"
+            " soft-moe-pytorch or soft-mixture-of-experts.",
+            metavar="LIBRARY[==VERSION]",
+        ),
+    ] = None
+    source_arg: Annotated[
+        dict[str, Any],
+        option(
+            "An argument of the library's constructor that the tensors do not show, such as num_heads=6 (repeatable).",
+            metavar="KEY=VALUE",
+        ),
+    ] = msgspec.field(default_factory=dict)
+    key: Annotated[
+        str | None, option("The entry of a training checkpoint that holds the weights, such as model_ema.")
+    ] = None
+    preprocess: Annotated[
+        dict[str, Any],
+        option("A preprocessing setting, such as resize=256 or mean=0.5 (repeatable).", metavar="KEY=VALUE"),
+    ] = msgspec.field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise a MoepruneError if the source is unknown or the input too large."""
+        if self.source is not None and self.source.partition("==")[0] not in LIBRARIES:
+            raise MoepruneError(f"`source` is {self.source!r}, expected one of {', '.join(LIBRARIES)}")
+        if self.input_shape is not None and math.prod(self.input_shape) > MAX_ELEMENTS:
+            raise MoepruneError(f"`input_shape` is {list(self.input_shape)}, expected at most {MAX_ELEMENTS} values")
+
+    @property
+    def foreign_only(self) -> list[str]:
+        """The options that are given and that only a file of another program needs."""
+        names = ("source", "source_arg", "model_arg", "key", "input_shape")
+        return ["--" + name.replace("_", "-") for name in names if getattr(self, name)]
+
 
 Checkpoint = Annotated[
     ModelSpec, option("A checkpoint: of moeprune, a known library or your own model.", argument="CKPT")

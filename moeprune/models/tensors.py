@@ -1,7 +1,8 @@
-"""Checks of tensors by name, shape and type; no torch."""
+"""Checks of tensors by name, shape and type, and a guess at what unknown ones are; no torch."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,6 +10,17 @@ from pathlib import Path
 from moeprune.errors import MoepruneError
 from moeprune.files.header import FLOATS, TensorInfo
 from moeprune.layers.interface import Shapes
+
+KINDS = (
+    (r"(^|\.)soft_moe\.phi$", "a checkpoint of moeprune that has lost its metadata `moeprune`"),
+    (r"(^|\.)(slot_embeds|to_slot_embeds\.0\.weight)$", "a layer of soft-moe-pytorch, in a model of other code"),
+    (r"(^|\.)moe\.experts\.weight$", "a layer of soft-mixture-of-experts, in a model of other code"),
+    (r"(^|\.)phi$", "a Soft MoE layer, in an unknown model or a part of one"),
+    (r"(^|[./])(router|gates?|gating|w_gat(e|ing)|wg)([./]|$)", "a router that picks experts (top-k)"),
+    (r"(^|\.)attn_layers\.layers\.\d+\.\d+\.", "a transformer of `x-transformers`, which has no experts"),
+    (r"(^|\.)blocks\.\d+\.attn\.qkv\.weight$", "a vision transformer of `timm` without experts"),
+)
+"""Patterns of a tensor's name and what such a tensor belongs to, the most specific first."""
 
 
 def require_tensors(
@@ -51,3 +63,13 @@ def require_one_type(tensors: Mapping[str, TensorInfo], path: str | Path) -> Non
             f"`{path}` has tensors of several types: {', '.join(odd)}, the others are {usual}",
             "convert the model to one type, for example with `model.float()`",
         )
+
+
+def lookalike(names: Collection[str]) -> str:
+    """Return in words what a file of no known library is."""
+    has_experts = any(re.search(r"experts?[._/]|(^|[./])experts?$", name) for name in names)
+    for pattern, kind in KINDS:
+        found = next((name for name in sorted(names) if re.search(pattern, name)), None)
+        if found is not None and has_experts >= ("top-k" in kind):
+            return f"`{found}` belongs to {kind}"
+    return f"none of its {len(names)} tensors matches a known layout"

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeprune.layers.soft_moe import SoftMoE
-from moeprune.models.details import Details
+from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.description import Details
 from moeprune.models.model import Model
 from moeprune.plan import LayerPlan, Plan
-
-if TYPE_CHECKING:  # the architecture builds the model, not the other way round
-    from moeprune.models.architecture import BlockConfig, ViTConfig
 
 
 class SoftMoEViT(Model):

@@ -15,11 +15,10 @@ from moeprune.evaluation.latency import BATCH_SIZES
 from moeprune.files import checkpoint
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.header import read_header
-from moeprune.models.cost import size_and_cost
 from moeprune.models.description import our_header, read_description
 from moeprune.models.model import Model, fingerprint, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
-from moeprune.models.spec import ModelSpec
+from moeprune.models.request import ModelSpec
 from moeprune.plan import SIGNALS, Plan, experts_to_keep, scopes_of
 from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, full_plan, needs_pass
@@ -83,7 +82,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     if request.output is not None:
         written = read_header(request.output)
         _, plan, _ = read_description(written)
-        cost = size_and_cost(full.config, plan, written.tensors)
+        cost = full.config.cost(plan, written.tensors)
     if request.save_plan is not None:
         write_plan(plan, request.save_plan, request.overwrite)
     return Pruned(
@@ -91,7 +90,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         saved_plan=None if request.save_plan is None else str(request.save_plan),
         plan=plan,
         model=cost,
-        full_model=size_and_cost(full.config, {}, full.tensors),
+        full_model=full.config.cost({}, full.tensors),
         search=search,
     )
 

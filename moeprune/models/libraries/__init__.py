@@ -6,7 +6,7 @@ from moeprune.errors import MoepruneError
 from moeprune.models.libraries.layers import LayerLibrary, OwnLayers, SoftMixtureOfExperts, SoftMoE, SoftMoEPytorch
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.libraries.soft_moe_file import Tensors
-from moeprune.models.lookalikes import lookalike
+from moeprune.models.tensors import lookalike
 
 MODELS = {library.name: library for library in (SoftMoEViTs(),)}
 """Libraries of whole models by name."""
