@@ -73,7 +73,7 @@ def observed_one_by_one(model, data) -> tuple[dict[str, list], list[int]]:
     labels = []
 
     def observe(name, observation):
-        parts = (observation.weights, observation.slot_outputs)
+        parts = (observation.weights, observation.term_outputs)
         seen[name].append(tuple(part[0].double().numpy() for part in parts))
 
     for inputs, label in data.batches(1):
@@ -310,7 +310,7 @@ def test_statistics_are_taken_outside_of_autocast(single):
     seen = []
 
     def observe(_, observation):
-        seen.append((observation.slot_outputs.dtype, (observation.output.float() @ torch.eye(32)).dtype))
+        seen.append((observation.term_outputs.dtype, (observation.output.float() @ torch.eye(32)).dtype))
 
     observe_layers(model, [name], observe, inputs, Runtime(device="cpu", dtype="bf16"))
     assert seen == [(torch.bfloat16, torch.float32)]

@@ -111,7 +111,7 @@ def test_only_slots_that_did_not_run_for_their_input_are_regressors():
     C = torch.rand(2, 3, 4, 2, generator=torch.Generator().manual_seed(0)) + 0.1
     tokens = torch.zeros(2, 3, 5)
     chosen = torch.tensor([[0, 2], [1, 3]])
-    observation = Observation(C, combine_mass(C), tokens, tokens, None, chosen)
+    observation = Observation(C, combine_mass(C), tokens, tokens, None, chosen, tokens)
     expected = C.clone()
     expected[0, :, [0, 2]] = 0
     expected[1, :, [1, 3]] = 0
@@ -239,7 +239,7 @@ def test_correction_is_a_ridge_from_the_pruned_model_to_the_unpruned_outputs(sco
     before, target = observed(pruned, LAST, data), observed(full, LAST, data).output
     missing, weights = target - before.output, before.weights.clone()
     if scope == "static":
-        dropped = torch.einsum("bmnp,bnpd->bmnd", weights, before.slot_outputs)[:, :, [0, 2, 4]].sum(2)
+        dropped = torch.einsum("bmnp,bnpd->bmnd", weights, before.term_outputs)[:, :, [0, 2, 4]].sum(2)
         missing, weights = missing + dropped, weights[:, :, [1, 3, 0, 2, 4]]
     else:
         for i, experts in enumerate(before.chosen.tolist()):
@@ -298,7 +298,7 @@ def test_surrogates_of_a_layer_are_its_means_behind_the_pruned_layers_before_it(
         model.set_submodule(FIRST, first)
         seen = observed(model, LAST, data)
         weight = seen.weights.double().sum(1)[..., None]
-        means[what] = (weight * seen.slot_outputs).sum(0) / weight.sum(0)
+        means[what] = (weight * seen.term_outputs).sum(0) / weight.sum(0)
     found = pruned.blocks[1].soft_moe.surrogate.double()
     torch.testing.assert_close(found, means["pruned"], rtol=1e-5, atol=1e-6)
     assert float((found - means["full"]).abs().max()) > 1e-3

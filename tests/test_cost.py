@@ -18,7 +18,7 @@ from moeprune.evaluation.evaluate import predict
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.header import read_header
 from moeprune.layers.config import RouterNorm, SoftMoEConfig
-from moeprune.layers.flops import Flops
+from moeprune.layers.interface import Flops
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.runtime import Runtime

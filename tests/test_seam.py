@@ -5,15 +5,13 @@ y = sum over j of g_j(x)·f_j(x), with g the softmax of x·router and f_j(x) = W
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import moeprune
-from moeprune.layers.families import register
+from moeprune.layers.config import register
 from moeprune.layers.interface import LayerConfig, Shapes
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
@@ -57,21 +55,14 @@ class GatesConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="den
         return 2 * tokens * running * self.dim**2
 
 
-@dataclass(frozen=True)
-class GatesObservation(Observation):
-    added: Tensor
-
-    def contributions(self) -> Tensor:
-        return self.added
-
-
 class Gates(MoELayer):
     def forward(self, x: Tensor) -> Tensor:
         gates = (x @ self.router).softmax(-1)[..., None]  # (b,m,n,1)
-        outputs = torch.einsum("bmd,jod->bjmo", x.tanh(), self.fc2_weight) + self.fc2_bias[:, None]
-        added = gates[:, :, : outputs.shape[1]].transpose(1, 2) * outputs
-        output = self.compensated(added.sum(1), x, gates, None)
-        self.observe(lambda: GatesObservation(gates, gates.mean((1, 3)), output, x, None, None, added))
+        outputs = torch.einsum("bmd,jod->bmjo", x.tanh(), self.fc2_weight) + self.fc2_bias
+        added = (gates[:, :, : outputs.shape[2]] * outputs).sum(2)
+        output = self.compensated(added, x, gates, None)
+        of_tokens = outputs.flatten(0, 1)[:, :, None]  # (b·m,n,1,o)
+        self.observe(lambda: Observation(gates, gates.mean((1, 3)), output, x, None, None, of_tokens))
         return output
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from moeprune.layers import experts as routed
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.experts import grouped_linear
-from moeprune.layers.observation import SlotObservation as Observation
+from moeprune.layers.observation import Observation
 from moeprune.layers.scores import top_k
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
@@ -154,7 +154,7 @@ def test_dense_layer_equals_the_formulas(settings, dtype):
 
 
 @pytest.mark.parametrize(("router_norm", "dispatch_input"), ROUTERS)
-def test_observation_of_a_dense_layer_holds_combine_weights_and_slot_outputs(router_norm, dispatch_input):
+def test_observation_of_a_dense_layer_holds_combine_weights_and_term_outputs(router_norm, dispatch_input):
     layer, x = dense_layer(router_norm, dispatch_input, p=3), inputs(b=2)
     tensors = layer.state_dict()
     observation = observe(layer, x)
@@ -166,7 +166,7 @@ def test_observation_of_a_dense_layer_holds_combine_weights_and_slot_outputs(rou
         assert relative_error(observation.weights[i], combine) < 1e-10
         for j, q in product(range(N), range(3)):
             slot = reference_slot_output(logits[:, j, q], tokens, tensors, j)
-            assert relative_error(observation.slot_outputs[i, j, q], slot) < 1e-10
+            assert relative_error(observation.term_outputs[i, j, q], slot) < 1e-10
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
@@ -293,7 +293,7 @@ def test_layer_with_a_mass_runs_the_fewest_experts_that_hold_it(settings, compen
     assert relative_error(layer(x), formulas(layer, dense, x, kept, u)) < TOLERANCE[x.dtype]
     observation = observe(layer, x)
     assert [tuple(j for j in row if j < N) for row in observation.chosen.tolist()] == kept
-    assert not observation.slot_outputs[observation.chosen == N].any()
+    assert not observation.term_outputs[observation.chosen == N].any()
 
 
 @pytest.mark.parametrize("compensation", COMPENSATIONS)

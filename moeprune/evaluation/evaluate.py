@@ -22,7 +22,7 @@ from moeprune.evaluation.intervals import mcnemar, paired_difference, wilson
 from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.request import BatchSizes
 from moeprune.evaluation.results import Difference, Environment, Evaluation, ModelFigures, Outcomes
-from moeprune.layers.flops import Usage
+from moeprune.layers.interface import Usage
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model, dataset_for, private_copy
 from moeprune.models.results import ModelCost

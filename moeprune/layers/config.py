@@ -1,13 +1,15 @@
-"""The configuration of a Soft MoE layer; no torch."""
+"""The families of layers and their configurations: for now, Soft MoE; no torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig, Shapes
 from moeprune.plan import SCOPES, LayerPlan, Positive
-from moeprune.records import Record
+from moeprune.records import Record, from_json
 
 RouterNorm = Literal["none", "l2", "rms", "layer"]
 Expert = Literal["mlp", "geglu", "linear"]
@@ -52,17 +54,12 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     @property
     def output_width(self) -> int:
         """Width of the output tokens, o."""
-        return self.dim if self.out_dim is None else self.out_dim
+        return self.out_dim or self.dim
 
     @property
     def expert_width(self) -> int:
         """Width of the input of an expert's last linear."""
-        return self.dim if self.hidden_dim is None else self.hidden_dim
-
-    @property
-    def first_width(self) -> int:
-        """Width of the output of an expert's first linear, if it has two."""
-        return self.expert_width * (2 if self.expert == "geglu" else 1)
+        return self.hidden_dim or self.dim
 
     @property
     def terms_per_expert(self) -> int:
@@ -104,11 +101,12 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
 
     def expert_shapes(self, num_experts: int) -> Shapes:
         """Return the tensors of so many experts; h is the contiguous axis of both weights."""
-        n, out = num_experts, self.output_width
-        shapes: Shapes = {}
-        if self.expert != "linear":
-            shapes = {"fc1_weight": (n, self.dim, self.first_width), "fc1_bias": (n, self.first_width)}
-        return shapes | {"fc2_weight": (n, out, self.expert_width), "fc2_bias": (n, out)}
+        n, out, h = num_experts, self.output_width, self.expert_width
+        shapes: Shapes = {"fc2_weight": (n, out, h), "fc2_bias": (n, out)}
+        if self.expert == "linear":
+            return shapes
+        first = 2 * h if self.expert == "geglu" else h
+        return {"fc1_weight": (n, self.dim, first), "fc1_bias": (n, first)} | shapes
 
     def router_axis(self, tensor: str) -> int | None:
         """Return the axis of phi, or of what takes its place, that has a place for each expert."""
@@ -122,5 +120,27 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
 
     def expert_flops(self, tokens: int, running: float) -> float:
         """Return the FLOPs of so many experts: their slots do not grow with the tokens."""
-        first = 0 if self.expert == "linear" else self.dim * self.first_width
-        return 2 * running * self.slots_per_expert * (first + self.expert_width * self.output_width)
+        weights = [shape for name, shape in self.expert_shapes(1).items() if name.endswith("weight")]
+        return 2 * running * self.slots_per_expert * sum(map(math.prod, weights))
+
+
+FAMILIES: dict[str, tuple[Any, str]] = {"soft_moe": (SoftMoEConfig, "moeprune.layers.soft_moe:SoftMoE")}
+"""By the `family` in JSON: the configuration, and the place of the module, imported late for torch."""
+
+
+def register(config_class: Any, module_class: type) -> None:
+    """Make a family known: its configuration (a tagged Record that is a LayerConfig) and its MoELayer."""
+    place = f"{module_class.__module__}:{module_class.__qualname__}"
+    FAMILIES[config_class.__struct_config__.tag] = config_class, place
+
+
+def layer_from_json(value: Any, where: str) -> LayerConfig:
+    """Read a layer's configuration from JSON values; without `family` it is a Soft MoE.
+
+    Raises:
+        MoepruneError: an unknown family, an unknown or missing key, or a value that does not fit.
+    """
+    family = value.get("family", "soft_moe") if isinstance(value, Mapping) else "soft_moe"
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise MoepruneError(f"{where}: unknown family {family!r}", f"known are {', '.join(FAMILIES)}")
+    return from_json(value, FAMILIES[family][0], where)

@@ -8,13 +8,38 @@ Soft MoE, one for its gate in a token-gated layer.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from moeprune.layers.flops import Flops, Usage
 from moeprune.plan import SCOPES, LayerPlan
 
 Shapes = dict[str, tuple[int, ...]]
 """The shape of each tensor by name."""
+
+
+class Usage(NamedTuple):
+    """Mean numbers of experts for one input of a routed layer."""
+
+    running: float  # experts that run
+    applied: float  # experts whose router weights are applied, also where they are zero
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs for one input. 1 multiply-add = 2 FLOPs; matrix products alone are counted."""
+
+    experts: int = 0  # the experts' MLPs
+    routing: int = 0  # router logits, dispatch and combine
+    compensation: int = 0
+    other: int = 0  # the rest of the model
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(vars(self).values())
+
+    def __add__(self, more: Flops) -> Flops:
+        return Flops(*(a + b for a, b in zip(vars(self).values(), vars(more).values(), strict=True)))
 
 
 class LayerConfig:
@@ -26,17 +51,18 @@ class LayerConfig:
 
     __slots__ = ()
 
-    if TYPE_CHECKING:  # fields or properties of the family
-        dim: int  # width of the input, d
-        num_experts: int
+    dim: int  # width of the input, d
+    num_experts: int
 
-        @property
-        def output_width(self) -> int:
-            """Width of the output, o."""
+    @property
+    @abstractmethod
+    def output_width(self) -> int:
+        """Width of the output, o."""
 
-        @property
-        def expert_width(self) -> int:
-            """Width of the input of an expert's last linear, h."""
+    @property
+    @abstractmethod
+    def expert_width(self) -> int:
+        """Width of the input of an expert's last linear, h."""
 
     @abstractmethod
     def router_shapes(self, num_experts: int) -> Shapes:
@@ -51,8 +77,8 @@ class LayerConfig:
         """Return the axis of one of the router's tensors that has a place for each expert, None if none."""
 
     @abstractmethod
-    def router_flops(self, tokens: int, routed: int, applied: float) -> float:
-        """Return the FLOPs of weights for `routed` experts, and of applying those of `applied` ones."""
+    def router_flops(self, tokens: int, routed: int, running: float) -> float:
+        """Return the FLOPs of weights for `routed` experts, and of applying those of `running` ones."""
 
     @abstractmethod
     def expert_flops(self, tokens: int, running: float) -> float:
@@ -83,7 +109,7 @@ class LayerConfig:
         if plan is None:
             return self.router_shapes(n) | self.expert_shapes(n)
         shapes = self.router_shapes(plan.routed_experts) | self.expert_shapes(plan.stored_experts)
-        width = out if plan.rank is None else plan.rank
+        width = plan.rank or out
         if plan.has_surrogate:
             shapes["surrogate"] = (plan.routed_experts, p, width)
         if plan.has_affine:
@@ -102,8 +128,7 @@ class LayerConfig:
         """Return what a tensor is for: `experts`, `routing` or `compensation`."""
         if tensor in self.expert_shapes(1):
             return "experts"
-        is_compensation = tensor in ("surrogate", "basis") or tensor.startswith("affine")
-        return "compensation" if is_compensation else "routing"
+        return "compensation" if tensor.startswith(("surrogate", "basis", "affine")) else "routing"
 
     def flops(self, tokens: int, plan: LayerPlan | None = None, usage: Usage | None = None) -> Flops:
         """Return the FLOPs of the layer on one input of m tokens; usage: where the plan does not fix it.
@@ -116,7 +141,7 @@ class LayerConfig:
             return Flops(round(self.expert_flops(m, n)), round(self.router_flops(m, n, n)))
         k: float = n if plan.merges else plan.k
         running, applied = usage or (k, k)
-        width = out if plan.rank is None or not plan.has_basis else plan.rank
+        width = plan.rank or out
         surrogates = n - plan.k if plan.scope == "static" and not plan.has_basis else n
         compensation = 2 * m * width * p * surrogates if plan.has_surrogate else 0
         compensation += 2 * (m + 1) * self.dim * width if plan.has_affine else 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 
+from moeprune.layers.config import FAMILIES
 from moeprune.layers.experts import choose
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.observation import Observation, mean_token
@@ -119,3 +121,17 @@ class MoELayer(nn.Module):
         if self.plan is not None and self.plan.has_affine:
             parts += [self.affine_token, self.affine_mean, self.affine_bias[None]]
         return torch.cat(parts).to("cpu", torch.float64)
+
+
+def new_layer(config: LayerConfig, plan: LayerPlan | None = None) -> MoELayer:
+    """Return a layer of a configuration under a plan, with fresh weights."""
+    module, _, name = FAMILIES[config.__struct_config__.tag][1].partition(":")  # type: ignore[attr-defined]
+    return getattr(import_module(module), name)(config, plan)
+
+
+def layer_of_tensors(config: LayerConfig, plan: LayerPlan | None, tensors: Mapping[str, Tensor]) -> MoELayer:
+    """Return a layer whose parameters and buffers are these very tensors, to run and not to train."""
+    with torch.device("meta"):
+        layer = new_layer(config, plan)
+    layer.load_state_dict(tensors, assign=True)
+    return layer.requires_grad_(False).eval()

@@ -24,7 +24,7 @@ from torch import Tensor
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.experts import Experts, kernels_for, run_experts, run_sorted, slot_weights
 from moeprune.layers.layer import MoELayer
-from moeprune.layers.observation import SlotObservation, is_dropped
+from moeprune.layers.observation import Observation, is_dropped
 from moeprune.layers.scores import combine_mass
 from moeprune.plan import LayerPlan
 
@@ -109,18 +109,18 @@ class SoftMoE(MoELayer):
         if self.plan is not None and self.plan.has_basis:
             dropped = combine_weights
             if chosen is not None:
-                dropped = combine_weights * is_dropped(chosen, combine_weights)[:, None, :, None]
+                dropped = combine_weights * is_dropped(chosen, combine_weights)
             output = self.compensated(output, x, dropped, mask)
         elif self.plan is not None and self.plan.has_affine:
             output = output + self.affine(x, mask)  # the surrogates are in it
 
-        def observation() -> SlotObservation:
+        def observation() -> Observation:
             assert mass is not None
             parts = [combine_weights, output, x]
             if mask is not None:
                 parts = [part * mask.view(*mask.shape, *[1] * (part.ndim - 2)) for part in parts]
             weights, shown, taken = parts
-            return SlotObservation(weights, mass, shown, taken, mask, chosen, slot_outputs, slot_inputs, self.hidden)
+            return Observation(weights, mass, shown, taken, mask, chosen, slot_outputs, slot_inputs, self.hidden)
 
         self.observe(observation)
         return output

@@ -11,9 +11,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from moeprune.layers.families import layer_of_tensors
 from moeprune.layers.interface import LayerConfig
-from moeprune.layers.layer import MoELayer
+from moeprune.layers.layer import MoELayer, layer_of_tensors
 from moeprune.layers.merging import merged_experts
 from moeprune.plan import LayerPlan
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import tensor_infos
-from moeprune.layers.families import layer_of_tensors, new_layer
+from moeprune.layers.layer import layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
 from moeprune.models.description import Details
 from moeprune.models.libraries import LAYERS

@@ -14,7 +14,7 @@ from moeprune.data.datasets import Dataset, open_data
 from moeprune.data.preprocessing import InputFormat
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
-from moeprune.layers.flops import Usage
+from moeprune.layers.interface import Usage
 from moeprune.layers.layer import MoELayer
 from moeprune.models.architecture import ModelConfig
 from moeprune.models.description import FORMAT, Details

@@ -30,9 +30,8 @@ from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator
 from moeprune.calibration.sums import Contributions, halves, wide_dtype
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
-from moeprune.layers.families import layer_of_tensors
 from moeprune.layers.interface import LayerConfig
-from moeprune.layers.layer import MoELayer
+from moeprune.layers.layer import MoELayer, layer_of_tensors
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime

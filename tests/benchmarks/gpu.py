@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.observation import SlotObservation as Observation
+from moeprune.layers.observation import Observation
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import prune_layer
 from moeprune.plan import LayerPlan

@@ -20,7 +20,7 @@ import torch
 
 import moeprune
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.observation import SlotObservation as Observation
+from moeprune.layers.observation import Observation
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
 

@@ -31,7 +31,7 @@ from moeprune.calibration.analysis import Analysis
 from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.data.datasets import Dataset
-from moeprune.layers.observation import SlotObservation
+from moeprune.layers.observation import Observation
 from moeprune.layers.scores import top_k
 from moeprune.models.model import private_copy
 from moeprune.models.runtime import Runtime
@@ -61,7 +61,7 @@ def compare_signals(
     contests = {name: _Contest(model, name, analysis.layers[name], runtime) for name in model.moe_layers}
     for inputs, labels in runtime.batches(data, "oracle"):
         assert labels is not None
-        seen: dict[str, SlotObservation] = {}
+        seen: dict[str, Observation] = {}
         observe_layers(model, list(contests), seen.__setitem__, inputs, runtime)
         for name, contest in contests.items():
             contest.add(inputs, labels.to(inputs.device), seen[name])
@@ -119,10 +119,11 @@ class _Contest:
         self.generator = torch.Generator().manual_seed(0)
         self.totals: dict[tuple[int, str], Tensor] = {}
 
-    def add(self, inputs: Tensor, labels: Tensor, observation: SlotObservation) -> None:
+    def add(self, inputs: Tensor, labels: Tensor, observation: Observation) -> None:
         """Add inputs (b,c,H,W) with their classes (b), and what the dense layer computed for them."""
         chosen = self._choose(observation)
-        contributions = observation.contributions()
+        weights = observation.weights
+        contributions = torch.einsum("bmep,bepo->bemo", weights, observation.term_outputs.to(weights.dtype))
         for i, added in enumerate(contributions):
             judge = partial(self._judge, inputs[i], labels[i])
             order = greedy_order(added, max(self.all_masks), judge)
@@ -135,10 +136,10 @@ class _Contest:
                 for signal, row in zip((*experts, "exhaustive"), figures, strict=True):
                     self.totals[k, signal] = self.totals.get((k, signal), 0) + row
 
-    def _choose(self, observation: SlotObservation) -> dict[int, dict[str, Tensor]]:
+    def _choose(self, observation: Observation) -> dict[int, dict[str, Tensor]]:
         """Return for each k the experts that the signals without labels choose for inputs: indices (b,k)."""
         mass, slot_mass = observation.mass, observation.weights.sum(1)  # (b,n), (b,n,p)
-        of_mean: dict[str, SlotObservation] = {}
+        of_mean: dict[str, Observation] = {}
         mean = observation.tokens.mean(1, keepdim=True)
         observe_layers(self.layer, [""], of_mean.__setitem__, mean, self.runtime)
         scores = {
@@ -146,7 +147,7 @@ class _Contest:
             "deviation": mass * self.statistics.deviation.to(mass.device),
             "random": torch.rand(mass.shape, generator=self.generator).to(mass.device),
             "mean_token": of_mean[""].mass,
-            "output": (slot_mass * observation.slot_outputs.to(slot_mass).norm(dim=3)).sum(2),
+            "output": (slot_mass * observation.term_outputs.to(slot_mass).norm(dim=3)).sum(2),
         }
         chosen = {k: {signal: top_k(of, k) for signal, of in scores.items()} for k in self.all_masks}
         for k, of_signal in chosen.items():
