@@ -95,21 +95,3 @@ def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp
     again = run(*words)
     assert (again.code, "exists" in again.stderr) == (2, True)
     assert f"drawn in {plot}" in run(*words, "--force").stdout
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--plot", "f.png"), "`--sweep` and `--plot` need `--analysis`"),
-        (("--plot", "f.pdf", "--analysis", "ANALYSIS"), "is not a plot"),
-        (("--plot", "f.png", "--analysis", "ANALYSIS", "--min-accuracy", 1), "`--min-accuracy` does not go"),
-        (("--plot", "f.png", "--analysis", "ANALYSIS", "--output-file", "f.png"), "are both"),
-        (("--sweep", "1/8", "--analysis", "ANALYSIS", "--latency-batch", 1), "`--latency-batch` goes with"),
-    ],
-)  # fmt: skip
-def test_calls_that_are_wrong(words, message, single, small_analysis, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = [small_analysis if word == "ANALYSIS" else word for word in words]
-    result = run("eval", single, "--data", "digits", *words)
-    assert (result.code, list(tmp_path.iterdir())) == (2, [])
-    assert message in result.stderr

@@ -289,17 +289,3 @@ def test_a_limit_that_is_met_exactly_is_undecided_and_a_missed_one_failed(single
     assert "FAILED: 50 samples cannot show it, nor would more like them" in result.stdout
     missed = run(*words, "--min-accuracy", 0.99)
     assert (missed.code, missed.stdout.split()[-1]) == (1, "FAILED")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--confidence", 0.49, "--min-accuracy", 0.5), "`--confidence 0.49` is not within 0.5 and 1"),
-        (("--confidence", 0.95), "`--confidence` goes with a gate"),
-        (("--confidence", 0.95, "--sweep", "1/8", "--analysis", "a.st"), "does not go with `--sweep`"),
-    ],
-)
-def test_a_wrong_confidence_is_refused_before_any_work(words, message, run):
-    result = run("eval", "none.safetensors", "--data", "digits", *words)
-    assert (result.code, result.stdout) == (2, "")
-    assert message in result.stderr

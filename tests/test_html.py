@@ -273,25 +273,6 @@ def test_a_missing_library_is_named_with_its_extra(missing, monkeypatch):
     assert "moeprune[report]" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--report", "page.pdf"), "`page.pdf` is not a page of HTML"),
-        (("--report", "there.html"), "`there.html` exists"),
-        (("--report", "missing/page.html"), "no directory `missing`"),
-        (("--report", "page.html", "--output-file", "page.html"), "are both `page.html`"),
-        (("--report", "page.html", "--analysis", "OTHER"), "the analysis was made for another checkpoint"),
-    ],
-)
-def test_calls_that_are_wrong(words, message, pruned, vit_analysis, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("there.html").write_text("mine")
-    words = (vit_analysis if word == "OTHER" else word for word in words)
-    result = run("eval", pruned, "--data", "digits", *words)
-    assert (result.code, message in result.stderr) == (2, True), result.stderr
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("there.html", "mine")]
-
-
 # --- in a browser ------------------------------------------------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

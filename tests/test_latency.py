@@ -302,25 +302,6 @@ def test_too_few_repetitions_for_the_level_show_nothing(call, run, known):
 # --- what is wrong -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "fragments"),
-    [
-        (["--latency-batch", 8], ("`--latency-batch`", "`--latency`")),
-        (["--latency", "--latency-batch", 8, "--latency-batch", -1], ("`--latency-batch` `[1]`", "found -1")),
-        (["--sweep", "1/8", "--analysis", "a", "--min-speedup", 2], ("`--min-speedup` does not go with",)),
-        (["--latency", "--min-speedup", 2], ("`--min-speedup`", "`--baseline`")),
-        (["--baseline", "b.safetensors", "--min-speedup", 2], ("`--min-speedup`", "`--latency`")),
-    ],
-)
-def test_usage_errors_come_before_any_work(run, words, fragments):
-    """There is no such checkpoint, but nobody has looked yet."""
-    result = run("eval", "none.safetensors", "--data", "digits", *words)
-    assert (result.code, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ")
-    for fragment in fragments:
-        assert fragment in result.stderr
-
-
 def test_a_batch_size_below_1_is_refused_in_python_too(single):
     with pytest.raises(moeprune.MoepruneError, match="found 0"):
         moeprune.evaluate(moeprune.load(single), "digits", latency_batches=(1, 0))

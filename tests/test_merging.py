@@ -123,21 +123,6 @@ def test_merging_on_the_command_line(vit, vit_analysis, run, run_json, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--one-shot",), "is fitted to data, not in one shot"),
-        (("--scope", "input"), "needs one set of experts for all inputs, `--scope static`"),
-        (("--signal", "gram"), "`--compensate merge` does not go with `--signal gram`"),
-    ],
-)
-def test_merging_that_is_not_possible(words, message, vit, vit_analysis, run, tmp_path):
-    call = ("prune", vit, "--analysis", vit_analysis, "--keep", 8, "--compensate", "merge")
-    result = run(*call, *words, "-o", tmp_path / "o.safetensors")
-    assert (result.code, list(tmp_path.iterdir())) == (2, [])
-    assert message in result.stderr
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"merged_into": [1]}, "expected a kept expert for each of the 2 dropped ones"),

@@ -131,15 +131,6 @@ def test_few_directions_on_the_command_line(vit, vit_analysis, run, run_json, tm
 
 
 @pytest.mark.parametrize(
-    "words", [("--compensate", "mean", "--energy", 0.9), ("--compensate", "affine", "--energy", 1), ("--energy", 0.9)]
-)
-def test_an_energy_that_is_wrong(words, vit, run, tmp_path):
-    result = run("prune", vit, "--keep", 4, "--data", "pairs", *words, "-o", tmp_path / "o.safetensors")
-    assert (result.code, list(tmp_path.iterdir())) == (2, [])
-    assert "`--energy`" in result.stderr
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rank": 0}, "`rank`: expected `int` >= 1, found 0"),

@@ -59,22 +59,6 @@ def test_command_in_one_shot_needs_no_data(run, vit, vit_analysis, tmp_path):
     assert measured.read_bytes() != expected.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--compensate", "lstsq"], "`lstsq` of layer `blocks.1.soft_moe` is fitted to data"),
-        (["--data", "pairs"], "`--one-shot` and `--data` exclude each other"),
-        (["--scope", "input", "--compensate", "lstsq"], "`lstsq` of layer `blocks.1.soft_moe` is fitted"),
-        (None, "needs calibration"),
-    ],
-)
-def test_what_one_shot_cannot_give(options, message, run, vit, vit_analysis, tmp_path):
-    options = [] if options is None else ["--analysis", vit_analysis, *options]
-    result = run("prune", vit, "--keep", 4, "--one-shot", *options, "-o", tmp_path / "p.safetensors")
-    assert (result.code, list(tmp_path.iterdir())) == (2, [])
-    assert message in result.stderr
-
-
 def test_tensors_edited_since_the_analysis_are_not_pruned(run, single, single_analysis, tmp_path):
     """Whatever the metadata says."""
     path, target = tmp_path / "model.safetensors", tmp_path / "pruned.safetensors"
