@@ -10,7 +10,6 @@ from moeprune.calibration.analysis import Analysis, load_analysis, require_analy
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import evaluate
 from moeprune.evaluation.gates import judge
-from moeprune.evaluation.latency import BATCH_SIZES
 from moeprune.evaluation.request import EvalRequest
 from moeprune.evaluation.results import Evaluation
 from moeprune.models.model import Model, fingerprint, unpruned_fingerprint
@@ -37,8 +36,7 @@ def evaluate_checkpoint(request: EvalRequest) -> tuple[Evaluation, Model, Analys
     analysis = None if request.analysis is None else load_analysis(request.analysis)
     if analysis is not None:
         require_analysis_of(model.config.moe_layers, unpruned_fingerprint(model), analysis)
-    batches = (request.latency_batch or BATCH_SIZES) if request.latency else None
-    found = evaluate(model, data, baseline, request.runtime, batches)
+    found = evaluate(model, data, baseline, request.runtime, request.latency_batches)
     gates = judge(found, request.limits, request.confidence)
     found = replace(
         found,
@@ -54,10 +52,8 @@ def evaluate_checkpoint(request: EvalRequest) -> tuple[Evaluation, Model, Analys
 def _open_baseline(spec: ModelSpec, of_model: ModelSpec, model: Model) -> Model:
     baseline = open_model(spec)
     if baseline.plan:
-        raise MoepruneError(
-            f"`--baseline {spec.path}` is pruned, expected the full model",
-            "give the checkpoint that the model was pruned from",
-        )
+        hint = "give the checkpoint that the model was pruned from"
+        raise MoepruneError(f"`--baseline {spec.path}` is pruned, expected the full model", hint)
     if model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
         logger.warning(f"`{of_model.path}` was not pruned from `{spec.path}`, but from another model")
     return baseline

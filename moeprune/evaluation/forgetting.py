@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
 
 from moeprune.evaluation.intervals import paired_difference, simultaneous_quantile
-from moeprune.evaluation.results import ClassChange, Forgetting
+from moeprune.evaluation.results import ClassChange, Forgetting, Outcomes
 
 LEVEL = 0.95
 KNOWN = 0.5
 """Accuracy of the full model in a class at or above which the class is considered known."""
 HIDES = 5
 """The average hides a drop of at least this many times its own."""
+
+
+def outcome_masks(right: Tensor, full: Tensor) -> dict[str, Tensor]:
+    """Return the inputs with each of the Outcomes, from those that either model predicts right, (samples) bool."""
+    return {"both": full & right, "lost": full & ~right, "won": ~full & right, "neither": ~full & ~right}
 
 
 def forgetting(
@@ -31,36 +37,34 @@ def forgetting(
         predicted, reference: classes predicted by the pruned and by the full model, (samples) int64.
         indices: names of the samples in `lost` and `won`; None: their places.
     """
-    right, full_right = predicted == labels, reference == labels
-    lost, won = full_right & ~right, right & ~full_right
-    average = (int(lost.sum()) - int(won.sum())) / len(labels)
+    masks = outcome_masks(predicted == labels, reference == labels)
+    average = (int(masks["lost"].sum()) - int(masks["won"].sum())) / len(labels)
     size = int(labels.max()) + 1
-    cells = [torch.bincount(labels[mask], minlength=size) for mask in (right & full_right, lost, won)]
-    totals = torch.bincount(labels).tolist()
-    present = [c for c in range(size) if totals[c]]
+    counts = torch.stack([labels[mask].bincount(minlength=size) for mask in masks.values()], dim=1)
+    present = counts.sum(1).nonzero().flatten().tolist()
     strict = simultaneous_quantile(LEVEL, len(present))
     classes, collapsed = [], []
     for c in present:
-        total, (both, only_full, only_pruned) = totals[c], (int(cell[c]) for cell in cells)
-        table = both, only_full, only_pruned, total - both - only_full - only_pruned
-        accuracy, full = (both + only_pruned) / total, (both + only_full) / total
+        outcomes = Outcomes(**dict(zip(masks, counts[c].tolist(), strict=True)))
+        accuracy = (outcomes.both + outcomes.won) / outcomes.samples
+        full = (outcomes.both + outcomes.lost) / outcomes.samples
         classes.append(
             ClassChange(
                 index=c,
-                samples=total,
+                samples=outcomes.samples,
                 accuracy=accuracy,
                 baseline_accuracy=full,
                 accuracy_drop=full - accuracy,
-                accuracy_drop_ci95=paired_difference(*table),
+                accuracy_drop_ci95=paired_difference(*outcomes.cells),
             )
         )
-        is_lost = full >= KNOWN and accuracy <= full / 2
-        if is_lost and full - accuracy >= HIDES * average and paired_difference(*table, strict)[0] > average:
+        is_lost = full >= KNOWN and accuracy <= full / 2 and full - accuracy >= HIDES * average
+        if is_lost and paired_difference(*outcomes.cells, strict)[0] > average:
             collapsed.append(c)
     places = range(len(labels)) if indices is None else indices
     return Forgetting(
         classes=sorted(classes, key=lambda change: (-change.accuracy_drop, change.index)),
-        lost=[places[place] for place in lost.nonzero().flatten().tolist()],
-        won=[places[place] for place in won.nonzero().flatten().tolist()],
+        lost=list(compress(places, masks["lost"].tolist())),
+        won=list(compress(places, masks["won"].tolist())),
         collapsed=collapsed,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,15 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.intervals import drop_at_most, median_at_least, share_at_least
 from moeprune.evaluation.results import Evaluation, GateResult, Outcomes
 
+GATES = {
+    "max_accuracy_drop": "difference",
+    "min_accuracy": "model",
+    "min_flops_reduction": "difference",
+    "min_size_reduction": "difference",
+    "min_agreement": "difference",
+    "min_speedup": "latency",
+}
+"""The section of an evaluation that has the figure of a gate; in `latency` the worst of all batch sizes counts."""
 MOST_SAMPLES = 100_000_000
 """Largest answer of `samples_needed`: limits that these cannot decide practically equal the value."""
 
@@ -46,9 +56,8 @@ def of_drop(outcomes: Outcomes) -> Evidence:
     samples = outcomes.samples
 
     def bound(confidence: float, count: int = samples) -> float:
-        times = count / samples
-        lost, won = times * outcomes.lost, times * outcomes.won
-        return drop_at_most(times * outcomes.both, lost, won, times * outcomes.neither, confidence)
+        both, lost, won, neither = (count / samples * cell for cell in outcomes.cells)
+        return drop_at_most(both, lost, won, neither, confidence)
 
     return Evidence(samples, bound, lambda limit, confidence, count: bound(confidence, count) <= limit)
 
@@ -79,44 +88,6 @@ def samples_needed(evidence: Evidence, limit: float, confidence: float) -> int |
     return bisect_left(range(many), True, few + 1, many, key=lambda n: evidence.keeps(limit, confidence, n))
 
 
-@dataclass(frozen=True)
-class Gate:
-    """A limit on one figure of an evaluation.
-
-    name: of the option, without dashes.
-    section, figure: where the value is in the evaluation; in `latency` the worst of all batch sizes counts.
-    is_maximum: the value may be at most, and not at least, the limit.
-    """
-
-    name: str
-    section: str
-    figure: str
-    is_maximum: bool
-
-    @property
-    def option(self) -> str:
-        """The command-line option that sets its limit."""
-        return "--" + self.name.replace("_", "-")
-
-    def keeps(self, value: float, limit: float) -> bool:
-        """Return True if a value keeps a limit."""
-        return value <= limit if self.is_maximum else value >= limit
-
-    def worst(self, values: Sequence[float]) -> float:
-        """Return the least favourable value."""
-        return max(values) if self.is_maximum else min(values)
-
-
-GATES = (
-    Gate("max_accuracy_drop", "difference", "accuracy_drop", True),
-    Gate("min_accuracy", "model", "accuracy", False),
-    Gate("min_flops_reduction", "difference", "flops_reduction", False),
-    Gate("min_size_reduction", "difference", "size_reduction", False),
-    Gate("min_agreement", "difference", "agreement", False),
-    Gate("min_speedup", "latency", "speedup", False),
-)
-
-
 def check_limits(limits: Mapping[str, float], has_baseline: bool, has_latency: bool, confidence: float | None) -> None:
     """Raise a MoepruneError for limits (fractions or ratios by gate name) that cannot be judged.
 
@@ -126,74 +97,65 @@ def check_limits(limits: Mapping[str, float], has_baseline: bool, has_latency: b
     check_confidence(confidence)
     if confidence is not None and not limits:
         raise MoepruneError("`--confidence` goes with a gate", "add one, such as `--max-accuracy-drop 0.01`")
-    for gate in GATES:
-        limit = limits.get(gate.name)
-        if limit is None:
-            continue
-        given = f"`{gate.option} {limit}`"
-        if gate.section == "latency" and not 0 < limit < math.inf:
-            raise MoepruneError(f"{given} is not a ratio above 0", "give a speed-up such as 1.5")
-        if gate.section != "latency" and not 0 <= limit <= 1:
-            raise MoepruneError(f"{given} is outside 0…1", "give a fraction: one percent is 0.01")
-        if gate.section == "latency" and not has_latency:
-            raise MoepruneError(f"`{gate.option}` judges measured times", "give it with `--latency`")
-        if gate.section in ("difference", "latency") and not has_baseline:
-            raise MoepruneError(f"`{gate.option}` compares with the full model", "give it with `--baseline`")
+    for name, limit in limits.items():
+        option, is_ratio = f"--{name.replace('_', '-')}", GATES[name] == "latency"
+        if is_ratio and not 0 < limit < math.inf:
+            raise MoepruneError(f"`{option} {limit}` is not a ratio above 0", "give a speed-up such as 1.5")
+        if not is_ratio and not 0 <= limit <= 1:
+            raise MoepruneError(f"`{option} {limit}` is outside 0…1", "give a fraction: one percent is 0.01")
+        if is_ratio and not has_latency:
+            raise MoepruneError(f"`{option}` judges measured times", "give it with `--latency`")
+        if GATES[name] != "model" and not has_baseline:
+            raise MoepruneError(f"`{option}` compares with the full model", "give it with `--baseline`")
 
 
 def check_confidence(confidence: float | None) -> None:
     """Raise a MoepruneError unless a confidence is None or in [0.5, 1)."""
     if confidence is not None and not 0.5 <= confidence < 1:
-        raise MoepruneError(
-            f"`--confidence {confidence}` is not within 0.5 and 1",
-            "give the probability that a limit that passes is truly kept, such as 0.95",
-        )
+        hint = "give the probability that a limit that passes is truly kept, such as 0.95"
+        raise MoepruneError(f"`--confidence {confidence}` is not within 0.5 and 1", hint)
 
 
 def judge(evaluation: Evaluation, limits: Mapping[str, float], confidence: float | None = None) -> list[GateResult]:
     """Judge the gates that have a limit: by measured values, or by their bounds at a confidence."""
-    results = []
-    for gate in GATES:
-        limit = limits.get(gate.name)
-        if limit is not None:
-            section = getattr(evaluation, gate.section)
-            parts = section.batches if gate.section == "latency" else [section]
-            value = gate.worst([getattr(part, gate.figure) for part in parts])
-            evidence = _evidence(gate, parts, evaluation.data.samples) if confidence is not None else []
-            results.append(_verdict(gate, value, limit, evidence, confidence or 0))
-    return results
+    return [_judge(evaluation, name, limits[name], confidence) for name in GATES if name in limits]
 
 
-def _evidence(gate: Gate, parts: Sequence[Any], samples: int) -> list[Evidence]:
-    """Return the evidence for a gate's figure in each part of its section; none of figures that are exact."""
-    if gate.figure == "accuracy_drop":
-        return [of_drop(part.outcomes) for part in parts]
-    if gate.figure == "speedup":
-        return [of_median(part.speedups) for part in parts]
-    if gate.figure in ("accuracy", "agreement"):
-        return [of_share(round(getattr(part, gate.figure) * samples), samples) for part in parts]
-    return []
-
-
-def _verdict(gate: Gate, value: float, limit: float, evidence: Sequence[Evidence], confidence: float) -> GateResult:
-    bounds = [part.bound(confidence) for part in evidence]
-    bound = gate.worst(bounds) if bounds else None
-    reason: Literal["missed", "undecided"] | None = None
-    numbers: list[int | None] = [None]
-    if not gate.keeps(value, limit):
-        reason = "missed"
-    elif bound is not None and not gate.keeps(bound, limit):
-        reason = "undecided"
-        undecided = (part for part, own in zip(evidence, bounds, strict=True) if not gate.keeps(own, limit))
-        numbers = [samples_needed(part, limit, confidence) for part in undecided]
+def _judge(evaluation: Evaluation, name: str, limit: float, confidence: float | None) -> GateResult:
+    extreme, _, figure = name.partition("_")
+    worst, keeps = (max, operator.le) if extreme == "max" else (min, operator.ge)
+    section = getattr(evaluation, GATES[name])
+    parts = section.batches if figure == "speedup" else [section]
+    value = worst([getattr(part, figure) for part in parts])
+    evidence, bounds, needed = [], [], []
+    reason: Literal["missed", "undecided"] | None = None if keeps(value, limit) else "missed"
+    if confidence is not None:
+        evidence = [part for part in (_evidence(figure, part, evaluation.data.samples) for part in parts) if part]
+        bounds = [part.bound(confidence) for part in evidence]
+        undecided = [part for part, bound in zip(evidence, bounds, strict=True) if not keeps(bound, limit)]
+        if undecided and reason is None:
+            reason = "undecided"
+            needed = [samples_needed(part, limit, confidence) for part in undecided]
+    bound = worst(bounds, default=None)
     return GateResult(
-        name=gate.name,
+        name=name,
         limit=limit,
         value=value,
         passed=reason is None,
         reason=reason,
-        confidence=None if bound is None else confidence,
+        confidence=confidence if bounds else None,
         bound=bound,
         samples=None if bound is None else evidence[bounds.index(bound)].samples,
-        samples_needed=max((number for number in numbers if number), default=None) if all(numbers) else None,
+        samples_needed=None if None in needed else max(filter(None, needed), default=None),
     )
+
+
+def _evidence(figure: str, part: Any, samples: int) -> Evidence | None:
+    """Return the evidence for a figure in a part of an evaluation; None if the figure is exact."""
+    if figure == "accuracy_drop":
+        return of_drop(part.outcomes)
+    if figure == "speedup":
+        return of_median(part.speedups)
+    if figure in ("accuracy", "agreement"):
+        return of_share(round(getattr(part, figure) * samples), samples)
+    return None

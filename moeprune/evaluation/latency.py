@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from moeprune.data.datasets import Dataset
-from moeprune.evaluation.results import BatchLatency, Interval, Latency
+from moeprune.evaluation.results import BatchLatency, Latency
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
 
-BATCH_SIZES = (1, 8, 32)
 WARM_UP_CALLS, WARM_UP_SECONDS = 2, 0.2
 """Warm-up ends after this many calls of each function and this many seconds."""
 MIN_REPETITIONS, MAX_REPETITIONS, MEASURED_SECONDS = 7, 200, 2.0
@@ -27,11 +26,7 @@ READY_BATCHES, READY_INPUTS = 8, 256
 
 
 def measure_latency(
-    model: Model,
-    data: Dataset,
-    baseline: Model | None = None,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-    runtime: Runtime = Runtime(),
+    model: Model, data: Dataset, baseline: Model | None, batch_sizes: Sequence[int], runtime: Runtime
 ) -> Latency:
     """Measure the seconds of a forward pass, alone and against a baseline on the same inputs.
 
@@ -42,7 +37,7 @@ def measure_latency(
         MoepruneError: data that cannot be read, or no such device.
     """
     device = runtime.torch_device
-    models = {"model": model} | ({} if baseline is None else {"baseline": baseline})
+    models = {"model": model} if baseline is None else {"model": model, "baseline": baseline}
     functions = {name: partial(runtime.forward, private_copy(module).to(device)) for name, module in models.items()}
     batches = []
     for batch_size in runtime.bar("latency", "batch sizes", batch_sizes):
@@ -126,13 +121,8 @@ def seconds_of_call(call: Callable[[], object], device: torch.device) -> float:
 def summarize_latency(batch_size: int, model: Sequence[float], baseline: Sequence[float] | None = None) -> BatchLatency:
     """Summarize the seconds of each repetition (at least two) of a model and a baseline."""
     speedups = None if baseline is None else [b / m for m, b in zip(model, baseline, strict=True)]
-    measured = {"speedup": speedups, "model_seconds": model, "baseline_seconds": baseline}
     figures: dict[str, Any] = {}
-    for name, values in measured.items():
-        figures[name], figures[f"{name}_iqr"] = (None, None) if values is None else _quartiles(values)
+    for name, values in (("speedup", speedups), ("model_seconds", model), ("baseline_seconds", baseline)):
+        quartiles = [None] * 3 if values is None else statistics.quantiles(values, n=4, method="inclusive")
+        figures[name], figures[f"{name}_iqr"] = quartiles[1], values and tuple(quartiles[::2])
     return BatchLatency(batch_size=batch_size, repetitions=len(model), speedups=speedups, **figures)
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, Interval]:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return median, (low, high)

@@ -14,6 +14,8 @@ from moeprune.models.request import Checkpoint, ModelSpec
 from moeprune.models.runtime import Runtime
 from moeprune.records import Request, from_json, option
 
+BATCH_SIZES = (1, 8, 32)
+"""Batch sizes that latency is measured at, unless others are given."""
 Gate = float | None
 BatchSizes = tuple[Annotated[int, msgspec.Meta(ge=1, le=1_000_000)], ...]
 
@@ -50,8 +52,12 @@ class EvalRequest(Request, frozen=True, kw_only=True):
     @property
     def limits(self) -> dict[str, float]:
         """The limits of gates by name."""
-        limits = {gate.name: getattr(self, gate.name) for gate in GATES}
-        return {name: limit for name, limit in limits.items() if limit is not None}
+        return {name: limit for name in GATES if (limit := getattr(self, name)) is not None}
+
+    @property
+    def latency_batches(self) -> tuple[int, ...] | None:
+        """Batch sizes to measure latency at; None: it is not measured."""
+        return (self.latency_batch or BATCH_SIZES) if self.latency else None
 
     def check(self) -> None:
         """Raise a MoepruneError for limits that cannot be judged."""

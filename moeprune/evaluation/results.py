@@ -32,9 +32,14 @@ class Outcomes(Result, frozen=True):
     neither: int
 
     @property
+    def cells(self) -> tuple[int, int, int, int]:
+        """The four counts."""
+        return self.both, self.lost, self.won, self.neither
+
+    @property
     def samples(self) -> int:
         """The number of inputs."""
-        return self.both + self.lost + self.won + self.neither
+        return sum(self.cells)
 
     @property
     def drop(self) -> float:

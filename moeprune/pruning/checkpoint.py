@@ -11,7 +11,6 @@ from msgspec.structs import replace
 from moeprune.calibration.analysis import Analysis, load_analysis, require_analysis_of
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment
-from moeprune.evaluation.latency import BATCH_SIZES
 from moeprune.files import checkpoint
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.header import read_header
@@ -151,8 +150,7 @@ def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:
     data = open_data_for(model, request.data, "test")
     analysis = load_analysis(request.analysis)
     ways = _ways(request, model)
-    batches = (request.latency_batch or BATCH_SIZES) if request.latency else None
-    results = sweep(model, ways, analysis, data, request.seed, request.runtime, batches)
+    results = sweep(model, ways, analysis, data, request.seed, request.runtime, request.latency_batches)
     rows = [row for row, _ in results]
     rows = [replace(row, on_frontier=best) for row, best in zip(rows, on_frontier(rows), strict=True)]
     report = Sweep(

@@ -17,6 +17,7 @@ from pathlib import Path
 import moeprune
 from moeprune.demo.train import single_layer_recipe, train
 from moeprune.evaluation.evaluate import predict
+from moeprune.models.runtime import Runtime
 from moeprune.pruning.apply import prune
 
 EXPERTS = (8, 16, 32, 64, 128)
@@ -30,7 +31,7 @@ def retained(num_experts: int, seed: int) -> dict[tuple[str, Fraction], float]:
     data = moeprune.open_data("digits:test", model.input_format)
     keys = [(signal, share) for signal in ("combine", "random") for share in SHARES]
     models = [prune(model, keep=share, scope="input", signal=signal, seed=seed) for signal, share in keys]
-    full, *pruned = (float(found.correct.double().mean()) for found in predict([model, *models], data))
+    full, *pruned = (float(found.correct.double().mean()) for found in predict([model, *models], data, Runtime()))
     return {key: accuracy / full for key, accuracy in zip(keys, pruned, strict=True)}
 
 
