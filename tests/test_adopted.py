@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import moeprune
-from moeprune.cli.settings import parse_settings
+from moeprune.cli.options import parse_settings
 from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.errors import MoepruneError
 from moeprune.files.header import read_header

@@ -15,7 +15,8 @@ from moeprune.evaluation.latency import summarize_latency
 from moeprune.evaluation.results import Latency
 from moeprune.plan import SCOPES
 from moeprune.pruning.sweep import KEEPS, METHODS, methods, on_frontier
-from moeprune.report.trade_off import check_plot, plot_trade_off
+from moeprune.report.figures import check_drawing
+from moeprune.report.trade_off import plot_trade_off
 from tests.results import row
 
 
@@ -72,10 +73,10 @@ def test_a_speedup_has_a_panel_of_its_own(rows, tmp_path):
 
 def test_plots_that_cannot_be_drawn(tmp_path, monkeypatch):
     with pytest.raises(MoepruneError, match=r"is not a plot"):
-        check_plot(tmp_path / "plot.pdf")
+        check_drawing(tmp_path / "plot.pdf", "plot")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MoepruneError, match="plots need matplotlib") as caught:
-        check_plot(tmp_path / "plot.png")
+        check_drawing(tmp_path / "plot.png", "plot")
     assert "moeprune[report]" in caught.value.hint
 
 

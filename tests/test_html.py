@@ -24,8 +24,7 @@ from moeprune.plan import LayerPlan
 from moeprune.report import figures
 from moeprune.report.document import Document, Facts, Figure, Heading, Highlights, Lines, Table
 from moeprune.report.experts import Masses, averaged, bars, curves, experts_of, heat_map
-from moeprune.report.gates import gate_table
-from moeprune.report.html import check_page, to_html
+from moeprune.report.html import to_html
 from moeprune.report.trade_off import draw
 from tests.results import evaluation, row
 
@@ -255,7 +254,7 @@ def test_an_undecided_gate_is_shown_as_such():
     undecided = ("UNDECIDED", "1 gate passed, 1 gate undecided")
     for limit, words in ((0.95, undecided), (0.5, ("passed", "2 gates passed"))):
         results = judge(evaluation(98, 0), {"min_accuracy": limit, "min_size_reduction": 0.5}, 0.95)
-        header = parsed(to_html(Document("t", [], gate_table(results)))).find("body/header")
+        header = parsed(to_html(Document("t", [], results))).find("body/header")
         assert (text_of(header[0]), text_of(header[1])) == words
 
 
@@ -269,7 +268,7 @@ def test_equal_runs_give_equal_pages(single, pruned, small_analysis, judged, run
 def test_a_missing_library_is_named_with_its_extra(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(MoepruneError, match=f"need {missing}") as caught:
-        check_page(Path("page.html"))
+        figures.check_drawing(Path("page.html"), "report")
     assert "moeprune[report]" in caught.value.hint
 
 

@@ -20,10 +20,9 @@ from torch import nn
 
 import moeprune
 from moeprune.evaluation.gates import judge as judge_gates
-from moeprune.report.annotations import annotation, to_annotations
+from moeprune.report.ci import annotation, to_annotations, to_junit
 from moeprune.report.document import Document, Facts, Lines, Table
-from moeprune.report.gates import gate_in_words, gate_table
-from moeprune.report.junit import to_junit
+from moeprune.report.gates import gate_in_words
 from moeprune.report.markdown import to_markdown
 from moeprune.report.text import to_text
 from tests.results import evaluation
@@ -281,7 +280,7 @@ def test_an_error_says_in_every_form_where_a_value_was_set(run, single, monkeypa
 
 def test_what_xml_cannot_hold_is_replaced(schema):
     document = Document("a\x00b\x1b[31m <c> & ]]> \ud800 é\ufffe", [])
-    suite = suite_of(to_junit("moeprune eval", document, [], ["w\x07"]), schema)
+    suite = suite_of(to_junit("moeprune eval", document, ["w\x07"]), schema)
     assert suite.find("system-out").text == "a�b�[31m <c> & ]]> � é�\n"
     assert suite.find("system-err").text == "w�\n"
 
@@ -293,13 +292,13 @@ def test_bounds_of_gates_are_told_in_words():
     expected = r"0\.98, 0\.03 above the limit of 0\.95; its bound at 95 % is 0\.9\d+, 0\.01\d+ below the limit"
     assert re.fullmatch(f"min_accuracy is {expected}: 100 samples cannot show it, about \\d+ would", words)
     assert gate_in_words(exact) == "min_size_reduction is 0.5, at the limit of 0.5"
-    document = Document("t", [], gate_table([undecided, exact]))
+    document = Document("t", [], [undecided, exact])
     assert "FAILED: 100 samples cannot show it" in to_text(document)
     [[header, first, second]] = tables_of(to_markdown(document))
     assert header == ["gate", "limit", "value", "bound at 95 %", ""]
     assert first[-1].startswith("❌ FAILED: 100 samples cannot show it, about ")
     assert second[-2:] == ["exact", "✅ passed"]
-    [error, notice] = annotations(to_annotations("moeprune eval", document, [undecided, exact], []))
+    [error, notice] = annotations(to_annotations("moeprune eval", document, []))
     assert error[::2] == ("error", f"t: {words}")
     assert notice[0] == "notice"
 

@@ -84,7 +84,7 @@ def require_known_variables() -> None:
             raise MoepruneError(f"unknown environment variable `${name}`", hint)
 
 
-def add_command(function: Callable[..., int | None]) -> None:
+def command(function: Callable[..., int | None]) -> None:
     """Add a command.
 
     Args:
@@ -101,18 +101,14 @@ def add_command(function: Callable[..., int | None]) -> None:
             output = request_of(Output, values)
             context.obj = reporter = Reporter(function.__name__, output)
             with reporter.working():
-                others = {"progress": not output.quiet, "overwrite": output.force}
-                made = request_of(request.annotation, values, **others)
+                made = request_of(request.annotation, values, progress=not output.quiet, overwrite=output.force)
                 code = function(reporter, made, **{extra.name: values[extra.name] for extra in own}) or 0
         raise typer.Exit(code)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    OPTIONS[function.__name__] = {
-        option.name.replace("_", "-"): get_args(option.annotation)[0]
-        for option in options
-        if isinstance(get_args(option.annotation)[1], OptionInfo)
-    }
+    types = {option.name.replace("_", "-"): get_args(option.annotation) for option in options}
+    OPTIONS[function.__name__] = {key: kind for key, (kind, info) in types.items() if isinstance(info, OptionInfo)}
     app.command(function.__name__, cls=Command)(run)
 
 

@@ -41,29 +41,25 @@ def read_configuration(path: Path | None, commands: Commands) -> tuple[Path | No
     """
     path, table = _find(path)
     prefix = "tool.moeprune." if path is not None and path.name == PROJECT.name else ""
-    tables = {}
-    for command in commands:
-        if not isinstance(own := table.get(command, {}), dict):
+    own = {command: table.pop(command, {}) for command in commands}
+    for command, keys in own.items():
+        if not isinstance(keys, dict):
             raise MoepruneError(
-                f"`{path}`: `{prefix}{command}` is {own!r}, expected a table",
+                f"`{path}`: `{prefix}{command}` is {keys!r}, expected a table",
                 f"it holds options of `moeprune {command}`",
             )
-        tables[command] = own
-    everywhere = [*commands, *(key for options in commands.values() for key in options)]
-    levels = [("", table, everywhere), *((f"{name}.", tables[name], [*commands[name]]) for name in commands)]
-    for scope, keys, known in levels:
-        for key in keys:
-            if key not in known:
-                near = get_close_matches(scope + key, [scope + option for option in known], n=1)
+    values: dict[str, Any] = {command: {} for command in commands}
+    for scope, keys, scoped in (("", table, commands), *((f"{c}.", own[c], {c: commands[c]}) for c in commands)):
+        for key, value in keys.items():
+            having = [command for command, options in scoped.items() if key in options]
+            if not having:
+                known = [*(() if scope else commands), *(scope + key for options in scoped.values() for key in options)]
+                near = get_close_matches(scope + key, known, n=1)
                 hint = f"did you mean `{prefix}{near[0]}`?" if near else "keys are options, such as `limit`"
                 raise MoepruneError(f"`{path}`: unknown key `{prefix}{scope}{key}`", hint)
-    values: dict[str, Any] = {}
-    for command, options in commands.items():
-        values[command] = {}
-        for scope, keys in (("", table), (f"{command}.", tables[command])):
-            for key in options.keys() & keys.keys():
+            for command in having:
                 where = f"`{path}`: `{prefix}{scope}{key}`"
-                values[command][key.replace("-", "_")] = _read(keys[key], options[key], where)
+                values[command][key.replace("-", "_")] = _read(value, scoped[command][key], where)
     return path, values
 
 

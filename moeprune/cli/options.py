@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import json
+import warnings
+from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import typer
 
-from moeprune.cli.settings import parse_settings, parse_value
 from moeprune.errors import MoepruneError
 from moeprune.records import Request
 
 R = TypeVar("R", bound=Request)
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-Report = Annotated[Path | None, typer.Option(help="Write a page with figures too: one HTML file that loads nothing.")]
 
 
 class Field(NamedTuple):
@@ -34,6 +34,16 @@ class Field(NamedTuple):
     def flag(self) -> str:
         """The option, such as `--max-size`."""
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_list(self) -> bool:
+        """True for a tuple of any length, whose option is repeatable."""
+        return get_origin(self.kind) is tuple and get_args(self.kind)[-1] is ...
+
+    @property
+    def parts(self) -> list[Field]:
+        """The fields of a request within the request."""
+        return fields_of(self.kind) if isinstance(self.kind, type) and issubclass(self.kind, Request) else []
 
 
 def fields_of(request: type[Request]) -> list[Field]:
@@ -55,31 +65,25 @@ def options_of(request: type[Request]) -> list[inspect.Parameter]:
     A request within a request gives its first field the name of the whole, and the others follow at the end;
     without a help text of the whole, all of them do.
     """
-    own: dict[str, inspect.Parameter] = {}
-    within: dict[str, inspect.Parameter] = {}
+    own, within = list[Field](), list[Field]()
     for field in fields_of(request):
-        if isinstance(field.kind, type) and issubclass(field.kind, Request):
-            first, *others = fields_of(field.kind)
-            for other in others if field.help else (first, *others):
-                within |= {option.name: option for option in _option(other)}
-            field = field._replace(kind=first.kind)
-        own |= {option.name: option for option in _option(field)}
-    return [*own.values(), *within.values()]
+        if parts := field.parts:
+            within += parts[1:] if field.help else parts
+            field = field._replace(kind=parts[0].kind)
+        own.append(field)
+    return [*{field.name: _option(field) for field in (*own, *within) if field.help is not None}.values()]
 
 
-def _option(field: Field) -> Iterator[inspect.Parameter]:
-    """Yield the option of a field as Typer takes it, if it is one."""
+def _option(field: Field) -> inspect.Parameter:
+    """Return the option of a field as Typer takes it."""
     kind, default, settings = field.kind, field.default, dict(field.settings)
     flags, argument = [field.flag, *settings.pop("short", ())], settings.pop("argument", None)
-    is_list = get_origin(kind) is tuple and get_args(kind)[-1] is ...
-    part = get_args(kind)[0] if is_list else kind
+    part = get_args(kind)[0] if field.is_list else kind
     if get_origin(part) is Literal:
         settings.setdefault("metavar", "|".join(map(str, get_args(part))))
-    if is_list:
-        kind, default = list[_plain(part)], None  # type: ignore[misc]
-    elif get_origin(kind) is dict:
-        kind, default = list[str], None
-    kind = _plain(kind)
+    kind = part = str if get_origin(part) in (Literal, tuple, dict) else part
+    if field.is_list or get_origin(field.kind) is dict:
+        kind, default = list[part], None  # type: ignore[valid-type]
     if kind is bool:
         flags, settings = [f"{field.flag}/--no-{field.flag[2:]}"], {"show_default": False}
     info: Any = typer.Option(*flags, help=field.help, **settings)
@@ -89,42 +93,74 @@ def _option(field: Field) -> Iterator[inspect.Parameter]:
         default = inspect.Parameter.empty
     elif kind is not bool:
         kind |= None
-    if field.help is not None:
-        yield inspect.Parameter(field.name, KEYWORD, default=default, annotation=Annotated[kind, info])
-
-
-def _plain(kind: Any) -> Any:
-    """Return the type that Typer reads: text for choices and for a list of fixed length."""
-    return str if get_origin(kind) in (Literal, tuple) else kind
+    return inspect.Parameter(field.name, KEYWORD, default=default, annotation=Annotated[kind, info])
 
 
 def request_of(request: type[R], values: Mapping[str, Any], **others: Any) -> R:
-    """Make a request of the values of its options.
-
-    Args:
-        others: values of fields that are no options.
-    """
+    """Make a request of the values of its options; others: values of fields that are no options."""
     fields = fields_of(request)
     given = {field.kind for field in fields if values.get(field.name) is not None}
     made: dict[str, Any] = {}
     for field in fields:
         value = values.get(field.name, others.get(field.name, field.default))
-        if isinstance(field.kind, type) and issubclass(field.kind, Request):
-            first, *rest = fields_of(field.kind)
+        if parts := field.parts:
             if field.help is None:
                 value = request_of(field.kind, values, **others)
             elif value is not None:
-                value = request_of(field.kind, {**values, first.name: value}, **others)
+                value = request_of(field.kind, {**values, parts[0].name: value}, **others)
             elif field.kind not in given:
-                for other in rest:
+                for other in parts[1:]:
                     if values[other.name] is not None:
                         raise MoepruneError(f"`{other.flag}` goes with `{field.flag}`", f"add `{field.flag}`")
         elif get_origin(field.kind) is dict:
             value = parse_settings(value, field.flag)
-        elif get_origin(field.kind) is tuple and get_args(field.kind)[-1] is ...:
+        elif field.is_list:
             value = tuple(value or ())
         elif get_origin(field.kind) is tuple and value is not None:
             with contextlib.suppress(TypeError, ValueError):
                 value = parse_value(value)
         made[field.name] = value
     return request(**made)
+
+
+def parse_settings(texts: Iterable[str] | None, option: str) -> dict[str, Any]:
+    """Read the `KEY=VALUE` texts of an option.
+
+    Raises:
+        MoepruneError: a text without a key, a key that is given twice, or a value that JSON does not have.
+
+    >>> parse_settings(["depth=4", "pool=avg", "mean=0.5,0.4"], "--model-arg")
+    {'depth': 4, 'pool': 'avg', 'mean': [0.5, 0.4]}
+    """
+    settings: dict[str, Any] = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise MoepruneError(f"`{option} {text}` is not KEY=VALUE", f"such as `{option} depth=4`")
+        if key in settings:
+            raise MoepruneError(f"`{option} {key}` is given twice")
+        try:
+            settings[key] = parse_value(value)
+        except (TypeError, ValueError) as error:
+            raise MoepruneError(f"`{option} {text}`: {error}", "give numbers, texts or lists") from None
+    return settings
+
+
+def parse_value(text: str) -> Any:
+    """Read a value in the spelling of JSON or Python, or else as text; tuples become lists, `none` is None.
+
+    Raises:
+        TypeError, ValueError: a value that JSON does not have, such as a set or an infinite number.
+    """
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python about odd literals, which are texts
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            return json.loads(json.dumps(value, allow_nan=False))
+    return text

@@ -9,17 +9,14 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 from moeprune.errors import MoepruneError
 from moeprune.files.writing import check_output, write_text
 from moeprune.records import Report, Request, option
 from moeprune.records import to_text as to_json_text
-
-if TYPE_CHECKING:
-    from moeprune.report.document import Document
 
 Format = Literal["text", "json", "markdown", "github", "junit"]
 SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -100,65 +97,53 @@ class Reporter:
             if path is None:
                 continue
             check_output(path, self.output.force)
-            if name == "report":
-                from moeprune.report.html import check_page
+            if name in ("plot", "report"):
+                from moeprune.report.figures import check_drawing
 
-                check_page(path)
+                check_drawing(path, name)
             option = "--" + name.replace("_", "-")
             if options.setdefault(os.path.realpath(path), option) != option:
                 raise MoepruneError(f"`{option}` and another output are both `{path}`", "give another path")
 
     def emit(self, result: Report) -> None:
         """Write the report of a result to its file or to stdout, and append it to the summary."""
-        self.write(self._render(result))
+        self.write(self._render(result, self.output.output_format))
         if self.output.summary:
-            from moeprune.report.commands import document_of
-            from moeprune.report.markdown import to_markdown
+            _append_to_summary("\n" + self._render(result, "markdown"))
 
-            _append_to_summary(f"\n{to_markdown(document_of(result))}")
-
-    def emit_page(self, path: Path | None, make: Callable[[], Document]) -> None:
-        """Write a page with figures, if there is a path for it."""
+    def emit_page(self, path: Path | None, *contents: Any) -> None:
+        """Write the page of some contents, see moeprune.report.page, if there is a path for it."""
         if path is not None:
             from moeprune.report.html import to_html
+            from moeprune.report.page import page_of
 
-            write_text(path, to_html(make()), self.output.force)
+            write_text(path, to_html(page_of(*contents)), self.output.force)
 
-    def _render(self, result: Report) -> str:
-        kind, command = self.output.output_format, f"moeprune {self.command}"
+    def _render(self, result: Report, kind: Format) -> str:
         if kind == "json":
             return to_json_text(result)
+        from moeprune.report import ci, markdown, text
         from moeprune.report.commands import document_of
 
-        document, gates = document_of(result), getattr(result, "gates", ())
+        document, command = document_of(result), f"moeprune {self.command}"
         if kind == "markdown":
-            from moeprune.report.markdown import to_markdown
-
-            return to_markdown(document)
+            return markdown.to_markdown(document)
         if kind == "github":
-            from moeprune.report.annotations import to_annotations
-
-            return to_annotations(command, document, gates, self.warnings)
+            return ci.to_annotations(command, document, self.warnings)
         if kind == "junit":
-            from moeprune.report.junit import to_junit
-
-            return to_junit(command, document, gates, self.warnings)
-        from moeprune.report.text import to_text
-
+            return ci.to_junit(command, document, self.warnings)
         on_terminal = self.output.output_file is None and self.stdout is not None and self.stdout.isatty()
-        return to_text(document, shutil.get_terminal_size().columns if on_terminal else None)
+        return text.to_text(document, shutil.get_terminal_size().columns if on_terminal else None)
 
     def emit_error(self, error: MoepruneError) -> None:
         """Write an error where CI servers look for it: an annotation on stdout, or a test case of JUnit."""
+        from moeprune.report import ci
+
         command = f"moeprune {self.command}"
         if self.output.output_format == "github" and self.output.output_file is None:
-            from moeprune.report.annotations import annotation
-
-            self.write(annotation("error", command, str(error)) + "\n")
+            self.write(ci.annotation("error", command, str(error)) + "\n")
         elif self.output.output_format == "junit":
-            from moeprune.report.junit import error_to_junit
-
-            self.write(error_to_junit(command, error))
+            self.write(ci.error_to_junit(command, error))
 
     def write(self, text: str) -> None:
         """Write to the output file or at once to stdout; after a failure stdout is not used any more.

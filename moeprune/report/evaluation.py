@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from msgspec.structs import asdict
 
-from moeprune.evaluation.results import BatchLatency, Evaluation, Forgetting, Latency, ModelFigures
+from moeprune.evaluation.results import Evaluation, Forgetting, Latency, ModelFigures
 from moeprune.report.document import Block, Document, Lines, Table
-from moeprune.report.gates import gate_table
 from moeprune.report.words import amount, checkpoint_on_data, ci95, percent, plural, points
 
 WORST_CLASSES = 3
@@ -17,19 +16,18 @@ WORST_CLASSES = 3
 def evaluation(result: Evaluation) -> Document:
     """Return figures of the model, alone or beside the full model's, latency and gates."""
     full, difference = result.baseline_model, result.difference
-    rows = [list(row) for row in _figures(result.model)]
-    columns = ["", "model"]
+    labels, figures = zip(*_figures(result.model), strict=True)
+    columns = {"": labels, "model": figures}
     if full and difference:
-        columns += ["full model", "difference"]
         changes = {
             "accuracy": points(-difference.accuracy_drop),
             "top-5 accuracy": points(result.model.top5_accuracy - full.top5_accuracy),
             "size": f"{-100 * difference.size_reduction:+.1f} %",
             "FLOPs per input": f"{-100 * difference.flops_reduction:+.1f} %",
         }
-        for row, (label, text) in zip(rows, _figures(full), strict=True):
-            row += [text, changes.get(label, "")]
-    blocks: list[Block] = [Table(tuple(columns), rows)]
+        columns["full model"] = tuple(text for _, text in _figures(full))
+        columns["difference"] = tuple(changes.get(label, "") for label in labels)
+    blocks: list[Block] = [Table(tuple(columns), [*zip(*columns.values(), strict=True)])]
     if difference and result.forgetting:
         drop, p = points(difference.accuracy_drop), f"{difference.mcnemar_p:.3g}"
         line = f"accuracy drop {drop} ({ci95(difference.accuracy_drop_ci95)}; McNemar p = {p}),"
@@ -37,8 +35,7 @@ def evaluation(result: Evaluation) -> Document:
         blocks.append(Lines([line, _flips(result.forgetting)]))
     if result.latency:
         blocks.append(_latency(result.latency, result.environment.device))
-    gates = gate_table(result.gates) if result.gates else None
-    return Document(checkpoint_on_data(result.checkpoint, result.data), blocks, gates)
+    return Document(checkpoint_on_data(result.checkpoint, result.data), blocks, result.gates)
 
 
 def _figures(model: ModelFigures) -> list[tuple[str, str]]:
@@ -72,19 +69,17 @@ def _flips(forgetting: Forgetting) -> str:
 
 def _latency(latency: Latency, device: str) -> Table:
     where = device if device != "cpu" else f"cpu with {plural(latency.threads, 'thread')}"
-    rows = [_latency_row(batch) for batch in latency.batches]
+    rows = []
+    for batch in latency.batches:
+        row = {"batch": str(batch.batch_size)}
+        model = {"model": _seconds(batch.model_seconds, batch.model_seconds_iqr)}
+        if batch.speedup and batch.speedup_iqr and batch.baseline_seconds and batch.baseline_seconds_iqr:
+            low, high = batch.speedup_iqr
+            row["speed-up"] = f"{batch.speedup:.2f}× ({low:.2f} to {high:.2f})"
+            model["full model"] = _seconds(batch.baseline_seconds, batch.baseline_seconds_iqr)
+        rows.append(row | model | {"repetitions": str(batch.repetitions)})
     title = f"latency on {where}: median (middle half) of the repetitions"
     return Table(tuple(rows[0]), [tuple(row.values()) for row in rows], title)
-
-
-def _latency_row(batch: BatchLatency) -> dict[str, str]:
-    """Return cells by heading."""
-    row = {"batch": str(batch.batch_size), "model": _seconds(batch.model_seconds, batch.model_seconds_iqr)}
-    if batch.speedup and batch.speedup_iqr and batch.baseline_seconds and batch.baseline_seconds_iqr:
-        low, high = batch.speedup_iqr
-        row = {"batch": row["batch"], "speed-up": f"{batch.speedup:.2f}× ({low:.2f} to {high:.2f})", **row}
-        row["full model"] = _seconds(batch.baseline_seconds, batch.baseline_seconds_iqr)
-    return row | {"repetitions": str(batch.repetitions)}
 
 
 def _seconds(median: float, quartiles: Sequence[float]) -> str:

@@ -37,8 +37,16 @@ WIDTH, HEIGHT = 4.2, 2.9
 """Inches of a panel."""
 
 
-def check_drawing(path: Path, kind: str, suffixes: Sequence[str], *modules: str) -> None:
-    """Raise a MoepruneError if a path has none of the suffixes, or a module is missing."""
+DRAWINGS = {
+    "plot": ("a plot", (".png", ".svg"), ("matplotlib",)),
+    "report": ("a page of HTML", (".html", ".htm"), ("matplotlib", "jinja2")),
+}
+"""By option: the kind of file, its suffixes, and the modules that it needs."""
+
+
+def check_drawing(path: Path, option: str) -> None:
+    """Raise a MoepruneError if the file of an option in DRAWINGS cannot be drawn, before any work is done."""
+    kind, suffixes, modules = DRAWINGS[option]
     if path.suffix not in suffixes:
         raise MoepruneError(f"`{path}` is not {kind}", f"give a path that ends with {' or '.join(suffixes)}")
     for name in modules:

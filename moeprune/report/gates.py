@@ -14,14 +14,13 @@ def gate_table(results: Sequence[GateResult]) -> Table:
     rows: list[Sequence[Cell]] = []
     for gate in results:
         name = gate.name + (" (lowest of all batch sizes)" if gate.name == "min_speedup" else "")
-        row: list[Cell] = [name, f"{gate.limit:g}", f"{gate.value:.4g}"]
-        if level is not None:
-            row.append("exact" if gate.bound is None else f"{gate.bound:.4g}")
+        bound = "exact" if gate.bound is None else f"{gate.bound:.4g}"
         undecided = gate.reason == "undecided"
         word = f"FAILED: {_undecided(gate)}" if undecided else "passed" if gate.passed else "FAILED"
-        rows.append([*row, Verdict(gate.passed, word, undecided)])
-    bound = [] if level is None else [f"bound at {100 * level:g} %"]
-    return Table(("gate", "limit", "value", *bound, ""), rows)
+        bounds = [] if level is None else [bound]
+        rows.append([name, f"{gate.limit:g}", f"{gate.value:.4g}", *bounds, Verdict(gate.passed, word, undecided)])
+    heading = [] if level is None else [f"bound at {100 * level:g} %"]
+    return Table(["gate", "limit", "value", *heading, ""], rows)
 
 
 def gate_in_words(gate: GateResult) -> str:
@@ -35,19 +34,12 @@ def gate_in_words(gate: GateResult) -> str:
 
 
 def _distance(value: float, limit: float) -> str:
-    if value == limit:
-        return "at"
-    return f"{abs(value - limit):.4g} {'above' if value > limit else 'below'}"
+    return "at" if value == limit else f"{abs(value - limit):.4g} {'above' if value > limit else 'below'}"
 
 
 def _undecided(gate: GateResult) -> str:
     unit = "repetitions" if gate.name == "min_speedup" else "samples"
-    needed = gate.samples_needed
-    would = "nor would more like them" if needed is None else f"about {_round_up(needed):,} would"
-    return f"{gate.samples:,} {unit} cannot show it, {would}"
-
-
-def _round_up(number: int) -> int:
-    """Round to two digits: `2345` is `2400`."""
-    step = 10 ** max(0, len(str(number)) - 2)
-    return -(-number // step) * step
+    if gate.samples_needed is None:
+        return f"{gate.samples:,} {unit} cannot show it, nor would more like them"
+    step = 10 ** max(0, len(str(gate.samples_needed)) - 2)  # rounded up to two digits
+    return f"{gate.samples:,} {unit} cannot show it, about {-(-gate.samples_needed // step) * step:,} would"

@@ -7,17 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeprune.report.document import Document, Verdict
-from moeprune.report.figures import check_drawing
+from moeprune.evaluation.results import GateResult
+from moeprune.report.document import Document
+from moeprune.report.gates import gate_table
 from moeprune.report.words import legal, plural
 
 if TYPE_CHECKING:
     from markupsafe import Markup
-
-
-def check_page(path: Path) -> None:
-    """Raise a MoepruneError if a page cannot be written, before any work is done for it."""
-    check_drawing(path, "a page of HTML", (".html", ".htm"), "matplotlib", "jinja2")
 
 
 def to_html(page: Document) -> str:
@@ -35,8 +31,8 @@ def to_html(page: Document) -> str:
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     environment.filters["inline"] = _inline
     blocks = [(type(block).__name__, block) for block in page.blocks]
-    badge = None if page.gates is None else _badge(page.verdicts)
-    return environment.get_template("page.html").render(page=page, blocks=blocks, badge=badge) + "\n"
+    table, badge = (gate_table(page.gates), _badge(page.gates)) if page.gates else (None, None)
+    return environment.get_template("page.html").render(page=page, gates=table, blocks=blocks, badge=badge) + "\n"
 
 
 def _legal(value: Any) -> Any:
@@ -53,11 +49,10 @@ def _inline(text: str) -> Markup:
     return Markup("").join(marked).replace("\n", Markup("<br/>"))
 
 
-def _badge(verdicts: Sequence[Verdict]) -> tuple[str, str, str]:
+def _badge(gates: Sequence[GateResult]) -> tuple[str, str, str]:
     """Return the class, the word and the counts of a summary of all gates."""
-    passed = sum(verdict.passed for verdict in verdicts)
-    undecided = sum(verdict.undecided for verdict in verdicts)
-    failed = len(verdicts) - passed - undecided
+    passed, undecided = sum(gate.passed for gate in gates), sum(gate.reason == "undecided" for gate in gates)
+    failed = len(gates) - passed - undecided
     kind, word = ("bad", "FAILED") if failed else ("open", "UNDECIDED") if undecided else ("good", "passed")
     counts = ((passed, "passed"), (failed, "failed"), (undecided, "undecided"))
     return kind, word, ", ".join(f"{plural(count, 'gate')} {what}" for count, what in counts if count)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table, Verdict
+from moeprune.report.gates import gate_table
 
 SPECIAL = re.compile(r"[\\`*\[\]<>#~|$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=[\w+-]+:)")
 """Characters with a meaning within a line."""
@@ -22,10 +23,10 @@ def to_markdown(document: Document) -> str:
     | a\\|b | `c\\|d` |
     """
     title, blocks = document.title, list(document.blocks)
-    if document.gates is not None:
-        passed = all(verdict.passed for verdict in document.verdicts)
+    if document.gates:
+        passed = all(gate.passed for gate in document.gates)
         title = f"{_mark(passed)} {'passed' if passed else 'FAILED'}: {title}"
-        blocks.insert(0, document.gates)
+        blocks.insert(0, gate_table(document.gates))
     parts = [f"## {_inline(title)}", *(_block(block) for block in blocks)]
     return "\n\n".join(parts) + "\n"
 

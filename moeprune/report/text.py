@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table, Verdict
+from moeprune.report.gates import gate_table
 
 WIDTH = 160
 """Columns of text for a file or a pipe: enough for every table."""
@@ -26,7 +27,7 @@ def to_text(document: Document, terminal_width: int | None = None) -> str:
         width=width, height=25, force_terminal=on_terminal, no_color=None if on_terminal else True,
         highlight=False, markup=False, emoji=False,
     )  # fmt: skip
-    blocks = [*document.blocks, *([document.gates] if document.gates is not None else [])]
+    blocks = [*document.blocks, *([gate_table(document.gates)] if document.gates else [])]
     with console.capture() as capture:
         console.print(Text(document.title, style="bold"))
         for index, block in enumerate(blocks):

@@ -13,7 +13,7 @@ from moeprune.files.writing import write_bytes
 from moeprune.plan import COMPENSATIONS
 from moeprune.pruning.results import SweepRow
 from moeprune.report.document import Figure
-from moeprune.report.figures import COLORS, FAINT, INK, check_drawing, legend_panel, panel, percent_axis, style
+from moeprune.report.figures import COLORS, FAINT, INK, legend_panel, panel, percent_axis, style
 from moeprune.report.words import percent
 
 if TYPE_CHECKING:
@@ -109,11 +109,6 @@ def _legend(rows: Sequence[SweepRow]) -> list[Line2D]:
         entries.append(("no expert at all", FAINT, "x", ""))
     entries.append(("frontier", FAINT, "", "--"))
     return [Line2D([], [], color=color, marker=mark, ls=ls, label=name) for name, color, mark, ls in entries]
-
-
-def check_plot(path: Path) -> None:
-    """Raise a MoepruneError if a plot cannot be drawn, before any work is done for it."""
-    check_drawing(path, "a plot", (".png", ".svg"), "matplotlib")
 
 
 def plot_trade_off(rows: Sequence[SweepRow], title: str, path: Path, overwrite: bool = True) -> None:

@@ -1,29 +1,60 @@
-"""A document as JUnit XML, the format of test results that CI servers read."""
+"""A document for CI servers: annotations of GitHub Actions, and JUnit XML."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from moeprune.errors import MoepruneError
-from moeprune.evaluation.results import GateResult
-from moeprune.report.document import Document
+from moeprune.report.document import Document, Facts, Lines, Table
 from moeprune.report.gates import gate_in_words
 from moeprune.report.text import to_text
 from moeprune.report.words import legal
 
 
-def to_junit(command: str, document: Document, gates: Sequence[GateResult], warnings: Sequence[str]) -> str:
+def to_annotations(command: str, document: Document, warnings: Sequence[str]) -> str:
+    """Return an error for each failed gate, a warning for each warning, and a notice for the rest."""
+    lines = [annotation("warning", command, warning) for warning in warnings]
+    for gate in sorted(document.gates, key=lambda gate: gate.passed):
+        level, verdict = ("notice", "passed") if gate.passed else ("error", "failed")
+        title = f"{command}: {gate.name} {verdict}"
+        lines.append(annotation(level, title, f"{document.title}: {gate_in_words(gate)}"))
+    if not document.gates:
+        lines.append(annotation("notice", command, "\n".join(_summary(document))))
+    return "\n".join(lines) + "\n"
+
+
+def annotation(level: str, title: str, message: str) -> str:
+    """Return one workflow command; level: `error`, `warning` or `notice`.
+
+    >>> annotation("error", "a, b: c", "50 %")
+    '::error title=a%2C b%3A c::50 %25'
+    """
+    title, message = (text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A") for text in (title, message))
+    return f"::{level} title={title.replace(':', '%3A').replace(',', '%2C')}::{message}"
+
+
+def _summary(document: Document) -> Iterator[str]:
+    """Return title, facts and lines: an annotation has no room for tables of more than two columns."""
+    yield document.title
+    for block in document.blocks:
+        if isinstance(block, Lines):
+            yield from block.lines
+        elif isinstance(block, Facts) or (isinstance(block, Table) and len(block.columns) == 2):
+            yield from (f"{row[0]}: {row[1]}" for row in block.rows if row is not None)
+
+
+def to_junit(command: str, document: Document, warnings: Sequence[str]) -> str:
     """Return a test case for each gate, or one for the command if nothing was judged; without times.
 
     The document becomes `system-out`, the warnings `system-err`.
     """
     suite = Element("testsuite")
-    for gate in gates:
+    for gate in document.gates:
         words = gate_in_words(gate)
         failure = () if gate.passed else ("failure", "gate", words, f"{document.title}: {words}")
         _add_case(suite, command, gate.name, *failure)
-    if not gates:
+    if not document.gates:
         _add_case(suite, "moeprune", command)
     SubElement(suite, "system-out").text = legal(to_text(document))
     if warnings:

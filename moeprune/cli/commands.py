@@ -1,0 +1,133 @@
+"""The commands, in the order of `--help`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeprune.calibration.request import AnalyzeRequest
+from moeprune.cli.command import command
+from moeprune.cli.reporter import Reporter
+from moeprune.demo.request import DemoRequest
+from moeprune.models.request import ExportRequest, InspectRequest
+from moeprune.models.runtime import Runtime
+from moeprune.pruning.request import PruneRequest, SweepRequest
+from moeprune.records import Request, option
+
+Report = Annotated[Path | None, typer.Option(help="Write a page with figures too: one HTML file that loads nothing.")]
+SCHEMAS = "analyze, demo, eval, export, inspect, prune, sweep (of eval --sweep), or plan (a plan file)."
+
+
+@command
+def inspect(reporter: Reporter, request: InspectRequest) -> None:
+    """Show the contents of a checkpoint.
+
+    Layers, experts, parameters, size, FLOPs, plan and provenance.
+    """
+    from moeprune.models.inspection import inspect_checkpoint
+
+    reporter.emit(inspect_checkpoint(request.checkpoint))
+
+
+@command
+def analyze(reporter: Reporter, request: AnalyzeRequest, report: Report = None) -> None:
+    """Measure how much each expert matters to each input.
+
+    Runs calibration data through an unpruned checkpoint, once.
+    """
+    reporter.check_outputs(output=request.output, report=report)
+    from moeprune.calibration.checkpoint import analyze_checkpoint
+    from moeprune.evaluation.evaluate import environment
+
+    found, model, analysis = analyze_checkpoint(request)
+    reporter.emit_page(report, found, model, analysis, environment(request.runtime))
+    reporter.emit(found)
+
+
+@command
+def prune(reporter: Reporter, request: PruneRequest) -> None:
+    """Write a checkpoint that runs fewer experts.
+
+    How many is set by one of --keep, --mass, --max-size, --max-flops, --max-accuracy-drop and --plan.
+    """
+    reporter.check_outputs(output=request.output, save_plan=request.save_plan)
+    from moeprune.pruning.checkpoint import prune_checkpoint
+
+    reporter.emit(prune_checkpoint(request))
+
+
+@command
+def eval(reporter: Reporter, request: SweepRequest, report: Report = None) -> int:
+    """Report accuracy, size, FLOPs and latency, and judge them.
+
+    Compares a checkpoint with the full model (--baseline); a gate that fails makes exit code 1. With --sweep
+    or --plot, prunes a full model in many ways and evaluates each.
+    """
+    reporter.check_outputs(plot=request.plot, report=report)
+    if request.is_sweep:
+        return _sweep(reporter, request, report)
+    from moeprune.evaluation.checkpoint import evaluate_checkpoint
+
+    found, model, analysis = evaluate_checkpoint(request)
+    reporter.emit_page(report, found, model, analysis, found.environment)
+    reporter.emit(found)
+    return 0 if found.passed else 1
+
+
+def _sweep(reporter: Reporter, request: SweepRequest, report: Path | None) -> int:
+    from moeprune.pruning.checkpoint import sweep_checkpoint
+    from moeprune.report.trade_off import plot_trade_off
+    from moeprune.report.words import checkpoint_on_data
+
+    found, model, analysis = sweep_checkpoint(request)
+    if request.plot is not None:
+        title = checkpoint_on_data(request.checkpoint.path.name, found.data)
+        plot_trade_off(found.rows, title, request.plot, reporter.output.force)
+    reporter.emit_page(report, found, model, analysis, found.environment)
+    reporter.emit(found)
+    return 0
+
+
+@command
+def export(reporter: Reporter, request: ExportRequest) -> None:
+    """Write a checkpoint for the library or the code that it came from.
+
+    Takes unpruned models, and those pruned with scope static and compensation renorm. Verifies on random
+    images that the library's model computes the same, if it is installed.
+    """
+    reporter.check_outputs(output=request.output)
+    from moeprune.models.export import export
+    from moeprune.models.opening import open_model
+
+    model = open_model(request.checkpoint)
+    reporter.emit(export(model, request.output, request.to, overwrite=reporter.output.force))
+
+
+@command
+def demo(reporter: Reporter, request: DemoRequest) -> None:
+    """Analyze, prune and evaluate two shipped checkpoints.
+
+    Runs on scikit-learn's digits, in under a minute on two cores.
+    """
+    from moeprune.demo.run import run_demo
+
+    runtime = Runtime(request.device, batch_size=256, progress=not reporter.output.quiet)
+    runtime.require_device()
+    reporter.emit(run_demo(request.output, request.train, request.seed, runtime))
+
+
+class SchemaRequest(Request, frozen=True, kw_only=True):
+    """The schema to print."""
+
+    name: Annotated[str, option(SCHEMAS, argument="NAME")]
+
+
+@command
+def schema(reporter: Reporter, request: SchemaRequest) -> None:
+    """Print the JSON Schema of a command's JSON report, or of a plan file."""
+    from moeprune.report.commands import schema_of
+
+    reporter.write(json.dumps(schema_of(request.name), indent=2) + "\n")
