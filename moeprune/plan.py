@@ -218,17 +218,16 @@ class Method(Record, frozen=True):
         return f"scope {self.scope}, signal {self.signal} and compensation {self.compensate}"
 
 
-def uniform_plan(layers: Mapping[str, int], keep: Fraction | int, method: Method, option: str = "--keep") -> Plan:
-    """Keep the same share or number of experts in each layer, for the signal to choose.
+def uniform_plan(layers: Mapping[str, Any], keep: Fraction | int, method: Method, option: str = "--keep") -> Plan:
+    """Keep the same share or number of experts in each layer (LayerConfig), for the signal to choose.
 
-    Args:
-        layers: the number of experts of each layer.
-        option: the name of keep in messages.
+    option: the name of keep in messages.
 
     Raises:
         MoepruneError: more experts than a layer has, or values that do not go together.
     """
-    return {name: method.plan(experts_to_keep(keep, n, name, option), n) for name, n in layers.items()}
+    sizes = {name: layer.num_experts for name, layer in layers.items()}
+    return {name: method.plan(experts_to_keep(keep, n, name, option), n) for name, n in sizes.items()}
 
 
 def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:

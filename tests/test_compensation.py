@@ -15,7 +15,7 @@ from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning import compensation as compensation_module
-from moeprune.pruning.compensation import Gathered, Stream, fit_routed, fit_static, gather, refit_kept
+from moeprune.pruning.compensation import Stream, gather, refit_kept, regress, regress_static
 from tests.reference import replace
 from tests.test_calibration import layer_inputs_and_outputs, two_layer_model, write_inputs
 
@@ -197,19 +197,14 @@ def behind_a_pruned_layer(tmp_path, scope=None, kind="mlp") -> tuple[SoftMoEViT,
     return full, pruned, data
 
 
-def without_means(gathered: Gathered) -> Gathered:
-    """As if the means were zero: there is much to correct."""
-    moments = replace(gathered.moments, term_mean=torch.zeros_like(gathered.moments.term_mean))
-    return gathered._replace(moments=moments)
-
-
 def corrected(scope, compensation, full, pruned, data, runtime) -> Tensor:
     """The correction of the last layer; with scope static experts 1 and 3 are kept."""
     stream = Stream(pruned, full, LAST, data, runtime)
     if scope == "input":
-        return fit_routed(stream, compensation)[0]
-    plan = LayerPlan("static", 2, 5, "combine", compensation, (1, 3))
-    return fit_static(without_means(gather(stream, compensation)), plan)[0]
+        return regress(stream, compensation)[0]
+    moments, sums = gather(stream, compensation)
+    no_means = replace(moments, term_mean=torch.zeros_like(moments.term_mean))  # so that there is much to correct
+    return regress_static(no_means, sums, LayerPlan("static", 2, 5, "combine", compensation, (1, 3)))[0]
 
 
 def rows_and_kinds(seen: Observation, weights: Tensor, compensation: str) -> tuple[np.ndarray, list[int]]:

@@ -21,15 +21,7 @@ from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Method, is_possible, plan_from_json
 from moeprune.pruning.apply import prune
-from moeprune.pruning.budgets import (
-    allocate,
-    flops_costs,
-    losses,
-    plan_of_experts,
-    plan_within,
-    size_costs,
-    uniform_within,
-)
+from moeprune.pruning.budgets import allocate, costs_of, losses, plan_of_experts, plans_within
 from moeprune.pruning.plan_file import read_plan, write_plan
 from tests.test_calibration import write_inputs
 
@@ -108,8 +100,8 @@ def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):
     model = three_layers()
     data = moeprune.open_data(seven_classes(tmp_path), model.input_format)
     method = Method(scope, "combine" if scope == "static" else "deviation", compensation)
-    sizes = size_costs(model.config, tensor_infos(model.state_dict()), method)
-    flops = flops_costs(model.config, method)
+    sizes = costs_of(model.config, method, tensor_infos(model.state_dict()))
+    flops = costs_of(model.config, method, None)
     full = model.cost()
     assert (sizes.full, flops.full) == (full.bytes, full.flops_per_input.total)
     for ks in ((1, 1, 1), (2, 3, 7), (6, 4, 8)):
@@ -133,9 +125,10 @@ def test_plans_within_a_budget(budget, compensation, analyzed):
     model, data, analysis = analyzed
     signal = "gram" if is_possible("static", "gram", compensation) else "combine"
     method = Method("static", signal, compensation)
-    costs = size_costs(model.config, tensor_infos(model.state_dict()), method)
+    infos = tensor_infos(model.state_dict())
+    costs = costs_of(model.config, method, infos)
     budget = max(budget, costs.of(dict.fromkeys(costs.layers, 1)) / costs.full)
-    plan = plan_within(model.config, costs, budget, analysis, method, "--max-size")
+    plan = plans_within(model.config, infos, analysis, method, budget)[0]
     pruned = prune(model, analysis, plan=plan, data=data, runtime=CPU)
     assert pruned.cost().bytes <= budget * costs.full
     assert {layer.signal for layer in plan.values()} == {signal}
@@ -145,13 +138,13 @@ def test_plans_within_a_budget(budget, compensation, analyzed):
 @pytest.mark.parametrize("scope", ["input", "batch"])
 def test_routed_plans_keep_the_same_share_everywhere_and_no_larger_one_is_within(scope, analyzed):
     model, _, _ = analyzed
-    costs = flops_costs(model.config, Method(scope))
-    experts = uniform_within(costs, 0.8)
+    costs = costs_of(model.config, Method(scope), None)
+    [plan] = plans_within(model.config, {}, None, Method(scope), max_flops=0.8)
     shares = sorted({Fraction(k, n) for n in (4, 6, 8) for k in range(1, n + 1)})
     splits = [[max(1, int(share * n + Fraction(1, 2))) for n in (6, 4, 8)] for share in shares]
     names = model.config.moe_layers
     within = [ks for ks in splits if costs.of(dict(zip(names, ks, strict=True))) <= 0.8 * costs.full]
-    assert list(experts.values()) == max(within)
+    assert [layer.k for layer in plan.values()] == max(within)
 
 
 def test_losses_are_those_of_backward_elimination_and_end_at_zero(analyzed):
@@ -183,8 +176,7 @@ def test_of_twelve_equal_layers_those_that_matter_more_keep_more_experts():
         infos = tensor_infos(SoftMoEViT(config).state_dict())
     analysis = Analysis(layers, Origin("", DataInfo(spec="", samples=1, fingerprint=""), ""))
     method = Method("static", "gram", "affine")
-    costs = size_costs(config, infos, method)
-    plan = plan_within(config, costs, 0.4, analysis, method, "--max-size")
+    plan = plans_within(config, infos, analysis, method, 0.4)[0]
     ks = [layer.k for layer in plan.values()]
     assert ks == sorted(ks)
     assert ks[0] < ks[-1]

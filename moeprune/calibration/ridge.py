@@ -28,10 +28,6 @@ class Equations(NamedTuple):
     power: Tensor  # RᵀR (q,q)
     cross: Tensor  # RᵀT (q,o)
 
-    def __add__(self, other: object) -> Equations:
-        assert isinstance(other, Equations)
-        return Equations(self.power + other.power, self.cross + other.cross)
-
     def scaled(self, scale: Tensor) -> Equations:
         """Return the equations with each column of R divided by its scale (q)."""
         return Equations(self.power / (scale[:, None] * scale), self.cross / scale[:, None])
@@ -53,12 +49,14 @@ def solve_held_out(first: Equations, second: Equations, kinds: Sequence[int] | N
         first, second: the halves, on the CPU in float64, like the result.
         kinds: how many columns of R are of each kind, in their order; None: all of one.
     """
-    both = first + second
+    both = Equations(first.power + second.power, first.cross + second.cross)
     scale = column_scale(both.power, kinds or [len(both.power)])
     ridge = choose_ridge(first.scaled(scale), second.scaled(scale))
     if ridge is None:
         return torch.zeros_like(both.cross)
-    return solve(both.scaled(scale), ridge) / scale[:, None]
+    power, cross = both.scaled(scale)
+    identity = torch.eye(len(power), dtype=power.dtype)
+    return torch.linalg.solve(power + ridge * identity, cross) / scale[:, None]
 
 
 def choose_ridge(first: Equations, second: Equations) -> float | None:
@@ -74,9 +72,3 @@ def choose_ridge(first: Equations, second: Equations) -> float | None:
     if not best > 0:
         return None
     return LAMBDAS[int((gains >= GAIN_KEPT * best).nonzero().max())]
-
-
-def solve(equations: Equations, ridge: float) -> Tensor:
-    """Return V (q,o) of one ridge regression."""
-    identity = torch.eye(len(equations.power), dtype=equations.power.dtype)
-    return torch.linalg.solve(equations.power + ridge * identity, equations.cross)

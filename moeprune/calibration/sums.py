@@ -100,6 +100,9 @@ class Contributions:
         return Equations(power, cross - power[:, : n * p] @ means.flatten(0, 1))
 
 
+Halves = tuple[Contributions, Contributions]
+
+
 def lost_gram(first: Contributions, second: Contributions, term_mean: Tensor, compensation: str) -> Tensor:
     """Return the Gram matrix (n+1,n+1) of what is lost of each expert's contribution under a compensation.
 
@@ -113,47 +116,37 @@ def lost_gram(first: Contributions, second: Contributions, term_mean: Tensor, co
         The sum over the inputs of both, in float64 on the CPU, the gap last; NaN where sums are not finite.
     """
     n, p, out = term_mean.shape
-    parts = [_on_cpu(half, compensation) for half in (first, second)]
-    if not all(power.isfinite().all() and gram.isfinite().all() for power, _, gram in parts):
+    kinds = first.kinds if compensation in AFFINE else first.kinds[:1]
+    q = sum(kinds)
+    powers = [half.power[:q, :q].to("cpu", torch.float64) for half in (first, second)]
+    grams = [half.gram.to("cpu", torch.float64) for half in (first, second)]
+    if not all(part.isfinite().all() for part in powers + grams):
         return torch.full((n + 1, n + 1), torch.nan, dtype=torch.float64)
-    q = len(parts[0][0])
-    scale, ridge = torch.ones(q, dtype=torch.float64), None
+    scale, scaled, factors = torch.ones(q, dtype=torch.float64), powers, []
     if compensation != "mean":
-        kinds = first.kinds if compensation in AFFINE else first.kinds[:1]
-        scale = column_scale(parts[0][0] + parts[1][0], kinds)
-        everything = [half.equations(range(n), term_mean) for half in (first, second)]
-        cut = [Equations(power[:q, :q], cross[:q]).scaled(scale) for power, cross in everything]
-        ridge = choose_ridge(*cut)
-    scaled_powers = [power / (scale[:, None] * scale) for power, _, _ in parts]
-    factors = []
-    if ridge is not None:
-        ridges = ridge / 2 * torch.eye(q, dtype=torch.float64)
-        factors = [torch.linalg.cholesky(power + ridges) for power in scaled_powers]
+        scale = column_scale(powers[0] + powers[1], kinds)
+        crosses = [half.equations(range(n), term_mean).cross[:q] for half in (first, second)]
+        equations = [Equations(*pair).scaled(scale) for pair in zip(powers, crosses, strict=True)]
+        scaled, ridge = [half.power for half in equations], choose_ridge(*equations)
+        if ridge is not None:
+            identity = torch.eye(q, dtype=torch.float64)
+            factors = [torch.linalg.cholesky(power + ridge / 2 * identity) for power in scaled]
     lost = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     step = max(1, CHUNK // ((n + 1) * q))
     for start in range(0, out, step):
         means = term_mean[:, :, start : start + step].double()
         crosses = []
-        for power, cross, _ in parts:
-            own = cross[:, :, start : start + step].to("cpu", torch.float64)
+        for power, half in zip(powers, (first, second), strict=True):
+            own = half.cross[:, :q, start : start + step].to("cpu", torch.float64)
             lost -= _with_means(power, own, means)
             own[:n] -= torch.einsum("qjp,jpo->jqo", power[:, : n * p].unflatten(1, (n, p)), means)
-            own /= scale[:, None]
-            crosses.append(own)
-        others = reversed(crosses), reversed(scaled_powers)
-        for factor, fitted, measured, scaled in zip(factors, crosses, *others, strict=False):
+            crosses.append(own.div_(scale[:, None]))
+        for factor, fitted, measured, power in zip(factors, crosses, crosses[::-1], scaled[::-1], strict=False):
             columns = fitted.transpose(0, 1).flatten(1)  # (q,(n+1)·o)
             fit = torch.cholesky_solve(columns, factor).unflatten(1, (n + 1, -1)).transpose(0, 1)
             of_both = torch.einsum("jqo,lqo->jl", measured, fit)
-            lost += torch.einsum("jqo,lqo->jl", fit, scaled @ fit) - of_both - of_both.mT
-    return lost + parts[0][2] + parts[1][2]
-
-
-def _on_cpu(half: Contributions, compensation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return power, cross and gram with the regressors of a compensation; of cross a view where it lies."""
-    q = sum(half.kinds) if compensation in AFFINE else half.kinds[0]
-    power = half.power[:q, :q].to("cpu", torch.float64)
-    return power, half.cross[:, :q], half.gram.to("cpu", torch.float64)
+            lost += torch.einsum("jqo,lqo->jl", fit, power @ fit) - of_both - of_both.mT
+    return lost + grams[0] + grams[1]
 
 
 def _with_means(power: Tensor, cross: Tensor, means: Tensor) -> Tensor:

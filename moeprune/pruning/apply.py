@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
-
-from torch import Tensor
 
 from moeprune import __version__
 from moeprune.calibration.analysis import Analysis, require_analysis_of
 from moeprune.calibration.passes import measure, require_finite
 from moeprune.calibration.selection import best_kept
 from moeprune.calibration.statistics import LayerMoments, LayerStatistics, MomentsAccumulator, StatisticsAccumulator
-from moeprune.calibration.sums import lost_gram
+from moeprune.calibration.sums import Halves, lost_gram
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
@@ -25,17 +22,7 @@ from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Method, Plan, parse_keep, require_fitting_plan, uniform_plan
-from moeprune.pruning.compensation import (
-    Gathered,
-    Stream,
-    add_correction,
-    fit_routed,
-    fit_static,
-    gather,
-    narrowed,
-    refit_kept,
-    require_affordable_refits,
-)
+from moeprune.pruning import compensation
 from moeprune.records import to_json
 
 if TYPE_CHECKING:
@@ -88,139 +75,98 @@ def prune(
             the plan does not fit the model, or something calibrated is asked for without an analysis
             or data.
     """
-    dense = require_dense_layers(model, ALREADY_PRUNED)
-    configs = {name: layer.config for name, layer in dense.items()}
-    plan = full_plan(configs, keep, plan, Method(**method))
-    model_fingerprint = fingerprint(model)
-    has_data = data is not None
-    used = require_calibration(plan, configs, model_fingerprint, analysis, has_data, one_shot)
+    require_dense_layers(model, ALREADY_PRUNED)
+    plan = full_plan(model.config.moe_layers, keep, plan, Method(**method))
+    known = fingerprint(model)
+    used = require_calibration(plan, model.config.moe_layers, known, analysis, data is not None, one_shot)
     dataset = None
     if any(layer.is_calibrated for layer in plan.values()):
-        dataset = _calibration_data(model, used, data, needs_pass(plan, one_shot))
+        if data is not None:
+            dataset = dataset_for(model, data, "calibration")
+        elif used is not None and needs_pass(plan, one_shot):
+            dataset = calibration_data(model, used)
+    _require_data_of_analysis(used, dataset)
     full = private_copy(model)
     if dataset is not None:
         full.to(runtime.torch_device)
     pruned = private_copy(full)
-    pruner = _Pruner(pruned, full, used, dataset, seed, runtime)
     for index, (name, layer_plan) in enumerate(plan.items()):
-        pruner.prune(name, layer_plan, index, from_analysis=index == 0 or one_shot)
+        stream = compensation.Stream(pruned, full, name, dataset, runtime)
+        moments = used.layers[name] if used is not None and (index == 0 or one_shot) else None
+        _prune_layer(stream, layer_plan, moments, seed, index)
         _require_data_of_analysis(used, dataset)
-    made = provenance(model_fingerprint, plan, used, dataset, seed, runtime)
+    made = provenance(known, plan, used, dataset, seed, runtime)
     pruned.details = model.details.replace(provenance=model.details.provenance | made)
     return pruned.to(next(model.parameters()).device)
 
 
-@dataclass(frozen=True)
-class _Pruner:
-    """Prunes the layers of a model one after the other.
+def _prune_layer(
+    stream: compensation.Stream, plan: LayerPlan, moments: LayerMoments | None, seed: int, index: int
+) -> None:
+    """Prune the dense layer of a stream; its plan may leave its experts open.
 
-    pruned: the model that changes. full: the unpruned one. analysis, data: at least one where something is
-    calibrated.
+    moments: from the analysis; None: they are measured if the plan needs them. index: see choose_experts.
     """
-
-    pruned: Model
-    full: Model
-    analysis: Analysis | None
-    data: Dataset | None
-    seed: int
-    runtime: Runtime
-
-    def prune(self, name: str, plan: LayerPlan, index: int, from_analysis: bool) -> None:
-        """Prune the dense layer at this place among the planned ones; its plan may leave its experts open.
-
-        from_analysis: take its statistics from the analysis, if there is one.
-        """
-        stream = gathered = None
-        if self.data is not None:
-            stream = Stream(self.pruned, self.full, name, self.data, self.runtime)
-            if plan.scope == "static" and plan.is_fitted:
-                gathered = gather(stream, plan.compensation)
-        moments = gathered.moments if gathered else self._moments(name, plan, from_analysis)
-        if moments is not None and self.data is not None:
-            require_finite({name: moments}, self.data)
-        wanted = choose_experts(plan, moments, gathered, self.seed, index)
-        plan = wanted.replace(rank=None, energy=None)
-        calibrated = Calibrated(
-            _score_weights(plan, moments, self.seed, index),
-            None if moments is None else moments.term_mean,
-            None if moments is None else moments.mean_mass,
-        )
-        layer = prune_layer(self.full.moe_layers[name], plan, calibrated)
-        self.pruned.set_submodule(name, layer)
-        if stream is not None and plan.is_fitted and not plan.merges:
-            power = _fit(stream, plan, gathered)
-            if wanted != plan:
-                tokens = self.full.config.tokens(name)
-                self.pruned.set_submodule(name, narrowed(layer, wanted, power, tokens))
-
-    def _moments(self, name: str, plan: LayerPlan, from_analysis: bool) -> LayerMoments | None:
-        """Return the statistics that a plan needs, from the analysis or by a pass over the data."""
-        if not plan.is_calibrated:
-            return None
-        if from_analysis and self.analysis is not None:
-            return self.analysis.layers[name]
-        if self.data is None:
-            return None
+    sums = None
+    if plan.scope == "static" and plan.is_fitted:
+        moments, sums = compensation.gather(stream, plan.compensation)
+    elif moments is None and plan.is_calibrated:
+        assert stream.data is not None
         chooses = plan.signal == "gram" and plan.kept is None
         accumulator = StatisticsAccumulator if chooses else MomentsAccumulator
-        measured = measure(self.pruned, [name], self.data, self.runtime, f"measure {name}", accumulator)
-        return measured[name].result()
-
-
-def _fit(stream: Stream, plan: LayerPlan, gathered: Gathered | None) -> Tensor:
-    """Fit the compensation of the stream's pruned layer; return ZᵀZ (q,q) of its regressors."""
-    if gathered is None:
-        correction, power = fit_routed(stream, plan.compensation)
-    else:
-        correction, power = fit_static(gathered, plan)
-    add_correction(stream.layer, correction)
-    if plan.compensation == "refit" and plan.k:
-        refit_kept(stream)
-    return power
+        measured = measure(
+            stream.pruned, [stream.name], stream.data, stream.runtime, f"measure {stream.name}", accumulator
+        )
+        moments = measured[stream.name].result()
+    if moments is not None and stream.data is not None:
+        require_finite({stream.name: moments}, stream.data)
+    wanted = choose_experts(plan, moments, sums, seed, index)
+    plan = wanted.replace(rank=None, energy=None)
+    layer = prune_layer(stream.full.moe_layers[stream.name], plan, calibrated(plan, moments, seed, index))
+    stream.pruned.set_submodule(stream.name, layer)
+    if plan.is_fitted and not plan.merges:
+        assert moments is not None
+        compensation.fit(stream, wanted, moments, sums)
 
 
 def choose_experts(
-    plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, index: int
+    plan: LayerPlan, moments: LayerMoments | None, sums: Halves | None, seed: int, index: int
 ) -> LayerPlan:
     """Return a plan that may leave open its static set, and what is merged, with both chosen.
 
-    gathered: sums for a fitted compensation, if there is one. index: the layer's among the planned ones.
+    sums: for a fitted compensation, if there is one. index: the layer's among the planned ones.
     """
     if plan.scope == "static" and plan.kept is None:
-        plan = plan.replace(kept=_best_experts(plan, moments, gathered, seed, index))
+        plan = plan.replace(kept=_best_experts(plan, moments, sums, seed, index))
     if plan.merges and plan.merged_into is None:
-        assert gathered is not None
+        assert sums is not None
         assert plan.kept is not None
-        power = gathered.halves[0].power + gathered.halves[1].power
-        plan = plan.replace(merged_into=nearest_kept(power, plan.kept, plan.num_experts))
+        plan = plan.replace(merged_into=nearest_kept(sums[0].power + sums[1].power, plan.kept, plan.num_experts))
     return plan
 
 
 def _best_experts(
-    plan: LayerPlan, moments: LayerMoments | None, gathered: Gathered | None, seed: int, index: int
+    plan: LayerPlan, moments: LayerMoments | None, sums: Halves | None, seed: int, index: int
 ) -> tuple[int, ...]:
     """Return the experts that a static set keeps by the plan's signal, ascending."""
     if plan.signal == "random":
         return tuple(top_k(random_scores(plan.num_experts, seed, index), plan.k).tolist())
     assert moments is not None
-    if plan.signal == "gram":
-        if gathered is not None:
-            gram = lost_gram(*gathered.halves, moments.term_mean, plan.compensation)
-            return best_kept(gram, plan.num_experts, plan.k)
-        assert isinstance(moments, LayerStatistics)
-        return moments.best_kept(plan.k, plan.compensation)
-    scores = moments.mean_mass * (moments.deviation if plan.signal == "deviation" else 1)
-    return tuple(top_k(scores, plan.k).tolist())
+    if plan.signal != "gram":
+        scores = moments.mean_mass * (moments.deviation if plan.signal == "deviation" else 1)
+        return tuple(top_k(scores, plan.k).tolist())
+    if sums is not None:
+        return best_kept(lost_gram(*sums, moments.term_mean, plan.compensation), plan.num_experts, plan.k)
+    assert isinstance(moments, LayerStatistics)
+    return moments.best_kept(plan.k, plan.compensation)
 
 
-def _score_weights(plan: LayerPlan, moments: LayerMoments | None, seed: int, index: int) -> Tensor | None:
-    """Return the factors of each expert's mass, or the scores, of a routed plan's signal (n), if any."""
-    if plan.scope == "static" or plan.signal == "combine":
-        return None
-    if plan.signal == "random":
-        return random_scores(plan.num_experts, seed, index)
-    assert moments is not None
-    return moments.deviation
+def calibrated(plan: LayerPlan, moments: LayerMoments | None, seed: int, index: int) -> Calibrated:
+    """Return the values that a layer's plan takes from its moments, or from the seed."""
+    scores = random_scores(plan.num_experts, seed, index) if plan.signal == "random" else None
+    if moments is None:
+        return Calibrated(scores)
+    return Calibrated(moments.deviation if scores is None else scores, moments.term_mean, moments.mean_mass)
 
 
 def needs_pass(plan: Plan, one_shot: bool) -> bool:
@@ -244,7 +190,12 @@ def require_calibration(
         MoepruneError: the plan needs calibration that is missing or a refit that is too large, or the
             analysis is another model's.
     """
-    require_affordable_refits(configs, plan)
+    for name, regressors in compensation.too_large_refits(configs, plan).items():
+        raise MoepruneError(
+            f"`refit` of layer `{name}` would take {regressors:,} regressors: {plan[name].k} experts of width"
+            f" {configs[name].expert_width} are kept; at most {compensation.MAX_REGRESSORS:,} are possible",
+            "keep fewer experts, or give `--compensate affine`",
+        )
     for name, layer in plan.items():
         if layer.is_calibrated and analysis is None and not has_data:
             raise MoepruneError(
@@ -272,8 +223,7 @@ def full_plan(
     if plan is None:
         if isinstance(keep, str | float):
             keep = parse_keep(keep if isinstance(keep, str) else str(Fraction(keep)), "keep")
-        experts = {name: layer.num_experts for name, layer in layers.items()}
-        plan = uniform_plan(experts, Fraction(1) if keep is None else keep, method)
+        plan = uniform_plan(layers, Fraction(1) if keep is None else keep, method)
     require_fitting_plan(plan, layers)
     return {name: plan[name] for name in layers if name in plan}
 
@@ -292,17 +242,6 @@ def calibration_data(model: Model, analysis: Analysis) -> Dataset:
             f"cannot read the analysis's own data again: {error.message}",
             "say with `--data` where it is now, or run `moeprune analyze` again",
         ) from None
-
-
-def _calibration_data(
-    model: Model, analysis: Analysis | None, data: Dataset | str | None, needed: bool
-) -> Dataset | None:
-    """Open the data to measure layers on; None where the analysis has all that is needed."""
-    if data is None:
-        return calibration_data(model, analysis) if needed and analysis is not None else None
-    dataset = dataset_for(model, data, "calibration")
-    _require_data_of_analysis(analysis, dataset)
-    return dataset if needed or analysis is None else None
 
 
 def _require_data_of_analysis(analysis: Analysis | None, data: Dataset | None) -> None:

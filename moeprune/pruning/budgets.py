@@ -9,7 +9,7 @@ bytes or FLOPs; the budget is split so that the sum of the losses is least.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -17,7 +17,6 @@ from itertools import pairwise
 from moeprune.calibration.analysis import Analysis
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
-from moeprune.layers.interface import LayerConfig
 from moeprune.models.architecture import ModelConfig
 from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, require_fitting_plan
 
@@ -26,8 +25,8 @@ from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, require_fitt
 class Costs:
     """The cost of a model under every plan of one scope and compensation, in bytes or FLOPs.
 
-    full: of the unpruned model. rest: of what is in no MoE layer. layers: of each layer with k = 0…n experts;
-    infinite where there is no such plan.
+    full: of the unpruned model. rest: of what is in no MoE layer. layers: of each layer with k = 0…n experts, where
+    0 stands for no plan and costs infinitely much.
     """
 
     full: float
@@ -39,12 +38,14 @@ class Costs:
         return self.rest + math.fsum(self.layers[name][k] for name, k in experts.items())
 
 
-def size_costs(config: ModelConfig, tensors: Mapping[str, TensorInfo], method: Method) -> Costs:
-    """Return the costs in bytes of an unpruned model, with the tensors of its checkpoint."""
+def costs_of(config: ModelConfig, method: Method, tensors: Mapping[str, TensorInfo] | None) -> Costs:
+    """Return the costs of an unpruned model: in bytes, with the tensors of its checkpoint, else in FLOPs per input."""
+    method = method.replace(mass=None, energy=None)
 
-    def cost(name: str, layer: LayerConfig, plan: LayerPlan | None) -> float:
-        if plan is None:
-            return sum(tensors[f"{name}.{tensor}"].nbytes for tensor in layer.shapes(None))
+    def cost(name: str, plan: LayerPlan | None) -> float:
+        layer = config.moe_layers[name]
+        if tensors is None:
+            return layer.flops(config.tokens(name), plan).total
         weight = tensors[f"{name}.fc2_weight"]
         item = weight.nbytes / weight.numel
         return sum(
@@ -52,35 +53,13 @@ def size_costs(config: ModelConfig, tensors: Mapping[str, TensorInfo], method: M
             for tensor, shape in layer.shapes(plan).items()
         )
 
-    return _costs(config, method, sum(tensor.nbytes for tensor in tensors.values()), cost)
-
-
-def flops_costs(config: ModelConfig, method: Method) -> Costs:
-    """Return the costs in FLOPs of one input of an unpruned model."""
-
-    def cost(name: str, layer: LayerConfig, plan: LayerPlan | None) -> float:
-        return layer.flops(config.tokens(name), plan).total
-
-    return _costs(config, method, config.flops({}).total, cost)
-
-
-def _costs(
-    config: ModelConfig, method: Method, full: float, cost: Callable[[str, LayerConfig, LayerPlan | None], float]
-) -> Costs:
-    method = method.replace(mass=None, energy=None)
-
-    def cost_of(name: str, layer: LayerConfig, k: int) -> float:
-        kept = tuple(range(k)) if method.scope == "static" else None
-        try:
-            plan = method.plan(k, layer.num_experts, kept)
-        except MoepruneError:
-            return math.inf
-        return float(cost(name, layer, plan))
-
-    layers = config.moe_layers.items()
-    dense = sum(cost(name, layer, None) for name, layer in layers)
-    plans = {name: [cost_of(name, layer, k) for k in range(layer.num_experts + 1)] for name, layer in layers}
-    return Costs(full, full - dense, plans)
+    layers = {}
+    for name, layer in config.moe_layers.items():
+        kept = [tuple(range(k)) if method.scope == "static" else None for k in range(1, layer.num_experts + 1)]
+        plans = (method.plan(k, layer.num_experts, experts) for k, experts in enumerate(kept, 1))
+        layers[name] = [math.inf, *(float(cost(name, plan)) for plan in plans)]
+    full = config.flops({}).total if tensors is None else sum(tensor.nbytes for tensor in tensors.values())
+    return Costs(full, full - sum(cost(name, None) for name in layers), layers)
 
 
 def plans_within(
@@ -93,6 +72,9 @@ def plans_within(
 ) -> list[Plan]:
     """Return the plan for a budget and, if it is another, the one with the same share in each layer.
 
+    With scope `static` the budget is split over the layers by what they lose, otherwise each layer keeps the
+    same share of its experts. Which experts are kept is left open.
+
     Args:
         config, tensors, analysis: of the unpruned model; the analysis is needed with scope `static`.
         method: budgets are met without what its energy may save.
@@ -101,56 +83,27 @@ def plans_within(
     Raises:
         MoepruneError: the budget cannot be met, or a layer cannot be pruned so.
     """
-    if max_size is not None:
-        option, costs, budget = "--max-size", size_costs(config, tensors, method), max_size
-    else:
-        assert max_flops is not None
-        option, costs, budget = "--max-flops", flops_costs(config, method), max_flops
-    planned = plan_within(config, costs, budget, analysis, method, option)
-    require_fitting_plan(planned, config.moe_layers)
-    share = uniform_within(costs, budget)
-    uniform = planned if share is None else plan_of_experts(config, share, method)
-    return [planned] if uniform == planned else [planned, uniform]
-
-
-def plan_within(
-    config: ModelConfig, costs: Costs, budget: float, analysis: Analysis | None, method: Method, option: str
-) -> Plan:
-    """Return the plan that costs a share of the full model at most and is expected to lose least.
-
-    With scope `static` the budget is split over the layers by what they lose, otherwise each layer keeps the
-    same share of its experts. Which experts are kept is left open.
-
-    budget: the share. option: its name in messages.
-
-    Raises:
-        MoepruneError: even the cheapest plan costs more, or a static one lacks an analysis.
-    """
-    is_static = method.scope == "static"
-    if is_static:
-        smallest = costs.rest + math.fsum(min(layer[1:]) for layer in costs.layers.values())
-    else:
-        smallest = min(costs.of(experts) for experts in _uniform_choices(costs))
-    if smallest / costs.full > budget:
+    option, share = ("--max-flops", max_flops) if max_size is None else ("--max-size", max_size)
+    assert share is not None
+    costs = costs_of(config, method, None if max_size is None else tensors)
+    uniform = _uniform_choices(costs)
+    smallest = min(costs.of(experts) for experts in uniform)
+    if method.scope == "static":
+        smallest = costs.rest + math.fsum(min(layer) for layer in costs.layers.values())
+    if smallest > share * costs.full:
         raise MoepruneError(
-            f"`{option} {budget:g}` is less than any plan with {method} takes",
+            f"`{option} {share:g}` is less than any plan with {method} takes",
             f"give at least {math.ceil(smallest / costs.full * 1e4) / 1e4:g}",
         )
-    if not is_static:
-        uniform = uniform_within(costs, budget)
-        assert uniform is not None
-        return plan_of_experts(config, uniform, method)
-    if analysis is None:
-        raise MoepruneError(f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`")
-    available = budget * costs.full - costs.rest
-    experts = allocate(losses(analysis, method.compensate), costs.layers, available)
-    return plan_of_experts(config, experts, method)
-
-
-def uniform_within(costs: Costs, budget: float) -> dict[str, int] | None:
-    """Return k of each layer for the largest affordable share, the same in each layer, if any."""
-    affordable = [experts for experts in _uniform_choices(costs) if costs.of(experts) <= budget * costs.full]
-    return affordable[-1] if affordable else None
+    chosen = [experts for experts in uniform if costs.of(experts) <= share * costs.full][-1:]
+    if method.scope == "static":
+        if analysis is None:
+            raise MoepruneError(f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`")
+        budget = share * costs.full - costs.rest
+        chosen.insert(0, allocate(losses(analysis, method.compensate), costs.layers, budget))
+    plans = [plan_of_experts(config, experts, method) for experts in chosen]
+    require_fitting_plan(plans[0], config.moe_layers)
+    return plans[:1] if plans[0] == plans[-1] else plans
 
 
 def _uniform_choices(costs: Costs) -> list[dict[str, int]]:

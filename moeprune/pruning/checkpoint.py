@@ -180,7 +180,7 @@ def _ways(request: SweepRequest, model: Model) -> list[Variant]:
             "`gram`, `refit` and `merge` need scope static, and `merge` does not go with `gram`",
         )
     layers = model.config.moe_layers
-    left_out = [way for way in ways if not compensation.is_affordable(layers, way.plan(layers))]
+    left_out = [way for way in ways if compensation.too_large_refits(layers, way.plan(layers))]
     if left_out:
         shares = ", ".join(dict.fromkeys(str(way.keep) for way in left_out))
         most = compensation.MAX_REGRESSORS

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +26,8 @@ from torch import Tensor
 from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.ridge import Equations, solve_held_out
 from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator
-from moeprune.calibration.sums import Contributions, halves, wide_dtype
+from moeprune.calibration.sums import Contributions, Halves, halves, wide_dtype
 from moeprune.data.datasets import Dataset
-from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, layer_of_tensors
 from moeprune.layers.observation import Observation
@@ -45,13 +43,13 @@ MAX_REGRESSORS = 4096
 class Stream:
     """A layer of a model whose layers before it are pruned, seen beside the same layer of the full model.
 
-    pruned, full: private copies.
+    pruned, full: private copies. data: None if nothing is measured.
     """
 
     pruned: Model
     full: Model
     name: str
-    data: Dataset
+    data: Dataset | None
     runtime: Runtime
 
     @property
@@ -63,6 +61,7 @@ class Stream:
         """Yield for each batch the inputs in either half, the pruned model's observation of the layer, and
         what its output lacks to the full model's (b,m,o).
         """
+        assert self.data is not None
         device = self.runtime.torch_device
         self.pruned.to(device)
         self.full.to(device)
@@ -78,18 +77,11 @@ class Stream:
             yield members, pruned, full.output.float() - pruned.output.float()
 
 
-class Gathered(NamedTuple):
-    """The moments of a dense layer behind pruned ones, and its contributions over each half of the data.
+def gather(stream: Stream, compensation: str) -> tuple[LayerMoments, Halves]:
+    """Return the moments of the stream's layer, which is dense, and the sums that a fitted compensation takes.
 
-    Their gap is what the unpruned model's layer gives beyond this one's.
+    The gap of the sums is what the unpruned model's layer gives beyond this one's.
     """
-
-    moments: LayerMoments
-    halves: tuple[Contributions, Contributions]
-
-
-def gather(stream: Stream, compensation: str) -> Gathered:
-    """Sum up what any static set takes whose compensation is fitted; the stream's layer is dense."""
     layer = stream.layer.to(stream.runtime.torch_device)
     moments = MomentsAccumulator(layer)
     sums = Contributions(layer, compensation), Contributions(layer, compensation)
@@ -97,102 +89,85 @@ def gather(stream: Stream, compensation: str) -> Gathered:
         moments.add(seen, None)
         for half, index in zip(sums, members, strict=True):
             half.add(seen.select(index), gap[index])
-    return Gathered(moments.result(), sums)
+    return moments.result(), sums
 
 
-def fit_routed(stream: Stream, compensation: str) -> tuple[Tensor, Tensor]:
+def fit(stream: Stream, wanted: LayerPlan, moments: LayerMoments, sums: Halves | None) -> None:
+    """Fit the compensation of the stream's pruned layer, whose surrogates are means, in place.
+
+    wanted: its plan, with the rank or energy that it lacks so far. moments, sums: what `gather` returned, with
+    scope static.
+    """
+    layer, compensation = stream.layer, wanted.compensation
+    correction, power = regress(stream, compensation) if sums is None else regress_static(moments, sums, wanted)
+    add_correction(layer, correction)
+    if compensation == "refit" and wanted.k:
+        refit_kept(stream)
+    if wanted != layer.plan:
+        narrow = narrowed(layer, wanted, power, stream.full.config.tokens(stream.name))
+        stream.pruned.set_submodule(stream.name, narrow)
+
+
+def regress(stream: Stream, compensation: str, with_hidden: bool = False) -> tuple[Tensor, Tensor]:
     """Fit one correction (`lstsq` or `affine`) for all subsets of experts, over those that the inputs choose.
 
-    stream: of a routed layer whose surrogates are means. Returns V (q,o) and ZᵀZ (q,q) of its regressors.
+    Returns V (q,o) and ZᵀZ (q,q) of the regressors. with_hidden: the first of them are what the kept experts'
+    last linears take (k·h).
     """
-    layer = stream.layer
-    kinds = layer.regressor_kinds(compensation)
-    equations = _Halves(sum(kinds), layer.config.output_width, stream.runtime.torch_device)
+    kinds = stream.layer.regressor_kinds(compensation)
+    k, out, width = stream.layer.fc2_weight.shape
+    if with_hidden:
+        kinds = [k * width, *kinds]
+    q, device = sum(kinds), stream.runtime.torch_device
+    sums = [[torch.zeros(q, size, device=device, dtype=wide_dtype(device)) for size in (q, out)] for _ in range(2)]
     for members, seen, gap in stream:
-        equations.add(members, seen.regressors(compensation), gap)
-    return equations.solve(kinds), equations.power[0] + equations.power[1]
+        rows = seen.regressors(compensation)
+        if with_hidden:
+            rows = torch.cat([seen.weighted_hidden(), rows], dim=2)
+        for (power, cross), index in zip(sums, members, strict=True):
+            z, t = (part[index].flatten(0, 1).to(power) for part in (rows, gap))
+            power += z.mT @ z
+            cross += z.mT @ t
+    first, second = (Equations(*(part.to("cpu", torch.float64) for part in half)) for half in sums)
+    return solve_held_out(first, second, kinds), first.power + second.power
 
 
-def fit_static(gathered: Gathered, plan: LayerPlan) -> tuple[Tensor, Tensor]:
-    """Fit the correction of a static layer whose surrogates are means.
-
-    Returns V (q,o) and ZᵀZ (q,q) of its regressors, both in the order of the layer's columns.
-    """
-    first, second = gathered.halves
-    mean, dropped = gathered.moments.term_mean, plan.dropped
-    equations = first.equations(dropped, mean), second.equations(dropped, mean)
-    correction = solve_held_out(*equations, first.kinds)
+def regress_static(moments: LayerMoments, sums: Halves, plan: LayerPlan) -> tuple[Tensor, Tensor]:
+    """Fit the correction of a static layer; return V (q,o) and ZᵀZ (q,q) in the order of the layer's columns."""
+    mean = moments.term_mean
+    first, second = (half.equations(plan.dropped, mean) for half in sums)
+    correction = solve_held_out(first, second, sums[0].kinds)
     n, p, _ = mean.shape
     rows = torch.arange(len(correction))
     rows[: n * p] = rows[: n * p].view(n, p)[list(plan.columns)].flatten()
-    power = equations[0].power + equations[1].power
-    return correction[rows], power[rows][:, rows]
+    return correction[rows], (first.power + second.power)[rows][:, rows]
 
 
 def refit_kept(stream: Stream) -> None:
     """Fit the last linears of a static layer's kept experts, in place, behind `affine`."""
     layer = stream.layer
     k, out, width = layer.fc2_weight.shape
-    kinds = [k * width, *layer.regressor_kinds("affine")]
-    equations = _Halves(sum(kinds), out, stream.runtime.torch_device)
-    for members, seen, gap in stream:
-        rows = torch.cat([seen.weighted_hidden(), seen.regressors("affine")], dim=2)
-        equations.add(members, rows, gap)
-    correction = equations.solve(kinds)
+    correction, _ = regress(stream, "affine", with_hidden=True)
     of_weights = correction[: k * width].view(k, width, out).mT
     layer.fc2_weight = torch.nn.Parameter(layer.fc2_weight + of_weights.to(layer.fc2_weight), False)
     add_correction(layer, correction[k * width :])
-
-
-def require_affordable_refits(configs: Mapping[str, LayerConfig], plan: Plan) -> None:
-    """Raise a MoepruneError if the refit of a layer would take more than MAX_REGRESSORS regressors."""
-    for name, layer in plan.items():
-        if (regressors := _refit_regressors(configs[name], layer)) > MAX_REGRESSORS:
-            raise MoepruneError(
-                f"`refit` of layer `{name}` would take {regressors:,} regressors: {layer.k} experts of width"
-                f" {configs[name].expert_width} are kept; at most {MAX_REGRESSORS:,} are possible",
-                "keep fewer experts, or give `--compensate affine`",
-            )
-
-
-def is_affordable(configs: Mapping[str, LayerConfig], plan: Plan) -> bool:
-    """Return True if no refit of the plan takes more than MAX_REGRESSORS regressors."""
-    return all(_refit_regressors(configs[name], plan[name]) <= MAX_REGRESSORS for name in plan)
-
-
-def _refit_regressors(config: LayerConfig, plan: LayerPlan) -> int:
-    if plan.compensation != "refit" or not plan.drops:
-        return 0
-    terms = config.num_experts * config.terms_per_expert
-    return plan.k * config.expert_width + terms + 2 * config.dim + 1
-
-
-class _Halves:
-    """The normal equations of one regression over two halves of the data."""
-
-    def __init__(self, num_regressors: int, out: int, device: torch.device):
-        zero = torch.zeros((), device=device, dtype=wide_dtype(device))
-        self.power = [zero.new_zeros(num_regressors, num_regressors) for _ in range(2)]
-        self.cross = [zero.new_zeros(num_regressors, out) for _ in range(2)]
-
-    def add(self, members: list[Tensor], rows: Tensor, targets: Tensor) -> None:
-        """Add regressors (b,m,q) and targets (b,m,o), by the halves that the inputs are in."""
-        for half, index in enumerate(members):
-            z, t = (part[index].flatten(0, 1).to(self.power[half]) for part in (rows, targets))
-            self.power[half] += z.mT @ z
-            self.cross[half] += z.mT @ t
-
-    def solve(self, kinds: list[int]) -> Tensor:
-        """Return V (q,o), with the ridge strength chosen by held-out error."""
-        pairs = zip(self.power, self.cross, strict=True)
-        first, second = (Equations(*(part.to("cpu", torch.float64) for part in pair)) for pair in pairs)
-        return solve_held_out(first, second, kinds)
 
 
 def add_correction(layer: MoELayer, correction: Tensor) -> None:
     """Add V (q,o) to the compensation of a pruned layer, in place."""
     for name, rows in layer.split_rows(correction.to(layer.surrogate)).items():
         getattr(layer, name).add_(rows)
+
+
+def too_large_refits(configs: Mapping[str, LayerConfig], plan: Plan) -> dict[str, int]:
+    """Return the number of regressors of each layer whose `refit` would take more than MAX_REGRESSORS."""
+    found = {}
+    for name, layer in plan.items():
+        config = configs[name]
+        count = layer.k * config.expert_width + config.num_experts * config.terms_per_expert + 2 * config.dim + 1
+        if layer.compensation == "refit" and layer.drops and count > MAX_REGRESSORS:
+            found[name] = count
+    return found
 
 
 def narrowed(layer: MoELayer, wanted: LayerPlan, power: Tensor, tokens: int) -> MoELayer:
@@ -218,10 +193,9 @@ def narrowed(layer: MoELayer, wanted: LayerPlan, power: Tensor, tokens: int) -> 
         held = energies.flip(0).clamp_min(0).cumsum(0)
         rank = int((held < wanted.energy * held[-1]).sum()) + 1
     plan = layer.plan.replace(rank=rank)
-    if wanted.rank is None:
-        cost, in_full = (layer.config.flops(tokens, p).compensation for p in (plan, layer.plan))
-        if cost >= in_full:
-            return layer
+    cost, in_full = (layer.config.flops(tokens, each).compensation for each in (plan, layer.plan))
+    if wanted.rank is None and cost >= in_full:
+        return layer
     basis = directions[:, -rank:].flip(1).mT  # (r,o)
     narrow = {**layer.split_rows(added @ basis.mT), "basis": basis}
     tensors = {name: tensor.to(layer.surrogate).contiguous() for name, tensor in narrow.items()}

@@ -33,8 +33,8 @@ from moeprune.models.model import Model, dataset_for, fingerprint, private_copy,
 from moeprune.models.runtime import Runtime
 from moeprune.plan import Method, Plan
 from moeprune.pruning.apply import ALREADY_PRUNED, calibration_data, prune
-from moeprune.pruning.budgets import flops_costs, plan_of_experts, plan_within, size_costs
-from moeprune.pruning.compensation import is_affordable
+from moeprune.pruning.budgets import allocate, costs_of, losses, plan_of_experts
+from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Confirmation, Search, TriedPlan
 
 COMPARED_INPUTS = 1000
@@ -159,7 +159,6 @@ class _Search:
     """A search among plans, from small to large, that `apply` prunes by.
 
     judged: what was compared with the limit, for each plan that was measured; the larger of both halves.
-    smallest: plan within the limit on the first half so far, and its model.
     """
 
     plans: Sequence[Plan]
@@ -168,10 +167,10 @@ class _Search:
     first: Reference
     tried: dict[int, TriedPlan] = field(default_factory=dict)
     judged: dict[int, float] = field(default_factory=dict)
-    smallest: tuple[int, Model] | None = None
+    within: Model | None = None
 
-    def attempt(self, index: int) -> Model | None:
-        """Return the model of a plan if it is within the limit on the first half."""
+    def attempt(self, index: int) -> bool:
+        """Return True if the model of a plan is within the limit on the first half; `within` is then that model."""
         pruned = self.apply(self.plans[index])
         _, difference = self.first.compare(pruned, f"try {len(self.tried) + 1}")
         self.tried[index] = TriedPlan(
@@ -182,23 +181,20 @@ class _Search:
         )
         self.judged[index] = self.limit.judged(difference.outcomes)
         if self.judged[index] > self.limit.max_accuracy_drop:
-            return None
-        if self.smallest is None or index < self.smallest[0]:
-            self.smallest = index, pruned
-        return pruned
+            return False
+        self.within = pruned
+        return True
 
     def run(self, second_half: Callable[[], Reference]) -> tuple[Model, Search] | None:
         """Return the smallest model within the limit on both halves, and a report."""
-        bisect_left(range(len(self.plans)), True, key=lambda index: self.attempt(index) is not None)
-        if self.smallest is None:
+        smallest = bisect_left(range(len(self.plans)), True, key=self.attempt)  # the last that is within the limit
+        if self.within is None:
             return None
-        smallest, model = self.smallest
         second, order = second_half(), confirming_order(smallest, len(self.plans))
         for index in order:
-            pruned = model if index == smallest else self.attempt(index)
-            if pruned is None:
+            if index != smallest and not self.attempt(index):
                 continue
-            _, difference = second.compare(pruned, "confirm")
+            _, difference = second.compare(self.within, "confirm")
             judged = self.limit.judged(difference.outcomes, len(order))
             self.judged[index] = max(self.judged[index], judged)
             if judged <= self.limit.max_accuracy_drop:
@@ -211,11 +207,9 @@ class _Search:
                     confidence=self.limit.confidence,
                     bound=None if self.limit.confidence is None else judged,
                 )
-                return pruned, Search(
-                    max_accuracy_drop=self.limit.max_accuracy_drop,
-                    tried=[self.tried[index] for index in sorted(self.tried)],
-                    confirmed=confirmed,
-                )
+                tried = [self.tried[index] for index in sorted(self.tried)]
+                limit = self.limit.max_accuracy_drop
+                return self.within, Search(max_accuracy_drop=limit, tried=tried, confirmed=confirmed)
         return None
 
 
@@ -257,19 +251,18 @@ def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Plan]:
 
     What is kept grows, or what is dropped shrinks, by about the same factor each time.
     """
-    config, is_static = model.config, method.scope == "static"
-    costs = flops_costs(config, method)
-    if is_static:
-        costs = size_costs(config, tensor_infos(model.state_dict()), method)
-    most = max(len(layer) - 1 for layer in costs.layers.values())
+    config = model.config
+    if is_static := method.scope == "static":
+        costs, lost = costs_of(config, method, tensor_infos(model.state_dict())), losses(analysis, method.compensate)
+    most = max(layer.num_experts for layer in config.moe_layers.values())
     plans: dict[tuple[int, ...], Plan] = {}
     halvings = [2 ** (-step / STEPS_OF_TWO) for step in range(1, STEPS_OF_TWO * most.bit_length() + 1)]
     for share in sorted({*halvings, *(1 - part for part in halvings)}):
-        experts = {name: max(1, round(share * (len(layer) - 1))) for name, layer in costs.layers.items()}
+        experts = {name: max(1, round(share * layer.num_experts)) for name, layer in config.moe_layers.items()}
         if is_static:
-            plan = plan_within(config, costs, costs.of(experts) / costs.full, analysis, method, "keep")
-        else:
-            plan = plan_of_experts(config, experts, method)
-        if is_affordable(config.moe_layers, plan) and any(layer.drops for layer in plan.values()):
-            plans.setdefault(tuple(layer.k for layer in plan.values()), plan)
+            budget = costs.of(experts) / costs.full
+            experts = allocate(lost, costs.layers, budget * costs.full - costs.rest)
+        plan = plan_of_experts(config, experts, method)
+        if not too_large_refits(config.moe_layers, plan) and any(layer.drops for layer in plan.values()):
+            plans.setdefault(tuple(experts.values()), plan)
     return list(plans.values())

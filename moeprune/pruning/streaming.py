@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ import torch
 from torch import Tensor
 
 from moeprune.calibration.analysis import Analysis
-from moeprune.calibration.statistics import LayerMoments
 from moeprune.data.preprocessing import Preprocessing
 from moeprune.files import checkpoint
 from moeprune.files.checkpoint import Copied
 from moeprune.files.header import Header, read_header
-from moeprune.layers.interface import LayerConfig
-from moeprune.layers.surgery import Calibrated, prune_tensors
+from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import read_description
 from moeprune.models.model import require_unpruned
 from moeprune.models.runtime import Runtime
-from moeprune.plan import LayerPlan, Method, Plan
-from moeprune.pruning.apply import ALREADY_PRUNED, choose_experts, full_plan, provenance, require_calibration
+from moeprune.plan import Method, Plan
+from moeprune.pruning.apply import (
+    ALREADY_PRUNED,
+    calibrated,
+    choose_experts,
+    full_plan,
+    provenance,
+    require_calibration,
+)
 from moeprune.records import to_json
 
 
@@ -63,7 +69,11 @@ def prune_file(
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]
         plan[name] = choose_experts(layer_plan, moments, None, seed, index)
-        entries |= _pruned_entries(header, tensors, name, config.moe_layers[name], plan[name], moments)
+        take = partial(_take, header, tensors, name)
+        found = prune_tensors(config.moe_layers[name], plan[name], take, calibrated(plan[name], moments, seed, index))
+        dtype = tensors[f"{name}.fc2_weight"].dtype
+        for key, tensor in found.items():
+            entries[f"{name}.{key}"] = tensor.to(dtype) if isinstance(tensor, Tensor) else tensor
     made = provenance(source_fingerprint, plan, analysis, None, seed, Runtime())
     assert header.metadata is not None
     metadata = header.metadata | {"plan": to_json(plan), "provenance": details.provenance | made}
@@ -72,26 +82,10 @@ def prune_file(
     checkpoint.write(target, entries, metadata, overwrite)
 
 
-def _pruned_entries(
-    header: Header,
-    tensors: Mapping[str, Tensor],
-    layer: str,
-    config: LayerConfig,
-    plan: LayerPlan,
-    moments: LayerMoments | None,
-) -> dict[str, Tensor | Copied]:
-    """Return the tensors of a statically pruned layer of a file: rows of its own, or values in memory."""
-
-    def take(name: str, axis: int | None, experts: Sequence[int]) -> Tensor | Copied:
-        if axis is None:
-            return Copied(header, f"{layer}.{name}")
-        if axis == 0:
-            return Copied(header, f"{layer}.{name}", experts)
+def _take(
+    header: Header, tensors: Mapping[str, Tensor], layer: str, name: str, axis: int | None, experts: Sequence[int]
+) -> Tensor | Copied:
+    """Return a tensor of a layer of a file, or the places of experts along an axis: bytes to copy if they may be."""
+    if axis:
         return tensors[f"{layer}.{name}"].index_select(axis, torch.tensor(experts))
-
-    calibrated = Calibrated(term_mean=None if moments is None else moments.term_mean)
-    pruned = prune_tensors(config, plan, take, calibrated)
-    dtype = tensors[f"{layer}.fc2_weight"].dtype
-    return {
-        f"{layer}.{name}": tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for name, tensor in pruned.items()
-    }
+    return Copied(header, f"{layer}.{name}", None if axis is None else experts)

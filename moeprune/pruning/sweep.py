@@ -55,9 +55,7 @@ class Variant:
 
     def plan(self, layers: Mapping[str, LayerConfig]) -> Plan:
         """Return the plan of a model with these layers."""
-        experts = {name: layer.num_experts for name, layer in layers.items()}
-        method = Method(self.scope, self.signal, self.compensate)
-        return uniform_plan(experts, self.keep, method, "--sweep")
+        return uniform_plan(layers, self.keep, Method(self.scope, self.signal, self.compensate), "--sweep")
 
 
 def grid(

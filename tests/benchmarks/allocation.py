@@ -18,7 +18,7 @@ import moeprune
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import Method, uniform_plan
-from moeprune.pruning.budgets import plan_within, size_costs
+from moeprune.pruning.budgets import costs_of, plans_within
 from moeprune.pruning.search import prune_best
 
 SHARES = ("1/32", "1/16", "1/8", "1/4", "1/2")
@@ -32,18 +32,17 @@ def compare(model: SoftMoEViT) -> None:
     print(f"{'':8}", *(f"{share:>18}" for share in SHARES))
     draws = [calibration(model, seed) for seed in SEEDS]
     analyses = [moeprune.analyze(model, data, RUNTIME) for data in draws]
-    experts = {name: layer.num_experts for name, layer in model.config.moe_layers.items()}
     infos = tensor_infos(model.state_dict())
     for compensation in COMPENSATIONS:
         method = Method("static", "gram", compensation)
-        costs = size_costs(model.config, infos, method)
+        costs = costs_of(model.config, method, infos)
         cells = []
         for share in SHARES:
-            uniform = uniform_plan(experts, Fraction(share), method)
+            uniform = uniform_plan(model.config.moe_layers, Fraction(share), method)
             budget = costs.of({name: layer.k for name, layer in uniform.items()}) / costs.full
             results: dict[str, list[float]] = {"uniform": [], "planned": []}
             for data, analysis in zip(draws, analyses, strict=True):
-                planned = plan_within(model.config, costs, budget, analysis, method, "budget")
+                planned = plans_within(model.config, infos, analysis, method, budget)[0]
                 for which, plans in (("uniform", [uniform]), ("planned", [planned, uniform])):
                     pruned = prune_best(model, plans, analysis, data=data, runtime=RUNTIME)
                     results[which].append(accuracy(pruned, test) / full)
