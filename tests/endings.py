@@ -38,6 +38,17 @@ def files_under(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+def refusal(run: Callable[..., Any], words: Sequence[object], *named: str, folder: Path | None = None) -> str:
+    """The error of a command that must be refused: it holds these texts, and the folder stays as it was."""
+    before = folder and files_under(folder)
+    result = run(*words)
+    assert (result.code, result.stdout, result.stderr[:7]) == (2, "", "error: "), result
+    assert [text for text in named if text not in result.stderr] == [], result.stderr
+    assert "Traceback" not in result.stderr
+    assert (folder and files_under(folder)) == before
+    return result.stderr
+
+
 def complaint(run: Callable[..., Any], words: Sequence[object], folder: Path, *named: str) -> str | None:
     """What is wrong with how a command ends, if anything is.
 

@@ -27,6 +27,45 @@ from tests.endings import complaint
 SAMPLES = 12
 SOURCE_ARGS = "--source-arg num_heads=2 --source-arg global_pool=avg"
 """What the foreign files do not tell."""
+DENSE, DATA = "@dense.safetensors", "--data @data.npz"
+READERS = {
+    "inspect": (".safetensors", "inspect PATH"),
+    "analyze": (".safetensors", f"analyze PATH {DATA} -o NEW"),
+    "prune": (".safetensors", "prune PATH --keep 2 --scope input -o NEW"),
+    "prune --analysis": (".safetensors", f"prune {DENSE} --keep 2 --analysis PATH -o NEW"),
+    "prune --plan": (".json", f"prune {DENSE} --plan PATH -o NEW"),
+    "prune --plan of a checkpoint": (".safetensors", f"prune {DENSE} --plan PATH -o NEW"),
+    "eval": (".safetensors", f"eval PATH {DATA}"),
+    "eval --baseline": (".safetensors", f"eval {DENSE} {DATA} --baseline PATH"),
+    "eval --analysis": (".safetensors", f"eval {DENSE} {DATA} --sweep 1/2 --analysis PATH"),
+    "eval --data array": (".npz", f"eval {DENSE} --data PATH"),
+    "eval --data tensors": (".safetensors", f"eval {DENSE} --data PATH"),
+    "eval --data another": ("", f"eval {DENSE} --data PATH"),
+    "inspect torch": (".pt", "inspect PATH"),
+    "inspect index": (".safetensors.index.json", "inspect PATH"),
+    "inspect own model": (".pt", "inspect PATH --model os:getcwd --input-shape 1,8,8"),
+    "export": (".safetensors", "export PATH --to soft-moe -o NEW"),
+}
+"""Every way in which a command reads a file: its suffix, and the command."""
+WRITERS = {
+    "inspect report": (".json", f"inspect {DENSE} --output-file PATH"),
+    "analyze": (".safetensors", f"analyze {DENSE} {DATA} -o PATH"),
+    "analyze report": (".txt", f"analyze {DENSE} {DATA} -o OLD --output-file PATH"),
+    "prune from file to file": (".safetensors", f"prune {DENSE} --keep 2 --signal random -o PATH"),
+    "prune in memory": (".safetensors", f"prune {DENSE} --keep 2 --scope input -o PATH"),
+    "prune with a fit": (".safetensors", f"prune {DENSE} {DATA} --keep 2 --compensate lstsq -o PATH"),
+    "prune within a drop": (
+        ".safetensors", f"prune {DENSE} --data digits --limit 60 --max-accuracy-drop 1 --compensate mean -o PATH",
+    ),
+    "save a plan": (".json", f"prune {DENSE} --keep 2 --scope input --save-plan PATH"),
+    "prune foreign": (".safetensors", f"prune @foreign.safetensors {SOURCE_ARGS} --keep 2 --signal random -o PATH"),
+    "export": (".safetensors", f"export {DENSE} --to soft-moe -o PATH"),
+    "export to a torch file": (".pt", f"export {DENSE} --to soft-moe -o PATH"),
+    "eval report": (".json", f"eval {DENSE} {DATA} --output-file PATH"),
+    "plot": (".svg", f"eval {DENSE} {DATA} --analysis @analysis.safetensors --sweep 1/2 --plot PATH"),
+}  # fmt: skip
+"""Every way in which a command writes a file: its suffix, and the command."""
+NEEDS = {"plot": "matplotlib", "prune within a drop": "sklearn"}
 LAYER = "blocks.1.soft_moe"
 FACTORY = "fuzzed_model:build"
 FACTORY_CODE = """
