@@ -423,9 +423,9 @@ def test_grouped_matrix_product_equals_a_product_for_each_expert(counts, transpo
     bias = torch.randn(n, narrow, generator=generator)
     of_row = torch.arange(n).repeat_interleave(torch.tensor(counts))
     expected = torch.einsum("rw,rwn->rn", rows.double(), weight[of_row].double()) + bias[of_row].double()
-    assert relative_error(grouped_linear(rows, counts, weight, bias), expected) < 1e-5
+    assert relative_error(grouped_linear(counts, rows, weight, bias), expected) < 1e-5
     with torch.autocast("cpu", torch.bfloat16):
-        rough = grouped_linear(rows, counts, weight, bias)
+        rough = grouped_linear(counts, rows, weight, bias)
     assert rough.dtype == torch.bfloat16
     assert relative_error(rough, expected) < 0.02
 

@@ -18,6 +18,7 @@ run for an input, with s = k·p slots in the order of `chosen`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -27,17 +28,22 @@ from torch import Tensor
 
 from moeprune.layers.scores import top_k
 
+Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 GATHERED = 2 << 20
 """Bytes of chosen experts' weights up to which copying them beats a loop over experts."""
 
 
 class Experts(NamedTuple):
-    """The stacked weights of all experts, h contiguous in both."""
+    """The stacked weights of all experts, h contiguous in both.
+
+    linear: in the methods, a function of rows, weight and bias that runs each row by its own expert.
+    """
 
     fc1_weight: Tensor | None  # (n,d,h), or (n,d,2·h) with a gate; None where an expert is one linear
     fc1_bias: Tensor | None
-    fc2_weight: Tensor  # (n,d,h)
-    fc2_bias: Tensor  # (n,d)
+    fc2_weight: Tensor  # (n,o,h)
+    fc2_bias: Tensor  # (n,o)
 
     @property
     def is_gated(self) -> bool:
@@ -50,6 +56,16 @@ class Experts(NamedTuple):
             return F.gelu(hidden)
         values, gate = hidden.chunk(2, dim=-1)
         return values * F.gelu(gate)
+
+    def hidden(self, rows: Tensor, linear: Linear) -> Tensor:
+        """Return the input of the second linear (…,h), from rows (…,d)."""
+        if self.fc1_weight is None or self.fc1_bias is None:
+            return rows
+        return self.activate(linear(rows, self.fc1_weight, self.fc1_bias))
+
+    def run(self, rows: Tensor, linear: Linear) -> Tensor:
+        """Return the experts' outputs (…,o) for rows (…,d)."""
+        return linear(self.hidden(rows, linear), self.fc2_weight.mT, self.fc2_bias)
 
 
 def choose(scores: Tensor, k: int) -> Tensor:
@@ -71,23 +87,20 @@ def slot_weights(
     chosen: expert indices (b,k). over_batch: the dispatch softmax is over the inputs, not over the tokens of
     each. idle: which of the chosen do not count (b,k), with combine weights of zero; None: all do.
     """
-    kernels, dtype = None if over_batch else kernels_for(router_logits), router_logits.dtype
+    (b, m, _, p), dtype = router_logits.shape, router_logits.dtype
     wide = torch.promote_types(dtype, torch.float32)
+    source, width = (router_logits, wide) if combine_weights is None else (combine_weights, dtype)
+    kernels = None if over_batch else kernels_for(router_logits)
     if kernels and chosen.shape[1]:
-        source, width = (router_logits, wide) if combine_weights is None else (combine_weights, dtype)
         dispatch, combine = kernels.slot_weights(router_logits, chosen, source, width)
     else:
-        index = chosen[:, None, :, None].expand(-1, *router_logits.shape[1:2], -1, router_logits.shape[3])
-        chosen_logits = router_logits.gather(2, index).flatten(2)  # (b,m,s)
+        index = chosen[:, None, :, None].expand(b, m, -1, p)
+        chosen_logits, combine = (part.gather(2, index).flatten(2) for part in (router_logits, source))  # (b,m,s)
+        dispatch = chosen_logits.softmax(1, dtype=wide).mT
         if over_batch:
             dispatch = router_logits.softmax(0, dtype=wide).gather(2, index).flatten(2).mT
-        else:
-            dispatch = chosen_logits.softmax(1, dtype=wide).mT
-        combine = chosen_logits
-        if combine_weights is not None:
-            combine = combine_weights.gather(2, index).flatten(2)
     if idle is not None:
-        is_idle_slot = idle.repeat_interleave(router_logits.shape[3], 1)[:, None]  # (b,1,s)
+        is_idle_slot = idle.repeat_interleave(p, 1)[:, None]  # (b,1,s)
         combine = combine.masked_fill(is_idle_slot, -torch.inf if combine_weights is None else 0)
     if combine_weights is None:
         combine = combine.softmax(2, dtype=wide)
@@ -109,39 +122,28 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Ten
         rows = rows.view(*slot_inputs.shape[:-1], width)
         return rows if idle is None else rows.masked_fill_(idle[:, :, None, None], 0)  # nobody wrote there
     b, k, p, d = slot_inputs.shape
-    bytes_of_one = sum(weight[0].nbytes for weight in experts if weight is not None) if n else 0
     if idle is not None:
         outputs = slot_inputs.new_zeros(b, k, p, width)
         active = ~idle  # each pair as if it were an input of its own with one expert
         outputs[active] = run_experts(slot_inputs[active][:, None], chosen[active][:, None], experts)[:, 0]
         return outputs
-    if 0 < chosen.numel() * bytes_of_one <= GATHERED:
-        return _run_gathered(slot_inputs.flatten(0, 1), chosen.flatten(), experts).view(b, k, p, width)
-    order = chosen.flatten().argsort(stable=True)
-    rows_of_expert = [p * count for count in chosen.flatten().bincount(minlength=n).tolist()]
-    rows = slot_inputs.reshape(b * k, p, d)[order].view(b * k * p, d)
-    rows = run_sorted(rows, rows_of_expert, experts)
-    outputs = torch.empty_like(rows).view(b * k, p, width)
-    outputs[order] = rows.view(b * k, p, width)
-    return outputs.view(b, k, p, width)
+    rows, chosen = slot_inputs.reshape(b * k, p, d), chosen.flatten()
+    bytes_of_one = sum(weight[0].nbytes for weight in experts if weight is not None) if n else 0
+    if 0 < len(chosen) * bytes_of_one <= GATHERED:
+        copies = Experts(*(None if weight is None else weight[chosen] for weight in experts))  # type: ignore[arg-type]
+        return copies.run(rows, batched_linear).view(b, k, p, width)
+    order = chosen.argsort(stable=True)
+    rows_of_expert = [p * count for count in chosen.bincount(minlength=n).tolist()]
+    outputs = experts.run(rows[order].flatten(0, 1), functools.partial(grouped_linear, rows_of_expert))
+    return outputs.view(b * k, p, width)[order.argsort()].view(b, k, p, width)
 
 
-def run_sorted(rows: Tensor, rows_of_expert: list[int], experts: Experts) -> Tensor:
-    """Run experts on rows (r,d), the first rows_of_expert[0] by expert 0 and so on: outputs (r,o)."""
-    if experts.fc1_weight is not None and experts.fc1_bias is not None:
-        rows = experts.activate(grouped_linear(rows, rows_of_expert, experts.fc1_weight, experts.fc1_bias))
-    return grouped_linear(rows, rows_of_expert, experts.fc2_weight.mT, experts.fc2_bias)
+def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return rows[e] @ weight[e] + bias[e] for rows (n,r,in); weight (n,in,out), bias (n,out)."""
+    return torch.baddbmm(bias[:, None], rows, weight)
 
 
-def _run_gathered(rows: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
-    """Run expert chosen[i] (r) on rows[i] (r,p,d), with a copy of its weights: outputs (r,p,o)."""
-    if experts.fc1_weight is not None and experts.fc1_bias is not None:
-        hidden = torch.baddbmm(experts.fc1_bias[chosen][:, None], rows, experts.fc1_weight[chosen])
-        rows = experts.activate(hidden)
-    return torch.baddbmm(experts.fc2_bias[chosen][:, None], rows, experts.fc2_weight[chosen].mT)
-
-
-def grouped_linear(rows: Tensor, rows_of_expert: list[int], weight: Tensor, bias: Tensor) -> Tensor:
+def grouped_linear(rows_of_expert: list[int], rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return rows @ weight[e] + bias[e] for rows (r,in) sorted by expert; weight (n,in,out), bias (n,out)."""
     used = [expert for expert, count in enumerate(rows_of_expert) if count]
     if not used:
@@ -153,9 +155,8 @@ def grouped_linear(rows: Tensor, rows_of_expert: list[int], weight: Tensor, bias
 def kernels_for(*given: Tensor | None) -> ModuleType | None:
     """Return the module moeprune.layers.kernels if it can compute with these tensors, else None."""
     tensors = [tensor for tensor in given if tensor is not None]
-    if not tensors[0].is_cuda:
-        return None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if needs_grad or not tensors[0].is_cuda:
         return None
     kernels = _kernels()
     return kernels if kernels and all(tensor.dtype in kernels.DTYPES for tensor in tensors) else None

@@ -38,47 +38,33 @@ def merged_experts(tensors: Mapping[str, Tensor], plan: LayerPlan, mean_mass: Te
 
     tensors: of all experts, by the names in Experts. mean_mass: the weights of the means (n).
     """
-    experts = Experts(*(tensors.get(name) for name in Experts._fields))  # type: ignore[arg-type]
-    merged = [_mean([_one(experts, j) for j in group], mean_mass[group]) for group in plan.groups]
-    columns = zip(Experts._fields, zip(*merged, strict=True), experts, strict=True)
-    return {name: torch.stack(parts).to(like) for name, parts, like in columns if like is not None}
+    merged: dict[str, list[Tensor]] = {name: [] for name in Experts._fields if name in tensors}
+    for group in plan.groups:
+        kept, *others = ({name: tensors[name][j].to("cpu", torch.float64) for name in merged} for j in group)
+        aligned = [kept, *(_aligned(other, kept) for other in others)]
+        mass = mean_mass[group].double().clamp_min(torch.finfo(torch.float32).tiny)
+        for name, means in merged.items():
+            parts = torch.stack([expert[name] for expert in aligned])
+            means.append(torch.tensordot(mass / mass.sum(), parts, dims=1))
+    return {name: torch.stack(means).to(tensors[name]) for name, means in merged.items()}
 
 
-def _one(experts: Experts, index: int) -> Experts:
-    """One of the experts, in float64 on the CPU."""
-    parts = (None if part is None else part[index].detach().to("cpu", torch.float64) for part in experts)
-    return Experts(*parts)  # type: ignore[arg-type]
-
-
-def _mean(group: Sequence[Experts], mass: Tensor) -> Experts:
-    """The mean of experts by their mass, with the hidden units in the order of the first one's."""
-    aligned = [group[0], *(_aligned(expert, group[0]) for expert in group[1:])]
-    mass = mass.double().clamp_min(torch.finfo(torch.float32).tiny)
-    weights = mass / mass.sum()
-    means = (
-        None if parts[0] is None else torch.tensordot(weights, torch.stack(parts), dims=1)
-        for parts in zip(*aligned, strict=True)
-    )
-    return Experts(*means)  # type: ignore[arg-type]
-
-
-def _aligned(expert: Experts, reference: Experts) -> Experts:
+def _aligned(expert: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the expert with its hidden units reordered to match the reference's."""
     from scipy.optimize import linear_sum_assignment
 
-    if expert.fc1_weight is None or expert.fc1_bias is None:
+    if "fc1_weight" not in expert:
         return expert  # one linear: what it takes is the layer's own
     likeness = _units(reference) @ _units(expert).mT
     order = torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
     h = len(order)
-    rows = torch.cat([order, order + h]) if expert.fc1_bias.shape[0] == 2 * h else order
-    return Experts(expert.fc1_weight[:, rows], expert.fc1_bias[rows], expert.fc2_weight[:, order], expert.fc2_bias)
+    rows = torch.cat([order, order + h]) if len(expert["fc1_bias"]) == 2 * h else order
+    reordered = {"fc1_weight": expert["fc1_weight"][:, rows], "fc1_bias": expert["fc1_bias"][rows]}
+    return expert | reordered | {"fc2_weight": expert["fc2_weight"][:, order]}
 
 
-def _units(expert: Experts) -> Tensor:
+def _units(expert: dict[str, Tensor]) -> Tensor:
     """All weights of each hidden unit of an expert (h,…), those of its gate among them."""
-    assert expert.fc1_weight is not None
-    assert expert.fc1_bias is not None
-    h = expert.fc2_weight.shape[1]
-    first = torch.cat([expert.fc1_weight, expert.fc1_bias[None]]).split(h, dim=1)
-    return torch.cat([*first, expert.fc2_weight]).mT
+    h = expert["fc2_weight"].shape[1]
+    first = torch.cat([expert["fc1_weight"], expert["fc1_bias"][None]]).split(h, dim=1)
+    return torch.cat([*first, expert["fc2_weight"]]).mT

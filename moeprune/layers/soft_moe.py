@@ -16,13 +16,14 @@ run, those of dropped experts by kept ones.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.experts import Experts, kernels_for, run_experts, run_sorted, slot_weights
+from moeprune.layers.experts import Experts, batched_linear, grouped_linear, kernels_for, run_experts, slot_weights
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation, is_dropped
 from moeprune.layers.scores import combine_mass
@@ -78,9 +79,7 @@ class SoftMoE(MoELayer):
 
         mask: tokens that are not padding (b,m); padding is not dispatched and not counted in scores.
         """
-        if not x.is_cuda:
-            return self._forward(x, mask)
-        with torch.cuda.device_of(x):  # where kernels are launched
+        with torch.cuda.device_of(x):  # where kernels are launched, if it is a GPU
             return self._forward(x, mask)
 
     def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -107,9 +106,7 @@ class SoftMoE(MoELayer):
         else:
             output, slot_outputs, slot_inputs = self._run_stored(tokens, router_logits, combine_weights)
         if self.plan is not None and self.plan.has_basis:
-            dropped = combine_weights
-            if chosen is not None:
-                dropped = combine_weights * is_dropped(chosen, combine_weights)
+            dropped = combine_weights if chosen is None else combine_weights * is_dropped(chosen, combine_weights)
             output = self.compensated(output, x, dropped, mask)
         elif self.plan is not None and self.plan.has_affine:
             output = output + self.affine(x, mask)  # the surrogates are in it
@@ -151,9 +148,7 @@ class SoftMoE(MoELayer):
             return _unit(vectors, dim, factor=self.scale if gain == "phi_gain" else None)
         if norm == "rms":
             return _unit(vectors, dim, gain=math.sqrt(self.config.dim) * getattr(self, gain))
-        across = vectors if dim == -1 else vectors.mT
-        normalized = F.layer_norm(across, (self.config.dim,), getattr(self, gain))
-        return normalized if dim == -1 else normalized.mT
+        return F.layer_norm(vectors.movedim(dim, -1), (self.config.dim,), getattr(self, gain)).movedim(-1, dim)
 
     def _dynamic_slots(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Return the replacement of phi (b,n,p,d), made of the inputs' own tokens (b,n·p,d)."""
@@ -175,7 +170,7 @@ class SoftMoE(MoELayer):
         stored = combine_weights.shape[2] if merges else len(self.fc2_weight)
         slot_inputs = self._dispatch_weights(router_logits, stored) @ tokens
         slot_inputs = slot_inputs.unflatten(1, (stored, self.config.slots_per_expert))
-        slot_outputs = self._run_merged(slot_inputs) if merges else self._run_experts(slot_inputs)
+        slot_outputs = self._run_experts(slot_inputs)
         weights = combine_weights.to(slot_outputs.dtype)
         of_stored, of_dropped = (part.flatten(2) for part in weights.tensor_split([stored], dim=2))
         if self.plan is not None and self.plan.has_surrogate and not self.plan.has_basis:
@@ -187,36 +182,23 @@ class SoftMoE(MoELayer):
         return output, slot_outputs, slot_inputs
 
     def _run_experts(self, slot_inputs: Tensor) -> Tensor:
-        """Run expert j on slots j, for all experts at once: (b,e,p,d) to (b,e,p,o)."""
+        """Run expert j on slots j, with `merge` on those of its group: (b,e,p,d) to (b,e,p,o)."""
         b, e, p, _ = slot_inputs.shape
-        if 0 < b * p <= FEW_ROWS and e and kernels_for(slot_inputs, *self.experts):
+        rows = slot_inputs.transpose(0, 1)
+        if self.plan is not None and self.plan.merges:
+            rows_of_expert = [len(group) * b * p for group in self.plan.groups]
+            rows = self.experts.run(rows.flatten(0, 2), partial(grouped_linear, rows_of_expert))
+        elif 0 < b * p <= FEW_ROWS and e and kernels_for(slot_inputs, *self.experts):
             return run_experts(slot_inputs, _every_expert(slot_inputs, e), self.experts)
-        rows = self._hidden_rows(slot_inputs)
-        rows = torch.baddbmm(self.fc2_bias[:, None], rows, self.fc2_weight.mT)
+        else:
+            rows = self.experts.run(rows.flatten(1, 2), batched_linear)
         return rows.view(e, b, p, self.config.output_width).transpose(0, 1)
-
-    def _run_merged(self, slot_inputs: Tensor) -> Tensor:
-        """Run each expert on the slots of its group: (b,n,p,d) to (b,n,p,o)."""
-        assert self.plan is not None
-        b, n, p, d = slot_inputs.shape
-        rows = slot_inputs.transpose(0, 1).reshape(n * b * p, d)
-        rows_of_expert = [len(group) * b * p for group in self.plan.groups]
-        rows = run_sorted(rows, rows_of_expert, self.experts)
-        return rows.view(n, b, p, self.config.output_width).transpose(0, 1)
 
     def hidden(self, slot_inputs: Tensor) -> Tensor:
         """Return what the last linear of each expert that has weights takes: (b,e,p,d) to (b,e,p,h)."""
         b, e, p, _ = slot_inputs.shape
-        rows = self._hidden_rows(slot_inputs.to(self.fc2_weight.dtype))
-        return rows.view(e, b, p, -1).transpose(0, 1)
-
-    def _hidden_rows(self, slot_inputs: Tensor) -> Tensor:
-        """Return the input of the last linears (e,b·p,h), for slot inputs (b,e,p,d)."""
-        b, e, p, d = slot_inputs.shape
-        rows = slot_inputs.transpose(0, 1).reshape(e, b * p, d)
-        if self.fc1_weight is None or self.fc1_bias is None:
-            return rows
-        return self.experts.activate(torch.baddbmm(self.fc1_bias[:, None], rows, self.fc1_weight))
+        rows = slot_inputs.to(self.fc2_weight.dtype).transpose(0, 1).flatten(1, 2)
+        return self.experts.hidden(rows, batched_linear).view(e, b, p, -1).transpose(0, 1)
 
     def _run_chosen(
         self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor, chosen: Tensor
@@ -250,8 +232,7 @@ class SoftMoE(MoELayer):
 
 def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
     """Scale vectors along dim, -1 or 0, to unit length, then by a gain for each element and a factor."""
-    given = [tensor for tensor in (x, gain, factor) if tensor is not None]
-    if kernels := kernels_for(*given):
+    if kernels := kernels_for(x, gain, factor):
         return kernels.unit(x, dim, gain, factor)
     wide = torch.promote_types(x.dtype, torch.float32)  # in float16 a zero token would be 0/0
     unit = F.normalize(x.to(wide), dim=dim).to(x.dtype)
