@@ -5,9 +5,12 @@ Axes: b inputs, n experts, p terms per expert, o width of the output.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeprune.calibration.results import LayerSummary
@@ -33,16 +36,11 @@ AXES = {
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """What pruning needs of a layer: the means of its experts over calibration inputs, in float32 on the CPU.
+    """What pruning needs of a layer: the means of its experts over calibration inputs, in float32 on the CPU."""
 
-    mean_mass: mean mass of each expert (n).
-    term_mean: mu, the mean output of each term, weighted by its weights (n,p,o).
-    deviation: sigma, the root mean square of |f - mu| with the same weights (n).
-    """
-
-    mean_mass: Tensor
-    term_mean: Tensor
-    deviation: Tensor
+    mean_mass: Tensor  # mean mass of each expert (n)
+    term_mean: Tensor  # mu, the mean output of each term, weighted by its weights (n,p,o)
+    deviation: Tensor  # sigma, the root mean square of |f - mu| with the same weights (n)
 
     @property
     def num_experts(self) -> int:
@@ -54,31 +52,21 @@ class LayerMoments:
 class LayerStatistics(LayerMoments):
     """The moments, and what reports and planning need as well.
 
-    max_mass: the largest mass of each expert over inputs (n).
-    rank_frequency: row r, column j: share of inputs whose r-th best expert is j (n,n).
-    kept_mass: entry k-1: mean mass of the best k experts of an input (n).
-    experts_for_mass: mean number of an input's experts that hold each of MASS_LEVELS (3).
-    class_mass: mean mass of each expert over the inputs of a class (classes,n); no rows without labels.
-    gram: G_jl = E <R_j, R_l> (n,n), where R_j is what expert j adds: the expected squared error of the
-        layer's output when the set Z is dropped is exactly the sum of G over Z×Z.
-    gram_renorm, gram_mean, gram_lstsq, gram_affine: the same for what is lost under a compensation
-        (n,n). For `renorm` that is C_j·(f_j - Y), the error but for the division by the kept mass of each
-        token; for `lstsq` and `affine` what a regression on one half of the inputs leaves on the other.
-    sensitivity: divergence of the model's predictions in nats for each unit of squared error in the layer's
-        output (scalar), measured with this layer alone pruned.
+    A Gram matrix (n,n) holds G_jl = E <E_j, E_l>, with E_j what is lost with expert j: the expected squared error
+    of the layer's output when the set Z is dropped is exactly the sum of G over Z×Z.
     """
 
-    max_mass: Tensor
-    rank_frequency: Tensor
-    kept_mass: Tensor
-    experts_for_mass: Tensor
-    class_mass: Tensor
-    gram: Tensor
-    gram_renorm: Tensor
+    max_mass: Tensor  # the largest mass of each expert over inputs (n)
+    rank_frequency: Tensor  # row r, column j: share of inputs whose r-th best expert is j (n,n)
+    kept_mass: Tensor  # entry k-1: mean mass of the best k experts of an input (n)
+    experts_for_mass: Tensor  # mean number of an input's experts that hold each of MASS_LEVELS (3)
+    class_mass: Tensor  # mean mass of each expert over the inputs of a class (classes,n); no rows without labels
+    gram: Tensor  # of what expert j adds, R_j
+    gram_renorm: Tensor  # of C_j·(f_j - Y): the error but for the division by the kept mass of each token
     gram_mean: Tensor
-    gram_lstsq: Tensor
-    gram_affine: Tensor
-    sensitivity: Tensor
+    gram_lstsq: Tensor  # of what a regression on one half of the inputs leaves on the other
+    gram_affine: Tensor  # likewise
+    sensitivity: Tensor  # divergence in nats for each unit of squared error in this layer's output alone (scalar)
 
     def gram_under(self, compensation: str) -> Tensor:
         """Return a Gram matrix (n,n) of what is lost: `affine` stands for `refit`, `mean` for `merge`."""
@@ -105,35 +93,27 @@ class MomentsAccumulator:
     """Sums up the moments of a dense layer."""
 
     def __init__(self, layer: MoELayer):
-        n, p, d = layer.term_shape
-        self.device = layer.fc2_weight.device
-        self.dtype = wide_dtype(self.device)
+        self.dtype = wide_dtype(layer.fc2_weight.device)
         self.samples = 0
-        self.mass = self._zeros(n)
-        self.weights = self._zeros(n, p)
-        self.weighted_outputs = self._zeros(n, p, d)
-        self.weighted_squares = self._zeros(n, p)
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+        self.sums: defaultdict[str, Any] = defaultdict(int)  # tensors, once something has been added
 
     def add(self, observation: Observation, labels: Tensor | None) -> None:
-        """Add the inputs of one forward pass."""
+        """Add the inputs of one forward pass, and their classes (b) if they have any."""
         self.samples += len(observation.mass)
-        self.mass += observation.mass.sum(0, dtype=self.dtype)
-        weights, outputs, squares = observation.term_sums(self.dtype)
-        self.weights += weights
-        self.weighted_outputs += outputs
-        self.weighted_squares += squares
+        self.sums["mean_mass"] += observation.mass.sum(0, dtype=self.dtype)
+        terms = zip(("weights", "outputs", "squares"), observation.term_sums(self.dtype), strict=True)
+        for name, total in terms:
+            self.sums[name] += total
 
     def moments(self) -> dict[str, Tensor]:
         """Return the fields of LayerMoments."""
+        mass, weights, outputs, squares = (self.sums[name] for name in ("mean_mass", "weights", "outputs", "squares"))
         # A term without any weight (it underflowed) has no mean; zero is as good as any.
-        weights = self.weights.clamp_min(torch.finfo(self.dtype).tiny)
-        term_mean = self.weighted_outputs / weights[..., None]
-        spread = self.weighted_squares - self.weights * term_mean.square().sum(-1)
-        variance = spread.sum(1).clamp_min(0) / weights.sum(1)
-        return {"mean_mass": self.mass / self.samples, "term_mean": term_mean, "deviation": variance.sqrt()}
+        divisors = weights.clamp_min(torch.finfo(self.dtype).tiny)
+        term_mean = outputs / divisors[..., None]
+        spread = squares - weights * term_mean.square().sum(-1)
+        variance = spread.sum(1).clamp_min(0) / divisors.sum(1)
+        return {"mean_mass": mass / self.samples, "term_mean": term_mean, "deviation": variance.sqrt()}
 
     def result(self) -> LayerMoments:
         """Return the moments of all inputs so far."""
@@ -146,13 +126,9 @@ class StatisticsAccumulator(MomentsAccumulator):
     def __init__(self, layer: MoELayer):
         super().__init__(layer)
         n = layer.config.num_experts
-        self.max_mass = self._zeros(n)
-        self.rank_counts = torch.zeros(n * n, device=self.device, dtype=torch.int64)
-        self.kept_mass = self._zeros(n)
-        self.experts_for_mass = self._zeros(len(MASS_LEVELS))
-        self.class_mass = self._zeros(0, n)
-        self.class_samples = torch.zeros(0, device=self.device, dtype=torch.int64)
-        self.gram_renorm = self._zeros(n, n)
+        self.max_mass = layer.fc2_weight.new_zeros(n, dtype=self.dtype)
+        self.class_mass = self.max_mass.new_zeros(0, n)
+        self.class_samples = self.max_mass.new_zeros(0, dtype=torch.int64)
         self.halves = Contributions(layer, "affine"), Contributions(layer, "affine")
 
     def add(self, observation: Observation, labels: Tensor | None) -> None:
@@ -162,8 +138,11 @@ class StatisticsAccumulator(MomentsAccumulator):
         self.max_mass = torch.maximum(self.max_mass, mass.amax(0))
         self._add_ranks(mass)
         if labels is not None:
-            self._add_classes(mass, labels)
-        self.gram_renorm += observation.renorm_gram(self.dtype)
+            new = max(0, int(labels.max()) + 1 - len(self.class_samples))
+            labels = labels.to(mass.device)
+            self.class_mass = F.pad(self.class_mass, (0, 0, 0, new)).index_add_(0, labels, mass)
+            self.class_samples = F.pad(self.class_samples, (0, new)).index_add_(0, labels, torch.ones_like(labels))
+        self.sums["gram_renorm"] += observation.renorm_gram(self.dtype)
         members = halves(self.samples - len(mass), len(mass))
         for contributions, index in zip(self.halves, members, strict=True):
             contributions.add(observation.select(index.to(mass.device)))
@@ -171,42 +150,27 @@ class StatisticsAccumulator(MomentsAccumulator):
     def _add_ranks(self, mass: Tensor) -> None:
         n = mass.shape[1]
         order = rank(mass)
-        cells = (torch.arange(n, device=mass.device) * n + order).flatten()
-        self.rank_counts.scatter_add_(0, cells, torch.ones_like(cells))
+        cells = torch.arange(n, device=mass.device) * n + order
+        self.sums["rank_frequency"] += cells.flatten().bincount(minlength=n * n).view(n, n)
         best = mass.gather(1, order).cumsum(1)  # of the best k, k = 1…n
-        self.kept_mass += best.sum(0)
-        for index, level in enumerate(MASS_LEVELS):
-            missing = (best < level * best[:, -1:]).sum(1)
-            self.experts_for_mass[index] += (missing + 1).sum()
-
-    def _add_classes(self, mass: Tensor, labels: Tensor) -> None:
-        new = int(labels.max()) + 1 - len(self.class_mass)
-        if new > 0:
-            self.class_mass = torch.cat([self.class_mass, self.class_mass.new_zeros(new, mass.shape[1])])
-            self.class_samples = torch.cat([self.class_samples, self.class_samples.new_zeros(new)])
-        labels = labels.to(mass.device)
-        self.class_mass.index_add_(0, labels, mass)
-        self.class_samples.index_add_(0, labels, torch.ones_like(labels))
+        self.sums["kept_mass"] += best.sum(0)
+        needed = [(best < level * best[:, -1:]).sum() + len(best) for level in MASS_LEVELS]
+        self.sums["experts_for_mass"] += torch.stack(needed).to(self.dtype)
 
     def result(self) -> LayerStatistics:
         """Return the statistics of all inputs so far."""
-        n = len(self.mass)
+        n = len(self.max_mass)
         first, second = self.halves
         moments = self.moments()
         mean = moments["term_mean"].to("cpu", torch.float64)
         gram = (first.gram + second.gram)[:n, :n]
-        sums = {
-            "rank_frequency": self.rank_counts.view(n, n),
-            "kept_mass": self.kept_mass,
-            "experts_for_mass": self.experts_for_mass,
-            "gram": gram,
-            "gram_renorm": self.gram_renorm + gram,
-        }
+        sums = {name: self.sums[name] for name in ("rank_frequency", "kept_mass", "experts_for_mass")}
+        sums |= {"gram": gram, "gram_renorm": self.sums["gram_renorm"] + gram}
         for compensation in ("mean", "lstsq", "affine"):
             sums[f"gram_{compensation}"] = lost_gram(first, second, mean, compensation)[:n, :n]
         others = {
             "max_mass": self.max_mass,
-            "sensitivity": self._zeros(),  # not known yet
+            "sensitivity": torch.zeros(()),  # not known yet
             "class_mass": self.class_mass / self.class_samples.clamp_min(1)[:, None],
         }
         means = {name: total / self.samples for name, total in sums.items()}
