@@ -11,40 +11,48 @@ import pytest
 import torch
 
 import moeprune
-from moeprune.calibration.analysis import load_analysis
+from moeprune.calibration.analysis import load_analysis, save_analysis
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.header import read_header
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.model import fingerprint
+from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.apply import prune
-from moeprune.pruning.streaming import prune_file
+from moeprune.pruning.checkpoint import prune_checkpoint
+from moeprune.pruning.request import PruneRequest
 
 CHOICES = list(product(("combine", "deviation", "random"), ("none", "renorm", "mean"), ("1", "1/8", "1/1")))
+
+
+def prune_file(path, output, **choice) -> None:
+    """Prune in one shot, from file to file."""
+    prune_checkpoint(PruneRequest(checkpoint=ModelSpec(path=path), output=output, one_shot=True, **choice))
 
 
 @pytest.mark.parametrize(("signal", "compensate", "keep"), CHOICES)
 @pytest.mark.parametrize("which", ["single", "vit"])
 def test_bytes_are_those_of_pruning_in_memory(which, signal, compensate, keep, request, tmp_path):
-    path = request.getfixturevalue(which)
-    analysis = load_analysis(request.getfixturevalue(f"{which}_analysis"))
+    path, analysis = request.getfixturevalue(which), request.getfixturevalue(f"{which}_analysis")
     choice = {"keep": keep, "signal": signal, "compensate": compensate, "seed": 3}
     expected, found = tmp_path / "expected.safetensors", tmp_path / "found.safetensors"
-    moeprune.save(prune(moeprune.load(path), analysis, one_shot=True, **choice), expected)
-    prune_file(path, found, analysis, **choice)
+    moeprune.save(prune(moeprune.load(path), load_analysis(analysis), one_shot=True, **choice), expected)
+    prune_file(path, found, analysis=analysis, **choice)
     assert found.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types(dtype, single, single_analysis, tmp_path):
-    path, expected, found = (tmp_path / f"{name}.safetensors" for name in ("model", "expected", "found"))
+    names = ("model", "analysis", "expected", "found")
+    path, analyzed, expected, found = (tmp_path / f"{name}.safetensors" for name in names)
     moeprune.save(moeprune.load(single).to(dtype), path)
     analysis = moeprune.analyze(moeprune.load(path), "digits:calibration", Runtime("cpu"))
     moeprune.save(prune(moeprune.load(path), analysis, keep="1/8", compensate="mean"), expected)
-    prune_file(path, found, analysis, keep="1/8", compensate="mean")
+    save_analysis(analysis, analyzed)
+    prune_file(path, found, analysis=analyzed, keep="1/8", compensate="mean")
     assert found.read_bytes() == expected.read_bytes()
 
 
@@ -96,7 +104,7 @@ def test_a_file_that_changes_while_it_is_pruned(monkeypatch, single, tmp_path):
 
     monkeypatch.setattr(checkpoint, "_encode", encode)
     with pytest.raises(MoepruneError, match="was replaced while it was read"):
-        prune_file(path, target, keep=4, signal="random")
+        prune_file(path, target, keep="4", signal="random")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
 
 
@@ -104,17 +112,17 @@ def test_tensors_of_many_blocks(monkeypatch, single, single_analysis, tmp_path):
     written = []
     for block in (checkpoint.BLOCK, 64):
         monkeypatch.setattr(checkpoint, "BLOCK", block)
-        prune_file(single, tmp_path / f"{block}", load_analysis(single_analysis), keep="1/8")
-        written.append((tmp_path / f"{block}").read_bytes())
+        path = tmp_path / f"{block}.safetensors"
+        prune_file(single, path, analysis=single_analysis, keep="1/8")
+        written.append(path.read_bytes())
     assert written[0] == written[1]
 
 
 PEAK = """
 import resource, sys
-import moeprune
-from moeprune.pruning.streaming import prune_file
+from tests.test_streaming import prune_file
 
-prune_file(sys.argv[1], sys.argv[2] + "small", keep=1, signal="random")
+prune_file(sys.argv[1], sys.argv[2] + "small", keep="1", signal="random")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 prune_file(sys.argv[1], sys.argv[2], keep="1/2", signal="random")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)

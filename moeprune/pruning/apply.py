@@ -71,9 +71,8 @@ def prune(
         method: `scope`, `signal`, `compensate`, `mass` and `energy` (see moeprune.plan.Method).
 
     Raises:
-        MoepruneError: the model is pruned already, the analysis is another model's or other data's,
-            the plan does not fit the model, or something calibrated is asked for without an analysis
-            or data.
+        MoepruneError: the model is pruned already, the analysis is another model's or other data's, the plan does not
+            fit the model, or something calibrated is asked for without an analysis or data.
     """
     require_dense_layers(model, ALREADY_PRUNED)
     plan = full_plan(model.config.moe_layers, keep, plan, Method(**method))
@@ -105,7 +104,7 @@ def _prune_layer(
 ) -> None:
     """Prune the dense layer of a stream; its plan may leave its experts open.
 
-    moments: from the analysis; None: they are measured if the plan needs them. index: see choose_experts.
+    moments: from the analysis; None: they are measured if the plan needs them. index: see `decide`.
     """
     sums = None
     if plan.scope == "static" and plan.is_fitted:
@@ -120,37 +119,38 @@ def _prune_layer(
         moments = measured[stream.name].result()
     if moments is not None and stream.data is not None:
         require_finite({stream.name: moments}, stream.data)
-    wanted = choose_experts(plan, moments, sums, seed, index)
+    wanted, calibrated = decide(plan, moments, sums, seed, index)
     plan = wanted.replace(rank=None, energy=None)
-    layer = prune_layer(stream.full.moe_layers[stream.name], plan, calibrated(plan, moments, seed, index))
+    layer = prune_layer(stream.full.moe_layers[stream.name], plan, calibrated)
     stream.pruned.set_submodule(stream.name, layer)
     if plan.is_fitted and not plan.merges:
         assert moments is not None
         compensation.fit(stream, wanted, moments, sums)
 
 
-def choose_experts(
+def decide(
     plan: LayerPlan, moments: LayerMoments | None, sums: Halves | None, seed: int, index: int
-) -> LayerPlan:
-    """Return a plan that may leave open its static set, and what is merged, with both chosen.
+) -> tuple[LayerPlan, Calibrated]:
+    """Return a plan with its static set, and what is merged, chosen; and the values that pruning by it takes.
 
     sums: for a fitted compensation, if there is one. index: the layer's among the planned ones.
     """
+    scores = random_scores(plan.num_experts, seed, index) if plan.signal == "random" else None
     if plan.scope == "static" and plan.kept is None:
-        plan = plan.replace(kept=_best_experts(plan, moments, sums, seed, index))
+        kept = _best_experts(plan, moments, sums) if scores is None else tuple(top_k(scores, plan.k).tolist())
+        plan = plan.replace(kept=kept)
     if plan.merges and plan.merged_into is None:
         assert sums is not None
         assert plan.kept is not None
         plan = plan.replace(merged_into=nearest_kept(sums[0].power + sums[1].power, plan.kept, plan.num_experts))
-    return plan
+    if moments is None:
+        return plan, Calibrated(scores)
+    scores = moments.deviation if scores is None else scores
+    return plan, Calibrated(scores, moments.term_mean, moments.mean_mass)
 
 
-def _best_experts(
-    plan: LayerPlan, moments: LayerMoments | None, sums: Halves | None, seed: int, index: int
-) -> tuple[int, ...]:
-    """Return the experts that a static set keeps by the plan's signal, ascending."""
-    if plan.signal == "random":
-        return tuple(top_k(random_scores(plan.num_experts, seed, index), plan.k).tolist())
+def _best_experts(plan: LayerPlan, moments: LayerMoments | None, sums: Halves | None) -> tuple[int, ...]:
+    """Return the experts that a static set keeps by statistics of calibration data, ascending."""
     assert moments is not None
     if plan.signal != "gram":
         scores = moments.mean_mass * (moments.deviation if plan.signal == "deviation" else 1)
@@ -159,14 +159,6 @@ def _best_experts(
         return best_kept(lost_gram(*sums, moments.term_mean, plan.compensation), plan.num_experts, plan.k)
     assert isinstance(moments, LayerStatistics)
     return moments.best_kept(plan.k, plan.compensation)
-
-
-def calibrated(plan: LayerPlan, moments: LayerMoments | None, seed: int, index: int) -> Calibrated:
-    """Return the values that a layer's plan takes from its moments, or from the seed."""
-    scores = random_scores(plan.num_experts, seed, index) if plan.signal == "random" else None
-    if moments is None:
-        return Calibrated(scores)
-    return Calibrated(moments.deviation if scores is None else scores, moments.term_mean, moments.mean_mass)
 
 
 def needs_pass(plan: Plan, one_shot: bool) -> bool:

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import logging
-from functools import cached_property
-from itertools import product
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 
+import torch
 from msgspec.structs import replace
+from torch import Tensor
 
 from moeprune.calibration.analysis import Analysis, load_analysis, require_analysis_of
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment
 from moeprune.files import checkpoint
-from moeprune.files.checkpoint import tensor_infos
-from moeprune.files.header import read_header
+from moeprune.files.checkpoint import Copied
+from moeprune.files.header import Header, read_header
+from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import our_header, read_description
 from moeprune.models.model import Model, fingerprint, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
 from moeprune.models.request import ModelSpec
-from moeprune.plan import SIGNALS, Plan, experts_to_keep, scopes_of
-from moeprune.pruning import compensation
-from moeprune.pruning.apply import ALREADY_PRUNED, full_plan, needs_pass
+from moeprune.plan import SIGNALS, Plan, scopes_of
+from moeprune.pruning.apply import ALREADY_PRUNED, decide, full_plan, needs_pass, provenance, require_calibration
 from moeprune.pruning.budgets import plans_within
+from moeprune.pruning.compensation import MAX_REGRESSORS, too_large_refits
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest, SweepRequest
 from moeprune.pruning.results import Pruned, Search, Sweep
 from moeprune.pruning.search import DropLimit, prune_best, prune_within_drop
-from moeprune.pruning.streaming import prune_file
 from moeprune.pruning.sweep import COMPENSATIONS_TRIED, KEEPS, Variant, grid, methods, on_frontier, sweep
+from moeprune.records import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class _Full:
         self.header = our_header(spec.path)
         if self.header is None or spec.foreign_only:
             self.config, plan, self.details = self.model.config, self.model.plan, self.model.details
-            self.tensors = tensor_infos(self.model.state_dict())
+            self.tensors = checkpoint.tensor_infos(self.model.state_dict())
         else:
             self.config, plan, self.details = read_description(self.header)
             self.tensors = self.header.tensors
@@ -62,7 +65,7 @@ class _Full:
 def prune_checkpoint(request: PruneRequest) -> Pruned:
     """Prune a checkpoint, and write the pruned one, its plan, or both.
 
-    A static pruning that needs no pass over data goes from file to file, without building the model.
+    A static pruning that needs no pass over data goes from file to file, without building the model, in little memory.
 
     Raises:
         MoepruneError: a file or the data cannot be read or does not fit, the checkpoint is pruned already, no
@@ -71,8 +74,6 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     request.runtime.require_device()
     full = _Full(request.checkpoint)
     analysis = None if request.analysis is None else load_analysis(request.analysis)
-    if analysis is not None and (request.max_size is not None or request.max_flops is not None):
-        require_analysis_of(full.config.moe_layers, full.fingerprint, analysis)
     search, cost = None, None
     if request.max_accuracy_drop is None:
         plan = _prune(request, full, analysis)
@@ -94,26 +95,26 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     )
 
 
+def _plans(request: PruneRequest, full: _Full, analysis: Analysis | None) -> list[Plan]:
+    """Return the plan that is asked for, or what to try for a budget."""
+    layers = full.config.moe_layers
+    if request.max_size is None and request.max_flops is None:
+        plan = None if request.plan is None else read_plan(request.plan, layers)
+        return [full_plan(layers, request.keep, plan, request.method)]
+    if analysis is not None:
+        require_analysis_of(layers, full.fingerprint, analysis)
+    return plans_within(full.config, full.tensors, analysis, request.method, request.max_size, request.max_flops)
+
+
 def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Plan:
     """Write the pruned checkpoint, if one is asked for; return the plan."""
-    layers = full.config.moe_layers
-    if request.plan is not None:
-        plans = [read_plan(request.plan, layers)]
-    elif request.max_size is None and request.max_flops is None:
-        plans = [full_plan(layers, request.keep, None, request.method)]
-    else:
-        sizes = request.max_size, request.max_flops
-        plans = plans_within(full.config, full.tensors, analysis, request.method, *sizes)
+    plans = _plans(request, full, analysis)
     plan, with_pass = plans[0], needs_pass(plans[0], request.one_shot)
     if request.output is None:
         return plan
     is_static = all(layer.scope == "static" for layer in plan.values())
     if full.header is not None and is_static and request.data is None and not with_pass:
-        preprocessing = full.details.preprocessing.updated(request.checkpoint.preprocess)
-        prune_file(
-            full.header, request.output, analysis, plan=plan, preprocessing=preprocessing, seed=request.seed,
-            overwrite=request.overwrite,
-        )  # fmt: skip
+        _prune_file(request, full, full.header, analysis, plan)
         return plan
     data = None if request.data is None else open_data_for(full.model, request.data, "calibration")
     pruned = prune_best(
@@ -122,6 +123,40 @@ def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Pla
     )  # fmt: skip
     save(pruned, request.output, request.overwrite)
     return plan
+
+
+def _prune_file(request: PruneRequest, full: _Full, header: Header, analysis: Analysis | None, plan: Plan) -> None:
+    """Write from file to file what pruning statically in one shot, in memory, gives."""
+    assert request.output is not None
+    assert header.metadata is not None
+    layers = full.config.moe_layers
+    analysis = require_calibration(plan, layers, full.fingerprint, analysis, has_data=False, one_shot=True)
+    tensors = checkpoint.read_tensors(header)
+    entries: dict[str, Tensor | Copied] = {name: Copied(header, name) for name in header.tensors}
+    decided = {}
+    for index, (name, layer_plan) in enumerate(plan.items()):
+        moments = None if analysis is None else analysis.layers[name]
+        decided[name], calibrated = decide(layer_plan, moments, None, request.seed, index)
+        take = partial(_take, header, tensors, name)
+        dtype = tensors[f"{name}.fc2_weight"].dtype
+        for key, tensor in prune_tensors(layers[name], decided[name], take, calibrated).items():
+            entries[f"{name}.{key}"] = tensor.to(dtype) if isinstance(tensor, Tensor) else tensor
+    made = provenance(full.fingerprint, plan, analysis, None, request.seed, request.runtime)
+    changed = {
+        "plan": to_json(decided),
+        "provenance": full.details.provenance | made,
+        "preprocessing": to_json(full.details.preprocessing.updated(request.checkpoint.preprocess)),
+    }
+    checkpoint.write(request.output, entries, header.metadata | changed, request.overwrite)
+
+
+def _take(
+    header: Header, tensors: Mapping[str, Tensor], layer: str, name: str, axis: int | None, experts: Sequence[int]
+) -> Tensor | Copied:
+    """Return a tensor of a layer of a file, or some experts' places along an axis: as bytes to copy, if they lie so."""
+    if axis:
+        return tensors[f"{layer}.{name}"].index_select(axis, torch.tensor(experts))
+    return Copied(header, f"{layer}.{name}", None if axis is None else experts)
 
 
 def _search(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Search:
@@ -165,24 +200,19 @@ def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:
 
 def _ways(request: SweepRequest, model: Model) -> list[Variant]:
     """Return what to try; warn of what is left out."""
-    possible = scopes_of(model.config.moe_layers.values())
-    keeps = request.keeps or KEEPS
+    layers, keeps = model.config.moe_layers, request.keeps or KEEPS
+    possible = scopes_of(layers.values())
     if request.plot is not None and not (request.scope or request.signal or request.compensate):
         return list(methods(keeps, possible))
-    signals = request.signal or SIGNALS
-    compensations = request.compensate or COMPENSATIONS_TRIED
-    for keep, (name, layer) in product(keeps, model.config.moe_layers.items()):
-        experts_to_keep(keep, layer.num_experts, name, "--sweep")
+    signals, compensations = request.signal or SIGNALS, request.compensate or COMPENSATIONS_TRIED
     ways = list(grid(keeps, request.scope or possible, signals, compensations, possible[0]))
     if not any(way.signal != "random" and way.keep for way in ways) and signals != ("random",):
         raise MoepruneError(
             "no way to prune has such a scope, signal and compensation",
             "`gram`, `refit` and `merge` need scope static, and `merge` does not go with `gram`",
         )
-    layers = model.config.moe_layers
-    left_out = [way for way in ways if compensation.too_large_refits(layers, way.plan(layers))]
+    left_out = [way for way in ways if too_large_refits(layers, way.plan(layers))]
     if left_out:
         shares = ", ".join(dict.fromkeys(str(way.keep) for way in left_out))
-        most = compensation.MAX_REGRESSORS
-        logger.warning(f"`refit` is left out at {shares}: it would take more than {most:,} regressors")
+        logger.warning(f"`refit` is left out at {shares}: it would take more than {MAX_REGRESSORS:,} regressors")
     return [way for way in ways if way not in left_out]

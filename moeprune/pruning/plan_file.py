@@ -48,7 +48,16 @@ def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
         if not value:
             raise MoepruneError(f"`{path}` is not a pruned checkpoint", "give one, or a plan as JSON")
     else:
-        value = _read_json(path)
+        found = read_json(path, "a plan as JSON, or a pruned checkpoint")
+        version = found.get("schema_version") if isinstance(found, dict) else None
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise MoepruneError(
+                f"`{path}`: `schema_version` is {version!r}, expected {SCHEMA_VERSION}",
+                'a plan is {"schema_version": 1, "plan": {"LAYER": {"k": 8, ...}}}',
+            )
+        if unknown := [key for key in found if key not in ("schema_version", "plan")]:
+            raise MoepruneError(f"`{path}`: unknown key `{unknown[0]}`", "the keys are `schema_version` and `plan`")
+        value = found.get("plan")
     if not isinstance(value, Mapping) or not value:
         raise MoepruneError(f"`{path}` plans no layer", "give what `--save-plan` or `prune` wrote")
     try:
@@ -57,19 +66,6 @@ def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
     except MoepruneError as error:
         raise MoepruneError(f"`{path}`: {error.message}", error.hint) from None
     return plan
-
-
-def _read_json(path: Path) -> Any:
-    found = read_json(path, "a plan as JSON, or a pruned checkpoint")
-    version = found.get("schema_version") if isinstance(found, dict) else None
-    if type(version) is not int or version != SCHEMA_VERSION:
-        raise MoepruneError(
-            f"`{path}`: `schema_version` is {version!r}, expected {SCHEMA_VERSION}",
-            'a plan is {"schema_version": 1, "plan": {"LAYER": {"k": 8, ...}}}',
-        )
-    if unknown := [key for key in found if key not in ("schema_version", "plan")]:
-        raise MoepruneError(f"`{path}`: unknown key `{unknown[0]}`", "the keys are `schema_version` and `plan`")
-    return found.get("plan")
 
 
 def _complete(layer: Any, name: str, layers: Mapping[str, LayerConfig]) -> Any:

@@ -14,13 +14,12 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.request import EvalRequest
 from moeprune.models.request import Checkpoint
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Compensation, Method, Scope, Signal, parse_keep
+from moeprune.plan import Compensation, Method, Scope, Share, Signal, parse_keep
 from moeprune.records import Request, option
 
 AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
 """Fields of which exactly one sets the number of kept experts."""
 METHOD = ("scope", "signal", "compensate")
-Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1), option("Seed of everything random.")]
 
 
@@ -98,7 +97,11 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         for name in (*METHOD, "energy"):
             if self.plan is not None and getattr(self, name) is not None:
                 raise MoepruneError(f"`{name}` does not go with `plan`", "the plan sets it for each layer")
-        check_method(self.method)
+        try:
+            self.method.plan(1, 2)
+        except MoepruneError as error:  # names options
+            message = re.sub(r"\b(scope|signal|compensation)s? `(\w+)`", r"`--\1 \2`", error.message)
+            raise MoepruneError(message.replace("--compensation", "--compensate"), error.hint) from None
         if self.keep is not None:
             parse_keep(self.keep)
         if self.one_shot and self.data is not None:
@@ -153,12 +156,3 @@ class SweepRequest(EvalRequest, frozen=True, kw_only=True):
             raise MoepruneError(f"`{chosen[0]}` goes with `sweep`", "add `--sweep 1/16,1/8,1/4`")
         self.keeps  # noqa: B018 (reads the text)
         super().check()
-
-
-def check_method(method: Method) -> None:
-    """Raise a MoepruneError, which names options, if no layer can be pruned so."""
-    try:
-        method.plan(1, 2)
-    except MoepruneError as error:
-        message = re.sub(r"\b(scope|signal|compensation)s? `(\w+)`", r"`--\1 \2`", error.message)
-        raise MoepruneError(message.replace("--compensation", "--compensate"), error.hint) from None

@@ -75,31 +75,25 @@ def prune_best(
     Args:
         plans: at least one. The other arguments are those of moeprune.pruning.apply.prune.
     """
-    apply = partial(prune, model, analysis, one_shot=one_shot, seed=seed, runtime=runtime)
-    if len(plans) == 1:
-        return apply(plan=plans[0], data=data)
-    if data is None:
+    if data is not None:
+        data = dataset_for(model, data, "calibration")
+    elif len(plans) > 1:
         assert analysis is not None
         data = calibration_data(model, analysis)
-    data = dataset_for(model, data, "calibration")
-    pruned = [apply(plan=plan, data=data) for plan in plans]
-    differences = _differences(pruned, model, data.sample(COMPARED_INPUTS), runtime)
-    return pruned[differences.index(min(differences))]
-
-
-def _differences(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtime) -> list[tuple[int, float]]:
-    """Return for each model how many predictions differ from the full one's, and the squared difference.
-
-    Divergences would not do: by them, a model that is too sure of the right class is far from the full one.
-    """
-    device = runtime.torch_device
-    full, *copies = (private_copy(model).to(device) for model in (full, *models))
-    changed = torch.zeros(len(models), dtype=torch.int64)
-    squares = torch.zeros(len(models), dtype=torch.float64)
-    for index, found, expected in runtime.run_paired(dict(enumerate(copies)), full, data, "compare plans"):
-        changed[index] += (found.argmax(-1) != expected.argmax(-1)).sum().cpu()
-        squares[index] += (found - expected).square().sum().cpu()
-    return list(zip(changed.tolist(), squares.tolist(), strict=True))
+    pruned = [
+        prune(model, analysis, plan=plan, data=data, one_shot=one_shot, seed=seed, runtime=runtime) for plan in plans
+    ]
+    if len(plans) == 1 or data is None:
+        return pruned[0]
+    full, *copies = (private_copy(each).to(runtime.torch_device) for each in (model, *pruned))
+    # Predictions that differ, and the squared difference. Divergences would not do: by them, a model that is too
+    # sure of the right class is far from the full one.
+    distances = torch.zeros(len(pruned), 2, dtype=torch.float64)
+    pairs = runtime.run_paired(dict(enumerate(copies)), full, data.sample(COMPARED_INPUTS), "compare plans")
+    for index, found, expected in pairs:
+        distances[index, 0] += (found.argmax(-1) != expected.argmax(-1)).sum().cpu()
+        distances[index, 1] += (found - expected).square().sum().cpu()
+    return pruned[min(range(len(pruned)), key=lambda index: distances[index].tolist())]
 
 
 def prune_within_drop(
@@ -142,7 +136,7 @@ def prune_within_drop(
     if not plans:
         raise MoepruneError(f"no plan of {method} makes the model smaller", "give another method")
     apply = partial(prune, model, analysis, data=calibration, seed=seed, runtime=runtime)
-    search = _Search(plans, lambda plan: apply(plan=plan), limit, searching)
+    search = _Search(plans, apply, limit, searching)
     if found := search.run(lambda: Reference(model, second, runtime, "full model")):
         return found
     bound = "" if limit.confidence is None else f" bound at confidence {limit.confidence:g}"
@@ -162,7 +156,7 @@ class _Search:
     """
 
     plans: Sequence[Plan]
-    apply: Callable[[Plan], Model]
+    apply: Callable[..., Model]
     limit: DropLimit
     first: Reference
     tried: dict[int, TriedPlan] = field(default_factory=dict)
@@ -171,7 +165,7 @@ class _Search:
 
     def attempt(self, index: int) -> bool:
         """Return True if the model of a plan is within the limit on the first half; `within` is then that model."""
-        pruned = self.apply(self.plans[index])
+        pruned = self.apply(plan=self.plans[index])
         _, difference = self.first.compare(pruned, f"try {len(self.tried) + 1}")
         self.tried[index] = TriedPlan(
             k={name: layer.k for name, layer in self.plans[index].items()},

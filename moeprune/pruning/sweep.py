@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
+from typing import NamedTuple
 
 from moeprune.calibration.analysis import Analysis
 from moeprune.data.datasets import Dataset
@@ -35,11 +35,9 @@ METHODS = {
     ("static", "random", "none"): "random experts: static, none",
 }
 """Methods that a plot compares, by scope, signal and compensation, and their labels."""
-COSTS = ("size", "flops")
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One way to prune a model; keep is a share of the experts, or 0 for none at all."""
 
     keep: Fraction | int
@@ -50,12 +48,11 @@ class Variant:
     @property
     def label(self) -> str:
         """The name of the method in plots and tables."""
-        method = (self.scope, self.signal, self.compensate)
-        return METHODS.get(method, f"{self.scope} by {self.signal}, {self.compensate}")
+        return METHODS.get(self[1:], f"{self.scope} by {self.signal}, {self.compensate}")
 
     def plan(self, layers: Mapping[str, LayerConfig]) -> Plan:
         """Return the plan of a model with these layers."""
-        return uniform_plan(layers, self.keep, Method(self.scope, self.signal, self.compensate), "--sweep")
+        return uniform_plan(layers, self.keep, Method(*self[1:]), "--sweep")
 
 
 def grid(
@@ -111,18 +108,17 @@ def sweep(
     calibration = calibration_data(model, analysis)
     reference = Reference(model, data, runtime, "full model")
 
-    def latency(pruned: Model) -> Latency | None:
-        if latency_batches is None:
-            return None
-        return measure_latency(pruned, data, model, latency_batches, runtime)
+    def row(variant: Variant | None, results: list[tuple[ModelFigures, Difference]], pruned: Model) -> SweepRow:
+        latency = None if latency_batches is None else measure_latency(pruned, data, model, latency_batches, runtime)
+        return _row(variant, results, reference.figures.accuracy, latency)
 
-    yield _row(None, [reference.itself], reference.figures.accuracy, latency(model)), model
+    yield row(None, [reference.itself], model), model
     for variant, plan in runtime.bar("sweep", "variants", plans):
         results = []
         for draw in range(RANDOM_DRAWS if variant.signal == "random" else 1):
             pruned = prune(model, analysis, plan=plan, data=calibration, seed=seed + draw, runtime=runtime)
             results.append(reference.compare(pruned))
-        yield _row(variant, results, reference.figures.accuracy, latency(pruned)), pruned
+        yield row(variant, results, pruned), pruned
 
 
 def _row(
@@ -144,13 +140,12 @@ def _row(
     )
 
 
-def on_frontier(rows: Iterable[SweepRow]) -> list[OnFrontier]:
+def on_frontier(rows: Sequence[SweepRow]) -> list[OnFrontier]:
     """Return for each row whether no other is as accurate at less cost, or more accurate at no more."""
-    rows = list(rows)
 
     def is_best(row: SweepRow, which: str) -> bool:
         own = (getattr(row, which), -row.accuracy)
         others = ((getattr(other, which), -other.accuracy) for other in rows)
         return not any(o != own and o[0] <= own[0] and o[1] <= own[1] for o in others)
 
-    return [OnFrontier(**{which: is_best(row, which) for which in COSTS}) for row in rows]
+    return [OnFrontier(**{which: is_best(row, which) for which in OnFrontier.__struct_fields__}) for row in rows]

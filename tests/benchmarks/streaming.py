@@ -25,11 +25,19 @@ import torch
 import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.request import ModelSpec
 from moeprune.models.vit import SoftMoEViT
-from moeprune.pruning.streaming import prune_file
+from moeprune.pruning.checkpoint import prune_checkpoint
+from moeprune.pruning.request import PruneRequest
 
 REPETITIONS = 5
 KEEPS = ("1/8", "1/2", "1/1")
+
+
+def prune(path: Path, target: Path, keep: str) -> None:
+    prune_checkpoint(
+        PruneRequest(checkpoint=ModelSpec(path=path), output=target, keep=keep, signal="random", overwrite=True)
+    )
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -48,7 +56,7 @@ def copy(source: Path, target: Path) -> None:
 def peak(path: Path, target: Path, keep: str) -> None:
     """Print the peak memory above the imports, in MB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    prune_file(path, target, keep=keep, signal="random")
+    prune(path, target, keep)
     print(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6:.0f}")
 
 
@@ -70,7 +78,7 @@ def main() -> None:
                 for file in (target, copied):
                     file.unlink(missing_ok=True)
                 os.sync()
-                pruning.append(seconds(lambda: prune_file(path, target, keep=keep, signal="random")))  # noqa: B023
+                pruning.append(seconds(lambda: prune(path, target, keep)))  # noqa: B023
                 copying.append(seconds(lambda: copy(target, copied)))
                 copied.unlink()
                 os.sync()
