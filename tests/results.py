@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeprune.data.info import DataInfo
+from moeprune.data.spec import DataInfo
 from moeprune.evaluation.results import Difference, Environment, Evaluation, ModelFigures, Outcomes
 from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
 from moeprune.pruning.results import SweepRow

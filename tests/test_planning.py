@@ -12,7 +12,7 @@ import torch
 import moeprune
 from moeprune.calibration.analysis import Analysis, Origin
 from moeprune.calibration.statistics import LayerStatistics
-from moeprune.data.info import DataInfo
+from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.config import SoftMoEConfig

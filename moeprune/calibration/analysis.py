@@ -15,7 +15,7 @@ from moeprune.calibration.passes import divergences, measure, require_finite
 from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, StatisticsAccumulator
 from moeprune.calibration.sums import sums_in_bytes
 from moeprune.data.datasets import Dataset
-from moeprune.data.info import DataInfo
+from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.header import read_header, require_format

@@ -28,11 +28,7 @@ DAMAGES = (
 
 
 def open_safetensors(path: Path, input_format: InputFormat) -> Source:
-    """Open the arrays of a safetensors file.
-
-    Raises:
-        MoepruneError: not such a file, or arrays that do not fit the model.
-    """
+    """Open the arrays of a safetensors file, or raise a MoepruneError if they do not fit the model."""
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -55,11 +51,7 @@ def open_safetensors(path: Path, input_format: InputFormat) -> Source:
 
 
 def open_npz(path: Path, input_format: InputFormat) -> Source:
-    """Open the arrays of a `.npz` file, as np.savez and np.savez_compressed write it.
-
-    Raises:
-        MoepruneError: not such a file, or arrays that do not fit the model.
-    """
+    """Open the arrays of a `.npz` file, compressed or not, or raise a MoepruneError if they do not fit the model."""
     labels = None
     with _damage_as_error(f"`{path}` is not a readable .npz file"), ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -100,10 +92,8 @@ def _npy_header(archive: ZipFile, name: str, path: Path) -> tuple[tuple[int, ...
         raise MoepruneError(f"`{name}` of `{path}` is in Fortran order", "save it with np.ascontiguousarray")
     found = archive.getinfo(f"{name}.npy").file_size - start
     if min(shape, default=0) < 0 or found != dtype.itemsize * math.prod(shape):
-        raise MoepruneError(
-            f"`{name}` of `{path}` has {found} bytes, expected those of {list(shape)} values of type {dtype}",
-            "write the file again",
-        )
+        expected = f"expected those of {list(shape)} values of type {dtype}"
+        raise MoepruneError(f"`{name}` of `{path}` has {found} bytes, {expected}", "write the file again")
     return shape, dtype, start
 
 

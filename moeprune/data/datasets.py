@@ -31,9 +31,9 @@ from torch import Tensor
 from moeprune.data.arrays import open_npz, open_safetensors
 from moeprune.data.digits import SPLITS, digits, pairs
 from moeprune.data.images import open_folder
-from moeprune.data.info import DataInfo
 from moeprune.data.preprocessing import InputFormat
 from moeprune.data.sources import Batch, Source, one_ahead
+from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files.reading import require_file, version_of
 
@@ -98,11 +98,8 @@ class Dataset:
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Iterate over the samples in a fixed order, reading one batch ahead in a thread.
 
-        The first whole pass checks and hashes the samples in that thread; later passes do not, unless the
-        files have changed.
-
-        Raises:
-            MoepruneError: NaN or infinite inputs, labels outside the classes, or an unreadable file.
+        The first whole pass, and those after the files have changed, hash the samples in that thread; they raise a
+        MoepruneError for NaN or infinite inputs and for labels outside the classes.
         """
         versions = [version_of(path) for path in self.source.files]
         places = range(0, self.samples, batch_size)
@@ -112,8 +109,7 @@ class Dataset:
             batches = self._checked(batches, digests)
         with contextlib.closing(batches), ThreadPoolExecutor(1) as thread:  # type: ignore[type-var]
             for coming in one_ahead(thread.submit(next, batches, None) for _ in itertools.count()):
-                batch = coming.result()
-                if batch is None:
+                if (batch := coming.result()) is None:
                     break
                 yield batch
         if is_new:
@@ -130,10 +126,8 @@ class Dataset:
                 raise MoepruneError(f"sample {bad} of `{self.spec}` has NaN or infinite values")
             if labels is not None and not (fits := (labels >= 0) & (labels < self.classes)).all():
                 bad = int(fits.logical_not().nonzero()[0])
-                raise MoepruneError(
-                    f"sample {self.indices[seen + bad]} of `{self.spec}` has the label {int(labels[bad])},"
-                    f" the model has {self.classes} classes (0 to {self.classes - 1})"
-                )
+                label = f"sample {self.indices[seen + bad]} of `{self.spec}` has the label {int(labels[bad])}"
+                raise MoepruneError(f"{label}, the model has {self.classes} classes (0 to {self.classes - 1})")
             for digest, tensor in zip(digests, (inputs, labels), strict=True):
                 if tensor is not None:
                     digest.update(tensor.contiguous().numpy().data)
@@ -142,29 +136,28 @@ class Dataset:
 
 
 def open_data(spec: str, input_format: InputFormat, split: str | None = None, limit: int | None = None) -> Dataset:
-    """Open the data set that a spec names: `digits`, `pairs`, an array file or a folder of images.
+    """Open the data set that a spec names, or raise a MoepruneError if it is unknown, damaged or does not fit.
 
     Args:
+        spec: as at the top of this module.
         split: the split of a built-in set whose spec names none; `test` if this is None too.
         limit: take at most this many samples, drawn with a fixed seed.
-
-    Raises:
-        MoepruneError: an unknown spec or split, or a file or folder that is missing, damaged or does not fit.
     """
-    name, _, spec_split = spec.partition(":")
+    name, _, own_split = spec.partition(":")
+    hint = f"splits are {', '.join(SPLITS)}"
     if split is not None and split not in SPLITS:
-        raise MoepruneError(f"`--split {split}` is unknown", f"splits are {', '.join(SPLITS)}")
+        raise MoepruneError(f"`--split {split}` is unknown", hint)
     if name in BUILT_IN:
-        split = spec_split or split or "test"
+        split = own_split or split or "test"
         spec = f"{name}:{split}"
         if split not in SPLITS:
-            raise MoepruneError(f"`{spec}`: unknown split `{split}`", f"splits are {', '.join(SPLITS)}")
+            raise MoepruneError(f"`{spec}`: unknown split `{split}`", hint)
         pixels, labels = BUILT_IN[name](split)
         if tuple(pixels.shape[1:]) != input_format.shape:
             raise input_format.misfit(spec, tuple(pixels.shape))
         data = from_tensors(spec, input_format.normalize(pixels), labels, input_format.classes)
     else:
-        source = _from_path(spec, input_format)
+        source = _open_path(spec, input_format)
         data = Dataset(spec, source, input_format.classes, range(source.samples))
     return data if limit is None else data.sample(limit)
 
@@ -180,7 +173,7 @@ def from_tensors(spec: str, inputs: Tensor, labels: Tensor | None, classes: int)
     return Dataset(spec, Source(len(inputs), used is not None, read), classes, range(len(inputs)))
 
 
-def _from_path(spec: str, input_format: InputFormat) -> Source:
+def _open_path(spec: str, input_format: InputFormat) -> Source:
     path = Path(spec)
     if not spec or not os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long)
         raise MoepruneError(f"no data `{spec}`", SPECS_HINT)

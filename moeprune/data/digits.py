@@ -9,33 +9,24 @@ from torch import Tensor
 
 from moeprune.errors import MoepruneError
 
-SPLITS = ("train", "calibration", "test")
+SPLITS = {"train": (0, 5), "calibration": (5, 7), "test": (7, 10)}
+"""The places from and to, of every ten images of a class in the order of the data set."""
 PAIRS_OF_SPLIT = 2000
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
-    """One split of scikit-learn's digits: pixels (n,1,8,8) in 0…1 and labels (n,).
-
-    Stratified and fixed: of every ten images of a class, in the order of the data set, five are for
-    training, two for calibration and three for testing.
-
-    Raises:
-        MoepruneError: scikit-learn is not installed.
-    """
+    """Return one split of scikit-learn's digits, stratified and fixed: pixels (n,1,8,8) in 0…1 and labels (n,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise MoepruneError(
-            "the data sets `digits` and `pairs` need scikit-learn", "install it, or moeprune's extra `demo`"
-        ) from None
+        hint = "install it, or moeprune's extra `demo`"
+        raise MoepruneError("the data sets `digits` and `pairs` need scikit-learn", hint) from None
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16
     labels = torch.from_numpy(bunch.target).to(torch.int64)
-    place_in_class = torch.empty_like(labels)
-    for digit in range(10):
-        place_in_class[labels == digit] = torch.arange(int((labels == digit).sum()))
-    tenth = place_in_class % 10
-    part = {"train": tenth < 5, "calibration": (tenth >= 5) & (tenth < 7), "test": tenth >= 7}[split]
+    place_in_class = (labels == labels[:, None]).tril(-1).sum(1)
+    start, end = SPLITS[split]
+    part = (place_in_class % 10 >= start) & (place_in_class % 10 < end)
     return images[part], labels[part]
 
 
@@ -45,10 +36,12 @@ def pairs(split: str) -> tuple[Tensor, Tensor]:
     Every class has 20 pairs; which images they are made of is drawn with a fixed seed.
     """
     images, labels = digits(split)
-    by_digit = [(labels == digit).nonzero().flatten().tolist() for digit in range(10)]
-    generator = random.Random(SPLITS.index(split))
-    classes = [i % 100 for i in range(PAIRS_OF_SPLIT)]
-    halves = []
-    for shown in ([c // 10 for c in classes], [c % 10 for c in classes]):
-        halves.append(images[[by_digit[s][int(generator.random() * len(by_digit[s]))] for s in shown]])
-    return torch.cat(halves, dim=3), torch.tensor(classes)
+    by_digit = [images[labels == digit] for digit in range(10)]
+    generator = random.Random(list(SPLITS).index(split))
+
+    def draw(digits: Tensor) -> Tensor:
+        shown = (by_digit[digit] for digit in digits.tolist())
+        return torch.stack([each[int(generator.random() * len(each))] for each in shown])
+
+    classes = torch.arange(PAIRS_OF_SPLIT) % 100
+    return torch.cat([draw(classes // 10), draw(classes % 10)], dim=3), classes

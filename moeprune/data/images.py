@@ -19,11 +19,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def open_folder(path: Path, input_format: InputFormat) -> Source:
-    """Open a folder of images, ordered by class and by name.
-
-    Raises:
-        MoepruneError: no images, class folders other in number than the model's classes, or no Pillow.
-    """
+    """Open a folder of images, ordered by class and by name; raise a MoepruneError if it does not fit the model."""
     try:
         import PIL  # noqa: F401
     except ImportError:
@@ -31,11 +27,9 @@ def open_folder(path: Path, input_format: InputFormat) -> Source:
         raise MoepruneError("folders of images need Pillow", hint) from None
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
     if classes and len(classes) != input_format.classes and input_format.classes:
-        raise MoepruneError(
-            f"`{path}` has {len(classes)} class folders, the model {input_format.classes} classes:"
-            " the labels would be wrong",
-            "make a folder for every class (it may be empty), or put unlabelled images into one flat folder",
-        )
+        message = f"`{path}` has {len(classes)} class folders, the model {input_format.classes} classes"
+        hint = "make a folder for every class (it may be empty), or put unlabelled images into one flat folder"
+        raise MoepruneError(f"{message}: the labels would be wrong", hint)
     files = [
         (file, label)
         for label, folder in enumerate(path / name for name in classes or ["."])
@@ -43,9 +37,8 @@ def open_folder(path: Path, input_format: InputFormat) -> Source:
         if file.suffix.lower() in SUFFIXES and file.name[0] != "."
     ]
     if not files:
-        raise MoepruneError(
-            f"no images in `{path}` ({len(classes)} class folders)", f"expected {path}/CLASS/*.png or *.jpg"
-        )
+        hint = f"expected {path}/CLASS/*.png or *.jpg"
+        raise MoepruneError(f"no images in `{path}` ({len(classes)} class folders)", hint)
     has_labels = bool(classes) and input_format.classes > 0
 
     def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
@@ -63,16 +56,12 @@ def open_folder(path: Path, input_format: InputFormat) -> Source:
 
 
 def read_image(path: Path, input_format: InputFormat) -> Tensor:
-    """Read an image, resized and cropped about its centre: pixels (c,H,W) in 0…1.
-
-    Raises:
-        MoepruneError: not a PNG or JPEG image, or a model with channels other than 1 (grey) or 3 (colour).
-    """
+    """Read an image, resized and cropped about its centre: pixels (c,H,W) in 0…1, or raise a MoepruneError."""
     from PIL import Image
 
     channels, height, width = input_format.shape
-    modes = {1: "L", 3: "RGB"}
-    if channels not in modes:
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
         raise MoepruneError(f"the model takes {channels} channels, images have 1 (grey) or 3 (colour)")
     require_file(path, "an image")
     try:
@@ -80,27 +69,21 @@ def read_image(path: Path, input_format: InputFormat) -> Tensor:
         with Image.open(path, formats=("PNG", "JPEG")) as file:
             if file.mode.startswith(("I", "F")):
                 raise MoepruneError(f"`{path}` has more than 8 bits a channel", "convert it to 8 bits")
-            image = file.convert(modes[channels])
+            image = file.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MoepruneError(f"`{path}` is not a readable image ({error})", "repair or remove it") from None
-    preprocessing = input_format.preprocessing
-    factor = max(width / image.width, height / image.height)
-    if preprocessing.resize is not None:
-        factor = preprocessing.resize / min(image.size)
-    resized = (round(image.width * factor), round(image.height * factor))
-    if resized[0] < width or resized[1] < height:
-        raise MoepruneError(
-            f"`{path}` is {resized[0]}×{resized[1]} after `resize` {preprocessing.resize},"
-            f" smaller than the {width}×{height} that the model takes"
-        )
-    if max(resized) > MAX_SIDE:
-        raise MoepruneError(
-            f"`{path}` of {image.width}×{image.height} would be resized to {resized[0]}×{resized[1]},"
-            f" which is more than {MAX_SIDE} pixels on a side"
-        )
-    if resized != image.size:
-        image = image.resize(resized, Image.Resampling[preprocessing.interpolation.upper()])
-    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+    resize, interpolation = input_format.preprocessing.resize, input_format.preprocessing.interpolation
+    factor = max(width / image.width, height / image.height) if resize is None else resize / min(image.size)
+    wide, high = round(image.width * factor), round(image.height * factor)
+    if wide < width or high < height:
+        small = f"smaller than the {width}×{height} that the model takes"
+        raise MoepruneError(f"`{path}` is {wide}×{high} after `resize` {resize}, {small}")
+    if max(wide, high) > MAX_SIDE:
+        large = f"{wide}×{high}, which is more than {MAX_SIDE} pixels on a side"
+        raise MoepruneError(f"`{path}` of {image.width}×{image.height} would be resized to {large}")
+    if (wide, high) != image.size:
+        image = image.resize((wide, high), Image.Resampling[interpolation.upper()])
+    left, top = (wide - width) // 2, (high - height) // 2
     image = image.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)

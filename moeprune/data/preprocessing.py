@@ -42,11 +42,7 @@ class Preprocessing(Record, frozen=True, omit_defaults=False):
                 raise MoepruneError(f"preprocessing: `{name}` has NaN or infinite values", HINT)
 
     def updated(self, settings: Mapping[str, Any]) -> Preprocessing:
-        """Return a copy with some settings replaced; one number stands for a list of one.
-
-        Raises:
-            MoepruneError: an unknown key or a value that does not fit.
-        """
+        """Return a copy with some settings replaced, checked; one number stands for a list of one."""
         lists = {key: [settings[key]] for key in ("mean", "std") if isinstance(settings.get(key), int | float)}
         try:
             return from_json(to_json(self) | dict(settings) | lists, Preprocessing, "`--preprocess`")
@@ -72,26 +68,21 @@ class InputFormat:
     @property
     def in_words(self) -> str:
         """A description such as `3×224×224 in 1000 classes, normalised with mean 0.5 and std 0.5`."""
-        mean, std = (
-            ", ".join(str(value) for value in values) for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
-        size = "×".join(str(side) for side in self.shape)
+        size = "×".join(map(str, self.shape))
+        mean, std = (", ".join(map(str, values)) for values in (self.preprocessing.mean, self.preprocessing.std))
         return f"{size} in {self.classes} classes, normalised with mean {mean} and std {std}"
 
     def misfit(self, spec: str, shape: tuple[int, ...]) -> MoepruneError:
         """Return the error that says that inputs of a data set have another shape."""
-        return MoepruneError(
-            f"inputs of `{spec}` have the shape {list(shape)},"
-            f" the model takes [n, {self.channels}, {self.height}, {self.width}]",
-            "give data of the size and the channels that `moeprune inspect` shows",
-        )
+        expected = f"[n, {self.channels}, {self.height}, {self.width}]"
+        hint = "give data of the size and the channels that `moeprune inspect` shows"
+        return MoepruneError(f"inputs of `{spec}` have the shape {list(shape)}, the model takes {expected}", hint)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Return pixels (b,c,H,W) in 0…1 minus the mean, divided by the standard deviation."""
-        for name in ("mean", "std"):
-            values = getattr(self.preprocessing, name)
+        settings = {"mean": self.preprocessing.mean, "std": self.preprocessing.std}
+        for name, values in settings.items():
             if len(values) not in (1, self.channels):
                 raise MoepruneError(f"preprocessing: `{name}` has {len(values)} values for {self.channels} channels")
-        mean = pixels.new_tensor(self.preprocessing.mean)[:, None, None]
-        std = pixels.new_tensor(self.preprocessing.std)[:, None, None]
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in settings.values())
         return (pixels - mean).div_(std)

@@ -1,4 +1,4 @@
-"""A data spec with its options, as a command or a caller gives it; no torch."""
+"""A data spec with its options, and facts about the data that it names; no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from moeprune.errors import MoepruneError
 from moeprune.plan import Positive
-from moeprune.records import Request, option
+from moeprune.records import Request, Result, option
 
 BUILT_IN = ("digits", "pairs")
 
@@ -24,6 +24,13 @@ class DataSpec(Request, frozen=True, kw_only=True):
     def check(self) -> None:
         """Raise a MoepruneError if a split is given of data that has none."""
         if self.split is not None and self.spec not in BUILT_IN:
-            raise MoepruneError(
-                f"`--split {self.split}` does not go with `{self.spec}`", f"it picks a split of {' or '.join(BUILT_IN)}"
-            )
+            hint = f"it picks a split of {' or '.join(BUILT_IN)}"
+            raise MoepruneError(f"`--split {self.split}` does not go with `{self.spec}`", hint)
+
+
+class DataInfo(Result, frozen=True):
+    """Data that a model ran on; fingerprint: SHA-256 of all inputs and labels as the model gets them."""
+
+    spec: str
+    samples: int
+    fingerprint: str

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from moeprune.data.info import DataInfo
+from moeprune.data.spec import DataInfo
 from moeprune.models.results import ModelCost
 from moeprune.records import Report, Result
 

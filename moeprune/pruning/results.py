@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeprune.data.info import DataInfo
+from moeprune.data.spec import DataInfo
 from moeprune.evaluation.results import Difference, Environment, Interval, Latency, ModelFigures
 from moeprune.models.results import ModelCost
 from moeprune.plan import LayerPlan

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import asdict
 
-from moeprune.data.info import DataInfo
+from moeprune.data.spec import DataInfo
 from moeprune.models.results import FlopsByPart
 from moeprune.plan import LayerPlan
 
