@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ EXPONENTS = {
 
 @dataclass(frozen=True)
 class Copied:
-    """A tensor to write that is copied from another file: all of it, or some rows of its first axis."""
+    """A tensor of a file, to read or to copy into another: all of it, or some rows of its first axis."""
 
     header: Header
     name: str
@@ -55,50 +55,41 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
 
 
 def scan(header: Header) -> dict[str, str]:
-    """Return the SHA-256 of each tensor's bytes, and check the values, in one pass over the file.
+    """Return the SHA-256 of each tensor's bytes, from one pass over the file; a header remembers them.
 
-    A header remembers the result.
-
-    Raises:
-        MoepruneError: the file cannot be read, has changed since its header was read, or has NaN or
-            infinite values; all tensors with such values are named.
+    Raises a MoepruneError if the file has changed since its header was read, or has NaN or infinite values.
     """
     if header.digests:
         return header.digests
-
-    def scan_tensor(name: str) -> tuple[str, bool]:
-        return _scan(_blocks(Copied(header, name)), header.tensors[name].dtype)
-
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = dict(zip(header.tensors, pool.map(scan_tensor, header.tensors), strict=True))
+        results = pool.map(_scan, [Copied(header, name) for name in header.tensors])
+        scanned = dict(zip(header.tensors, results, strict=True))
     require_unchanged(header)
-    _require_finite([name for name, (_, finite) in results.items() if not finite], header.path)
-    header.digests.update({name: digest for name, (digest, _) in results.items()})
+    _require_finite({name: finite for name, (_, finite) in scanned.items()}, header.path)
+    header.digests.update({name: digest for name, (digest, _) in scanned.items()})
     return header.digests
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise a MoepruneError that names every tensor in memory with NaN or infinite values."""
-    bad = [name for name, t in tensors.items() if not all(_is_finite(b, str(t.dtype)) for b in _blocks(t))]
-    _require_finite(bad, path)
+    finite = {name: all(_is_finite(b, str(t.dtype)) for b in _blocks(t)) for name, t in tensors.items()}
+    _require_finite(finite, path)
 
 
-def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+def tensor_infos(entries: Mapping[str, Tensor | Copied]) -> dict[str, TensorInfo]:
     """Return types, shapes and sizes of tensors, as a header has them."""
-    return {name: _info(tensor) for name, tensor in tensors.items()}
+    return {name: _info(entry) for name, entry in entries.items()}
 
 
 def fingerprint(tensors: Mapping[str, Tensor] | Header, architecture: Mapping[str, Any]) -> str:
     """Return the SHA-256 of an architecture (JSON values) and its tensors: names, types, shapes and bytes.
 
-    Raises:
-        MoepruneError: the tensors are those of a file, which cannot be read or has NaN or infinite values.
+    Raises a MoepruneError if the tensors are those of a file, which `scan` refuses.
     """
     if isinstance(tensors, Header):
         infos, digests = tensors.tensors, scan(tensors)
     else:
-        infos = tensor_infos(tensors)
-        digests = {name: _scan(_blocks(t), str(t.dtype))[0] for name, t in tensors.items()}
+        infos, digests = tensor_infos(tensors), {name: _scan(tensor)[0] for name, tensor in tensors.items()}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, info in sorted(infos.items()):
         digest.update(f"{name} {info.dtype} {list(info.shape)} {digests[name]}".encode())
@@ -110,19 +101,17 @@ def write(
 ) -> None:
     """Write a safetensors file, a block at a time: equal entries and metadata give equal bytes.
 
+    Raises a MoepruneError if `replacing` does, if values are not finite, or if no file can hold a tensor's type.
+
     Args:
         entries: the tensors by name: values, or what to copy from another file.
         metadata: for the key `moeprune`; None for a file that is not one of moeprune's own.
-
-    Raises:
-        MoepruneError: the path cannot be written, or exists and may not be replaced; values are NaN or
-            infinite; a tensor has a type that no file can hold.
     """
     check_finite({name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}, path)
     sources = {id(entry.header): entry.header for entry in entries.values() if isinstance(entry, Copied)}
     for header in sources.values():
         scan(header)
-    infos = {name: _info(entry) for name, entry in entries.items()}
+    infos = tensor_infos(entries)
     names = {name_in_torch: (name, itemsize) for name, (name_in_torch, itemsize) in DTYPES.items()}
     if odd := [f"`{name}` is {info.dtype}" for name, info in infos.items() if info.dtype not in names]:
         raise MoepruneError(f"cannot write `{path}`: no safetensors file can hold {', '.join(sorted(odd))}")
@@ -136,11 +125,7 @@ def write(
 
 
 def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor], overwrite: bool = True) -> None:
-    """Write tensors for other programs: with torch.save if the suffix is one of its own, else as safetensors.
-
-    Raises:
-        MoepruneError: the path cannot be written, or exists and may not be replaced.
-    """
+    """Write tensors for other programs: with torch.save if the suffix is one of its own, else as safetensors."""
     if Path(path).suffix not in TORCH_SUFFIXES:
         write(path, tensors, None, overwrite)
         return
@@ -180,10 +165,10 @@ def _blocks(entry: Tensor | Copied) -> Iterator[memoryview]:
         raise unreadable(entry.header.path, error) from None
 
 
-def _scan(blocks: Iterable[memoryview], dtype: str) -> tuple[str, bool]:
+def _scan(entry: Tensor | Copied) -> tuple[str, bool]:
     """Return the SHA-256 of a tensor's bytes, and whether all of its values are finite."""
-    digest, finite = hashlib.sha256(), True
-    for block in blocks:
+    digest, finite, dtype = hashlib.sha256(), True, _info(entry).dtype
+    for block in _blocks(entry):
         digest.update(block)
         finite = finite and _is_finite(block, dtype)
     return digest.hexdigest(), finite
@@ -197,11 +182,10 @@ def _is_finite(block: memoryview, dtype: str) -> bool:
     return bool((np.frombuffer(block, kind) & exponent).max() != exponent)
 
 
-def _require_finite(bad: list[str], path: str | Path) -> None:
-    if bad:
-        names = ", ".join(f"`{name}`" for name in sorted(bad))
+def _require_finite(finite: Mapping[str, bool], path: str | Path) -> None:
+    if bad := ", ".join(f"`{name}`" for name in sorted(finite) if not finite[name]):
         hint = "the training diverged or the file is damaged; use an earlier checkpoint"
-        raise MoepruneError(f"`{path}` has NaN or infinite values in {names}", hint)
+        raise MoepruneError(f"`{path}` has NaN or infinite values in {bad}", hint)
 
 
 def _info(entry: Tensor | Copied) -> TensorInfo:

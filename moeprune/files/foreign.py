@@ -53,9 +53,8 @@ WRITE_AGAIN = "a file cut off by a full disk or a broken transfer must be writte
 class StateDict:
     """The tensors of a foreign checkpoint by name, in the order of the file, and the files that were read.
 
-    The tensors are on the CPU, detached, of the file's own types, and memory-mapped, unless the file has
-    torch's legacy format. They may be views that are not contiguous and share memory. Names are without the
-    prefixes of wrappers, such as `module.`.
+    The tensors are on the CPU, detached, of the file's own types, and memory-mapped, unless the file has torch's
+    legacy format. They may be views that share memory. Names are without PREFIXES.
     """
 
     tensors: dict[str, Tensor]
@@ -76,21 +75,17 @@ class StateDict:
 def read_state_dict(path: str | Path, key: str | None = None) -> StateDict:
     """Read the tensors of a checkpoint that any program wrote.
 
-    Reads `.safetensors` files; sharded ones, given by their index or by the folder that holds it; and what
-    `torch.save` wrote: state dicts, and training checkpoints with one among other things.
+    Reads `.safetensors` files; sharded ones, given by their index or by the folder that holds it; and what `torch.save`
+    wrote: state dicts, and training checkpoints with one among other things. Raises a MoepruneError for other files,
+    for those that need code to be loaded, and for shards that contradict their index.
 
     Args:
         path: a file, or a folder with one `*.safetensors.index.json`.
-        key: the entry of a training checkpoint to take, such as `model_ema` or `model.state_dict`. Needed
-            if several entries hold tensors.
-
-    Raises:
-        MoepruneError: the file is missing, damaged or of another kind, or needs code to be loaded; no single
-            entry holds tensors, or other things than dense tensors; shards and index contradict each other.
+        key: the entry of a training checkpoint to take, such as `model_ema` or `model.state_dict`. Needed if several
+            entries hold tensors.
     """
     path = Path(path)
-    is_folder = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where a name is too long)
-    file = _index_in(path) if is_folder else path
+    file = _index_in(path) if os.path.isdir(path) else path  # noqa: PTH112 (Path.is_dir fails for long names)
     require_file(file, "a checkpoint")
     try:
         with file.open("rb") as opened:
@@ -230,8 +225,6 @@ def _common_prefix(names: Iterable[str]) -> str:
 
 
 class _Index(msgspec.Struct):
-    """The shard of each tensor, and metadata such as the bytes of all tensors."""
-
     weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
     metadata: dict[str, Any] | None = None
 
@@ -242,11 +235,11 @@ def _index_in(folder: Path) -> Path:
         found = sorted(file.name for file in folder.iterdir() if file.name.endswith(INDEX_SUFFIX))
     except OSError as error:
         raise cannot_read(folder, error) from None
-    if len(found) == 1:
-        return folder / found[0]
-    if found:
+    if len(found) > 1:
         raise MoepruneError(f"`{folder}` has several indexes: {_quoted(found)}", "give one of them")
-    raise MoepruneError(f"`{folder}` is a folder without an index `*{INDEX_SUFFIX}`", "give one of its files")
+    if not found:
+        raise MoepruneError(f"`{folder}` is a folder without an index `*{INDEX_SUFFIX}`", "give one of its files")
+    return folder / found[0]
 
 
 def _read_shards(path: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:

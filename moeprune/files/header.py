@@ -35,7 +35,7 @@ FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
-    """A tensor without its values: its type by the name in torch, its shape, the bytes of all elements."""
+    """A tensor without its values; dtype: by the name in torch; nbytes: of all elements."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,9 +50,8 @@ class TensorInfo(msgspec.Struct, frozen=True):
 class Header(msgspec.Struct, frozen=True):
     """The header of a safetensors file.
 
-    offsets: where the bytes of each tensor start in the file. metadata: the JSON of the key `moeprune`, if
-    there is one. version: of the file, by `version_of`. digests: the SHA-256 of each tensor's bytes, once
-    moeprune.files.checkpoint.scan has computed them.
+    offsets: where the bytes of each tensor start in the file. metadata: the JSON of the key `moeprune`, if there is
+    one. version: of the file, by `version_of`. digests: the SHA-256 of each tensor's bytes, once they are computed.
     """
 
     path: Path
@@ -64,12 +63,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def read_header(path: str | Path | Header) -> Header:
-    """Read the header of a safetensors file; one that was read already is returned as it is.
-
-    Raises:
-        MoepruneError: the file is missing, empty, truncated, or not a safetensors file, or its metadata
-            `moeprune` is damaged.
-    """
+    """Read the header of a safetensors file, or raise a MoepruneError; one that was read is returned as it is."""
     if isinstance(path, Header):
         return path
     path = Path(path)
@@ -77,11 +71,16 @@ def read_header(path: str | Path | Header) -> Header:
     try:
         with path.open("rb") as file:
             version = version_of(file.fileno())
-            tensors, offsets, metadata = _parse(file)
+            tensors, offsets, text = _parse(file)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from None
-    parsed = None if metadata is None else _parse_metadata(path, metadata)
-    return Header(path, tensors, offsets, parsed, version)
+    try:
+        metadata = None if text is None else msgspec.json.decode(text, type=dict[str, Any])
+        if (depth := _depth(metadata)) > MAX_DEPTH:
+            raise ValueError(f"nested {depth} levels deep, at most {MAX_DEPTH} are expected")
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` cannot be read ({error})") from None
+    return Header(path, tensors, offsets, metadata, version)
 
 
 def require_unchanged(header: Header) -> None:
@@ -103,11 +102,9 @@ def is_safetensors(path: Path) -> bool:
 
 def unreadable(path: Path, reason: object) -> MoepruneError:
     """Return the error of a file that is not a safetensors file, or a damaged one."""
-    return MoepruneError(
-        f"`{path}` is not a safetensors file, or a truncated one ({reason})",
-        "write it again if a full disk or a broken transfer cut it off; name the library (`--source`) or the"
-        " function that builds the model (`--model`) if another program wrote it",
-    )
+    hint = "write it again if a full disk or a broken transfer cut it off; name the library (`--source`) or the"
+    hint += " function that builds the model (`--model`) if another program wrote it"
+    return MoepruneError(f"`{path}` is not a safetensors file, or a truncated one ({reason})", hint)
 
 
 def require_format(metadata: dict[str, Any], known: int, path: str | Path) -> None:
@@ -124,8 +121,6 @@ def is_too_large(shape: Iterable[int]) -> bool:
 
 
 class _Entry(msgspec.Struct):
-    """The entry of a tensor in a header."""
-
     dtype: str
     shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
     data_offsets: tuple[int, int]
@@ -137,7 +132,7 @@ def _parse(file: BinaryIO) -> tuple[dict[str, TensorInfo], dict[str, int], str |
     if length > min(MAX_LENGTH, file_size - 8):
         raise ValueError(f"a header of {length} bytes in a file of {file_size}")
     header = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
-    texts = msgspec.json.decode(header.pop("__metadata__", b"null"), type=dict[str, str] | None)
+    texts = msgspec.json.decode(header.pop("__metadata__", b"null"), type=dict[str, str] | None) or {}
     entries = {}
     for name, raw in header.items():
         try:
@@ -158,17 +153,7 @@ def _parse(file: BinaryIO) -> tuple[dict[str, TensorInfo], dict[str, int], str |
         position += tensors[name].nbytes
     if 8 + length + position != file_size:
         raise ValueError(f"the tensors end at byte {8 + length + position} of {file_size}")
-    return dict(sorted(tensors.items())), offsets, (texts or {}).get(METADATA_KEY)
-
-
-def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
-    try:
-        metadata = msgspec.json.decode(text, type=dict[str, Any])
-        if (depth := _depth(metadata)) > MAX_DEPTH:
-            raise ValueError(f"nested {depth} levels deep, at most {MAX_DEPTH} are expected")
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` cannot be read ({error})") from None
-    return metadata
+    return dict(sorted(tensors.items())), offsets, texts.get(METADATA_KEY)
 
 
 def _depth(value: Any) -> int:
