@@ -28,7 +28,7 @@ def main() -> None:
 
 def _exit_at_once(signal_number: int, _: Any) -> None:
     """Libraries swallow a KeyboardInterrupt while they are imported, or make an ImportError of it."""
-    for path in tuple(getattr(sys.modules.get("moeprune.files.writing"), "temporaries", ())):
+    for path in tuple(getattr(sys.modules.get("moeprune.files.disk"), "temporaries", ())):
         with contextlib.suppress(OSError):
             path.unlink()
     os._exit(128 + signal_number)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import moeprune
 from moeprune.errors import MoepruneError
-from moeprune.files import checkpoint, writing
+from moeprune.files import checkpoint, disk
 from moeprune.files.checkpoint import Copied
+from moeprune.files.disk import replacing, write_file
 from moeprune.files.header import read_header
-from moeprune.files.writing import replacing, write_text
 from moeprune.models.model import fingerprint, private_copy
 from moeprune.models.opening import open_model
 from moeprune.models.request import ModelSpec
@@ -216,7 +216,7 @@ def test_of_several_writers_one_wins(tmp_path):
     assert path.read_text() == "abcdefgh"[ended.index(None)]
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
-    assert not writing.temporaries
+    assert not disk.temporaries
 
 
 def umask() -> int:
@@ -241,11 +241,11 @@ def test_of_two_commands_one_wins(single, tmp_path):
 @pytest.mark.usefixtures("_links")
 def test_a_file_that_exists_is_replaced_only_if_asked(tmp_path):
     path = tmp_path / "x"
-    write_text(path, "old", overwrite=False)
+    write_file(path, "old", overwrite=False)
     with pytest.raises(MoepruneError, match=r"exists\n\nhint: .*--force"):
-        write_text(path, "new", overwrite=False)
+        write_file(path, "new", overwrite=False)
     assert path.read_text() == "old"
-    write_text(path, "new")
+    write_file(path, "new")
     assert path.read_text() == "new"
 
 
@@ -255,19 +255,19 @@ def test_links_are_followed(tmp_path, overwrite):
     target = tmp_path / "there" / "target"
     (tmp_path / "link").symlink_to("middle")
     (tmp_path / "middle").symlink_to("there/target")
-    write_text(tmp_path / "link", "new", overwrite)  # the link leads nowhere yet
+    write_file(tmp_path / "link", "new", overwrite)  # the link leads nowhere yet
     assert target.read_text() == "new"
     if overwrite:
-        write_text(tmp_path / "link", "newer")
+        write_file(tmp_path / "link", "newer")
         assert target.read_text() == "newer"
     else:
         with pytest.raises(MoepruneError, match="link` exists"):
-            write_text(tmp_path / "link", "newer", overwrite)
+            write_file(tmp_path / "link", "newer", overwrite)
     assert (tmp_path / "link").is_symlink()
     assert not target.is_symlink()
     (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(MoepruneError, match="not a regular file"):
-        write_text(tmp_path / "circle", "new", overwrite)
+        write_file(tmp_path / "circle", "new", overwrite)
 
 
 def test_nothing_is_left_of_a_file_that_fails(tmp_path):
@@ -279,4 +279,4 @@ def test_nothing_is_left_of_a_file_that_fails(tmp_path):
     with pytest.raises(RuntimeError):
         write()
     assert not list(tmp_path.iterdir())
-    assert not writing.temporaries
+    assert not disk.temporaries

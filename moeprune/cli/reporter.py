@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 from moeprune.errors import MoepruneError
-from moeprune.files.writing import check_output, write_text
+from moeprune.files.disk import check_output, write_file
 from moeprune.records import Report, Request, option
 from moeprune.records import to_text as to_json_text
 
@@ -117,7 +117,7 @@ class Reporter:
             from moeprune.report.html import to_html
             from moeprune.report.page import page_of
 
-            write_text(path, to_html(page_of(*contents)), self.output.force)
+            write_file(path, to_html(page_of(*contents)), self.output.force)
 
     def _render(self, result: Report, kind: Format) -> str:
         if kind == "json":
@@ -153,7 +153,7 @@ class Reporter:
             BrokenPipeError: nobody reads stdout any more.
         """
         if self.output.output_file is not None:
-            write_text(self.output.output_file, text, self.output.force)
+            write_file(self.output.output_file, text, self.output.force)
         elif self.stdout is not None:
             if isinstance(self.stdout, io.TextIOWrapper):
                 self.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8

@@ -35,7 +35,7 @@ from moeprune.data.preprocessing import InputFormat
 from moeprune.data.sources import Batch, Source, one_ahead
 from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
-from moeprune.files.reading import require_file, version_of
+from moeprune.files.disk import require_file, version_of
 
 BUILT_IN = {"digits": digits, "pairs": pairs}
 FILE_KINDS = {".npz": open_npz, ".safetensors": open_safetensors}

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeprune.data.preprocessing import MAX_SIDE, InputFormat
 from moeprune.data.sources import Batch, Source, one_ahead
 from moeprune.errors import MoepruneError
-from moeprune.files.reading import require_file
+from moeprune.files.disk import require_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 

@@ -17,7 +17,7 @@ from moeprune.demo.results import DemoModel, Summary
 from moeprune.demo.train import pairs_recipe, single_layer_recipe, train
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment, evaluate
-from moeprune.files.writing import write_bytes, write_text
+from moeprune.files.disk import write_file
 from moeprune.models.model import Model, save
 from moeprune.models.opening import load
 from moeprune.models.runtime import Runtime
@@ -61,7 +61,7 @@ def run_demo(directory: Path, train_anew: bool = False, seed: int = 0, runtime: 
     """
     models = {name: _run_model(name, directory / name, train_anew, seed, runtime) for name in MODELS}
     summary = Summary(directory=".", models=models, environment=environment(runtime))
-    write_text(directory / "summary.json", to_text(summary))
+    write_file(directory / "summary.json", to_text(summary))
     return replace(summary, directory=str(directory))
 
 
@@ -76,7 +76,7 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
         save(train(recipe, seed, runtime.progress), path)
     else:
         shipped = resources.files("moeprune.demo") / "checkpoints" / f"{name}.safetensors"
-        write_bytes(path, shipped.read_bytes())
+        write_file(path, shipped.read_bytes())
     full = load(path)
     calibration = open_data(data, full.input_format, "calibration", CALIBRATION_INPUTS)
     test = open_data(data, full.input_format, "test")
@@ -99,4 +99,4 @@ def _evaluate(path: Path, full: Model, test: Dataset, runtime: Runtime) -> None:
     """Write the evaluation of a checkpoint beside it."""
     result = evaluate(load(path), test, full, runtime)
     result = replace(result, checkpoint=path.name, baseline="full.safetensors")
-    write_text(path.with_suffix(".json"), to_text(result))
+    write_file(path.with_suffix(".json"), to_text(result))

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moeprune.errors import MoepruneError
+from moeprune.files.disk import replacing
 from moeprune.files.header import DTYPES, METADATA_KEY, Header, TensorInfo, require_unchanged, unreadable
-from moeprune.files.writing import replacing
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 """Suffixes of files that torch.save writes."""

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
+from moeprune.files.disk import read_json, refused, require_file
 from moeprune.files.header import DTYPES, is_safetensors, read_header
-from moeprune.files.reading import cannot_read, read_json, require_file
 from moeprune.records import from_json
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class StateDict:
                 for block in checkpoint.file_blocks(path, 0, path.stat().st_size):
                     digest.update(block)
             except OSError as error:
-                raise cannot_read(path, error) from None
+                raise refused("read", path, error) from None
         return digest.hexdigest()
 
 
@@ -91,7 +91,7 @@ def read_state_dict(path: str | Path, key: str | None = None) -> StateDict:
         with file.open("rb") as opened:
             start = opened.read(64)
     except OSError as error:
-        raise cannot_read(file, error) from None
+        raise refused("read", file, error) from None
     entries: Mapping[Any, Any]
     files: tuple[Path, ...] = (file,)
     is_index = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
@@ -234,7 +234,7 @@ def _index_in(folder: Path) -> Path:
     try:
         found = sorted(file.name for file in folder.iterdir() if file.name.endswith(INDEX_SUFFIX))
     except OSError as error:
-        raise cannot_read(folder, error) from None
+        raise refused("read", folder, error) from None
     if len(found) > 1:
         raise MoepruneError(f"`{folder}` has several indexes: {_quoted(found)}", "give one of them")
     if not found:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 
 from moeprune.errors import MoepruneError
-from moeprune.files.reading import MAX_LENGTH, require_file, version_of
+from moeprune.files.disk import MAX_LENGTH, require_file, version_of
 
 METADATA_KEY = "moeprune"
 MAX_DEPTH = 100

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.errors import MoepruneError
+from moeprune.files.disk import read_json, write_file
 from moeprune.files.header import read_header
-from moeprune.files.reading import read_json
-from moeprune.files.writing import write_text
 from moeprune.layers.interface import LayerConfig
 from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 from moeprune.records import to_json
@@ -33,7 +32,7 @@ def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
     """
     layers = [f"    {json.dumps(name)}: {json.dumps(layer)}" for name, layer in to_json(plan).items()]
     lines = ["{", f'  "schema_version": {SCHEMA_VERSION},', '  "plan": {', ",\n".join(layers), "  }", "}"]
-    write_text(Path(path), "\n".join(lines) + "\n", overwrite)
+    write_file(Path(path), "\n".join(lines) + "\n", overwrite)
 
 
 def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeprune.files.writing import write_bytes
+from moeprune.files.disk import write_file
 from moeprune.plan import COMPENSATIONS
 from moeprune.pruning.results import SweepRow
 from moeprune.report.document import Figure
@@ -131,4 +131,4 @@ def plot_trade_off(rows: Sequence[SweepRow], title: str, path: Path, overwrite: 
         file = io.BytesIO()
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         figure.savefig(file, format=path.suffix[1:], metadata=metadata)
-    write_bytes(path, file.getvalue(), overwrite)
+    write_file(path, file.getvalue(), overwrite)
