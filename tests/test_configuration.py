@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import typer
 
 from moeprune.cli import app
+from tests.endings import refusal
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +29,11 @@ def value_of(command, option, *words):
     return group.commands[command].make_context(command, given, parent=root).params[option]
 
 
-def test_the_command_line_counts_before_the_environment_before_the_file_before_the_default(single, run, monkeypatch):
+def test_the_command_line_counts_before_the_environment_before_the_file_before_the_default(
+    single, run_json, monkeypatch
+):
     def samples(*options):
-        result = run("eval", single, "--data", "digits", "--output-format", "json", *options)
-        assert (result.code, result.stderr) == (0, "")
-        return json.loads(result.stdout)["data"]["samples"]
+        return run_json("eval", single, "--data", "digits", *options)["data"]["samples"]
 
     write("limit = 13")
     assert samples() == 13
@@ -60,17 +60,13 @@ def test_the_command_line_counts_before_the_environment_before_the_file_before_t
         ("keep = 0.125", "prune", "keep", "0.125"),
         ("\ufefflimit = 3", "eval", "limit", 3),
         ("force = true\n[eval]\nforce = false", "eval", "force", False),
+        ("[tool.moeprune]\nlimit = 3", "eval", "limit", 3),
+        ("[tool.moeprune.eval]\nlimit = 3", "eval", "limit", 3),
     ],
 )
 def test_values_of_a_file(text, command, option, value):
-    write(text)
+    write(text, "pyproject.toml" if "tool." in text else "moeprune.toml")
     assert value_of(command, option) == value
-
-
-@pytest.mark.parametrize("text", ["[tool.moeprune]\nlimit = 3", "[tool.moeprune.eval]\nlimit = 3"])
-def test_values_of_a_project(text):
-    write(text, "pyproject.toml")
-    assert value_of("eval", "limit") == 3
 
 
 def test_values_of_variables(monkeypatch):
@@ -118,34 +114,50 @@ def test_a_flag_of_a_file_is_taken_back_on_the_command_line(single, run):
 # --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "words", "message", "place"),
-    [
-        ('[prune]\nmax-size = 0.4\nkeep = "1/8"', (), "`--keep` and `--max-size`", "`--keep` is set in"),
-        ("[prune]\nmax-size = 0.4", ("--keep", 4), "`--keep` and `--max-size`", "`--max-size` is set in"),
-        ('[prune]\nscope = "input"', ("--plan", "p"), "`--scope`", "`--scope` is set in"),
-        ("limit = 9", ("--keep", 4, "--scope", "input"), "`--limit`", "`--limit` is set in"),
-        ("quiet = true", ("--keep", 4, "--verbose"), "`--verbose`", "`--quiet` is set in"),
-    ],
-)
-def test_options_that_exclude_each_other_do_so_wherever_they_stand(single, run, text, words, message, place):
+IN_FILE = "is set in `moeprune.toml`"
+REFUSED = [
+    ('[prune]\nmax-size = 0.4\nkeep = "1/8"', "prune SINGLE -o a.st", "`--keep` and `--max-size`", f"`--keep` {IN_FILE}"),
+    ("[prune]\nmax-size = 0.4", "prune SINGLE -o a.st --keep 4", "`--keep` and `--max-size`", f"`--max-size` {IN_FILE}"),
+    ('[prune]\nscope = "input"', "prune SINGLE -o a.st --plan p", "`--scope`", f"`--scope` {IN_FILE}"),
+    ("limit = 9", "prune SINGLE -o a.st --keep 4 --scope input", "`--limit`", f"`--limit` {IN_FILE}"),
+    ("quiet = true", "prune SINGLE -o a.st --keep 4 --verbose", "`--verbose`", f"`--quiet` {IN_FILE}"),
+    ("[eval]\nmax-accuracy-drop = 0", "eval SINGLE --data digits --sweep 1/8 --analysis a.st", "`--sweep`", IN_FILE),
+    ("[eval]\nlimit = 0", "eval SINGLE --data digits", f"`--limit` {IN_FILE}"),
+    ('data = "nothing"', "eval SINGLE", f"error: no data `nothing`; `--data` {IN_FILE}"),
+    ('output-file = "missing/x"', "eval SINGLE --data digits", f"error: no directory `missing` for `missing/x`; "
+     f"`--output-file` {IN_FILE}"),
+    ("", "--config missing.toml inspect SINGLE", "no file `missing.toml`"),
+    ("", "--config . inspect SINGLE", "cannot read `.`"),
+    ("", "--config pyproject.toml inspect SINGLE", "has no table"),
+    ("", "--config bytes.toml inspect SINGLE", "`bytes.toml` is not TOML"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words", "fragments"), [(text, words, rest) for text, words, *rest in REFUSED])
+def test_an_error_names_the_file_that_sets_the_option(single, run, text, words, fragments):
+    """Also where options exclude each other, wherever each of them stands."""
     write(text)
-    result = run("prune", single, "-o", "a.safetensors", *words)
-    assert (result.code, result.stdout) == (2, "")
-    assert message in result.stderr
-    assert f"{place} `moeprune.toml`" in result.stderr
+    write("[project]", "pyproject.toml")
+    Path("bytes.toml").write_bytes(b"limit = \xff")
+    refusal(run, [single if word == "SINGLE" else word for word in words.split()], *fragments)
 
 
-def test_a_gate_of_a_file_excludes_a_sweep(single, small_analysis, run):
-    write(f'analysis = "{small_analysis}"\n[eval]\nmax-accuracy-drop = 0')
-    assert run("eval", single, "--data", "digits", "--sweep", "1/8").code == 2
+def test_an_error_names_the_variable_that_sets_the_option(single, run, monkeypatch):
+    monkeypatch.setenv("MOEPRUNE_EVAL_LIMIT", "many")
+    result = run("eval", single, "--data", "digits")
+    assert result.code == 2
+    assert "(set in `$MOEPRUNE_EVAL_LIMIT`)" in " ".join(result.stderr.split())
+    monkeypatch.setenv("MOEPRUNE_EVAL_LIMIT", "9")
+    monkeypatch.setenv("MOEPRUNE_EVAL_OUTPUT_FORMAT", "xml")
+    message = "found 'xml'; `--output-format` is set in `$MOEPRUNE_EVAL_OUTPUT_FORMAT`\n"
+    refusal(run, ["eval", single, "--data", "digits"], message)
 
 
 WRONG = {
     "unknown key": ("limt = 3", ("unknown key `limt`", "did you mean `limit`?")),
-    "unknown key of a command": ("[eval]\nmax-acuracy-drop = 0.1", (
-        "unknown key `eval.max-acuracy-drop`", "did you mean `eval.max-accuracy-drop`?",
-    )),
+    "unknown key of a command": (
+        "[eval]\nmin-acuracy = 0.1", ("unknown key `eval.min-acuracy`", "did you mean `eval.min-accuracy`?"),
+    ),
     "unknown command": ("[evel]\nlimit = 1", ("unknown key `evel`", "did you mean `eval`?")),
     "underscore": ("batch_size = 3", ("unknown key `batch_size`", "did you mean `batch-size`?")),
     "like nothing": ("zzzzzz = 3", ("unknown key `zzzzzz`", "keys are options")),
@@ -178,66 +190,14 @@ def test_a_wrong_file_is_named_with_its_key(single, run, name, text, fragments):
             for part in fragments
         ]  # fmt: skip
     write(text, name)
-    result = run("inspect", single)
-    assert (result.code, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: `{name}`")
-    for fragment in fragments:
-        assert fragment in result.stderr
+    refusal(run, ["inspect", single], f"error: `{name}`", *fragments)
     assert run("eval", "--help").code == 0
 
 
 def test_two_files_are_refused(single, run):
     write("limit = 1")
     write("[tool.moeprune]\nlimit = 1", "pyproject.toml")
-    result = run("inspect", single)
-    assert result.code == 2
-    assert result.stderr.startswith("error: both `moeprune.toml` and `pyproject.toml` configure moeprune")
-
-
-@pytest.mark.parametrize(
-    ("path", "fragment"),
-    [
-        ("missing.toml", "no file `missing.toml`"),
-        (".", "cannot read `.`"),
-        ("pyproject.toml", "has no table"),
-        ("bytes.toml", "`bytes.toml` is not TOML"),
-    ],
-)
-def test_a_named_file_that_cannot_be_read(single, run, path, fragment):
-    write("[project]", "pyproject.toml")
-    Path("bytes.toml").write_bytes(b"limit = \xff")
-    result = run("--config", path, "inspect", single)
-    assert result.code == 2
-    assert fragment in result.stderr
-
-
-def test_a_value_that_the_option_refuses_is_named_with_its_place(single, run, monkeypatch):
-    write("[eval]\nlimit = 0")
-    result = run("eval", single, "--data", "digits")
-    assert result.code == 2
-    assert "`--limit` is set in `moeprune.toml`" in result.stderr
-    monkeypatch.setenv("MOEPRUNE_EVAL_LIMIT", "many")
-    result = run("eval", single, "--data", "digits")
-    assert result.code == 2
-    assert "(set in `$MOEPRUNE_EVAL_LIMIT`)" in " ".join(result.stderr.split())
-    monkeypatch.setenv("MOEPRUNE_EVAL_LIMIT", "9")
-    monkeypatch.setenv("MOEPRUNE_EVAL_OUTPUT_FORMAT", "xml")
-    result = run("eval", single, "--data", "digits")
-    assert result.stderr.endswith("found 'xml'; `--output-format` is set in `$MOEPRUNE_EVAL_OUTPUT_FORMAT`\n")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('data = "nothing"', "no data `nothing`; `--data` is set in `moeprune.toml`"),
-        ('output-file = "missing/x"', "no directory `missing` for `missing/x`; `--output-file` is set in"),
-    ],
-)
-def test_an_error_that_quotes_a_value_says_where_it_is_set(single, run, line, message):
-    write(line if line.startswith("data") else f'data = "digits"\n{line}')
-    result = run("eval", single)
-    assert result.code == 2
-    assert result.stderr.startswith(f"error: {message}")
+    refusal(run, ["inspect", single], "error: both `moeprune.toml` and `pyproject.toml` configure moeprune")
 
 
 @pytest.mark.parametrize(
@@ -252,10 +212,7 @@ def test_an_error_that_quotes_a_value_says_where_it_is_set(single, run, line, me
 def test_a_variable_of_a_command_that_sets_nothing_is_an_error(name, near, single, run, monkeypatch):
     """A misspelt gate must not pass unnoticed."""
     monkeypatch.setenv(name, "1")
-    result = run("inspect", single)
-    assert (result.code, result.stdout) == (2, "")
-    assert f"error: unknown environment variable `${name}`" in result.stderr
-    assert near in result.stderr
+    refusal(run, ["inspect", single], f"error: unknown environment variable `${name}`", near)
 
 
 @pytest.mark.parametrize("name", ["MOEPRUNE_HOME", "MOEPRUNE_LIMIT", "MOEPRUNE_VERSION", "MOEPRUNE_HELP"])

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from moeprune.cli import app
-from tests.endings import complaint
+from tests.endings import complaint, files_under
 
 COMMANDS = typer.main.get_command(app).commands
 OPTIONS = [
@@ -21,55 +21,38 @@ OPTIONS = [
     for option in found.params
     if option.opts[0].startswith("--")
 ]
-GOOD: dict[str, tuple[str, ...]] = {
-    "inspect": ("CKPT", "@single"),
-    "analyze": ("CKPT", "@single", "--data", "digits", "--limit", "9", "--output", "@new"),
-    "prune": (
-        "CKPT", "@single", "--keep", "1/8", "--scope", "input", "--data", "digits", "--limit", "9",
-        "--output", "@new",
-    ),
-    "eval": ("CKPT", "@single", "--data", "digits", "--limit", "9"),
-    "export": ("CKPT", "@vit", "--to", "soft-moe", "--output", "@new"),
-    "schema": ("CKPT", "eval"),
-    "demo": ("--output", "@new"),
-}  # fmt: skip
+GOOD = {
+    "inspect": "CKPT @single",
+    "analyze": "CKPT @single --data digits --limit 9 --output @new",
+    "prune": "CKPT @single --keep 1/8 --scope input --data digits --limit 9 --output @new",
+    "eval": "CKPT @single --data digits --limit 9",
+    "export": "CKPT @vit --to soft-moe --output @new",
+    "schema": "CKPT eval",
+    "demo": "--output @new",
+}
 """Words of each command in which an option is replaced, or to which it is added; `@` stands for a file."""
 
-NEEDS = {
-    ("prune", "--mass"): {"--keep": None},
-    ("prune", "--max-size"): {"--keep": None},
-    ("prune", "--max-flops"): {"--keep": None},
-    ("prune", "--max-accuracy-drop"): {"--keep": None},
-    ("prune", "--plan"): {"--keep": None, "--scope": None},
-    ("prune", "--energy"): {"--scope": None, "--compensate": "affine"},
-    ("eval", "--confidence"): {"--min-accuracy": "0.5"},
-    ("eval", "--scope"): {"--sweep": "1/8", "--analysis": "@analysis"},
-    ("eval", "--signal"): {"--sweep": "1/8", "--analysis": "@analysis"},
-    ("eval", "--compensate"): {"--sweep": "1/8", "--analysis": "@analysis"},
-    ("eval", "--sweep"): {"--analysis": "@analysis", "--scope": "static", "--compensate": "none"},
-    ("eval", "--plot"): {"--analysis": "@analysis"},
-    ("eval", "--analysis"): {"--sweep": "1/8"},
-    ("eval", "--latency-batch"): {"--latency": ""},
-    ("eval", "--min-speedup"): {"--latency": "", "--baseline": "@single"},
-    **{
-        ("eval", gate): {"--baseline": "@single"}
-        for gate in ("--max-accuracy-drop", "--min-flops-reduction", "--min-size-reduction", "--min-agreement")
-    },
-    **{
-        (command, option): {"--model": "os:getcwd", "--input-shape": "3,8,8", "CKPT": "@torch"}
-        for command in ("inspect", "analyze", "prune", "eval", "export")
-        for option in ("--model-arg", "--input-shape")
-    },
-    **{
-        (command, option): {"CKPT": "@torch"}
-        for command in ("inspect", "analyze", "prune", "eval", "export")
-        for option in ("--source", "--key")
-    },
-    **{
-        (command, "--source-arg"): {"CKPT": "@foreign"} for command in ("inspect", "analyze", "prune", "eval", "export")
-    },
-}
-"""What else an option needs, or does not go with (None)."""
+SWEEP = {"--sweep": "1/8", "--analysis": "@analysis"}
+NEEDS: dict[str, dict[str, str | None]] = {
+    call: needed
+    for calls, needed in (
+        ("prune --mass, prune --max-size, prune --max-flops, prune --max-accuracy-drop", {"--keep": None}),
+        ("prune --plan", {"--keep": None, "--scope": None}),
+        ("prune --energy", {"--scope": None, "--compensate": "affine"}),
+        ("eval --confidence", {"--min-accuracy": "0.5"}),
+        ("eval --scope, eval --signal, eval --compensate, eval --analysis, eval --plot", SWEEP),
+        ("eval --sweep", {"--analysis": "@analysis", "--scope": "static", "--compensate": "none"}),
+        ("eval --latency-batch", {"--latency": ""}),
+        ("eval --min-speedup", {"--latency": "", "--baseline": "@single"}),
+        ("eval --max-accuracy-drop, --min-flops-reduction, --min-size-reduction, --min-agreement",
+         {"--baseline": "@single"}),
+        ("--model-arg, --input-shape", {"--model": "os:getcwd", "--input-shape": "3,8,8", "CKPT": "@torch"}),
+        ("--source, --key", {"CKPT": "@torch"}),
+        ("--source-arg", {"CKPT": "@foreign"}),
+    )
+    for call in calls.split(", ")
+}  # fmt: skip
+"""What else an option needs, of one command or of all, or does not go with (None)."""
 
 SHARES = ("-0.1", "1.5", "nan", "inf", "x", "")
 COUNTS = ("0", "-1", "1.5", "x", "")
@@ -131,6 +114,13 @@ BY_VALUE = {
 """Options whose value, a path or a name in backticks, may stand in the error in their own place."""
 
 
+WITH_VALUE = [(command, option) for command, option, is_flag in OPTIONS if not is_flag]
+
+
+def wrong_values(command: str, option: str) -> tuple[str, ...]:
+    return WRONG_FOR.get((command, option), WRONG.get(option, ()))
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     (tmp_path / "folder").mkdir()
@@ -142,15 +132,16 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def words_with(folder, single, vit, small_analysis, stock):
     """The words of a command with an option and a value, with paths in the place of `@` names."""
+    foreign = stock.path("foreign.safetensors")
+    known = {"@single": single, "@vit": vit, "@analysis": small_analysis, "@foreign": foreign}
 
     def path(word: str) -> str:
-        known = {"@single": single, "@vit": vit, "@analysis": small_analysis}
-        known["@foreign"] = stock.path("foreign.safetensors")
         return str(known.get(word, folder / word[1:])) if word.startswith("@") else word
 
     def words_with(command: str, option: str, value: str) -> tuple[list[str], str]:
-        given = dict(zip(GOOD[command][::2], GOOD[command][1::2], strict=True))
-        given |= NEEDS.get((command, option), {})
+        words = GOOD[command].split()
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        given |= NEEDS.get(f"{command} {option}", NEEDS.get(option, {}))
         words = [command]
         for key, word in given.items():
             if word is not None and key != option:
@@ -160,23 +151,16 @@ def words_with(folder, single, vit, small_analysis, stock):
     return words_with
 
 
-@pytest.mark.parametrize(("command", "option", "is_flag"), OPTIONS)
-def test_a_wrong_value_is_refused_by_name(words_with, folder, run, command, option, is_flag):
-    assert is_flag or option in WRONG, f"`{option}` needs wrong values in {__name__}.WRONG"
-    value = "wrong" if is_flag else WRONG_FOR.get((command, option), WRONG[option])[0]
-    check_refused(words_with, folder, run, command, option, value)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "option"), [(command, option) for command, option, is_flag in OPTIONS if not is_flag]
+    ("command", "option", "value"),
+    [
+        pytest.param(command, option, value, marks=pytest.mark.slow if number else ())
+        for command, option, is_flag in OPTIONS
+        for number, value in enumerate(("wrong",) if is_flag else wrong_values(command, option) or (None,))
+    ],
 )
-def test_all_wrong_values_are_refused_by_name(words_with, folder, run, command, option):
-    for value in WRONG_FOR.get((command, option), WRONG[option]):
-        check_refused(words_with, folder, run, command, option, value)
-
-
-def check_refused(words_with, folder, run, command, option, value):
+def test_a_wrong_value_is_refused_by_name(words_with, folder, run, command, option, value):
+    assert value is not None, f"`{option}` needs wrong values in {__name__}.WRONG"
     words, given = words_with(command, option, value)
     of_value = [f"`{given}", option.strip("-")] if option in BY_VALUE else []
     assert complaint(run, words, folder, f"`{option}", f"'{option}'", *of_value) is None, words
@@ -192,10 +176,7 @@ EXTREMES = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "option"),
-    [(command, option) for command, option, is_flag in OPTIONS if not is_flag and command != "demo"],
-)
+@pytest.mark.parametrize(("command", "option"), [pair for pair in WITH_VALUE if pair[0] != "demo"])
 def test_odd_values_are_taken_or_refused(words_with, folder, run, command, option, tmp_path, monkeypatch):
     monkeypatch.chdir(folder / "folder")
     complaints = []
@@ -204,23 +185,17 @@ def test_odd_values_are_taken_or_refused(words_with, folder, run, command, optio
         words += ["--force"]
         if found := complaint(run, words, folder):
             complaints.append(f"{value[:50]!r}: {found}")
-        remove_new(folder)
+        for path in files_under(folder):
+            if path not in ("folder", "text", "torch"):
+                (folder / path).unlink()
     assert not complaints, "\n\n".join(complaints)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "option"), [(command, option) for command, option, is_flag in OPTIONS if not is_flag]
-)
+@pytest.mark.parametrize(("command", "option"), WITH_VALUE)
 def test_a_wrong_value_of_a_variable_is_refused_by_name(words_with, folder, run, command, option, monkeypatch):
-    value = next(filter(None, WRONG_FOR.get((command, option), WRONG[option])))
+    value = next(filter(None, wrong_values(command, option)))
     words, given = words_with(command, option, value)
     name = f"MOEPRUNE_{command}_{option[2:]}".upper().replace("-", "_")
     monkeypatch.setenv(name, given)
     assert complaint(run, words[:-1], folder, f"`${name}`") is None, words
-
-
-def remove_new(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file() and (path.parent != folder or path.name not in ("text", "torch")):
-            path.unlink()
