@@ -32,6 +32,16 @@ EXTREMES: tuple[Any, ...] = (
 Path = tuple[str | int, ...]
 
 
+class Call:
+    """An object that is pickled as a call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any):
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
 def mutated(whole: bytes, chance: random.Random) -> bytes:
     """A part of the bytes, or all with some of them changed, put in or left out."""
     content = bytearray(whole)

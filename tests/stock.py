@@ -67,6 +67,7 @@ WRITERS = {
 """Every way in which a command writes a file: its suffix, and the command."""
 NEEDS = {"plot": "matplotlib", "prune within a drop": "sklearn"}
 LAYER = "blocks.1.soft_moe"
+SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FACTORY = "fuzzed_model:build"
 FACTORY_CODE = """
 import torch
@@ -173,16 +174,23 @@ def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
     tensors = load_file(foreign)
     torch.save({"model": tensors, "epoch": 3}, stock.path("foreign.pt"))
     torch.save(tensors, stock.path("legacy.pt"), _use_new_zipfile_serialization=False)
-    names = list(tensors)
-    shards = {"one.safetensors": names[:5], "two.safetensors": names[5:]}
+    save_shards(root / "shards", tensors)
+    return stock
+
+
+def save_shards(folder: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> Path:
+    """Two shards and their index, whose path is returned; `changes` replace entries of the index."""
+    names, half = list(tensors), len(tensors) // 2
+    shards = dict(zip(SHARDS, (names[:half], names[half:]), strict=True))
     for shard, held in shards.items():
-        save_file({name: tensors[name] for name in held}, root / "shards" / shard)
+        save_file({name: tensors[name].contiguous() for name in held}, folder / shard)
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": {name: shard for shard, held in shards.items() for name in held},
     }
-    (root / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
-    return stock
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index | changes))
+    return path
 
 
 def add_images(stock: Stock) -> None:

@@ -6,6 +6,7 @@ import copy
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import pytest
@@ -44,16 +45,13 @@ def _same_weights_in_every_run():
 class Tower(nn.Module):
     """Patches, then Soft MoE layers with residuals on tokens, on an image, and on one token."""
 
-    def __init__(self, layer: Callable[[], nn.Module]):
+    def __init__(self, layer: Callable[[], nn.Module], late: nn.Module | None = None):
         super().__init__()
         self.embed = nn.Conv2d(3, D, 2, 2)
         self.norm = nn.BatchNorm2d(D)  # has an integer buffer
-        self.late = self.layer_on_a_token(layer)  # runs after the other two
+        self.late = late or layer()  # runs after the other two
         self.layers = nn.ModuleList([layer(), layer()])
         self.head = nn.Linear(D, CLASSES)
-
-    def layer_on_a_token(self, layer: Callable[[], nn.Module]) -> nn.Module:
-        return layer()
 
     def forward(self, x: Tensor) -> Tensor:
         image = self.norm(self.embed(x))
@@ -66,23 +64,14 @@ class Tower(nn.Module):
         return self.head(token + self.late(token))
 
 
-def tower(geglu=False, use_layernorm=False, num_experts=4) -> nn.Module:
-    return Tower(
-        lambda: lucidrains.SoftMoE(
-            D, num_slots=2, num_experts=num_experts, expert_mult=2, geglu=geglu, use_layernorm=use_layernorm
-        )
-    )
+def tower(num_experts=4, **options) -> nn.Module:
+    return Tower(partial(lucidrains.SoftMoE, D, num_slots=2, num_experts=num_experts, expert_mult=2, **options))
 
 
-class DynamicTower(Tower):
-    """The same without the layer on one token, which layers with dynamic slots do not take."""
-
-    def layer_on_a_token(self, layer: Callable[[], nn.Module]) -> nn.Module:
-        return nn.Linear(D, D)
-
-
-def dynamic(geglu=False, num_experts=4) -> nn.Module:
-    return DynamicTower(lambda: lucidrains.DynamicSlotsSoftMoE(D, num_experts=num_experts, expert_mult=2, geglu=geglu))
+def dynamic(num_experts=4, **options) -> nn.Module:
+    """Without the layer on one token, which layers with dynamic slots do not take."""
+    layer = partial(lucidrains.DynamicSlotsSoftMoE, D, num_experts=num_experts, expert_mult=2, **options)
+    return Tower(layer, nn.Linear(D, D))
 
 
 def encoder(num_experts=4) -> nn.Module:
@@ -102,14 +91,14 @@ DYNAMIC = [  # 16 tokens: with 4 experts none is left over, with 5 some are
 every_case = pytest.mark.parametrize(("factory", "arguments"), STATIC + DYNAMIC)
 
 
-def randomized(model: nn.Module, seed=0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "gamma" in name:
-                parameter.uniform_(0.5, 3, generator=generator)
-            else:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+@torch.no_grad()
+def randomized(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "gamma" in name:
+            parameter.uniform_(0.5, 3, generator=generator)
+        else:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
@@ -130,10 +119,8 @@ def test_adopted_models_compute_what_their_libraries_do(factory, arguments, dtyp
         expected = theirs(images(dtype=dtype))
     model = adopt(theirs, SHAPE)
     assert relative_error(model(images(dtype=dtype)), expected) < tolerance
-    theirs_left = [
-        m for m in model.modules() for n, library in LAYERS.items() if n != "moeprune" and library.recognises(m)
-    ]
-    assert theirs_left == []
+    others = [library for name, library in LAYERS.items() if name != "moeprune"]
+    assert not any(library.recognises(module) for module in model.modules() for library in others)
 
 
 def test_layers_are_named_in_the_order_in_which_they_run():
@@ -405,16 +392,13 @@ def test_the_layer_may_be_all_but_a_reshape():
     assert adopt(model, SHAPE).config.num_classes == 192
 
 
-@pytest.mark.parametrize(
-    ("factory", "message"),
-    [
-        ("nonsense", "is not a factory"),
-        ("no_such_package:f", "ModuleNotFoundError"),
-        ("user_models:missing", "AttributeError"),
-        ("user_models:broken", "ZeroDivisionError"),
-        ("user_models:none", "builds a NoneType"),
-    ],
-)
+FAILING = {
+    "nonsense": "is not a factory", "no_such_package:f": "ModuleNotFoundError", "user_models:missing": "AttributeError",
+    "user_models:broken": "ZeroDivisionError", "user_models:none": "builds a NoneType",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("factory", "message"), FAILING.items())
 def test_factories_that_fail(package, factory, message):
     with pytest.raises(MoepruneError, match=message):
         build(factory, {})

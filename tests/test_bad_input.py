@@ -23,7 +23,7 @@ import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
-from tests.damage import metadata_of, removed, replaced, with_metadata
+from tests.damage import Call, metadata_of, removed, replaced, with_metadata
 from tests.endings import refusal
 
 SAMPLES = 12
@@ -42,14 +42,9 @@ ARRAY_FILES: dict[str, Callable[..., None]] = {
 }
 
 
-class Bomb:
+def bomb(workshop: Workshop) -> Call:
     """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
+    return Call(Path.touch, workshop.marker)
 
 
 def with_value(sample: int, value: float) -> np.ndarray:
@@ -228,7 +223,7 @@ UNREADABLE: dict[str, tuple[Make, str]] = {
     "an impossible name": (lambda w: w.root / ("x" * 300), "xxx"),
     "empty": (lambda w: w.file(b""), "empty"),
     "random bytes": (lambda w: w.file(np.random.default_rng(0).bytes(5000)), "made1.safetensors"),
-    "a pickle": (lambda w: w.file(pickle.dumps(Bomb(w.marker))), "made1.safetensors"),
+    "a pickle": (lambda w: w.file(pickle.dumps(bomb(w))), "made1.safetensors"),
     "a directory": (lambda w: w.out, "folder"),
     "trailing bytes": (lambda w: w.file(w.single.read_bytes() + b"\0"), "made1.safetensors"),
     "cut": (lambda w: w.file(w.single.read_bytes()[:9000]), "truncated"),
@@ -467,12 +462,12 @@ DATA: dict[str, tuple[Make, tuple[str, ...]]] = {
     "an encrypted archive": (lambda w: w.encrypted(), ("made2.npz", "encrypted")),
     **{
         f"{name} that are objects": (
-            lambda w, name=name: w.arrays(**{name: np.array([Bomb(w.marker)] * SAMPLES, dtype=object)}),
+            lambda w, name=name: w.arrays(**{name: np.array([bomb(w)] * SAMPLES, dtype=object)}),
             ("made1.npz", "object_"),
         )
         for name in ("inputs", "labels")
     },
-    "a pickle as npz": (lambda w: w.file(pickle.dumps(Bomb(w.marker)), ".npz"), ("made1.npz",)),
+    "a pickle as npz": (lambda w: w.file(pickle.dumps(bomb(w)), ".npz"), ("made1.npz",)),
     **{
         f"{kind} cut at {share}": (lambda w, kind=kind, share=share: w.cut(w.arrays(kind), share), ("made1.",))
         for kind in ARRAY_FILES

@@ -29,9 +29,7 @@ def value_of(command, option, *words):
     return group.commands[command].make_context(command, given, parent=root).params[option]
 
 
-def test_the_command_line_counts_before_the_environment_before_the_file_before_the_default(
-    single, run_json, monkeypatch
-):
+def test_the_command_line_counts_before_the_environment_and_both_before_the_file(single, run_json, monkeypatch):
     def samples(*options):
         return run_json("eval", single, "--data", "digits", *options)["data"]["samples"]
 
@@ -116,11 +114,11 @@ def test_a_flag_of_a_file_is_taken_back_on_the_command_line(single, run):
 
 IN_FILE = "is set in `moeprune.toml`"
 REFUSED = [
-    ('[prune]\nmax-size = 0.4\nkeep = "1/8"', "prune SINGLE -o a.st", "`--keep` and `--max-size`", f"`--keep` {IN_FILE}"),
-    ("[prune]\nmax-size = 0.4", "prune SINGLE -o a.st --keep 4", "`--keep` and `--max-size`", f"`--max-size` {IN_FILE}"),
-    ('[prune]\nscope = "input"', "prune SINGLE -o a.st --plan p", "`--scope`", f"`--scope` {IN_FILE}"),
-    ("limit = 9", "prune SINGLE -o a.st --keep 4 --scope input", "`--limit`", f"`--limit` {IN_FILE}"),
-    ("quiet = true", "prune SINGLE -o a.st --keep 4 --verbose", "`--verbose`", f"`--quiet` {IN_FILE}"),
+    ('[prune]\nmax-size = 0.4\nkeep = "1/8"', "prune SINGLE -o a", "`--keep` and `--max-size`", f"`--keep` {IN_FILE}"),
+    ("[prune]\nmax-size = 0.4", "prune SINGLE -o a --keep 4", "`--keep` and `--max-size`", f"`--max-size` {IN_FILE}"),
+    ('[prune]\nscope = "input"', "prune SINGLE -o a --plan p", "`--scope`", f"`--scope` {IN_FILE}"),
+    ("limit = 9", "prune SINGLE -o a --keep 4 --scope input", "`--limit`", f"`--limit` {IN_FILE}"),
+    ("quiet = true", "prune SINGLE -o a --keep 4 --verbose", "`--verbose`", f"`--quiet` {IN_FILE}"),
     ("[eval]\nmax-accuracy-drop = 0", "eval SINGLE --data digits --sweep 1/8 --analysis a.st", "`--sweep`", IN_FILE),
     ("[eval]\nlimit = 0", "eval SINGLE --data digits", f"`--limit` {IN_FILE}"),
     ('data = "nothing"', "eval SINGLE", f"error: no data `nothing`; `--data` {IN_FILE}"),

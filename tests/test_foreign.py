@@ -26,42 +26,28 @@ from safetensors.torch import save_file
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import check_finite
 from moeprune.files.foreign import PREFIXES, STATE_DICT_KEYS, StateDict, read_state_dict
-from tests.damage import damaged_torch, mutated
+from tests.damage import Call, damaged_torch, mutated
+from tests.stock import SHARDS, save_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about what people still have in files
 MIB = 1 << 20
 FORMATS = ("safetensors", "shards", "zip", "legacy")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-REBUILD = torch._utils._rebuild_tensor_v2
+FIRST, SECOND = SHARDS
+BOTH = pytest.mark.parametrize("form", ["zip", "legacy"])
+"""Both formats of torch."""
 MARKER = "MOEPRUNE_TEST_MARKER"
 """The environment variable that names the file which code in a pickle would leave behind."""
-
-
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, function: Any = os.system):
-        self.function = function
-
-    def __reduce__(self):
-        if self.function is os.system:
-            return os.system, (f'touch "${MARKER}"',)
-        return self.function, (f"open(__import__('os').environ[{MARKER!r}], 'w')",)
 
 
 class Config:
     """An object as training code puts it beside the weights."""
 
 
-class Rebuild:
-    """A pickle that calls a function which the loader allows, with arguments of one's choice."""
-
-    def __init__(self, function: Any, *arguments: Any):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
+def bomb(function: Any = os.system) -> Call:
+    """Leaves a file behind when it is unpickled."""
+    code = f'touch "${MARKER}"' if function is os.system else f"open(__import__('os').environ[{MARKER!r}], 'w')"
+    return Call(function, code)
 
 
 @pytest.fixture(autouse=True)
@@ -92,21 +78,6 @@ def save(folder: Path, form: str, found: Any, name: str = "model.weights") -> Pa
         return save_shards(folder, found)
     else:
         torch.save(found, path, _use_new_zipfile_serialization=form == "zip")
-    return path
-
-
-def save_shards(folder: Path, found: dict[str, torch.Tensor], **changes: Any) -> Path:
-    """Two shards and their index; `changes` replace entries of the index."""
-    names, half = list(found), len(found) // 2
-    shards = {FIRST: names[:half], SECOND: names[half:]}
-    for shard, held in shards.items():
-        save_file({name: found[name].contiguous() for name in held}, folder / shard)
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for t in found.values())},
-        "weight_map": {name: shard for shard, held in shards.items() for name in held},
-    }
-    path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps(index | changes))
     return path
 
 
@@ -144,7 +115,7 @@ def test_every_format_and_type(tmp_path, form, dtype):
         found.sha256()
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy"])
+@BOTH
 @pytest.mark.parametrize("key", STATE_DICT_KEYS)
 def test_training_checkpoints(tmp_path, form, key):
     expected = tensors()
@@ -161,7 +132,7 @@ def test_training_checkpoints(tmp_path, form, key):
         equal(read_state_dict(path, chosen), expected)
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy"])
+@BOTH
 def test_of_several_state_dicts_one_is_chosen_by_key(tmp_path, form):
     model, ema = tensors(), {"weight": torch.ones(2)}
     nested = {"state_dict": model, "state_dict_ema": ema}
@@ -196,7 +167,7 @@ def test_prefixes_of_all_names_are_taken_off(tmp_path, form, prefix):
     equal(read_state_dict(save(tmp_path, form, wrapped)), wrapped)
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy"])
+@BOTH
 def test_tied_views_and_parameters(tmp_path, form):
     weight = torch.nn.Parameter(torch.randn(4, 6))
     with torch.no_grad():
@@ -282,7 +253,7 @@ def test_weights_are_mapped_not_copied(tmp_path, form):
 # What is refused
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy"])
+@BOTH
 @pytest.mark.parametrize(
     ("make", "fragment"),
     [
@@ -316,7 +287,7 @@ def test_entries_that_only_some_formats_hold_are_named(tmp_path):
     refused(save(tmp_path, "safetensors", {}), "no tensors")
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy"])
+@BOTH
 @pytest.mark.parametrize(
     ("content", "fragments"),
     [
@@ -332,13 +303,13 @@ def test_files_without_a_state_dict(tmp_path, form, content, fragments):
     refused(save(tmp_path, form, content), *fragments)
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy"])
+@BOTH
 @pytest.mark.parametrize(
     ("thing", "wanted"),
     [
-        (Bomb(), f"{os.system.__module__}.system"),
-        (Bomb(eval), "eval"),
-        (Bomb(exec), "exec"),
+        (bomb(), f"{os.system.__module__}.system"),
+        (bomb(eval), "eval"),
+        (bomb(exec), "exec"),
         (argparse.Namespace(lr=0.1), "argparse.Namespace"),
         (Config(), ".Config"),
         (np.float64(0.9), "core.multiarray.scalar"),
@@ -366,15 +337,15 @@ def test_the_bombs_would_go_off(tmp_path):
     marker = Path(os.environ[MARKER])
     for form in ("zip", "legacy"):
         for function in (os.system, eval, exec):
-            torch.load(save(tmp_path, form, {"a": Bomb(function)}), weights_only=False)
+            torch.load(save(tmp_path, form, {"a": bomb(function)}), weights_only=False)
             marker.unlink()
-    pickle.loads(pickle.dumps(Bomb()))
+    pickle.loads(pickle.dumps(bomb()))
     marker.unlink()
 
 
 def test_other_pickles_and_archives_are_refused_by_name(tmp_path):
     path = tmp_path / "model.pt"
-    for content in ({"a": Bomb()}, tensors()):
+    for content in ({"a": bomb()}, tensors()):
         for protocol in range(6):
             path.write_bytes(pickle.dumps(content, protocol))
             refused(path, *(["without running code", "weights_only=False"] if protocol > 1 else []))
@@ -385,7 +356,7 @@ def test_other_pickles_and_archives_are_refused_by_name(tmp_path):
     refused(path, "TorchScript", "torch.jit.load")
     with tarfile.open(path, "w") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
-            content = pickle.dumps(Bomb())
+            content = pickle.dumps(bomb())
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
@@ -400,30 +371,33 @@ def test_other_pickles_and_archives_are_refused_by_name(tmp_path):
 
 
 CLAIMS = {
-    "more bytes": (REBUILD, ((10**15,), (1,))),
-    "one byte repeated": (REBUILD, ((10**15,), (0,))),
-    "a few more bytes": (REBUILD, ((1000,), (1,))),
-    "a negative size": (REBUILD, ((-3,), (1,))),
-    "a negative stride": (REBUILD, ((2,), (-1,))),
-    "values made of nothing": (torch.FloatTensor, (10**9,)),
-    "values that no memory holds": (torch.FloatTensor, (10**16,)),
+    "more bytes": (10**15, 1),
+    "one byte repeated": (10**15, 0),
+    "a few more bytes": (1000, 1),
+    "a negative size": (-3, 1),
+    "a negative stride": (2, -1),
+    "values made of nothing": (10**9,),
+    "values that no memory holds": (10**16,),
 }
+"""The size of a tensor of four values and its stride; without one a tensor of its own."""
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy"])
-@pytest.mark.parametrize("claim", CLAIMS)
-def test_tensors_that_claim_more_than_the_file_has(tmp_path, form, claim):
-    function, arguments = CLAIMS[claim]
-    if function is REBUILD:
-        arguments = (torch.zeros(4).storage(), 0, *arguments, False, OrderedDict())
-    refused(save(tmp_path, form, {"a": Rebuild(function, *arguments)}))
+@BOTH
+@pytest.mark.parametrize(("size", "stride"), [(size, stride) for size, *stride in CLAIMS.values()], ids=CLAIMS)
+def test_tensors_that_claim_more_than_the_file_has(tmp_path, form, size, stride):
+    found = Call(torch.FloatTensor, size)
+    if stride:
+        found = Call(
+            torch._utils._rebuild_tensor_v2, torch.zeros(4).storage(), 0, (size,), (*stride,), False, OrderedDict()
+        )
+    refused(save(tmp_path, form, {"a": found}))
 
 
 def test_attributes_that_a_file_gives_to_tensors_and_dicts_change_nothing(tmp_path):
     weight = torch.ones(3)
     weight.isfinite = weight.detach = weight.reshape = "not callable"
     attributes = dict.fromkeys(("items", "keys", "values", "get", "__iter__"), 3)
-    found = Rebuild(OrderedDict)
+    found = Call(OrderedDict)
     found.call = OrderedDict, (), attributes, None, iter({"a": weight}.items())
     path = save(tmp_path, "zip", found)
     loaded = torch.load(path, weights_only=True)
@@ -494,7 +468,7 @@ def test_garbage(tmp_path, suffix, content, fragment):
 def test_truncated_files(tmp_path, form):
     path = save(tmp_path, form, tensors())
     if form == "shards":
-        path = tmp_path / "model-00001-of-00002.safetensors"
+        path = tmp_path / FIRST
     whole = path.read_bytes()
     for share in (0, 1, 8, 9, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:share])
@@ -512,14 +486,9 @@ def test_all_that_is_wrong_with_shards_is_listed(tmp_path):
     map_ = {"a": FIRST, "b": SECOND, "c": FIRST, "d": SECOND, "e": SECOND, "x": FIRST}
     path = save_shards(tmp_path, found, weight_map=map_)
     save_file({name: torch.ones(2) for name in "defc"}, tmp_path / SECOND)
-    refused(
-        path,
-        f"missing `b` in `{SECOND}`",
-        f"missing `x` in `{FIRST}`",
-        f"unexpected `b` in `{FIRST}`",
-        f"unexpected `c` in `{SECOND}`",
-        f"unexpected `f` in `{SECOND}`",
-    )
+    of_first = ("missing `x`", "unexpected `b`")
+    of_second = ("missing `b`", "unexpected `c`", "unexpected `f`")
+    refused(path, *(f"{text} in `{FIRST}`" for text in of_first), *(f"{text} in `{SECOND}`" for text in of_second))
     path = save_shards(tmp_path, tensors(), weight_map={"a": FIRST, "b": "gone.safetensors", "c": "lost"})
     refused(path, "missing", "`gone.safetensors`, `lost`")
 
@@ -537,11 +506,10 @@ def test_an_index_may_lack_the_size_or_have_another(tmp_path, metadata, caplog):
     equal(read_state_dict(path), tensors())
 
 
-@pytest.mark.parametrize(
-    "shard",
-    ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ".", "", "..\\a", "C:\\a", "C:a",
-     "a\0b", "a/", "//host/a"],
-)  # fmt: skip
+OUTSIDE = "../secret.safetensors|/etc/passwd|sub/model.safetensors|..|.||..\\a|C:\\a|C:a|a\0b|a/|//host/a"
+
+
+@pytest.mark.parametrize("shard", OUTSIDE.split("|"))
 def test_shards_lie_beside_the_index(tmp_path, shard):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -578,10 +546,10 @@ def check_read_or_refused(path: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("form", "bomb"), [*((form, False) for form in FORMATS), ("zip", True), ("legacy", True)])
-def test_damaged_files_are_read_or_refused(tmp_path, form, bomb):
+@pytest.mark.parametrize(("form", "explodes"), [*((form, False) for form in FORMATS), ("zip", True), ("legacy", True)])
+def test_damaged_files_are_read_or_refused(tmp_path, form, explodes):
     chance = random.Random(form)
-    beside = {"args": Bomb()} if bomb else {"optimizer": {"state": [1, "a"]}}
+    beside = {"args": bomb()} if explodes else {"optimizer": {"state": [1, "a"]}}
     in_torch = form in ("zip", "legacy")
     path = save(tmp_path, form, {"model": tensors(), "epoch": 3, **beside} if in_torch else tensors())
     changed = sorted(tmp_path.iterdir())
@@ -592,5 +560,5 @@ def test_damaged_files_are_read_or_refused(tmp_path, form, bomb):
             file.write_bytes((damaged_torch if in_torch else mutated)(whole, chance))
             outcomes.add(check_read_or_refused(path))
         file.write_bytes(whole)
-    assert outcomes == ({False} if bomb else {False, True})
-    assert check_read_or_refused(path) == (not bomb)
+    assert outcomes == ({False} if explodes else {False, True})
+    assert check_read_or_refused(path) == (not explodes)
