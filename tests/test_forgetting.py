@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from moeprune.evaluation.forgetting import forgetting
+from moeprune.evaluation.evaluate import forgetting
 from moeprune.evaluation.intervals import paired_difference
 
 

@@ -23,9 +23,6 @@ def evaluate_checkpoint(request: EvalRequest) -> tuple[Evaluation, Model, Analys
     """Evaluate a checkpoint, compare it with the baseline, and judge the limits.
 
     Returns the evaluation, the model that it is about, and the analysis, if one is given.
-
-    Raises:
-        MoepruneError: a file or the data cannot be read or does not fit, or the baseline is pruned itself.
     """
     request.runtime.require_device()
     compared = [] if request.baseline is None else [request.baseline.path]

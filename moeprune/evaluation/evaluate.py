@@ -1,4 +1,4 @@
-"""Accuracy, size and cost of a model, alone and against the full model."""
+"""Accuracy, size and cost of a model, alone and against the full model, on average and class by class."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 
 import msgspec
 import torch
@@ -17,11 +18,10 @@ from moeprune import __version__
 from moeprune.calibration.sums import wide_dtype
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
-from moeprune.evaluation.forgetting import forgetting, outcome_masks
-from moeprune.evaluation.intervals import mcnemar, paired_difference, wilson
+from moeprune.evaluation import results
+from moeprune.evaluation.intervals import mcnemar, paired_difference, simultaneous_quantile, wilson
 from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.request import BatchSizes
-from moeprune.evaluation.results import Difference, Environment, Evaluation, ModelFigures, Outcomes
 from moeprune.layers.interface import Usage
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model, dataset_for, private_copy
@@ -29,13 +29,18 @@ from moeprune.models.results import ModelCost
 from moeprune.models.runtime import Runtime
 from moeprune.records import from_json
 
+LEVEL = 0.95
+KNOWN = 0.5
+"""Accuracy of the full model in a class at or above which the class is considered known."""
+HIDES = 5
+"""The average hides a drop of at least this many times its own."""
+
 
 @dataclass(frozen=True)
 class Predictions:
     """Predictions of one model for every sample, on the CPU.
 
-    labels, predicted: (samples) int64. loss: mean cross-entropy in nats.
-    usage: of experts, in the layers whose plans do not fix it.
+    labels, predicted: (samples) int64. loss: mean cross-entropy in nats. usage: of experts, where plans do not fix it.
     """
 
     labels: Tensor
@@ -64,20 +69,17 @@ class _Tally:
                 layer.observer = partial(self.observe, name)
 
     def observe(self, name: str, observation: Observation) -> None:
-        """Count the experts of a batch in a layer."""
         chosen = observation.chosen  # as many columns as the batch needs, or all
         assert chosen is not None
         self.experts[name].append(((chosen < observation.mass.shape[1]).sum(), chosen.numel()))
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Add the predictions for a batch."""
         self.predicted.append(logits.argmax(1))
         top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
         self.in_top5 += (top5 == targets[:, None]).sum()
         self.loss += F.cross_entropy(logits, targets, reduction="sum")
 
     def result(self, labels: Tensor) -> Predictions:
-        """Return all predictions."""
         count = len(labels)
         sums = {name: map(sum, zip(*parts, strict=True)) for name, parts in self.experts.items()}
         usage = {name: Usage(float(running) / count, applied / count) for name, (running, applied) in sums.items()}
@@ -86,11 +88,7 @@ class _Tally:
 
 
 def predict(models: Sequence[Model], data: Dataset, runtime: Runtime, what: str = "eval") -> list[Predictions]:
-    """Return the predictions of each model, from one pass over labelled data.
-
-    Raises:
-        MoepruneError: the data has no labels, or a model computes NaN or no logits for an image.
-    """
+    """Return the predictions of each model, from one pass over data; raise a MoepruneError if it has no labels."""
     for model in models:
         _require_labelled_images(model, data)
     device = runtime.torch_device
@@ -115,12 +113,12 @@ class Reference:
         self.figures = describe(full, self.predictions)
 
     @property
-    def itself(self) -> tuple[ModelFigures, Difference]:
-        """The figures of the full model, and that it does not differ."""
+    def itself(self) -> tuple[results.ModelFigures, results.Difference]:
+        """The figures of the full model, and no difference."""
         return self.figures, compare(self.figures, self.figures, self.predictions, self.predictions)
 
-    def compare(self, model: Model, what: str = "eval") -> tuple[ModelFigures, Difference]:
-        """Return the figures of a model, and its difference from the full one; what: of the progress bar."""
+    def compare(self, model: Model, what: str = "eval") -> tuple[results.ModelFigures, results.Difference]:
+        """Return the figures of a model, and its difference from the full one."""
         [predictions] = predict([model], self.data, self.runtime, what)
         figures = describe(model, predictions)
         return figures, compare(figures, self.figures, predictions, self.predictions)
@@ -132,25 +130,19 @@ def evaluate(
     baseline: Model | None = None,
     runtime: Runtime = Runtime(),
     latency_batches: Sequence[int] | None = None,
-) -> Evaluation:
-    """Evaluate a model on labelled data, and compare it with a baseline on the same inputs.
+) -> results.Evaluation:
+    """Evaluate a model on labelled data, and compare it with a baseline on the same inputs; no gates are judged.
+
+    Raises a MoepruneError if the data does not fit or has no labels.
 
     Args:
         latency_batches: batch sizes to measure latency at; None: latency is not measured.
-
-    Returns:
-        The evaluation, without gates.
-
-    Raises:
-        MoepruneError: data that does not fit or has no labels, or a batch size that is out of range.
     """
     latency_batches = from_json(latency_batches, BatchSizes | None, "`latency_batches`")
     data = dataset_for(model, data, split="test")
     if baseline is not None and baseline.input_format != model.input_format:
-        raise MoepruneError(
-            f"the baseline takes {baseline.input_format.in_words}, the model {model.input_format.in_words}",
-            "give the checkpoint that the model was pruned from",
-        )
+        message = f"the baseline takes {baseline.input_format.in_words}, the model {model.input_format.in_words}"
+        raise MoepruneError(message, "give the checkpoint that the model was pruned from")
     own, *full = predict([model] if baseline is None else [model, baseline], data, runtime)
     figures, of_baseline, difference, forgotten, latency = describe(model, own), None, None, None, None
     if baseline is not None:
@@ -159,7 +151,7 @@ def evaluate(
         forgotten = forgetting(own.labels, own.predicted, full[0].predicted, data.indices)
     if latency_batches is not None:
         latency = measure_latency(model, data, baseline, latency_batches, runtime)
-    return Evaluation(
+    return results.Evaluation(
         checkpoint=None,
         baseline=None,
         data=data.info,
@@ -174,10 +166,10 @@ def evaluate(
     )
 
 
-def describe(model: Model, predictions: Predictions) -> ModelFigures:
+def describe(model: Model, predictions: Predictions) -> results.ModelFigures:
     """Return accuracy, size and cost of a model."""
     correct, samples = int(predictions.correct.sum()), len(predictions.labels)
-    return ModelFigures(
+    return results.ModelFigures(
         accuracy=correct / samples,
         accuracy_ci95=wilson(correct, samples),
         top5_accuracy=predictions.top5_accuracy,
@@ -197,12 +189,14 @@ def _require_labelled_images(model: Model, data: Dataset) -> None:
         raise MoepruneError(f"`{data.spec}` has no labels, eval needs them", hint)
 
 
-def compare(model: ModelCost, baseline: ModelCost, predictions: Predictions, reference: Predictions) -> Difference:
+def compare(
+    model: ModelCost, baseline: ModelCost, predictions: Predictions, reference: Predictions
+) -> results.Difference:
     """Compare a model with the baseline on the same inputs."""
     masks = outcome_masks(predictions.correct, reference.correct)
-    outcomes = Outcomes(**{name: int(mask.sum()) for name, mask in masks.items()})
+    outcomes = results.Outcomes(**{name: int(mask.sum()) for name, mask in masks.items()})
     flops, full_flops = model.flops_per_input.total, baseline.flops_per_input.total
-    return Difference(
+    return results.Difference(
         accuracy_drop=outcomes.drop,
         accuracy_drop_ci95=paired_difference(*outcomes.cells),
         # Exact where they can be, unlike 1 - a ratio: a gate of 0.1 passes at 900 of 1000.
@@ -214,10 +208,62 @@ def compare(model: ModelCost, baseline: ModelCost, predictions: Predictions, ref
     )
 
 
-def environment(runtime: Runtime) -> Environment:
+def outcome_masks(right: Tensor, full: Tensor) -> dict[str, Tensor]:
+    """Return the inputs with each of the results.Outcomes, from those that either model predicts right, (samples) bool."""
+    return {"both": full & right, "lost": full & ~right, "won": ~full & right, "neither": ~full & ~right}
+
+
+def forgetting(
+    labels: Tensor, predicted: Tensor, reference: Tensor, indices: Sequence[int] | None = None
+) -> results.Forgetting:
+    """Compare predictions with those of the full model, class by class and input by input.
+
+    A class has collapsed if its accuracy is at least KNOWN in the full model and at most half of that in the
+    pruned one, and if its drop is at least HIDES times the average drop, with an interval (simultaneous over
+    all classes) above the average.
+
+    Args:
+        labels: (samples) int64.
+        predicted, reference: classes predicted by the pruned and by the full model, (samples) int64.
+        indices: names of the samples in `lost` and `won`; None: their places.
+    """
+    masks = outcome_masks(predicted == labels, reference == labels)
+    average = (int(masks["lost"].sum()) - int(masks["won"].sum())) / len(labels)
+    size = int(labels.max()) + 1
+    counts = torch.stack([labels[mask].bincount(minlength=size) for mask in masks.values()], dim=1)
+    present = counts.sum(1).nonzero().flatten().tolist()
+    strict = simultaneous_quantile(LEVEL, len(present))
+    classes, collapsed = [], []
+    for c in present:
+        outcomes = results.Outcomes(**dict(zip(masks, counts[c].tolist(), strict=True)))
+        accuracy = (outcomes.both + outcomes.won) / outcomes.samples
+        full = (outcomes.both + outcomes.lost) / outcomes.samples
+        classes.append(
+            results.ClassChange(
+                index=c,
+                samples=outcomes.samples,
+                accuracy=accuracy,
+                baseline_accuracy=full,
+                accuracy_drop=full - accuracy,
+                accuracy_drop_ci95=paired_difference(*outcomes.cells),
+            )
+        )
+        is_lost = full >= KNOWN and accuracy <= full / 2 and full - accuracy >= HIDES * average
+        if is_lost and paired_difference(*outcomes.cells, strict)[0] > average:
+            collapsed.append(c)
+    places = range(len(labels)) if indices is None else indices
+    return results.Forgetting(
+        classes=sorted(classes, key=lambda change: (-change.accuracy_drop, change.index)),
+        lost=list(compress(places, masks["lost"].tolist())),
+        won=list(compress(places, masks["won"].tolist())),
+        collapsed=collapsed,
+    )
+
+
+def environment(runtime: Runtime) -> results.Environment:
     """Return versions and settings that figures may depend on."""
     device = runtime.torch_device
-    return Environment(
+    return results.Environment(
         moeprune=__version__,
         torch=str(torch.__version__),
         python=platform.python_version(),

@@ -30,11 +30,9 @@ MOST_SAMPLES = 100_000_000
 class Evidence:
     """Samples behind a figure of an evaluation.
 
-    samples: their number.
-    bound: maps a confidence in 0.5…1 to the unfavourable one-sided bound of the figure: with at least this
-        probability the true figure is no worse.
-    keeps: maps a limit, a confidence and a number of samples with the same rates to True if their bound
-        would be within the limit.
+    bound: maps a confidence in 0.5…1 to the unfavourable one-sided bound of the figure: with at least this probability
+    the true figure is no worse. keeps: maps a limit, a confidence and a number of samples with the same rates to True
+    if their bound would be within the limit.
     """
 
     samples: int
@@ -73,9 +71,7 @@ def of_median(values: Sequence[float]) -> Evidence:
 
 
 def samples_needed(evidence: Evidence, limit: float, confidence: float) -> int | None:
-    """Return how many samples with the same rates would have a bound that keeps the limit.
-
-    That of the evidence does not. None if MOST_SAMPLES are too few.
+    """Return how many samples with the same rates, more than there are, keep the limit; None: over MOST_SAMPLES.
 
     >>> samples_needed(of_share(100, 100), 0.98, 0.95)
     149
@@ -89,11 +85,7 @@ def samples_needed(evidence: Evidence, limit: float, confidence: float) -> int |
 
 
 def check_limits(limits: Mapping[str, float], has_baseline: bool, has_latency: bool, confidence: float | None) -> None:
-    """Raise a MoepruneError for limits (fractions or ratios by gate name) that cannot be judged.
-
-    They are out of range, or need a baseline or latency that is missing; or the confidence is out of range or
-    comes without a limit.
-    """
+    """Raise a MoepruneError for limits (fractions or ratios by gate name), or a confidence, that cannot be judged."""
     check_confidence(confidence)
     if confidence is not None and not limits:
         raise MoepruneError("`--confidence` goes with a gate", "add one, such as `--max-accuracy-drop 0.01`")

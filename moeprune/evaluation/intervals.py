@@ -34,19 +34,17 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Return the interval of the difference of two shares (first - second) from counts of the same trials.
 
-    Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on
-    paired data", method 10.
+    Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on paired data",
+    method 10.
     """
     trials = both + only_first + only_second + neither
     first, second = (both + only_first) / trials, (both + only_second) / trials
     (low1, high1), (low2, high2) = wilson(first * trials, trials, z), wilson(second * trials, trials, z)
     product = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
-    correlation = 0.0
-    if product:
-        covariance = both * neither - only_first * only_second
-        if covariance > 0:
-            covariance = max(0.0, covariance - trials / 2)
-        correlation = covariance / math.sqrt(product)
+    covariance = both * neither - only_first * only_second
+    if covariance > 0:
+        covariance = max(0.0, covariance - trials / 2)
+    correlation = covariance / math.sqrt(product) if product else 0.0
 
     def distance(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
@@ -71,17 +69,14 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def share_at_least(successes: float, trials: float, confidence: float) -> float:
     """Return the exact one-sided lower bound of a share of independent trials (Clopper and Pearson 1934).
 
-    At this share, at least as many successes occur with probability 1 - confidence. Successes and trials may
-    be fractional, to extrapolate rates to other numbers of trials.
+    Successes and trials may be fractional, to extrapolate rates to other numbers of trials.
 
     >>> round(share_at_least(100, 100, 0.95), 4)
     0.9705
     """
     from scipy.special import betaincinv
 
-    if successes <= 0:
-        return 0.0
-    return float(betaincinv(successes, trials - successes + 1, 1 - confidence))
+    return float(betaincinv(successes, trials - successes + 1, 1 - confidence)) if successes > 0 else 0.0
 
 
 def drop_at_most(both: float, lost: float, won: float, neither: float, confidence: float) -> float:
@@ -98,10 +93,10 @@ def drop_at_most(both: float, lost: float, won: float, neither: float, confidenc
 
 
 def median_at_least(values: Sequence[float], confidence: float) -> float:
-    """Return the one-sided lower bound of the median of what positive values are drawn from.
+    """Return the one-sided lower bound of the median of what positive values are drawn from (Thompson 1936).
 
-    The largest value whose rank exceeds the median with probability at most `1 - confidence`, for any
-    distribution of independent values (Thompson 1936); 0 if there are too few values.
+    The largest value whose rank exceeds the median with probability at most `1 - confidence`, for any distribution of
+    independent values; 0 if there are too few values.
 
     >>> median_at_least([1.7, 1.1, 1.3, 1.2, 1.5], 0.95)
     1.1

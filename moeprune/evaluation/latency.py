@@ -30,11 +30,8 @@ def measure_latency(
 ) -> Latency:
     """Measure the seconds of a forward pass, alone and against a baseline on the same inputs.
 
-    Each repetition uses another batch of the data, already on the device, as a routed model chooses
-    different experts for different inputs. The batch size of the runtime is ignored.
-
-    Raises:
-        MoepruneError: data that cannot be read, or no such device.
+    Each repetition uses another batch of the data, already on the device, as a routed model chooses different experts
+    for different inputs. The batch size of the runtime is ignored.
     """
     device = runtime.torch_device
     models = {"model": model} if baseline is None else {"model": model, "baseline": baseline}
@@ -64,14 +61,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return the seconds of each function in each repetition, after a warm-up of all functions.
 
-    A repetition calls every function once on the same input; the next one uses the next input and the
-    opposite order. Drift (clock rates, other programs) affects all functions alike, so ratios within a
-    repetition vary less than seconds.
-
-    Args:
-        functions: by name.
-        inputs: used in turn, cyclically; all on one device.
-        seconds_of: times a call; None: seconds_of_call.
+    A repetition calls every function once on the same input; the next one uses the next input (cyclically) and the
+    opposite order. Drift (clock rates, other programs) affects all functions alike, so ratios within a repetition vary
+    less than seconds. All inputs are on one device. seconds_of: times a call; None: seconds_of_call.
     """
     seconds_of = seconds_of or partial(seconds_of_call, device=inputs[0].device)
     warm_at = time.perf_counter() + WARM_UP_SECONDS
@@ -96,9 +88,9 @@ def interleaved(
 def seconds_of_call(call: Callable[[], object], device: torch.device) -> float:
     """Return the seconds from a call to the end of its work on the device.
 
-    On CUDA, two events enclose the work, so that the return of the host from waiting is not counted. The
-    device is idle before each call: otherwise the kernels of this call would be launched while those of
-    the last one run, and a model bound by launches would look as fast as its kernels alone.
+    On CUDA, two events enclose the work, so that the return of the host from waiting is not counted. The device is idle
+    before each call: otherwise the kernels of this call would be launched while those of the last one run, and a model
+    bound by launches would look as fast as its kernels alone.
     """
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
@@ -109,12 +101,11 @@ def seconds_of_call(call: Callable[[], object], device: torch.device) -> float:
         end.record(stream)
         end.synchronize()
         return start.elapsed_time(end) / 1000  # milliseconds
-    if device.type == "mps":
-        torch.mps.synchronize()
+    synchronize = torch.mps.synchronize if device.type == "mps" else lambda: None
+    synchronize()
     begin = time.perf_counter()
     call()
-    if device.type == "mps":
-        torch.mps.synchronize()
+    synchronize()
     return time.perf_counter() - begin
 
 
