@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from moeprune import __version__
 from moeprune.calibration.passes import divergences, measure, require_finite
-from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, StatisticsAccumulator
+from moeprune.calibration.request import AnalyzeRequest
+from moeprune.calibration.results import AnalysisReport
+from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, StatisticsAccumulator, summarize
 from moeprune.calibration.sums import sums_in_bytes
 from moeprune.data.datasets import Dataset
 from moeprune.data.spec import DataInfo
@@ -22,10 +25,12 @@ from moeprune.files.header import read_header, require_format
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
+from moeprune.models.opening import open_data_for, open_model
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
 from moeprune.records import Record, from_json, to_json
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 PROBE_INPUTS = 256
 WORKSPACE = 2 << 30
@@ -55,17 +60,38 @@ class _Metadata(Record, frozen=True, omit_defaults=False):
     origin: Origin
 
 
+def analyze_checkpoint(request: AnalyzeRequest) -> tuple[AnalysisReport, Model, Analysis]:
+    """Analyze a model and write the analysis; return the report, and the model and analysis that it is about.
+
+    Raises a MoepruneError if an input cannot be read or does not fit, or the output cannot be written.
+    """
+    request.runtime.require_device()
+    model = open_model(request.checkpoint)
+    data = open_data_for(model, request.data, "calibration")
+    analysis = analyze(model, data, request.runtime)
+    configs = model.config.moe_layers
+    layers = {name: summarize(statistics, configs[name].scopes) for name, statistics in analysis.layers.items()}
+    for name, layer in layers.items():
+        if layer.experts == 1:
+            logger.warning(
+                f"layer `{name}` has one expert: nothing to prune. A Soft MoE of one expert cannot represent"
+                " some simple convex functions, however large the expert is (Chung et al. 2024, Theorem 1):"
+                " train with many small experts"
+            )
+    save_analysis(analysis, request.output, request.overwrite)
+    return AnalysisReport(str(request.checkpoint.path), str(request.output), data.info, layers), model, analysis
+
+
 def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> Analysis:
     """Compute the statistics of every MoE layer of an unpruned model, in a pass over the data.
 
     Memory does not depend on the number of samples, nor the result on the batch size, beyond rounding. If the
     sums of all layers take more than WORKSPACE, each of several passes serves some of the layers.
 
-    Raises:
-        MoepruneError: no MoE layer, a pruned one, or data that does not fit the model.
+    Raises a MoepruneError if there is no MoE layer or a pruned one, or the data does not fit the model.
     """
     layers = require_dense_layers(model, "analyze the unpruned checkpoint")
-    model_fingerprint = fingerprint(model)
+    origin = fingerprint(model)
     model = private_copy(model)
     data = dataset_for(model, data, split="calibration")
     statistics: dict[str, LayerStatistics] = {}
@@ -78,12 +104,9 @@ def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> 
     if len(fingerprints) > 1:
         raise MoepruneError(f"`{data.spec}` changed while it was read", "try again")
     require_finite(statistics, data)
-    sensitivities = measure_sensitivity(model, statistics, data, runtime)
-    statistics = {
-        name: replace(layer, sensitivity=sensitivities.get(name, layer.sensitivity))
-        for name, layer in statistics.items()
-    }
-    return Analysis(statistics, Origin(model_fingerprint, data.info, __version__))
+    for name, sensitivity in measure_sensitivity(model, statistics, data, runtime).items():
+        statistics[name] = replace(statistics[name], sensitivity=sensitivity)
+    return Analysis(statistics, Origin(origin, data.info, __version__))
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -115,23 +138,20 @@ def measure_sensitivity(
         if "static" not in layer.config.scopes:
             continue
         n = layer.config.num_experts
-        kept = statistics[name].best_kept(n // 8, "mean")
-        plan = LayerPlan("static", n // 8, n, "gram", "mean", kept)
+        plan = LayerPlan("static", n // 8, n, "gram", "mean", statistics[name].best_kept(n // 8, "mean"))
         dropped = list(plan.dropped)
-        errors[name] = statistics[name].gram_mean.double()[dropped][:, dropped].sum()
+        error = statistics[name].gram_mean.double()[dropped][:, dropped].sum()
+        errors[name] = error.clamp_min(torch.finfo(torch.float32).tiny)
         probes[name] = private_copy(model)
-        pruned = prune_layer(layer, plan, Calibrated(term_mean=statistics[name].term_mean))
-        probes[name].set_submodule(name, pruned)
+        probes[name].set_submodule(name, prune_layer(layer, plan, Calibrated(term_mean=statistics[name].term_mean)))
     changes = divergences(probes, model, data.sample(PROBE_INPUTS), runtime, "probe layers")
-    tiny = torch.finfo(torch.float32).tiny
-    return {name: (change / errors[name].clamp_min(tiny)).float() for name, change in changes.items()}
+    return {name: (change / errors[name]).float() for name, change in changes.items()}
 
 
 def save_analysis(analysis: Analysis, path: str | Path, overwrite: bool = True) -> None:
     """Write an analysis file: equal analyses give equal bytes.
 
-    Raises:
-        MoepruneError: the path cannot be written, or exists and may not be replaced.
+    Raises a MoepruneError if the path cannot be written, or exists and may not be replaced.
     """
     tensors = {
         f"{name}.{field.name}": getattr(statistics, field.name)
@@ -143,11 +163,7 @@ def save_analysis(analysis: Analysis, path: str | Path, overwrite: bool = True) 
 
 
 def load_analysis(path: str | Path) -> Analysis:
-    """Read an analysis file.
-
-    Raises:
-        MoepruneError: it is missing, damaged, of an unknown format, or not an analysis.
-    """
+    """Read an analysis file; raise a MoepruneError if it is missing, damaged, or not an analysis of this format."""
     header = read_header(path)
     found = header.metadata or {}
     if found.get("kind") != "analysis":
@@ -163,7 +179,6 @@ def load_analysis(path: str | Path) -> Analysis:
 def _layer(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LayerStatistics:
     """Return the statistics of a layer of a file, whose shapes fit each other."""
     sizes = {"l": len(MASS_LEVELS)}
-    values = {}
     for key, axes in AXES.items():
         tensor = tensors.get(f"{name}.{key}")
         found = None if tensor is None else list(tensor.shape)
@@ -174,26 +189,23 @@ def _layer(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LayerS
                 f" expected torch.float32 {expected or list(axes)}",
                 "write it again with `moeprune analyze`",
             )
-        values[key] = tensor
-    return LayerStatistics(**values)
+    return LayerStatistics(**{key: tensors[f"{name}.{key}"] for key in AXES})
 
 
 def require_analysis_of(layers: Mapping[str, LayerConfig], fingerprint: str, analysis: Analysis | None) -> None:
     """Raise a MoepruneError if the analysis, if any, is not of the unpruned checkpoint with these layers."""
     if analysis is None:
         return
-    found = analysis.origin.checkpoint
-    if found != fingerprint:
+    if (found := analysis.origin.checkpoint) != fingerprint:
+        prints = f"(fingerprint {found[:12]}…, this one has {fingerprint[:12]}…)"
         raise MoepruneError(
-            f"the analysis was made for another checkpoint (fingerprint {found[:12]}…, this one has"
-            f" {fingerprint[:12]}…)",
-            "run `moeprune analyze` on this checkpoint",
+            f"the analysis was made for another checkpoint {prints}", "run `moeprune analyze` on this checkpoint"
         )
     for name, layer in layers.items():
-        expected_shape = [layer.num_experts, layer.terms_per_expert, layer.output_width]
+        expected = [layer.num_experts, layer.terms_per_expert, layer.output_width]
         shape = list(analysis.layers[name].term_mean.shape) if name in analysis.layers else None
-        if shape != expected_shape:
+        if shape != expected:
             raise MoepruneError(
-                f"the analysis does not fit: `{name}.term_mean` is {shape}, expected {expected_shape}",
+                f"the analysis does not fit: `{name}.term_mean` is {shape}, expected {expected}",
                 "write it again with `moeprune analyze`",
             )

@@ -29,17 +29,13 @@ A = TypeVar("A", bound=MomentsAccumulator)
 def measure(
     model: Model, names: Sequence[str], data: Dataset, runtime: Runtime, what: str, accumulator: Callable[[MoELayer], A]
 ) -> dict[str, A]:
-    """Return what the named layers compute, accumulated over the data in one pass up to the last of them.
+    """Return what the named dense layers compute, accumulated over the data in one pass up to the last of them.
 
-    Args:
-        model: a private copy; it is moved to the runtime's device.
-        names: of dense layers.
-        what: the progress bar's title.
-        accumulator: makes one for a layer.
+    model: a private copy; it is moved to the runtime's device. what: the progress bar's title. accumulator:
+    makes one for a layer.
     """
     model.to(runtime.torch_device)
-    layers = model.moe_layers
-    accumulators = {name: accumulator(layers[name]) for name in names}
+    accumulators = {name: accumulator(model.moe_layers[name]) for name in names}
     for inputs, labels in runtime.batches(data, what):
 
         def observe(name: str, observation: Observation, labels: Tensor | None = labels) -> None:
@@ -65,26 +61,18 @@ def divergences(
     """Return the mean divergence of models' predictions from the full one's, in nats (scalars); without a
     head, the change of the features as a share of their square.
 
-    Args:
-        models, full: private copies on the runtime's device.
-        what: the progress bar's title.
+    models, full: private copies on the runtime's device. what: the progress bar's title.
     """
-    changes = {name: torch.zeros((), dtype=torch.float64) for name in models}
-    has_head = full.input_format.classes > 0
+    wide = wide_dtype(runtime.torch_device)  # else rounding makes small divergences negative
+    totals = {name: torch.zeros((), dtype=torch.float64) for name in models}
     for name, found, expected in runtime.run_paired(models, full, data, what):
-        changes[name] += _change(found, expected, has_head).sum().to("cpu", torch.float64)
-    return {name: change / data.samples for name, change in changes.items()}
-
-
-def _change(found: Tensor, expected: Tensor, has_head: bool) -> Tensor:
-    """Return the divergence of outputs (b,…) from the expected ones, input by input."""
-    if has_head:
-        wide = wide_dtype(found.device)  # else rounding makes small divergences negative
-        found, expected = found.log_softmax(-1, dtype=wide), expected.log_softmax(-1, dtype=wide)
-        change = (expected.exp() * (expected - found)).sum(-1).clamp_min(0)
-    else:
-        change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
-    return change.flatten(1).mean(1) if change.ndim > 1 else change
+        if full.input_format.classes > 0:
+            found, expected = found.log_softmax(-1, dtype=wide), expected.log_softmax(-1, dtype=wide)
+            change = (expected.exp() * (expected - found)).sum(-1).clamp_min(0)
+        else:
+            change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
+        totals[name] += change.reshape(len(change), -1).mean(1).sum().to("cpu", torch.float64)
+    return {name: total / data.samples for name, total in totals.items()}
 
 
 class StopForward(Exception):

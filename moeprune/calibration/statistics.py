@@ -84,10 +84,6 @@ class LayerStatistics(LayerMoments):
     def _mass(self, compensation: str) -> Tensor | None:
         return self.mean_mass if compensation == "renorm" else None
 
-    def top_k_frequency(self, k: int) -> Tensor:
-        """Return how often each expert is among the best k of an input: shares (n)."""
-        return self.rank_frequency[:k].sum(0)
-
 
 class MomentsAccumulator:
     """Sums up the moments of a dense layer."""
@@ -186,8 +182,7 @@ def summarize(statistics: LayerStatistics, scopes: tuple[str, ...]) -> LayerSumm
 
     `informative` means a mass of INFORMATIVE_MASS and twice a uniform router's, or more.
     """
-    n = statistics.num_experts
-    eighth = max(1, n // 8)
+    n, eighth = statistics.num_experts, max(1, statistics.num_experts // 8)
     overall = statistics.mean_mass.double().sort(descending=True).values.cumsum(0)
     best_eighth_mass = float(statistics.kept_mass[eighth - 1])
     return LayerSummary(

@@ -39,7 +39,7 @@ def analyze(reporter: Reporter, request: AnalyzeRequest, report: Report = None) 
     Runs calibration data through an unpruned checkpoint, once.
     """
     reporter.check_outputs(output=request.output, report=report)
-    from moeprune.calibration.checkpoint import analyze_checkpoint
+    from moeprune.calibration.analysis import analyze_checkpoint
     from moeprune.evaluation.evaluate import environment
 
     found, model, analysis = analyze_checkpoint(request)
