@@ -8,8 +8,8 @@ from torch import Tensor
 import moeprune
 from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.ridge import GAIN_KEPT, LAMBDAS, Equations, solve_held_out
+from moeprune.layers.experts import combine_mass
 from moeprune.layers.observation import Observation
-from moeprune.layers.scores import combine_mass
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT

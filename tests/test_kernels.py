@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import moeprune
 from moeprune.layers import experts as routed
 from moeprune.layers import soft_moe
-from moeprune.layers.scores import top_k
+from moeprune.layers.experts import top_k
 from moeprune.models.runtime import Runtime
 from tests.test_soft_moe import (
     COMPENSATIONS,

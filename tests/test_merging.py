@@ -11,9 +11,8 @@ import torch
 import moeprune
 from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.merging import nearest_kept
 from moeprune.layers.soft_moe import SoftMoE
-from moeprune.layers.surgery import Calibrated, prune_layer
+from moeprune.layers.surgery import Calibrated, nearest_kept, prune_layer
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, plan_from_json
 from tests.reference import reference_layer

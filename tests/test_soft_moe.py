@@ -6,9 +6,8 @@ from torch import Tensor
 
 from moeprune.layers import experts as routed
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.experts import grouped_linear
+from moeprune.layers.experts import grouped_linear, top_k
 from moeprune.layers.observation import Observation
-from moeprune.layers.scores import top_k
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.plan import LayerPlan

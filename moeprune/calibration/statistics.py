@@ -16,9 +16,9 @@ from torch import Tensor
 from moeprune.calibration.results import LayerSummary
 from moeprune.calibration.selection import best_kept, drop_order
 from moeprune.calibration.sums import Contributions, halves, lost_gram, wide_dtype
+from moeprune.layers.experts import rank
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
-from moeprune.layers.scores import rank
 
 MASS_LEVELS = (0.5, 0.9, 0.99)
 INFORMATIVE_MASS = 0.45

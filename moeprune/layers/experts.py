@@ -1,18 +1,19 @@
 """Routed execution: each input runs its k best experts, and no others.
 
+    combine weights (b,m,n,p) -> mass, a score (b,n)            combine_mass
     scores (b,n)          -> chosen (b,k)                       choose
     logits, chosen        -> dispatch (b,s,m), combine (b,m,s)  slot_weights
     dispatch · tokens     -> slot inputs (b,k,p,d)
-    slot inputs, chosen   -> slot outputs (b,k,p,d)             run_experts
-    combine · outputs     -> tokens (b,m,d)
+    slot inputs, chosen   -> slot outputs (b,k,p,o)             run_experts
+    combine · outputs     -> tokens (b,m,o)
 
 Rows of all inputs are grouped by expert, so that each expert's weights are used where they lie, and once: on
 the CPU in a loop over views of the stacked weights, or, for little work, as a product of gathered copies. On
 a GPU the kernels of moeprune.layers.kernels never synchronise with the host; the loop, which does so once a
 layer, remains for gradients, float64, and platforms without Triton.
 
-Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert; k experts
-run for an input, with s = k·p slots in the order of `chosen`.
+Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert, o output
+width; k experts run for an input, with s = k·p slots in the order of `chosen`.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeprune.layers.scores import top_k
-
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 GATHERED = 2 << 20
 """Bytes of chosen experts' weights up to which copying them beats a loop over experts."""
 
 
+def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return rows[e] @ weight[e] + bias[e] for rows (n,r,in); weight (n,in,out), bias (n,out)."""
+    return torch.baddbmm(bias[:, None], rows, weight)
+
+
 class Experts(NamedTuple):
     """The stacked weights of all experts, h contiguous in both.
 
-    linear: in the methods, a function of rows, weight and bias that runs each row by its own expert.
+    linear, in its methods: a product of rows, weight and bias that takes each row by its own expert.
     """
 
     fc1_weight: Tensor | None  # (n,d,h), or (n,d,2·h) with a gate; None where an expert is one linear
@@ -57,15 +61,64 @@ class Experts(NamedTuple):
         values, gate = hidden.chunk(2, dim=-1)
         return values * F.gelu(gate)
 
-    def hidden(self, rows: Tensor, linear: Linear) -> Tensor:
+    def hidden(self, rows: Tensor, linear: Linear = batched_linear) -> Tensor:
         """Return the input of the second linear (…,h), from rows (…,d)."""
         if self.fc1_weight is None or self.fc1_bias is None:
             return rows
         return self.activate(linear(rows, self.fc1_weight, self.fc1_bias))
 
-    def run(self, rows: Tensor, linear: Linear) -> Tensor:
+    def run(self, rows: Tensor, linear: Linear = batched_linear) -> Tensor:
         """Return the experts' outputs (…,o) for rows (…,d)."""
         return linear(self.hidden(rows, linear), self.fc2_weight.mT, self.fc2_bias)
+
+
+def combine_mass(combine_weights: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mass of each expert (b,n) in float32 or better, by C (b,m,n,p) and a mask of tokens (b,m).
+
+    The sum over tokens and slots of C, divided by m: the masses of one input sum to 1 (Chung et al. 2024,
+    arXiv 2409.00879, Algorithm 1).
+    """
+    dtype = torch.promote_types(combine_weights.dtype, torch.float32)
+    if mask is not None:
+        tokens = mask.sum(1).clamp_min(1)[:, None]
+        return (combine_weights * mask[:, :, None, None]).sum((1, 3), dtype=dtype) / tokens
+    if combine_weights.shape[-1] == 1:
+        return combine_weights.mean(dim=(1, 3), dtype=dtype)
+    return combine_weights.mean(dim=1, dtype=dtype).sum(dim=-1)  # both at once is 20 times slower
+
+
+def rank(scores: Tensor) -> Tensor:
+    """Return expert indices (...,n) from the highest to the lowest score; of equal scores the lower first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Return the k best experts of each row, ascending (...,k), with ties broken as in `rank`."""
+    if scores.device.type == "cpu" and 0 < k < scores.shape[-1]:
+        # Four times faster than ranking all, but which of two equal scores it takes is not specified.
+        best = scores.topk(k + 1, dim=-1)
+        if (best.values[..., k - 1] > best.values[..., k]).all():
+            return best.indices[..., :k].sort(dim=-1).values
+    return rank(scores)[..., :k].sort(dim=-1).values
+
+
+def fewest_with_mass(scores: Tensor, mass: Tensor, share: float, most: int) -> Tensor:
+    """Return the fewest experts of each input, best first by scores (b,n), with a share of its mass (b,n).
+
+    As indices (b,most), ascending; n in place of those that are not needed.
+    """
+    n = scores.shape[-1]
+    order = rank(scores)[..., :most]
+    before = F.pad(mass.gather(-1, order).cumsum(-1)[..., :-1], (1, 0))
+    is_needed = before < share * mass.sum(-1, keepdim=True)
+    is_needed[..., 0] = True
+    return torch.where(is_needed, order, n).sort(dim=-1).values
+
+
+def random_scores(num_experts: int, seed: int, layer_index: int) -> Tensor:
+    """Return the scores of the signal `random` (n): a fixed order for this seed and layer."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer_index) % 2**63)
+    return torch.randperm(num_experts, generator=generator).to(torch.float32)
 
 
 def choose(scores: Tensor, k: int) -> Tensor:
@@ -131,16 +184,11 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Ten
     bytes_of_one = sum(weight[0].nbytes for weight in experts if weight is not None) if n else 0
     if 0 < len(chosen) * bytes_of_one <= GATHERED:
         copies = Experts(*(None if weight is None else weight[chosen] for weight in experts))  # type: ignore[arg-type]
-        return copies.run(rows, batched_linear).view(b, k, p, width)
+        return copies.run(rows).view(b, k, p, width)
     order = chosen.argsort(stable=True)
     rows_of_expert = [p * count for count in chosen.bincount(minlength=n).tolist()]
     outputs = experts.run(rows[order].flatten(0, 1), functools.partial(grouped_linear, rows_of_expert))
     return outputs.view(b * k, p, width)[order.argsort()].view(b, k, p, width)
-
-
-def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return rows[e] @ weight[e] + bias[e] for rows (n,r,in); weight (n,in,out), bias (n,out)."""
-    return torch.baddbmm(bias[:, None], rows, weight)
 
 
 def grouped_linear(rows_of_expert: list[int], rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.layers.config import FAMILIES
-from moeprune.layers.experts import choose
+from moeprune.layers.experts import choose, fewest_with_mass
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.observation import Observation, mean_token
-from moeprune.layers.scores import fewest_with_mass
 from moeprune.plan import AFFINE, LayerPlan
 
 

@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.experts import Experts, batched_linear, grouped_linear, kernels_for, run_experts, slot_weights
+from moeprune.layers.experts import Experts, combine_mass, grouped_linear, kernels_for, run_experts, slot_weights
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation, is_dropped
-from moeprune.layers.scores import combine_mass
 from moeprune.plan import LayerPlan
 
 FEW_ROWS = 128
@@ -191,14 +190,14 @@ class SoftMoE(MoELayer):
         elif 0 < b * p <= FEW_ROWS and e and kernels_for(slot_inputs, *self.experts):
             return run_experts(slot_inputs, _every_expert(slot_inputs, e), self.experts)
         else:
-            rows = self.experts.run(rows.flatten(1, 2), batched_linear)
+            rows = self.experts.run(rows.flatten(1, 2))
         return rows.view(e, b, p, self.config.output_width).transpose(0, 1)
 
     def hidden(self, slot_inputs: Tensor) -> Tensor:
         """Return what the last linear of each expert that has weights takes: (b,e,p,d) to (b,e,p,h)."""
         b, e, p, _ = slot_inputs.shape
         rows = slot_inputs.to(self.fc2_weight.dtype).transpose(0, 1).flatten(1, 2)
-        return self.experts.hidden(rows, batched_linear).view(e, b, p, -1).transpose(0, 1)
+        return self.experts.hidden(rows).view(e, b, p, -1).transpose(0, 1)
 
     def _run_chosen(
         self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor, chosen: Tensor

@@ -1,19 +1,25 @@
 """The one surgery: from a dense layer's tensors to those of a pruned layer, in memory or from file to file.
 
-Axes: n experts, p terms per expert, o width of the output.
+`merge` is MC-SMoE (Li et al. 2024, arXiv 2310.01334), adapted to Soft MoE, to compare with leaving experts out.
+A dropped expert goes to the kept one with the most similar combine weights over calibration data (cosine). Its
+hidden units are matched to the kept one's (the assignment with the largest sum of products of weights; Ainsworth
+et al. 2023, arXiv 2209.04836, section 3.2). Then a group becomes its mean, weighted by mass. All slots stay, run
+by the merged expert of their group: the file shrinks, the FLOPs do not.
+
+Axes: n experts, p terms per expert, h hidden width, o width of the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from moeprune.layers.experts import Experts
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, layer_of_tensors
-from moeprune.layers.merging import merged_experts
 from moeprune.plan import LayerPlan
 
 T = TypeVar("T")
@@ -79,3 +85,53 @@ def prune_layer(layer: MoELayer, plan: LayerPlan, calibrated: Calibrated = Calib
         assert calibrated.mean_mass is not None
         tensors |= merged_experts(dense, plan, calibrated.mean_mass)
     return layer_of_tensors(layer.config, plan, tensors)
+
+
+def nearest_kept(power: Tensor, kept: Sequence[int], num_experts: int) -> tuple[int, ...]:
+    """Return for each dropped expert, ascending, the kept one with the most similar weights.
+
+    power: CᵀC (n·p,n·p), summed over calibration data. kept: at least one expert, ascending.
+    """
+    n = num_experts
+    together = power.unflatten(1, (n, -1)).unflatten(0, (n, -1)).sum((1, 3)).cpu()
+    length = together.diagonal().sqrt().clamp_min(torch.finfo(together.dtype).tiny ** 0.25)
+    likeness = together / length / length[:, None]
+    dropped = sorted(set(range(n)) - set(kept))
+    return tuple(kept[place] for place in likeness[dropped][:, list(kept)].argmax(1).tolist())
+
+
+def merged_experts(tensors: Mapping[str, Tensor], plan: LayerPlan, mean_mass: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of the k kept experts, each merged with those that the plan folds into it.
+
+    tensors: of all experts, by the names in Experts. mean_mass: the weights of the means (n).
+    """
+    merged: dict[str, list[Tensor]] = {name: [] for name in Experts._fields if name in tensors}
+    for group in plan.groups:
+        kept, *others = ({name: tensors[name][j].to("cpu", torch.float64) for name in merged} for j in group)
+        aligned = [kept, *(_aligned(other, kept) for other in others)]
+        mass = mean_mass[group].double().clamp_min(torch.finfo(torch.float32).tiny)
+        for name, means in merged.items():
+            parts = torch.stack([expert[name] for expert in aligned])
+            means.append(torch.tensordot(mass / mass.sum(), parts, dims=1))
+    return {name: torch.stack(means).to(tensors[name]) for name, means in merged.items()}
+
+
+def _aligned(expert: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the expert with its hidden units reordered to match the reference's."""
+    from scipy.optimize import linear_sum_assignment
+
+    if "fc1_weight" not in expert:
+        return expert  # one linear: what it takes is the layer's own
+    likeness = _units(reference) @ _units(expert).mT
+    order = torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
+    h = len(order)
+    rows = torch.cat([order, order + h]) if len(expert["fc1_bias"]) == 2 * h else order
+    reordered = {"fc1_weight": expert["fc1_weight"][:, rows], "fc1_bias": expert["fc1_bias"][rows]}
+    return expert | reordered | {"fc2_weight": expert["fc2_weight"][:, order]}
+
+
+def _units(expert: dict[str, Tensor]) -> Tensor:
+    """All weights of each hidden unit of an expert (h,…), those of its gate among them."""
+    h = expert["fc2_weight"].shape[1]
+    first = torch.cat([expert["fc1_weight"], expert["fc1_bias"][None]]).split(h, dim=1)
+    return torch.cat([*first, expert["fc2_weight"]]).mT

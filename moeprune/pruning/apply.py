@@ -15,10 +15,9 @@ from moeprune.calibration.statistics import LayerMoments, LayerStatistics, Momen
 from moeprune.calibration.sums import Halves, lost_gram
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
+from moeprune.layers.experts import random_scores, top_k
 from moeprune.layers.interface import LayerConfig
-from moeprune.layers.merging import nearest_kept
-from moeprune.layers.scores import random_scores, top_k
-from moeprune.layers.surgery import Calibrated, prune_layer
+from moeprune.layers.surgery import Calibrated, nearest_kept, prune_layer
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Method, Plan, parse_keep, require_fitting_plan, uniform_plan

@@ -31,8 +31,8 @@ from moeprune.calibration.analysis import Analysis
 from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.data.datasets import Dataset
+from moeprune.layers.experts import top_k
 from moeprune.layers.observation import Observation
-from moeprune.layers.scores import top_k
 from moeprune.models.model import private_copy
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT

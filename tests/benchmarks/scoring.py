@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import moeprune
 from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.experts import combine_mass, top_k
 from moeprune.layers.observation import Observation
-from moeprune.layers.scores import combine_mass, top_k
 from moeprune.layers.soft_moe import SoftMoE
 
 REPETITIONS = 51
