@@ -14,19 +14,13 @@ from torch import Tensor
 
 
 def drop_order(gram: Tensor, num_experts: int, mass: Tensor | None = None) -> tuple[list[int], list[float]]:
-    """Do backward elimination: drop the expert that adds least error, again and again.
+    """Drop the expert that adds least error, again and again.
 
-    Args:
-        gram: G (r,r), whose first n rows are of the experts.
-        num_experts: n.
-        mass: with `renorm` the mean combine mass of each expert (n).
-
-    Returns:
-        The experts in the order in which they are dropped (n), and the error with the first 0, 1, … n
-        of them dropped (n + 1).
+    gram: G (r,r), whose first n rows are of the experts. mass: with `renorm` the mean combine mass of each (n).
+    Returns the experts in the order in which they are dropped (n), and the error with the first 0, 1, … n of
+    them dropped (n + 1).
     """
-    n = num_experts
-    gram, mass = gram.double(), _mass_or_zeros(mass, n)
+    n, gram, mass = num_experts, gram.double(), _mass_or_zeros(mass, num_experts)
     always = torch.ones(len(gram) - n, dtype=gram.dtype)
     added = gram.diagonal()[:n] + 2 * gram[:n, n:] @ always  # by dropping each expert now
     lost, left = always @ gram[n:, n:] @ always, torch.ones((), dtype=gram.dtype)
@@ -46,15 +40,9 @@ def drop_order(gram: Tensor, num_experts: int, mass: Tensor | None = None) -> tu
 def best_kept(gram: Tensor, num_experts: int, k: int, mass: Tensor | None = None) -> tuple[int, ...]:
     """Return the k experts to keep, ascending, of all sets that no exchange of two experts betters.
 
-    Starts with backward elimination, then exchanges the two whose exchange gains most while one gains.
-
-    Args:
-        gram, mass: as in drop_order.
-        num_experts: n.
-        k: 0 to n.
+    Starts with `drop_order`, then exchanges the two whose exchange gains most while one gains; k is 0 to n.
     """
-    n = num_experts
-    gram, mass = gram.double(), _mass_or_zeros(mass, n)
+    n, gram, mass = num_experts, gram.double(), _mass_or_zeros(mass, num_experts)
     order, _ = drop_order(gram, n, mass)
     is_dropped = torch.zeros(n, dtype=torch.bool)
     is_dropped[order[: n - k]] = True
