@@ -37,27 +37,28 @@ def prune_tensors(
     config: LayerConfig,
     plan: LayerPlan,
     take: Callable[[str, int | None, Sequence[int]], T],
+    like: Tensor,
     calibrated: Calibrated = Calibrated(),
 ) -> dict[str, T | Tensor]:
     """Return the tensors of a pruned layer by name; a fitted compensation starts as `mean`.
 
     take: returns a tensor of the dense layer by name, all of it (axis None) or the places of some experts
-    along an axis, in their order.
+    along an axis, in their order. like: has the type and the device of the compensation.
     """
     tensors: dict[str, T | Tensor] = {}
     for name, shape in config.shapes(plan).items():
         if config.part(name) == "compensation":
-            tensors[name] = torch.zeros(shape)
+            tensors[name] = like.new_zeros(shape)
         elif name == "score_weights":
             assert calibrated.score_weights is not None
-            tensors[name] = calibrated.score_weights.float()
+            tensors[name] = calibrated.score_weights.to(like.device, torch.float32)
         else:
             axis = config.expert_axis(name) if plan.scope == "static" else None
             experts = plan.kept or () if config.part(name) == "experts" else plan.columns
             tensors[name] = take(name, axis, experts)
     if plan.has_surrogate:
         assert calibrated.term_mean is not None
-        surrogate = calibrated.term_mean
+        surrogate = calibrated.term_mean.to(like, copy=True)
         if plan.scope == "static":  # in the order of the columns; kept experts have their own outputs
             surrogate = surrogate[list(plan.columns)]
             surrogate[: plan.k] = 0
@@ -68,19 +69,14 @@ def prune_tensors(
 def prune_layer(layer: MoELayer, plan: LayerPlan, calibrated: Calibrated = Calibrated()) -> MoELayer:
     """Return a layer that follows the plan, made of a dense one."""
     dense = {name: tensor.detach() for name, tensor in layer.named_parameters()}
-    like = layer.fc2_weight
+    like = layer.fc2_weight.detach()
 
     def take(name: str, axis: int | None, experts: Sequence[int]) -> Tensor:
         if axis is None:
             return dense[name]
         return dense[name].index_select(axis, torch.tensor(experts, dtype=torch.int64, device=like.device))
 
-    tensors = prune_tensors(layer.config, plan, take, calibrated)
-    for name, tensor in tensors.items():
-        if name == "score_weights":
-            tensors[name] = tensor.to(like.device)
-        elif layer.config.part(name) == "compensation":
-            tensors[name] = tensor.to(like, copy=True)
+    tensors = prune_tensors(layer.config, plan, take, like, calibrated)
     if plan.merges:
         assert calibrated.mean_mass is not None
         tensors |= merged_experts(dense, plan, calibrated.mean_mass)

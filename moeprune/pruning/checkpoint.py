@@ -138,9 +138,8 @@ def _prune_file(request: PruneRequest, full: _Full, header: Header, analysis: An
         moments = None if analysis is None else analysis.layers[name]
         decided[name], calibrated = decide(layer_plan, moments, None, request.seed, index)
         take = partial(_take, header, tensors, name)
-        dtype = tensors[f"{name}.fc2_weight"].dtype
-        for key, tensor in prune_tensors(layers[name], decided[name], take, calibrated).items():
-            entries[f"{name}.{key}"] = tensor.to(dtype) if isinstance(tensor, Tensor) else tensor
+        pruned = prune_tensors(layers[name], decided[name], take, tensors[f"{name}.fc2_weight"], calibrated)
+        entries |= {f"{name}.{key}": tensor for key, tensor in pruned.items()}
     made = provenance(full.fingerprint, plan, analysis, None, request.seed, request.runtime)
     changed = {
         "plan": to_json(decided),
