@@ -11,7 +11,7 @@ import typer
 from moeprune.calibration.request import AnalyzeRequest
 from moeprune.cli.command import command
 from moeprune.cli.reporter import Reporter
-from moeprune.demo.request import DemoRequest
+from moeprune.demo.records import DemoRequest
 from moeprune.models.request import ExportRequest, InspectRequest
 from moeprune.models.runtime import Runtime
 from moeprune.pruning.request import PruneRequest, SweepRequest

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from moeprune.calibration.analysis import analyze, save_analysis
 from moeprune.data.datasets import Dataset, open_data
-from moeprune.demo.results import DemoModel, Summary
+from moeprune.demo.records import DemoModel, Summary
 from moeprune.demo.train import pairs_recipe, single_layer_recipe, train
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment, evaluate
@@ -55,9 +55,6 @@ def run_demo(directory: Path, train_anew: bool = False, seed: int = 0, runtime: 
     Args:
         train_anew: train both models first (minutes) instead of taking the shipped ones.
         seed: of training, and of random experts.
-
-    Raises:
-        MoepruneError: the directory cannot be written, or scikit-learn is missing.
     """
     models = {name: _run_model(name, directory / name, train_anew, seed, runtime) for name in MODELS}
     summary = Summary(directory=".", models=models, environment=environment(runtime))
@@ -75,8 +72,7 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
     if train_anew:
         save(train(recipe, seed, runtime.progress), path)
     else:
-        shipped = resources.files("moeprune.demo") / "checkpoints" / f"{name}.safetensors"
-        write_file(path, shipped.read_bytes())
+        write_file(path, (resources.files("moeprune.demo") / f"checkpoints/{name}.safetensors").read_bytes())
     full = load(path)
     calibration = open_data(data, full.input_format, "calibration", CALIBRATION_INPUTS)
     test = open_data(data, full.input_format, "test")
@@ -88,15 +84,13 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
     for variant, (row, model) in zip([None, *VARIANTS], results, strict=True):
         rows.append(row)
         if variant in SAVED:
-            share = row.keep.replace("/", "-")
-            saved = directory / f"{row.scope}-{row.compensate}-{share}.safetensors"
-            save(model, saved)
-            _evaluate(saved, full, test, runtime)
+            path = directory / f"{row.scope}-{row.compensate}-{row.keep.replace('/', '-')}.safetensors"
+            save(model, path)
+            _evaluate(path, full, test, runtime)
     return DemoModel(title=title, data=test.info, rows=rows)
 
 
 def _evaluate(path: Path, full: Model, test: Dataset, runtime: Runtime) -> None:
     """Write the evaluation of a checkpoint beside it."""
-    result = evaluate(load(path), test, full, runtime)
-    result = replace(result, checkpoint=path.name, baseline="full.safetensors")
+    result = replace(evaluate(load(path), test, full, runtime), checkpoint=path.name, baseline="full.safetensors")
     write_file(path.with_suffix(".json"), to_text(result))

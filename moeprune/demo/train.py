@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -93,10 +93,10 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
         return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (recipe.steps - warm_up)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    draw = _batches(recipe, generator)
+    batches = _batches(recipe, generator)
     model.train()
     for _ in tqdm(range(recipe.steps), desc="train", unit=" steps", disable=None if progress else True):
-        images, labels = draw()
+        images, labels = next(batches)
         images = images + recipe.noise * torch.randn(images.shape, generator=generator)
         loss = F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad()
@@ -107,16 +107,13 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
     return model.requires_grad_(False).eval()
 
 
-def _batches(recipe: Recipe, generator: torch.Generator) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Return a function that draws a batch of digits, or of pairs if the model takes wider images."""
+def _batches(recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw batches of digits, or of pairs if the model takes wider images."""
     pixels, labels = digits("train")
     images = InputFormat(1, 8, 8, 10, PREPROCESSING).normalize(pixels)
     sides = recipe.config.image_size[1] // 8
-
-    def draw() -> tuple[Tensor, Tensor]:
+    while True:
         index = torch.randint(len(images), (sides, recipe.batch_size), generator=generator)
         classes = labels[index]
         label = classes[0] if sides == 1 else 10 * classes[0] + classes[1]
-        return torch.cat(list(images[index]), dim=3), label
-
-    return draw
+        yield torch.cat(list(images[index]), dim=3), label

@@ -209,7 +209,7 @@ def compare(
 
 
 def outcome_masks(right: Tensor, full: Tensor) -> dict[str, Tensor]:
-    """Return the inputs with each of the results.Outcomes, from those that either model predicts right, (samples) bool."""
+    """Return the inputs with each of the Outcomes, from those that either model predicts right, (samples) bool."""
     return {"both": full & right, "lost": full & ~right, "won": ~full & right, "neither": ~full & ~right}
 
 

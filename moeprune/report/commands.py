@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from moeprune.calibration.results import AnalysisReport, LayerSummary
-from moeprune.demo.results import DemoModel, Summary
+from moeprune.demo.records import DemoModel, Summary
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.results import Evaluation
 from moeprune.models.results import Export, Inspection, ModelCost, Parity

@@ -1,13 +1,16 @@
-"""Options of `moeprune demo`; no torch."""
+"""Options and results of `moeprune demo`; no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
+from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
+from moeprune.evaluation.results import Environment
 from moeprune.pruning.request import Seed
-from moeprune.records import Request, option
+from moeprune.pruning.results import SweepRow
+from moeprune.records import Report, Request, Result, option
 
 
 class DemoRequest(Request, frozen=True, kw_only=True):
@@ -24,6 +27,21 @@ class DemoRequest(Request, frozen=True, kw_only=True):
         if self.output.exists() and not self.output.is_dir():
             raise MoepruneError(f"`{self.output}` is a file, expected a directory", "give another with `-o`")
         if self.output.is_dir() and any(self.output.iterdir()) and not self.overwrite:
-            raise MoepruneError(
-                f"`{self.output}` is not empty", "give another with `-o`, or `--force` to write into it"
-            )
+            hint = "give another with `-o`, or `--force` to write into it"
+            raise MoepruneError(f"`{self.output}` is not empty", hint)
+
+
+class DemoModel(Result, frozen=True):
+    """One shipped model pruned in several ways; the first row is the full model."""
+
+    title: str
+    data: DataInfo
+    rows: list[SweepRow]
+
+
+class Summary(Report, frozen=True):
+    """All models of the demo by name; directory: of their files, `.` in the `summary.json` in it."""
+
+    directory: str
+    models: dict[str, DemoModel]
+    environment: Environment
