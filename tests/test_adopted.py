@@ -23,7 +23,7 @@ from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.adopted import AdoptedModel, adopt, build
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.export import to_module
-from moeprune.models.libraries import LAYERS
+from moeprune.models.libraries.layers import LAYERS
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.apply import prune

@@ -20,8 +20,7 @@ from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.layer import layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
 from moeprune.models.description import Details
-from moeprune.models.libraries import LAYERS
-from moeprune.models.libraries.layers import LayerLibrary
+from moeprune.models.libraries.layers import LAYERS, LayerLibrary
 from moeprune.models.model import Model
 from moeprune.models.tensors import require_tensors
 from moeprune.plan import Plan
@@ -31,10 +30,7 @@ Factory: TypeAlias = "str | Callable[..., nn.Module]"
 
 
 class AdoptedModel(Model):
-    """A model of the user's own code, `module`, in which all Soft MoE layers are ours.
-
-    Inputs (b,c,H,W) in, logits (b,classes) out.
-    """
+    """A model of the user's own code, `module`, in which all Soft MoE layers are ours."""
 
     config: ModuleConfig
 
@@ -147,9 +143,7 @@ def _tokens(module: nn.Module, names: Iterable[str], input_shape: tuple[int, int
 @torch.no_grad()
 def _run(module: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
     """Return the logits (1,classes) of one random input."""
-    like = next(iter(module.parameters()))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *input_shape, generator=generator).to(like)
+    x = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)).to(next(module.parameters()))
     try:
         output = module(x)
     except MoepruneError:
@@ -169,11 +163,7 @@ def _run(module: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
 
 
 def parse_source(text: str | None) -> dict[str, str | None]:
-    """Return the library of a text such as `soft-mixture-of-experts==0.1.0`, and the release if it names one.
-
-    Raises:
-        MoepruneError: the release is not a version number.
-    """
+    """Return the library of a text such as `soft-mixture-of-experts==0.1.0`, and the release if it names one."""
     name, equals, version = (text or "").partition("==")
     if equals and not re.fullmatch(r"\d+(\.\d+)+", version):
         raise MoepruneError(f"source `{text}` names no release", f"give for example `{name}==0.1.0`")
@@ -214,8 +204,7 @@ def build(factory: Factory, arguments: Mapping[str, Any]) -> nn.Module:
     package, _, function = name.partition(":")
     if isinstance(factory, str) and not (package and function):
         raise MoepruneError(f"`--model {name}` is not a factory", "give `package.module:function`")
-    here = str(Path.cwd())
-    if isinstance(factory, str) and here not in sys.path:
+    if isinstance(factory, str) and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(package), function) if isinstance(factory, str) else factory
@@ -239,11 +228,7 @@ def name_of(factory: Factory | None) -> str | None:
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load the tensors of a file into a module, which must have exactly these.
-
-    Raises:
-        MoepruneError: tensors are missing, unexpected, or of other shapes or types; all are listed.
-    """
+    """Load the tensors of a file into a module, which must have exactly these; an error lists all others."""
     own = module.state_dict()
     require_tensors(
         tensor_infos(tensors),
@@ -256,11 +241,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: str | 
 
 
 def load_foreign(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load a file of the module's own code, whose layers may have names of older releases.
-
-    Raises:
-        MoepruneError: see `load_strictly`.
-    """
+    """Load a file of the module's own code strictly; its layers may have names of older releases."""
     names = set(module.state_dict())
     for library in LAYERS.values():
         tensors = library.rename(tensors, names)

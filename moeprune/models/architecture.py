@@ -58,15 +58,10 @@ class ModelConfig(Record, frozen=True, tag_field="type"):
         return ()
 
     def flops(self, plan: Plan, usage: Mapping[str, Usage] | None = None) -> Flops:
-        """Return the FLOPs of one input.
+        """Return the FLOPs of one input: 1 multiply-add = 2 FLOPs.
 
-        1 multiply-add = 2 FLOPs. Matrix products are counted, as
-        `torch.utils.flop_counter.FlopCounterMode` does; softmax, norms, activations, additions and
-        sorting are left out.
-
-        Args:
-            plan: of the pruned layers.
-            usage: measured, of layers whose plans do not fix it.
+        Matrix products are counted, as `torch.utils.flop_counter.FlopCounterMode` does; softmax, norms,
+        activations, additions and sorting are left out. usage: measured, of layers whose plans do not fix it.
         """
         usage, flops = usage or {}, Flops(other=self.other_flops)
         for name, layer in self.moe_layers.items():
@@ -216,7 +211,7 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
 
     @property
     def outputs_per_input(self) -> int:
-        """Rows of logits that the model returns for one image: one, or one for each token without pooling."""
+        """Rows of logits for one image: one, or one for each token without pooling."""
         return self.num_tokens if self.pooling == "none" else 1
 
     @property
@@ -266,10 +261,7 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
 
 
 class AdoptedLayer(Record, frozen=True):
-    """A layer that took the place of another library's.
-
-    layer: its configuration. library: whose it was. tokens: m, of an input of the model's input_shape.
-    """
+    """A layer that took the place of one of another library; tokens: m, of one input."""
 
     layer: LayerConfig
     library: str
@@ -277,13 +269,10 @@ class AdoptedLayer(Record, frozen=True):
 
 
 class ModuleConfig(ModelConfig, frozen=True, tag="module"):
-    """A model of the user's own code whose MoE layers were adopted.
+    """A model of the user's own code whose MoE layers were adopted; `layers` are in the order of the data flow.
 
     factory: `package.module:function` that builds the model as it was before, or None if it is not known.
     arguments: keyword arguments of the factory, JSON values.
-    input_shape: of one input (c,H,W). num_classes: of its output.
-    layers: the adopted layers by name, in the order of the data flow.
-    other_flops: FLOPs of one input outside of them.
     """
 
     factory: str | None

@@ -12,7 +12,7 @@ from moeprune.errors import MoepruneError
 from moeprune.files.header import Header, is_safetensors, is_too_large, read_header, require_format
 from moeprune.models.architecture import ModelConfig, architecture_from_json
 from moeprune.models.tensors import lookalike, require_one_type, require_tensors
-from moeprune.plan import LayerPlan, Plan, plan_from_json, require_fitting_plan
+from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 from moeprune.records import Record, from_json
 
 FORMAT = 1
@@ -44,8 +44,6 @@ def our_header(path: str | Path) -> Header | None:
 def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
     """Return the architecture, plan and details of a checkpoint, after checking its tensors against them.
 
-    In a model of the user's own code, only the tensors of MoE layers are checked.
-
     Raises:
         MoepruneError: the file is not a checkpoint of moeprune, of an unknown format, or damaged; it has no
             MoE layer; or tensors are missing, unexpected, or of several types.
@@ -76,8 +74,7 @@ def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
         config = architecture_from_json(metadata.get("architecture"))
         plan = plan_from_json(metadata.get("plan", {}))
         require_fitting_plan(plan, config.moe_layers)
-        for name, layer in plan.items():
-            _require_decided(name, layer)
+        _require_decided(plan)
         stated = {name: metadata[name] for name in Details.__struct_fields__ if name in metadata}
         details: Details = from_json(stated, Details, "metadata")
     except MoepruneError as error:
@@ -92,12 +89,13 @@ def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
     return config, plan, details
 
 
-def _require_decided(name: str, plan: LayerPlan) -> None:
+def _require_decided(plan: Plan) -> None:
     """Raise a MoepruneError if the plan of a pruned layer leaves something open."""
-    open_fields = {
-        "merged_into": plan.merges and plan.merged_into is None,
-        "rank": plan.energy is not None,
-        "kept": plan.scope == "static" and plan.kept is None,
-    }
-    if lacking := [f"`{field}`" for field, is_open in open_fields.items() if is_open]:
-        raise MoepruneError(f"the plan of layer `{name}` lacks {', '.join(lacking)}")
+    for name, layer in plan.items():
+        open_fields = {
+            "merged_into": layer.merges and layer.merged_into is None,
+            "rank": layer.energy is not None,
+            "kept": layer.scope == "static" and layer.kept is None,
+        }
+        if lacking := [f"`{field}`" for field, is_open in open_fields.items() if is_open]:
+            raise MoepruneError(f"the plan of layer `{name}` lacks {', '.join(lacking)}")

@@ -11,7 +11,8 @@ from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import write_state_dict
 from moeprune.models.adopted import AdoptedModel, load_foreign, wrapped
 from moeprune.models.architecture import ViTConfig
-from moeprune.models.libraries import LAYERS, MODELS
+from moeprune.models.libraries import MODELS
+from moeprune.models.libraries.layers import LAYERS
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.model import Model
 from moeprune.models.parity import compare, difference, skipped
@@ -59,11 +60,7 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = True) ->
 
 
 def to_library(model: Model, config: ViTConfig, library: SoftMoEViTs) -> dict[str, Tensor]:
-    """Return the state dict of a library's own model that computes the same as ours.
-
-    Args:
-        model: unpruned, or pruned statically with `renorm`.
-        config: what `as_dense` returns for it.
+    """Return the state dict of a library's own model that computes the same as ours; config: see `as_dense`.
 
     Raises:
         MoepruneError: the library cannot express it; all reasons are named.
@@ -83,7 +80,6 @@ def to_module(model: Model, original: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the user's own model that computes the same as ours.
 
     Args:
-        model: unpruned, or pruned statically with `renorm`.
         original: the model before its layers were replaced by ours; with any number of experts.
 
     Raises:

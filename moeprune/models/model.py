@@ -27,12 +27,8 @@ from moeprune.records import to_json
 class Model(nn.Module):
     """A model that holds MoE layers: inputs (b,c,H,W) in, logits (b,classes) out.
 
-    Args:
-        config: of the unpruned model.
-        details: preprocessing, source and provenance.
-
-    reading: what was read, if the model was opened from a file that moeprune did not write. original: builds
-    the user's own model that this one was adopted from, if it was and the code is known.
+    config: of the unpruned model. reading: what was read, if the model was opened from a file that moeprune did
+    not write. original: builds the user's own model that this one was adopted from, if the code is known.
     """
 
     def __init__(self, config: ModelConfig, details: Details):
@@ -53,7 +49,7 @@ class Model(nn.Module):
         return {name: layer.plan for name, layer in self.moe_layers.items() if layer.plan is not None}
 
     def cost(self, usage: Mapping[str, Usage] | None = None) -> ModelCost:
-        """Return parameters, bytes, FLOPs and experts per input; see `ModelConfig.cost`."""
+        """Return size and cost; see `ModelConfig.cost`."""
         return self.config.cost(self.plan, checkpoint.tensor_infos(self.state_dict()), usage)
 
     @property
@@ -93,12 +89,7 @@ def private_copy(model: M) -> M:
 
 
 def dataset_for(model: Model, data: Dataset | str, split: str, limit: int | None = None) -> Dataset:
-    """Return a data set as it is, or open the one that a spec names.
-
-    Args:
-        split: the split of a built-in set whose spec names none.
-        limit: samples to take at most.
-    """
+    """Return a data set as it is, or open the one that a spec names; split: if a spec of a built-in set has none."""
     return open_data(data, model.input_format, split, limit) if isinstance(data, str) else data
 
 

@@ -65,14 +65,11 @@ def load(
 
 
 def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header | None = None) -> Model:
-    """Open a model on the CPU and in eval mode; weights are memory-mapped if the file allows it.
+    """Open a model on the CPU and in eval mode, see `load`; weights are memory-mapped if the file allows it.
 
     Args:
         factory: builds the model; None: the function that the spec names, if it names one.
         header: of the file, if it was read and is of moeprune.
-
-    Raises:
-        MoepruneError: see `load`.
     """
     factory = spec.model if factory is None else factory
     header = our_header(spec.path) if header is None else header
@@ -102,11 +99,7 @@ def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header |
 
 
 def open_data_for(model: Model, spec: DataSpec, default_split: str) -> Dataset:
-    """Open data for a model.
-
-    Args:
-        default_split: of a built-in data set whose split is not given.
-    """
+    """Open data for a model; default_split: of a built-in data set whose split is not given."""
     data = dataset_for(model, spec.spec, default_split if spec.split is None else spec.split, spec.limit)
     logger.info(f"read `{data.spec}`: {data.samples} samples{'' if data.has_labels else ' without labels'}")
     return data
@@ -217,11 +210,7 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
 
 
 def _source(libraries: Mapping[str, str | None], found: StateDict) -> dict[str, str]:
-    """Return the origin of weights, for `Details.source`.
-
-    Args:
-        libraries: names, and the releases that the user states.
-    """
+    """Return the origin of weights, for `Details.source`, given libraries and the releases that the user states."""
     installed = {name: installed_version(name) for name in libraries} | {"moeprune": __version__}
     versions = [release or installed[name] or "unknown" for name, release in libraries.items()]
     return {"library": ", ".join(libraries), "version": ", ".join(versions), "sha256": found.sha256()}

@@ -22,12 +22,7 @@ MAX_DIFFERENCE = 1e-5
 
 
 def compare(model: Model, library: SoftMoEViTs, config: ViTConfig, tensors: Mapping[str, Tensor]) -> Parity:
-    """Compare our model with the library's own one; see `difference`.
-
-    Args:
-        config: dense, of a model that the library can express.
-        tensors: the library's state dict, which its class must load strictly.
-    """
+    """Compare our model with the library's own of a dense config, which must load its tensors strictly."""
     try:
         theirs = library.build(config)
     except ImportError as error:
@@ -45,22 +40,19 @@ def compare(model: Model, library: SoftMoEViTs, config: ViTConfig, tensors: Mapp
 
 
 def difference(ours: Model, theirs: nn.Module, name: str) -> Parity:
-    """Compare two models on random images, in float64 if memory allows.
-
-    Args:
-        theirs: is converted to that type.
-        name: of their model, for errors.
+    """Compare two models on random images, in float64 if memory allows; `theirs` is converted to that type.
 
     Raises:
         MoepruneError: they do not compute the same.
     """
-    parameters = sum(parameter.numel() for parameter in theirs.parameters())
-    dtype = _affordable(parameters)
-    if dtype is None:
+    parameters, memory = sum(parameter.numel() for parameter in theirs.parameters()), _available_memory()
+    for dtype in (torch.float64, torch.float32):  # a copy of the weights must fit beside the weights
+        if memory is None or parameters * (dtype.itemsize + 4) < memory:
+            break
+    else:
         return skipped(f"a model of {parameters:,} parameters does not fit into memory once more")
     generator = torch.Generator().manual_seed(0)
-    shape = ours.config.input_shape
-    images = torch.randn(IMAGES, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    images = torch.randn(IMAGES, *ours.config.input_shape, generator=generator, dtype=torch.float64).to(dtype)
     with torch.inference_mode():
         logits = private_copy(ours).to(dtype)(images)  # one after the other, to hold one copy at a time
         expected = theirs.eval().to(dtype)(images)
@@ -80,15 +72,6 @@ def difference(ours: Model, theirs: nn.Module, name: str) -> Parity:
 def skipped(reason: str) -> Parity:
     """Return the parity of models that are not compared."""
     return Parity(max_relative_difference=None, dtype=None, images=None, skipped=reason)
-
-
-def _affordable(parameters: int) -> torch.dtype | None:
-    """Return the widest type in which a copy of the weights fits into memory beside the weights."""
-    memory = _available_memory()
-    for dtype, size in ((torch.float64, 8), (torch.float32, 4)):
-        if memory is None or parameters * (size + 4) < memory:
-            return dtype
-    return None
 
 
 def _available_memory() -> int | None:

@@ -30,16 +30,11 @@ def require_tensors(
     hint: str | None = None,
     integers: Collection[str] = (),
 ) -> None:
-    """Raise a MoepruneError that lists all missing and unexpected tensors, wrong shapes and types.
-
-    Args:
-        what: the error's beginning. hint: of the error.
-        integers: names of tensors that are integers; all others are floats.
+    """Raise a MoepruneError that begins with `what` and lists all missing and unexpected tensors, wrong shapes and
+    types; all are floats but `integers`.
     """
-    problems = [
-        *(f"missing `{name}`" for name in sorted(set(expected) - set(found))),
-        *(f"unexpected `{name}`" for name in sorted(set(found) - set(expected))),
-    ]
+    problems = [f"missing `{name}`" for name in sorted(set(expected) - set(found))]
+    problems += [f"unexpected `{name}`" for name in sorted(set(found) - set(expected))]
     for name in sorted(set(found) & set(expected)):
         shape, dtype = found[name].shape, found[name].dtype
         if shape != expected[name]:

@@ -14,13 +14,10 @@ from moeprune.plan import LayerPlan, Plan
 
 
 class SoftMoEViT(Model):
-    """A vision transformer with Soft MoE layers: images (b,c,H,W) in, logits (b,classes) out, or of
-    every token (b,m,classes) with pooling `none`; without a head, features in place of logits.
+    """A vision transformer with Soft MoE layers, the blocks of a plan pruned and all others dense.
 
-    Args:
-        config: of the unpruned model.
-        plan: of the pruned layers; all others are dense.
-        details: preprocessing, source and provenance.
+    Images (b,c,H,W) in, logits (b,classes) out, or of every token (b,m,classes) with pooling `none`; without
+    a head, features in place of logits.
     """
 
     config: ViTConfig
@@ -71,23 +68,17 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig, block: BlockConfig, plan: LayerPlan | None):
         super().__init__()
-        self.residual = block.residual
+        d, self.residual = config.dim, block.residual
         if block.attention:
             self.norm1 = _norm(config)
             self.attention = Attention(config)
         self.norm2 = _norm(config)
-        self.attention_scale = self.mixer_scale = None
-        if config.layer_scale and block.attention:
-            self.attention_scale = nn.Parameter(torch.ones(config.dim))
-        if config.layer_scale:
-            self.mixer_scale = nn.Parameter(torch.ones(config.dim))
+        self.attention_scale = nn.Parameter(torch.ones(d)) if config.layer_scale and block.attention else None
+        self.mixer_scale = nn.Parameter(torch.ones(d)) if config.layer_scale else None
         if block.soft_moe is not None:
             self.soft_moe = SoftMoE(block.soft_moe, plan)
-        else:
-            assert block.mlp_dim is not None
-            self.mlp = nn.Sequential(
-                nn.Linear(config.dim, block.mlp_dim), nn.GELU(), nn.Linear(block.mlp_dim, config.dim)
-            )
+        elif block.mlp_dim is not None:
+            self.mlp = nn.Sequential(nn.Linear(d, block.mlp_dim), nn.GELU(), nn.Linear(block.mlp_dim, d))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (b,m,d) in, tokens (b,m,d) out."""

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from moeprune.errors import MoepruneError
-from moeprune.models.libraries.layers import LayerLibrary, OwnLayers, SoftMixtureOfExperts, SoftMoE, SoftMoEPytorch
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.libraries.soft_moe_file import Tensors
 from moeprune.models.tensors import lookalike
 
 MODELS = {library.name: library for library in (SoftMoEViTs(),)}
 """Libraries of whole models by name."""
-LAYERS: dict[str, LayerLibrary] = {
-    library.name: library for library in (SoftMoE(), SoftMoEPytorch(), SoftMixtureOfExperts(), OwnLayers())
-}
-"""Libraries of layers by name; the user's own code builds the models around them."""
 
 
 def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> SoftMoEViTs:

@@ -21,6 +21,7 @@ from moeprune.layers.config import Expert, RouterNorm, SoftMoEConfig
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer
 
+Tensors = Mapping[str, Tensor]
 Described = tuple[LayerConfig, dict[str, Tensor]]
 
 
@@ -31,7 +32,7 @@ class LayerLibrary:
     """
 
     name: str
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
     def recognises(self, module: nn.Module) -> bool:
         """Return True for a layer of this library."""
@@ -51,49 +52,44 @@ class LayerLibrary:
         """
         raise NotImplementedError
 
-    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of our layer under the names of the library.
+    def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the tensors of our layer, unpruned or with fewer experts, under the names of the library.
 
         Args:
             module: a layer of the library with any number of experts.
-            tensors: of our layer, unpruned or with fewer experts.
         """
         raise NotImplementedError
 
-    def rename(self, tensors: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    def rename(self, tensors: Tensors, expected: set[str]) -> Tensors:
         """Return the tensors of a model, those of old releases under the expected names."""
-        return dict(tensors)
+        return tensors
 
 
-class SoftMoE(LayerLibrary):
-    """Layers of soft-moe."""
-
+class _SoftMoE(LayerLibrary):
     name = "soft-moe"
     classes = ("soft_moe.soft_moe.SoftMoELayerWrapper",)
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
-        """Return our config and tensors."""
-        router = {key: tensor for key, tensor in module.state_dict().items() if key in ("phi", "scale")}
         kind, hidden_dim, experts = _stack_experts(module, name)
+        router = _router(module.state_dict())
         d, n, p = router["phi"].shape
         if "scale" in router:
             return SoftMoEConfig(d, n, p, hidden_dim, "l2", "normalized", kind), router | experts
         return SoftMoEConfig(d, n, p, hidden_dim, "none", "raw", kind), router | experts
 
-    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors under the library's names."""
-        router = {key: tensor for key, tensor in tensors.items() if key in ("phi", "scale")}
-        return router | _unstack_experts(tensors, module)
+    def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
+        return _router(tensors) | _unstack_experts(tensors, module)
 
 
-class SoftMoEPytorch(LayerLibrary):
-    """Layers of soft-moe-pytorch."""
+def _router(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name in ("phi", "scale")}
 
+
+class _SoftMoEPytorch(LayerLibrary):
     name = "soft-moe-pytorch"
     classes = ("soft_moe_pytorch.soft_moe.SoftMoE", "soft_moe_pytorch.soft_moe_with_dynamic_slots.DynamicSlotsSoftMoE")
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
-        """Return our config and tensors."""
         found = module.state_dict()
         kind, hidden_dim, experts = _stack_experts(module, name)
         if any(found[key].any() for key in ("norm.beta", "slot_norm.beta") if key in found):
@@ -112,8 +108,7 @@ class SoftMoEPytorch(LayerLibrary):
         router = {"phi": found["slot_embeds"].permute(2, 0, 1).contiguous(), "phi_gain": found["slot_norm.gamma"]}
         return SoftMoEConfig(d, n, p, hidden_dim, norm, "normalized", kind), experts | router
 
-    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors under the library's names."""
+    def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
         restored = _unstack_experts(tensors, module) | {"norm.gamma": tensors["input_gain"]}
         if "slot_projection" in tensors:
             restored["to_slot_embeds.0.weight"] = tensors["slot_projection"].flatten(0, 1)
@@ -126,27 +121,17 @@ class SoftMoEPytorch(LayerLibrary):
             restored |= {"norm.beta": zero, "slot_norm.beta": zero.clone()}
         return restored
 
-    def rename(self, tensors: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-        """Return the tensors; those of old releases are `experts.j`, the newer ones `experts.experts.j`."""
-        renamed = {}
-        for name, tensor in tensors.items():
-            newer = re.sub(r"\bexperts\.(?=\d)", "experts.experts.", name)
-            renamed[newer if name not in expected and newer in expected else name] = tensor
-        return renamed
+    def rename(self, tensors: Tensors, expected: set[str]) -> Tensors:
+        newer = {name: re.sub(r"\bexperts\.(?=\d)", "experts.experts.", name) for name in tensors}
+        old = {name for name, new in newer.items() if name not in expected and new in expected}
+        return {newer[name] if name in old else name: tensor for name, tensor in tensors.items()}
 
 
-class SoftMixtureOfExperts(LayerLibrary):
-    """Layers of soft-mixture-of-experts."""
-
+class _SoftMixtureOfExperts(LayerLibrary):
     name = "soft-mixture-of-experts"
     classes = ("soft_mixture_of_experts.soft_moe.SoftMoE",)
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
-        """Return our config and tensors.
-
-        Raises:
-            MoepruneError: release 0.1 is installed, and the user does not name it.
-        """
         release = version or installed_version(self.name)
         is_over_batch = f"{release}.".startswith("0.1.")
         if is_over_batch and version is None:
@@ -167,32 +152,32 @@ class SoftMixtureOfExperts(LayerLibrary):
         bias = found.get("experts.bias", torch.zeros_like(weight[:, :, 0]))
         return config, {"phi": found["phi"], "fc2_weight": weight, "fc2_bias": bias}
 
-    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors under the library's names."""
+    def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
         restored = {"phi": tensors["phi"], "experts.weight": tensors["fc2_weight"].mT.contiguous()}
         bias = {"experts.bias": tensors["fc2_bias"]} if "experts.bias" in module.state_dict() else {}
         return restored | bias
 
 
-class OwnLayers(LayerLibrary):
-    """Layers of moeprune, of any family."""
-
+class _OwnLayers(LayerLibrary):
     name = "moeprune"
 
     def recognises(self, module: nn.Module) -> bool:
-        """Return True for our layers."""
         return isinstance(module, MoELayer)
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
-        """Return the layer's own config and tensors."""
         assert isinstance(module, MoELayer)
         if module.plan is not None:
             raise MoepruneError(f"layer `{name}` is already pruned", "adopt the unpruned model")
         return module.config, dict(module.state_dict())
 
-    def restore(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors as they are."""
+    def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
         return dict(tensors)
+
+
+LAYERS: dict[str, LayerLibrary] = {
+    library.name: library for library in (_SoftMoE(), _SoftMoEPytorch(), _SoftMixtureOfExperts(), _OwnLayers())
+}
+"""Libraries of layers by name; the user's own code builds the models around them."""
 
 
 def installed_version(library: str) -> str | None:
@@ -208,9 +193,9 @@ def _experts_of(layer: nn.Module) -> tuple[str, nn.ModuleList]:
     return next((path, part) for path, part in layer.named_modules() if isinstance(part, nn.ModuleList))
 
 
-def _linears(expert: nn.Module) -> list[tuple[str, nn.Linear]]:
+def _linears(expert: nn.Module) -> dict[str, nn.Linear]:
     """The linears of one expert by their path in it, in the order of the data flow."""
-    return [(path, part) for path, part in expert.named_modules() if isinstance(part, nn.Linear)]
+    return {path: part for path, part in expert.named_modules() if isinstance(part, nn.Linear)}
 
 
 def _stack_experts(layer: nn.Module, name: str) -> tuple[Expert, int, dict[str, Tensor]]:
@@ -221,10 +206,9 @@ def _stack_experts(layer: nn.Module, name: str) -> tuple[Expert, int, dict[str, 
     """
     pairs, gated = [], False
     for index, expert in enumerate(_experts_of(layer)[1]):
-        linears = [part for _, part in _linears(expert)]
-        passive = (nn.Linear, nn.Dropout, nn.Identity)
+        linears = list(_linears(expert).values())
         leaves = [part for part in expert.modules() if not any(part.children())]
-        others = [part for part in leaves if not isinstance(part, passive)]
+        others = [part for part in leaves if not isinstance(part, nn.Linear | nn.Dropout | nn.Identity)]
         activation = others[0] if len(others) == 1 else None
         gated = type(activation).__name__ == "GEGLU"
         is_gelu = isinstance(activation, nn.GELU) and activation.approximate == "none"
@@ -235,23 +219,20 @@ def _stack_experts(layer: nn.Module, name: str) -> tuple[Expert, int, dict[str, 
                 " GELU or GEGLU between them"
             )
         pairs.append(linears)
-    first, second = zip(*pairs, strict=True)
-    tensors = {
-        "fc1_weight": torch.stack([linear.weight.T for linear in first]),
-        "fc1_bias": torch.stack([linear.bias for linear in first]),
-        "fc2_weight": torch.stack([linear.weight for linear in second]),
-        "fc2_bias": torch.stack([linear.bias for linear in second]),
-    }
-    return "geglu" if gated else "mlp", second[0].in_features, tensors
+    tensors = {}
+    for fc, layers in zip(("fc1", "fc2"), zip(*pairs, strict=True), strict=True):
+        weight = torch.stack([linear.weight for linear in layers])
+        tensors[f"{fc}_weight"] = weight.mT.contiguous() if fc == "fc1" else weight
+        tensors[f"{fc}_bias"] = torch.stack([linear.bias for linear in layers])
+    return "geglu" if gated else "mlp", pairs[0][1].in_features, tensors
 
 
-def _unstack_experts(tensors: Mapping[str, Tensor], layer: nn.Module) -> dict[str, Tensor]:
+def _unstack_experts(tensors: Tensors, layer: nn.Module) -> dict[str, Tensor]:
     """The stacked tensors of our layer as those of a library's experts."""
     prefix, experts = _experts_of(layer)
     unstacked = {}
-    for fc, (path, _) in zip(("fc1", "fc2"), _linears(experts[0]), strict=True):
-        for j, bias in enumerate(tensors[f"{fc}_bias"]):
-            weight = tensors[f"{fc}_weight"][j]
+    for fc, path in zip(("fc1", "fc2"), _linears(experts[0]), strict=True):
+        for j, (weight, bias) in enumerate(zip(tensors[f"{fc}_weight"], tensors[f"{fc}_bias"], strict=True)):
             unstacked[f"{prefix}.{j}.{path}.weight"] = weight.T.contiguous() if fc == "fc1" else weight
             unstacked[f"{prefix}.{j}.{path}.bias"] = bias
     return unstacked
