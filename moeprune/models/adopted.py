@@ -19,10 +19,9 @@ from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.layer import layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
-from moeprune.models.description import Details
+from moeprune.models.description import Details, require_tensors
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary
 from moeprune.models.model import Model
-from moeprune.models.tensors import require_tensors
 from moeprune.plan import Plan
 
 Factory: TypeAlias = "str | Callable[..., nn.Module]"
@@ -43,11 +42,6 @@ class AdoptedModel(Model):
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (b,c,H,W) in, logits (b,classes) out."""
         return self.module(x)
-
-
-def wrapped(module: nn.Module) -> nn.ModuleDict:
-    """Return a parent of the module, in which parts have their names in an AdoptedModel."""
-    return nn.ModuleDict({"module": module})
 
 
 def adopt(
@@ -86,7 +80,7 @@ def adopt(
     releases = parse_source(source)
     for stated in set(releases) - set(names):
         raise MoepruneError(f"the layers of the model are from {', '.join(names)}, not from `{stated}`")
-    layers, parent = {}, wrapped(module)
+    layers, parent = {}, nn.ModuleDict({"module": module})  # with the names of an AdoptedModel
     for name, tokens in _tokens(module, libraries, input_shape).items():
         library, theirs = libraries[name], module.get_submodule(name)
         config, tensors = library.describe(theirs, name, tokens, releases.get(library.name))

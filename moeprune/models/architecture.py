@@ -201,8 +201,8 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
     @property
     def moe_layers(self) -> dict[str, SoftMoEConfig]:
         """The Soft MoE layers by name, in the order of the data flow."""
-        layers = {f"blocks.{index}.soft_moe": block.soft_moe for index, block in enumerate(self.blocks)}
-        return {name: layer for name, layer in layers.items() if layer is not None}
+        blocks = enumerate(self.blocks)
+        return {f"blocks.{i}.soft_moe": block.soft_moe for i, block in blocks if block.soft_moe is not None}
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

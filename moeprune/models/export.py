@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import write_state_dict
-from moeprune.models.adopted import AdoptedModel, load_foreign, wrapped
+from moeprune.models.adopted import AdoptedModel, load_foreign
 from moeprune.models.architecture import ViTConfig
 from moeprune.models.libraries import MODELS
 from moeprune.models.libraries.layers import LAYERS
@@ -17,7 +17,6 @@ from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.model import Model
 from moeprune.models.parity import compare, difference, skipped
 from moeprune.models.results import Export
-from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import Plan
 
 
@@ -34,11 +33,11 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = True) ->
         MoepruneError: the library cannot express the model or computes something else, or the output
             cannot be written.
     """
-    known = model.config.libraries or tuple(MODELS)
+    known, refused = model.config.libraries or tuple(MODELS), _not_dense(model.plan)
     if to not in known:
         raise MoepruneError(f"the model cannot be exported to `{to}`", f"give one of {', '.join(known)}")
-    if model.config.libraries:
-        assert isinstance(model, AdoptedModel)
+    if isinstance(model, AdoptedModel):
+        _require_none(refused, ", ".join(known))
         if model.original is None:
             raise MoepruneError("it is not known what builds the model", "adopt it with the argument `factory`")
         original, arguments = model.original(), model.config.arguments
@@ -49,8 +48,9 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = True) ->
             load_foreign(original, tensors, "the exported tensors")
             parity = difference(model, original, "your own model")
     else:
-        assert isinstance(model, SoftMoEViT)
+        assert isinstance(model.config, ViTConfig)
         library, config = MODELS[to], as_dense(model.config, model.plan)
+        _require_none(refused + library.refusals(config), to)
         tensors, arguments = to_library(model, config, library), library.arguments(config)
         parity = compare(model, library, config, tensors)
     write_state_dict(output, tensors, overwrite)
@@ -60,12 +60,7 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = True) ->
 
 
 def to_library(model: Model, config: ViTConfig, library: SoftMoEViTs) -> dict[str, Tensor]:
-    """Return the state dict of a library's own model that computes the same as ours; config: see `as_dense`.
-
-    Raises:
-        MoepruneError: the library cannot express it; all reasons are named.
-    """
-    _require_none(_not_dense(model.plan) + library.refusals(config), library.name)
+    """Return the state dict of a library's own model that computes the same as ours; config: see `as_dense`."""
     ours, theirs = model.state_dict(), {}
     entries = library.entries(config)
     assert set(ours) == {entry.ours for entry in entries}
@@ -81,12 +76,8 @@ def to_module(model: Model, original: nn.Module) -> dict[str, Tensor]:
 
     Args:
         original: the model before its layers were replaced by ours; with any number of experts.
-
-    Raises:
-        MoepruneError: the libraries of the layers cannot express a plan; all reasons are named.
     """
-    _require_none(_not_dense(model.plan), ", ".join(model.config.libraries))
-    found, parent = dict(model.state_dict()), wrapped(original)
+    found, parent = dict(model.state_dict()), nn.ModuleDict({"module": original})
     for name, ours in model.moe_layers.items():
         tensors = {key: found.pop(f"{name}.{key}") for key in ours.state_dict()}
         theirs = parent.get_submodule(name)

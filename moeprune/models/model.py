@@ -17,9 +17,8 @@ from moeprune.files import checkpoint
 from moeprune.layers.interface import Usage
 from moeprune.layers.layer import MoELayer
 from moeprune.models.architecture import ModelConfig
-from moeprune.models.description import FORMAT, Details
+from moeprune.models.description import FORMAT, Details, require_one_type
 from moeprune.models.results import ModelCost, Reading
-from moeprune.models.tensors import require_one_type
 from moeprune.plan import Plan
 from moeprune.records import to_json
 

@@ -84,17 +84,15 @@ def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header |
         model = _open_library(spec)
     else:
         model = _open_module(spec, factory)
-    parameters, layers = sum(t.numel() for t in model.state_dict().values()), len(model.config.moe_layers)
-    logger.info(f"read `{spec.path}`: {parameters:,} parameters, {layers} MoE layer{'s' * (layers > 1)}")
-    for name, layer in model.config.moe_layers.items():
+    parameters, layers = sum(tensor.numel() for tensor in model.state_dict().values()), model.config.moe_layers
+    logger.info(f"read `{spec.path}`: {parameters:,} parameters, {len(layers)} MoE layer{'s' * (len(layers) > 1)}")
+    for name, layer in layers.items():
         if layer.mixes_batch:
             logger.warning(
                 f"layer `{name}` takes its dispatch softmax over the batch, as it was trained: results depend"
                 " on `--batch-size` and on the order of the inputs"
             )
-    if spec.preprocess:
-        preprocessing = model.details.preprocessing.updated(spec.preprocess)
-        model.details = model.details.replace(preprocessing=preprocessing)
+    model.details = model.details.replace(preprocessing=model.details.preprocessing.updated(spec.preprocess))
     return model.requires_grad_(False).eval()
 
 
@@ -197,15 +195,14 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
     model = adopt(built(), spec.input_shape, factory, spec.model_arg, source=spec.source)
     libraries = dict.fromkeys(model.config.libraries) | parse_source(spec.source)
     model.details = Details(source=_source(libraries, found))
-    others = {name: release for name, release in libraries.items() if release not in (None, installed_version(name))}
-    if others:
-        [(name, release)] = others.items()
-        parity = skipped(f"`{name}` {installed_version(name)} is installed, not {release}")
-    else:
-        parity = difference(model, built(), "your own model")
+    parity = None
+    for name, release in parse_source(spec.source).items():
+        if release is not None and (installed := installed_version(name)) != release:
+            parity = skipped(f"`{name}` {installed} is installed, not {release}")
     model.reading = Reading(
-        library=", ".join(libraries), arguments=spec.model_arg, defaults={}, dropped=[], parity=parity
-    )
+        library=", ".join(libraries), arguments=spec.model_arg, defaults={}, dropped=[],
+        parity=parity or difference(model, built(), "your own model"),
+    )  # fmt: skip
     return model
 
 

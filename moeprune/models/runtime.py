@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 Dtype = Literal["float32", "fp32", "bfloat16", "bf16"]
-AUTOCAST_DTYPES = {"float32": None, "fp32": None, "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
 
 class Runtime(Request, frozen=True):
@@ -61,8 +59,7 @@ class Runtime(Request, frozen=True):
         """Return a progress bar named `what`, over items or of so many steps."""
         from tqdm import tqdm
 
-        hidden = None if self.progress else True
-        return tqdm(items, what, total, unit=f" {unit}", leave=False, disable=hidden)
+        return tqdm(items, what, total, unit=f" {unit}", leave=False, disable=None if self.progress else True)
 
     def batches(self, data: Dataset, what: str) -> Iterator[Batch]:
         """Yield the data once, in batches on the device, with a progress bar named `what`."""
@@ -72,8 +69,7 @@ class Runtime(Request, frozen=True):
                 yield inputs.to(device, non_blocking=True), labels
                 bar.update(len(inputs))
         seconds = time.perf_counter() - start
-        rate = data.samples / seconds
-        logger.info(f"{what}: {data.samples} samples in {seconds:.2f} s, {rate:.0f} samples/s")
+        logger.info(f"{what}: {data.samples} samples in {seconds:.2f} s, {data.samples / seconds:.0f} samples/s")
 
     def run_paired(
         self, models: Mapping[K, nn.Module], full: nn.Module, data: Dataset, what: str
@@ -88,9 +84,6 @@ class Runtime(Request, frozen=True):
         """Return the output of a model, without gradients, in the precision of this runtime."""
         import torch
 
-        autocast = AUTOCAST_DTYPES[self.dtype]
-        precision: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if autocast is not None:
-            precision = torch.autocast(inputs.device.type, getattr(torch, autocast))
+        precision = torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.dtype in ("bfloat16", "bf16"))
         with torch.inference_mode(), precision:
             return model(inputs.to(next(model.parameters()).dtype))

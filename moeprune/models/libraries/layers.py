@@ -42,7 +42,6 @@ class LayerLibrary:
         """Return the config of our layer that computes the same, and its tensors.
 
         Args:
-            module: a layer of the library.
             name: of the layer, for errors.
             tokens: m, of one input.
             version: of the library, if the user names it.
@@ -53,11 +52,7 @@ class LayerLibrary:
         raise NotImplementedError
 
     def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
-        """Return the tensors of our layer, unpruned or with fewer experts, under the names of the library.
-
-        Args:
-            module: a layer of the library with any number of experts.
-        """
+        """Return the tensors of our layer, unpruned or with fewer experts, as the state dict of such a module."""
         raise NotImplementedError
 
     def rename(self, tensors: Tensors, expected: set[str]) -> Tensors:
@@ -96,13 +91,12 @@ class _SoftMoEPytorch(LayerLibrary):
             raise MoepruneError(f"layer `{name}` has a `beta` that is not zero, which moeprune cannot express")
         experts["input_gain"] = found["norm.gamma"]
         if "slot_embeds" not in found:
-            projection = found["to_slot_embeds.0.weight"]  # (n·d,d)
-            d = projection.shape[1]
+            projection, gain = found["to_slot_embeds.0.weight"], found["to_slot_embeds.2.gamma"]  # (n·d,d), (d)
+            d = len(gain)
             n = len(projection) // d
             slots = -(-tokens // n)  # rounded up
             config = SoftMoEConfig(d, n, slots, hidden_dim, "rms", "normalized", kind, dynamic_slots=True)
-            router = {"slot_projection": projection.unflatten(0, (n, d))}
-            return config, experts | router | {"phi_gain": found["to_slot_embeds.2.gamma"]}
+            return config, experts | {"slot_projection": projection.unflatten(0, (n, d)), "phi_gain": gain}
         n, p, d = found["slot_embeds"].shape
         norm: RouterNorm = "layer" if "norm.beta" in found else "rms"
         router = {"phi": found["slot_embeds"].permute(2, 0, 1).contiguous(), "phi_gain": found["slot_norm.gamma"]}

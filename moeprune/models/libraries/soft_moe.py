@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from msgspec.structs import asdict
+from msgspec.structs import asdict, astuple
 
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import ViTConfig
+from moeprune.models.description import require_tensors
 from moeprune.models.libraries.soft_moe_file import LAYER, POOLINGS, UNUSED, Tensors, complete, draft_config, or_
-from moeprune.models.tensors import require_tensors
 
 NAMES = {
     "class_token": "cls_token",
@@ -37,34 +36,23 @@ _OURS = re.compile(rf"(?:^|(?<=\.))({'|'.join(map(re.escape, NAMES))})(?=\.|$)")
 
 
 class Entry(NamedTuple):
-    """One of our tensors, and the library's tensors that hold the same values.
-
-    ours: its name in our model. theirs: names in the library. shape: of each of those.
-    transposed: their last two axes are swapped in ours.
-    split: there is one tensor for each expert; ours is the stack of them.
-    """
+    """One of our tensors, and the library's tensors that hold the same values."""
 
     ours: str
     theirs: tuple[str, ...]
-    shape: tuple[int, ...]
-    transposed: bool = False
-    split: bool = False
+    shape: tuple[int, ...]  # of each of theirs
+    transposed: bool = False  # their last two axes are swapped in ours
+    split: bool = False  # there is one tensor for each expert; ours is the stack of them
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The model in a file.
-
-    arguments: of the library's own constructor, as JSON values.
-    defaults: those of them that neither the tensors nor the user determine.
-    dropped: tensors that the model does not use.
-    """
+class Layout(NamedTuple):
+    """The model in a file."""
 
     config: ViTConfig
     entries: list[Entry]
-    arguments: dict[str, Any]
-    defaults: dict[str, Any]
-    dropped: list[str]
+    arguments: dict[str, Any]  # of the library's own constructor, as JSON values
+    defaults: dict[str, Any]  # those of them that neither the tensors nor the user determine
+    dropped: list[str]  # tensors that the model does not use
 
 
 class SoftMoEViTs:
@@ -82,11 +70,7 @@ class SoftMoEViTs:
         return any((index, "phi") in found for index, part in found if part != "phi")
 
     def read(self, tensors: Tensors, given: Mapping[str, Any], path: str) -> Layout:
-        """Return the layout of a file.
-
-        Args:
-            given: what the tensors do not show, by the names of the library's constructor.
-            path: of the file, for errors.
+        """Return the layout of a file; given: arguments of the constructor, which the tensors do not show.
 
         Raises:
             MoepruneError: tensors are missing, unexpected or contradict each other; an argument is
@@ -118,32 +102,28 @@ class SoftMoEViTs:
                 router_norm="l2" if normalize else "none",
                 dispatch_input="normalized" if normalize else layer.dispatch_input,  # the same tokens
             )  # fmt: skip
-            expected = asdict(known)
             refused += [
-                f"layer `{name}` has `{key}` {value}, expected {expected[key]}"
-                for key, value in asdict(layer).items()
-                if value != expected[key]
+                f"layer `{name}` has `{key}` {value}, expected {expected}"
+                for (key, value), expected in zip(asdict(layer).items(), astuple(known), strict=True)
+                if value != expected
             ]
         if config.final_norm == config.head_norm:
             both = "both" if config.final_norm else "neither"
             refused.append(f"the model has {both} of `final_norm` and `head_norm`, expected one")
         layers = config.moe_layers.values()
-        widths = _mlp_widths(config) | {layer.expert_width for layer in layers}
-        for what, values in (
-            ("experts", {layer.num_experts for layer in layers}),
-            ("slots per expert", {layer.slots_per_expert for layer in layers}),
-            ("hidden units of MLPs and experts", widths),
-        ):
-            if len(values) > 1:
-                refused.append(f"the number of {what} is not the same everywhere: {or_(sorted(values))}")
-        return refused
+        numbers = {
+            "experts": {layer.num_experts for layer in layers},
+            "slots per expert": {layer.slots_per_expert for layer in layers},
+            "hidden units of MLPs and experts": _mlp_widths(config) | {layer.expert_width for layer in layers},
+        }
+        return refused + [
+            f"the number of {what} is not the same everywhere: {or_(sorted(values))}"
+            for what, values in numbers.items()
+            if len(values) > 1
+        ]
 
     def entries(self, config: ViTConfig, stacked: bool = False) -> list[Entry]:
-        """Return all tensors of a dense model.
-
-        Args:
-            stacked: the experts of a layer are one tensor, as the authors' files have them.
-        """
+        """Return all tensors of a dense model; stacked: with one tensor for the experts of a layer."""
         entries = []
         for ours, shape in config.shapes({}).items():
             theirs = _OURS.sub(lambda match: NAMES[match[0]], ours)
@@ -199,16 +179,11 @@ class SoftMoEViTs:
         return arguments
 
     def build(self, config: ViTConfig) -> Any:
-        """Return the library's own model of an architecture that it can express, with random weights.
-
-        Raises:
-            ImportError: the library is not installed.
-        """
+        """Return the library's own model of an architecture that it can express, or raise an ImportError."""
         from soft_moe import SoftMoEVisionTransformer
 
-        arguments = self.arguments(config)
-        for name in ("act_layer", "eps", "normalize"):
-            del arguments[name]
+        others = ("act_layer", "eps", "normalize")  # of its layers
+        arguments = {name: value for name, value in self.arguments(config).items() if name not in others}
         model = SoftMoEVisionTransformer(weight_init="skip", **arguments)
         for module in model.modules():
             if hasattr(module, "eps"):  # a norm

@@ -16,8 +16,7 @@ from moeprune.records import Record, from_json
 
 Tensors = Mapping[str, TensorInfo]
 """The tensors of a file by name, without their values."""
-EPS = 1e-6
-"""Of norms, unless the model was built with another norm layer."""
+EPS = 1e-6  # of norms, unless the model was built with another norm layer
 POOLINGS: dict[str, Literal["token", "mean", "none"]] = {"token": "token", "avg": "mean", "": "none"}
 """Ours by the library's `global_pool`."""
 LAYER = re.compile(r"blocks\.(\d+)\.mlp\.(phi$|experts\.|stacked_expert_)")
@@ -102,10 +101,6 @@ def _axis(tensors: Tensors, name: str, axis: int, default: int = 1) -> int:
 
 def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple[ViTConfig, list[str]]:
     """Return the completed draft, and the names of arguments left at their defaults.
-
-    Args:
-        arguments: given by the user.
-        path: of the file, for errors.
 
     Raises:
         MoepruneError: an argument is unknown, missing, of another type, or does not fit the tensors.
