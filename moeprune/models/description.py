@@ -61,18 +61,6 @@ def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
         MoepruneError: the file is not a checkpoint of moeprune, of an unknown format, or damaged; it has no
             MoE layer; or tensors are missing, unexpected, or of several types.
     """
-    path = header.path
-    config, plan, details = _read_metadata(header)
-    found = config.known(header.tensors)
-    shapes = config.shapes(plan)
-    if any(is_too_large(shape) for shape in shapes.values()):
-        raise MoepruneError(f"`{path}`: its architecture is too large to build a model")
-    require_tensors(found, shapes, f"`{path}` does not fit its own architecture")
-    require_one_type(found, path)
-    return config, plan, details
-
-
-def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
     path, metadata = header.path, header.metadata
     if metadata is None:
         raise MoepruneError(
@@ -95,10 +83,14 @@ def _read_metadata(header: Header) -> tuple[ModelConfig, Plan, Details]:
     if not config.moe_layers:
         raise MoepruneError(f"no MoE layers in `{path}`", "there is nothing to prune in it")
     for name, moe in config.moe_layers.items():
-        tokens = config.tokens(name)
-        padded = moe.padded_tokens(tokens)
+        tokens, padded = config.tokens(name), moe.padded_tokens(config.tokens(name))
         if not tokens <= padded < tokens + moe.num_experts:
             raise MoepruneError(f"`{path}`: layer `{name}` computes with {padded} tokens, its inputs have {tokens}")
+    found, shapes = config.known(header.tensors), config.shapes(plan)
+    if any(is_too_large(shape) for shape in shapes.values()):
+        raise MoepruneError(f"`{path}`: its architecture is too large to build a model")
+    require_tensors(found, shapes, f"`{path}` does not fit its own architecture")
+    require_one_type(found, path)
     return config, plan, details
 
 

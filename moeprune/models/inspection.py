@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 from msgspec.structs import asdict
 
 from moeprune.models.description import our_header, read_description
 from moeprune.models.request import ModelSpec
 from moeprune.models.results import InspectedLayer, Inspection
 from moeprune.records import to_json
+
+if TYPE_CHECKING:
+    from moeprune.models.model import Model
+
+
+class Described:
+    """The config, plan, details and tensors of a checkpoint; a model of moeprune is built only if it is used."""
+
+    def __init__(self, spec: ModelSpec):
+        self.spec, self.header = spec, our_header(spec.path)
+        if self.header is None or spec.foreign_only:
+            from moeprune.files.checkpoint import tensor_infos
+
+            self.config, self.plan, self.details = self.model.config, self.model.plan, self.model.details
+            self.tensors = tensor_infos(self.model.state_dict())
+        else:
+            self.config, self.plan, self.details = read_description(self.header)
+            self.tensors = self.header.tensors
+
+    @cached_property
+    def model(self) -> Model:
+        """The model, with the preprocessing of the spec."""
+        from moeprune.models.opening import open_model
+
+        return open_model(self.spec, header=self.header)
 
 
 def inspect_checkpoint(spec: ModelSpec) -> Inspection:
@@ -16,34 +44,25 @@ def inspect_checkpoint(spec: ModelSpec) -> Inspection:
     Raises:
         MoepruneError: the file is missing or damaged, or no known model.
     """
-    header = our_header(spec.path)
-    if header is None or spec.foreign_only or spec.model is not None:
-        from moeprune.files.checkpoint import tensor_infos
-        from moeprune.models.opening import open_model
-
-        model = open_model(spec, header=header)
-        config, plan, details = model.config, model.plan, model.details
-        tensors, reading = tensor_infos(model.state_dict()), model.reading
-    else:
-        config, plan, details = read_description(header)
-        tensors, reading = header.tensors, None
+    found = Described(spec)
+    reading = found.model.reading if found.header is None or spec.model is not None else None
     layers = {
         name: InspectedLayer(
             family=settings.pop("family"),
             experts=settings.pop("num_experts"),
             settings=settings,
-            parameters=sum(tensor.numel for key, tensor in tensors.items() if key.startswith(f"{name}.")),
-            plan=plan.get(name),
+            parameters=sum(tensor.numel for key, tensor in found.tensors.items() if key.startswith(f"{name}.")),
+            plan=found.plan.get(name),
         )
-        for name, settings in to_json(config.moe_layers).items()
+        for name, settings in to_json(found.config.moe_layers).items()
     }
     return Inspection(
         checkpoint=str(spec.path),
-        architecture=config.to_json(),
-        preprocessing=to_json(details.preprocessing.updated(spec.preprocess)),
+        architecture=found.config.to_json(),
+        preprocessing=to_json(found.details.preprocessing.updated(spec.preprocess)),
         layers=layers,
-        source=details.source,
-        provenance=details.provenance,
+        source=found.details.source,
+        provenance=found.details.provenance,
         reading=reading,
-        **asdict(config.cost(plan, tensors)),
+        **asdict(found.config.cost(found.plan, found.tensors)),
     )

@@ -24,12 +24,12 @@ class SoftMoEViT(Model):
 
     def __init__(self, config: ViTConfig, plan: Plan | None = None, details: Details = Details()):
         super().__init__(config, details)
-        plan = plan or {}
         self.patch_embed = nn.Linear(config.patch_values, config.dim, bias=not config.embedding_norm)
         if config.class_token:
             self.class_token = nn.Parameter(0.02 * torch.randn(1, config.dim))
         self.position = nn.Parameter(0.02 * torch.randn(config.num_positions, config.dim))
         self.embedding_norm = _norm(config, config.embedding_norm)
+        plan = plan or {}
         self.blocks = nn.ModuleList(
             Block(config, block, plan.get(f"blocks.{index}.soft_moe")) for index, block in enumerate(config.blocks)
         )
