@@ -18,8 +18,7 @@ from moeprune.models.architecture import ModelConfig, architecture_from_json
 from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 from moeprune.records import Record, from_json
 
-FORMAT = 1
-"""The format of checkpoints."""
+FORMAT = 1  # of checkpoints
 KINDS = (
     (r"(^|\.)soft_moe\.phi$", "a checkpoint of moeprune that has lost its metadata `moeprune`"),
     (r"(^|\.)(slot_embeds|to_slot_embeds\.0\.weight)$", "a layer of soft-moe-pytorch, in a model of other code"),
@@ -45,11 +44,7 @@ class Details(Record, frozen=True):
 
 
 def our_header(path: str | Path) -> Header | None:
-    """Return the header of a file that moeprune wrote; None for files of other programs and folders.
-
-    Raises:
-        MoepruneError: there is no such file, or it is damaged.
-    """
+    """Return the header of a file that moeprune wrote; None for files of other programs and folders."""
     header = read_header(path) if is_safetensors(Path(path)) else None
     return None if header is None or header.metadata is None else header
 

@@ -32,8 +32,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig, details: Details):
         super().__init__()
-        self.config = config
-        self.details = details
+        self.config, self.details = config, details
         self.reading: Reading | None = None
         self.original: Callable[[], nn.Module] | None = None
 
@@ -79,8 +78,7 @@ def require_unpruned(plan: Plan, hint: str) -> None:
 def private_copy(model: M) -> M:
     """Return a copy in eval mode that can be observed, moved and altered without affecting the model.
 
-    The two share memory until one of them is moved or converted. To train either in place, `copy.deepcopy`
-    it first.
+    Both share memory until one is moved or converted: `copy.deepcopy` the one that is to be trained in place.
     """
     memory: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
     memory |= {id(buffer): buffer.detach() for buffer in model.buffers()}
@@ -93,10 +91,9 @@ def dataset_for(model: Model, data: Dataset | str, split: str, limit: int | None
 
 
 def fingerprint(model: Model) -> str:
-    """Return the SHA-256 of the architecture and all tensors.
+    """Return the SHA-256 of the architecture and all tensors, cached until a tensor is replaced, moved or changed.
 
-    It is cached until a tensor is replaced, moved or changed in place. PyTorch does
-    not count changes through `.data` or through a NumPy array that shares the memory.
+    PyTorch does not count changes in place through `.data` or through a NumPy array that shares the memory.
     """
     state = _state_of(model)
     if state is not None and model in _fingerprints and _fingerprints[model][0] == state:
@@ -116,14 +113,11 @@ _fingerprints: WeakKeyDictionary[Model, tuple[list[tuple], str]] = WeakKeyDictio
 
 
 def _state_of(model: Model) -> list[tuple] | None:
-    """Return a value that changes whenever a tensor does; None if PyTorch does not count changes.
-
-    Weak references distinguish a tensor from a later one in the same memory.
-    """
+    """Return a value that changes whenever a tensor does; None if PyTorch does not count changes."""
     tensors = model.state_dict()
     if any(tensor.is_inference() for tensor in tensors.values()):
         return None
-    return [
+    return [  # weak references distinguish a tensor from a later one in the same memory
         (name, ref(t.untyped_storage()), t.data_ptr(), t._version, t.shape, t.stride(), t.dtype)
         for name, t in tensors.items()
     ]

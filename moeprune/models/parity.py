@@ -17,8 +17,7 @@ from moeprune.models.model import Model, private_copy
 from moeprune.models.results import Parity
 
 IMAGES = 4
-MAX_DIFFERENCE = 1e-5
-"""Largest difference of logits of equal models, relative to the largest logit."""
+MAX_DIFFERENCE = 1e-5  # of logits of equal models, relative to the largest one
 
 
 def compare(model: Model, library: SoftMoEViTs, config: ViTConfig, tensors: Mapping[str, Tensor]) -> Parity:

@@ -12,8 +12,7 @@ from moeprune.errors import MoepruneError
 from moeprune.plan import Positive
 from moeprune.records import Request, option
 
-MAX_ELEMENTS = 2**28
-"""Limit of the values of one input; more would fill the memory."""
+MAX_ELEMENTS = 2**28  # of one input; more would fill the memory
 LIBRARIES = ("soft-moe", "soft-moe-pytorch", "soft-mixture-of-experts", "moeprune")
 """Libraries whose models or layers are known; see moeprune.models.libraries, which imports torch."""
 

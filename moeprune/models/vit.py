@@ -55,12 +55,11 @@ class SoftMoEViT(Model):
         grid = images.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # (b,c,gh,ph,gw,pw)
         patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(b, self.config.num_patches, -1)  # in reading order
         tokens = self.patch_embed(patches)
-        if not self.config.class_token:
-            return tokens + self.position
-        class_token = self.class_token.expand(b, 1, -1)
-        if self.config.class_position:
-            return torch.cat([class_token, tokens], dim=1) + self.position
-        return torch.cat([class_token, tokens + self.position], dim=1)
+        if not self.config.class_position:  # there is a class token
+            return torch.cat([self.class_token.expand(b, 1, -1), tokens + self.position], dim=1)
+        if self.config.class_token:
+            tokens = torch.cat([self.class_token.expand(b, 1, -1), tokens], dim=1)
+        return tokens + self.position
 
 
 class Block(nn.Module):

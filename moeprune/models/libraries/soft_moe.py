@@ -89,12 +89,9 @@ class SoftMoEViTs:
 
     def refusals(self, config: ViTConfig) -> list[str]:
         """Return every reason why the library cannot express a dense model of this architecture."""
-        refused = []
-        for index, block in enumerate(config.blocks):
-            if not block.attention:
-                refused.append(f"block {index} has no attention")
-            if not block.residual:
-                refused.append(f"block {index} has no residual around its MLP or Soft MoE")
+        refused = [f"block {i} has no attention" for i, block in enumerate(config.blocks) if not block.attention]
+        without = [i for i, block in enumerate(config.blocks) if not block.residual]
+        refused += [f"block {i} has no residual around its MLP or Soft MoE" for i in without]
         for name, layer in config.moe_layers.items():
             normalize = layer.router_norm != "none"
             known = SoftMoEConfig(

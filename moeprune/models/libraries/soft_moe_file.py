@@ -14,15 +14,13 @@ from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.records import Record, from_json
 
-Tensors = Mapping[str, TensorInfo]
-"""The tensors of a file by name, without their values."""
+Tensors = Mapping[str, TensorInfo]  # of a file by name
 EPS = 1e-6  # of norms, unless the model was built with another norm layer
 POOLINGS: dict[str, Literal["token", "mean", "none"]] = {"token": "token", "avg": "mean", "": "none"}
 """Ours by the library's `global_pool`."""
 LAYER = re.compile(r"blocks\.(\d+)\.mlp\.(phi$|experts\.|stacked_expert_)")
 UNUSED = re.compile(r"blocks\.\d+\.mlp\.base_expert\.")
-Sides = int | tuple[int, int] | str
-"""A side such as 224, or height and width such as (192, 256) or `192x256`."""
+Sides = int | tuple[int, int] | str  # a side such as 224, or height and width such as (192, 256) or `192x256`
 
 
 class Arguments(Record, frozen=True):
