@@ -7,6 +7,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -101,13 +102,10 @@ def _known_layers(module: nn.Module) -> dict[str, LayerLibrary]:
     found: dict[str, LayerLibrary] = {}
     names: dict[nn.Module, str] = {}
     for name, part in module.named_modules(remove_duplicate=False):
-        for library in LAYERS.values():
-            if library.recognises(part):
-                if part in names:
-                    raise MoepruneError(
-                        f"layers `{names[part]}` and `{name}` are one module, which runs more than once"
-                    )
-                found[name], names[part] = library, name
+        for library in [library for library in LAYERS.values() if library.recognises(part)]:
+            if part in names:
+                raise MoepruneError(f"layers `{names[part]}` and `{name}` are one module, which runs more than once")
+            found[name], names[part] = library, name
     return found
 
 
@@ -115,20 +113,16 @@ def _tokens(module: nn.Module, names: Iterable[str], input_shape: tuple[int, int
     """Return the tokens of each layer, in the order in which the layers run."""
     tokens: dict[str, int] = {}
 
-    def hook(name: str) -> Any:
-        def seen(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in tokens:
-                raise MoepruneError(f"layer `{name}` runs more than once for an input")
-            tokens[name] = output[0].numel() // output.shape[1 if output.ndim == 4 else -1]
+    def count(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if name in tokens:
+            raise MoepruneError(f"layer `{name}` runs more than once for an input")
+        tokens[name] = output[0].numel() // output.shape[1 if output.ndim == 4 else -1]
 
-        return seen
-
-    handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            part = module.get_submodule(name)
+            hooks.enter_context(part.register_forward_hook(functools.partial(count, name)))
         _run(module, input_shape)
-    finally:
-        for handle in handles:
-            handle.remove()
     if idle := sorted(set(names) - set(tokens)):
         raise MoepruneError(f"layers {', '.join(f'`{name}`' for name in idle)} do not run")
     return tokens

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeprune import __version__
 from moeprune.data.datasets import Dataset
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
@@ -208,6 +207,5 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
 
 def _source(libraries: Mapping[str, str | None], found: StateDict) -> dict[str, str]:
     """Return the origin of weights, for `Details.source`, given libraries and the releases that the user states."""
-    installed = {name: installed_version(name) for name in libraries} | {"moeprune": __version__}
-    versions = [release or installed[name] or "unknown" for name, release in libraries.items()]
+    versions = [release or installed_version(name) or "unknown" for name, release in libraries.items()]
     return {"library": ", ".join(libraries), "version": ", ".join(versions), "sha256": found.sha256()}

@@ -16,6 +16,7 @@ from importlib import metadata
 import torch
 from torch import Tensor, nn
 
+from moeprune import __version__
 from moeprune.errors import MoepruneError
 from moeprune.layers.config import Expert, RouterNorm, SoftMoEConfig
 from moeprune.layers.interface import LayerConfig
@@ -177,7 +178,7 @@ LAYERS: dict[str, LayerLibrary] = {
 def installed_version(library: str) -> str | None:
     """Return the version of a library in this environment, None if it is not installed."""
     try:
-        return metadata.version(library)
+        return __version__ if library == "moeprune" else metadata.version(library)
     except metadata.PackageNotFoundError:
         return None
 
