@@ -6,6 +6,7 @@ an expert.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -215,13 +216,30 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
         return self.num_tokens if self.pooling == "none" else 1
 
     @property
+    def weights(self) -> Shapes:
+        """Shapes of the weights of linears (outputs,inputs) and norms (width), all but those of the Soft MoEs."""
+        d, head_dim = self.dim, self.dim // self.num_heads
+        weights: Shapes = {"patch_embed": (d, self.patch_values)}
+        weights |= {"embedding_norm": (d,)} if self.embedding_norm else {}
+        for index, block in enumerate(self.blocks):
+            of_block: Shapes = {"norm2": (d,)}
+            if block.attention:
+                of_block |= {"norm1": (d,), "attention.qkv": (3 * d, d), "attention.proj": (d, d)}
+            if block.attention and self.qk_norm:
+                of_block |= {"attention.q_norm": (head_dim,), "attention.k_norm": (head_dim,)}
+            if block.mlp_dim is not None:
+                of_block |= {"mlp.0": (block.mlp_dim, d), "mlp.2": (d, block.mlp_dim)}
+            weights |= {f"blocks.{index}.{name}": shape for name, shape in of_block.items()}
+        weights |= {"norm": (d,)} if self.final_norm else {}
+        weights |= {"head_norm": (d,)} if self.head_norm else {}
+        return weights | ({"head": (self.num_classes, d)} if self.num_classes else {})
+
+    @property
     def other_flops(self) -> int:
         """FLOPs of one image for the embedding, attention, MLPs and the head."""
-        m, d = self.num_tokens, self.dim
-        attention = sum(8 * m * d * d + 4 * m * m * d for block in self.blocks if block.attention)
-        mlps = sum(4 * m * d * (block.mlp_dim or 0) for block in self.blocks)
-        head = 2 * self.outputs_per_input * d * self.num_classes
-        return 2 * self.num_patches * self.patch_values * d + attention + mlps + head
+        m, rows = self.num_tokens, {"patch_embed": self.num_patches, "head": self.outputs_per_input}
+        linears = (2 * rows.get(name, m) * math.prod(shape) for name, shape in self.weights.items() if len(shape) == 2)
+        return sum(linears) + sum(4 * m * m * self.dim for block in self.blocks if block.attention)
 
     def tokens(self, name: str) -> int:
         """Return m, which is the same in every layer."""
@@ -229,34 +247,15 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
 
     def shapes(self, plan: Plan) -> Shapes:
         """Return the shape of every tensor of the model."""
-        d, head_dim = self.dim, self.dim // self.num_heads
-        linears = {"patch_embed": (d, self.patch_values)}
-        norms = {"embedding_norm": d} if self.embedding_norm else {}
+        d = self.dim
         shapes: Shapes = {"position": (self.num_positions, d)}
-        if self.class_token:
-            shapes["class_token"] = (1, d)
-        for index, block in enumerate(self.blocks):
-            name = f"blocks.{index}"
-            norms[f"{name}.norm2"] = d
-            if block.attention:
-                norms[f"{name}.norm1"] = d
-                linears |= {f"{name}.attention.qkv": (3 * d, d), f"{name}.attention.proj": (d, d)}
-            if block.attention and self.qk_norm:
-                norms |= {f"{name}.attention.q_norm": head_dim, f"{name}.attention.k_norm": head_dim}
-            if block.mlp_dim is not None:
-                linears |= {f"{name}.mlp.0": (block.mlp_dim, d), f"{name}.mlp.2": (d, block.mlp_dim)}
-            if self.layer_scale:
-                shapes[f"{name}.mixer_scale"] = (d,)
-            if self.layer_scale and block.attention:
-                shapes[f"{name}.attention_scale"] = (d,)
-        norms |= {"norm": d} if self.final_norm else {}
-        norms |= {"head_norm": d} if self.head_norm else {}
-        linears |= {"head": (self.num_classes, d)} if self.num_classes else {}
-        for name, (outputs, inputs) in linears.items():
+        shapes |= {"class_token": (1, d)} if self.class_token else {}
+        for index, block in enumerate(self.blocks if self.layer_scale else ()):
+            shapes |= {f"blocks.{index}.mixer_scale": (d,)}
+            shapes |= {f"blocks.{index}.attention_scale": (d,)} if block.attention else {}
+        for name, weight in sorted(self.weights.items(), key=lambda item: -len(item[1])):  # linears first
             has_bias = self.qkv_bias if name.endswith(".qkv") else not self.embedding_norm or name != "patch_embed"
-            shapes |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if has_bias else {})
-        for name, width in norms.items():
-            shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+            shapes |= {f"{name}.weight": weight} | ({f"{name}.bias": weight[:1]} if has_bias else {})
         return shapes | super().shapes(plan)
 
 
