@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from moeprune.errors import MoepruneError
 from moeprune.models.description import lookalike
-from moeprune.models.libraries.soft_moe import SoftMoEViTs
-from moeprune.models.libraries.soft_moe_file import Tensors
+from moeprune.models.libraries.soft_moe import SoftMoEViTs, Tensors
 
 MODELS = {library.name: library for library in (SoftMoEViTs(),)}
 """Libraries of whole models by name."""
