@@ -159,11 +159,7 @@ def parse_source(text: str | None) -> dict[str, str | None]:
 
 
 def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factory | None) -> AdoptedModel:
-    """Return the model of a checkpoint, without its weights.
-
-    Raises:
-        MoepruneError: the factory is missing, is not the expected one, or fails, or its model lacks a layer.
-    """
+    """Return the model of a checkpoint, without its weights, if the factory is the expected one and has its layers."""
     name = config.factory or "package.module:function"
     if factory is None or (isinstance(factory, str) and config.factory not in (None, factory)):
         stated = "none is given" if factory is None else f"given is `{factory}`"
@@ -183,11 +179,7 @@ def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factor
 
 
 def build(factory: Factory, arguments: Mapping[str, Any]) -> nn.Module:
-    """Return the model that a factory builds; the current directory is searched for `package.module` too.
-
-    Raises:
-        MoepruneError: there is no such function, it fails, or it builds something else.
-    """
+    """Return the model that a factory builds; the current directory is searched for `package.module` too."""
     name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", repr(factory))
     package, _, function = name.partition(":")
     if isinstance(factory, str) and not (package and function):

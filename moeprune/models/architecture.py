@@ -297,13 +297,9 @@ class ModuleConfig(ModelConfig, frozen=True, tag="module"):
 
 
 def architecture_from_json(value: Any) -> ModelConfig:
-    """Read the config of a model from JSON values.
-
-    Raises:
-        MoepruneError: an unknown type, an unknown or missing key, or a value that does not fit.
-    """
+    """Read the config of a model, with layers of any registered family, from JSON values."""
     layers = value.get("layers") if isinstance(value, Mapping) else None
-    if isinstance(layers, Mapping):  # of any registered family
+    if isinstance(layers, Mapping):
         read = {
             name: {**layer, "layer": layer_from_json(layer.get("layer"), f"architecture: layers: {name}")}
             if isinstance(layer, Mapping)

@@ -39,11 +39,7 @@ class Described:
 
 
 def inspect_checkpoint(spec: ModelSpec) -> Inspection:
-    """Return the contents of a checkpoint: from the header of one that moeprune wrote, else from the model.
-
-    Raises:
-        MoepruneError: the file is missing or damaged, or no known model.
-    """
+    """Return the contents of a checkpoint: from the header of one that moeprune wrote, else from the model."""
     found = Described(spec)
     reading = found.model.reading if found.header is None or spec.model is not None else None
     layers = {

@@ -19,12 +19,11 @@ from moeprune.files.header import Header, require_unchanged
 from moeprune.models.adopted import Factory, adopt, build, load_foreign, load_strictly, name_of, parse_source, skeleton
 from moeprune.models.architecture import ModelConfig, ModuleConfig, ViTConfig
 from moeprune.models.description import Details, our_header, read_description
-from moeprune.models.export import to_library
+from moeprune.models.export import compare, difference, skipped, to_library
 from moeprune.models.libraries import library_of_file
 from moeprune.models.libraries.layers import installed_version
 from moeprune.models.libraries.soft_moe import Layout
 from moeprune.models.model import Model, dataset_for, remember_fingerprint
-from moeprune.models.parity import compare, difference, skipped
 from moeprune.models.request import ModelSpec
 from moeprune.models.results import Reading
 from moeprune.models.vit import SoftMoEViT

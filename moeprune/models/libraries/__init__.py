@@ -11,11 +11,7 @@ MODELS = {library.name: library for library in (SoftMoEViTs(),)}
 
 
 def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> SoftMoEViTs:
-    """Return the library that wrote a file with these tensors; name: of the library, if the user gives it.
-
-    Raises:
-        MoepruneError: the name is unknown, no library fits, or several do.
-    """
+    """Return the library that wrote a file with these tensors; name: of the library, if the user gives it."""
     if name in MODELS:
         return MODELS[name]
     if name is not None:

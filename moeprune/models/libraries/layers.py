@@ -194,11 +194,7 @@ def _linears(expert: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _stack_experts(layer: nn.Module, name: str) -> tuple[Expert, int, dict[str, Tensor]]:
-    """The kind of a layer's experts (`mlp` or `geglu`), their hidden width, and their stacked tensors.
-
-    Raises:
-        MoepruneError: they are anything else than linear, GELU or GEGLU, linear.
-    """
+    """The kind of a layer's experts (`mlp` or `geglu`), their hidden width, and their stacked tensors."""
     pairs, gated = [], False
     for index, expert in enumerate(_experts_of(layer)[1]):
         linears = list(_linears(expert).values())

@@ -277,11 +277,7 @@ def _axis(tensors: Tensors, name: str, axis: int, default: int = 1) -> int:
 
 
 def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple[ViTConfig, list[str]]:
-    """Return the completed draft, and the names of arguments left at their defaults.
-
-    Raises:
-        MoepruneError: an argument is unknown, missing, of another type, or does not fit the tensors.
-    """
+    """Return the completed draft, and the names of arguments left at their defaults."""
     checked: Arguments = from_json(dict(arguments), Arguments, "`--source-arg`")
     given = {name: getattr(checked, name) for name in arguments}
     if given.get("img_size") is not None:
