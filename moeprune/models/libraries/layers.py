@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from importlib import metadata
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from moeprune.layers.config import Expert, RouterNorm, SoftMoEConfig
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer
 
+M = TypeVar("M", bound=nn.Module)
 Tensors = Mapping[str, Tensor]
 Described = tuple[LayerConfig, dict[str, Tensor]]
 
@@ -183,21 +185,17 @@ def installed_version(library: str) -> str | None:
         return None
 
 
-def _experts_of(layer: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of a layer's experts, and its path in the layer."""
-    return next((path, part) for path, part in layer.named_modules() if isinstance(part, nn.ModuleList))
-
-
-def _linears(expert: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of one expert by their path in it, in the order of the data flow."""
-    return {path: part for path, part in expert.named_modules() if isinstance(part, nn.Linear)}
+def _parts(module: nn.Module, kind: type[M]) -> dict[str, M]:
+    """The parts of a kind by their path in the module, in the order of the data flow."""
+    return {path: part for path, part in module.named_modules() if isinstance(part, kind)}
 
 
 def _stack_experts(layer: nn.Module, name: str) -> tuple[Expert, int, dict[str, Tensor]]:
     """The kind of a layer's experts (`mlp` or `geglu`), their hidden width, and their stacked tensors."""
     pairs, gated = [], False
-    for index, expert in enumerate(_experts_of(layer)[1]):
-        linears = list(_linears(expert).values())
+    experts = next(iter(_parts(layer, nn.ModuleList).values()))
+    for index, expert in enumerate(experts):
+        linears = list(_parts(expert, nn.Linear).values())
         leaves = [part for part in expert.modules() if not any(part.children())]
         others = [part for part in leaves if not isinstance(part, nn.Linear | nn.Dropout | nn.Identity)]
         activation = others[0] if len(others) == 1 else None
@@ -212,17 +210,16 @@ def _stack_experts(layer: nn.Module, name: str) -> tuple[Expert, int, dict[str, 
         pairs.append(linears)
     tensors = {}
     for fc, layers in zip(("fc1", "fc2"), zip(*pairs, strict=True), strict=True):
-        weight = torch.stack([linear.weight for linear in layers])
-        tensors[f"{fc}_weight"] = weight.mT.contiguous() if fc == "fc1" else weight
-        tensors[f"{fc}_bias"] = torch.stack([linear.bias for linear in layers])
+        tensors[f"{fc}_weight"] = torch.stack([lin.weight.T if fc == "fc1" else lin.weight for lin in layers])
+        tensors[f"{fc}_bias"] = torch.stack([lin.bias for lin in layers])
     return "geglu" if gated else "mlp", pairs[0][1].in_features, tensors
 
 
 def _unstack_experts(tensors: Tensors, layer: nn.Module) -> dict[str, Tensor]:
     """The stacked tensors of our layer as those of a library's experts."""
-    prefix, experts = _experts_of(layer)
+    prefix, experts = next(iter(_parts(layer, nn.ModuleList).items()))
     unstacked = {}
-    for fc, path in zip(("fc1", "fc2"), _linears(experts[0]), strict=True):
+    for fc, path in zip(("fc1", "fc2"), _parts(experts[0], nn.Linear), strict=True):
         for j, (weight, bias) in enumerate(zip(tensors[f"{fc}_weight"], tensors[f"{fc}_bias"], strict=True)):
             unstacked[f"{prefix}.{j}.{path}.weight"] = weight.T.contiguous() if fc == "fc1" else weight
             unstacked[f"{prefix}.{j}.{path}.bias"] = bias
