@@ -37,6 +37,16 @@ class Described:
 
         return open_model(self.spec, header=self.header)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the architecture and all tensors."""
+        from moeprune.files import checkpoint
+        from moeprune.models.model import fingerprint
+
+        if self.header is None:
+            return fingerprint(self.model)
+        return checkpoint.fingerprint(self.header, self.config.to_json())
+
 
 def inspect_checkpoint(spec: ModelSpec) -> Inspection:
     """Return the contents of a checkpoint: from the header of one that moeprune wrote, else from the model."""

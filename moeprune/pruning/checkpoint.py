@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from msgspec.structs import replace
@@ -17,10 +17,10 @@ from moeprune.files import checkpoint
 from moeprune.files.checkpoint import Copied
 from moeprune.files.header import Header, read_header
 from moeprune.layers.surgery import prune_tensors
-from moeprune.models.description import our_header, read_description
-from moeprune.models.model import Model, fingerprint, require_unpruned, save
+from moeprune.models.description import read_description
+from moeprune.models.inspection import Described
+from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
-from moeprune.models.request import ModelSpec
 from moeprune.plan import SIGNALS, Plan, scopes_of
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, full_plan, needs_pass, provenance, require_calibration
 from moeprune.pruning.budgets import plans_within
@@ -35,33 +35,6 @@ from moeprune.records import to_json
 logger = logging.getLogger(__name__)
 
 
-class _Full:
-    """An unpruned checkpoint; the model of one of moeprune is built only to pass data through it."""
-
-    def __init__(self, spec: ModelSpec):
-        self.spec = spec
-        self.header = our_header(spec.path)
-        if self.header is None or spec.foreign_only:
-            self.config, plan, self.details = self.model.config, self.model.plan, self.model.details
-            self.tensors = checkpoint.tensor_infos(self.model.state_dict())
-        else:
-            self.config, plan, self.details = read_description(self.header)
-            self.tensors = self.header.tensors
-        require_unpruned(plan, ALREADY_PRUNED)
-
-    @cached_property
-    def model(self) -> Model:
-        """The model, with the preprocessing of the spec."""
-        return open_model(self.spec, header=self.header)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the architecture and all tensors."""
-        if self.header is None:
-            return fingerprint(self.model)
-        return checkpoint.fingerprint(self.header, self.config.to_json())
-
-
 def prune_checkpoint(request: PruneRequest) -> Pruned:
     """Prune a checkpoint, and write the pruned one, its plan, or both.
 
@@ -72,7 +45,8 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
             plan meets the budget, or an output cannot be written.
     """
     request.runtime.require_device()
-    full = _Full(request.checkpoint)
+    full = Described(request.checkpoint)
+    require_unpruned(full.plan, ALREADY_PRUNED)
     analysis = None if request.analysis is None else load_analysis(request.analysis)
     search, cost = None, None
     if request.max_accuracy_drop is None:
@@ -95,7 +69,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     )
 
 
-def _plans(request: PruneRequest, full: _Full, analysis: Analysis | None) -> list[Plan]:
+def _plans(request: PruneRequest, full: Described, analysis: Analysis | None) -> list[Plan]:
     """Return the plan that is asked for, or what to try for a budget."""
     layers = full.config.moe_layers
     if request.max_size is None and request.max_flops is None:
@@ -106,7 +80,7 @@ def _plans(request: PruneRequest, full: _Full, analysis: Analysis | None) -> lis
     return plans_within(full.config, full.tensors, analysis, request.method, request.max_size, request.max_flops)
 
 
-def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Plan:
+def _prune(request: PruneRequest, full: Described, analysis: Analysis | None) -> Plan:
     """Write the pruned checkpoint, if one is asked for; return the plan."""
     plans = _plans(request, full, analysis)
     plan, with_pass = plans[0], needs_pass(plans[0], request.one_shot)
@@ -125,7 +99,7 @@ def _prune(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Pla
     return plan
 
 
-def _prune_file(request: PruneRequest, full: _Full, header: Header, analysis: Analysis | None, plan: Plan) -> None:
+def _prune_file(request: PruneRequest, full: Described, header: Header, analysis: Analysis | None, plan: Plan) -> None:
     """Write from file to file what pruning statically in one shot, in memory, gives."""
     assert request.output is not None
     assert header.metadata is not None
@@ -158,7 +132,7 @@ def _take(
     return Copied(header, f"{layer}.{name}", None if axis is None else experts)
 
 
-def _search(request: PruneRequest, full: _Full, analysis: Analysis | None) -> Search:
+def _search(request: PruneRequest, full: Described, analysis: Analysis | None) -> Search:
     """Write the smallest model within the accuracy drop; return how it was found."""
     assert request.data is not None
     assert request.output is not None
