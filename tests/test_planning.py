@@ -21,7 +21,7 @@ from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Method, is_possible, plan_from_json
 from moeprune.pruning.apply import prune
-from moeprune.pruning.budgets import allocate, costs_of, losses, plan_of_experts, plans_within
+from moeprune.pruning.budgets import allocate, costs_of, losses, plans_within
 from moeprune.pruning.plan_file import read_plan, write_plan
 from tests.test_calibration import write_inputs
 
@@ -106,7 +106,7 @@ def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):
     assert (sizes.full, flops.full) == (full.bytes, full.flops_per_input.total)
     for ks in ((1, 1, 1), (2, 3, 7), (6, 4, 8)):
         experts = dict(zip(model.config.moe_layers, ks, strict=True))
-        plan = plan_of_experts(model.config, experts, method)
+        plan = {name: method.plan(k, model.config.moe_layers[name].num_experts) for name, k in experts.items()}
         found = prune(model, plan=plan, data=data, runtime=CPU).cost()
         assert sizes.of(experts) == found.bytes
         assert flops.of(experts) == found.flops_per_input.total

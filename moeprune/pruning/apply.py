@@ -22,6 +22,7 @@ from moeprune.models.model import Model, dataset_for, fingerprint, private_copy,
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Method, Plan, parse_keep, require_fitting_plan, uniform_plan
 from moeprune.pruning import compensation
+from moeprune.pruning.compensation import Stream
 from moeprune.records import to_json
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ def prune(
     """
     require_dense_layers(model, ALREADY_PRUNED)
     plan = full_plan(model.config.moe_layers, keep, plan, Method(**method))
+    used = require_calibration(plan, model.config.moe_layers, analysis, data is not None, one_shot)
     known = fingerprint(model)
-    used = require_calibration(plan, model.config.moe_layers, known, analysis, data is not None, one_shot)
+    require_analysis_of(model.config.moe_layers, known, used)
     dataset = None
     if any(layer.is_calibrated for layer in plan.values()):
         if data is not None:
@@ -89,7 +91,7 @@ def prune(
         full.to(runtime.torch_device)
     pruned = private_copy(full)
     for index, (name, layer_plan) in enumerate(plan.items()):
-        stream = compensation.Stream(pruned, full, name, dataset, runtime)
+        stream = Stream(pruned, full, name, dataset, runtime)
         moments = used.layers[name] if used is not None and (index == 0 or one_shot) else None
         _prune_layer(stream, layer_plan, moments, seed, index)
         _require_data_of_analysis(used, dataset)
@@ -98,9 +100,7 @@ def prune(
     return pruned.to(next(model.parameters()).device)
 
 
-def _prune_layer(
-    stream: compensation.Stream, plan: LayerPlan, moments: LayerMoments | None, seed: int, index: int
-) -> None:
+def _prune_layer(stream: Stream, plan: LayerPlan, moments: LayerMoments | None, seed: int, index: int) -> None:
     """Prune the dense layer of a stream; its plan may leave its experts open.
 
     moments: from the analysis; None: they are measured if the plan needs them. index: see `decide`.
@@ -110,12 +110,9 @@ def _prune_layer(
         moments, sums = compensation.gather(stream, plan.compensation)
     elif moments is None and plan.is_calibrated:
         assert stream.data is not None
-        chooses = plan.signal == "gram" and plan.kept is None
-        accumulator = StatisticsAccumulator if chooses else MomentsAccumulator
-        measured = measure(
-            stream.pruned, [stream.name], stream.data, stream.runtime, f"measure {stream.name}", accumulator
-        )
-        moments = measured[stream.name].result()
+        kind = StatisticsAccumulator if plan.signal == "gram" and plan.kept is None else MomentsAccumulator
+        name, what = stream.name, f"measure {stream.name}"
+        moments = measure(stream.pruned, [name], stream.data, stream.runtime, what, kind)[name].result()
     if moments is not None and stream.data is not None:
         require_finite({stream.name: moments}, stream.data)
     wanted, calibrated = decide(plan, moments, sums, seed, index)
@@ -168,23 +165,15 @@ def needs_pass(plan: Plan, one_shot: bool) -> bool:
 
 
 def require_calibration(
-    plan: Plan,
-    configs: Mapping[str, LayerConfig],
-    model_fingerprint: str,
-    analysis: Analysis | None,
-    has_data: bool,
-    one_shot: bool,
+    plan: Plan, layers: Mapping[str, LayerConfig], analysis: Analysis | None, has_data: bool, one_shot: bool
 ) -> Analysis | None:
-    """Return the analysis, or None if the plan does not use it.
-
-    Raises:
-        MoepruneError: the plan needs calibration that is missing or a refit that is too large, or the
-            analysis is another model's.
+    """Return the analysis, or None if the plan does not use it; raise a MoepruneError if calibration is missing or a
+    refit is too large.
     """
-    for name, regressors in compensation.too_large_refits(configs, plan).items():
+    for name, regressors in compensation.too_large_refits(layers, plan).items():
         raise MoepruneError(
             f"`refit` of layer `{name}` would take {regressors:,} regressors: {plan[name].k} experts of width"
-            f" {configs[name].expert_width} are kept; at most {compensation.MAX_REGRESSORS:,} are possible",
+            f" {layers[name].expert_width} are kept; at most {compensation.MAX_REGRESSORS:,} are possible",
             "keep fewer experts, or give `--compensate affine`",
         )
     for name, layer in plan.items():
@@ -199,10 +188,7 @@ def require_calibration(
                 f"`{layer.compensation}` of layer `{name}` is fitted to data, not in one shot",
                 "give another `--compensate`",
             )
-    if not any(layer.is_calibrated or layer.is_ranked for layer in plan.values()):
-        return None
-    require_analysis_of(configs, model_fingerprint, analysis)
-    return analysis
+    return analysis if any(layer.is_calibrated or layer.is_ranked for layer in plan.values()) else None
 
 
 def full_plan(
@@ -220,11 +206,7 @@ def full_plan(
 
 
 def calibration_data(model: Model, analysis: Analysis) -> Dataset:
-    """Open the data that an analysis was made from.
-
-    Raises:
-        MoepruneError: it is not there any more.
-    """
+    """Open the data that an analysis was made from, or raise a MoepruneError if it is not there any more."""
     made_from = analysis.origin.data
     try:
         return dataset_for(model, made_from.spec, "calibration", made_from.samples)

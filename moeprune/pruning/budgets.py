@@ -55,8 +55,8 @@ def costs_of(config: ModelConfig, method: Method, tensors: Mapping[str, TensorIn
 
     layers = {}
     for name, layer in config.moe_layers.items():
-        kept = [tuple(range(k)) if method.scope == "static" else None for k in range(1, layer.num_experts + 1)]
-        plans = (method.plan(k, layer.num_experts, experts) for k, experts in enumerate(kept, 1))
+        n, is_static = layer.num_experts, method.scope == "static"
+        plans = (method.plan(k, n, tuple(range(k)) if is_static else None) for k in range(1, n + 1))
         layers[name] = [math.inf, *(float(cost(name, plan)) for plan in plans)]
     full = config.flops({}).total if tensors is None else sum(tensor.nbytes for tensor in tensors.values())
     return Costs(full, full - sum(cost(name, None) for name in layers), layers)
@@ -80,13 +80,14 @@ def plans_within(
         method: budgets are met without what its energy may save.
         max_size, max_flops: the share of the model's bytes or FLOPs that may remain; one is given.
 
-    Raises:
-        MoepruneError: the budget cannot be met, or a layer cannot be pruned so.
+    Raises a MoepruneError if the budget cannot be met, or a layer cannot be pruned so.
     """
     option, share = ("--max-flops", max_flops) if max_size is None else ("--max-size", max_size)
     assert share is not None
     costs = costs_of(config, method, None if max_size is None else tensors)
-    uniform = _uniform_choices(costs)
+    sizes = {name: layer.num_experts for name, layer in config.moe_layers.items()}
+    shares = sorted({Fraction(k, n) for n in sizes.values() for k in range(1, n + 1)})
+    uniform = [{name: experts_to_keep(part, n, name) for name, n in sizes.items()} for part in shares]
     smallest = min(costs.of(experts) for experts in uniform)
     if method.scope == "static":
         smallest = costs.rest + math.fsum(min(layer) for layer in costs.layers.values())
@@ -101,21 +102,9 @@ def plans_within(
             raise MoepruneError(f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`")
         budget = share * costs.full - costs.rest
         chosen.insert(0, allocate(losses(analysis, method.compensate), costs.layers, budget))
-    plans = [plan_of_experts(config, experts, method) for experts in chosen]
+    plans = [{name: method.plan(k, sizes[name]) for name, k in experts.items()} for experts in chosen]
     require_fitting_plan(plans[0], config.moe_layers)
     return plans[:1] if plans[0] == plans[-1] else plans
-
-
-def _uniform_choices(costs: Costs) -> list[dict[str, int]]:
-    """Return the experts of each layer with the same share of them in each, from the fewest to all."""
-    sizes = {name: len(layer) - 1 for name, layer in costs.layers.items()}
-    shares = sorted({Fraction(k, n) for n in sizes.values() for k in range(1, n + 1)})
-    return [{name: experts_to_keep(share, n, name) for name, n in sizes.items()} for share in shares]
-
-
-def plan_of_experts(config: ModelConfig, experts: Mapping[str, int], method: Method) -> Plan:
-    """Return the plan that keeps k experts in each layer, for the signal to choose."""
-    return {name: method.plan(experts[name], layer.num_experts) for name, layer in config.moe_layers.items()}
 
 
 def losses(analysis: Analysis, compensation: str) -> dict[str, list[float]]:
@@ -136,21 +125,19 @@ def allocate(
     Starts with the cheapest choice of every layer and takes the steps of the layers' lower convex hulls,
     those that gain most for their cost first; what is left of the budget then goes to single steps.
 
-    Args:
-        losses, costs: of each layer with k experts kept, k = 0…n.
-        budget: what the costs may sum to; one expert in each layer is taken to be affordable.
+    losses, costs: of each layer with k experts kept, k = 0…n. budget: of the costs' sum; the cheapest choices are
+    taken to be affordable.
     """
     hulls = {name: _hull(losses[name], costs[name]) for name in costs}
     chosen = {name: hull[0] for name, hull in hulls.items()}
     spent = math.fsum(costs[name][k] for name, k in chosen.items())
-    steps: list[tuple[float, int, int, str]] = []
+    steps = []
     for order, (name, hull) in enumerate(hulls.items()):
         for index, (k, larger) in enumerate(pairwise(hull)):
             gain = (losses[name][k] - losses[name][larger]) / (costs[name][larger] - costs[name][k])
-            steps.append((-gain, order, index, name))
+            steps.append((-gain, order, index, name, larger))
     stopped = set()
-    for _, _, index, name in sorted(steps):
-        larger = hulls[name][index + 1]
+    for _, _, _, name, larger in sorted(steps):
         more = costs[name][larger] - costs[name][chosen[name]]
         if spent + more > budget:
             stopped.add(name)  # a later step of this layer would leave this one out

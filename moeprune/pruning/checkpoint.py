@@ -22,9 +22,9 @@ from moeprune.models.inspection import Described
 from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
 from moeprune.plan import SIGNALS, Plan, scopes_of
+from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, full_plan, needs_pass, provenance, require_calibration
 from moeprune.pruning.budgets import plans_within
-from moeprune.pruning.compensation import MAX_REGRESSORS, too_large_refits
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest, SweepRequest
 from moeprune.pruning.results import Pruned, Search, Sweep
@@ -40,9 +40,8 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
 
     A static pruning that needs no pass over data goes from file to file, without building the model, in little memory.
 
-    Raises:
-        MoepruneError: a file or the data cannot be read or does not fit, the checkpoint is pruned already, no
-            plan meets the budget, or an output cannot be written.
+    Raises a MoepruneError if an input does not fit, the checkpoint is pruned already, no plan meets the budget, or an
+    output cannot be written.
     """
     request.runtime.require_device()
     full = Described(request.checkpoint)
@@ -104,7 +103,8 @@ def _prune_file(request: PruneRequest, full: Described, header: Header, analysis
     assert request.output is not None
     assert header.metadata is not None
     layers = full.config.moe_layers
-    analysis = require_calibration(plan, layers, full.fingerprint, analysis, has_data=False, one_shot=True)
+    analysis = require_calibration(plan, layers, analysis, has_data=False, one_shot=True)
+    require_analysis_of(layers, full.fingerprint, analysis)
     tensors = checkpoint.read_tensors(header)
     entries: dict[str, Tensor | Copied] = {name: Copied(header, name) for name in header.tensors}
     decided = {}
@@ -147,11 +147,7 @@ def _search(request: PruneRequest, full: Described, analysis: Analysis | None) -
 
 
 def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:
-    """Prune a checkpoint in many ways and evaluate each; return also the unpruned model and its analysis.
-
-    Raises:
-        MoepruneError: an input cannot be read or does not fit, or no way to prune is left.
-    """
+    """Prune a checkpoint in many ways and evaluate each; return also the unpruned model and its analysis."""
     assert request.analysis is not None
     request.runtime.require_device()
     model = open_model(request.checkpoint)
@@ -184,8 +180,9 @@ def _ways(request: SweepRequest, model: Model) -> list[Variant]:
             "no way to prune has such a scope, signal and compensation",
             "`gram`, `refit` and `merge` need scope static, and `merge` does not go with `gram`",
         )
-    left_out = [way for way in ways if too_large_refits(layers, way.plan(layers))]
+    left_out = [way for way in ways if compensation.too_large_refits(layers, way.plan(layers))]
     if left_out:
         shares = ", ".join(dict.fromkeys(str(way.keep) for way in left_out))
-        logger.warning(f"`refit` is left out at {shares}: it would take more than {MAX_REGRESSORS:,} regressors")
+        most = compensation.MAX_REGRESSORS
+        logger.warning(f"`refit` is left out at {shares}: it would take more than {most:,} regressors")
     return [way for way in ways if way not in left_out]

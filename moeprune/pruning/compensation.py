@@ -43,7 +43,7 @@ MAX_REGRESSORS = 4096
 class Stream:
     """A layer of a model whose layers before it are pruned, seen beside the same layer of the full model.
 
-    pruned, full: private copies. data: None if nothing is measured.
+    pruned, full: private copies, on the runtime's device. data: None if nothing is measured.
     """
 
     pruned: Model
@@ -62,9 +62,6 @@ class Stream:
         what its output lacks to the full model's (b,m,o).
         """
         assert self.data is not None
-        device = self.runtime.torch_device
-        self.pruned.to(device)
-        self.full.to(device)
         count = 0
         seen: list[Observation] = []
         for inputs, _ in self.runtime.batches(self.data, f"fit {self.name}"):
@@ -72,7 +69,7 @@ class Stream:
             for model in (self.full, self.pruned):
                 observe_layers(model, [self.name], lambda _, found: seen.append(found), inputs, self.runtime)
             full, pruned = seen
-            members = [half.to(device) for half in halves(count, len(inputs))]
+            members = [half.to(self.runtime.torch_device) for half in halves(count, len(inputs))]
             count += len(inputs)
             yield members, pruned, full.output.float() - pruned.output.float()
 
@@ -82,7 +79,7 @@ def gather(stream: Stream, compensation: str) -> tuple[LayerMoments, Halves]:
 
     The gap of the sums is what the unpruned model's layer gives beyond this one's.
     """
-    layer = stream.layer.to(stream.runtime.torch_device)
+    layer = stream.layer
     moments = MomentsAccumulator(layer)
     sums = Contributions(layer, compensation), Contributions(layer, compensation)
     for members, seen, gap in stream:
@@ -178,11 +175,8 @@ def narrowed(layer: MoELayer, wanted: LayerPlan, power: Tensor, tokens: int) -> 
     directions. V·Bᵀ (q,r) and B (r,o) are stored. With an energy, r is the least that holds it; where that is
     no cheaper, the layer is returned as it is.
 
-    Args:
-        layer: pruned, with a fitted compensation in full.
-        wanted: has a rank or an energy.
-        power: ZᵀZ (q,q), summed over calibration data, in the order of the layer's columns.
-        tokens: of one input.
+    layer: pruned, with a fitted compensation in full. power: ZᵀZ (q,q) over calibration data, in the order of the
+    layer's columns. tokens: of one input.
     """
     assert layer.plan is not None
     added = layer.rows()

@@ -25,22 +25,14 @@ DEFAULTS = {"scope": "static", "signal": "combine", "compensation": "none"}
 
 
 def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
-    """Write a plan as JSON, a line for each layer: equal plans give equal bytes.
-
-    Raises:
-        MoepruneError: the path cannot be written, or exists and may not be replaced.
-    """
+    """Write a plan as JSON, a line for each layer: equal plans give equal bytes."""
     layers = [f"    {json.dumps(name)}: {json.dumps(layer)}" for name, layer in to_json(plan).items()]
     lines = ["{", f'  "schema_version": {SCHEMA_VERSION},', '  "plan": {', ",\n".join(layers), "  }", "}"]
     write_file(Path(path), "\n".join(lines) + "\n", overwrite)
 
 
 def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
-    """Read the plan, for a model with these layers, of a JSON file or a pruned checkpoint.
-
-    Raises:
-        MoepruneError: the file is missing, holds no plan, or one that does not fit the layers.
-    """
+    """Read the plan of a JSON file or a pruned checkpoint, or raise a MoepruneError if it does not fit the layers."""
     path = Path(path)
     if path.suffix == ".safetensors":
         value = (read_header(path).metadata or {}).get("plan")

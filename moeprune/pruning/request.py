@@ -112,8 +112,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         if self.max_accuracy_drop is None and self.confidence is not None:
             raise MoepruneError("`confidence` goes with `max_accuracy_drop`", "leave it out")
         if self.max_accuracy_drop is not None and (self.data is None or self.output is None):
-            hint = "add `--data` and `--output`"
-            raise MoepruneError("`max_accuracy_drop` searches on labelled `data`", hint)
+            raise MoepruneError("`max_accuracy_drop` searches on labelled `data`", "add `--data` and `--output`")
 
 
 class SweepRequest(EvalRequest, frozen=True, kw_only=True):

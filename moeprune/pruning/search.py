@@ -5,8 +5,8 @@ within the limit; that plan and a few larger ones, of a list fixed by then (`con
 on the second, from small to large, until one is within the limit there too. Each of the K plans on the list
 has the K-th part of the error level. By Bonferroni's inequality the bounds of all K then hold at once with
 the confidence, so those of the chosen plan hold however it is chosen. (Testing from large to small, each at
-the full level, until one fails controls the error too. In simulations it finds a plan slightly more often if
-samples are scarce, but it measures twice as many, and gives no bound below the limit.)
+the full level, until one fails finds a plan slightly more often, but measures twice as many, and gives no bound
+below the limit.)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from moeprune.models.model import Model, dataset_for, fingerprint, private_copy,
 from moeprune.models.runtime import Runtime
 from moeprune.plan import Method, Plan
 from moeprune.pruning.apply import ALREADY_PRUNED, calibration_data, prune
-from moeprune.pruning.budgets import allocate, costs_of, losses, plan_of_experts
+from moeprune.pruning.budgets import allocate, costs_of, losses
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Confirmation, Search, TriedPlan
 
@@ -70,10 +70,9 @@ def prune_best(
     seed: int = 0,
     runtime: Runtime = Runtime(),
 ) -> Model:
-    """Prune by each of several plans, and return the model that agrees with the full one on most inputs.
+    """Prune by each of one or more plans, and return the model that agrees with the full one on most inputs.
 
-    Args:
-        plans: at least one. The other arguments are those of moeprune.pruning.apply.prune.
+    The other arguments are those of moeprune.pruning.apply.prune.
     """
     if data is not None:
         data = dataset_for(model, data, "calibration")
@@ -111,21 +110,16 @@ def prune_within_drop(
     Args:
         data: labelled; a plan is searched on one half of it and confirmed on the other.
         limit: on the accuracy drop on both halves.
-        analysis: of the model, made from other data, which everything is calibrated on; None: the half to
-            search is calibrated on.
+        analysis: made from other data, to calibrate on; None: the half to search is calibrated on.
 
-    Raises:
-        MoepruneError: no plan is within the limit, the analysis was made from the same data, or what `prune`
-            and `evaluate` raise.
+    Raises a MoepruneError if no plan is within the limit, or the analysis was made from the same data.
     """
     require_dense_layers(model, ALREADY_PRUNED)
     data = dataset_for(model, data, "calibration")
     if data.samples < 2:
         raise MoepruneError(f"`{data.spec}` has one sample, a search needs at least two")
-    first, second = (
-        data.part(places.tolist(), name)
-        for places, name in zip(halves(0, data.samples), ("half to search", "half to confirm"), strict=True)
-    )
+    places = [half.tolist() for half in halves(0, data.samples)]
+    first, second = data.part(places[0], "half to search"), data.part(places[1], "half to confirm")
     if analysis is not None:
         require_analysis_of(model.config.moe_layers, fingerprint(model), analysis)
         _require_other_data(analysis, data, runtime)
@@ -174,10 +168,9 @@ class _Search:
             accuracy_drop=difference.accuracy_drop,
         )
         self.judged[index] = self.limit.judged(difference.outcomes)
-        if self.judged[index] > self.limit.max_accuracy_drop:
-            return False
-        self.within = pruned
-        return True
+        is_within = self.judged[index] <= self.limit.max_accuracy_drop
+        self.within = pruned if is_within else self.within
+        return is_within
 
     def run(self, second_half: Callable[[], Reference]) -> tuple[Model, Search] | None:
         """Return the smallest model within the limit on both halves, and a report."""
@@ -219,8 +212,7 @@ def confirming_order(smallest: int, plans: int) -> list[int]:
 
 def interval(outcomes: Outcomes, plans: int) -> tuple[float, float]:
     """Return the interval of a drop that, with those of so many plans, holds with probability LEVEL."""
-    cells = outcomes.both, outcomes.lost, outcomes.won, outcomes.neither
-    return paired_difference(*cells, simultaneous_quantile(LEVEL, plans))
+    return paired_difference(*outcomes.cells, simultaneous_quantile(LEVEL, plans))
 
 
 def _require_other_data(analysis: Analysis, data: Dataset, runtime: Runtime) -> None:
@@ -245,18 +237,19 @@ def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Plan]:
 
     What is kept grows, or what is dropped shrinks, by about the same factor each time.
     """
-    config = model.config
+    sizes = {name: layer.num_experts for name, layer in model.config.moe_layers.items()}
     if is_static := method.scope == "static":
-        costs, lost = costs_of(config, method, tensor_infos(model.state_dict())), losses(analysis, method.compensate)
-    most = max(layer.num_experts for layer in config.moe_layers.values())
+        costs = costs_of(model.config, method, tensor_infos(model.state_dict()))
+        lost = losses(analysis, method.compensate)
     plans: dict[tuple[int, ...], Plan] = {}
-    halvings = [2 ** (-step / STEPS_OF_TWO) for step in range(1, STEPS_OF_TWO * most.bit_length() + 1)]
+    steps = range(1, STEPS_OF_TWO * max(sizes.values()).bit_length() + 1)
+    halvings = [2 ** (-step / STEPS_OF_TWO) for step in steps]
     for share in sorted({*halvings, *(1 - part for part in halvings)}):
-        experts = {name: max(1, round(share * layer.num_experts)) for name, layer in config.moe_layers.items()}
+        experts = {name: max(1, round(share * n)) for name, n in sizes.items()}
         if is_static:
             budget = costs.of(experts) / costs.full
             experts = allocate(lost, costs.layers, budget * costs.full - costs.rest)
-        plan = plan_of_experts(config, experts, method)
-        if not too_large_refits(config.moe_layers, plan) and any(layer.drops for layer in plan.values()):
+        plan = {name: method.plan(k, sizes[name]) for name, k in experts.items()}
+        if not too_large_refits(model.config.moe_layers, plan) and any(layer.drops for layer in plan.values()):
             plans.setdefault(tuple(experts.values()), plan)
     return list(plans.values())

@@ -12,7 +12,7 @@ from moeprune.calibration.analysis import Analysis
 from moeprune.data.datasets import Dataset
 from moeprune.evaluation.evaluate import Reference
 from moeprune.evaluation.latency import measure_latency
-from moeprune.evaluation.results import Difference, Latency, ModelFigures
+from moeprune.evaluation.results import Difference, ModelFigures
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
@@ -23,6 +23,7 @@ from moeprune.pruning.results import OnFrontier, SweepRow
 RANDOM_DRAWS = 10
 COMPENSATIONS_TRIED = tuple(name for name in COMPENSATIONS if name != "merge")
 """In a grid, if none is given."""
+Keeps = Sequence[Fraction | int]
 KEEPS = tuple(Fraction(1, 2**power) for power in range(6, 0, -1))
 METHODS = {
     ("static", "gram", "affine"): "static by gram, affine",
@@ -56,11 +57,7 @@ class Variant(NamedTuple):
 
 
 def grid(
-    keeps: Sequence[Fraction | int],
-    scopes: Iterable[str],
-    signals: Iterable[str],
-    compensations: Sequence[str],
-    control_scope: str = "static",
+    keeps: Keeps, scopes: Iterable[str], signals: Iterable[str], compensations: Sequence[str], control_scope: str
 ) -> Iterator[Variant]:
     """Yield all possible combinations, and as controls (of this scope) random experts and none at all."""
     every = product(scopes, signals, compensations)
@@ -74,10 +71,10 @@ def grid(
             yield Variant(0, control_scope, "combine", compensate)
 
 
-def methods(keeps: Sequence[Fraction | int], scopes: Sequence[str]) -> Iterator[Variant]:
+def methods(keeps: Keeps, scopes: Sequence[str]) -> Iterator[Variant]:
     """Yield each of METHODS that has one of the scopes at each share; static ones without experts too."""
     for scope, signal, compensate in METHODS:
-        if scope in scopes and is_possible(scope, signal, compensate):
+        if scope in scopes:
             without_experts = scope == "static" and signal != "random" and compensate != "merge"
             for keep in (0, *keeps) if without_experts else keeps:
                 yield Variant(keep, scope, signal, compensate)
@@ -94,23 +91,35 @@ def sweep(
 ) -> Iterator[tuple[SweepRow, Model]]:
     """Prune the model in each way and evaluate it on labelled data, one after the other.
 
+    Yields a row, without its place on the frontier, and its model: first the full one, then one for each variant (the
+    last of its draws).
+
     Args:
         analysis: of the unpruned model; its data is read again to measure layers behind pruned ones.
-        data: labelled; what the results are evaluated on.
         seed: of the signal `random`, which is drawn RANDOM_DRAWS times with seeds from this on.
         latency_batches: batch sizes at which latency is measured; None: it is not.
-
-    Yields:
-        A row, without its place on the frontier, and its model: first the full one, then one for each variant
-        (the last of its draws).
     """
     plans = [(variant, variant.plan(model.config.moe_layers)) for variant in variants]
     calibration = calibration_data(model, analysis)
     reference = Reference(model, data, runtime, "full model")
 
     def row(variant: Variant | None, results: list[tuple[ModelFigures, Difference]], pruned: Model) -> SweepRow:
+        accuracies = [figures.accuracy for figures, _ in results]
+        mean, of_full = statistics.fmean(accuracies), reference.figures.accuracy
         latency = None if latency_batches is None else measure_latency(pruned, data, model, latency_batches, runtime)
-        return _row(variant, results, reference.figures.accuracy, latency)
+        return SweepRow(
+            **{name: getattr(variant, name, None) for name in ("label", "scope", "signal", "compensate")},
+            keep="1" if variant is None else str(variant.keep),
+            accuracy=mean,
+            accuracy_sd=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            retained=mean / of_full if of_full else None,
+            agreement=statistics.fmean(difference.agreement for _, difference in results),
+            draws=len(results),
+            model=results[-1][0],
+            difference=results[-1][1],
+            latency=latency,
+            on_frontier=None,
+        )
 
     yield row(None, [reference.itself], model), model
     for variant, plan in runtime.bar("sweep", "variants", plans):
@@ -119,25 +128,6 @@ def sweep(
             pruned = prune(model, analysis, plan=plan, data=calibration, seed=seed + draw, runtime=runtime)
             results.append(reference.compare(pruned))
         yield row(variant, results, pruned), pruned
-
-
-def _row(
-    variant: Variant | None, results: Sequence[tuple[ModelFigures, Difference]], of_full: float, latency: Latency | None
-) -> SweepRow:
-    accuracies = [figures.accuracy for figures, _ in results]
-    return SweepRow(
-        **{name: getattr(variant, name, None) for name in ("label", "scope", "signal", "compensate")},
-        keep="1" if variant is None else str(variant.keep),
-        accuracy=statistics.fmean(accuracies),
-        accuracy_sd=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        retained=statistics.fmean(accuracies) / of_full if of_full else None,
-        agreement=statistics.fmean(difference.agreement for _, difference in results),
-        draws=len(results),
-        model=results[-1][0],
-        difference=results[-1][1],
-        latency=latency,
-        on_frontier=None,
-    )
 
 
 def on_frontier(rows: Sequence[SweepRow]) -> list[OnFrontier]:
