@@ -20,34 +20,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "MoepruneError",
-    "Runtime",
-    "adopt",
-    "analyze",
-    "evaluate",
-    "export",
-    "load",
-    "load_analysis",
-    "open_data",
-    "prune",
-    "save",
-    "save_analysis",
-]
+    "MoepruneError", "Runtime", "adopt", "analyze", "evaluate", "export", "load", "load_analysis", "open_data", "prune",
+    "save", "save_analysis",
+]  # fmt: skip
 
 _HOMES = {
-    "MoepruneError": "errors",
-    "Runtime": "models.runtime",
-    "adopt": "models.adopted",
-    "analyze": "calibration.analysis",
-    "evaluate": "evaluation.evaluate",
-    "export": "models.export",
-    "load": "models.opening",
-    "load_analysis": "calibration.analysis",
-    "open_data": "data.datasets",
-    "prune": "pruning.apply",
-    "save": "models.model",
-    "save_analysis": "calibration.analysis",
-}
+    "MoepruneError": "errors", "Runtime": "models.runtime", "adopt": "models.adopted",
+    "analyze": "calibration.analysis", "evaluate": "evaluation.evaluate", "export": "models.export",
+    "load": "models.opening", "load_analysis": "calibration.analysis", "open_data": "data.datasets",
+    "prune": "pruning.apply", "save": "models.model", "save_analysis": "calibration.analysis",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

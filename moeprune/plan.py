@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
 from moeprune.errors import MoepruneError
 from moeprune.records import Record, from_json
 
-SCOPES = ("static", "input", "batch")
-SIGNALS = ("combine", "deviation", "gram", "random")
-COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine", "refit", "merge")
+Scope = Literal["static", "input", "batch"]
+Signal = Literal["combine", "deviation", "gram", "random"]
+Compensation = Literal["none", "renorm", "mean", "lstsq", "affine", "refit", "merge"]
+SCOPES, SIGNALS, COMPENSATIONS = get_args(Scope), get_args(Signal), get_args(Compensation)
 FITTED = ("lstsq", "affine", "refit")
 """Compensations that a regression on data finds."""
 AFFINE = ("affine", "refit")
 """Compensations with a linear map of the layer's input."""
-
-if TYPE_CHECKING:
-    Scope: TypeAlias = str
-    Signal: TypeAlias = str
-    Compensation: TypeAlias = str
-else:
-    Scope, Signal, Compensation = Literal[SCOPES], Literal[SIGNALS], Literal[COMPENSATIONS]
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -36,10 +30,9 @@ def impossible(scope: str, signal: str, compensation: str) -> str | None:
     """Return why a scope, a signal and a compensation do not go together, or None if they do."""
     if compensation == "merge" and signal == "gram":  # the loss by merging is not a sum over pairs of experts
         return "compensation `merge` does not go with signal `gram`"
-    if scope != "static" and compensation in ("refit", "merge"):
-        return f"compensation `{compensation}` needs one set of experts for all inputs, scope `static`"
-    if scope != "static" and signal == "gram":
-        return "signal `gram` needs one set of experts for all inputs, scope `static`"
+    for option, value in (("compensation", compensation), ("signal", signal)):
+        if scope != "static" and value in ("refit", "merge", "gram"):
+            return f"{option} `{value}` needs one set of experts for all inputs, scope `static`"
     return None
 
 
@@ -48,13 +41,7 @@ def is_possible(scope: str, signal: str, compensation: str) -> bool:
     return impossible(scope, signal, compensation) is None
 
 
-def scopes_of(layers: Iterable[Any]) -> tuple[str, ...]:
-    """Return the scopes in which all of some layers (LayerConfig) can be pruned."""
-    layers = list(layers)
-    return tuple(scope for scope in SCOPES if all(scope in layer.scopes for layer in layers))
-
-
-class LayerPlan(Record, frozen=True, omit_defaults=False, dict=True):
+class LayerPlan(Record, frozen=True, omit_defaults=False):
     """The experts of one layer that run, and the compensation for the others.
 
     Attributes:
@@ -93,37 +80,37 @@ class LayerPlan(Record, frozen=True, omit_defaults=False, dict=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k > self.num_experts:
-            raise MoepruneError(f"`k` is {self.k}, expected 0 to {self.num_experts}")
-        if self.k == 0 and self.compensation in ("renorm", "merge"):
-            raise MoepruneError(f"compensation `{self.compensation}` needs at least one kept expert")
-        if reason := impossible(self.scope, self.signal, self.compensation):
-            raise MoepruneError(reason)
-        if self.mass is not None and (self.scope != "input" or self.k == 0):
-            raise MoepruneError("`mass` goes with scope `input`, and at least one expert")
-        self._check_kept()
-        for name in ("rank", "energy"):
-            if getattr(self, name) is not None and self.compensation not in FITTED:
-                raise MoepruneError(f"`{name}` goes with the compensations {', '.join(FITTED)}")
-        if self.rank and self.energy:
-            raise MoepruneError("`rank` and `energy` do not go together: the energy decides the rank")
+        for is_broken, message in self._rules():
+            if is_broken:
+                raise MoepruneError(message)
 
-    def _check_kept(self) -> None:
-        kept, n = self.kept, self.num_experts
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        """Yield whether each rule is broken, and what to say then."""
+        k, n, kept, merged, compensation = self.k, self.num_experts, self.kept, self.merged_into, self.compensation
+        yield k > n, f"`k` is {k}, expected 0 to {n}"
+        needs_one = compensation in ("renorm", "merge")
+        yield k == 0 and needs_one, f"compensation `{compensation}` needs at least one kept expert"
+        reason = impossible(self.scope, self.signal, compensation)
+        yield reason is not None, reason or ""
+        is_adaptive = self.mass is not None
+        yield (
+            is_adaptive and (self.scope != "input" or k == 0),
+            "`mass` goes with scope `input`, and at least one expert",
+        )
         if kept is not None:
-            if self.scope != "static":
-                raise MoepruneError("`kept` goes with scope `static` only")
-            if len(kept) != self.k or list(kept) != sorted(set(kept)) or any(j >= n for j in kept):
-                raise MoepruneError(f"`kept` is {list(kept)}, expected {self.k} different experts below {n}, ascending")
-        if self.merged_into is not None:
-            if self.compensation != "merge" or kept is None:
-                raise MoepruneError("`merged_into` goes with compensation `merge`, and `kept`")
-            dropped = n - self.k  # may be so many that they must not be listed
-            if len(self.merged_into) != dropped or not set(self.merged_into) <= set(kept):
-                raise MoepruneError(
-                    f"`merged_into` is {list(self.merged_into)}, expected a kept expert for each of the"
-                    f" {dropped} dropped ones"
-                )
+            yield self.scope != "static", "`kept` goes with scope `static` only"
+            wrong = len(kept) != k or list(kept) != sorted(set(kept)) or any(j >= n for j in kept)
+            yield wrong, f"`kept` is {list(kept)}, expected {k} different experts below {n}, ascending"
+        if merged is not None:
+            yield compensation != "merge" or kept is None, "`merged_into` goes with compensation `merge`, and `kept`"
+            wrong = len(merged) != n - k or not set(merged) <= set(kept or ())  # the dropped may be too many to list
+            expected = f"expected a kept expert for each of the {n - k} dropped ones"
+            yield wrong, f"`merged_into` is {list(merged)}, {expected}"
+        for name in ("rank", "energy"):
+            of_none = getattr(self, name) is not None and compensation not in FITTED
+            yield of_none, f"`{name}` goes with the compensations {', '.join(FITTED)}"
+        both = self.rank is not None and self.energy is not None
+        yield both, "`rank` and `energy` do not go together: the energy decides the rank"
 
     @property
     def drops(self) -> bool:
@@ -221,10 +208,7 @@ class Method(Record, frozen=True):
 def uniform_plan(layers: Mapping[str, Any], keep: Fraction | int, method: Method, option: str = "--keep") -> Plan:
     """Keep the same share or number of experts in each layer (LayerConfig), for the signal to choose.
 
-    option: the name of keep in messages.
-
-    Raises:
-        MoepruneError: more experts than a layer has, or values that do not go together.
+    option: the name of keep in errors, see experts_to_keep.
     """
     sizes = {name: layer.num_experts for name, layer in layers.items()}
     return {name: method.plan(experts_to_keep(keep, n, name, option), n) for name, n in sizes.items()}
@@ -234,15 +218,11 @@ def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
     """Raise a MoepruneError that names a layer of the plan that does not fit the model's (LayerConfig)."""
     for name, layer in plan.items():
         if name not in layers:
-            raise MoepruneError(
-                f"the plan names layer `{name}`, which is not in the model",
-                f"its MoE layers are {', '.join(f'`{known}`' for known in layers)}",
-            )
-        if layer.num_experts != layers[name].num_experts:
-            raise MoepruneError(
-                f"the plan of layer `{name}` is for {layer.num_experts} experts, the layer has"
-                f" {layers[name].num_experts}"
-            )
+            hint = f"its MoE layers are {', '.join(f'`{known}`' for known in layers)}"
+            raise MoepruneError(f"the plan names layer `{name}`, which is not in the model", hint)
+        planned, n = layer.num_experts, layers[name].num_experts
+        if planned != n:
+            raise MoepruneError(f"the plan of layer `{name}` is for {planned} experts, the layer has {n}")
         if reason := layers[name].refusal(layer):
             raise MoepruneError(f"layer `{name}` {reason}")
 
@@ -263,11 +243,7 @@ def plan_from_json(value: Any) -> Plan:
 def parse_keep(text: str, option: str = "--keep") -> Fraction | int:
     """Read how many experts to keep: a share such as `1/8` or `0.125`, or a number.
 
-    Returns:
-        A Fraction in (0, 1] for a share, an int of at least 1 for a number.
-
-    Raises:
-        MoepruneError: anything else.
+    Returns a Fraction in (0, 1] for a share, an int of at least 1 for a number; anything else is a MoepruneError.
 
     >>> parse_keep("1/8"), parse_keep("16")
     (Fraction(1, 8), 16)
@@ -282,29 +258,24 @@ def parse_keep(text: str, option: str = "--keep") -> Fraction | int:
         raise MoepruneError(f"`{option} {text}` is neither a share nor a number", hint) from None
     if value <= 0:
         raise MoepruneError(f"`{option} {text}` keeps no expert", hint)
-    if text.isdigit():
-        return int(text)
-    if value > 1:
+    if value > 1 and not text.isdigit():
         raise MoepruneError(f"`{option} {text}` is more than all experts", hint)
-    return value
+    return int(text) if text.isdigit() else value
 
 
 def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str, option: str = "--keep") -> int:
     """Return k for a layer: a share above 0 is rounded to the nearest number, at least 1.
 
-    Raises:
-        MoepruneError: more experts asked for than the layer has.
+    A MoepruneError if it has fewer experts than are asked for.
 
     >>> experts_to_keep(Fraction(1, 8), 128, "blocks.0.soft_moe")
     16
     """
-    if keep == 0:
-        return 0
-    if isinstance(keep, Fraction):
+    if isinstance(keep, Fraction) and keep > 0:
         return max(1, int(keep * num_experts + Fraction(1, 2)))
     if keep > num_experts:
         raise MoepruneError(
             f"`{option} {keep}` is more than the {num_experts} experts of layer `{layer}`",
             f"give at most {num_experts}, or a share such as 1/8",
         )
-    return keep
+    return int(keep)

@@ -23,11 +23,7 @@ R = TypeVar("R", bound="Record")
 class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Frozen fields of the annotated types, checked however the record is made.
 
-    Fields at their defaults are left out of the JSON, so that adding a field changes no existing file or
-    fingerprint.
-
-    Raises:
-        MoepruneError: a value does not fit the type of its field.
+    Fields at their defaults are left out of the JSON, so that adding a field changes no existing file or fingerprint.
     """
 
     def replace(self: R, **changes: Any) -> R:
@@ -62,15 +58,9 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any, kind: type[T] | Any, where: str) -> T:
-    """Read a value of a type from JSON values.
+    """Read a value of a type, such as a Record, from JSON values, or records within them.
 
-    Args:
-        value: JSON values, or records within them.
-        kind: the type, such as a Record.
-        where: name of the value in errors.
-
-    Raises:
-        MoepruneError: an unknown or missing key, or a value of another type.
+    where: name of the value in the MoepruneError about an unknown or missing key, or a value of another type.
     """
     try:
         return msgspec.convert(value, kind, dec_hook=_from_class)
@@ -149,10 +139,8 @@ def json_schema(kind: Any) -> dict[str, Any]:
 def option(help_text: str, **settings: Any) -> msgspec.Meta:
     """Describe a field of a request as an option of its command.
 
-    Args:
-        help_text: of the option.
-        settings: further arguments of typer.Option; `short`: other spellings, such as `-o`; `argument`: the
-            name of a positional argument instead of an option.
+    settings: further arguments of typer.Option; `short`: other spellings, such as `-o`; `argument`: the name of
+    a positional argument instead of an option.
     """
     return msgspec.Meta(description=help_text, extra=settings)
 

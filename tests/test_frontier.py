@@ -10,12 +10,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from msgspec.structs import replace
 
+from moeprune.cli.reporter import check_drawing
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.latency import summarize_latency
 from moeprune.evaluation.results import Latency
 from moeprune.plan import SCOPES
 from moeprune.pruning.sweep import KEEPS, METHODS, methods, on_frontier
-from moeprune.report.figures import check_drawing
 from moeprune.report.trade_off import plot_trade_off
 from tests.results import row
 

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import moeprune
+from moeprune.cli.reporter import check_drawing
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.gates import judge
 from moeprune.plan import LayerPlan
@@ -268,7 +269,7 @@ def test_equal_runs_give_equal_pages(single, pruned, small_analysis, judged, run
 def test_a_missing_library_is_named_with_its_extra(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(MoepruneError, match=f"need {missing}") as caught:
-        figures.check_drawing(Path("page.html"), "report")
+        check_drawing(Path("page.html"), "report")
     assert "moeprune[report]" in caught.value.hint
 
 

@@ -21,8 +21,7 @@ from torch import nn
 import moeprune
 from moeprune.evaluation.gates import judge as judge_gates
 from moeprune.report.ci import annotation, to_annotations, to_junit
-from moeprune.report.document import Document, Facts, Lines, Table
-from moeprune.report.gates import gate_in_words
+from moeprune.report.document import Document, Facts, Lines, Table, gate_in_words
 from moeprune.report.markdown import to_markdown
 from moeprune.report.text import to_text
 from tests.results import evaluation

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand
 from typer.models import OptionInfo
 
 from moeprune import __version__
@@ -45,18 +45,11 @@ OPTIONS: dict[str, dict[str, Any]] = {}
 class Command(TyperCommand):
     """Options come from the command line, a variable, a file or their defaults, in this order."""
 
-    def __init__(self, name: str | None, **settings: Any):
-        super().__init__(name, **settings)
-        self.context_settings["auto_envvar_prefix"] = f"MOEPRUNE_{name}".upper()
-        for option in self.params:
-            if isinstance(option, TyperOption):
-                option.show_envvar = False  # the epilog describes the variables
-
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
         """Read the configuration first, unless help is asked for."""
         if set(args).isdisjoint(context.help_option_names):
             try:
-                require_known_variables()
+                _require_known_variables()
                 path, values = read_configuration(context.find_root().params["config"], OPTIONS)
             except MoepruneError as error:
                 _fail(f"error: {error}\n")
@@ -69,16 +62,12 @@ class Command(TyperCommand):
             raise
 
 
-def require_known_variables() -> None:
-    """Raise a MoepruneError if a variable begins with a command's name and sets no option of it: a gate may
-    be misspelt.
-    """
-    known = {
-        f"MOEPRUNE_{name}_{option}".upper().replace("-", "_") for name, options in OPTIONS.items() for option in options
-    }
-    prefixes = tuple(f"MOEPRUNE_{name}_".upper() for name in OPTIONS)
+def _require_known_variables() -> None:
+    """Refuse a variable that begins with a command's name and sets no option of it: a gate may be misspelt."""
+    prefixes = {f"MOEPRUNE_{command}_".upper(): options for command, options in OPTIONS.items()}
+    known = [prefix + key.upper().replace("-", "_") for prefix, options in prefixes.items() for key in options]
     for name in sorted(os.environ):
-        if name.startswith(prefixes) and name not in known:
+        if name.startswith(tuple(prefixes)) and name not in known:
             near = get_close_matches(name, known, n=1, cutoff=0.8)
             hint = f"did you mean `${near[0]}`?" if near else "unset it, or see `--help` of the command"
             raise MoepruneError(f"unknown environment variable `${name}`", hint)
@@ -87,9 +76,8 @@ def require_known_variables() -> None:
 def command(function: Callable[..., int | None]) -> None:
     """Add a command.
 
-    Args:
-        function: takes a Reporter, a Request whose fields are its options, and further options; returns the
-            exit code, None for 0.
+    function: takes a Reporter, a Request whose fields are its options, and further options; returns the exit code,
+    None for 0.
     """
     _, request, *own = inspect.signature(function, eval_str=True).parameters.values()
     options = [*options_of(request.annotation), *(extra.replace(kind=KEYWORD) for extra in own), *COMMON]
@@ -109,7 +97,8 @@ def command(function: Callable[..., int | None]) -> None:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     types = {option.name.replace("_", "-"): get_args(option.annotation) for option in options}
     OPTIONS[function.__name__] = {key: kind for key, (kind, info) in types.items() if isinstance(info, OptionInfo)}
-    app.command(function.__name__, cls=Command)(run)
+    variables = {"auto_envvar_prefix": f"MOEPRUNE_{function.__name__}".upper()}
+    app.command(function.__name__, cls=Command, context_settings=variables)(run)
 
 
 @contextlib.contextmanager
@@ -121,14 +110,15 @@ def _exit_codes(context: typer.Context) -> Iterator[None]:
         error = MoepruneError("; ".join((error.message, *_places(context, error.message))), error.hint)
         if context.obj is not None:
             with contextlib.suppress(BrokenPipeError, MoepruneError):
-                context.obj.emit_error(error)
+                context.obj.show_error(error)
         _fail(f"error: {error}\n")
     except BrokenPipeError:  # nobody reads stdout any more
         raise typer.Exit(2) from None
     except SystemExit as end:
         _fail(f"error: code that moeprune called ended the program (exit code {end.code})\n")
     except Exception as error:
-        if _is_out_of_memory(error):
+        is_of_device = type(error).__name__ == "OutOfMemoryError"  # of torch, which need not be imported
+        if is_of_device or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
             sizes = "`--batch-size`" + (" or `--latency-batch`" if context.params.get("latency") else "")
             _fail(f"error: out of memory ({error})\n\nhint: give a smaller {sizes}\n")
         _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")
@@ -154,12 +144,6 @@ def _place(context: Any, option: Any) -> str | None:
     if source is not None and source.name == "DEFAULT_MAP":
         return f"`{context.meta['configuration']}`"
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return True for Python's own error, torch's on a device, and torch's on the CPU."""
-    is_of_device = type(error).__name__ == "OutOfMemoryError"
-    return isinstance(error, MemoryError) or is_of_device or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(message: str) -> NoReturn:

@@ -15,9 +15,12 @@ from moeprune.demo.records import DemoRequest
 from moeprune.models.request import ExportRequest, InspectRequest
 from moeprune.models.runtime import Runtime
 from moeprune.pruning.request import PruneRequest, SweepRequest
-from moeprune.records import Request, option
+from moeprune.records import Request
 
-Report = Annotated[Path | None, typer.Option(help="Write a page with figures too: one HTML file that loads nothing.")]
+Report = Annotated[
+    Path | None,
+    typer.Option(help="Write a page with figures too: one HTML file that loads nothing.", show_envvar=False),
+]
 SCHEMAS = "analyze, demo, eval, export, inspect, prune, sweep (of eval --sweep), or plan (a plan file)."
 
 
@@ -29,7 +32,7 @@ def inspect(reporter: Reporter, request: InspectRequest) -> None:
     """
     from moeprune.models.inspection import inspect_checkpoint
 
-    reporter.emit(inspect_checkpoint(request.checkpoint))
+    reporter.show(inspect_checkpoint(request.checkpoint))
 
 
 @command
@@ -43,8 +46,8 @@ def analyze(reporter: Reporter, request: AnalyzeRequest, report: Report = None) 
     from moeprune.evaluation.evaluate import environment
 
     found, model, analysis = analyze_checkpoint(request)
-    reporter.emit_page(report, found, model, analysis, environment(request.runtime))
-    reporter.emit(found)
+    reporter.write_page(report, found, model, analysis, environment(request.runtime))
+    reporter.show(found)
 
 
 @command
@@ -56,7 +59,7 @@ def prune(reporter: Reporter, request: PruneRequest) -> None:
     reporter.check_outputs(output=request.output, save_plan=request.save_plan)
     from moeprune.pruning.checkpoint import prune_checkpoint
 
-    reporter.emit(prune_checkpoint(request))
+    reporter.show(prune_checkpoint(request))
 
 
 @command
@@ -72,22 +75,23 @@ def eval(reporter: Reporter, request: SweepRequest, report: Report = None) -> in
     from moeprune.evaluation.checkpoint import evaluate_checkpoint
 
     found, model, analysis = evaluate_checkpoint(request)
-    reporter.emit_page(report, found, model, analysis, found.environment)
-    reporter.emit(found)
+    reporter.write_page(report, found, model, analysis, found.environment)
+    reporter.show(found)
     return 0 if found.passed else 1
 
 
 def _sweep(reporter: Reporter, request: SweepRequest, report: Path | None) -> int:
     from moeprune.pruning.checkpoint import sweep_checkpoint
-    from moeprune.report.trade_off import plot_trade_off
-    from moeprune.report.words import checkpoint_on_data
 
     found, model, analysis = sweep_checkpoint(request)
     if request.plot is not None:
+        from moeprune.report.trade_off import plot_trade_off
+        from moeprune.report.words import checkpoint_on_data
+
         title = checkpoint_on_data(request.checkpoint.path.name, found.data)
         plot_trade_off(found.rows, title, request.plot, reporter.output.force)
-    reporter.emit_page(report, found, model, analysis, found.environment)
-    reporter.emit(found)
+    reporter.write_page(report, found, model, analysis, found.environment)
+    reporter.show(found)
     return 0
 
 
@@ -103,7 +107,7 @@ def export(reporter: Reporter, request: ExportRequest) -> None:
     from moeprune.models.opening import open_model
 
     model = open_model(request.checkpoint)
-    reporter.emit(export(model, request.output, request.to, overwrite=reporter.output.force))
+    reporter.show(export(model, request.output, request.to, overwrite=reporter.output.force))
 
 
 @command
@@ -116,18 +120,14 @@ def demo(reporter: Reporter, request: DemoRequest) -> None:
 
     runtime = Runtime(request.device, batch_size=256, progress=not reporter.output.quiet)
     runtime.require_device()
-    reporter.emit(run_demo(request.output, request.train, request.seed, runtime))
-
-
-class SchemaRequest(Request, frozen=True, kw_only=True):
-    """The schema to print."""
-
-    name: Annotated[str, option(SCHEMAS, argument="NAME")]
+    reporter.show(run_demo(request.output, request.train, request.seed, runtime))
 
 
 @command
-def schema(reporter: Reporter, request: SchemaRequest) -> None:
+def schema(
+    reporter: Reporter, request: Request, name: Annotated[str, typer.Argument(metavar="NAME", help=SCHEMAS)]
+) -> None:
     """Print the JSON Schema of a command's JSON report, or of a plan file."""
     from moeprune.report.commands import schema_of
 
-    reporter.write(json.dumps(schema_of(request.name), indent=2) + "\n")
+    reporter.write(json.dumps(schema_of(name), indent=2) + "\n")

@@ -27,27 +27,18 @@ Commands = Mapping[str, Mapping[str, Any]]
 
 
 def read_configuration(path: Path | None, commands: Commands) -> tuple[Path | None, dict[str, Any]]:
-    """Read a configuration file.
+    """Read a configuration file, or raise a MoepruneError.
 
-    Args:
-        path: None for the file in the working directory, if there is one; parents are not searched.
-        commands: the options that may be set.
-
-    Returns:
-        The path of the file, or None, and the values by command and parameter, as Click's `default_map`.
-
-    Raises:
-        MoepruneError: the file cannot be read, there are two, or a key or the type of a value is wrong.
+    path: None for the file in the working directory, if there is one; parents are not searched. Returns its path,
+    or None, and the values by command and parameter, as Click's `default_map`.
     """
     path, table = _find(path)
     prefix = "tool.moeprune." if path is not None and path.name == PROJECT.name else ""
     own = {command: table.pop(command, {}) for command in commands}
     for command, keys in own.items():
         if not isinstance(keys, dict):
-            raise MoepruneError(
-                f"`{path}`: `{prefix}{command}` is {keys!r}, expected a table",
-                f"it holds options of `moeprune {command}`",
-            )
+            message = f"`{path}`: `{prefix}{command}` is {keys!r}, expected a table"
+            raise MoepruneError(message, f"it holds options of `moeprune {command}`")
     values: dict[str, Any] = {command: {} for command in commands}
     for scope, keys, scoped in (("", table, commands), *((f"{c}.", own[c], {c: commands[c]}) for c in commands)):
         for key, value in keys.items():

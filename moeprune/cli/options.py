@@ -86,7 +86,7 @@ def _option(field: Field) -> inspect.Parameter:
         kind, default = list[part], None  # type: ignore[valid-type]
     if kind is bool:
         flags, settings = [f"{field.flag}/--no-{field.flag[2:]}"], {"show_default": False}
-    info: Any = typer.Option(*flags, help=field.help, **settings)
+    info: Any = typer.Option(*flags, help=field.help, show_envvar=False, **settings)  # the epilog has the variables
     if argument is not None:
         info = typer.Argument(metavar=argument, help=field.help)
     if default is msgspec.NODEFAULT:
@@ -124,10 +124,7 @@ def request_of(request: type[R], values: Mapping[str, Any], **others: Any) -> R:
 
 
 def parse_settings(texts: Iterable[str] | None, option: str) -> dict[str, Any]:
-    """Read the `KEY=VALUE` texts of an option.
-
-    Raises:
-        MoepruneError: a text without a key, a key that is given twice, or a value that JSON does not have.
+    """Read the `KEY=VALUE` texts of an option; keys differ, and JSON has the values.
 
     >>> parse_settings(["depth=4", "pool=avg", "mean=0.5,0.4"], "--model-arg")
     {'depth': 4, 'pool': 'avg', 'mean': [0.5, 0.4]}
@@ -149,8 +146,7 @@ def parse_settings(texts: Iterable[str] | None, option: str) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """Read a value in the spelling of JSON or Python, or else as text; tuples become lists, `none` is None.
 
-    Raises:
-        TypeError, ValueError: a value that JSON does not have, such as a set or an infinite number.
+    A TypeError or ValueError for a value that JSON does not have, such as a set or an infinite number.
     """
     words = {"none": None, "true": True, "false": False}
     if text.lower() in words:

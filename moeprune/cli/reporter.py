@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -45,33 +46,44 @@ class Output(Request, frozen=True, kw_only=True):
             raise MoepruneError("`quiet` and `verbose` exclude each other", "give one of them")
 
 
-class Reporter:
-    """Writer of a command's report and messages.
+DRAWINGS = {
+    "plot": ("a plot", (".png", ".svg"), ("matplotlib",)),
+    "report": ("a page of HTML", (".html", ".htm"), ("matplotlib", "jinja2")),
+}
+"""By option: the kind of file, its suffixes, and the modules that it needs."""
 
-    Args:
-        command: its name.
-        output: its options.
-    """
+
+def check_drawing(path: Path, option: str) -> None:
+    """Raise a MoepruneError if the file of an option is to be drawn and cannot be."""
+    kind, suffixes, modules = DRAWINGS.get(option, ("", (path.suffix,), ()))
+    if path.suffix not in suffixes:
+        raise MoepruneError(f"`{path}` is not {kind}", f"give a path that ends with {' or '.join(suffixes)}")
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            hint = "install it: `pip install 'moeprune[report]'`"
+            raise MoepruneError(f"pages and plots need {name}", hint) from None
+
+
+class Reporter(logging.Handler):
+    """Writer of a command's report and messages; collects the warnings."""
 
     def __init__(self, command: str, output: Output):
-        self.command, self.output = command, output
+        super().__init__()
+        self.command, self.output = f"moeprune {command}", output
         self.warnings: list[str] = []
         self.stdout: TextIO | None = sys.stdout
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Send to stderr what the package logs and what other code prints.
-
-        Raises:
-            MoepruneError: the report cannot be written.
-        """
+        """Send to stderr what the package logs and what other code prints; first see that the report can be written."""
         if self.output.output_file is not None:
             check_output(self.output.output_file, self.output.force)
         if self.output.summary:
             _append_to_summary("")
-        handler = _Messages(self)
         level, propagates = logger.level, logger.propagate
-        logger.addHandler(handler)
+        logger.addHandler(self)
         logger.setLevel(logging.INFO if self.output.verbose else logging.WARNING)
         logger.propagate = False
         sys.stdout = sys.stderr
@@ -82,36 +94,37 @@ class Reporter:
                 yield
         finally:
             sys.stdout = self.stdout
-            logger.removeHandler(handler)
+            logger.removeHandler(self)
             logger.setLevel(level)
             logger.propagate = propagates
 
-    def check_outputs(self, **paths: Path | None) -> None:
-        """Refuse files that a command is to write, before any work is done for them.
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message to stderr."""
+        message = record.getMessage()
+        if record.levelno == logging.WARNING:
+            self.warnings.append(message)
+        if not self.output.quiet or record.levelno >= logging.ERROR:
+            sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
 
-        Args:
-            paths: by the options that name them, with underscores; None is not written.
-        """
+    def check_outputs(self, **paths: Path | None) -> None:
+        """Refuse files (by option, with underscores) that a command cannot write, before any work is done for them."""
         options: dict[str, str] = {}
         for name, path in {**paths, "output_file": self.output.output_file}.items():
             if path is None:
                 continue
             check_output(path, self.output.force)
-            if name in ("plot", "report"):
-                from moeprune.report.figures import check_drawing
-
-                check_drawing(path, name)
+            check_drawing(path, name)
             option = "--" + name.replace("_", "-")
             if options.setdefault(os.path.realpath(path), option) != option:
                 raise MoepruneError(f"`{option}` and another output are both `{path}`", "give another path")
 
-    def emit(self, result: Report) -> None:
+    def show(self, result: Report) -> None:
         """Write the report of a result to its file or to stdout, and append it to the summary."""
         self.write(self._render(result, self.output.output_format))
         if self.output.summary:
             _append_to_summary("\n" + self._render(result, "markdown"))
 
-    def emit_page(self, path: Path | None, *contents: Any) -> None:
+    def write_page(self, path: Path | None, *contents: Any) -> None:
         """Write the page of some contents, see moeprune.report.page, if there is a path for it."""
         if path is not None:
             from moeprune.report.html import to_html
@@ -125,32 +138,29 @@ class Reporter:
         from moeprune.report import ci, markdown, text
         from moeprune.report.commands import document_of
 
-        document, command = document_of(result), f"moeprune {self.command}"
+        document = document_of(result)
         if kind == "markdown":
             return markdown.to_markdown(document)
         if kind == "github":
-            return ci.to_annotations(command, document, self.warnings)
+            return ci.to_annotations(self.command, document, self.warnings)
         if kind == "junit":
-            return ci.to_junit(command, document, self.warnings)
+            return ci.to_junit(self.command, document, self.warnings)
         on_terminal = self.output.output_file is None and self.stdout is not None and self.stdout.isatty()
         return text.to_text(document, shutil.get_terminal_size().columns if on_terminal else None)
 
-    def emit_error(self, error: MoepruneError) -> None:
+    def show_error(self, error: MoepruneError) -> None:
         """Write an error where CI servers look for it: an annotation on stdout, or a test case of JUnit."""
         from moeprune.report import ci
 
-        command = f"moeprune {self.command}"
         if self.output.output_format == "github" and self.output.output_file is None:
-            self.write(ci.annotation("error", command, str(error)) + "\n")
+            self.write(ci.annotation("error", self.command, str(error)) + "\n")
         elif self.output.output_format == "junit":
-            self.write(ci.error_to_junit(command, error))
+            self.write(ci.error_to_junit(self.command, error))
 
     def write(self, text: str) -> None:
         """Write to the output file or at once to stdout; after a failure stdout is not used any more.
 
-        Raises:
-            MoepruneError: the file or stdout cannot be written.
-            BrokenPipeError: nobody reads stdout any more.
+        A MoepruneError if it cannot be written, a BrokenPipeError if nobody reads stdout any more.
         """
         if self.output.output_file is not None:
             write_file(self.output.output_file, text, self.output.force)
@@ -167,33 +177,12 @@ class Reporter:
                 raise MoepruneError(f"cannot write to stdout ({error.strerror})") from None
 
 
-class _Messages(logging.Handler):
-    """Writes messages to stderr, and collects the warnings."""
-
-    def __init__(self, reporter: Reporter):
-        super().__init__()
-        self.reporter = reporter
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if record.levelno == logging.WARNING:
-            self.reporter.warnings.append(message)
-        if not self.reporter.output.quiet or record.levelno >= logging.ERROR:
-            sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
-
-
 def _append_to_summary(text: str) -> None:
-    """Append Markdown to the file that `--summary` is for.
-
-    Raises:
-        MoepruneError: the variable SUMMARY is not set, or names a file that cannot be appended to.
-    """
+    """Append Markdown to the file that `--summary` is for, or raise a MoepruneError."""
     path = os.environ.get(SUMMARY)
     if not path:
-        raise MoepruneError(
-            f"`--summary` appends to the file that `${SUMMARY}` names, which is not set",
-            "leave `--summary` out, or set the variable outside GitHub Actions",
-        )
+        hint = "leave `--summary` out, or set the variable outside GitHub Actions"
+        raise MoepruneError(f"`--summary` appends to the file that `${SUMMARY}` names, which is not set", hint)
     try:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(text)

@@ -75,7 +75,7 @@ def prune(
             fit the model, or something calibrated is asked for without an analysis or data.
     """
     require_dense_layers(model, ALREADY_PRUNED)
-    plan = full_plan(model.config.moe_layers, keep, plan, Method(**method))
+    plan = full_plan(model.config.moe_layers, keep, plan, Method(**method))  # type: ignore[arg-type]
     used = require_calibration(plan, model.config.moe_layers, analysis, data is not None, one_shot)
     known = fingerprint(model)
     require_analysis_of(model.config.moe_layers, known, used)

@@ -21,7 +21,7 @@ from moeprune.models.description import read_description
 from moeprune.models.inspection import Described
 from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
-from moeprune.plan import SIGNALS, Plan, scopes_of
+from moeprune.plan import SCOPES, SIGNALS, Plan
 from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, full_plan, needs_pass, provenance, require_calibration
 from moeprune.pruning.budgets import plans_within
@@ -170,7 +170,7 @@ def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:
 def _ways(request: SweepRequest, model: Model) -> list[Variant]:
     """Return what to try; warn of what is left out."""
     layers, keeps = model.config.moe_layers, request.keeps or KEEPS
-    possible = scopes_of(layers.values())
+    possible = [scope for scope in SCOPES if all(scope in layer.scopes for layer in layers.values())]
     if request.plot is not None and not (request.scope or request.signal or request.compensate):
         return list(methods(keeps, possible))
     signals, compensations = request.signal or SIGNALS, request.compensate or COMPENSATIONS_TRIED

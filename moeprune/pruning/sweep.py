@@ -53,7 +53,7 @@ class Variant(NamedTuple):
 
     def plan(self, layers: Mapping[str, LayerConfig]) -> Plan:
         """Return the plan of a model with these layers."""
-        return uniform_plan(layers, self.keep, Method(*self[1:]), "--sweep")
+        return uniform_plan(layers, self.keep, Method(*self[1:]), "--sweep")  # type: ignore[arg-type]
 
 
 def grid(

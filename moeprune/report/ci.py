@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from moeprune.errors import MoepruneError
-from moeprune.report.document import Document, Facts, Lines, Table
-from moeprune.report.gates import gate_in_words
+from moeprune.report.document import Document, Facts, Lines, Table, gate_in_words
 from moeprune.report.text import to_text
 from moeprune.report.words import legal
 
@@ -51,30 +50,29 @@ def to_junit(command: str, document: Document, warnings: Sequence[str]) -> str:
     """
     suite = Element("testsuite")
     for gate in document.gates:
-        words = gate_in_words(gate)
-        failure = () if gate.passed else ("failure", "gate", words, f"{document.title}: {words}")
-        _add_case(suite, command, gate.name, *failure)
+        words, case = gate_in_words(gate), _add(suite, "testcase", classname=command, name=gate.name)
+        if not gate.passed:
+            _add(case, "failure", f"{document.title}: {words}", type="gate", message=words)
     if not document.gates:
-        _add_case(suite, "moeprune", command)
-    SubElement(suite, "system-out").text = legal(to_text(document))
+        _add(suite, "testcase", classname="moeprune", name=command)
+    _add(suite, "system-out", to_text(document))
     if warnings:
-        SubElement(suite, "system-err").text = legal("\n".join(warnings) + "\n")
+        _add(suite, "system-err", "\n".join(warnings) + "\n")
     return _to_xml(command, suite)
 
 
 def error_to_junit(command: str, error: MoepruneError) -> str:
     """Return one test case with an error."""
     suite = Element("testsuite")
-    _add_case(suite, "moeprune", command, "error", "error", error.message, str(error))
+    case = _add(suite, "testcase", classname="moeprune", name=command)
+    _add(case, "error", str(error), type="error", message=error.message)
     return _to_xml(command, suite)
 
 
-def _add_case(suite: Element, classname: str, name: str, outcome: str = "", *parts: str) -> None:
-    """Add a test case; outcome: `failure` or `error`, with its type, message and text."""
-    case = SubElement(suite, "testcase", {"classname": classname, "name": name})
-    if outcome:
-        kind, message, text = map(legal, parts)
-        SubElement(case, outcome, {"type": kind, "message": message}).text = text
+def _add(parent: Element, tag: str, text: str = "", **attributes: str) -> Element:
+    added = SubElement(parent, tag, {name: legal(value) for name, value in attributes.items()})
+    added.text = legal(text)
+    return added
 
 
 def _to_xml(command: str, suite: Element) -> str:

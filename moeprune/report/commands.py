@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
+
+from msgspec.structs import asdict
 
 from moeprune.calibration.results import AnalysisReport, LayerSummary
 from moeprune.demo.records import DemoModel, Summary
 from moeprune.errors import MoepruneError
-from moeprune.evaluation.results import Evaluation
-from moeprune.models.results import Export, Inspection, ModelCost, Parity
-from moeprune.pruning.results import PlanFile, Pruned, Search, Sweep, SweepRow
+from moeprune.evaluation.results import Evaluation, Latency, ModelFigures
+from moeprune.models.results import Export, Inspection, Parity
+from moeprune.pruning.results import PlanFile, Pruned, Sweep, SweepRow
 from moeprune.records import Report, json_schema
-from moeprune.report.document import Cell, Document, Facts, Lines, Table
-from moeprune.report.evaluation import evaluation
+from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table
 from moeprune.report.words import (
     amount,
     checkpoint_on_data,
@@ -27,12 +27,20 @@ from moeprune.report.words import (
     points,
 )  # fmt: skip
 
+WORST_CLASSES = 3
+
 
 def inspection(result: Inspection) -> Document:
     """Return contents, layers and kept experts of a checkpoint."""
-    kind, shape = _architecture(result.architecture)
+    architecture = result.architecture
+    if architecture["type"] == "module":
+        kind = plain(f"{architecture['factory']}({_assignments(architecture['arguments'])})")
+        shape = architecture["input_shape"]
+    else:
+        kind = f"{architecture['type']}, {plural(len(architecture['blocks']), 'block')}, d = {architecture['dim']}"
+        shape = [architecture["in_channels"], *architecture["image_size"]]
     facts = [
-        ("model", f"{kind}, {result.architecture['num_classes']} classes"),
+        ("model", f"{kind}, {architecture['num_classes']} classes"),
         ("input", f"{' × '.join(map(str, shape))} (channels × height × width)"),
         ("preprocessing", ", ".join(f"{key} {plain(value)}" for key, value in result.preprocessing.items())),
         ("parameters", f"{amount(result.parameters)} ({amount(result.bytes, 'B')})"),
@@ -58,16 +66,6 @@ def inspection(result: Inspection) -> Document:
             kept.append((f"kept in {name}", plain(layer.plan.kept)))
     layers = Table(("layer", "family", "experts", "parameters", "settings", "plan"), rows)
     return Document(result.checkpoint, [Facts(facts), layers, *([Facts(kept)] if kept else [])])
-
-
-def _architecture(architecture: Mapping[str, Any]) -> tuple[str, list[int]]:
-    """Return the kind of model, and the shape of an input."""
-    if architecture["type"] == "module":
-        arguments = _assignments(architecture["arguments"])
-        return plain(f"{architecture['factory']}({arguments})"), architecture["input_shape"]
-    depth = plural(len(architecture["blocks"]), "block")
-    kind = f"{architecture['type']}, {depth}, d = {architecture['dim']}"
-    return kind, [architecture["in_channels"], *architecture["image_size"]]
 
 
 def export(result: Export) -> Document:
@@ -121,15 +119,10 @@ def _advice(layer: LayerSummary) -> str:
     best, static, uniform = (percent(mass, 0) for mass in masses)
     held = f"the best {max(1, n // 8)} of {n} experts hold {best} of an input's mass"
     if not layer.informative:
-        return (
-            f"the combine signal is weak: {held} (uniform: {uniform}),"
-            " so dropping the others costs much. Compensate (`--compensate affine`), and compare with"
-            " `random` and no experts at all in a sweep"
-        )
-    text = (
-        f"the combine signal is informative: {held}, one set for all inputs {static}, a uniform router's {uniform}."
-        " Without compensation, scope `input` loses least"
-    )
+        text = f"the combine signal is weak: {held} (uniform: {uniform}), so dropping the others costs much."
+        return f"{text} Compensate (`--compensate affine`), and compare with `random` and no experts at all in a sweep"
+    text = f"the combine signal is informative: {held}, one set for all inputs {static}, a uniform router's {uniform}."
+    text += " Without compensation, scope `input` loses least"
     if "static" not in layer.scopes:
         return text + " (this layer cannot be pruned with scope `static`)"
     return f"{text}; `static` with `--signal gram --compensate affine` often keeps more, and shrinks the file"
@@ -139,33 +132,94 @@ def pruning(result: Pruned) -> Document:
     """Return size, FLOPs, the confirmed accuracy drop, and the plan of each layer."""
     facts: list[tuple[str, str]] = []
     if result.model is not None:
-        is_adaptive = any(plan.mass is not None for plan in result.plan.values())
-        facts += _costs(result.full_model, result.model, is_adaptive)
+        full, pruned = result.full_model, result.model
+        is_adaptive = any(plan.mass is not None for plan in result.plan.values())  # FLOPs depend on the input
+        sizes = f"{amount(full.bytes, 'B')} → {amount(pruned.bytes, 'B')} ({percent(pruned.bytes / full.bytes)})"
+        most, measured = ("at most ", " (eval measures it)") if is_adaptive else ("", "")
+        flops = f"{amount(full.flops_per_input.total)} → {most}{flops_in_words(pruned.flops_per_input)}"
+        share = percent(pruned.flops_per_input.total / full.flops_per_input.total)
+        facts += [("size", sizes), ("FLOPs per input", f"{flops}, {share}{measured}")]
     if result.search is not None:
-        facts.append(("accuracy drop", _confirmed(result.search)))
+        found, tried = result.search.confirmed, len(result.search.tried)
+        bound = "" if found.bound is None else f"; at most {points(found.bound)} with confidence {found.confidence:g}"
+        drop = f"{points(found.accuracy_drop)} ({ci95(found.accuracy_drop_ci95)}{bound})"
+        sample = f"{found.samples} samples that were not searched ({tried} plans tried)"
+        facts.append(("accuracy drop", f"{drop} on {sample}"))
     facts += [(name, plan_in_words(plan, with_kept=True)) for name, plan in result.plan.items()]
     written = [path for path in (result.checkpoint, result.saved_plan) if path is not None]
     return Document(f"wrote {' and '.join(written)}", [Facts(facts)])
 
 
-def _costs(full: ModelCost, pruned: ModelCost, is_adaptive: bool) -> list[tuple[str, str]]:
-    """Return size and FLOPs before and after; is_adaptive: FLOPs depend on the input."""
-    sizes = f"{amount(full.bytes, 'B')} → {amount(pruned.bytes, 'B')} ({percent(pruned.bytes / full.bytes)})"
-    full_flops, flops = full.flops_per_input.total, pruned.flops_per_input
-    change = (
-        f"{amount(full_flops)} → {'at most ' if is_adaptive else ''}{flops_in_words(flops)},"
-        f" {percent(flops.total / full_flops)}{' (eval measures it)' if is_adaptive else ''}"
-    )
-    return [("size", sizes), ("FLOPs per input", change)]
+def evaluation(result: Evaluation) -> Document:
+    """Return figures of the model, alone or beside the full model's, latency and gates."""
+    full, difference = result.baseline_model, result.difference
+    labels, figures = zip(*_figures(result.model), strict=True)
+    columns = {"": labels, "model": figures}
+    if full and difference:
+        changes = {
+            "accuracy": points(-difference.accuracy_drop),
+            "top-5 accuracy": points(result.model.top5_accuracy - full.top5_accuracy),
+            "size": f"{-100 * difference.size_reduction:+.1f} %",
+            "FLOPs per input": f"{-100 * difference.flops_reduction:+.1f} %",
+        }
+        columns["full model"] = tuple(text for _, text in _figures(full))
+        columns["difference"] = tuple(changes.get(label, "") for label in labels)
+    blocks: list[Block] = [Table(tuple(columns), [*zip(*columns.values(), strict=True)])]
+    if difference and result.forgetting:
+        drop, p = points(difference.accuracy_drop), f"{difference.mcnemar_p:.3g}"
+        line = f"accuracy drop {drop} ({ci95(difference.accuracy_drop_ci95)}; McNemar p = {p}),"
+        line += f" same prediction as the full model on {percent(difference.agreement, 2)}"
+        lost, won = len(result.forgetting.lost), len(result.forgetting.won)
+        flips = f"inputs that flip: {lost} from right to wrong, {won} from wrong to right"
+        worst = [
+            f"{each.index} ({percent(each.baseline_accuracy, 0)} → {percent(each.accuracy, 0)} of {each.samples})"
+            for each in result.forgetting.classes[:WORST_CLASSES]
+            if each.accuracy_drop > 0
+        ]
+        flips += f"; classes that lost most: {', '.join(worst)}" if worst else ""
+        blocks.append(Lines([line, flips]))
+    if result.latency:
+        blocks.append(_latency(result.latency, result.environment.device))
+    return Document(checkpoint_on_data(result.checkpoint, result.data), blocks, result.gates)
 
 
-def _confirmed(search: Search) -> str:
-    found = search.confirmed
-    bound = ""
-    if found.bound is not None:
-        bound = f"; at most {points(found.bound)} with confidence {found.confidence:g}"
-    drop = f"{points(found.accuracy_drop)} ({ci95(found.accuracy_drop_ci95)}{bound})"
-    return f"{drop} on {found.samples} samples that were not searched ({len(search.tried)} plans tried)"
+def _figures(model: ModelFigures) -> list[tuple[str, str]]:
+    """Return labels and values; parts of the figure above them are indented."""
+    low, high = model.accuracy_ci95
+    total, *flops = asdict(model.flops_per_input).items()
+    return [
+        ("accuracy", f"{percent(model.accuracy, 2)} ({100 * low:.1f} to {100 * high:.1f})"),
+        ("top-5 accuracy", percent(model.top5_accuracy, 2)),
+        ("loss", f"{model.loss:.4f}"),
+        ("experts per input", f"{model.experts_per_input:.4g}"),
+        ("parameters", amount(model.parameters)),
+        ("size", amount(model.bytes, "B")),
+        *((f"  {part}", amount(size, "B")) for part, size in asdict(model.bytes_by_part).items()),
+        ("FLOPs per input", amount(total[1])),
+        *((f"  {part}", amount(count)) for part, count in flops),
+    ]
+
+
+def _latency(latency: Latency, device: str) -> Table:
+    where = device if device != "cpu" else f"cpu with {plural(latency.threads, 'thread')}"
+    rows = []
+    for batch in latency.batches:
+        row = {"batch": str(batch.batch_size)}
+        model = {"model": _seconds(batch.model_seconds, batch.model_seconds_iqr)}
+        if batch.speedup and batch.speedup_iqr and batch.baseline_seconds and batch.baseline_seconds_iqr:
+            low, high = batch.speedup_iqr
+            row["speed-up"] = f"{batch.speedup:.2f}× ({low:.2f} to {high:.2f})"
+            model["full model"] = _seconds(batch.baseline_seconds, batch.baseline_seconds_iqr)
+        rows.append(row | model | {"repetitions": str(batch.repetitions)})
+    title = f"latency on {where}: median (middle half) of the repetitions"
+    return Table(tuple(rows[0]), [tuple(row.values()) for row in rows], title)
+
+
+def _seconds(median: float, quartiles: Sequence[float]) -> str:
+    """Return all three in the unit of the median: `1.23 ms (1.2 to 1.31)`."""
+    scale, unit = (1.0, "s") if median >= 0.9995 else (1e-3, "ms") if median >= 0.9995e-3 else (1e-6, "µs")
+    middle, low, high = (f"{float(f'{value / scale:.3g}'):g}" for value in (median, *quartiles))
+    return f"{middle} {unit} ({low} to {high})"
 
 
 def sweep(result: Sweep) -> Document:
@@ -173,21 +227,19 @@ def sweep(result: Sweep) -> Document:
     how = ("kept", "scope", "signal", "compensation")
     columns = (*how, "accuracy", "of full", "same as full", "size", "FLOPs")
     rows: list[Sequence[Cell] | None] = []
-    for _, group in groupby(result.rows, lambda row: row.keep):
-        rows += [*map(_row, group), None]
-    rows.pop()
+    for before, row in zip((None, *result.rows), result.rows, strict=False):
+        if before is not None and before.keep != row.keep:
+            rows.append(None)
+        deviation = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.1f}"
+        accuracy = percent(row.accuracy, 2) + deviation
+        retained = "" if row.retained is None else percent(row.retained)
+        way = row.keep, row.scope or "full model", row.signal or "", row.compensate or ""
+        rows.append((*way, accuracy, retained, percent(row.agreement), *_remaining(row)))
     draws = max(row.draws for row in result.rows)
     notes = [f"random: mean ± standard deviation of {draws} draws. Size and FLOPs: of the whole model."]
     if result.plot is not None:
         notes.append(f"drawn in {result.plot}")
     return Document(checkpoint_on_data(result.checkpoint, result.data), [Table(columns, rows), Lines(notes)])
-
-
-def _row(row: SweepRow) -> tuple[str, ...]:
-    deviation = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.1f}"
-    way = row.keep, row.scope or "full model", row.signal or "", row.compensate or ""
-    retained = "" if row.retained is None else percent(row.retained)
-    return *way, percent(row.accuracy, 2) + deviation, retained, percent(row.agreement), *_remaining(row)
 
 
 def demo(result: Summary) -> Document:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from numpy.typing import NDArray
 
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.plan import LayerPlan
 from moeprune.report.document import Block, Figure, Heading, Lines, Table
 from moeprune.report.figures import COLORS, FAINT, INK, PALETTE, panel, percent_axis
 from moeprune.report.words import percent, plan_in_words
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from numpy.typing import NDArray
 
 SMALL = 0.25
 """Share of 1/n below which an expert's mass is not attributed to a class."""
@@ -52,19 +51,22 @@ def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -
     masses = Masses(statistics, plan)
     yield Heading(f"Experts of `{name}`")
     if plan is not None:
-        yield Lines([plan_in_words(plan) + _held(masses, plan)])
-    panels = [
-        panel(partial(bars, masses=masses), "mean mass of each expert"),
-        panel(partial(curves, masses=masses, plan=plan), "mass of k experts"),
-    ]
-    n, first, last, eighth = masses.n, masses.order[0], masses.order[-1], max(1, masses.n // 8)
+        held = ""
+        if masses.kept is not None:
+            held = f": the kept experts hold {percent(masses.mean[masses.kept].sum())} of the mass of all inputs"
+        elif plan.scope == "input" and plan.signal == "combine" and plan.mass is None and plan.k:
+            held = f": the best {plan.k} of an input hold {percent(masses.best[plan.k - 1])} of its mass"
+        yield Lines([plan_in_words(plan) + held])
+    bars_panel = panel(partial(bars, masses=masses), "mean mass of each expert")
+    curves_panel = panel(partial(curves, masses=masses, plan=plan), "mass of k experts")
+    n, eighth = masses.n, max(1, masses.n // 8)
+    most, least = (f"{percent(masses.mean[j], 2)} (expert {j})" for j in masses.order[[0, -1]])
     description = (
-        f"Mean masses of {n} experts, from {percent(masses.mean[first], 2)} (expert {first}) to"
-        f" {percent(masses.mean[last], 2)} (expert {last}); uniform would be {percent(1 / n, 2)}. The best"
-        f" {eighth} of an input hold {percent(masses.best[eighth - 1])} of its mass."
+        f"Mean masses of {n} experts, from {most} to {least}; uniform would be {percent(1 / n, 2)}. The best {eighth}"
+        f" of an input hold {percent(masses.best[eighth - 1])} of its mass."
     )
     caption = "Mass: an expert's share of the combine weights; the masses of one input sum to 1."
-    yield Figure(panels, description, caption)
+    yield Figure([bars_panel, curves_panel], description, caption)
     if classes := len(masses.classes):
         row, expert = np.unravel_index(masses.by_class.argmax(), masses.by_class.shape)
         description = (
@@ -73,19 +75,9 @@ def experts_of(name: str, statistics: LayerStatistics, plan: LayerPlan | None) -
         )
         caption = "Experts by the class of their largest mass; those of little mass at the end."
         caption += "" if masses.kept is None else " Marked above: the kept experts."
-        title = "mass of each expert over the inputs of each class"
-        drawn = panel(partial(heat_map, masses=masses), title, 1.2 + min(3.0, 0.16 * classes))
-        yield Figure([drawn], description, caption)
+        title, height = "mass of each expert over the inputs of each class", 1.2 + min(3.0, 0.16 * classes)
+        yield Figure([panel(partial(heat_map, masses=masses), title, height)], description, caption)
     yield _table(masses)
-
-
-def _held(masses: Masses, plan: LayerPlan) -> str:
-    """Return the mass that the kept experts hold, if known."""
-    if masses.kept is not None:
-        return f": the kept experts hold {percent(masses.mean[masses.kept].sum())} of the mass of all inputs"
-    if plan.scope == "input" and plan.signal == "combine" and plan.mass is None and plan.k:
-        return f": the best {plan.k} of an input hold {percent(masses.best[plan.k - 1])} of its mass"
-    return ""
 
 
 def bars(axes: Axes, masses: Masses) -> None:
@@ -95,8 +87,8 @@ def bars(axes: Axes, masses: Masses) -> None:
         axes.stairs(heights, fill=True, color=COLORS[0])
     else:
         kept = masses.kept[masses.order]
-        axes.stairs(np.where(kept, heights, 0), fill=True, color=COLORS[0], label="kept")
-        axes.stairs(np.where(kept, 0, heights), fill=True, color=COLORS[7], label="dropped")
+        axes.stairs(heights * kept, fill=True, color=COLORS[0], label="kept")
+        axes.stairs(heights * ~kept, fill=True, color=COLORS[7], label="dropped")
     axes.axhline(1 / masses.n, color=INK, linestyle="--", linewidth=1, label="uniform")
     axes.legend()
     axes.set(xlim=(0, masses.n), xlabel="experts, the largest first", ylabel="mass")
@@ -119,15 +111,11 @@ def curves(axes: Axes, masses: Masses, plan: LayerPlan | None) -> None:
 
 def heat_map(axes: Axes, masses: Masses) -> None:
     """Draw the mass of each expert over the inputs of each class."""
-    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
-
     rows, n = masses.by_class.shape
     cells = averaged(averaged(masses.by_class[:, masses.columns]).T).T
     colors = LinearSegmentedColormap.from_list("heat", [PALETTE["heat"] + "00", PALETTE["heat"]], N=64)
-    image = axes.imshow(
-        cells, colors, PowerNorm(0.5, 0, cells.max()),
-        aspect="auto", interpolation="none", extent=(0, n, rows, 0),
-    )  # fmt: skip
+    scale, extent = PowerNorm(0.5, 0, cells.max()), (0, n, rows, 0)
+    image = axes.imshow(cells, colors, scale, aspect="auto", interpolation="none", extent=extent)
     if masses.kept is not None:
         marks = np.flatnonzero(masses.kept[masses.columns]) + 0.5
         above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
@@ -144,9 +132,8 @@ def heat_map(axes: Axes, masses: Masses) -> None:
 
 def averaged(values: NDArray) -> NDArray:
     """Average neighbouring rows, so that MOST_CELLS are left at most."""
-    if len(values) <= MOST_CELLS:
-        return values
-    edges = np.arange(MOST_CELLS + 1) * len(values) // MOST_CELLS
+    count = min(len(values), MOST_CELLS)
+    edges = np.arange(count + 1) * len(values) // count
     return np.add.reduceat(values, edges[:-1]) / np.diff(edges)[:, None]
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moeprune.errors import MoepruneError
-
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 PALETTE = {
     "ink": "#1b1f24", "faint": "#59636e", "rule": "#d5dae0", "heat": "#d9480f",
@@ -37,31 +34,9 @@ WIDTH, HEIGHT = 4.2, 2.9
 """Inches of a panel."""
 
 
-DRAWINGS = {
-    "plot": ("a plot", (".png", ".svg"), ("matplotlib",)),
-    "report": ("a page of HTML", (".html", ".htm"), ("matplotlib", "jinja2")),
-}
-"""By option: the kind of file, its suffixes, and the modules that it needs."""
-
-
-def check_drawing(path: Path, option: str) -> None:
-    """Raise a MoepruneError if the file of an option in DRAWINGS cannot be drawn, before any work is done."""
-    kind, suffixes, modules = DRAWINGS[option]
-    if path.suffix not in suffixes:
-        raise MoepruneError(f"`{path}` is not {kind}", f"give a path that ends with {' or '.join(suffixes)}")
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            hint = "install it: `pip install 'moeprune[report]'`"
-            raise MoepruneError(f"pages and plots need {name}", hint) from None
-
-
 @contextmanager
 def style(fonttype: str) -> Iterator[None]:
     """Draw in the style of moeprune, whatever the user's own style is."""
-    import matplotlib
-
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({**STYLE, "svg.fonttype": fonttype})
@@ -69,12 +44,7 @@ def style(fonttype: str) -> Iterator[None]:
 
 
 def panel(paint: Callable[[Axes], object], title: str = "", height: float = HEIGHT) -> str:
-    """Return a panel as an `svg` element whose colours follow the page's; equal panels give equal bytes.
-
-    paint: draws into the axes. height: in inches.
-    """
-    from matplotlib.figure import Figure
-
+    """Return a panel as an `svg` element with the page's colours; equal panels give equal bytes. height: in inches."""
     with style("none"):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
@@ -86,35 +56,20 @@ def panel(paint: Callable[[Axes], object], title: str = "", height: float = HEIG
     return _within_html(file.getvalue())
 
 
-def legend_panel(handles: Sequence[Artist]) -> str:
-    """Draw a panel that only explains colours and markers."""
-
-    def paint(axes: Axes) -> None:
-        axes.set_axis_off()
-        axes.legend(handles=handles, loc="upper left", borderaxespad=0)
-
-    return panel(paint, height=0.25 + 0.19 * len(handles))
-
-
 def _within_html(svg: str) -> str:
     """Remove what only a file needs, and name colours by the page's variables."""
     root, rest = svg[svg.index("<svg") :].replace("xlink:href", "href").split(">", 1)
     root = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", root)
     rest = re.sub(r'<g id="[^"]*"', "<g", rest)  # these recur in every panel
-    names = {color: f"var(--{name})" for name, color in PALETTE.items()}
-    colors = re.compile("|".join(names))
-
-    def rename(attribute: re.Match[str]) -> str:
-        return colors.sub(lambda color: names[color[0]], attribute[0])
-
-    rest = re.sub(r'(style|fill|stroke)="[^"]*"', rename, rest)
+    variables = {color: f"var(--{name})" for name, color in PALETTE.items()}
+    colors = re.compile("|".join(variables))
+    attributes = re.compile(r'(style|fill|stroke)="[^"]*"')
+    rest = attributes.sub(lambda text: colors.sub(lambda color: variables[color[0]], text[0]), rest)
     return f"{root}>{rest}".strip()
 
 
 def percent_axis(axis: Any) -> None:
     """Show the numbers of an axis as percent."""
-    from matplotlib.ticker import PercentFormatter
-
     axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 

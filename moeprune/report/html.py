@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from moeprune.evaluation.results import GateResult
 from moeprune.report.document import Document
-from moeprune.report.gates import gate_table
 from moeprune.report.words import legal, plural
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
 
 
 def to_html(page: Document) -> str:
@@ -24,29 +22,20 @@ def to_html(page: Document) -> str:
     >>> "<script" in html, "give <code>--keep 1/8</code>" in html
     (False, True)
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    strict: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "finalize": _legal}
-    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, autoescape=True,
+        undefined=StrictUndefined, finalize=lambda value: legal(value) if type(value) is str else value,
+    )  # fmt: skip
     environment.filters["inline"] = _inline
     blocks = [(type(block).__name__, block) for block in page.blocks]
-    table, badge = (gate_table(page.gates), _badge(page.gates)) if page.gates else (None, None)
+    table, badge = (page.gate_table, _badge(page.gates)) if page.gates else (None, None)
     return environment.get_template("page.html").render(page=page, gates=table, blocks=blocks, badge=badge) + "\n"
-
-
-def _legal(value: Any) -> Any:
-    """Replace characters that HTML cannot hold, in what comes from outside."""
-    return legal(value) if type(value) is str else value
 
 
 def _inline(text: str) -> Markup:
     """Return a text of one line or several, with names in backticks as code."""
-    from markupsafe import Markup, escape
-
-    pieces = re.split(r"`([^`\n]+)`", legal(text))
-    marked = (Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(pieces))
-    return Markup("").join(marked).replace("\n", Markup("<br/>"))
+    marked = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(legal(text))))
+    return Markup(marked.replace("\n", "<br/>"))
 
 
 def _badge(gates: Sequence[GateResult]) -> tuple[str, str, str]:

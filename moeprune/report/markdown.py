@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table, Verdict
-from moeprune.report.gates import gate_table
 
 SPECIAL = re.compile(r"[\\`*\[\]<>#~|$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=[\w+-]+:)")
 """Characters with a meaning within a line."""
@@ -26,7 +25,7 @@ def to_markdown(document: Document) -> str:
     if document.gates:
         passed = all(gate.passed for gate in document.gates)
         title = f"{_mark(passed)} {'passed' if passed else 'FAILED'}: {title}"
-        blocks.insert(0, gate_table(document.gates))
+        blocks.insert(0, document.gate_table)
     parts = [f"## {_inline(title)}", *(_block(block) for block in blocks)]
     return "\n\n".join(parts) + "\n"
 

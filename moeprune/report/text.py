@@ -10,7 +10,6 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table, Verdict
-from moeprune.report.gates import gate_table
 
 WIDTH = 160
 """Columns of text for a file or a pipe: enough for every table."""
@@ -27,7 +26,7 @@ def to_text(document: Document, terminal_width: int | None = None) -> str:
         width=width, height=25, force_terminal=on_terminal, no_color=None if on_terminal else True,
         highlight=False, markup=False, emoji=False,
     )  # fmt: skip
-    blocks = [*document.blocks, *([gate_table(document.gates)] if document.gates else [])]
+    blocks = [*document.blocks, *([document.gate_table] if document.gates else [])]
     with console.capture() as capture:
         console.print(Text(document.title, style="bold"))
         for index, block in enumerate(blocks):
@@ -53,19 +52,15 @@ def _parts(block: Block) -> Iterator[RenderableType]:
     elif isinstance(block, Table):
         if block.title is not None:
             yield Text(block.title, style="bold")
-        yield _table(block)
-
-
-def _table(table: Table) -> rich_table.Table:
-    drawn = rich_table.Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, column in enumerate(table.columns):
-        drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=True, vertical="bottom")
-    for row in table.rows:
-        if row is None:
-            drawn.add_section()
-        else:
-            drawn.add_row(*(_cell(cell) for cell in row))
-    return drawn
+        table = rich_table.Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for index, column in enumerate(block.columns):
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True, vertical="bottom")
+        for cells in block.rows:
+            if cells is None:
+                table.add_section()
+            else:
+                table.add_row(*map(_cell, cells))
+        yield table
 
 
 def _cell(cell: Cell) -> Text | str:

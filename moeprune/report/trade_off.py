@@ -7,21 +7,19 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+from matplotlib.lines import Line2D
 
 from moeprune.files.disk import write_file
 from moeprune.plan import COMPENSATIONS
 from moeprune.pruning.results import SweepRow
 from moeprune.report.document import Figure
-from moeprune.report.figures import COLORS, FAINT, INK, legend_panel, panel, percent_axis, style
+from moeprune.report.figures import COLORS, FAINT, INK, panel, percent_axis, style
 from moeprune.report.words import percent
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.lines import Line2D
-
-NAMES = (*COMPENSATIONS, "random experts")
-COLOR_OF = {name: COLORS[i] for name, i in zip(NAMES, (1, 3, 4, 2, 0, 6, 5, 7), strict=True)}
+COLOR_OF = dict(zip((*COMPENSATIONS, "random experts"), (COLORS[i] for i in (1, 3, 4, 2, 0, 6, 5, 7)), strict=True))
 """By compensation, in every picture; random experts look alike."""
 MARKER_OF = {"static": "o", "input": "^", "batch": "s"}
 NEAR, CLOSE = 0.01, 0.05
@@ -46,8 +44,8 @@ def best_of(rows: Sequence[SweepRow]) -> Iterator[tuple[str, str, str]]:
 def trade_off(rows: Sequence[SweepRow]) -> Iterator[Figure]:
     """Yield a figure of all rows, the full model first, and one of those that are close to it."""
     best = sum(row.on_frontier is not None and row.on_frontier.size for row in rows)
-    description = f"Accuracy of {len(rows) - 1} ways to prune over the remaining size and FLOPs: the table"
-    description += f" below has them all. {best} are on the frontier of size."
+    description = f"Accuracy of {len(rows) - 1} ways to prune over the remaining size and FLOPs: the table below has"
+    description += f" them all. {best} are on the frontier of size."
     yield _figure(rows, description, "Dashed: no other way is as accurate at less cost.")
     low = rows[0].accuracy - CLOSE
     close = [row for row in rows if row.accuracy >= low]
@@ -56,8 +54,14 @@ def trade_off(rows: Sequence[SweepRow]) -> Iterator[Figure]:
 
 
 def _figure(rows: Sequence[SweepRow], description: str, caption: str) -> Figure:
+    entries = _legend(rows)
+
+    def explain(axes: Axes) -> None:
+        axes.set_axis_off()
+        axes.legend(handles=entries, loc="upper left", borderaxespad=0)
+
     panels = [panel(partial(draw, rows=rows, cost=cost, label=label)) for cost, label in _axes_of(rows[0])]
-    return Figure([*panels, legend_panel(_legend(rows))], description, caption)
+    return Figure([*panels, panel(explain, height=0.25 + 0.19 * len(entries))], description, caption)
 
 
 def _axes_of(full: SweepRow) -> list[tuple[str, str]]:
@@ -78,9 +82,9 @@ def draw(axes: Axes, rows: Sequence[SweepRow], cost: str, label: str) -> None:
     def way(row: SweepRow) -> tuple:
         return row.label, row.keep == "0"
 
-    for (_, is_none), own in groupby(sorted(rows[1:], key=way), way):
-        first, *others = own
-        plot([first, *others], f"{'x' if is_none else MARKER_OF[first.scope or '']}-", _color(first), 0.5)
+    for (_, is_none), group in groupby(sorted(rows[1:], key=way), way):
+        own = list(group)
+        plot(own, f"{'x' if is_none else MARKER_OF[own[0].scope or '']}-", _color(own[0]), 0.5)
     if cost == "speedup":
         axes.xaxis.set_major_formatter("{x:g}×")
     else:
@@ -97,8 +101,6 @@ def _color(row: SweepRow) -> str:
 
 
 def _legend(rows: Sequence[SweepRow]) -> list[Line2D]:
-    from matplotlib.lines import Line2D
-
     pruned = rows[1:]
     colors, scopes = {_color(row) for row in pruned}, {row.scope for row in pruned}
     entries = [("full model", INK, "*", "")]
@@ -112,13 +114,7 @@ def _legend(rows: Sequence[SweepRow]) -> list[Line2D]:
 
 
 def plot_trade_off(rows: Sequence[SweepRow], title: str, path: Path, overwrite: bool = True) -> None:
-    """Write a PNG or SVG of accuracy over each cost; equal rows, the full model first, give equal bytes.
-
-    Raises:
-        MoepruneError: the path cannot be written, or exists and may not be replaced.
-    """
-    from matplotlib.figure import Figure as Drawing
-
+    """Write a PNG or SVG of accuracy over each cost; equal rows, the full model first, give equal bytes."""
     shown = _axes_of(rows[0])
     with style("path"):
         figure = Drawing(figsize=(5 * len(shown), 5), layout="constrained")
