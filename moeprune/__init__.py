@@ -1,7 +1,5 @@
 """Inference-time expert pruning of Soft Mixture-of-Experts models."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """Plans: the experts that each layer keeps, their compensation, and the JSON form."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, get_args

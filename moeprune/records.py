@@ -1,9 +1,6 @@
 """Typed records with strict checks on reading and JSON Schemas; no torch."""
 
-from __future__ import annotations
-
 import functools
-import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -125,15 +122,6 @@ def _is_struct(kind: Any) -> bool:
 def to_text(value: Any) -> str:
     """Return a record or a result as JSON text, indented, in ASCII."""
     return json.dumps(to_json(value), indent=2) + "\n"
-
-
-def json_schema(kind: Any) -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of a type."""
-    schema = msgspec.json.schema(kind)
-    for definition in schema.get("$defs", {}).values():
-        if "description" in definition:
-            definition["description"] = inspect.cleandoc(definition["description"])
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def option(help_text: str, **settings: Any) -> msgspec.Meta:

@@ -1,7 +1,5 @@
 """The application: how a function becomes a command, and what it raises an exit code."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect
@@ -36,8 +34,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-COMMON = options_of(Output)
-"""Options of every command."""
 OPTIONS: dict[str, dict[str, Any]] = {}
 """The annotated type of each option by command and name, without the leading dashes."""
 
@@ -76,11 +72,11 @@ def _require_known_variables() -> None:
 def command(function: Callable[..., int | None]) -> None:
     """Add a command.
 
-    function: takes a Reporter, a Request whose fields are its options, and further options; returns the exit code,
-    None for 0.
+    function: takes a Reporter, a Request whose fields are its options, and further options by keyword; returns the
+    exit code, None for 0.
     """
     _, request, *own = inspect.signature(function, eval_str=True).parameters.values()
-    options = [*options_of(request.annotation), *(extra.replace(kind=KEYWORD) for extra in own), *COMMON]
+    options = [*options_of(request.annotation), *own, *options_of(Output)]
     parameters = [inspect.Parameter("context", KEYWORD, annotation=typer.Context), *options]
 
     @functools.wraps(function)
@@ -139,11 +135,9 @@ def _places(context: typer.Context, message: str) -> list[str]:
 def _place(context: Any, option: Any) -> str | None:
     """Return the variable or the file that an option's value comes from, in backticks, if it does."""
     source = context.get_parameter_source(option.name)
-    if source is not None and source.name == "ENVIRONMENT":
-        return f"`${context.auto_envvar_prefix}_{option.name.upper()}`"
-    if source is not None and source.name == "DEFAULT_MAP":
-        return f"`{context.meta['configuration']}`"
-    return None
+    variable, file = f"${context.auto_envvar_prefix}_{option.name.upper()}", context.meta.get("configuration")
+    place = {"ENVIRONMENT": variable, "DEFAULT_MAP": file}.get(source.name if source is not None else "")
+    return None if place is None else f"`{place}`"
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,7 +1,5 @@
 """The commands, in the order of `--help`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +34,7 @@ def inspect(reporter: Reporter, request: InspectRequest) -> None:
 
 
 @command
-def analyze(reporter: Reporter, request: AnalyzeRequest, report: Report = None) -> None:
+def analyze(reporter: Reporter, request: AnalyzeRequest, *, report: Report = None) -> None:
     """Measure how much each expert matters to each input.
 
     Runs calibration data through an unpruned checkpoint, once.
@@ -63,7 +61,7 @@ def prune(reporter: Reporter, request: PruneRequest) -> None:
 
 
 @command
-def eval(reporter: Reporter, request: SweepRequest, report: Report = None) -> int:
+def eval(reporter: Reporter, request: SweepRequest, *, report: Report = None) -> int:
     """Report accuracy, size, FLOPs and latency, and judge them.
 
     Compares a checkpoint with the full model (--baseline); a gate that fails makes exit code 1. With --sweep
@@ -125,7 +123,7 @@ def demo(reporter: Reporter, request: DemoRequest) -> None:
 
 @command
 def schema(
-    reporter: Reporter, request: Request, name: Annotated[str, typer.Argument(metavar="NAME", help=SCHEMAS)]
+    reporter: Reporter, request: Request, *, name: Annotated[str, typer.Argument(metavar="NAME", help=SCHEMAS)]
 ) -> None:
     """Print the JSON Schema of a command's JSON report, or of a plan file."""
     from moeprune.report.commands import schema_of

@@ -4,8 +4,6 @@ A key is an option without its leading dashes. At the top of the file it is for 
 option; in a table named after a command it is for that command alone, and takes precedence.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """Output of commands: files are checked before any work, messages go to stderr, the report to stdout."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io
@@ -54,8 +52,8 @@ DRAWINGS = {
 
 
 def check_drawing(path: Path, option: str) -> None:
-    """Raise a MoepruneError if the file of an option is to be drawn and cannot be."""
-    kind, suffixes, modules = DRAWINGS.get(option, ("", (path.suffix,), ()))
+    """Raise a MoepruneError if the file of an option in DRAWINGS cannot be drawn."""
+    kind, suffixes, modules = DRAWINGS[option]
     if path.suffix not in suffixes:
         raise MoepruneError(f"`{path}` is not {kind}", f"give a path that ends with {' or '.join(suffixes)}")
     for name in modules:
@@ -113,7 +111,8 @@ class Reporter(logging.Handler):
             if path is None:
                 continue
             check_output(path, self.output.force)
-            check_drawing(path, name)
+            if name in DRAWINGS:
+                check_drawing(path, name)
             option = "--" + name.replace("_", "-")
             if options.setdefault(os.path.realpath(path), option) != option:
                 raise MoepruneError(f"`{option}` and another output are both `{path}`", "give another path")

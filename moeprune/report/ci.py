@@ -1,7 +1,5 @@
 """A document for CI servers: annotations of GitHub Actions, and JUnit XML."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 

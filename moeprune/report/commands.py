@@ -1,19 +1,19 @@
 """The report of each command: its type, its document, and its JSON Schema."""
 
-from __future__ import annotations
-
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from msgspec.structs import asdict
 
 from moeprune.calibration.results import AnalysisReport, LayerSummary
-from moeprune.demo.records import DemoModel, Summary
+from moeprune.demo.records import Summary
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.results import Evaluation, Latency, ModelFigures
 from moeprune.models.results import Export, Inspection, Parity
 from moeprune.pruning.results import PlanFile, Pruned, Sweep, SweepRow
-from moeprune.records import Report, json_schema
+from moeprune.records import Report
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table
 from moeprune.report.words import (
     amount,
@@ -244,27 +244,26 @@ def sweep(result: Sweep) -> Document:
 
 def demo(result: Summary) -> Document:
     """Return a table for each model: methods in rows, kept shares in columns."""
-    title = f"wrote checkpoints, analyses and evaluations into {result.directory}"
-    return Document(title, [_demo_table(model) for model in result.models.values()])
-
-
-def _demo_table(model: DemoModel) -> Table:
-    full, *others = model.rows
-    pruned = [row for row in others if row.keep != "0"]
-    keeps = list(dict.fromkeys(row.keep for row in pruned))
-    last = keeps[-1]
-    title = f"{model.title}: full model {percent(full.accuracy, 2)} on {model.data.spec} ({model.data.samples} samples)"
-    columns = [*(f"{keep}\nkept" for keep in keeps), f"size\nat {last}", f"FLOPs\nat {last}"]
-    rows: list[Sequence[Cell] | None] = []
-    for label in dict.fromkeys(row.label for row in pruned):
-        by_keep = {row.keep: row for row in pruned if row.label == label}
-        rows.append([label or "", *(_retained(by_keep[keep]) for keep in keeps), *_remaining(by_keep[last])])
-    rows.append(None)
-    for row in others:
-        if row.keep == "0":
-            label = f"no experts at all: {row.compensate}"
-            rows.append([label, _retained(row), *[""] * (len(keeps) - 1), *_remaining(row)])
-    return Table(("accuracy as a share\nof the full model's", *columns), rows, title)
+    tables = []
+    for model in result.models.values():
+        full, *others = model.rows
+        pruned = [row for row in others if row.keep != "0"]
+        keeps = list(dict.fromkeys(row.keep for row in pruned))
+        last = keeps[-1]
+        shares = (f"{keep}\nkept" for keep in keeps)
+        columns = ("accuracy as a share\nof the full model's", *shares, f"size\nat {last}", f"FLOPs\nat {last}")
+        rows: list[Sequence[Cell] | None] = []
+        for label in dict.fromkeys(row.label for row in pruned):
+            by_keep = {row.keep: row for row in pruned if row.label == label}
+            rows.append([label or "", *(_retained(by_keep[keep]) for keep in keeps), *_remaining(by_keep[last])])
+        rows.append(None)
+        for row in others:
+            if row.keep == "0":
+                label = f"no experts at all: {row.compensate}"
+                rows.append([label, _retained(row), *[""] * (len(keeps) - 1), *_remaining(row)])
+        data = f"{model.data.spec} ({model.data.samples} samples)"
+        tables.append(Table(columns, rows, f"{model.title}: full model {percent(full.accuracy, 2)} on {data}"))
+    return Document(f"wrote checkpoints, analyses and evaluations into {result.directory}", tables)
 
 
 def _remaining(row: SweepRow) -> tuple[str, str]:
@@ -302,10 +301,13 @@ def schema_of(command: str) -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of the JSON report of a command, one of TYPES."""
     if command not in TYPES:
         raise MoepruneError(f"no schema for `{command}`", f"give one of {', '.join(TYPES)}")
-    schema = json_schema(TYPES[command])
+    schema = msgspec.json.schema(TYPES[command])
+    for definition in schema.get("$defs", {}).values():
+        if "description" in definition:
+            definition["description"] = inspect.cleandoc(definition["description"])
     if command == "plan":  # whose fields have defaults
         layer = schema["$defs"]["LayerPlan"]
         is_list = {"properties": {"kept": {"type": "array"}}}
         layer |= {"required": [], "anyOf": [{"required": ["k"]}, {"required": ["kept"], **is_list}]}
         layer["additionalProperties"] = False
-    return schema
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

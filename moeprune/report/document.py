@@ -1,7 +1,5 @@
 """The intermediate form of all reports: a title, blocks and results of gates, however they are shown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The experts of a layer on a page: masses over all inputs and over those of each class."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Panels of figures as SVG for a page, drawn by matplotlib (the extra `report`)."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """A page as one file of HTML without scripts and requests (the extra `report`)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

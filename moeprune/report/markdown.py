@@ -1,7 +1,5 @@
 """A document as GitHub-flavoured Markdown, which GitLab and others read too."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 
@@ -9,6 +7,9 @@ from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table,
 
 SPECIAL = re.compile(r"[\\`*\[\]<>#~|$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=[\w+-]+:)")
 """Characters with a meaning within a line."""
+START = re.compile(r"^(\d+(?=[.)])|(?=[-+=]))")
+"""The start of a line that would begin a list."""
+MARKS = {True: "✅", False: "❌"}
 
 
 def to_markdown(document: Document) -> str:
@@ -24,7 +25,7 @@ def to_markdown(document: Document) -> str:
     title, blocks = document.title, list(document.blocks)
     if document.gates:
         passed = all(gate.passed for gate in document.gates)
-        title = f"{_mark(passed)} {'passed' if passed else 'FAILED'}: {title}"
+        title = f"{MARKS[passed]} {'passed' if passed else 'FAILED'}: {title}"
         blocks.insert(0, document.gate_table)
     parts = [f"## {_inline(title)}", *(_block(block) for block in blocks)]
     return "\n\n".join(parts) + "\n"
@@ -32,7 +33,7 @@ def to_markdown(document: Document) -> str:
 
 def _block(block: Block) -> str:
     if isinstance(block, Lines):
-        return "\n\n".join(_start(_inline(line)) for line in block.lines)
+        return "\n\n".join(START.sub(r"\1\\", _inline(line)) for line in block.lines)
     if isinstance(block, Facts):
         return _table(("", ""), block.rows, (":--", ":--"))
     assert isinstance(block, Table)
@@ -48,23 +49,14 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], alignments: S
 
 def _cell(cell: Cell) -> str:
     if isinstance(cell, Verdict):
-        return f"{_mark(cell.passed)} {_cell(cell.text)}"
+        return f"{MARKS[cell.passed]} {_cell(cell.text)}"
     text = cell if isinstance(cell, str) else cell.text
     indent = "&emsp;" if text.startswith("  ") else ""
     text = " ".join(text.split())
     return indent + re.sub(r"(?<!\\)\|", r"\\|", _inline(text))
 
 
-def _mark(passed: bool) -> str:
-    return "✅" if passed else "❌"
-
-
 def _inline(text: str) -> str:
     """Escape a text within a line, but for names in backticks, which become code."""
     pieces = re.split(r"(`[^`\n]+`)", " ".join(text.split()))
     return "".join(p if i % 2 else SPECIAL.sub(r"\\\g<0>", p) for i, p in enumerate(pieces))
-
-
-def _start(line: str) -> str:
-    """Escape the start of a line that would begin a list."""
-    return re.sub(r"^(\d+(?=[.)])|(?=[-+=]))", r"\1\\", line)

@@ -1,7 +1,5 @@
 """The page of `--report`: a command's report, figures, every class and expert, and their origins."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """A document as text for a terminal, a file or a pipe."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from rich import box

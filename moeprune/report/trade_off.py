@@ -1,7 +1,5 @@
 """Accuracy over cost of the rows of a sweep: the figures of a page, and the file of `--plot`."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Numbers, plans and other values in words."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any
