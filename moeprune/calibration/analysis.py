@@ -13,8 +13,7 @@ from torch import Tensor
 
 from moeprune import __version__
 from moeprune.calibration.passes import divergences, measure, require_finite
-from moeprune.calibration.request import AnalyzeRequest
-from moeprune.calibration.results import AnalysisReport
+from moeprune.calibration.results import AnalysisReport, AnalyzeRequest
 from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, StatisticsAccumulator, summarize
 from moeprune.calibration.sums import sums_in_bytes
 from moeprune.data.datasets import Dataset

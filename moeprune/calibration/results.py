@@ -1,9 +1,24 @@
-"""Results of an analysis; no torch."""
+"""Options and results of `moeprune analyze`; no torch."""
 
 from __future__ import annotations
 
-from moeprune.data.spec import DataInfo
-from moeprune.records import Report, Result
+from pathlib import Path
+from typing import Annotated
+
+from moeprune.data.spec import DataInfo, DataSpec
+from moeprune.models.request import Checkpoint
+from moeprune.models.runtime import Runtime
+from moeprune.records import Report, Request, Result, option
+
+
+class AnalyzeRequest(Request, frozen=True, kw_only=True):
+    """An unpruned checkpoint, calibration data, and the file of the analysis."""
+
+    checkpoint: Checkpoint
+    data: Annotated[DataSpec, option("Calibration data: digits, pairs, a .npz, a .safetensors, or a folder.")]
+    output: Annotated[Path, option("The analysis to write (.safetensors).", short=("-o",))]
+    overwrite: bool = False
+    runtime: Runtime = Runtime()
 
 
 class LayerSummary(Result, frozen=True):

@@ -132,7 +132,13 @@ class StatisticsAccumulator(MomentsAccumulator):
         super().add(observation, labels)
         mass = observation.mass.to(self.dtype)  # (b,n)
         self.max_mass = torch.maximum(self.max_mass, mass.amax(0))
-        self._add_ranks(mass)
+        order, n = rank(mass), mass.shape[1]
+        cells = torch.arange(n, device=mass.device) * n + order
+        self.sums["rank_frequency"] += cells.flatten().bincount(minlength=n * n).view(n, n)
+        best = mass.gather(1, order).cumsum(1)  # of the best k, k = 1…n
+        self.sums["kept_mass"] += best.sum(0)
+        needed = [(best < level * best[:, -1:]).sum() + len(best) for level in MASS_LEVELS]
+        self.sums["experts_for_mass"] += torch.stack(needed).to(self.dtype)
         if labels is not None:
             new = max(0, int(labels.max()) + 1 - len(self.class_samples))
             labels = labels.to(mass.device)
@@ -143,33 +149,19 @@ class StatisticsAccumulator(MomentsAccumulator):
         for contributions, index in zip(self.halves, members, strict=True):
             contributions.add(observation.select(index.to(mass.device)))
 
-    def _add_ranks(self, mass: Tensor) -> None:
-        n = mass.shape[1]
-        order = rank(mass)
-        cells = torch.arange(n, device=mass.device) * n + order
-        self.sums["rank_frequency"] += cells.flatten().bincount(minlength=n * n).view(n, n)
-        best = mass.gather(1, order).cumsum(1)  # of the best k, k = 1…n
-        self.sums["kept_mass"] += best.sum(0)
-        needed = [(best < level * best[:, -1:]).sum() + len(best) for level in MASS_LEVELS]
-        self.sums["experts_for_mass"] += torch.stack(needed).to(self.dtype)
-
     def result(self) -> LayerStatistics:
         """Return the statistics of all inputs so far."""
         n = len(self.max_mass)
-        first, second = self.halves
         moments = self.moments()
         mean = moments["term_mean"].to("cpu", torch.float64)
-        gram = (first.gram + second.gram)[:n, :n]
+        gram = (self.halves[0].gram + self.halves[1].gram)[:n, :n]
         sums = {name: self.sums[name] for name in ("rank_frequency", "kept_mass", "experts_for_mass")}
         sums |= {"gram": gram, "gram_renorm": self.sums["gram_renorm"] + gram}
         for compensation in ("mean", "lstsq", "affine"):
-            sums[f"gram_{compensation}"] = lost_gram(first, second, mean, compensation)[:n, :n]
-        others = {
-            "max_mass": self.max_mass,
-            "sensitivity": torch.zeros(()),  # not known yet
-            "class_mass": self.class_mass / self.class_samples.clamp_min(1)[:, None],
-        }
+            sums[f"gram_{compensation}"] = lost_gram(*self.halves, mean, compensation)[:n, :n]
         means = {name: total / self.samples for name, total in sums.items()}
+        class_mass = self.class_mass / self.class_samples.clamp_min(1)[:, None]
+        others = {"max_mass": self.max_mass, "class_mass": class_mass, "sensitivity": torch.zeros(())}  # not known yet
         return LayerStatistics(**_on_cpu(moments | means | others))
 
 

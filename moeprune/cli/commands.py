@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moeprune.calibration.request import AnalyzeRequest
+from moeprune.calibration.results import AnalyzeRequest
 from moeprune.cli.command import command
 from moeprune.cli.reporter import Reporter
 from moeprune.demo.records import DemoRequest

@@ -120,10 +120,6 @@ class LayerConfig:
             shapes["score_weights"] = (n,)
         return shapes
 
-    def expert_axis(self, tensor: str) -> int | None:
-        """Return the axis of a tensor that has a place for each expert; None if it has none."""
-        return 0 if tensor in self.expert_shapes(1) else self.router_axis(tensor)
-
     def part(self, tensor: str) -> str:
         """Return what a tensor is for: `experts`, `routing` or `compensation`."""
         if tensor in self.expert_shapes(1):

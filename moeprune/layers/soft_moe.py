@@ -167,8 +167,15 @@ class SoftMoE(MoELayer):
         """Run every expert that has weights on all inputs: output, slot outputs and slot inputs."""
         merges = self.plan is not None and self.plan.merges
         stored = combine_weights.shape[2] if merges else len(self.fc2_weight)
-        slot_inputs = self._dispatch_weights(router_logits, stored) @ tokens
-        slot_inputs = slot_inputs.unflatten(1, (stored, self.config.slots_per_expert))
+        kernels = None if self.config.mixes_batch else kernels_for(router_logits)
+        if kernels and stored:
+            every = _every_expert(router_logits, stored)
+            dispatch, _ = kernels.slot_weights(router_logits, every, None, router_logits.dtype)
+        else:
+            wide = torch.promote_types(router_logits.dtype, torch.float32)
+            dispatch = router_logits[:, :, :stored].softmax(0 if self.config.mixes_batch else 1, dtype=wide)
+            dispatch = dispatch.flatten(2).mT.to(router_logits.dtype)
+        slot_inputs = (dispatch @ tokens).unflatten(1, (stored, self.config.slots_per_expert))
         slot_outputs = self._run_experts(slot_inputs)
         weights = combine_weights.to(slot_outputs.dtype)
         of_stored, of_dropped = (part.flatten(2) for part in weights.tensor_split([stored], dim=2))
@@ -217,16 +224,6 @@ class SoftMoE(MoELayer):
         output = combine_weights.flatten(2).to(combine.dtype) @ self.surrogate.flatten(0, 1)
         corrections = (slot_outputs - self.surrogate[someone]).flatten(1, 2)
         return torch.baddbmm(output, combine, corrections), slot_outputs
-
-    def _dispatch_weights(self, router_logits: Tensor, stored: int) -> Tensor:
-        """Return Dᵀ (b,e·p,m) of the slots of the first e experts."""
-        over_batch = self.config.mixes_batch
-        if stored and not over_batch and (kernels := kernels_for(router_logits)):
-            every = _every_expert(router_logits, stored)
-            return kernels.slot_weights(router_logits, every, None, router_logits.dtype)[0]
-        wide = torch.promote_types(router_logits.dtype, torch.float32)
-        weights = router_logits[:, :, :stored].softmax(0 if over_batch else 1, dtype=wide)
-        return weights.flatten(2).mT.to(router_logits.dtype)
 
 
 def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None = None) -> Tensor:

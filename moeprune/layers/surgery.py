@@ -46,6 +46,7 @@ def prune_tensors(
     along an axis, in their order. like: has the type and the device of the compensation.
     """
     tensors: dict[str, T | Tensor] = {}
+    is_static = plan.scope == "static"
     for name, shape in config.shapes(plan).items():
         if config.part(name) == "compensation":
             tensors[name] = like.new_zeros(shape)
@@ -53,13 +54,13 @@ def prune_tensors(
             assert calibrated.score_weights is not None
             tensors[name] = calibrated.score_weights.to(like.device, torch.float32)
         else:
-            axis = config.expert_axis(name) if plan.scope == "static" else None
-            experts = plan.kept or () if config.part(name) == "experts" else plan.columns
-            tensors[name] = take(name, axis, experts)
+            is_expert = config.part(name) == "experts"
+            axis = 0 if is_expert else config.router_axis(name)
+            tensors[name] = take(name, axis if is_static else None, plan.kept or () if is_expert else plan.columns)
     if plan.has_surrogate:
         assert calibrated.term_mean is not None
         surrogate = calibrated.term_mean.to(like, copy=True)
-        if plan.scope == "static":  # in the order of the columns; kept experts have their own outputs
+        if is_static:  # in the order of the columns; kept experts have their own outputs
             surrogate = surrogate[list(plan.columns)]
             surrogate[: plan.k] = 0
         tensors["surrogate"] = surrogate
