@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from lzma import LZMAError
 from pathlib import Path
 from tokenize import TokenError
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moeprune.data.preprocessing import InputFormat
-from moeprune.data.sources import Batch, Source
+from moeprune.data.sources import Batches, Source
 from moeprune.errors import MoepruneError
 
 DAMAGES = (
@@ -38,16 +38,15 @@ def open_safetensors(path: Path, input_format: InputFormat) -> Source:
     inputs = file.get_slice("inputs")
     shape = tuple(inputs.get_shape())
     to_inputs = _converter(path, shape, input_format)
-    samples, labels = shape[0], None
+    labels = None
     if "labels" in names and input_format.classes:
-        labels = _checked_labels(path, file.get_tensor("labels"), samples)
+        labels = _checked_labels(path, file.get_tensor("labels"), shape[0])
 
-    def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
+    def read(batches: Batches) -> Iterator[Tensor]:
         for indices in batches:
-            array = torch.cat([inputs[index : index + 1] for index in indices])
-            yield to_inputs(array), None if labels is None else labels[list(indices)]
+            yield to_inputs(torch.cat([inputs[index : index + 1] for index in indices]))
 
-    return Source(samples, labels is not None, read, [path])
+    return Source(shape[0], labels, read, [path])
 
 
 def open_npz(path: Path, input_format: InputFormat) -> Source:
@@ -65,7 +64,7 @@ def open_npz(path: Path, input_format: InputFormat) -> Source:
             labels = _checked_labels(path, torch.from_numpy(native), shape[0])
     sample_bytes = dtype.itemsize * math.prod(shape[1:])
 
-    def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
+    def read(batches: Batches) -> Iterator[Tensor]:
         with _damage_as_error(f"`{path}` is damaged"), ZipFile(path) as archive, archive.open("inputs.npy") as member:
             for indices in batches:
                 buffer = bytearray()
@@ -73,10 +72,9 @@ def open_npz(path: Path, input_format: InputFormat) -> Source:
                     member.seek(start + index * sample_bytes)
                     buffer += member.read(sample_bytes)
                 array = np.frombuffer(buffer, dtype).reshape(len(indices), *shape[1:])
-                inputs = torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))
-                yield to_inputs(inputs), None if labels is None else labels[list(indices)]
+                yield to_inputs(torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False)))
 
-    return Source(shape[0], labels is not None, read, [path])
+    return Source(shape[0], labels, read, [path])
 
 
 def _npy_header(archive: ZipFile, name: str, path: Path) -> tuple[tuple[int, ...], np.dtype, int]:

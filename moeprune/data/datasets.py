@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,11 +32,13 @@ from moeprune.data.arrays import open_npz, open_safetensors
 from moeprune.data.digits import SPLITS, digits, pairs
 from moeprune.data.images import open_folder
 from moeprune.data.preprocessing import InputFormat
-from moeprune.data.sources import Batch, Source, one_ahead
+from moeprune.data.sources import Batches, Source, one_ahead
 from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files.disk import require_file, version_of
 
+Batch = tuple[Tensor, Tensor | None]
+"""Inputs (b,c,H,W) in float32 and labels (b,) in int64, or None."""
 BUILT_IN = {"digits": digits, "pairs": pairs}
 FILE_KINDS = {".npz": open_npz, ".safetensors": open_safetensors}
 SPECS_HINT = (
@@ -74,7 +76,7 @@ class Dataset:
     @property
     def has_labels(self) -> bool:
         """True if batches have labels."""
-        return self.source.has_labels
+        return self.source.labels is not None
 
     @property
     def info(self) -> DataInfo:
@@ -102,12 +104,10 @@ class Dataset:
         MoepruneError for NaN or infinite inputs and for labels outside the classes.
         """
         versions = [version_of(path) for path in self.source.files]
-        places = range(0, self.samples, batch_size)
-        batches = self.source.read(self.indices[place : place + batch_size] for place in places)
+        is_new = self.fingerprint is None or versions != self._hashed
         digests = hashlib.sha256(), hashlib.sha256()  # apart, so that the batch size leaves no trace
-        if is_new := self.fingerprint is None or versions != self._hashed:
-            batches = self._checked(batches, digests)
-        with contextlib.closing(batches), ThreadPoolExecutor(1) as thread:  # type: ignore[type-var]
+        batches = self._read(batch_size, digests if is_new else None)
+        with contextlib.closing(batches), ThreadPoolExecutor(1) as thread:
             for coming in one_ahead(thread.submit(next, batches, None) for _ in itertools.count()):
                 if (batch := coming.result()) is None:
                     break
@@ -116,23 +116,26 @@ class Dataset:
             both = b"".join(digest.digest() for digest in digests)
             self.fingerprint, self._hashed = hashlib.sha256(both).hexdigest(), versions
 
-    def _checked(self, batches: Iterator[Batch], digests: Sequence[hashlib._Hash]) -> Iterator[Batch]:
-        """Yield the batches, checked, and add their inputs and labels to the digests."""
-        seen = 0
-        for inputs, labels in batches:
-            finite = np.isfinite(inputs.numpy()).reshape(len(inputs), -1).all(axis=1)
-            if not finite.all():
-                bad = self.indices[seen + int(finite.argmin())]
-                raise MoepruneError(f"sample {bad} of `{self.spec}` has NaN or infinite values")
-            if labels is not None and not (fits := (labels >= 0) & (labels < self.classes)).all():
-                bad = int(fits.logical_not().nonzero()[0])
-                label = f"sample {self.indices[seen + bad]} of `{self.spec}` has the label {int(labels[bad])}"
-                raise MoepruneError(f"{label}, the model has {self.classes} classes (0 to {self.classes - 1})")
-            for digest, tensor in zip(digests, (inputs, labels), strict=True):
-                if tensor is not None:
-                    digest.update(tensor.contiguous().numpy().data)
-            seen += len(inputs)
+    def _read(self, batch_size: int, digests: Sequence[hashlib._Hash] | None) -> Generator[Batch]:
+        """Yield the batches; with digests, check them and add their inputs and labels."""
+        parts = [self.indices[place : place + batch_size] for place in range(0, self.samples, batch_size)]
+        for part, inputs in zip(parts, self.source.read(parts), strict=True):
+            labels = None if self.source.labels is None else self.source.labels[list(part)]
+            if digests is not None:
+                self._check(part, inputs, labels)
+                for digest, tensor in zip(digests, (inputs, labels), strict=True):
+                    if tensor is not None:
+                        digest.update(tensor.contiguous().numpy().data)
             yield inputs, labels
+
+    def _check(self, part: Sequence[int], inputs: Tensor, labels: Tensor | None) -> None:
+        finite = np.isfinite(inputs.numpy()).reshape(len(inputs), -1).all(axis=1)
+        if not finite.all():
+            raise MoepruneError(f"sample {part[int(finite.argmin())]} of `{self.spec}` has NaN or infinite values")
+        if labels is not None and not (fits := (labels >= 0) & (labels < self.classes)).all():
+            bad = int(fits.logical_not().nonzero()[0])
+            label = f"sample {part[bad]} of `{self.spec}` has the label {int(labels[bad])}"
+            raise MoepruneError(f"{label}, the model has {self.classes} classes (0 to {self.classes - 1})")
 
 
 def open_data(spec: str, input_format: InputFormat, split: str | None = None, limit: int | None = None) -> Dataset:
@@ -164,13 +167,11 @@ def open_data(spec: str, input_format: InputFormat, split: str | None = None, li
 
 def from_tensors(spec: str, inputs: Tensor, labels: Tensor | None, classes: int) -> Dataset:
     """Return a data set in memory, of inputs (n,c,H,W) as the model takes them and labels (n,)."""
-    used = labels if classes else None
 
-    def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
-        for indices in map(list, batches):
-            yield inputs[indices], None if used is None else used[indices]
+    def read(batches: Batches) -> Iterator[Tensor]:
+        return (inputs[list(indices)] for indices in batches)
 
-    return Dataset(spec, Source(len(inputs), used is not None, read), classes, range(len(inputs)))
+    return Dataset(spec, Source(len(inputs), labels if classes else None, read), classes, range(len(inputs)))
 
 
 def _open_path(spec: str, input_format: InputFormat) -> Source:

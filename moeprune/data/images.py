@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeprune.data.preprocessing import MAX_SIDE, InputFormat
-from moeprune.data.sources import Batch, Source, one_ahead
+from moeprune.data.sources import Batches, Source, one_ahead
 from moeprune.errors import MoepruneError
 from moeprune.files.disk import require_file
 
@@ -39,20 +40,16 @@ def open_folder(path: Path, input_format: InputFormat) -> Source:
     if not files:
         hint = f"expected {path}/CLASS/*.png or *.jpg"
         raise MoepruneError(f"no images in `{path}` ({len(classes)} class folders)", hint)
-    has_labels = bool(classes) and input_format.classes > 0
+    paths, labels = zip(*files, strict=True)
 
-    def read(batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
+    def read(batches: Batches) -> Iterator[Tensor]:
+        read_one = partial(read_image, input_format=input_format)
         with ThreadPoolExecutor() as pool:
+            for images in one_ahead(pool.map(read_one, [paths[index] for index in indices]) for indices in batches):
+                yield input_format.normalize(torch.stack(list(images)))
 
-            def start(indices: Sequence[int]) -> tuple[Sequence[int], list[Future[Tensor]]]:
-                return indices, [pool.submit(read_image, files[i][0], input_format) for i in indices]
-
-            for indices, images in one_ahead(start(indices) for indices in batches):
-                pixels = torch.stack([image.result() for image in images])
-                labels = torch.tensor([files[i][1] for i in indices]) if has_labels else None
-                yield input_format.normalize(pixels), labels
-
-    return Source(len(files), has_labels, read, [file for file, _ in files])
+    has_labels = classes and input_format.classes
+    return Source(len(paths), torch.tensor(labels) if has_labels else None, read, paths)
 
 
 def read_image(path: Path, input_format: InputFormat) -> Tensor:

@@ -11,24 +11,21 @@ from typing import TypeVar
 from torch import Tensor
 
 T = TypeVar("T")
-Batch = tuple[Tensor, Tensor | None]
-"""Inputs (b,c,H,W) in float32 and labels (b,) in int64, or None."""
-Read = Callable[[Iterable[Sequence[int]]], Iterator[Batch]]
+Batches = Iterable[Sequence[int]]
+"""The indices of the samples of each batch, ascending."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Samples that can be read in batches.
 
-    samples: how many there are.
-    has_labels: batches have labels; never for a model without classes.
-    read: reads a batch for each sequence of indices; all indices ascend.
-    files: that the samples are read from.
+    labels: of all samples, int64; None for a model without classes. read: yields the inputs of each batch, (b,c,H,W) in
+    float32. files: that the samples are read from.
     """
 
     samples: int
-    has_labels: bool
-    read: Read
+    labels: Tensor | None
+    read: Callable[[Batches], Iterator[Tensor]]
     files: Sequence[Path] = ()
 
 

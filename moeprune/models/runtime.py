@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from tqdm import tqdm
 
-    from moeprune.data.datasets import Dataset
-    from moeprune.data.sources import Batch
+    from moeprune.data.datasets import Batch, Dataset
 
 logger = logging.getLogger(__name__)
 K = TypeVar("K")
