@@ -21,18 +21,16 @@ from moeprune.data.sources import Batches, Source
 from moeprune.errors import MoepruneError
 
 DAMAGES = (
-    BadZipFile, EOFError, LZMAError, OSError, RuntimeError, SyntaxError, TokenError, TypeError, ValueError,
-    zlib.error,
+    BadZipFile, EOFError, LZMAError, OSError, RuntimeError, SafetensorError, SyntaxError, TokenError, TypeError,
+    ValueError, zlib.error,
 )  # fmt: skip
-"""Errors of zipfile, NumPy and torch for damaged, encrypted or unusual arrays."""
+"""Errors of libraries for damaged, encrypted or unusual arrays."""
 
 
 def open_safetensors(path: Path, input_format: InputFormat) -> Source:
     """Open the arrays of a safetensors file, or raise a MoepruneError if they do not fit the model."""
-    try:
+    with _damage_as_error(f"`{path}` is not a safetensors file"):
         file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise MoepruneError(f"`{path}` is not a safetensors file ({error})") from None
     names = set(file.keys())
     _require_inputs(path, names)
     inputs = file.get_slice("inputs")
@@ -121,11 +119,7 @@ def _checked_labels(path: Path, labels: Tensor, samples: int) -> Tensor:
 
 
 def _converter(path: Path, shape: tuple[int, ...], form: InputFormat) -> Callable[[Tensor], Tensor]:
-    """Return the function that turns arrays of a file into inputs (b,c,H,W) in float32.
-
-    Args:
-        shape: of all inputs of the file: (n,c,H,W), (n,H,W,c), or (n,H,W) for one channel.
-    """
+    """Return the function that turns arrays (n,c,H,W), (n,H,W,c) or, for one channel, (n,H,W) into float32 inputs."""
     channels, height, width = form.shape
     grey = (height, width) if channels == 1 else form.shape
     if shape[1:] not in {form.shape, (height, width, channels), grey}:

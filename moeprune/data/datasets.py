@@ -51,10 +51,8 @@ SPECS_HINT = (
 class Dataset:
     """Samples of a source.
 
-    spec: as the user gave it, with its split.
-    classes: of the model; labels lie below it. 0: the model has no head, and labels are not read.
-    indices: of the samples in the source, ascending.
-    fingerprint: SHA-256 of all inputs and labels as the model gets them; None before a whole pass.
+    spec: as the user gave it, with its split. classes: of the model; labels lie below it. indices: of the samples in
+    the source, ascending. fingerprint: as in DataInfo; None before a whole pass.
     """
 
     spec: str

@@ -48,8 +48,7 @@ def open_folder(path: Path, input_format: InputFormat) -> Source:
             for images in one_ahead(pool.map(read_one, [paths[index] for index in indices]) for indices in batches):
                 yield input_format.normalize(torch.stack(list(images)))
 
-    has_labels = classes and input_format.classes
-    return Source(len(paths), torch.tensor(labels) if has_labels else None, read, paths)
+    return Source(len(paths), torch.tensor(labels) if classes and input_format.classes else None, read, paths)
 
 
 def read_image(path: Path, input_format: InputFormat) -> Tensor:

@@ -29,7 +29,10 @@ class DataSpec(Request, frozen=True, kw_only=True):
 
 
 class DataInfo(Result, frozen=True):
-    """Data that a model ran on; fingerprint: SHA-256 of all inputs and labels as the model gets them."""
+    """Data that a model ran on.
+
+    fingerprint: SHA-256 of all inputs and labels as the model gets them.
+    """
 
     spec: str
     samples: int

@@ -14,7 +14,6 @@ from moeprune.evaluation.request import EvalRequest
 from moeprune.evaluation.results import Evaluation
 from moeprune.models.model import Model, fingerprint, unpruned_fingerprint
 from moeprune.models.opening import open_data_for, open_model, specs_of
-from moeprune.models.request import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -29,41 +28,29 @@ def evaluate_checkpoint(request: EvalRequest) -> tuple[Evaluation, Model, Analys
     spec, *others = specs_of(request.checkpoint, request.checkpoint.path, *compared)
     model = open_model(spec)
     data = open_data_for(model, request.data, "test")
-    baseline = _open_baseline(others[0], spec, model) if others else None
+    baseline = open_model(others[0]) if others else None
+    if baseline is not None and baseline.plan:
+        hint = "give the checkpoint that the model was pruned from"
+        raise MoepruneError(f"`--baseline {others[0].path}` is pruned, expected the full model", hint)
+    if baseline is not None and model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
+        logger.warning(f"`{spec.path}` was not pruned from `{others[0].path}`, but from another model")
     analysis = None if request.analysis is None else load_analysis(request.analysis)
     if analysis is not None:
         require_analysis_of(model.config.moe_layers, unpruned_fingerprint(model), analysis)
     found = evaluate(model, data, baseline, request.runtime, request.latency_batches)
     gates = judge(found, request.limits, request.confidence)
-    found = replace(
-        found,
-        checkpoint=str(request.checkpoint.path),
-        baseline=None if request.baseline is None else str(request.baseline.path),
-        gates=gates,
-        passed=all(gate.passed for gate in gates),
-    )
-    _warn_of_collapsed(found)
+    paths = {"checkpoint": str(spec.path), "baseline": str(others[0].path) if others else None}
+    found = replace(found, **paths, gates=gates, passed=all(gate.passed for gate in gates))
+    if baseline is not None:
+        _warn_of_collapsed(found)
     return found, model, analysis
 
 
-def _open_baseline(spec: ModelSpec, of_model: ModelSpec, model: Model) -> Model:
-    baseline = open_model(spec)
-    if baseline.plan:
-        hint = "give the checkpoint that the model was pruned from"
-        raise MoepruneError(f"`--baseline {spec.path}` is pruned, expected the full model", hint)
-    if model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
-        logger.warning(f"`{of_model.path}` was not pruned from `{spec.path}`, but from another model")
-    return baseline
-
-
 def _warn_of_collapsed(found: Evaluation) -> None:
-    if found.forgetting is None or found.difference is None:
-        return
-    change = -100 * found.difference.accuracy_drop
+    assert found.forgetting is not None
+    assert found.difference is not None
+    average = f"while the average accuracy changed by {-100 * found.difference.accuracy_drop + 0.0:+.2f} pt"
     for entry in found.forgetting.classes:
         if entry.index in found.forgetting.collapsed:
-            logger.warning(
-                f"class {entry.index} collapsed: {100 * entry.baseline_accuracy:.1f} % →"
-                f" {100 * entry.accuracy:.1f} % of its {entry.samples} samples, while the average accuracy"
-                f" changed by {change + 0.0:+.2f} pt"
-            )
+            accuracies = f"{100 * entry.baseline_accuracy:.1f} % → {100 * entry.accuracy:.1f} %"
+            logger.warning(f"class {entry.index} collapsed: {accuracies} of its {entry.samples} samples, {average}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -82,23 +81,6 @@ def samples_needed(evidence: Evidence, limit: float, confidence: float) -> int |
         if many > MOST_SAMPLES:
             return None
     return bisect_left(range(many), True, few + 1, many, key=lambda n: evidence.keeps(limit, confidence, n))
-
-
-def check_limits(limits: Mapping[str, float], has_baseline: bool, has_latency: bool, confidence: float | None) -> None:
-    """Raise a MoepruneError for limits (fractions or ratios by gate name), or a confidence, that cannot be judged."""
-    check_confidence(confidence)
-    if confidence is not None and not limits:
-        raise MoepruneError("`--confidence` goes with a gate", "add one, such as `--max-accuracy-drop 0.01`")
-    for name, limit in limits.items():
-        option, is_ratio = f"--{name.replace('_', '-')}", GATES[name] == "latency"
-        if is_ratio and not 0 < limit < math.inf:
-            raise MoepruneError(f"`{option} {limit}` is not a ratio above 0", "give a speed-up such as 1.5")
-        if not is_ratio and not 0 <= limit <= 1:
-            raise MoepruneError(f"`{option} {limit}` is outside 0…1", "give a fraction: one percent is 0.01")
-        if is_ratio and not has_latency:
-            raise MoepruneError(f"`{option}` judges measured times", "give it with `--latency`")
-        if GATES[name] != "model" and not has_baseline:
-            raise MoepruneError(f"`{option}` compares with the full model", "give it with `--baseline`")
 
 
 def check_confidence(confidence: float | None) -> None:

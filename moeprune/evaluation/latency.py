@@ -73,14 +73,12 @@ def interleaved(
         for function in functions.values():
             seconds_of(partial(function, inputs[index % len(inputs)]))
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    order, spent = list(functions), 0.0
+    order = list(functions)
     for repetition in range(MAX_REPETITIONS):
-        if repetition >= MIN_REPETITIONS and spent >= MEASURED_SECONDS:
+        if repetition >= MIN_REPETITIONS and sum(map(sum, seconds.values())) >= MEASURED_SECONDS:
             break
         for name in order:
-            took = seconds_of(partial(functions[name], inputs[repetition % len(inputs)]))
-            seconds[name].append(took)
-            spent += took
+            seconds[name].append(seconds_of(partial(functions[name], inputs[repetition % len(inputs)])))
         order.reverse()
     return seconds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import msgspec
 
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
-from moeprune.evaluation.gates import GATES, check_limits
+from moeprune.evaluation.gates import GATES, check_confidence
 from moeprune.models.request import Checkpoint, ModelSpec
 from moeprune.models.runtime import Runtime
 from moeprune.records import Request, from_json, option
@@ -64,4 +65,16 @@ class EvalRequest(Request, frozen=True, kw_only=True):
         if self.latency_batch and not self.latency:
             raise MoepruneError("`latency_batch` goes with `latency`", "add `--latency`")
         from_json(self.latency_batch, BatchSizes, "`--latency-batch`")
-        check_limits(self.limits, self.baseline is not None, self.latency, self.confidence)
+        check_confidence(self.confidence)
+        if self.confidence is not None and not self.limits:
+            raise MoepruneError("`confidence` goes with a gate", "add one, such as `--max-accuracy-drop 0.01`")
+        for name, limit in self.limits.items():
+            is_ratio, given = GATES[name] == "latency", f"`--{name.replace('_', '-')} {limit}`"
+            if is_ratio and not 0 < limit < math.inf:
+                raise MoepruneError(f"{given} is not a ratio above 0", "give a speed-up such as 1.5")
+            if not is_ratio and not 0 <= limit <= 1:
+                raise MoepruneError(f"{given} is outside 0…1", "give a fraction: one percent is 0.01")
+            if is_ratio and not self.latency:
+                raise MoepruneError(f"`{name}` judges measured times", "give it with `--latency`")
+            if GATES[name] != "model" and self.baseline is None:
+                raise MoepruneError(f"`{name}` compares with the full model", "give it with `--baseline`")
