@@ -79,7 +79,7 @@ def test_what_cannot_be_searched(full):
     with pytest.raises(MoepruneError, match="has one sample"):
         search(full, data.sample(1), DropLimit(0.1))
     with pytest.raises(MoepruneError, match="`--confidence 1` is not within"):
-        DropLimit(0.1, 1)
+        search(full, data, DropLimit(0.1, 1))
 
 
 def test_what_confirms_must_not_have_been_calibrated_on(full):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import NamedTuple
 
 from moeprune.calibration.analysis import Analysis
 from moeprune.errors import MoepruneError
@@ -21,8 +21,7 @@ from moeprune.models.architecture import ModelConfig
 from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, require_fitting_plan
 
 
-@dataclass(frozen=True)
-class Costs:
+class Costs(NamedTuple):
     """The cost of a model under every plan of one scope and compensation, in bytes or FLOPs.
 
     full: of the unpruned model. rest: of what is in no MoE layer. layers: of each layer with k = 0…n experts, where
@@ -137,7 +136,7 @@ def allocate(
             gain = (losses[name][k] - losses[name][larger]) / (costs[name][larger] - costs[name][k])
             steps.append((-gain, order, index, name, larger))
     stopped = set()
-    for _, _, _, name, larger in sorted(steps):
+    for *_, name, larger in sorted(steps):
         more = costs[name][larger] - costs[name][chosen[name]]
         if spent + more > budget:
             stopped.add(name)  # a later step of this layer would leave this one out

@@ -14,7 +14,6 @@ from moeprune.calibration.analysis import Analysis, load_analysis, require_analy
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment
 from moeprune.files import checkpoint
-from moeprune.files.checkpoint import Copied
 from moeprune.files.header import Header, read_header
 from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import read_description
@@ -106,7 +105,7 @@ def _prune_file(request: PruneRequest, full: Described, header: Header, analysis
     analysis = require_calibration(plan, layers, analysis, has_data=False, one_shot=True)
     require_analysis_of(layers, full.fingerprint, analysis)
     tensors = checkpoint.read_tensors(header)
-    entries: dict[str, Tensor | Copied] = {name: Copied(header, name) for name in header.tensors}
+    entries: dict[str, Tensor | checkpoint.Copied] = {name: checkpoint.Copied(header, name) for name in header.tensors}
     decided = {}
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]
@@ -125,11 +124,11 @@ def _prune_file(request: PruneRequest, full: Described, header: Header, analysis
 
 def _take(
     header: Header, tensors: Mapping[str, Tensor], layer: str, name: str, axis: int | None, experts: Sequence[int]
-) -> Tensor | Copied:
+) -> Tensor | checkpoint.Copied:
     """Return a tensor of a layer of a file, or some experts' places along an axis: as bytes to copy, if they lie so."""
     if axis:
         return tensors[f"{layer}.{name}"].index_select(axis, torch.tensor(experts))
-    return Copied(header, f"{layer}.{name}", None if axis is None else experts)
+    return checkpoint.Copied(header, f"{layer}.{name}", None if axis is None else experts)
 
 
 def _search(request: PruneRequest, full: Described, analysis: Analysis | None) -> Search:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -43,15 +44,11 @@ STEPS_OF_TWO = 2
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
-class DropLimit:
+class DropLimit(NamedTuple):
     """The largest accuracy drop: of its measured value, or, with a confidence, of its one-sided bound."""
 
     max_accuracy_drop: float
     confidence: float | None = None
-
-    def __post_init__(self) -> None:
-        check_confidence(self.confidence)
 
     def judged(self, outcomes: Outcomes, plans: int = 1) -> float:
         """Return the drop, or its bound at a level that lets the bounds of so many plans hold at once."""
@@ -114,6 +111,7 @@ def prune_within_drop(
 
     Raises a MoepruneError if no plan is within the limit, or the analysis was made from the same data.
     """
+    check_confidence(limit.confidence)
     require_dense_layers(model, ALREADY_PRUNED)
     data = dataset_for(model, data, "calibration")
     if data.samples < 2:

@@ -63,9 +63,8 @@ def grid(
     every = product(scopes, signals, compensations)
     ways = [way for way in every if way[1] != "random" and is_possible(*way)]
     controls = [c for c in compensations if is_possible(control_scope, "random", c)]
-    for keep in keeps:
-        yield from (Variant(keep, *way) for way in ways)
-        yield from (Variant(keep, control_scope, "random", compensate) for compensate in controls)
+    ways += [(control_scope, "random", compensate) for compensate in controls]
+    yield from (Variant(keep, *way) for keep in keeps for way in ways)
     for compensate in controls:
         if compensate not in ("renorm", "refit", "merge"):  # these use kept experts
             yield Variant(0, control_scope, "combine", compensate)
