@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import moeprune
-from moeprune.data.digits import digits
+from moeprune.data.datasets import digits
 from tests import peers
 from tests.test_layout import LEVELS
 

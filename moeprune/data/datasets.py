@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moeprune.data.arrays import open_npz, open_safetensors
-from moeprune.data.digits import SPLITS, digits, pairs
 from moeprune.data.images import open_folder
 from moeprune.data.preprocessing import InputFormat
 from moeprune.data.sources import Batches, Source, one_ahead
@@ -39,7 +39,8 @@ from moeprune.files.disk import require_file, version_of
 
 Batch = tuple[Tensor, Tensor | None]
 """Inputs (b,c,H,W) in float32 and labels (b,) in int64, or None."""
-BUILT_IN = {"digits": digits, "pairs": pairs}
+SPLITS = {"train": (0, 5), "calibration": (5, 7), "test": (7, 10)}
+"""The places from and to, of every ten images of a class in the order of the data set."""
 FILE_KINDS = {".npz": open_npz, ".safetensors": open_safetensors}
 SPECS_HINT = (
     "give `digits`, `pairs` (each with `:train`, `:calibration` or `:test`), a `.npz` or"
@@ -148,12 +149,12 @@ def open_data(spec: str, input_format: InputFormat, split: str | None = None, li
     hint = f"splits are {', '.join(SPLITS)}"
     if split is not None and split not in SPLITS:
         raise MoepruneError(f"`--split {split}` is unknown", hint)
-    if name in BUILT_IN:
+    if built_in := {"digits": digits, "pairs": pairs}.get(name):
         split = own_split or split or "test"
         spec = f"{name}:{split}"
         if split not in SPLITS:
             raise MoepruneError(f"`{spec}`: unknown split `{split}`", hint)
-        pixels, labels = BUILT_IN[name](split)
+        pixels, labels = built_in(split)
         if tuple(pixels.shape[1:]) != input_format.shape:
             raise input_format.misfit(spec, tuple(pixels.shape))
         data = from_tensors(spec, input_format.normalize(pixels), labels, input_format.classes)
@@ -182,3 +183,36 @@ def _open_path(spec: str, input_format: InputFormat) -> Source:
     if path.suffix not in FILE_KINDS:
         raise MoepruneError(f"`{spec}` is not a known kind of data", SPECS_HINT)
     return FILE_KINDS[path.suffix](path, input_format)
+
+
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """Return one split of scikit-learn's digits, stratified and fixed: pixels (n,1,8,8) in 0…1 and labels (n,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        hint = "install it, or moeprune's extra `demo`"
+        raise MoepruneError("the data sets `digits` and `pairs` need scikit-learn", hint) from None
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16
+    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    place_in_class = (labels == labels[:, None]).tril(-1).sum(1)
+    start, end = SPLITS[split]
+    part = (place_in_class % 10 >= start) & (place_in_class % 10 < end)
+    return images[part], labels[part]
+
+
+def pairs(split: str) -> tuple[Tensor, Tensor]:
+    """2,000 pairs of digits of one split side by side: pixels (2000,1,8,16), labels 10·left + right.
+
+    Every class has 20 pairs; which images they are made of is drawn with a fixed seed.
+    """
+    images, labels = digits(split)
+    by_digit = [images[labels == digit] for digit in range(10)]
+    generator = random.Random(list(SPLITS).index(split))
+
+    def draw(digits: Tensor) -> Tensor:
+        shown = (by_digit[digit] for digit in digits.tolist())
+        return torch.stack([each[int(generator.random() * len(each))] for each in shown])
+
+    classes = torch.arange(2000) % 100
+    return torch.cat([draw(classes // 10), draw(classes % 10)], dim=3), classes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moeprune import __version__
-from moeprune.data.digits import digits
+from moeprune.data.datasets import digits
 from moeprune.data.preprocessing import InputFormat, Preprocessing
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE

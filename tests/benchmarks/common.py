@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 import moeprune
-from moeprune.data.datasets import Dataset, from_tensors
-from moeprune.data.digits import digits
+from moeprune.data.datasets import Dataset, digits, from_tensors
 from moeprune.demo.train import Recipe, train
 from moeprune.evaluation.evaluate import predict
 from moeprune.layers.config import SoftMoEConfig
