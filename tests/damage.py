@@ -23,9 +23,8 @@ RAW = {
 """Texts that `json.dumps` writes for no value, or for none that it reads."""
 
 EXTREMES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**15, 10**400, 0.5, -1e-9, 1e308, "", "text",
-    "a\0b\x1b[31m", "ä😀", "x" * 5000, "../..", [], [0], [[]], [None], [-1, 2**63], {}, {"a": 1}, {"": None},
-    *RAW,
+    None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**15, 10**400, 0.5, -1e-9, 1e308, "", "text", "a\0b\x1b[31m", "ä😀",
+    "x" * 5000, "../..", [], [0], [[]], [None], [-1, 2**63], {}, {"a": 1}, {"": None}, *RAW,
 )  # fmt: skip
 """Values to put in the place of any other."""
 

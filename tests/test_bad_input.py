@@ -396,9 +396,7 @@ ANALYSES: dict[str, tuple[Make, str, tuple[str, ...]]] = {
         for name, (key, new, fragment) in TENSORS.items()
     },
     "of other samples": (lambda w: w.outdated(inputs=INPUTS / 2), "lstsq", ("made1.npz", "changed")),
-    "of fewer samples": (
-        lambda w: w.outdated(inputs=INPUTS[1:], labels=LABELS[1:]), "lstsq", ("made1.npz", "changed"),
-    ),
+    "of fewer samples": (lambda w: w.outdated(inputs=INPUTS[1:], labels=LABELS[1:]), "lstsq", ("made1.npz", "changed")),
     "of a file that is gone": (lambda w: w.outdated(), "lstsq", ("made1.npz",)),
     "of other data than is given": (lambda w: w.analysis, "lstsq --data digits:train --limit 60", ("digits:train",)),
     "of another limit": (lambda w: w.analysis, "lstsq --data digits --limit 50", ("50 samples", "60 samples")),
@@ -483,12 +481,8 @@ DATA: dict[str, tuple[Make, tuple[str, ...]]] = {
     "an empty folder": (lambda w: w.folder(classes=0), ("no images", "made1")),
     "empty class folders": (lambda w: w.folder(a_txt=b""), ("no images", "made1", "10")),
     "images without class folders": (lambda w: w.folder("a.png", classes=0), ("made1", "no labels")),
-    "fewer class folders than classes": (
-        lambda w: w.folder(classes=2), ("2 class folders", "made1", "10 classes"),
-    ),
-    "more class folders than classes": (
-        lambda w: w.folder("11/a.png", "12/a.png"), ("12 class folders", "10 classes"),
-    ),
+    "fewer class folders than classes": (lambda w: w.folder(classes=2), ("2 class folders", "made1", "10 classes")),
+    "more class folders than classes": (lambda w: w.folder("11/a.png", "12/a.png"), ("12 class folders", "10 classes")),
     "an image of another kind": (
         lambda w: w.folder("0/a.png", b_png=b"%!PS-Adobe-3.0 EPSF-3.0\n"), ("b.png", "not a readable image"),
     ),

@@ -529,9 +529,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
     output = tmp_path / "new" / "demo"
     result = run("demo", "-o", output)
     assert (result.code, result.stderr) == (0, "")
-    names = [
-        "input-none-1-8", "input-mean-1-16", "static-lstsq-1-8", "static-lstsq-1-16", "static-affine-1-32",
-    ]  # fmt: skip
+    names = ["input-none-1-8", "input-mean-1-16", "static-lstsq-1-8", "static-lstsq-1-16", "static-affine-1-32"]
     files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     expected = {"summary.json"}
     for model in ("single", "vit"):

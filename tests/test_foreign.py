@@ -239,8 +239,7 @@ def test_weights_are_mapped_not_copied(tmp_path, form):
     small = save(tmp_path / "small", form, tensors())
     path = save(tmp_path, form, large)
     ran = subprocess.run(
-        [sys.executable, "-c", SYSTEM_MEMORY, small, path],
-        capture_output=True, text=True, check=True, timeout=100,
+        [sys.executable, "-c", SYSTEM_MEMORY, small, path], capture_output=True, text=True, check=True, timeout=100,
     )  # fmt: skip
     before, read, summed, checked, total = json.loads(ran.stdout)
     assert total == 16 * MIB

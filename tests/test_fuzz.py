@@ -144,9 +144,7 @@ KINDS = {
         )
         for name in ("plan", "merge", "narrow")
     },
-    "foreign.safetensors": (
-        f"prune @foreign.safetensors {SOURCE_ARGS} {RANDOM}", "inspect @foreign.safetensors",
-    ),
+    "foreign.safetensors": (f"prune @foreign.safetensors {SOURCE_ARGS} {RANDOM}", "inspect @foreign.safetensors"),
     "foreign.pt": (f"prune @foreign.pt {SOURCE_ARGS} {RANDOM}", "inspect @foreign.pt"),
     "legacy.pt": (f"prune @legacy.pt {SOURCE_ARGS} {RANDOM}",),
     "shards": (f"prune @shards {SOURCE_ARGS} {RANDOM}",),
@@ -155,9 +153,7 @@ KINDS = {
     "data.safetensors": (
         f"eval {DENSE} --data @data.safetensors", f"analyze {DENSE} --data @data.safetensors -o OLD --force",
     ),
-    "images": (
-        f"eval {DENSE} --data @images", f"eval {DENSE} --data @images --preprocess resize=9",
-    ),
+    "images": (f"eval {DENSE} --data @images", f"eval {DENSE} --data @images --preprocess resize=9"),
     "adopted.safetensors": (
         "inspect @adopted.safetensors",
         "inspect @adopted.safetensors --output-format json",

@@ -31,8 +31,7 @@ def good(stock: Stock) -> dict[str, Any]:
     data, dense = str(stock.path("data.npz")), str(stock.path("dense.safetensors"))
     return {
         "limit": 9, "batch-size": 4, "data": data, "dtype": "float32", "quiet": False,
-        "inspect": {"output-format": "json"},
-        "analyze": {"output": "analysis.safetensors"},
+        "inspect": {"output-format": "json"}, "analyze": {"output": "analysis.safetensors"},
         "prune": {"output": "pruned.safetensors", "keep": "1/2", "signal": "random", "seed": 3},
         "eval": {
             "baseline": dense, "min-accuracy": 0.0, "min-agreement": 0, "latency-batch": [1], "latency": True,
@@ -42,8 +41,7 @@ def good(stock: Stock) -> dict[str, Any]:
 
 
 COMMANDS = (
-    "inspect @static.safetensors", "analyze @dense.safetensors", "prune @dense.safetensors",
-    "eval @static.safetensors",
+    "inspect @static.safetensors", "analyze @dense.safetensors", "prune @dense.safetensors", "eval @static.safetensors",
 )  # fmt: skip
 FILES = {
     "moeprune.toml": (),
@@ -54,11 +52,10 @@ FILES = {
 """Where the options stand in a file; those of a folder are named by `--config`."""
 
 RAW = (
-    "", "=", "1e999", "-inf", "nan", "0x1F", "1_000", "+9", "9" * 5000, "-" + "9" * 4000, "1979-05-27",
-    "07:32:00", "1979-05-27T07:32:00Z", "'''a\nb'''", '"\\u0000\\u001b[31m"', '"\\ud800"',
-    "[" * 900 + "]" * 900, "[" * 5000, "{a=" * 900 + "1" + "}" * 900, "{}", "{a = 1, a = 2}", "[1, 'a', [2]]",
-    "[[]]", "[nan]", "True", "'x' y", "1 # text", "[1,\n2]", "1\r", "1\n1 = 2", "1\n[a.b.c]\nd = 1",
-    "1\n[[eval]]\nlimit = 1", "\ufeff1",
+    "", "=", "1e999", "-inf", "nan", "0x1F", "1_000", "+9", "9" * 5000, "-" + "9" * 4000, "1979-05-27", "07:32:00",
+    "1979-05-27T07:32:00Z", "'''a\nb'''", '"\\u0000\\u001b[31m"', '"\\ud800"', "[" * 900 + "]" * 900, "[" * 5000,
+    "{a=" * 900 + "1" + "}" * 900, "{}", "{a = 1, a = 2}", "[1, 'a', [2]]", "[[]]", "[nan]", "True", "'x' y",
+    "1 # text", "[1,\n2]", "1\r", "1\n1 = 2", "1\n[a.b.c]\nd = 1", "1\n[[eval]]\nlimit = 1", "\ufeff1",
 )  # fmt: skip
 """Values as they stand in a file, many of which are none."""
 KEYS = ("limt", "", "eval", "a.b", "x" * 3000, "ä😀", "a\x1b[31m", "batch_size", "checkpoint", "--limit")

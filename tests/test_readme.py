@@ -168,8 +168,7 @@ def test_commands_for_a_model_of_ones_own_code(workplace, run, monkeypatch):
 
     def build(depth):
         return nn.Sequential(
-            nn.Conv2d(3, 12, 56, 56),
-            *(soft_moe_pytorch.SoftMoE(12, num_experts=8, num_slots=1) for _ in range(depth)),
+            nn.Conv2d(3, 12, 56, 56), *(soft_moe_pytorch.SoftMoE(12, num_experts=8, num_slots=1) for _ in range(depth)),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
         )  # fmt: skip
 
