@@ -23,6 +23,7 @@ from moeprune.models.architecture import BlockConfig, ViTConfig, architecture_fr
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.vit import SoftMoEViT
 from tests import peers
+from tests.damage import metadata_of
 
 needs_library = pytest.mark.skipif(not peers.has("soft_moe"), reason="soft-moe is not installed")
 BASE = {
@@ -90,7 +91,7 @@ def given(model_options: dict) -> dict:
     """What has to be said of a model, besides its file."""
     options = BASE | {"global_pool": "token"} | model_options
     said = {"global_pool", "eps"} | (set() if options.get("qk_norm") else {"num_heads"})
-    if isinstance(options["img_size"], tuple) and len(set(options["img_size"])) > 1:
+    if isinstance(options["img_size"], tuple):  # not square
         said.add("img_size")
     return {name: value for name, value in options.items() if name in said}
 
@@ -120,12 +121,8 @@ def write(tmp_path):
     """Save a state dict as users do, under a name of this kind."""
 
     def write(tensors: dict, name: str = "theirs.pt") -> Path:
-        path = tmp_path / name
-        if path.suffix == ".safetensors":
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-        else:
-            torch.save(tensors, path)
-        return path
+        (save_file if name.endswith(".safetensors") else torch.save)(tensors, tmp_path / name)
+        return tmp_path / name
 
     return write
 
@@ -139,14 +136,13 @@ COMBINED = set(OPTIONS["all at once"])
 
 @needs_library
 @pytest.mark.parametrize(
-    "name",
+    "options",
     [
-        pytest.param(name, marks=pytest.mark.slow) if options and set(options) < COMBINED else name
+        pytest.param(options, marks=pytest.mark.slow if options and set(options) < COMBINED else (), id=name)
         for name, options in OPTIONS.items()
     ],
 )
-def test_every_option_comes_in_and_goes_back(name, write, tmp_path):
-    options = OPTIONS[name]
+def test_every_option_comes_in_and_goes_back(options, write, tmp_path):
     theirs = library_model(**options)
     state = theirs.state_dict()
     ours = moeprune.load(write(state), **given(options))
@@ -223,24 +219,26 @@ def test_stacked_experts(write, tmp_path):
 
 
 @needs_library
-@pytest.mark.parametrize("case", ["experts wider than MLPs", "layers of different size"])
-def test_what_the_librarys_model_cannot_be_built_with(case, write, tmp_path):
+@pytest.mark.parametrize(
+    ("layers", "size", "width", "expected"),
+    [
+        ((1, 2), (4, 2), 40, "hidden units of MLPs and experts is not the"),
+        ((2,), (3, 1), 96, "everywhere: 3 or 4; the number of slots"),
+    ],
+)
+def test_what_the_librarys_model_cannot_be_built_with(layers, size, width, expected, write, tmp_path):
     from soft_moe import SoftMoELayerWrapper
     from timm.layers import Mlp
 
     theirs = library_model(depth=3)
-    if case == "experts wider than MLPs":
-        for index in (1, 2):
-            theirs.blocks[index].mlp = SoftMoELayerWrapper(24, 4, 2, Mlp, in_features=24, hidden_features=40)
-        state, expected = (stacked(randomize(theirs).state_dict()), "hidden units of MLPs and experts is not the")
-    else:
-        theirs.blocks[2].mlp = SoftMoELayerWrapper(24, 3, 1, Mlp, in_features=24, hidden_features=96)
-        state, expected = randomize(theirs).state_dict(), "everywhere: 3 or 4; the number of slots"
-    ours = moeprune.load(write(state), **given({}))
+    for index in layers:
+        theirs.blocks[index].mlp = SoftMoELayerWrapper(24, *size, Mlp, in_features=24, hidden_features=width)
+    state = randomize(theirs).state_dict()
+    ours = moeprune.load(write(stacked(state) if width == 40 else state), **given({}))
     assert ours.reading.parity.max_relative_difference is None
     assert expected in ours.reading.parity.skipped
-    if case == "experts wider than MLPs":
-        assert int(24 * ours.reading.arguments["moe_mlp_ratio"]) == 40
+    if width == 40:
+        assert int(24 * ours.reading.arguments["moe_mlp_ratio"]) == width
     else:
         assert ours.reading.arguments["num_experts"] == [3, 4]
     assert largest_difference(ours, theirs, torch.float64) < 1e-9
@@ -363,11 +361,11 @@ OURS = ViTConfig(
 )  # fmt: skip
 
 
-def fake_state(rows: int = 5, depth: int = 2) -> dict:
+def fake_state(depth: int = 2) -> dict:
     """The tensors of the library's model, made without the library."""
     generator = torch.Generator().manual_seed(0)
     entries = SoftMoEViTs().entries(OURS.replace(blocks=OURS.blocks[:depth]))
-    shapes = {name: entry.shape for entry in entries for name in entry.theirs} | {"pos_embed": (1, rows, 24)}
+    shapes = {name: entry.shape for entry in entries for name in entry.theirs} | {"pos_embed": (1, 5, 24)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -380,23 +378,25 @@ def test_the_fake_state_is_the_librarys():
     assert {name: t.shape for name, t in fake_state().items()} == {name: t.shape for name, t in state.items()}
 
 
+EVERY_SIZE = "`img_size` (4x24, 8x12, 12x8, 24x4, 4x28 or 28x4)"
 ASKED = [
-    ({}, {}, ["`num_heads` (1, 2, 3, 4, 6, 8, 12 or 24)", "`global_pool` (token, avg or '')"]),
-    ({}, {"num_heads": 4}, ["`global_pool` (token, avg or '')"]),
-    ({"rows": 7}, GIVEN, ["`img_size` (4x24, 8x12, 12x8, 24x4, 4x28 or 28x4)"]),
-    ({"rows": 7}, {}, ["num_heads", "global_pool", "img_size"]),
-    ({"rows": 7}, GIVEN | {"no_embed_class": True}, ["`img_size` (4x28 or 28x4)"]),
-    ({"rows": 5}, GIVEN | {"no_embed_class": True}, ["`img_size` (4x20 or 20x4)"]),
+    (5, {}, ["`num_heads` (1, 2, 3, 4, 6, 8, 12 or 24)", "`global_pool` (token, avg or '')"]),
+    (5, {"num_heads": 4}, ["`global_pool` (token, avg or '')"]),
+    (7, GIVEN, [EVERY_SIZE]),
+    (7, {}, ["`num_heads` (", "`global_pool` (", EVERY_SIZE]),
+    (7, GIVEN | {"no_embed_class": True}, ["`img_size` (4x28 or 28x4)"]),
+    (5, GIVEN | {"no_embed_class": True}, ["`img_size` (4x20 or 20x4)"]),
 ]
+"""Rows of the position embedding, what is given, and what is asked for."""
 
 
-@pytest.mark.parametrize(("options", "said", "expected"), ASKED)
-def test_what_is_missing_is_asked_for_at_once(options, said, expected, write):
-    error = refused(write(fake_state(**options)), **said)
-    asked = [f"--source-arg {name.split('`')[1]}=..." for name in expected if "`" in name]
+@pytest.mark.parametrize(("rows", "said", "expected"), ASKED)
+def test_what_is_missing_is_asked_for_at_once(rows, said, expected, write):
+    error = refused(write(changed(pos_embed=torch.ones(1, rows, 24))), **said)
+    names = {fragment.split("`")[1] for fragment in expected}
+    asked = [f"--source-arg {name}=..." for name in names]
     assert [fragment for fragment in (*expected, *asked) if fragment not in error] == []
-    for name in ("num_heads", "global_pool", "img_size"):
-        assert (name in error) == any(name in fragment for fragment in expected)
+    assert {name for name in ("num_heads", "global_pool", "img_size") if name in error} == names
 
 
 def test_queries_normalised_by_head_tell_their_number(write):
@@ -413,25 +413,24 @@ def test_queries_normalised_by_head_tell_their_number(write):
     assert "`blocks.0.attn.q_norm.weight` is [7], expected [24]" in refused(write(state), **GIVEN)
 
 
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ({"heads": 4}, ["`heads`"]),
-        ({"num_heads": "four"}, ["`num_heads`", "int", "'four'"]),
-        ({"num_heads": 5}, ["`num_heads` is 5, expected 1, 2, 3, 4, 6, 8, 12 or 24"]),
-        ({"global_pool": "max"}, ["`global_pool`", "max"]),
-        ({"eps": 2.0}, ["`eps`", "1"]),
-        ({"eps": float("nan")}, ["eps"]),
-        ({"no_embed_class": 1}, ["`no_embed_class`", "bool"]),
-        ({"img_size": "1x2x3"}, ["`img_size`"]),
-        ({"img_size": [1, 2, 3]}, ["`img_size`"]),
-        ({"img_size": 9}, ["`img_size` is (9, 9), expected 4x16, 8x8, 16x4, 4x20 or 20x4"]),
-        ({"img_size": 8, "no_embed_class": True}, ["`img_size` is (8, 8), expected 4x20 or 20x4"]),
-        ({"act_layer": "ReLU"}, ["`act_layer`", "ReLU"]),
-        ({"num_heads": 5, "img_size": 9}, ["`num_heads` is 5", "`img_size` is (9, 9)"]),
-    ],
-    ids=str,
-)
+UNFIT = [
+    ({"heads": 4}, ["`heads`"]),
+    ({"num_heads": "four"}, ["`num_heads`", "int", "'four'"]),
+    ({"num_heads": 5}, ["`num_heads` is 5, expected 1, 2, 3, 4, 6, 8, 12 or 24"]),
+    ({"global_pool": "max"}, ["`global_pool`", "max"]),
+    ({"eps": 2.0}, ["`eps`", "1"]),
+    ({"eps": float("nan")}, ["eps"]),
+    ({"no_embed_class": 1}, ["`no_embed_class`", "bool"]),
+    ({"img_size": "1x2x3"}, ["`img_size`"]),
+    ({"img_size": [1, 2, 3]}, ["`img_size`"]),
+    ({"img_size": 9}, ["`img_size` is (9, 9), expected 4x16, 8x8, 16x4, 4x20 or 20x4"]),
+    ({"img_size": 8, "no_embed_class": True}, ["`img_size` is (8, 8), expected 4x20 or 20x4"]),
+    ({"act_layer": "ReLU"}, ["`act_layer`", "ReLU"]),
+    ({"num_heads": 5, "img_size": 9}, ["`num_heads` is 5", "`img_size` is (9, 9)"]),
+]
+
+
+@pytest.mark.parametrize(("said", "expected"), UNFIT, ids=str)
 def test_arguments_that_do_not_fit(said, expected, write):
     error = refused(write(fake_state()), **GIVEN | said)
     assert [fragment for fragment in expected if fragment not in error] == []
@@ -602,8 +601,6 @@ def test_targets_that_do_not_fit(to, single, tmp_path):
 def test_the_shipped_models_say_what_they_said(single, vit):
     """Fields of an architecture that came later leave no trace in what is written of older models."""
     for path in (single, vit):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        written = json.loads(header["__metadata__"]["moeprune"])["architecture"]
+        written = metadata_of(path.read_bytes())["architecture"]
         assert json.loads(json.dumps(architecture_from_json(written).to_json())) == written
         assert moeprune.load(path).moe_layers
