@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ def refusal(run: Callable[..., Any], words: Sequence[object], *named: str, folde
     assert "Traceback" not in result.stderr
     assert (folder and files_under(folder)) == before
     return result.stderr
+
+
+def check_none(complaints: Iterable[str | None]) -> None:
+    """Fails with the first of what is wrong, if anything is."""
+    found = [complaint for complaint in complaints if complaint]
+    assert not found, "\n\n".join(found[:20]) + f"\n{len(found)} in all"
 
 
 def complaint(run: Callable[..., Any], words: Sequence[object], folder: Path, *named: str) -> str | None:

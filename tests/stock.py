@@ -115,9 +115,9 @@ class Stock:
         result = self.run(*words)
         assert result.code == 0, (words, result.stderr)
 
-    def complaint(self, words: list[object]) -> str | None:
+    def complaint(self, words: list[object], *named: str) -> str | None:
         """What is wrong with how a command ends; the outputs are as before afterwards."""
-        found = complaint(self.run, words, self.root / "out")
+        found = complaint(self.run, words, self.root / "out", *named)
         self.output.write_bytes(b"old")
         return found
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.damage import EXTREMES, mutated, places, removed, replaced, toml
-from tests.endings import complaint
+from tests.endings import check_none, complaint
 from tests.stock import Stock
 
 CASES = 100
@@ -92,22 +92,22 @@ def test_damaged_configurations_are_taken_or_refused(stock, folder, run, name):
         table = {key: table}
     file = folder / name
     file.parent.mkdir(exist_ok=True)
-    complaints = []
-    for number in range(-len(COMMANDS), CASES):
+
+    def complaint_of(number: int) -> str | None:
         chance = random.Random(f"{name} {number}")
         content, key = damaged(table, start, chance) if number >= 0 else (toml(table).encode(), "")
         file.write_bytes(content)
         words = stock.command(COMMANDS[number % len(COMMANDS)])
         words = ["--config", name, *words] if "/" in name else words
         ends = []
-        found = complaint(lambda *words, ends=ends: ends.append(run(*words)) or ends[-1], words, folder)
+        found = complaint(lambda *words: ends.append(run(*words)) or ends[-1], words, folder)
         error = " ".join(ends[0].stderr.split()) if ends and ends[0].code == 2 else ""
         is_lacking = "Missing option" in error or "nothing to write" in error  # no file is to blame
         if error and not is_lacking and not (f"`{name}`" in error and key in error and number >= 0):
             found = found or f"names no file or key: {error[:1000]}"
-        if found:
-            complaints.append(f"{number}: {words} {content[:3000]!r}: {found}")
         for path in folder.rglob("*"):
             if path.is_file() and path != file:
                 path.unlink()
-    assert not complaints, "\n\n".join(complaints[:20]) + f"\n{len(complaints)} in all"
+        return found and f"{number}: {words} {content[:3000]!r}: {found}"
+
+    check_none(complaint_of(number) for number in range(-len(COMMANDS), CASES))

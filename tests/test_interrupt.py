@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import pytest
 
 import moeprune
@@ -25,88 +21,11 @@ from moeprune.models.vit import SoftMoEViT
 from tests.endings import files_under, time_limit
 from tests.stock import NEEDS, WRITERS
 
-fcntl = pytest.importorskip("fcntl", reason="needs a Unix terminal")
-termios = pytest.importorskip("termios", reason="needs a Unix terminal")
-pty = pytest.importorskip("pty", reason="needs a Unix terminal")
-
-SAMPLES = 6000
 PATIENCE = 60.0
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="watches processes")
 
 
-def needs_proc(test):
-    """Marks a slow test that watches processes."""
-    exists = Path("/proc/self/status").exists()
-    return pytest.mark.slow(pytest.mark.skipif(not exists, reason="watches processes")(test))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """So many samples that one at a time takes seconds."""
-    path = tmp_path_factory.mktemp("data") / "data.npz"
-    np.savez(path, inputs=np.zeros((SAMPLES, 1, 8, 8), np.float16), labels=np.zeros(SAMPLES, np.int64))
-    return path
-
-
-def interrupt(words: list[object], ready: Callable[[bytes], bool], number: int) -> tuple[int, bytes, bytes]:
-    """Start a command with a terminal as stderr, and send a signal once what it shows there says it works.
-
-    Returns:
-        Its exit code, stdout and stderr.
-    """
-    terminal, errors = pty.openpty()
-    fcntl.ioctl(errors, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 100, 0, 0))
-    command = [sys.executable, "-m", "moeprune", *(str(word) for word in words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process:
-        os.close(errors)
-        shown = b""
-        try:
-            deadline = time.monotonic() + PATIENCE
-            while not ready(shown):
-                assert process.poll() is None, shown
-                assert time.monotonic() < deadline, shown
-                if select.select([terminal], [], [], 0.1)[0]:
-                    shown += read(terminal)
-            process.send_signal(number)
-            output = process.stdout.read()
-            process.wait(PATIENCE)
-            while more := read(terminal):
-                shown += more
-        finally:
-            process.kill()
-            os.close(terminal)
-    return process.returncode, output, shown
-
-
-def read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 4096)
-    except OSError:  # Linux says so when the other end is closed
-        return b""
-
-
-def bar_moves(name: str) -> Callable[[bytes], bool]:
-    """Whether the progress bar of this name has counted some of the samples."""
-
-    def moves(shown: bytes) -> bool:
-        bars = [part for part in shown.split(b"\r") if part.startswith(name.encode())]
-        return any(f" 0/{SAMPLES} ".encode() not in bar for bar in bars)
-
-    return moves
-
-
-@pytest.mark.parametrize(("name", "number"), [("analyze", signal.SIGINT), ("eval", signal.SIGTERM)])
-def test_interrupted_work_leaves_files_as_they_were(stock, data, tmp_path, name, number):
-    output = tmp_path / "output"
-    output.write_bytes(b"old")
-    words = [name, stock.path("dense.safetensors"), "--data", data, "--batch-size", 1, "--force"]
-    words += ["--output-file" if name == "eval" else "-o", output]
-    code, stdout, shown = interrupt(words, bar_moves(name), number)
-    assert (code, stdout) == (128 + number, b"")
-    assert b"Traceback" not in shown
-    assert b"error" not in shown
-    assert files_under(tmp_path) == {"output": b"old"}
-
-
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_python", "_check_build"])
 def test_interrupted_imports_are_an_interrupt_too(single, tmp_path, library):
@@ -194,6 +113,28 @@ def check_stopped(process: Started, *signals: int) -> int:
 
 
 @needs_proc
+@pytest.mark.parametrize(("name", "number"), [("analyze", signal.SIGINT), ("eval report", signal.SIGTERM)])
+def test_interrupted_work_leaves_files_as_they_were(stock, tmp_path, monkeypatch, name, number):
+    """A model that takes long is interrupted in its midst."""
+    reading, writing = os.pipe()
+
+    def forward(self, images):
+        os.write(writing, b"at work")
+        time.sleep(PATIENCE)
+
+    monkeypatch.setattr(SoftMoEViT, "forward", forward)
+    suffix, command = WRITERS[name]
+    output = tmp_path / f"output{suffix}"
+    output.write_bytes(b"old")
+    process = started([*stock.command(command, output), "--force"])
+    with time_limit(PATIENCE):
+        assert os.read(reading, 7) == b"at work"
+    assert check_stopped(process, number) == 128 + number
+    assert files_under(tmp_path) == {output.name: b"old"}
+
+
+@pytest.mark.slow
+@needs_proc
 @pytest.mark.parametrize("name", [name for name in WRITERS if name not in ("analyze report", "prune within a drop")])
 def test_a_signal_at_any_moment_leaves_whole_files_only(stock, tmp_path, name):
     suffix, command = WRITERS[name]
@@ -219,6 +160,7 @@ def test_a_signal_at_any_moment_leaves_whole_files_only(stock, tmp_path, name):
     assert {130, 143} <= codes
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_signal_at_any_moment_of_a_demo_leaves_whole_files_only(tmp_path):
     pytest.importorskip("sklearn")
@@ -251,6 +193,7 @@ WRITING = {
 }
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize("name", WRITING)
 def test_a_file_that_is_being_written_is_removed(large, tmp_path, name):

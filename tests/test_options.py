@@ -12,7 +12,7 @@ import torch
 import typer
 
 from moeprune.cli import app
-from tests.endings import complaint, files_under
+from tests.endings import check_none, complaint, files_under
 
 COMMANDS = typer.main.get_command(app).commands
 OPTIONS = [
@@ -179,16 +179,16 @@ EXTREMES = (
 @pytest.mark.parametrize(("command", "option"), [pair for pair in WITH_VALUE if pair[0] != "demo"])
 def test_odd_values_are_taken_or_refused(words_with, folder, run, command, option, tmp_path, monkeypatch):
     monkeypatch.chdir(folder / "folder")
-    complaints = []
-    for value in EXTREMES:
+
+    def complaint_of(value: str) -> str | None:
         words, _ = words_with(command, option, value)
-        words += ["--force"]
-        if found := complaint(run, words, folder):
-            complaints.append(f"{value[:50]!r}: {found}")
+        found = complaint(run, [*words, "--force"], folder)
         for path in files_under(folder):
             if path not in ("folder", "text", "torch"):
                 (folder / path).unlink()
-    assert not complaints, "\n\n".join(complaints)
+        return found and f"{value[:50]!r}: {found}"
+
+    check_none(complaint_of(value) for value in EXTREMES)
 
 
 @pytest.mark.slow
