@@ -11,23 +11,17 @@ import importlib.util
 import torch
 
 OPERATORS = ("nms", "qnms", "roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool", "deform_conv2d")
+_declared = None
 
-
-def _declare_operators() -> torch.library.Library | None:
-    if importlib.util.find_spec("torchvision") is None:
-        return None
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in OPERATORS:
-            library.define(f"{name}(Tensor a) -> Tensor")
-            library.define(f"_{name}_backward(Tensor a) -> Tensor")
-        return library
-    return None
-
-
-_declared = _declare_operators()  # for as long as the tests run
+try:
+    import torchvision  # noqa: F401
+except ModuleNotFoundError:
+    pass
+except RuntimeError:
+    _declared = torch.library.Library("torchvision", "DEF")  # for as long as the tests run
+    for name in OPERATORS:
+        _declared.define(f"{name}(Tensor a) -> Tensor")
+        _declared.define(f"_{name}_backward(Tensor a) -> Tensor")
 
 
 def has(module: str) -> bool:

@@ -815,7 +815,8 @@ def test_an_analysis_and_other_uses_of_the_model_do_not_disturb_each_other(singl
     data = moeprune.open_data("digits:calibration", model.input_format, limit=100)
     alone = moeprune.analyze(model, data).layers[LAYER]
     with ThreadPoolExecutor(3) as pool:
-        analyses = [pool.submit(moeprune.analyze, model, "digits:calibration") for _ in range(2)]
+        same = [moeprune.open_data("digits:calibration", model.input_format, limit=300) for _ in range(2)]
+        analyses = [pool.submit(moeprune.analyze, model, data) for data in same]
         again = pool.submit(moeprune.analyze, model, data)
         for _ in range(20):
             model(torch.rand(8, 1, 8, 8))
