@@ -30,15 +30,14 @@ Factory: TypeAlias = "str | Callable[..., nn.Module]"
 
 
 class AdoptedModel(Model):
-    """A model of the user's own code, `module`, in which all Soft MoE layers are ours."""
+    """A model of the user's own code in which all MoE layers are ours; original: builds the code's own, if known."""
 
     config: ModuleConfig
 
     def __init__(self, module: nn.Module, config: ModuleConfig, details: Details, factory: Factory | None):
         super().__init__(config, details)
         self.module = module
-        if factory is not None:
-            self.original = functools.partial(build, factory, config.arguments)
+        self.original = None if factory is None else functools.partial(build, factory, config.arguments)
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (b,c,H,W) in, logits (b,classes) out."""

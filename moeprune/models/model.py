@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -26,15 +26,13 @@ from moeprune.records import to_json
 class Model(nn.Module):
     """A model that holds MoE layers: inputs (b,c,H,W) in, logits (b,classes) out.
 
-    config: of the unpruned model. reading: what was read, if the model was opened from a file that moeprune did
-    not write. original: builds the user's own model that this one was adopted from, if the code is known.
+    config: of the unpruned model. reading: of a model from a file that moeprune did not write.
     """
 
     def __init__(self, config: ModelConfig, details: Details):
         super().__init__()
         self.config, self.details = config, details
         self.reading: Reading | None = None
-        self.original: Callable[[], nn.Module] | None = None
 
     @property
     def moe_layers(self) -> dict[str, MoELayer]:

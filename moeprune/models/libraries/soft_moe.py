@@ -29,18 +29,10 @@ LAYER = re.compile(r"blocks\.(\d+)\.mlp\.(phi$|experts\.|stacked_expert_)")
 UNUSED = re.compile(r"blocks\.\d+\.mlp\.base_expert\.")
 Sides = int | tuple[int, int] | str  # a side such as 224, or height and width such as (192, 256) or `192x256`
 NAMES = {
-    "class_token": "cls_token",
-    "position": "pos_embed",
-    "patch_embed": "patch_embed.proj",
-    "embedding_norm": "norm_pre",
-    "head_norm": "fc_norm",
-    "attention": "attn",
-    "attention_scale": "ls1.gamma",
-    "mixer_scale": "ls2.gamma",
-    "mlp.0": "mlp.fc1",
-    "mlp.2": "mlp.fc2",
-    "soft_moe": "mlp",
-}
+    "class_token": "cls_token", "position": "pos_embed", "patch_embed": "patch_embed.proj",
+    "embedding_norm": "norm_pre", "head_norm": "fc_norm", "attention": "attn", "attention_scale": "ls1.gamma",
+    "mixer_scale": "ls2.gamma", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2", "soft_moe": "mlp",
+}  # fmt: skip
 """The library's names of parts by ours, if different."""
 _OURS = re.compile(rf"(?:^|(?<=\.))({'|'.join(map(re.escape, NAMES))})(?=\.|$)")
 
@@ -152,14 +144,14 @@ class SoftMoEViTs:
 
     def arguments(self, config: ViTConfig) -> dict[str, Any]:
         """Return the arguments of the constructor; where layers differ, a list of their values."""
-        layers = config.moe_layers
-        experts = {layer.expert_width for layer in layers.values()}
+        layers = config.moe_layers.values()
+        experts = {layer.expert_width for layer in layers}
         mlps = _mlp_widths(config) or experts
-        indices = [int(name.split(".")[1]) for name in layers]
+        indices = [index for index, block in enumerate(config.blocks) if block.soft_moe is not None]
         is_tail = indices == list(range(indices[0], len(config.blocks)))
         arguments = {
-            "num_experts": _common(layer.num_experts for layer in layers.values()),
-            "slots_per_expert": _common(layer.slots_per_expert for layer in layers.values()),
+            "num_experts": _common(layer.num_experts for layer in layers),
+            "slots_per_expert": _common(layer.slots_per_expert for layer in layers),
             "moe_layer_index": indices[0] if is_tail else indices,
             "img_size": _side(config.image_size),
             "patch_size": _side(config.patch_size),
@@ -179,7 +171,7 @@ class SoftMoEViTs:
             "fc_norm": config.head_norm,
             "act_layer": "GELU",
             "eps": config.norm_eps,
-            "normalize": _common(layer.router_norm == "l2" for layer in layers.values()),
+            "normalize": _common(layer.router_norm == "l2" for layer in layers),
         }
         if experts != mlps:
             arguments["moe_mlp_ratio"] = _common(_ratio(width, config.dim) for width in experts)
@@ -319,9 +311,7 @@ def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple
 
 
 def _image_sizes(draft: ViTConfig, no_embed_class: bool | None) -> dict[tuple[int, int], bool]:
-    """Return all image sizes that fit the rows of the position embedding, and for each whether one row is the
-    class token's.
-    """
+    """Return all image sizes that fit the position embedding, each with True if a row of that is the class token's."""
     rows, (height, width) = draft.num_positions, draft.patch_size
     counts = {rows - 1: True, rows: False} if draft.class_token else {rows: True}
     stated = {n: has for n, has in counts.items() if n and no_embed_class == (not has)}
