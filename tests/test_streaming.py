@@ -120,11 +120,14 @@ def test_tensors_of_many_blocks(monkeypatch, single, single_analysis, tmp_path):
 
 PEAK = """
 import resource, sys
-from tests.test_streaming import prune_file
+from moeprune.models.request import ModelSpec
+from moeprune.pruning.checkpoint import prune_checkpoint
+from moeprune.pruning.request import PruneRequest
 
-prune_file(sys.argv[1], sys.argv[2] + "small", keep="1", signal="random")
+path, small, half = sys.argv[1:]
+prune_checkpoint(PruneRequest(checkpoint=ModelSpec(path=path), output=small, keep="1", signal="random"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-prune_file(sys.argv[1], sys.argv[2], keep="1/2", signal="random")
+prune_checkpoint(PruneRequest(checkpoint=ModelSpec(path=path), output=half, keep="1/2", signal="random"))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
@@ -137,5 +140,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     path = tmp_path / "model.safetensors"
     moeprune.save(model, path)
     assert path.stat().st_size > 256 << 20
-    call = [sys.executable, "-c", PEAK, path, tmp_path / "pruned.safetensors"]
+    call = [sys.executable, "-c", PEAK, path, tmp_path / "small.safetensors", tmp_path / "half.safetensors"]
     assert int(subprocess.check_output(call, text=True, timeout=100)) < 16  # MiB
