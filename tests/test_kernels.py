@@ -12,24 +12,8 @@ from moeprune.layers import experts as routed
 from moeprune.layers import soft_moe
 from moeprune.layers.experts import top_k
 from moeprune.models.runtime import Runtime
-from tests.test_soft_moe import (
-    COMPENSATIONS,
-    KINDS,
-    ROUTERS,
-    SCOPES,
-    D,
-    N,
-    adaptive_layer,
-    dense_layer,
-    expected_sets,
-    formulas,
-    inputs,
-    observe,
-    pruned_layer,
-    ragged_sets,
-    relative_error,
-    surrogates,
-)
+from tests import test_soft_moe as layers
+from tests.test_soft_moe import COMPENSATIONS, KINDS, ROUTERS, SCOPES, D, N, observe, relative_error, surrogates
 
 kernels = pytest.importorskip("moeprune.layers.kernels", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,54 +139,51 @@ def test_slot_weights_are_softmaxes_and_columns_of_the_chosen(m, p, k):
 
 
 def layer_inputs(dtype=torch.float32):
-    return inputs(dtype=dtype).to(DEVICE)
+    return layers.inputs(dtype=dtype).to(DEVICE)
 
 
-def error_of(dense, x, scope, k=2, compensation="none", u=None) -> float:
+def error_of(settings, x, scope, k=2, compensation="none") -> float:
     """Of a layer pruned in a scope (None: the dense one) on the device, against the formulas."""
-    layer = pruned_layer(dense, scope, k, compensation, u).to(DEVICE)
-    expected = formulas(layer, dense, x, expected_sets(dense, x, scope, k), u)
+    dense = layers.dense_layer(**settings)
+    u = surrogates(settings.get("p", 2), settings.get("out_dim") or D)
+    layer = layers.pruned_layer(dense, scope, k, compensation, u).to(DEVICE)
+    expected = layers.formulas(layer, dense, x, layers.expected_sets(dense, x, scope, k), u)
     return relative_error(layer(x.to(DEVICE)).cpu(), expected)
 
 
-@pytest.mark.usefixtures("_through_kernels")
-@pytest.mark.parametrize("p", [1, 3])
-@pytest.mark.parametrize(("router_norm", "dispatch_input"), ROUTERS)
-def test_dense_layer_equals_the_formulas(router_norm, dispatch_input, p):
-    assert error_of(dense_layer(router_norm, dispatch_input, p, torch.float32), layer_inputs(), None) < 1e-5
+LAYERS = [
+    *(({"router_norm": norm, "dispatch_input": form, "p": p}, None) for (norm, form), p in product(ROUTERS, (1, 3))),
+    *(({"p": p}, scope, k, of) for scope, of in PRUNINGS for k, p in ((1, 3), (N, 1))),
+    *(
+        ({"router_norm": "layer", "expert": expert, "out_dim": width}, scope, 2, "mean")
+        for expert, width in KINDS
+        for scope in (None, "input")
+    ),
+]
 
 
 @pytest.mark.usefixtures("_through_kernels")
-@pytest.mark.parametrize(("k", "p"), [(1, 3), (N, 1)])
-@pytest.mark.parametrize(("scope", "compensation"), PRUNINGS)
-def test_pruned_layer_equals_the_masked_formulas(scope, compensation, p, k):
-    dense = dense_layer(p=p, dtype=torch.float32)
-    assert error_of(dense, layer_inputs(), scope, k, compensation, surrogates(p)) < 1e-5
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_layers_equal_the_formulas(case):
+    settings, *way = case
+    assert error_of({**settings, "dtype": torch.float32}, layer_inputs(), *way) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize("scope", [None, "input"])
 def test_layer_of_many_slots_per_expert_equals_the_formulas(scope):
-    assert error_of(dense_layer(p=20, dtype=torch.float32), layer_inputs()[:1], scope) < 1e-5
+    assert error_of({"p": 20, "dtype": torch.float32}, layer_inputs()[:1], scope) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize("p", [1, 3])
 def test_layer_with_a_mass_equals_the_masked_formulas(p, compensation):
-    dense, x, u = dense_layer(p=p, dtype=torch.float32), layer_inputs(), surrogates(p)
+    dense, x, u = layers.dense_layer(p=p, dtype=torch.float32), layer_inputs(), surrogates(p)
     dense.scale.fill_(8)
-    layer = adaptive_layer(dense, 0.6, compensation, u=u).to(DEVICE)
-    expected = formulas(layer, dense, x, ragged_sets(dense, x, 0.6), u)
+    layer = layers.adaptive_layer(dense, 0.6, compensation, u=u).to(DEVICE)
+    expected = layers.formulas(layer, dense, x, layers.ragged_sets(dense, x, 0.6), u)
     assert relative_error(layer(x).cpu(), expected) < 1e-5
-
-
-@pytest.mark.usefixtures("_through_kernels")
-@pytest.mark.parametrize(("expert", "out_dim"), KINDS)
-@pytest.mark.parametrize("scope", [None, "input"])
-def test_layer_of_every_kind_of_expert_equals_the_formulas(scope, expert, out_dim):
-    dense = dense_layer("layer", dtype=torch.float32, expert=expert, out_dim=out_dim)
-    assert error_of(dense, layer_inputs(), scope, 2, "mean", surrogates(width=out_dim or D)) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")
@@ -210,7 +191,7 @@ def test_layer_of_every_kind_of_expert_equals_the_formulas(scope, expert, out_di
 @pytest.mark.parametrize("scope", [None, *SCOPES])
 def test_half_precision_stays_near_float32(scope, dtype):
     x = layer_inputs()
-    layer = pruned_layer(dense_layer(dtype=torch.float32), scope, 2, "mean", surrogates())
+    layer = layers.pruned_layer(layers.dense_layer(dtype=torch.float32), scope, 2, "mean", surrogates())
     exact = observe(layer.to(DEVICE), x)
     rough = observe(layer.to(dtype), x.to(dtype))
     assert (rough.output.dtype, rough.weights.dtype) == (dtype, torch.float32)
@@ -221,7 +202,10 @@ def test_half_precision_stays_near_float32(scope, dtype):
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize("scope", ["input", "batch"])
 def test_layer_without_experts_runs(scope):
-    layer, x = pruned_layer(dense_layer(dtype=torch.float32), scope, 0, "mean", surrogates()), layer_inputs()
+    layer, x = (
+        layers.pruned_layer(layers.dense_layer(dtype=torch.float32), scope, 0, "mean", surrogates()),
+        layer_inputs(),
+    )
     assert relative_error(layer.to(DEVICE)(x).cpu(), layer.cpu()(x.cpu())) < 1e-5
 
 
@@ -259,7 +243,7 @@ def test_tensors_on_the_gpu_take_kernels_where_these_can_compute():
 @pytest.mark.parametrize(("scope", "compensation"), [(None, "none"), *PRUNINGS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_forward_pass_waits_for_nothing_and_a_graph_can_hold_it(scope, compensation, dtype):
-    layer = pruned_layer(dense_layer(p=3, dtype=torch.float32), scope, 2, compensation, surrogates(3))
+    layer = layers.pruned_layer(layers.dense_layer(p=3, dtype=torch.float32), scope, 2, compensation, surrogates(3))
     layer, x = layer.to("cuda", dtype), layer_inputs(dtype)
     with torch.inference_mode():
         layer(x)
@@ -272,7 +256,7 @@ def test_a_forward_pass_waits_for_nothing_and_a_graph_can_hold_it(scope, compens
         with torch.cuda.graph(graph):
             y = layer(x)
         for seed in (5, 6):
-            other = inputs(seed=seed).to("cuda", dtype)
+            other = layers.inputs(seed=seed).to("cuda", dtype)
             x.copy_(other)
             graph.replay()
             assert torch.equal(y, layer(other))
@@ -281,7 +265,7 @@ def test_a_forward_pass_waits_for_nothing_and_a_graph_can_hold_it(scope, compens
 @on_gpu
 @pytest.mark.parametrize(("scope", "compensation"), [(None, "none"), *PRUNINGS])
 def test_autocast_on_the_gpu_stays_near_float32(scope, compensation):
-    layer = pruned_layer(dense_layer(dtype=torch.float32), scope, 2, compensation, surrogates())
+    layer = layers.pruned_layer(layers.dense_layer(dtype=torch.float32), scope, 2, compensation, surrogates())
     exact, x = observe(layer.to("cuda"), layer_inputs()), layer_inputs()
     with torch.autocast("cuda", torch.bfloat16):
         rough, unobserved = observe(layer, x), layer(x)
@@ -295,7 +279,7 @@ def test_autocast_on_the_gpu_stays_near_float32(scope, compensation):
 @pytest.mark.parametrize(("scope", "compensation"), PRUNINGS)
 @pytest.mark.parametrize("p", [1, 3])
 def test_float64_on_the_gpu_equals_the_masked_formulas(scope, compensation, p):
-    assert error_of(dense_layer(p=p), inputs(), scope, 2, compensation, surrogates(p)) < 1e-10
+    assert error_of({"p": p}, layers.inputs(), scope, 2, compensation) < 1e-10
 
 
 @on_gpu
@@ -308,7 +292,7 @@ def test_a_model_that_the_gpu_measured_lies_where_it_was(single):
 @on_gpu
 @pytest.mark.parametrize("scope", ["input", "batch"])
 def test_gradients_on_the_gpu_equal_those_on_the_cpu(scope):
-    layer, x = pruned_layer(dense_layer(), scope, 2, "mean", surrogates()), inputs()
+    layer, x = layers.pruned_layer(layers.dense_layer(), scope, 2, "mean", surrogates()), layers.inputs()
     gradients = []
     for device in ("cpu", "cuda"):
         moved = x.detach().to(device).requires_grad_()

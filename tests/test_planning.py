@@ -227,6 +227,40 @@ def test_what_a_plan_written_by_hand_leaves_out_has_defaults(tmp_path):
         FIRST: LayerPlan("static", 2, 6, "combine", "none"),
         "blocks.1.soft_moe": LayerPlan("static", 2, 4, "combine", "mean", (0, 3)),
     }
+    path.write_text(
+        json.dumps({"schema_version": 1, "plan": {FIRST: MERGED, "blocks.2.soft_moe": {**FITTED, "rank": 3}}})
+    )
+    merged, fitted = read_plan(path, layers).values()
+    assert (merged.groups, fitted.rank) == ([[0, 2, 4], [1, 3, 5]], 3)
+
+
+FITTED = {"k": 2, "compensation": "affine"}
+MERGED = {"k": 2, "compensation": "merge", "kept": [0, 1], "merged_into": [0, 1, 0, 1]}
+WRONG_LAYERS = [
+    ({"k": 7}, "`k` is 7, expected 0 to 6"),
+    ({"k": "1"}, "`k`: expected `int`, got `str`, found '1'"),
+    ({"kept": [1, 1]}, "2 different experts"),
+    ({"kept": ["a"]}, "`kept[0]`: expected `int`, got `str`, found 'a'"),
+    ({"k": 1, "nope": 1}, "unknown key `nope`"),
+    ({"k": 1, "kept": 1}, "`kept`: expected `array | null`, got `int`"),
+    ({"k": 1, "num_experts": 9}, "is for 9 experts"),
+    ({"k": 1, "scope": "input", "signal": "gram"}, "signal `gram` needs one set of experts"),
+    ({"k": 1, "scope": "input", "mass": True}, "`mass`: expected `float | null`, got `bool`"),
+    ({**FITTED, "rank": 2, "energy": 0.5}, "do not go together"),
+    ({**FITTED, "rank": 0}, "`rank`: expected `int` >= 1, found 0"),
+    ({**FITTED, "rank": 2.5}, "`rank`: expected `int | null`, got `float`"),
+    ({**FITTED, "energy": 1}, "`energy`: expected `float` < 1"),
+    ({**FITTED, "energy": "much"}, "`energy`: expected `float | null`, got `str`"),
+    ({**FITTED, "rank": 4, "compensation": "mean"}, "goes with the compensations lstsq, affine, refit"),
+    ({**MERGED, "merged_into": [1]}, "expected a kept expert for each of the 4 dropped ones"),
+    ({**MERGED, "merged_into": [0, 2, 0, 0]}, "expected a kept expert for each of the 4 dropped ones"),
+    ({**MERGED, "merged_into": ["a"]}, "`merged_into[0]`: expected `int`, got `str`"),
+    ({**MERGED, "merged_into": 3}, "expected `array | null`, got `int`"),
+    ({**MERGED, "kept": None}, "goes with compensation `merge`, and `kept`"),
+    ({**MERGED, "compensation": "none"}, "goes with compensation `merge`, and `kept`"),
+    ({**MERGED, "k": 0, "kept": []}, "`merge` needs at least one kept expert"),
+    ({**MERGED, "signal": "gram"}, "does not go with signal `gram`"),
+]
 
 
 @pytest.mark.parametrize(
@@ -241,23 +275,9 @@ def test_what_a_plan_written_by_hand_leaves_out_has_defaults(tmp_path):
         ({"schema_version": 1, "plan": {"blocks.9": {"k": 1, "num_experts": 4}}}, "not in the model"),
         ({"schema_version": 1, "plan": {FIRST: {}}}, "`k` or `kept` is missing"),
         ({"schema_version": 1, "plan": {FIRST: 3}}, "expected `object`, got `int`"),
-        *(
-            ({"schema_version": 1, "plan": {FIRST: layer}}, message)
-            for layer, message in [
-                ({"k": 7}, "`k` is 7, expected 0 to 6"),
-                ({"k": "1"}, "`k`: expected `int`, got `str`, found '1'"),
-                ({"kept": [1, 1]}, "2 different experts"),
-                ({"kept": ["a"]}, "`kept[0]`: expected `int`, got `str`, found 'a'"),
-                ({"k": 1, "nope": 1}, "unknown key `nope`"),
-                ({"k": 1, "kept": 1}, "`kept`: expected `array | null`, got `int`"),
-                ({"k": 1, "num_experts": 9}, "is for 9 experts"),
-                ({"k": 1, "scope": "input", "signal": "gram"}, "signal `gram` needs one set of experts"),
-                ({"k": 1, "scope": "input", "mass": True}, "`mass`: expected `float | null`, got `bool`"),
-                ({"k": 1, "compensation": "affine", "rank": 2, "energy": 0.5}, "do not go together"),
-            ]
-        ),
+        *(({"schema_version": 1, "plan": {FIRST: layer}}, message) for layer, message in WRONG_LAYERS),
     ],
-)  # fmt: skip
+)
 def test_plans_that_are_wrong(content, message, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
