@@ -1,7 +1,5 @@
 """What the tests share: the shipped checkpoints, analyses of them, and the commands run in process."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Results made by hand: what an evaluation or a sweep would report."""
 
-from __future__ import annotations
-
 from moeprune.data.spec import DataInfo
 from moeprune.evaluation.results import Difference, Environment, Evaluation, ModelFigures, Outcomes
 from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost

@@ -1,7 +1,5 @@
 """The JSON Schemas of all reports, read by a library that knows nothing of moeprune."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """What is lost with each expert, by running sums, against regressions on the rows themselves."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Shapes, FLOPs and sizes that configurations say, against the models themselves and what torch counts."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from itertools import product
 from typing import get_args
@@ -21,7 +19,6 @@ from moeprune.layers.config import RouterNorm, SoftMoEConfig
 from moeprune.layers.interface import Flops
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, LayerPlan, is_possible
 from moeprune.records import to_json
@@ -198,8 +195,8 @@ def test_flops_of_a_mass_are_those_of_what_runs_in_batches_of_any_size(batch_siz
     x, labels = drawn(12, *SMALL.input_shape), torch.arange(12) % 7
     data = from_tensors("drawn", x, labels, 7)
     plan = {FIRST: LayerPlan("input", N, N, "combine", compensate, mass=0.6)}
-    pruned = moeprune.prune(model, plan=plan, data=data, runtime=Runtime("cpu"))
-    [predictions] = predict([pruned], data, Runtime("cpu", batch_size=batch_size))
+    pruned = moeprune.prune(model, plan=plan, data=data, runtime=moeprune.Runtime("cpu"))
+    [predictions] = predict([pruned], data, moeprune.Runtime("cpu", batch_size=batch_size))
     cost = pruned.cost(predictions.usage).flops_per_input
     total = sum(counted(pruned, part) for part in x.split(batch_size))
     assert cost.total == pytest.approx(total / 12, abs=1)

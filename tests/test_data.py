@@ -1,7 +1,5 @@
 """Data sets: fixed splits, the same batches from every kind of file, and streams that stay small."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import threading
@@ -22,7 +20,6 @@ from torch import Tensor
 import moeprune
 from moeprune.data import datasets
 from moeprune.data.preprocessing import InputFormat, Preprocessing
-from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
@@ -315,7 +312,7 @@ def test_a_sample_is_drawn_from_the_samples_that_are_left(tmp_path, arrays):
         assert sample.samples == 3
         assert set(sample.indices) < set(data.indices)
         assert data.sample(data.samples).indices == data.indices
-    with pytest.raises(MoepruneError, match="cannot take 0 samples"):
+    with pytest.raises(moeprune.MoepruneError, match="cannot take 0 samples"):
         limited.sample(0)
 
 
@@ -459,5 +456,5 @@ def test_reading_takes_no_more_memory_for_more_samples(tmp_path, write, limit):
 @pytest.mark.parametrize("form", [GREY, COLOUR])
 def test_inputs_that_are_no_images_do_not_fit(shape, form, tmp_path):
     np.savez(tmp_path / "x.npz", inputs=np.zeros(shape, np.float32))
-    with pytest.raises(MoepruneError, match="have the shape"):
+    with pytest.raises(moeprune.MoepruneError, match="have the shape"):
         moeprune.open_data(str(tmp_path / "x.npz"), form)

@@ -1,7 +1,5 @@
 """What pruning forgets, against plain counting."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

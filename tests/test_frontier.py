@@ -1,7 +1,5 @@
 """The trade-off of accuracy and cost: measured points, and their plot."""
 
-from __future__ import annotations
-
 import operator
 import random
 import sys

@@ -1,7 +1,5 @@
 """The page of `--report`: one file that shows what the JSON says, in any browser, and runs nothing."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -19,7 +17,6 @@ from safetensors.numpy import load_file
 
 import moeprune
 from moeprune.cli.reporter import check_drawing
-from moeprune.errors import MoepruneError
 from moeprune.evaluation.gates import judge
 from moeprune.plan import LayerPlan
 from moeprune.report import figures
@@ -268,7 +265,7 @@ def test_equal_runs_give_equal_pages(single, pruned, small_analysis, judged, run
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
 def test_a_missing_library_is_named_with_its_extra(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(MoepruneError, match=f"need {missing}") as caught:
+    with pytest.raises(moeprune.MoepruneError, match=f"need {missing}") as caught:
         check_drawing(Path("page.html"), "report")
     assert "moeprune[report]" in caught.value.hint
 

@@ -11,7 +11,6 @@ import moeprune
 from moeprune.layers import experts as routed
 from moeprune.layers import soft_moe
 from moeprune.layers.experts import top_k
-from moeprune.models.runtime import Runtime
 from tests import test_soft_moe as layers
 from tests.test_soft_moe import COMPENSATIONS, KINDS, ROUTERS, SCOPES, D, N, observe, relative_error, surrogates
 
@@ -285,7 +284,7 @@ def test_float64_on_the_gpu_equals_the_masked_formulas(scope, compensation, p):
 @on_gpu
 def test_a_model_that_the_gpu_measured_lies_where_it_was(single):
     model = moeprune.load(single)
-    pruned = moeprune.prune(model, keep="1/8", data="digits:calibration", runtime=Runtime("cuda"))
+    pruned = moeprune.prune(model, keep="1/8", data="digits:calibration", runtime=moeprune.Runtime("cuda"))
     assert {tensor.device.type for tensor in pruned.state_dict().values()} == {"cpu"}
 
 

@@ -1,7 +1,5 @@
 """Latency: how calls are timed and summarized, and what `eval --latency` makes of it."""
 
-from __future__ import annotations
-
 import json
 import re
 from types import SimpleNamespace
@@ -16,10 +14,6 @@ from moeprune.evaluation.latency import interleaved, ready_batches, seconds_of_c
 from moeprune.records import to_json
 
 CPU = torch.device("cpu")
-BATCH_KEYS = {
-    "batch_size", "repetitions", "speedup", "speedup_iqr", "model_seconds", "model_seconds_iqr",
-    "baseline_seconds", "baseline_seconds_iqr", "speedups",
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -198,11 +192,9 @@ def test_json_has_a_latency_for_each_batch_size_and_all_else_is_as_without(call,
     measured = found.pop("latency")
     assert without.pop("latency") is None
     assert found == without
-    assert set(measured) == {"threads", "batches"}
     assert measured["threads"] == torch.get_num_threads()
     assert [batch["batch_size"] for batch in measured["batches"]] == [1, 8, 32]
     for batch in measured["batches"]:
-        assert set(batch) == BATCH_KEYS
         assert 7 <= batch["repetitions"] <= 200
         for figure in ("speedup", "model_seconds", "baseline_seconds"):
             low, high = batch[f"{figure}_iqr"]

@@ -1,11 +1,10 @@
 """What a model holds in memory: of a mapped checkpoint the pages that are used, and activations."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,26 +25,17 @@ RESIDENT = """
 import json, sys
 import torch
 import moeprune
-
-def resident():
-    mapped, total = False, 0
-    with open("/proc/self/smaps") as maps:
-        for line in maps:
-            if not line.split()[0].endswith(":"):
-                mapped = line.rstrip().endswith(sys.argv[1])
-            elif mapped and line.startswith("Rss:"):
-                total += int(line.split()[1]) * 1024
-    return total
+from memory import resident
 
 model = moeprune.load(sys.argv[1])
 [layer] = model.moe_layers.values()
-seen, rows = [], [(0, resident())]
+seen, rows = [], [(0, resident(sys.argv[1]))]
 layer.observer = lambda observation: seen.append(observation.chosen)
 torch.manual_seed(0)
 with torch.inference_mode():
     for _ in range(3):
         model(torch.randn(1, 3, 32, 32))
-        rows.append((len(torch.cat(seen).unique()), resident()))
+        rows.append((len(torch.cat(seen).unique()), resident(sys.argv[1])))
 print(json.dumps(rows))
 """
 
@@ -59,8 +49,8 @@ def test_routed_model_holds_only_the_experts_that_inputs_chose(tmp_path):
     model.blocks[0].soft_moe.scale.data.fill_(8)
     path = tmp_path / "model.safetensors"
     moeprune.save(moeprune.prune(model, keep=2, scope="input"), path)
-    call = [sys.executable, "-c", RESIDENT, path]
-    rows = json.loads(subprocess.check_output(call, text=True, timeout=100))
+    call, benchmarks = [sys.executable, "-c", RESIDENT, path], Path(__file__).parent / "benchmarks"
+    rows = json.loads(subprocess.check_output(call, text=True, timeout=100, cwd=benchmarks))
     expert = 2 * config.dim * config.hidden_dim * 4
     rest = path.stat().st_size - config.num_experts * expert
     for distinct, resident in rows:

@@ -1,7 +1,5 @@
 """Merged experts, against the formulas with brute-force alignment, and on the command line."""
 
-from __future__ import annotations
-
 from itertools import permutations
 
 import numpy as np
@@ -12,11 +10,10 @@ import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, nearest_kept, prune_layer
-from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
 from tests.reference import reference_layer
 
-CPU = Runtime("cpu", batch_size=64)
+CPU = moeprune.Runtime("cpu", batch_size=64)
 KINDS = ("mlp", "geglu", "linear")
 D, N, P, H = 6, 5, 2, 4
 

@@ -1,7 +1,5 @@
 """Compensation in few directions, against the formulas, and on the command line."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -9,11 +7,10 @@ import torch
 
 import moeprune
 from moeprune.calibration.passes import observe_layers
-from moeprune.models.runtime import Runtime
 from moeprune.plan import FITTED
 from tests.reference import reference_layer, reference_mass
 
-CPU = Runtime("cpu", batch_size=64)
+CPU = moeprune.Runtime("cpu", batch_size=64)
 LAYER = "blocks.0.soft_moe"
 WAYS = [*(("static", way) for way in FITTED), ("input", "lstsq"), ("input", "affine")]
 

@@ -1,7 +1,5 @@
 """Subsets of experts that signals pick, against the best one: brute force and pruned models."""
 
-from __future__ import annotations
-
 import copy
 from itertools import combinations
 
@@ -17,12 +15,11 @@ from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from tests.benchmarks import oracle
 from tests.reference import reference_combine, reference_router, reference_slot_output
 
-CPU = Runtime("cpu", batch_size=5)
+CPU = moeprune.Runtime("cpu", batch_size=5)
 SAMPLES, CLASSES = 8, 3
 
 

@@ -1,7 +1,5 @@
 """Budgets split over layers, against brute force; plans as files."""
 
-from __future__ import annotations
-
 import json
 from fractions import Fraction
 from itertools import pairwise, product
@@ -13,19 +11,16 @@ import moeprune
 from moeprune.calibration.analysis import Analysis, Origin
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.data.spec import DataInfo
-from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
-from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Method, is_possible, plan_from_json
-from moeprune.pruning.apply import prune
 from moeprune.pruning.budgets import allocate, costs_of, losses, plans_within
 from moeprune.pruning.plan_file import read_plan, write_plan
 from tests.test_calibration import write_inputs
 
-CPU = Runtime("cpu")
+CPU = moeprune.Runtime("cpu")
 FIRST = "blocks.0.soft_moe"
 
 
@@ -107,7 +102,7 @@ def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):
     for ks in ((1, 1, 1), (2, 3, 7), (6, 4, 8)):
         experts = dict(zip(model.config.moe_layers, ks, strict=True))
         plan = {name: method.plan(k, model.config.moe_layers[name].num_experts) for name, k in experts.items()}
-        found = prune(model, plan=plan, data=data, runtime=CPU).cost()
+        found = moeprune.prune(model, plan=plan, data=data, runtime=CPU).cost()
         assert sizes.of(experts) == found.bytes
         assert flops.of(experts) == found.flops_per_input.total
 
@@ -129,7 +124,7 @@ def test_plans_within_a_budget(budget, compensation, analyzed):
     costs = costs_of(model.config, method, infos)
     budget = max(budget, costs.of(dict.fromkeys(costs.layers, 1)) / costs.full)
     plan = plans_within(model.config, infos, analysis, method, budget)[0]
-    pruned = prune(model, analysis, plan=plan, data=data, runtime=CPU)
+    pruned = moeprune.prune(model, analysis, plan=plan, data=data, runtime=CPU)
     assert pruned.cost().bytes <= budget * costs.full
     assert {layer.signal for layer in plan.values()} == {signal}
     assert all(layer.kept is None for layer in plan.values())
@@ -196,7 +191,7 @@ def test_a_plan_file_round_trips_and_equal_plans_give_equal_checkpoints(analyzed
     assert len((tmp_path / "plan.json").read_text().splitlines()) == 7
     for index in (1, 2):
         read = read_plan(tmp_path / "plan.json", model.config.moe_layers)
-        pruned = prune(model, analysis, plan=read, data=data, runtime=CPU)
+        pruned = moeprune.prune(model, analysis, plan=read, data=data, runtime=CPU)
         moeprune.save(pruned, tmp_path / f"{index}.safetensors")
     first, second = ((tmp_path / f"{index}.safetensors").read_bytes() for index in (1, 2))
     assert first == second
@@ -209,10 +204,10 @@ def test_a_plan_file_round_trips_and_equal_plans_give_equal_checkpoints(analyzed
 def test_a_plan_applied_is_what_the_options_give(scope, analyzed, tmp_path):
     model, data, analysis = analyzed
     options = {"scope": scope, "signal": "deviation", "compensate": "lstsq"}
-    by_options = prune(model, analysis, keep=2, data=data, runtime=CPU, **options)
+    by_options = moeprune.prune(model, analysis, keep=2, data=data, runtime=CPU, **options)
     moeprune.save(by_options, tmp_path / "a.safetensors")
     plan = read_plan(tmp_path / "a.safetensors", model.config.moe_layers)
-    moeprune.save(prune(model, analysis, plan=plan, data=data, runtime=CPU), tmp_path / "b.safetensors")
+    moeprune.save(moeprune.prune(model, analysis, plan=plan, data=data, runtime=CPU), tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
@@ -281,7 +276,7 @@ WRONG_LAYERS = [
 def test_plans_that_are_wrong(content, message, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(MoepruneError) as caught:
+    with pytest.raises(moeprune.MoepruneError) as caught:
         read_plan(path, three_layers().config.moe_layers)
     assert message in caught.value.message
     assert str(path) in caught.value.message
@@ -291,7 +286,7 @@ def test_plans_that_are_wrong(content, message, tmp_path):
     ("key", "hint"), [("scop", "did you mean `scope`?"), ("xyz", "known keys are scope, k, num_experts")]
 )
 def test_unknown_keys_have_the_nearest_known_one(key, hint):
-    with pytest.raises(MoepruneError) as caught:
+    with pytest.raises(moeprune.MoepruneError) as caught:
         plan_from_json({FIRST: {"num_experts": 6, "k": 1, key: 1}})
     assert hint in caught.value.hint
 
@@ -300,5 +295,5 @@ def test_a_plan_that_is_not_there(tmp_path, single):
     layers = three_layers().config.moe_layers
     missing = [(tmp_path / name, "no file") for name in ("none.json", "none.safetensors")]
     for path, words in (*missing, (tmp_path, "is a folder"), (single, "is not a pruned checkpoint")):
-        with pytest.raises(MoepruneError, match=words):
+        with pytest.raises(moeprune.MoepruneError, match=words):
             read_plan(path, layers)

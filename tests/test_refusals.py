@@ -1,7 +1,5 @@
 """Options that exclude, need or contradict each other: an error that names them, before any work, and no file."""
 
-from __future__ import annotations
-
 import pytest
 
 PRUNE = "prune VIT --analysis OF_VIT"

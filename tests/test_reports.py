@@ -1,7 +1,5 @@
 """Reports where people look: Markdown, annotations, JUnit, the summary of a run; and what stays silent."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

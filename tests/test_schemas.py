@@ -1,7 +1,5 @@
 """The generated schemas allow what commands report, as every test that reads JSON checks, and no more."""
 
-from __future__ import annotations
-
 import copy
 import json
 
@@ -9,7 +7,6 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import moeprune
-from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
@@ -58,7 +55,7 @@ def test_a_schema_is_valid_and_dated(name):
 
 
 def test_an_unknown_schema_is_refused():
-    with pytest.raises(MoepruneError, match="no schema for `evil`"):
+    with pytest.raises(moeprune.MoepruneError, match="no schema for `evil`"):
         schema_of("evil")
 
 

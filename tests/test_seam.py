@@ -3,8 +3,6 @@
 y = sum over j of g_j(x)·f_j(x), with g the softmax of x·router and f_j(x) = W_j·tanh(x) + b_j.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The search within a drop of accuracy, and budgets on the command line."""
 
-from __future__ import annotations
-
 import json
 from itertools import product
 
@@ -13,15 +11,13 @@ from scipy.stats import norm
 import moeprune
 from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.sums import half_of
-from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import predict
 from moeprune.evaluation.intervals import drop_at_most, paired_difference
 from moeprune.evaluation.results import Outcomes
-from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Method
 from moeprune.pruning.search import DropLimit, confirming_order, interval, prune_best, prune_within_drop
 
-CPU = Runtime("cpu", batch_size=256)
+CPU = moeprune.Runtime("cpu", batch_size=256)
 LAYER = "blocks.0.soft_moe"
 
 
@@ -71,14 +67,14 @@ def test_a_larger_drop_never_takes_more_experts_and_some_need_nearly_all(full):
 def test_what_cannot_be_searched(full):
     data = moeprune.open_data("digits:test", full.input_format, limit=30)
     words = r"drop of 0 on both halves.*the least drop on the worse half"
-    with pytest.raises(MoepruneError, match=words) as e:
+    with pytest.raises(moeprune.MoepruneError, match=words) as e:
         search(full, data, DropLimit(0.0), signal="random")
     assert float(e.value.message.split()[-1]) > 0
-    with pytest.raises(MoepruneError, match=r"the least drop bound at confidence 0.9 on the worse half"):
+    with pytest.raises(moeprune.MoepruneError, match=r"the least drop bound at confidence 0.9 on the worse half"):
         search(full, data, DropLimit(0.02, 0.9))
-    with pytest.raises(MoepruneError, match="has one sample"):
+    with pytest.raises(moeprune.MoepruneError, match="has one sample"):
         search(full, data.sample(1), DropLimit(0.1))
-    with pytest.raises(MoepruneError, match="`--confidence 1` is not within"):
+    with pytest.raises(moeprune.MoepruneError, match="`--confidence 1` is not within"):
         search(full, data, DropLimit(0.1, 1))
 
 
@@ -86,7 +82,7 @@ def test_what_confirms_must_not_have_been_calibrated_on(full):
     analysis = moeprune.analyze(full, "digits:calibration", CPU)
     some = moeprune.open_data("digits:calibration", full.input_format, limit=300)
     for data in ("digits:calibration", some):
-        with pytest.raises(MoepruneError, match="must not be calibrated on"):
+        with pytest.raises(moeprune.MoepruneError, match="must not be calibrated on"):
             search(full, data, DropLimit(0.02), analysis=analysis)
     _, _, report = search(full, "digits:test", DropLimit(0.02), analysis=analysis)
     assert report.confirmed.accuracy_drop <= 0.02
@@ -279,5 +275,5 @@ def test_plans_yet_to_be_chosen_are_no_checkpoint(vit, tmp_path):
     plan = {"blocks.1.soft_moe": LayerPlan("static", 2, 64, "combine", "none")}
     metadata = {**header.metadata, "plan": to_json(plan)}
     checkpoint.write(tmp_path / "x.safetensors", checkpoint.read_tensors(header), metadata)
-    with pytest.raises(MoepruneError, match="lacks `kept`"):
+    with pytest.raises(moeprune.MoepruneError, match="lacks `kept`"):
         moeprune.load(tmp_path / "x.safetensors")

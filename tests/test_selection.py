@@ -1,7 +1,5 @@
 """Which experts a static set keeps by a Gram matrix, against brute force."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import pytest

@@ -360,13 +360,6 @@ def test_scope_input_does_not_depend_on_how_inputs_are_batched_and_is_batch_for_
     assert torch.equal(by_batch(x[:1]), alone[0].output)
 
 
-@pytest.mark.parametrize("compensation", COMPENSATIONS)
-@pytest.mark.parametrize("scope", SCOPES)
-def test_layer_that_keeps_all_experts_equals_the_dense_one(scope, compensation):
-    dense, x = dense_layer(p=3), inputs()
-    assert relative_error(pruned_layer(dense, scope, N, compensation, surrogates(3))(x), dense(x)) < 1e-12
-
-
 # --- gradients and precision -------------------------------------------------------------------
 
 

@@ -1,27 +1,23 @@
 """Static pruning from file to file gives the bytes that pruning in memory gives."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
 import moeprune
 from moeprune.calibration.analysis import load_analysis, save_analysis
-from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.header import read_header
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.model import fingerprint
 from moeprune.models.request import ModelSpec
-from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
-from moeprune.pruning.apply import prune
 from moeprune.pruning.checkpoint import prune_checkpoint
 from moeprune.pruning.request import PruneRequest
 
@@ -39,7 +35,7 @@ def test_bytes_are_those_of_pruning_in_memory(which, signal, compensate, keep, r
     path, analysis = request.getfixturevalue(which), request.getfixturevalue(f"{which}_analysis")
     choice = {"keep": keep, "signal": signal, "compensate": compensate, "seed": 3}
     expected, found = tmp_path / "expected.safetensors", tmp_path / "found.safetensors"
-    moeprune.save(prune(moeprune.load(path), load_analysis(analysis), one_shot=True, **choice), expected)
+    moeprune.save(moeprune.prune(moeprune.load(path), load_analysis(analysis), one_shot=True, **choice), expected)
     prune_file(path, found, analysis=analysis, **choice)
     assert found.read_bytes() == expected.read_bytes()
 
@@ -49,21 +45,21 @@ def test_other_types(dtype, single, single_analysis, tmp_path):
     names = ("model", "analysis", "expected", "found")
     path, analyzed, expected, found = (tmp_path / f"{name}.safetensors" for name in names)
     moeprune.save(moeprune.load(single).to(dtype), path)
-    analysis = moeprune.analyze(moeprune.load(path), "digits:calibration", Runtime("cpu"))
-    moeprune.save(prune(moeprune.load(path), analysis, keep="1/8", compensate="mean"), expected)
+    analysis = moeprune.analyze(moeprune.load(path), "digits:calibration", moeprune.Runtime("cpu"))
+    moeprune.save(moeprune.prune(moeprune.load(path), analysis, keep="1/8", compensate="mean"), expected)
     save_analysis(analysis, analyzed)
     prune_file(path, found, analysis=analyzed, keep="1/8", compensate="mean")
     assert found.read_bytes() == expected.read_bytes()
 
 
 def test_command_in_one_shot_needs_no_data(run, vit, vit_analysis, tmp_path):
-    expected, found = tmp_path / "expected.safetensors", tmp_path / "found.safetensors"
-    moeprune.save(prune(moeprune.load(vit), load_analysis(vit_analysis), keep="1/8", one_shot=True), expected)
-    result = run("prune", vit, "--analysis", vit_analysis, "--keep", "1/8", "--one-shot", "-o", found)
+    expected, found, measured = (tmp_path / f"{name}.safetensors" for name in ("expected", "found", "measured"))
+    prune_file(vit, expected, analysis=vit_analysis, keep="1/8")
+    words = ("prune", vit, "--analysis", vit_analysis, "--keep", "1/8")
+    result = run(*words, "--one-shot", "-o", found)
     assert (result.code, result.stderr) == (0, "")
     assert found.read_bytes() == expected.read_bytes()
-    measured = tmp_path / "measured.safetensors"
-    assert run("prune", vit, "--analysis", vit_analysis, "--keep", "1/8", "-o", measured).code == 0
+    assert run(*words, "-o", measured).code == 0
     assert measured.read_bytes() != expected.read_bytes()
 
 
@@ -88,7 +84,7 @@ def test_values_that_are_not_finite_leave_no_file(single, tmp_path):
     path, target = tmp_path / "model.safetensors", tmp_path / "pruned.safetensors"
     whole[offset : offset + 4] = b"\xff" * 4
     path.write_bytes(whole)
-    with pytest.raises(MoepruneError, match=r"NaN or infinite values in `blocks\.0\.soft_moe\.fc1_weight`"):
+    with pytest.raises(moeprune.MoepruneError, match=r"NaN or infinite values in `blocks\.0\.soft_moe\.fc1_weight`"):
         prune_file(path, target, keep="1/1", signal="random")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
 
@@ -103,7 +99,7 @@ def test_a_file_that_changes_while_it_is_pruned(monkeypatch, single, tmp_path):
         return encode(*arguments)
 
     monkeypatch.setattr(checkpoint, "_encode", encode)
-    with pytest.raises(MoepruneError, match="was replaced while it was read"):
+    with pytest.raises(moeprune.MoepruneError, match="was replaced while it was read"):
         prune_file(path, target, keep="4", signal="random")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
 
@@ -118,20 +114,6 @@ def test_tensors_of_many_blocks(monkeypatch, single, single_analysis, tmp_path):
     assert written[0] == written[1]
 
 
-PEAK = """
-import resource, sys
-from moeprune.models.request import ModelSpec
-from moeprune.pruning.checkpoint import prune_checkpoint
-from moeprune.pruning.request import PruneRequest
-
-path, small, half = sys.argv[1:]
-prune_checkpoint(PruneRequest(checkpoint=ModelSpec(path=path), output=small, keep="1", signal="random"))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-prune_checkpoint(PruneRequest(checkpoint=ModelSpec(path=path), output=half, keep="1/2", signal="random"))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in kilobytes")
 def test_memory_does_not_grow_with_the_file(tmp_path):
@@ -140,5 +122,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     path = tmp_path / "model.safetensors"
     moeprune.save(model, path)
     assert path.stat().st_size > 256 << 20
-    call = [sys.executable, "-c", PEAK, path, tmp_path / "small.safetensors", tmp_path / "half.safetensors"]
-    assert int(subprocess.check_output(call, text=True, timeout=100)) < 16  # MiB
+    benchmark = Path(__file__).parent / "benchmarks" / "streaming.py"
+    call = [sys.executable, benchmark, path, tmp_path / "pruned.safetensors", "1/2"]
+    assert int(subprocess.check_output(call, text=True, timeout=100)) < 16  # MB

@@ -7,8 +7,6 @@ For the demo's vision transformer (three layers with residuals) and one that is 
 which tries the planned split and the uniform one. About fifteen minutes on two cores.
 """
 
-from __future__ import annotations
-
 import statistics
 from fractions import Fraction
 

@@ -5,8 +5,6 @@ Calibration sets of the digits are 300 of the 358 images of the split, of the pa
 accuracy there.
 """
 
-from __future__ import annotations
-
 import random
 import statistics
 from collections.abc import Iterable, Sequence
@@ -22,12 +20,11 @@ from moeprune.evaluation.evaluate import predict
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.model import Model
-from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 
 SEEDS = (0, 1, 2)
 KEEPS = ("1/32", "1/16", "1/8", "1/4")
-RUNTIME = Runtime(device="auto", batch_size=200)
+RUNTIME = moeprune.Runtime(device="auto", batch_size=200)
 PAIRS = 2000
 DIGITS = 300
 

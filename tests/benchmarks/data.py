@@ -5,8 +5,6 @@ a pause that stands for a model on another device. Waiting is what remains of a 
 for each batch, in the first pass over a data set, which checks and hashes its samples, and in a later one.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time

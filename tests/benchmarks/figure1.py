@@ -7,31 +7,29 @@ and evaluates the paper's rule (each input keeps its best experts by combine mas
 zero) and random experts on the test split. About ten minutes on two cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from fractions import Fraction
 from pathlib import Path
 
+from common import RUNTIME, SEEDS, test_set
+
 import moeprune
 from moeprune.demo.train import single_layer_recipe, train
 from moeprune.evaluation.evaluate import predict
-from moeprune.models.runtime import Runtime
-from moeprune.pruning.apply import prune
 
 EXPERTS = (8, 16, 32, 64, 128)
 SHARES = tuple(Fraction(1, part) for part in (8, 4, 2, 1))
-SEEDS = (0, 1, 2)
 
 
 def retained(num_experts: int, seed: int) -> dict[tuple[str, Fraction], float]:
     """Accuracy as a share of the full model's, by signal and share of experts kept."""
     model = train(single_layer_recipe(num_experts), seed)
-    data = moeprune.open_data("digits:test", model.input_format)
     keys = [(signal, share) for signal in ("combine", "random") for share in SHARES]
-    models = [prune(model, keep=share, scope="input", signal=signal, seed=seed) for signal, share in keys]
-    full, *pruned = (float(found.correct.double().mean()) for found in predict([model, *models], data, Runtime()))
+    models = [moeprune.prune(model, keep=share, scope="input", signal=signal, seed=seed) for signal, share in keys]
+    full, *pruned = (
+        float(found.correct.double().mean()) for found in predict([model, *models], test_set(model), RUNTIME)
+    )
     return {key: accuracy / full for key, accuracy in zip(keys, pruned, strict=True)}
 
 

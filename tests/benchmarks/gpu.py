@@ -12,8 +12,6 @@ touched and of the tokens at the card's own copy speed, or the FLOPs at that of 
 whichever takes longer.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 from collections.abc import Callable

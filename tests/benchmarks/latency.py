@@ -12,8 +12,6 @@ The peers are the same layer of `soft-moe` and `soft-moe-pytorch`, and the whole
 where these libraries are installed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 from collections.abc import Callable

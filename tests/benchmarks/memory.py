@@ -8,8 +8,6 @@ weights are mapped from the file; `resident` is how many bytes of that map are i
 Linux only (it reads /proc).
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile

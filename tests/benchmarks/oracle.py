@@ -14,8 +14,6 @@ the largest other: it is right if any is.
 Axes: b inputs, m tokens, d width, n experts, p slots per expert, S subsets of at most n/2 experts.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from fractions import Fraction
@@ -34,7 +32,6 @@ from moeprune.data.datasets import Dataset
 from moeprune.layers.experts import top_k
 from moeprune.layers.observation import Observation
 from moeprune.models.model import private_copy
-from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import experts_to_keep
 
@@ -63,7 +60,7 @@ class Given(nn.Module):
 
 
 def compare_signals(
-    model: SoftMoEViT, analysis: Analysis, data: Dataset, runtime: Runtime
+    model: SoftMoEViT, analysis: Analysis, data: Dataset, runtime: moeprune.Runtime
 ) -> dict[str, list[dict[str, Any]]]:
     """A row of FIGURES for each layer of an unpruned model, each k and each signal; the data are labelled."""
     model = private_copy(model).to(runtime.torch_device)
@@ -99,7 +96,7 @@ def compare_signals(
 
 
 def scores_of(
-    layer: nn.Module, seen: Observation, statistics: LayerStatistics, generator: torch.Generator, runtime: Runtime
+    layer: nn.Module, seen: Observation, of: LayerStatistics, generator: torch.Generator, runtime: moeprune.Runtime
 ) -> dict[str, Tensor]:
     """The scores (b,n) by which the signals without labels choose experts for each input; `gram` has none."""
     of_mean: dict[str, Observation] = {}
@@ -107,7 +104,7 @@ def scores_of(
     norms = seen.term_outputs.norm(dim=3)  # (b,n,p)
     return {
         "combine": seen.mass,
-        "deviation": seen.mass * statistics.deviation.to(seen.mass.device),
+        "deviation": seen.mass * of.deviation.to(seen.mass.device),
         "random": torch.rand(seen.mass.shape, generator=generator),
         "mean_token": of_mean[""].mass,
         "output": (seen.weights.sum(1) * norms.to(seen.weights)).sum(2),
@@ -115,7 +112,7 @@ def scores_of(
 
 
 def judged(
-    rest: nn.Module, given: Given, image: Tensor, label: int, added: Tensor, largest: int, runtime: Runtime
+    rest: nn.Module, given: Given, image: Tensor, label: int, added: Tensor, largest: int, runtime: moeprune.Runtime
 ) -> dict[Experts, Verdict]:
     """The verdict on every subset of 1 to `largest` experts, which add R (n,m,d) to the output of a layer."""
     n = len(added)

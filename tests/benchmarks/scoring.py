@@ -8,16 +8,13 @@ experts). Both happen inside the forward pass, where a routed layer does them; t
 there. Medians over repetitions on one thread.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
-from importlib import resources
 
 import torch
+from common import shipped, test_set
 from torch import Tensor, nn
 
-import moeprune
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.experts import combine_mass, top_k
 from moeprune.layers.observation import Observation
@@ -38,8 +35,9 @@ def shares(model: nn.Module, inputs: Tensor) -> tuple[float, float, float]:
         spent[0] += scored - start
         spent[1] += time.perf_counter() - scored
 
-    for layer in model.moe_layers.values():
-        layer.observer = score_and_choose
+    for layer in model.modules():
+        if isinstance(layer, SoftMoE):
+            layer.observer = score_and_choose
     rows = []
     for _ in range(REPETITIONS):
         spent[:] = 0, 0
@@ -54,9 +52,9 @@ def shares(model: nn.Module, inputs: Tensor) -> tuple[float, float, float]:
 def main() -> None:
     torch.set_num_threads(1)
     cases: list[tuple[str, nn.Module, Tensor]] = []
-    for name, data in (("single", "digits:test"), ("vit", "pairs:test")):
-        model = moeprune.load(str(resources.files("moeprune.demo") / "checkpoints" / f"{name}.safetensors"))
-        dataset = moeprune.open_data(data, model.input_format)
+    for name in ("single", "vit"):
+        model = shipped(name)
+        dataset = test_set(model)
         cases += [(name, model, next(dataset.batches(batch))[0]) for batch in (1, 64, 256)]
     layer = SoftMoE(SoftMoEConfig(384, 128, 1, 1536))
     cases += [("ViT-S layer, n = 128", layer, torch.randn(batch, 196, 384)) for batch in (1, 8, 32)]

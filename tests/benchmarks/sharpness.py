@@ -9,8 +9,6 @@ that is the verdict that `moeprune analyze` gives (INFORMATIVE_MASS was read off
 calibration split, so that the test split has no part in that choice. A few minutes on two cores.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from fractions import Fraction
 
