@@ -97,30 +97,34 @@ def vit() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def single_analysis(single: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def analyzed(run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Analyze a checkpoint, with options of `analyze`; where the analysis is."""
+
+    def analyzed(checkpoint: Path, *options: object) -> Path:
+        path = tmp_path_factory.mktemp("analysis") / "analysis.safetensors"
+        result = run("analyze", checkpoint, *options, "-o", path)
+        assert result.code == 0, result.stderr
+        return path
+
+    return analyzed
+
+
+@pytest.fixture(scope="session")
+def single_analysis(single: Path, analyzed: Callable[..., Path]) -> Path:
     """An analysis of `single` on all calibration digits."""
-    path = tmp_path_factory.mktemp("single") / "analysis.safetensors"
-    result = run("analyze", single, "--data", "digits", "--batch-size", 128, "-o", path)
-    assert result.code == 0, result.stderr
-    return path
+    return analyzed(single, "--data", "digits", "--batch-size", 128)
 
 
 @pytest.fixture(scope="session")
-def small_analysis(single: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_analysis(single: Path, analyzed: Callable[..., Path]) -> Path:
     """An analysis of `single` on 60 calibration digits, for what only has to be fast."""
-    path = tmp_path_factory.mktemp("small") / "analysis.safetensors"
-    result = run("analyze", single, "--data", "digits", "--limit", 60, "-o", path)
-    assert result.code == 0, result.stderr
-    return path
+    return analyzed(single, "--data", "digits", "--limit", 60)
 
 
 @pytest.fixture(scope="session")
-def vit_analysis(vit: Path, run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vit_analysis(vit: Path, analyzed: Callable[..., Path]) -> Path:
     """An analysis of `vit` on 100 calibration pairs."""
-    path = tmp_path_factory.mktemp("vit") / "analysis.safetensors"
-    result = run("analyze", vit, "--data", "pairs", "--limit", 100, "-o", path)
-    assert result.code == 0, result.stderr
-    return path
+    return analyzed(vit, "--data", "pairs", "--limit", 100)
 
 
 @pytest.fixture(scope="session")

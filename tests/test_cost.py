@@ -157,12 +157,11 @@ def test_shapes_and_flops_of_pruned_layers(config):
             assert counted(layer, drawn(2, 9, 12)) == 2 * config.flops(9, plan).total, plan
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("compensation", ["mean", "lstsq", "affine"])
+@pytest.mark.parametrize(
+    ("compensation", "rank"), [("mean", None), ("lstsq", None), ("lstsq", 2), ("affine", None), ("affine", 2)]
+)
 def test_flops_of_dynamic_slots_count_padded_tokens(compensation, rank):
     config = SoftMoEConfig(8, 4, 4, 6, router_norm="none", dynamic_slots=True)
-    if rank is not None and compensation == "mean":
-        return
     plan = LayerPlan("input", 2, 4, "combine", compensation, rank=rank)
     for tokens in (13, 16):
         assert counted(SoftMoE(config, plan), drawn(2, tokens, 8)) == 2 * config.flops(tokens, plan).total

@@ -15,7 +15,7 @@ where these libraries are installed.
 import contextlib
 import statistics
 from collections.abc import Callable
-from functools import partial
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -43,34 +43,8 @@ VARIANTS = tuple(map(", ".join, PRUNED))
 Seconds = dict[str, list[float]]
 
 
-def bwconrad(config: SoftMoEConfig) -> nn.Module:
-    """The same layer of soft-moe; ImportError where that is not installed."""
-    from soft_moe.soft_moe import SoftMoELayerWrapper
-
-    def expert() -> nn.Module:
-        d, h = config.dim, config.hidden_dim
-        return nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, d))
-
-    return SoftMoELayerWrapper(config.dim, config.num_experts, config.slots_per_expert, expert)
-
-
-def lucidrains(config: SoftMoEConfig) -> nn.Module:
-    """The same layer of soft-moe-pytorch; ImportError where that is not installed."""
-    from soft_moe_pytorch import SoftMoE as PeerSoftMoE
-
-    sizes = {"num_experts": config.num_experts, "num_slots": config.slots_per_expert}
-    return PeerSoftMoE(config.dim, **sizes, expert_mult=config.hidden_dim // config.dim)
-
-
-def bwconrad_vit_s(config: ViTConfig) -> nn.Module:
-    """The whole ViT-S of soft-moe; ImportError where that is not installed."""
-    from soft_moe import soft_moe_vit_small
-
-    return soft_moe_vit_small(num_classes=config.num_classes)
-
-
 def installed(peers: dict[str, Callable[[], nn.Module]]) -> dict[str, nn.Module]:
-    """Those that can be built."""
+    """Those that can be built: without ImportError."""
     found = {}
     for name, build in peers.items():
         with contextlib.suppress(ImportError):
@@ -106,8 +80,17 @@ def measure_layer(name: str, config: SoftMoEConfig, batches: tuple[int, ...]) ->
         kept = tuple(range(k)) if scope == "static" else None
         plan = LayerPlan(scope, k, n, "combine", compensation, kept)
         layers[f"{scope}, {compensation}"] = prune_layer(dense, plan, Calibrated(None, means))
-    peers = {"soft-moe": partial(bwconrad, config), "soft-moe-pytorch": partial(lucidrains, config)}
-    layers |= installed(peers)
+    d, p, h = config.dim, config.slots_per_expert, config.hidden_dim
+    layers |= installed(
+        {
+            "soft-moe": lambda: import_module("soft_moe.soft_moe").SoftMoELayerWrapper(
+                d, n, p, lambda: nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, d))
+            ),
+            "soft-moe-pytorch": lambda: import_module("soft_moe_pytorch").SoftMoE(
+                d, num_experts=n, num_slots=p, expert_mult=h // d
+            ),
+        }
+    )
     static = LayerPlan("static", k, n, "combine", "renorm", tuple(range(k)))
     share = config.flops(TOKENS, static).total / config.flops(TOKENS).total
     for batch in batches:
@@ -132,7 +115,7 @@ def measure_vit_s() -> None:
         "input, none": prune(dense, keep="1/8", scope="input"),
         "static, renorm": prune(dense, keep="1/8", signal="random", compensate="renorm"),
     }
-    models |= installed({"soft-moe": lambda: bwconrad_vit_s(config)})
+    models |= installed({"soft-moe": lambda: import_module("soft_moe").soft_moe_vit_small(num_classes=1000)})
     for batch in VIT_S_BATCHES:
         inputs = [torch.randn(batch, 3, 224, 224) for _ in range(INPUTS)]
         print_rows("whole ViT-S", batch, interleaved(models, inputs))
