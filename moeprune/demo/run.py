@@ -91,6 +91,5 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
 
 
 def _evaluate(path: Path, full: Model, test: Dataset, runtime: Runtime) -> None:
-    """Write the evaluation of a checkpoint beside it."""
     result = replace(evaluate(load(path), test, full, runtime), checkpoint=path.name, baseline="full.safetensors")
     write_file(path.with_suffix(".json"), to_text(result))

@@ -80,9 +80,10 @@ class _Tally:
         self.loss += F.cross_entropy(logits, targets, reduction="sum")
 
     def result(self, labels: Tensor) -> Predictions:
-        count = len(labels)
-        sums = {name: map(sum, zip(*parts, strict=True)) for name, parts in self.experts.items()}
-        usage = {name: Usage(float(running) / count, applied / count) for name, (running, applied) in sums.items()}
+        count, usage = len(labels), {}
+        for name, parts in self.experts.items():
+            running, computed = map(sum, zip(*parts, strict=True))
+            usage[name] = Usage(float(running) / count, computed / count)
         predicted = torch.cat(self.predicted).cpu()
         return Predictions(labels, predicted, int(self.in_top5) / count, float(self.loss) / count, usage)
 

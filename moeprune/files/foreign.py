@@ -230,7 +230,6 @@ class _Index(msgspec.Struct):
 
 
 def _index_in(folder: Path) -> Path:
-    """Return the one index in a folder."""
     try:
         found = sorted(file.name for file in folder.iterdir() if file.name.endswith(INDEX_SUFFIX))
     except OSError as error:
