@@ -128,9 +128,7 @@ def measure_sensitivity(
 
     Each layer is pruned by itself, to an eighth of its experts with `mean`, and the mean divergence of
     PROBE_INPUTS predictions is divided by the layer's error, which the Gram matrix tells. Layers that cannot
-    be pruned statically are left out.
-
-    model: a private copy of the unpruned one, on the runtime's device; statistics: of all its layers.
+    be pruned statically are left out. The model is a private copy on the runtime's device.
     """
     probes, errors = {}, {}
     for name, layer in model.moe_layers.items():

@@ -24,6 +24,7 @@ from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
 
 A = TypeVar("A", bound=MomentsAccumulator)
+Observer = Callable[[str, Observation], None]
 
 
 def measure(
@@ -79,14 +80,8 @@ class StopForward(Exception):
     """Ends a forward pass once every layer of interest has been observed."""
 
 
-def observe_layers(
-    model: nn.Module,
-    names: Sequence[str],
-    observe: Callable[[str, Observation], None],
-    inputs: Tensor,
-    runtime: Runtime,
-) -> None:
-    """Run the model on inputs as far as the named layers and hand each one's observation over."""
+def observe_layers(model: nn.Module, names: Sequence[str], observe: Observer, inputs: Tensor, runtime: Runtime) -> None:
+    """Run the model on inputs as far as the named layers and hand each one's name and observation over."""
     waiting = set(names)
     layers: dict[str, MoELayer] = {name: model.get_submodule(name) for name in names}  # type: ignore[misc]
 

@@ -97,19 +97,17 @@ class MomentsAccumulator:
         """Add the inputs of one forward pass, and their classes (b) if they have any."""
         self.samples += len(observation.mass)
         self.sums["mean_mass"] += observation.mass.sum(0, dtype=self.dtype)
-        terms = zip(("weights", "outputs", "squares"), observation.term_sums(self.dtype), strict=True)
-        for name, total in terms:
+        for name, total in zip(("weights", "outputs", "squares"), observation.term_sums(self.dtype), strict=True):
             self.sums[name] += total
 
     def moments(self) -> dict[str, Tensor]:
         """Return the fields of LayerMoments."""
-        mass, weights, outputs, squares = (self.sums[name] for name in ("mean_mass", "weights", "outputs", "squares"))
         # A term without any weight (it underflowed) has no mean; zero is as good as any.
-        divisors = weights.clamp_min(torch.finfo(self.dtype).tiny)
-        term_mean = outputs / divisors[..., None]
-        spread = squares - weights * term_mean.square().sum(-1)
-        variance = spread.sum(1).clamp_min(0) / divisors.sum(1)
-        return {"mean_mass": mass / self.samples, "term_mean": term_mean, "deviation": variance.sqrt()}
+        weights = self.sums["weights"].clamp_min(torch.finfo(self.dtype).tiny)
+        mean = self.sums["outputs"] / weights[..., None]
+        spread = self.sums["squares"] - self.sums["weights"] * mean.square().sum(-1)
+        deviation = (spread.sum(1).clamp_min(0) / weights.sum(1)).sqrt()
+        return {"mean_mass": self.sums["mean_mass"] / self.samples, "term_mean": mean, "deviation": deviation}
 
     def result(self) -> LayerMoments:
         """Return the moments of all inputs so far."""
