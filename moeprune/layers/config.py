@@ -137,8 +137,7 @@ def register(config_class: Any, module_class: type) -> None:
 def layer_from_json(value: Any, where: str) -> LayerConfig:
     """Read a layer's configuration from JSON values; without `family` it is a Soft MoE.
 
-    Raises:
-        MoepruneError: an unknown family, an unknown or missing key, or a value that does not fit.
+    Raises a MoepruneError for an unknown family, an unknown or missing key, or a value that does not fit.
     """
     family = value.get("family", "soft_moe") if isinstance(value, Mapping) else "soft_moe"
     if not isinstance(family, str) or family not in FAMILIES:

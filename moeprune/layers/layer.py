@@ -61,10 +61,8 @@ class MoELayer(nn.Module):
         With a mass in the plan inputs may run fewer than k: n means none.
         """
         assert self.plan is not None
-        scores = mass
-        if self.plan.signal == "deviation":
-            scores = mass * self.score_weights
-        elif self.plan.signal == "random":
+        scores = mass * self.score_weights if self.plan.signal == "deviation" else mass
+        if self.plan.signal == "random":
             scores = self.score_weights.expand_as(mass)
         if self.plan.scope == "batch":
             scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
