@@ -218,8 +218,7 @@ def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
         if name not in layers:
             hint = f"its MoE layers are {', '.join(f'`{known}`' for known in layers)}"
             raise MoepruneError(f"the plan names layer `{name}`, which is not in the model", hint)
-        planned, n = layer.num_experts, layers[name].num_experts
-        if planned != n:
+        if (planned := layer.num_experts) != (n := layers[name].num_experts):
             raise MoepruneError(f"the plan of layer `{name}` is for {planned} experts, the layer has {n}")
         if reason := layers[name].refusal(layer):
             raise MoepruneError(f"layer `{name}` {reason}")

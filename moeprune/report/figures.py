@@ -2,13 +2,13 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.style import context
 from matplotlib.ticker import PercentFormatter
 
 PALETTE = {
@@ -32,13 +32,9 @@ WIDTH, HEIGHT = 4.2, 2.9
 """Inches of a panel."""
 
 
-@contextmanager
-def style(fonttype: str) -> Iterator[None]:
+def style(fonttype: str) -> AbstractContextManager[None]:
     """Draw in the style of moeprune, whatever the user's own style is."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**STYLE, "svg.fonttype": fonttype})
-        yield
+    return context({**STYLE, "svg.fonttype": fonttype}, after_reset=True)
 
 
 def panel(paint: Callable[[Axes], object], title: str = "", height: float = HEIGHT) -> str:

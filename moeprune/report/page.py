@@ -11,20 +11,8 @@ from moeprune.calibration.results import AnalysisReport
 from moeprune.evaluation.results import Environment, Evaluation, Forgetting
 from moeprune.models.model import Model
 from moeprune.pruning.results import Sweep
+from moeprune.report import document as doc
 from moeprune.report.commands import document_of
-from moeprune.report.document import (
-    Block,
-    Cell,
-    Document,
-    Facts,
-    Figure,
-    Heading,
-    Highlights,
-    Interval,
-    Lines,
-    Table,
-    Verdict,
-)  # fmt: skip
 from moeprune.report.experts import experts_of
 from moeprune.report.figures import panel, stacks
 from moeprune.report.trade_off import best_of, trade_off
@@ -37,34 +25,34 @@ MOST_CLASSES = 1000
 
 def page_of(
     result: Evaluation | Sweep | AnalysisReport, model: Model, analysis: Analysis | None, environment: Environment
-) -> Document:
+) -> doc.Document:
     """Return the page of `eval`, `eval --sweep` or `analyze`.
 
     analysis: of the full model; None: nothing about masses.
     """
     document = document_of(result)
-    blocks: list[Block] = []
+    blocks: list[doc.Block] = []
     if isinstance(result, Evaluation):
         blocks += _summary(result)
     elif isinstance(result, Sweep):
-        blocks.append(Highlights(list(best_of(result.rows))))
-        blocks += [Heading("Accuracy over size and FLOPs"), *trade_off(result.rows)]
+        blocks.append(doc.Highlights(list(best_of(result.rows))))
+        blocks += [doc.Heading("Accuracy over size and FLOPs"), *trade_off(result.rows)]
     blocks += document.blocks
     if isinstance(result, Evaluation) and result.forgetting is not None:
         blocks += _classes(result.forgetting)
     for name, statistics in analysis.layers.items() if analysis else ():
         blocks += experts_of(name, statistics, model.plan.get(name))
-    blocks += [Heading("Where these figures come from"), Facts(_origins(result, model, analysis, environment))]
-    return Document(document.title, blocks, document.gates)
+    blocks += [doc.Heading("Where these figures come from"), doc.Facts(_origins(result, model, analysis, environment))]
+    return doc.Document(document.title, blocks, document.gates)
 
 
-def _summary(result: Evaluation) -> Iterator[Block]:
+def _summary(result: Evaluation) -> Iterator[doc.Block]:
     """Yield the most important figures, and size and FLOPs of the models by part."""
-    yield Highlights(list(_highlights(result)))
+    yield doc.Highlights(list(_highlights(result)))
     if result.forgetting is not None and result.forgetting.collapsed:
         collapsed = ", ".join(map(str, result.forgetting.collapsed))
-        yield Lines([f"Classes that collapsed, hidden by the average: {collapsed}."])
-    yield Heading("Accuracy, size and FLOPs")
+        yield doc.Lines([f"Classes that collapsed, hidden by the average: {collapsed}."])
+    yield doc.Heading("Accuracy, size and FLOPs")
     models = {"model": result.model, "full model": result.baseline_model}
     panels, said = [], []
     for title, figure, unit in (("size", "bytes_by_part", "B"), ("FLOPs per input", "flops_per_input", "")):
@@ -77,7 +65,7 @@ def _summary(result: Evaluation) -> Iterator[Block]:
                 each = ", ".join(f"{part} {amount(value, unit)}" for part, value in parts.items())
                 said.append(f"{title} of the {name}: {total} ({each})")
         panels.append(panel(partial(stacks, rows=rows), title, height=0.7 + 0.4 * len(rows)))
-    yield Figure(panels, "; ".join(said))
+    yield doc.Figure(panels, "; ".join(said))
 
 
 def _highlights(result: Evaluation) -> Iterator[tuple[str, str, str]]:
@@ -101,26 +89,26 @@ def _highlights(result: Evaluation) -> Iterator[tuple[str, str, str]]:
         yield "speed-up, at least", f"{slowest:.2f}×", f"at batch {batch}"
 
 
-def _classes(forgetting: Forgetting) -> Iterator[Block]:
+def _classes(forgetting: Forgetting) -> Iterator[doc.Block]:
     """Return the change of each class, those that collapsed first."""
-    yield Heading("Classes")
+    yield doc.Heading("Classes")
     changes = sorted(forgetting.classes, key=lambda change: change.index not in forgetting.collapsed)
     less = sum(change.accuracy_drop_ci95[0] > 0 for change in changes)
     more = sum(change.accuracy_drop_ci95[1] < 0 for change in changes)
     line = f"Of {len(changes)} classes, {less} lost and {more} gained more than chance explains (95 % each)."
     left_out = f"The {len(changes) - MOST_CLASSES} classes that changed least are left out."
-    yield Lines([line, left_out] if len(changes) > MOST_CLASSES else [line])
+    yield doc.Lines([line, left_out] if len(changes) > MOST_CLASSES else [line])
     reach = max(abs(bound) for change in changes for bound in change.accuracy_drop_ci95)
-    rows: list[Sequence[Cell]] = []
+    rows: list[Sequence[doc.Cell]] = []
     for change in changes[:MOST_CLASSES]:
         low, high = (-bound + 0.0 for bound in reversed(change.accuracy_drop_ci95))
         text = f"{points(-change.accuracy_drop)} ({100 * low:+.1f} to {100 * high:+.1f})"
-        interval = Interval(text, low, -change.accuracy_drop, high, reach)
+        interval = doc.Interval(text, low, -change.accuracy_drop, high, reach)
         accuracies = percent(change.baseline_accuracy), percent(change.accuracy)
-        verdict = Verdict(False, "collapsed") if change.index in forgetting.collapsed else ""
+        verdict = doc.Verdict(False, "collapsed") if change.index in forgetting.collapsed else ""
         rows.append((str(change.index), interval, *accuracies, str(change.samples), verdict))
     columns = ("class", "change (95 %)", "full model", "model", "samples", "")
-    yield Table(columns, rows, shown=max(CLASSES_SHOWN, len(forgetting.collapsed)))
+    yield doc.Table(columns, rows, shown=max(CLASSES_SHOWN, len(forgetting.collapsed)))
 
 
 def _origins(
