@@ -24,9 +24,9 @@ MOST_CELLS = 256
 class Masses:
     """The masses of one layer's n experts, as arrays in float64.
 
-    mean, most: over all inputs (n). best: of an input's best k experts, k = 1…n. order: experts, the largest
-    mean mass first. classes: those with inputs (c). by_class: means over their inputs (c,n). columns: experts
-    by the class of their largest mass, those of little mass last. kept: by expert (n); None without a set.
+    mean, most: over all inputs (n). best: of an input's best k experts, k = 1…n. order: experts, the largest mean mass
+    first. classes: those with inputs (c). by_class: means over their inputs (c,n). columns: experts by the class of
+    their largest mass, those of little mass last. kept: by expert (n); None without a set.
     """
 
     def __init__(self, statistics: LayerStatistics, plan: LayerPlan | None):
