@@ -1,7 +1,5 @@
 """The statistics of all MoE layers of a model on calibration data, and the file that holds them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace

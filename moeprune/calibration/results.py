@@ -1,7 +1,5 @@
 """Options and results of `moeprune analyze`; no torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

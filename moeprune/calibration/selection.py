@@ -7,8 +7,6 @@ weights of the kept experts are made to sum to 1 again (`renorm`), that sum is t
 the mass that they had, for which its mean over inputs and tokens serves.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

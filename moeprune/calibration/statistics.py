@@ -3,8 +3,6 @@
 Axes: b inputs, n experts, p terms per expert, o width of the output.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any

@@ -13,8 +13,6 @@ Axes: b inputs, m tokens, d width of the input, o width of the output, n experts
 regressors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Array files `.npz` and `.safetensors` with `inputs` and, optionally, `labels`; read batch by batch."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import zlib

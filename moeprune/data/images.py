@@ -1,7 +1,5 @@
 """Folders of PNG and JPEG images: one folder for each class, or images without labels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial

@@ -1,7 +1,5 @@
 """A source of samples that are read in batches, whatever kind of file they come from."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

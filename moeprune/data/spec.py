@@ -1,7 +1,5 @@
 """A data spec with its options, and facts about the data that it names; no torch."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from moeprune.errors import MoepruneError

@@ -3,8 +3,6 @@
 They are the `full.safetensors` that `moeprune demo --train -o DIR` writes into `DIR/single` and `DIR/vit`.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Train the demo's models on scikit-learn's digits, from scratch and seeded; only on the `train` split."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

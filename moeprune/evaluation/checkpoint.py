@@ -1,7 +1,5 @@
 """From checkpoints and labelled data to an evaluation and its gates."""
 
-from __future__ import annotations
-
 import logging
 
 from msgspec.structs import replace

@@ -1,7 +1,5 @@
 """Accuracy, size and cost of a model, alone and against the full model, on average and class by class."""
 
-from __future__ import annotations
-
 import platform
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Limits that an evaluation must keep, judged by measured values or by their bounds; no torch."""
 
-from __future__ import annotations
-
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Intervals and tests for accuracies of models on the same inputs; no torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import NormalDist

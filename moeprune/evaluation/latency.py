@@ -1,7 +1,5 @@
 """Latency of models: a warm-up, then interleaved repetitions of all models on the same inputs."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import time

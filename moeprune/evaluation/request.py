@@ -1,7 +1,5 @@
 """Options of `moeprune eval`; no torch."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated

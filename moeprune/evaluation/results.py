@@ -1,7 +1,5 @@
 """Results of an evaluation; no torch. Accuracies and their differences are fractions."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import msgspec

@@ -3,8 +3,6 @@
 A file is read in blocks where all of its bytes are needed, and mapped into memory where tensors are.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

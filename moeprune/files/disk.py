@@ -1,7 +1,5 @@
 """Files that are read only if they are regular, and written whole or not at all; no torch."""
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import logging

@@ -3,8 +3,6 @@
 A file is recognised by its contents, not its suffix, and no code in it is ever run.
 """
 
-from __future__ import annotations
-
 import codecs
 import hashlib
 import logging

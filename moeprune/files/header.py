@@ -4,8 +4,6 @@ The library `safetensors` imports numpy or torch whenever it opens a file. Like 
 checks that the tensors cover the file exactly, so that a truncated file is refused.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The families of layers and their configurations: for now, Soft MoE; no torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -16,8 +16,6 @@ Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden
 width; k experts run for an input, with s = k·p slots in the order of `chosen`.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from types import ModuleType

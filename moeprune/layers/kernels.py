@@ -4,8 +4,6 @@ All shapes are known beforehand, so that a CUDA graph can hold a whole forward p
 which expert is found on the device. Axes as in moeprune.layers.experts.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Base of the modules of all families: tensors by configuration and plan, compensation, observer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from importlib import import_module
 

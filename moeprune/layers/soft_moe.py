@@ -13,8 +13,6 @@ of C·u, u a constant vector for each slot, also added to f of a kept slot if st
 run, those of dropped experts by kept ones.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

@@ -9,8 +9,6 @@ by the merged expert of their group: the file shrinks, the FLOPs do not.
 Axes: n experts, p terms per expert, h hidden width, o width of the output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 

@@ -4,8 +4,6 @@ Axes, here and everywhere: b inputs, m tokens, d model width, n experts, p slots
 an expert.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """The metadata of a checkpoint, and checks of its tensors by name, shape and type; no torch."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping

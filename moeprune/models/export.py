@@ -1,7 +1,5 @@
 """Our models as those of other libraries and of the user's own code: converted, compared and written."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Mapping

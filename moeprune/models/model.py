@@ -1,7 +1,5 @@
 """A model that holds MoE layers: its common surface, and how it is saved."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from pathlib import Path

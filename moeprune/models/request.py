@@ -1,7 +1,5 @@
 """A checkpoint with its options, and the requests of `moeprune inspect` and `moeprune export`; no torch."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """Results about one model or checkpoint; no torch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from moeprune.plan import LayerPlan

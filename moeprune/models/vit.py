@@ -1,7 +1,5 @@
 """A vision transformer with Soft MoE layers."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -6,8 +6,6 @@ taken: its share of the layer's output, and how much the model's predictions cha
 bytes or FLOPs; the budget is split so that the sum of the losses is least.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """From a checkpoint to a pruned one, or to a sweep over many ways to prune it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -15,8 +15,6 @@ changes those linears and costs nothing at inference.
 Axes: b inputs, m tokens, d width of the input, o of the output, n experts, p terms per expert, q regressors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ A layer needs `k` or `kept`; the rest has defaults. Where a static layer's `kept
 signal chooses the experts.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options of `moeprune prune` and `moeprune eval --sweep`; no torch."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Results of pruning and of a sweep; no torch."""
 
-from __future__ import annotations
-
 from moeprune.data.spec import DataInfo
 from moeprune.evaluation.results import Difference, Environment, Interval, Latency, ModelFigures
 from moeprune.models.results import ModelCost

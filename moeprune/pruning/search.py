@@ -9,8 +9,6 @@ the full level, until one fails finds a plan slightly more often, but measures t
 below the limit.)
 """
 
-from __future__ import annotations
-
 import contextlib
 from bisect import bisect_left
 from collections.abc import Callable, Sequence

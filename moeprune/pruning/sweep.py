@@ -1,7 +1,5 @@
 """Many ways to prune one model, each evaluated on the same data, with random experts as a control."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction

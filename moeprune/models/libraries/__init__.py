@@ -1,7 +1,5 @@
 """The libraries whose checkpoints moeprune reads and writes."""
 
-from __future__ import annotations
-
 from moeprune.errors import MoepruneError
 from moeprune.models.description import lookalike
 from moeprune.models.libraries.soft_moe import SoftMoEViTs, Tensors

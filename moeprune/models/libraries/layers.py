@@ -7,8 +7,6 @@ soft-mixture-of-experts (fkodom): no normalisation; an expert is one linear, and
 moeprune: our own layers, which need no translation.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from importlib import metadata

@@ -5,8 +5,6 @@ stacked the experts of a layer for their ImageNet models, gave them a width of t
 `base_expert` in the file that never runs. Only the library's layout is written.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
