@@ -1,4 +1,11 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and how code of the user's is run so that it raises this one."""
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 
 class MoepruneError(Exception):
@@ -14,3 +21,78 @@ class MoepruneError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
+
+
+class StopForward(BaseException):
+    """Ends a forward pass once every layer of interest has been observed; no `except Exception` stops it."""
+
+
+@contextlib.contextmanager
+def user_code(what: str, hint: str | None = None) -> Iterator[None]:
+    """Run code of the user's: an import, a factory, a forward pass, a loader of data.
+
+    stdout goes to stderr, also that of C and of other processes, and `sys.argv` is the program's name alone.
+
+    what: the beginning of the error's message, such as "`--model nets:build` fails". hint: of the error.
+
+    Raises:
+        MoepruneError: the code raised something or ended the program. Errors of moeprune's own, a lack of memory
+            and Ctrl-C pass unchanged.
+    """
+    try:
+        with _streams:
+            yield
+    except (MoepruneError, StopForward, KeyboardInterrupt, GeneratorExit):
+        raise
+    except SystemExit as end:
+        raise MoepruneError(f"{what}: it ended the program with `sys.exit({end.code!r})`", hint) from None
+    except BaseException as error:
+        if is_out_of_memory(error):
+            raise
+        raise MoepruneError(f"{what}: {type(error).__name__}: {error}", hint) from None
+
+
+class _Streams:
+    """Sends stdout to stderr and hides the program's arguments until the last of several threads has left."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.descriptor = threading.Lock(), 0, -1
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.users += 1
+            if self.users > 1:
+                return
+            self.stdout, self.argv = sys.stdout, sys.argv
+            _flush(self.stdout)
+            with contextlib.suppress(OSError):  # one of them is closed
+                self.descriptor = os.dup(1)
+                os.dup2(2, 1)
+            sys.stdout, sys.argv = sys.stderr or sys.stdout, sys.argv[:1]
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users:
+                return
+            _flush(self.stdout)  # what code wrote to `sys.__stdout__`
+            sys.stdout, sys.argv = self.stdout, self.argv
+            if self.descriptor >= 0:
+                os.dup2(self.descriptor, 1)
+                os.close(self.descriptor)
+                self.descriptor = -1
+
+
+_streams = _Streams()
+
+
+def _flush(stdout: Any) -> None:
+    for stream in filter(None, (stdout, sys.__stdout__)):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for a lack of memory on the host or a device; torch need not be imported."""
+    is_of_device = type(error).__name__ == "OutOfMemoryError"
+    return is_of_device or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)

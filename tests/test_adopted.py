@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import moeprune
+from moeprune.cli import app
 from moeprune.cli.options import parse_settings
 from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.errors import MoepruneError
@@ -489,3 +494,91 @@ def test_a_checkpoint_with_other_dynamic_slots_than_its_tokens_make_is_refused(t
     moeprune.save(model, tmp_path / "model.safetensors")
     with pytest.raises(MoepruneError, match="computes with 20 tokens, its inputs have 16"):
         moeprune.load(tmp_path / "model.safetensors")
+
+
+# --- code of the user's that prints, ends the program, or fails --------------------------------
+
+
+HOSTILE = """
+import os, subprocess, sys, torch
+from tests.test_adopted import Tower, tower as plain
+{at_import}
+
+class Net(type(plain())):
+    def forward(self, x):
+        {in_forward}
+        return super().forward(x)
+
+def build():
+    {in_factory}
+    model = plain()
+    model.__class__ = Net
+    return model
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch, files):
+    """Write a module with code at import, in the factory and in forward; its name changes each time."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(randomized(tower()).state_dict(), "net.pt")
+    inputs = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    np.savez("data.npz", inputs=inputs.numpy(), labels=[0, 1, 2, 3])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+    def write(**code: str) -> list[object]:
+        places = dict.fromkeys(("at_import", "in_factory", "in_forward"), "pass")
+        name = f"hostile_{abs(hash(tuple(code.items())))}"
+        (tmp_path / f"{name}.py").write_text(HOSTILE.format(**places | code))
+        return ["net.pt", "--model", f"{name}:build", "--input-shape", "3,8,8"]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        ("sys.exit(0)", r"`--model hostile_\d+:build` .*`sys.exit\(0\)`"),
+        ("sys.exit('no GPU')", r"hostile_\d+:build.*'no GPU'"),
+        ("raise BaseException('odd')", r"hostile_\d+:build.*BaseException: odd"),
+        ("import argparse; argparse.ArgumentParser().parse_args(); print(1 / 0)", "ZeroDivisionError"),
+    ],
+)
+@pytest.mark.parametrize("place", ["at_import", "in_factory", "in_forward"])
+def test_whatever_code_of_the_users_raises_is_an_error_that_names_it(run, hostile, place, raised, message):
+    arguments = ["eval", *hostile(**{place: raised}), "--data", "data.npz", "--min-accuracy", 0.99]
+    found = run(*arguments, "--output-format", "junit", "--output-file", "gates.xml")
+    assert found.code == 2
+    assert re.search(message, found.stderr)
+    assert "<error" in Path("gates.xml").read_text()
+
+
+def test_an_error_in_a_later_forward_pass_names_the_model(run, hostile):
+    late = "assert len(x) != 2, 'two inputs'"
+    found = run("eval", *hostile(in_forward=late), "--data", "data.npz", "--batch-size", 2)
+    assert found.code == 2
+    assert re.search(
+        r"Net that `--model hostile_\d+:build` builds fails on .*\[2, 3, 8, 8\]: .*two inputs", found.stderr
+    )
+
+
+@pytest.mark.parametrize("place", ["at_import", "in_factory", "in_forward"])
+def test_what_code_of_the_users_prints_stays_out_of_the_report(capfd, hostile, place):
+    printing = (
+        "print('said', sys.argv); print('said', file=sys.__stdout__); os.system('echo said');"
+        " subprocess.run(['echo', 'said'])"
+    )
+    before = list(sys.argv)
+    with pytest.raises(SystemExit) as ended:
+        app([*map(str, ["eval", *hostile(**{place: printing}), "--data", "data.npz", "--output-format", "json"])])
+    shown = capfd.readouterr()
+    assert ended.value.code == 0
+    assert json.loads(shown.out)["data"]["samples"] == 4
+    assert shown.err.count("said") >= 4
+    assert sys.argv == before
+
+
+def test_a_program_that_hides_errors_does_not_hide_the_end_of_a_pass(run, hostile):
+    swallow = "\n        try: return super().forward(x)\n        except Exception: return torch.zeros(len(x), 5)"
+    found = run("analyze", *hostile(in_forward=swallow), "--data", "data.npz", "-o", "a.safetensors")
+    assert found.code == 0, found.stderr

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator
 from moeprune.calibration.sums import wide_dtype
 from moeprune.data.datasets import Dataset
-from moeprune.errors import MoepruneError
+from moeprune.errors import MoepruneError, StopForward
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model
@@ -72,10 +72,6 @@ def divergences(
             change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
         totals[name] += change.reshape(len(change), -1).mean(1).sum().to("cpu", torch.float64)
     return {name: total / data.samples for name, total in totals.items()}
-
-
-class StopForward(Exception):
-    """Ends a forward pass once every layer of interest has been observed."""
 
 
 def observe_layers(model: nn.Module, names: Sequence[str], observe: Observer, inputs: Tensor, runtime: Runtime) -> None:

@@ -20,7 +20,7 @@ from moeprune import __version__
 from moeprune.cli.configuration import read_configuration
 from moeprune.cli.options import KEYWORD, options_of, request_of
 from moeprune.cli.reporter import Output, Reporter
-from moeprune.errors import MoepruneError
+from moeprune.errors import MoepruneError, is_out_of_memory
 
 app = typer.Typer(
     help="Inference-time expert pruning of Soft Mixture-of-Experts models.",
@@ -113,8 +113,7 @@ def _exit_codes(context: typer.Context) -> Iterator[None]:
     except SystemExit as end:
         _fail(f"error: code that moeprune called ended the program (exit code {end.code})\n")
     except Exception as error:
-        is_of_device = type(error).__name__ == "OutOfMemoryError"  # of torch, which need not be imported
-        if is_of_device or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             sizes = "`--batch-size`" + (" or `--latency-batch`" if context.params.get("latency") else "")
             _fail(f"error: out of memory ({error})\n\nhint: give a smaller {sizes}\n")
         _fail(f"{traceback.format_exc()}\nerror: moeprune failed; this is a defect, please report it\n")

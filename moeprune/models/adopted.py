@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeprune.errors import MoepruneError
+from moeprune.errors import MoepruneError, user_code
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.layer import layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
@@ -41,7 +41,10 @@ class AdoptedModel(Model):
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (b,c,H,W) in, logits (b,classes) out."""
-        return self.module(x)
+        if torch.compiler.is_compiling():
+            return self.module(x)
+        with user_code(_failure(self.module, self.config.factory, x)):
+            return self.module(x)
 
 
 def adopt(
@@ -81,7 +84,8 @@ def adopt(
     for stated in set(releases) - set(names):
         raise MoepruneError(f"the layers of the model are from {', '.join(names)}, not from `{stated}`")
     layers, parent = {}, nn.ModuleDict({"module": module})  # with the names of an AdoptedModel
-    for name, tokens in _tokens(module, libraries, input_shape).items():
+    built_by = name_of(factory)
+    for name, tokens in _tokens(module, libraries, input_shape, built_by).items():
         library, theirs = libraries[name], module.get_submodule(name)
         config, tensors = library.describe(theirs, name, tokens, releases.get(library.name))
         ours = layer_of_tensors(config, None, {key: tensor.detach() for key, tensor in tensors.items()})
@@ -90,9 +94,9 @@ def adopt(
         layers[path] = AdoptedLayer(config, library.name, tokens)
     module = parent["module"]
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        classes = _run(module, input_shape).shape[1]
+        classes = _run(module, input_shape, built_by).shape[1]
     other = flops.get_total_flops() - sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
-    whole = ModuleConfig(name_of(factory), dict(arguments or {}), input_shape, classes, layers, other)
+    whole = ModuleConfig(built_by, dict(arguments or {}), input_shape, classes, layers, other)
     return AdoptedModel(module, whole, Details(), factory).eval()
 
 
@@ -108,7 +112,15 @@ def _known_layers(module: nn.Module) -> dict[str, LayerLibrary]:
     return found
 
 
-def _tokens(module: nn.Module, names: Iterable[str], input_shape: tuple[int, int, int]) -> dict[str, int]:
+def _failure(module: nn.Module, factory: str | None, x: Tensor) -> str:
+    """Return the beginning of an error of a forward pass."""
+    builder = f" that `--model {factory}` builds" if factory else ""
+    return f"the {type(module).__name__}{builder} fails on an input of shape {list(x.shape)}"
+
+
+def _tokens(
+    module: nn.Module, names: Iterable[str], input_shape: tuple[int, int, int], factory: str | None
+) -> dict[str, int]:
     """Return the tokens of each layer, in the order in which the layers run."""
     tokens: dict[str, int] = {}
 
@@ -121,25 +133,19 @@ def _tokens(module: nn.Module, names: Iterable[str], input_shape: tuple[int, int
         for name in names:
             part = module.get_submodule(name)
             hooks.enter_context(part.register_forward_hook(functools.partial(count, name)))
-        _run(module, input_shape)
+        _run(module, input_shape, factory)
     if idle := sorted(set(names) - set(tokens)):
         raise MoepruneError(f"layers {', '.join(f'`{name}`' for name in idle)} do not run")
     return tokens
 
 
 @torch.no_grad()
-def _run(module: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
+def _run(module: nn.Module, input_shape: tuple[int, int, int], factory: str | None) -> Tensor:
     """Return the logits (1,classes) of one random input."""
-    x = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)).to(next(module.parameters()))
-    try:
+    x = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(p for p in module.parameters() if p.is_floating_point()))
+    with user_code(_failure(module, factory, x), "check the shape of one input, channels × height × width"):
         output = module(x)
-    except MoepruneError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise MoepruneError(
-            f"the {type(module).__name__} fails on an input of shape {list(x.shape)}: {type(error).__name__}: {error}",
-            "check the shape of one input, channels × height × width",
-        ) from None
     if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == 1):
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise MoepruneError(
@@ -185,14 +191,10 @@ def build(factory: Factory, arguments: Mapping[str, Any]) -> nn.Module:
         raise MoepruneError(f"`--model {name}` is not a factory", "give `package.module:function`")
     if isinstance(factory, str) and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    try:
+    hint = "check its name and `--model-arg`, and that it can be imported from here"
+    with user_code(f"`--model {name}` fails", hint):
         found = getattr(importlib.import_module(package), function) if isinstance(factory, str) else factory
         model = found(**arguments)
-    except Exception as error:  # the user's code may raise anything
-        raise MoepruneError(
-            f"`--model {name}` fails: {type(error).__name__}: {error}",
-            "check its name and `--model-arg`, and that it can be imported from here",
-        ) from None
     if not isinstance(model, nn.Module):
         raise MoepruneError(f"`--model {name}` builds a {type(model).__name__}, expected a torch module")
     return model

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moeprune.errors import MoepruneError
+from moeprune.errors import MoepruneError, user_code
 from moeprune.files.checkpoint import write_state_dict
 from moeprune.models.adopted import AdoptedModel, load_foreign
 from moeprune.models.architecture import ViTConfig
@@ -152,7 +152,8 @@ def difference(ours: Model, theirs: nn.Module, name: str) -> Parity:
     images = torch.randn(IMAGES, *ours.config.input_shape, generator=generator, dtype=torch.float64).to(dtype)
     with torch.inference_mode():
         logits = private_copy(ours).to(dtype)(images)  # one after the other, to hold one copy at a time
-        expected = theirs.eval().to(dtype)(images)
+        with user_code(f"{name} fails on an input of shape {list(images.shape)}"):
+            expected = theirs.eval().to(dtype)(images)
     largest = float(expected.abs().max())
     if largest == 0:
         return skipped("all logits are zero: there is nothing to compare")
