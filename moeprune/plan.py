@@ -13,10 +13,8 @@ Scope = Literal["static", "input", "batch"]
 Signal = Literal["combine", "deviation", "gram", "random"]
 Compensation = Literal["none", "renorm", "mean", "lstsq", "affine", "refit", "merge"]
 SCOPES, SIGNALS, COMPENSATIONS = get_args(Scope), get_args(Signal), get_args(Compensation)
-FITTED = ("lstsq", "affine", "refit")
-"""Compensations that a regression on data finds."""
-AFFINE = ("affine", "refit")
-"""Compensations with a linear map of the layer's input."""
+FITTED = ("lstsq", "affine", "refit")  # compensations that a regression on data finds
+AFFINE = ("affine", "refit")  # compensations with a linear map of the layer's input
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -182,8 +180,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         return self.compensation in AFFINE and self.drops
 
 
-Plan = dict[str, LayerPlan]
-"""The plans of a model's layers by layer name, in the order of the data flow."""
+Plan = dict[str, LayerPlan]  # the plans of a model's layers by layer name, in the order of the data flow
 
 
 class Method(Record, frozen=True):

@@ -30,8 +30,7 @@ from moeprune.records import Record, from_json, to_json
 logger = logging.getLogger(__name__)
 FORMAT = 1
 PROBE_INPUTS = 256
-WORKSPACE = 2 << 30
-"""Bytes of sums over inputs that an analysis holds at once."""
+WORKSPACE = 2 << 30  # bytes of sums over inputs that an analysis holds at once
 
 
 class Origin(Record, frozen=True, omit_defaults=False):

@@ -23,8 +23,7 @@ from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
 from moeprune.plan import AFFINE
 
-CHUNK = 2**24
-"""Numbers at most in each of the tensors that the lost parts of some outputs need."""
+CHUNK = 2**24  # numbers at most in each of the tensors that the lost parts of some outputs need
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -20,8 +20,7 @@ else:
     import tomli as tomllib
 
 OWN, PROJECT = Path("moeprune.toml"), Path("pyproject.toml")
-Commands = Mapping[str, Mapping[str, Any]]
-"""The annotated type of each option's parameter, by command and key."""
+Commands = Mapping[str, Mapping[str, Any]]  # the annotated type of each option's parameter, by command and key
 
 
 def read_configuration(path: Path | None, commands: Commands) -> tuple[Path | None, dict[str, Any]]:

@@ -18,8 +18,7 @@ from moeprune.records import Report, Request, option
 from moeprune.records import to_text as to_json_text
 
 Format = Literal["text", "json", "markdown", "github", "junit"]
-SUMMARY = "GITHUB_STEP_SUMMARY"
-"""The variable that names the file whose Markdown GitHub shows on the page of a run."""
+SUMMARY = "GITHUB_STEP_SUMMARY"  # the variable that names the file whose Markdown GitHub shows on the page of a run
 
 logger = logging.getLogger("moeprune")
 

@@ -37,8 +37,7 @@ from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files.disk import require_file, version_of
 
-Batch = tuple[Tensor, Tensor | None]
-"""Inputs (b,c,H,W) in float32 and labels (b,) in int64, or None."""
+Batch = tuple[Tensor, Tensor | None]  # inputs (b,c,H,W) in float32 and labels (b,) in int64, or None
 SPLITS = {"train": (0, 5), "calibration": (5, 7), "test": (7, 10)}
 """The places from and to, of every ten images of a class in the order of the data set."""
 FILE_KINDS = {".npz": open_npz, ".safetensors": open_safetensors}

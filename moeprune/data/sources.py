@@ -9,8 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 T = TypeVar("T")
-Batches = Iterable[Sequence[int]]
-"""The indices of the samples of each batch, ascending."""
+Batches = Iterable[Sequence[int]]  # the indices of the samples of each batch, ascending
 
 
 @dataclass(frozen=True)

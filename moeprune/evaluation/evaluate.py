@@ -28,10 +28,8 @@ from moeprune.models.runtime import Runtime
 from moeprune.records import from_json
 
 LEVEL = 0.95
-KNOWN = 0.5
-"""Accuracy of the full model in a class at or above which the class is considered known."""
-HIDES = 5
-"""The average hides a drop of at least this many times its own."""
+KNOWN = 0.5  # accuracy of the full model in a class at or above which the class is considered known
+HIDES = 5  # the average hides a drop of at least this many times its own
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from moeprune.evaluation.results import BatchLatency, Latency
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
 
-WARM_UP_CALLS, WARM_UP_SECONDS = 2, 0.2
-"""Warm-up ends after this many calls of each function and this many seconds."""
+WARM_UP_CALLS, WARM_UP_SECONDS = 2, 0.2  # warm-up ends after this many calls of each function and this many seconds
 MIN_REPETITIONS, MAX_REPETITIONS, MEASURED_SECONDS = 7, 200, 2.0
 """Repetitions end after this many seconds in all calls, within these bounds."""
 READY_BATCHES, READY_INPUTS = 8, 256

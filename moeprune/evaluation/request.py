@@ -13,8 +13,7 @@ from moeprune.models.request import Checkpoint, ModelSpec
 from moeprune.models.runtime import Runtime
 from moeprune.records import Request, from_json, option
 
-BATCH_SIZES = (1, 8, 32)
-"""Batch sizes that latency is measured at, unless others are given."""
+BATCH_SIZES = (1, 8, 32)  # batch sizes that latency is measured at, unless others are given
 Gate = float | None
 BatchSizes = tuple[Annotated[int, msgspec.Meta(ge=1, le=1_000_000)], ...]
 

@@ -8,8 +8,7 @@ from moeprune.data.spec import DataInfo
 from moeprune.models.results import ModelCost
 from moeprune.records import Report, Result
 
-Interval = tuple[float, float]
-"""Lower and upper bound."""
+Interval = tuple[float, float]  # lower and upper bound
 
 
 class ModelFigures(ModelCost, frozen=True):

@@ -21,10 +21,8 @@ from moeprune.errors import MoepruneError
 from moeprune.files.disk import replacing
 from moeprune.files.header import DTYPES, METADATA_KEY, Header, TensorInfo, require_unchanged, unreadable
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-"""Suffixes of files that torch.save writes."""
-BLOCK = 1 << 18
-"""Bytes that are read, checked or written at once."""
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")  # suffixes of files that torch.save writes
+BLOCK = 1 << 18  # bytes that are read, checked or written at once
 EXPONENTS = {
     "torch.float16": ("<u2", 0x7C00),
     "torch.bfloat16": ("<u2", 0x7F80),

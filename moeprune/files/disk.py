@@ -16,10 +16,8 @@ from moeprune.errors import MoepruneError
 
 logger = logging.getLogger(__name__)
 
-MAX_LENGTH = 100_000_000
-"""Bytes of the longest JSON that is read, as in the header of a safetensors file."""
-temporaries: set[Path] = set()
-"""Files that are being written; Ctrl-C removes them."""
+MAX_LENGTH = 100_000_000  # bytes of the longest JSON that is read, as in the header of a safetensors file
+temporaries: set[Path] = set()  # files that are being written; Ctrl-C removes them
 
 
 def require_file(path: Path, expected: str) -> None:

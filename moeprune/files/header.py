@@ -16,8 +16,7 @@ from moeprune.errors import MoepruneError
 from moeprune.files.disk import MAX_LENGTH, require_file, version_of
 
 METADATA_KEY = "moeprune"
-MAX_DEPTH = 100
-"""Limit of the nesting of the metadata's JSON."""
+MAX_DEPTH = 100  # limit of the nesting of the metadata's JSON
 
 DTYPES = {
     "BOOL": ("torch.bool", 1), "I8": ("torch.int8", 1), "U8": ("torch.uint8", 1),

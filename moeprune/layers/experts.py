@@ -27,8 +27,7 @@ from torch import Tensor
 
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-GATHERED = 2 << 20
-"""Bytes of chosen experts' weights up to which copying them beats a loop over experts."""
+GATHERED = 2 << 20  # bytes of chosen experts' weights up to which copying them beats a loop over experts
 
 
 def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from moeprune.plan import SCOPES, LayerPlan
 
-Shapes = dict[str, tuple[int, ...]]
-"""The shape of each tensor by name."""
+Shapes = dict[str, tuple[int, ...]]  # the shape of each tensor by name
 
 
 class Usage(NamedTuple):

@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TILE = 16384
-"""Numbers that a program holds at once where it may choose."""
+TILE = 16384  # numbers that a program holds at once where it may choose
 
 
 def unit(x: Tensor, dim: int, gain: Tensor | None, factor: Tensor | None) -> Tensor:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from moeprune.plan import AFFINE
 
-WORKSPACE = 2**24
-"""Numbers at most in each of the temporary matrices."""
+WORKSPACE = 2**24  # numbers at most in each of the temporary matrices
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation, is_dropped
 from moeprune.plan import LayerPlan
 
-FEW_ROWS = 128
-"""Rows of an expert up to which the grouped kernel beats a batched product, where there is such a kernel."""
+FEW_ROWS = 128  # rows of an expert up to which the grouped kernel beats a batched product, where there is such a kernel
 
 
 class SoftMoE(MoELayer):

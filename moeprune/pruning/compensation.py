@@ -33,8 +33,7 @@ from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Plan
 
-MAX_REGRESSORS = 4096
-"""Regressors that `refit` takes at most: their Gram matrix is held in float64, and decomposed."""
+MAX_REGRESSORS = 4096  # regressors that `refit` takes at most: their Gram matrix is held in float64, and decomposed
 
 
 @dataclass(frozen=True)

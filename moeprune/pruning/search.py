@@ -37,8 +37,7 @@ from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Confirmation, Search, TriedPlan
 
 COMPARED_INPUTS = 1000
-STEPS_OF_TWO = 2
-"""Plans for each halving of what is kept or dropped."""
+STEPS_OF_TWO = 2  # plans for each halving of what is kept or dropped
 LEVEL = 0.95
 
 

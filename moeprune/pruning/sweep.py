@@ -19,8 +19,7 @@ from moeprune.pruning.apply import calibration_data, prune
 from moeprune.pruning.results import OnFrontier, SweepRow
 
 RANDOM_DRAWS = 10
-COMPENSATIONS_TRIED = tuple(name for name in COMPENSATIONS if name != "merge")
-"""In a grid, if none is given."""
+COMPENSATIONS_TRIED = tuple(name for name in COMPENSATIONS if name != "merge")  # in a grid, if none is given
 Keeps = Sequence[Fraction | int]
 KEEPS = tuple(Fraction(1, 2**power) for power in range(6, 0, -1))
 METHODS = {

@@ -68,8 +68,7 @@ class Figure(NamedTuple):
     caption: str = ""
 
 
-Block = Table | Facts | Lines | Heading | Highlights | Figure
-"""The last three are on pages only."""
+Block = Table | Facts | Lines | Heading | Highlights | Figure  # the last three are on pages only
 
 
 class Document(NamedTuple):

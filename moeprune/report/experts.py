@@ -15,10 +15,8 @@ from moeprune.report.document import Block, Figure, Heading, Lines, Table
 from moeprune.report.figures import COLORS, FAINT, INK, PALETTE, panel, percent_axis
 from moeprune.report.words import percent, plan_in_words
 
-SMALL = 0.25
-"""Share of 1/n below which an expert's mass is not attributed to a class."""
-MOST_CELLS = 256
-"""Rows and columns of a heat map; of more, neighbours are averaged."""
+SMALL = 0.25  # share of 1/n below which an expert's mass is not attributed to a class
+MOST_CELLS = 256  # rows and columns of a heat map; of more, neighbours are averaged
 
 
 class Masses:

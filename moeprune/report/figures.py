@@ -28,8 +28,7 @@ STYLE: dict[str, Any] = {
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "text.parse_math": False,
 }  # fmt: skip
-WIDTH, HEIGHT = 4.2, 2.9
-"""Inches of a panel."""
+WIDTH, HEIGHT = 4.2, 2.9  # inches of a panel
 
 
 def style(fonttype: str) -> AbstractContextManager[None]:

@@ -7,8 +7,7 @@ from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table,
 
 SPECIAL = re.compile(r"[\\`*\[\]<>#~|$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=[\w+-]+:)")
 """Characters with a meaning within a line."""
-START = re.compile(r"^(\d+(?=[.)])|(?=[-+=]))")
-"""The start of a line that would begin a list."""
+START = re.compile(r"^(\d+(?=[.)])|(?=[-+=]))")  # the start of a line that would begin a list
 MARKS = {True: "✅", False: "❌"}
 
 

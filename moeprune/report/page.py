@@ -19,8 +19,7 @@ from moeprune.report.trade_off import best_of, trade_off
 from moeprune.report.words import amount, ci95, percent, plain, plan_in_words, points
 
 CLASSES_SHOWN = 20
-MOST_CLASSES = 1000
-"""Classes that a table lists."""
+MOST_CLASSES = 1000  # classes that a table lists
 
 
 def page_of(

@@ -9,8 +9,7 @@ from rich.text import Text
 
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table, Verdict
 
-WIDTH = 160
-"""Columns of text for a file or a pipe: enough for every table."""
+WIDTH = 160  # columns of text for a file or a pipe: enough for every table
 
 
 def to_text(document: Document, terminal_width: int | None = None) -> str:

@@ -20,8 +20,7 @@ from moeprune.report.words import percent
 COLOR_OF = dict(zip((*COMPENSATIONS, "random experts"), (COLORS[i] for i in (1, 3, 4, 2, 0, 6, 5, 7)), strict=True))
 """By compensation, in every picture; random experts look alike."""
 MARKER_OF = {"static": "o", "input": "^", "batch": "s"}
-NEAR, CLOSE = 0.01, 0.05
-"""Accuracy below the full model's that counts as near it, and that a figure of its own shows."""
+NEAR, CLOSE = 0.01, 0.05  # accuracy below the full model's that counts as near it, and that a figure of its own shows
 
 
 def best_of(rows: Sequence[SweepRow]) -> Iterator[tuple[str, str, str]]:

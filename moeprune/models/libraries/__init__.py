@@ -4,8 +4,7 @@ from moeprune.errors import MoepruneError
 from moeprune.models.description import lookalike
 from moeprune.models.libraries.soft_moe import SoftMoEViTs, Tensors
 
-MODELS = {library.name: library for library in (SoftMoEViTs(),)}
-"""Libraries of whole models by name."""
+MODELS = {library.name: library for library in (SoftMoEViTs(),)}  # libraries of whole models by name
 
 
 def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> SoftMoEViTs:
