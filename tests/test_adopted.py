@@ -254,9 +254,7 @@ def test_layers_of_our_own_in_a_model_of_the_users(tmp_path):
         adopt(pruned, SHAPE)
 
 
-# --- files -------------------------------------------------------------------------------------
-
-
+# --- files
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """The factories above as a module that can be imported by name."""
@@ -347,9 +345,7 @@ def test_a_model_of_a_release_that_is_not_installed(package):
     assert model.details.source["version"] == "0.1.0"
 
 
-# --- bad input ---------------------------------------------------------------------------------
-
-
+# --- bad input
 def test_static_pruning_of_dynamic_slots_is_refused_with_the_reason():
     model = adopt(randomized(dynamic()), SHAPE)
     with pytest.raises(MoepruneError, match="makes its slots anew from each input's tokens") as caught:
@@ -496,9 +492,7 @@ def test_a_checkpoint_with_other_dynamic_slots_than_its_tokens_make_is_refused(t
         moeprune.load(tmp_path / "model.safetensors")
 
 
-# --- code of the user's that prints, ends the program, or fails --------------------------------
-
-
+# --- code of the user's that prints, ends the program, or fails
 HOSTILE = """
 import os, subprocess, sys, torch
 from tests.test_adopted import Tower, tower as plain

@@ -212,8 +212,7 @@ def workshop(tmp_path, single, small_analysis, run):
     return Workshop(tmp_path, single, small_analysis, run)
 
 
-# --- checkpoints -------------------------------------------------------------------------------
-
+# --- checkpoints
 EVAL = "eval SINGLE --data digits"
 ROUTED = "prune SINGLE --keep 1/8 --scope input"
 PRUNE = "prune SINGLE --keep 1/8 -o NEW"
@@ -364,8 +363,7 @@ def test_finite_weights_that_overflow(workshop, command, name, fragment):
     workshop.refuse(f"{COMMANDS_ON[command]} --limit 10", "NaN or infinite", f"`{fragment}", path=path)
 
 
-# --- analyses ----------------------------------------------------------------------------------
-
+# --- analyses
 OF_ANALYSIS: dict[str, tuple[dict[str, object], str]] = {
     "a newer format": ({"format": 2}, "format 2"),
     "no layers": ({"layers": []}, LAYER),
@@ -408,8 +406,7 @@ def test_analyses(workshop, make, options, fragments):
     workshop.refuse(f"{PRUNE} --analysis PATH --compensate {options}", *fragments, path=make(workshop))
 
 
-# --- data --------------------------------------------------------------------------------------
-
+# --- data
 ARRAYS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "of another size": ({"inputs": np.zeros((SAMPLES, 1, 9, 8), "f4")}, ("[12, 1, 9, 8]",)),
     "of one number": ({"inputs": np.zeros((), "f4")}, ("[]", "[n, 1, 8, 8]")),
@@ -523,8 +520,7 @@ def test_a_bad_sample_is_named_by_its_place_in_the_file(workshop):
     assert all("sample 8 " in result.stderr for result in refused)
 
 
-# --- options -----------------------------------------------------------------------------------
-
+# --- options
 SWEEP = f"{EVAL} --limit 10 --analysis ANALYSIS --sweep 1/8"
 OPTIONS = {
     f"{EVAL} --max-accuracy-drop 0.5": ("--max-accuracy-drop", "--baseline"),
@@ -591,9 +587,7 @@ def test_calls_that_lack_something(run, words):
     assert "Traceback" not in result.stderr
 
 
-# --- outputs -----------------------------------------------------------------------------------
-
-
+# --- outputs
 def test_a_file_that_is_refused_later_leaves_the_old_output_alone(workshop):
     data = workshop.arrays(inputs=with_value(7, float("nan")))
     workshop.refuse("analyze SINGLE --data PATH -o OLD --force", "sample 7", path=data)

@@ -96,9 +96,7 @@ def evaluated(pruned, single, run_json):
     return run_json("eval", pruned, "--data", "digits", "--baseline", single, "--batch-size", 256)
 
 
-# --- inspect -----------------------------------------------------------------------------------
-
-
+# --- inspect
 def test_inspect_json_says_what_is_in_the_file(single, run_json):
     found = run_json("inspect", single)
     assert found["schema_version"] == 1
@@ -139,9 +137,7 @@ def test_inspect_shows_the_plan_of_a_pruned_checkpoint(pruned, evaluated, run, r
     assert f"kept in blocks.0.soft_moe  {shown}" in printed
 
 
-# --- analyze -----------------------------------------------------------------------------------
-
-
+# --- analyze
 def test_analyze_json_summarizes_each_layer(vit, run_json, tmp_path):
     path = tmp_path / "analysis.safetensors"
     found = run_json("analyze", vit, "--data", "pairs", "--limit", 30, "-o", path)
@@ -169,9 +165,7 @@ def test_analyze_text_gives_a_verdict_for_each_layer(single, run, tmp_path):
     assert "blocks.0.soft_moe: the combine signal is informative" in " ".join(result.stdout.split())
 
 
-# --- prune -------------------------------------------------------------------------------------
-
-
+# --- prune
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("compensate", COMPENSATIONS)
 def test_a_pruned_file_evaluates_as_the_pruned_model_in_memory(
@@ -242,9 +236,7 @@ def test_metadata_is_one_key_of_sorted_json_that_names_what_it_was_made_from(sin
     assert found["provenance"]["calibration"] == origin["data"]
 
 
-# --- eval --------------------------------------------------------------------------------------
-
-
+# --- eval
 def test_eval_json_names_its_files_and_parts_sum_to_the_total(evaluated, pruned, single):
     assert (evaluated["checkpoint"], evaluated["baseline"]) == (str(pruned), str(single))
     for model in ("model", "baseline_model"):
@@ -357,9 +349,7 @@ def test_bf16_is_about_as_accurate(single, run_json):
     assert bf16["model"]["accuracy"] == pytest.approx(full["model"]["accuracy"], abs=0.03)
 
 
-# --- eval --sweep ------------------------------------------------------------------------------
-
-
+# --- eval --sweep
 def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis, run, monkeypatch):
     monkeypatch.setattr("moeprune.pruning.compensation.MAX_REGRESSORS", 300)
     words = "--sweep 1/2,1/16 --scope static --signal combine --compensate refit --compensate mean --output-format json"
@@ -425,9 +415,7 @@ def test_a_sweep_row_equals_prune_and_eval(single, small_analysis, prune, run_js
     assert row["difference"] == alone["difference"]
 
 
-# --- files and repeatability -------------------------------------------------------------------
-
-
+# --- files and repeatability
 @pytest.mark.parametrize("output_format", get_args(Format))
 @pytest.mark.parametrize("command", ["inspect", "eval"])
 def test_output_file_gets_what_stdout_would(single, run, tmp_path, command, output_format):
@@ -520,9 +508,7 @@ def test_stdout_that_is_not_utf8_gets_text_all_the_same(single, tmp_path, charse
     assert "blocks.0.soft_moe" in result.stdout
 
 
-# --- demo --------------------------------------------------------------------------------------
-
-
+# --- demo
 @pytest.mark.slow
 def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, tmp_path):
     pytest.importorskip("sklearn")
@@ -589,9 +575,7 @@ def check_what_is_promised(model, of):
     assert of["1/16", "static", "gram", "affine"]["retained"] >= 0.98
 
 
-# --- checkpoints of other programs ---------------------------------------------------------------
-
-
+# --- checkpoints of other programs
 @pytest.mark.parametrize("kind", ["foreign.pt", "shards"])
 def test_a_checkpoint_of_another_library_is_taken_where_ours_is(stock, run_json, tmp_path, kind):
     data = ("--data", stock.path("data.npz"))
@@ -625,9 +609,7 @@ def test_a_checkpoint_goes_back_to_its_library(stock, run_json, tmp_path):
     assert back["parameters"] == run_json("inspect", stock.path("dense.safetensors"))["parameters"]
 
 
-# --- the entry point ---------------------------------------------------------------------------
-
-
+# --- the entry point
 def test_version(program):
     assert program("--version") == (0, f"moeprune {moeprune.__version__}\n", "")
 

@@ -22,9 +22,6 @@ CPU = moeprune.Runtime(device="cpu")
 FIRST, LAST = "blocks.0.soft_moe", "blocks.1.soft_moe"
 
 
-# --- the regression ----------------------------------------------------------------------------
-
-
 def halves(regressors: np.ndarray, targets: np.ndarray) -> list[Equations]:
     """The normal equations of the even and of the odd rows."""
     rows = [(torch.from_numpy(regressors[half::2]), torch.from_numpy(targets[half::2])) for half in (0, 1)]
@@ -110,9 +107,6 @@ def test_only_slots_that_did_not_run_for_their_input_are_regressors():
     expected[1, :, [1, 3]] = 0
     assert torch.equal(observation.regressors("lstsq"), expected.flatten(2))
     assert torch.equal(dataclasses.replace(observation, chosen=None).regressors("lstsq"), C.flatten(2))
-
-
-# --- models ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -109,9 +109,6 @@ def test_a_flag_of_a_file_is_taken_back_on_the_command_line(single, run):
     assert run("inspect", single, "--output-file", "report", "--no-force").code == 2
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
 IN_FILE = "is set in `moeprune.toml`"
 REFUSED = [
     ('[prune]\nmax-size = 0.4\nkeep = "1/8"', "prune SINGLE -o a", "`--keep` and `--max-size`", f"`--keep` {IN_FILE}"),

@@ -93,9 +93,7 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     return path / "images"
 
 
-# --- built-in sets -----------------------------------------------------------------------------
-
-
+# --- built-in sets
 @pytest.fixture(scope="module")
 def digits() -> dict[str, tuple[Tensor, Tensor]]:
     return {split: collect("digits", GREY, 100, split=split) for split in SPLITS}
@@ -151,9 +149,7 @@ def test_the_split_of_a_spec_goes_before_the_option_and_pixels_are_normalised(di
     assert torch.equal(collect("digits", GREY)[0], digits["test"][0])
 
 
-# --- files -------------------------------------------------------------------------------------
-
-
+# --- files
 @pytest.mark.parametrize("write", [*ARRAY_FILES, write_folder])
 @pytest.mark.parametrize("batch_size", [1, 7, SAMPLES, 64])
 @pytest.mark.parametrize("limit", [None, 1, 5, 22, 100])
@@ -234,9 +230,7 @@ def test_layouts(tmp_path, write, form, layout, kind):
     torch.testing.assert_close(inputs, expected(images, form), rtol=0, atol=1e-6)
 
 
-# --- fingerprints ------------------------------------------------------------------------------
-
-
+# --- fingerprints
 def fingerprint(spec: object, form: InputFormat = GREY, batch_size: int = 7, **options) -> str:
     dataset = moeprune.open_data(str(spec), form, **options)
     assert dataset.fingerprint is None
@@ -301,9 +295,7 @@ def test_an_abandoned_pass_leaves_no_thread_behind(tmp_path, arrays):
     assert data.fingerprint is None
 
 
-# --- samples and labels ------------------------------------------------------------------------
-
-
+# --- samples and labels
 def test_a_sample_is_drawn_from_the_samples_that_are_left(tmp_path, arrays):
     path = as_npz(tmp_path, arrays)
     limited = moeprune.open_data(str(path), GREY, limit=10)
@@ -329,9 +321,7 @@ def test_labels_are_not_read_for_a_model_without_a_head(tmp_path, arrays, write,
     assert layer.class_mass.numel() == 0
 
 
-# --- image folders -----------------------------------------------------------------------------
-
-
+# --- image folders
 def test_other_files_in_a_folder_do_not_matter_nor_does_the_case_of_suffixes(tmp_path):
     for level, name in ((51, "one.PNG"), (102, "two.JPG"), (153, "x.jpeg")):
         Image.new("L", (8, 8), level).save(tmp_path / name)
@@ -399,9 +389,7 @@ def test_images_of_other_modes_are_converted(tmp_path, mode):
         torch.testing.assert_close(inputs, torch.ones(1, *form.shape), rtol=0, atol=0.01)
 
 
-# --- preprocessing -----------------------------------------------------------------------------
-
-
+# --- preprocessing
 def test_settings_replace_those_of_the_checkpoint():
     start = Preprocessing(resize=20, mean=(0.5,), std=(0.5,))
     changed = Preprocessing(resize=20, interpolation="nearest", mean=(0.1, 0.2, 0.3), std=(0.5,))
@@ -425,9 +413,7 @@ def test_preprocess_option_changes_what_the_model_sees(single, run_json, tmp_pat
     assert found["model"]["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-# --- memory ------------------------------------------------------------------------------------
-
-
+# --- memory
 @pytest.mark.parametrize("write", [as_npz, as_compressed_npz])
 @pytest.mark.parametrize("limit", [None, 700])
 def test_reading_takes_no_more_memory_for_more_samples(tmp_path, write, limit):

@@ -37,9 +37,6 @@ def tensors_of_all_types() -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-# --- tensors -----------------------------------------------------------------------------------
-
-
 def test_what_is_written_is_what_the_library_reads_and_copies_are_equal(tmp_path):
     tensors = tensors_of_all_types()
     old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
@@ -116,9 +113,6 @@ def test_a_file_that_becomes_shorter_or_another_while_it_is_read(tmp_path, singl
         moeprune.load(path)
 
 
-# --- fingerprints ------------------------------------------------------------------------------
-
-
 def test_a_checkpoint_is_hashed_once(single, monkeypatch, tmp_path):
     scanned = []
 
@@ -180,9 +174,6 @@ def test_a_tensor_in_the_place_of_one_that_is_gone_is_hashed(single):
         layer.fc1_weight = torch.nn.Parameter(torch.full(shape, float(value), dtype=torch.double), False)
         found.add(fingerprint(model))
     assert len(found) == 5
-
-
-# --- all of a file or none of it ---------------------------------------------------------------
 
 
 def write_at_once(path, barrier, text):

@@ -34,8 +34,6 @@ from tests.damage import (
 from tests.endings import check_none, complaint
 from tests.stock import DATA, DENSE, FACTORY, SOURCE_ARGS, Stock, add_adopted, add_images
 
-# --- kinds of files, and the commands that read them -------------------------------------------
-
 
 def damaged_npz(whole: bytes, chance: random.Random) -> bytes:
     """The archive damaged, or one of its arrays in a sound archive."""

@@ -24,9 +24,6 @@ def of_table(both, lost, won, neither):
     return of_drop(Outcomes(both=both, lost=lost, won=won, neither=neither))
 
 
-# --- bounds of shares ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
     ("right", "samples"),
@@ -47,9 +44,6 @@ def test_a_share_below_its_limit_passes_no_more_often_than_the_level_says(sample
     for share in bounds[1:]:
         passes = binom.pmf(counts, samples, share)[bounds >= share].sum()
         assert passes <= 1 - level + 1e-9
-
-
-# --- bounds of paired drops ----------------------------------------------------------------------
 
 
 def test_bound_of_a_drop_is_the_end_of_the_published_two_sided_interval_at_twice_the_error():
@@ -111,9 +105,6 @@ def test_bound_of_a_drop_on_real_predictions_is_near_a_paired_bootstraps(single)
         assert of_table(*cells).bound(level) > (full - pruned).mean()
 
 
-# --- bounds of medians ---------------------------------------------------------------------------
-
-
 def test_bound_of_a_median_is_the_order_statistic_of_the_binomial_distribution():
     generator = np.random.default_rng(0)
     for count in (1, 4, 5, 7, 8, 57, 200):
@@ -131,9 +122,6 @@ def test_bound_of_a_median_lies_above_it_as_rarely_as_the_level_says():
         above = np.mean([median_at_least(list(values), level) > 1 for values in draws])
         rates = binom.cdf(range(count), count, 0.5)
         assert above == pytest.approx(rates[rates <= 1 - level].max(), abs=0.015)
-
-
-# --- what is common to all -----------------------------------------------------------------------
 
 
 def observations(seed):
@@ -202,9 +190,6 @@ def test_no_number_of_samples_shows_what_is_met_exactly(evidence, limit):
     assert samples_needed(evidence, limit, 0.95) is None
 
 
-# --- verdicts ------------------------------------------------------------------------------------
-
-
 def test_a_gate_is_missed_undecided_or_passed():
     limits = {"min_accuracy": 0.9}
     for right, reason in ((89, "missed"), (91, "undecided"), (97, None)):
@@ -231,9 +216,6 @@ def test_exact_figures_are_judged_as_they_are():
         ("min_flops_reduction", False, "missed"), ("min_size_reduction", True, None),
     ]  # fmt: skip
     assert all(OF_BOUNDS(gate) == (None,) * 4 for gate in gates)
-
-
-# --- eval ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -270,8 +270,6 @@ def test_a_missing_library_is_named_with_its_extra(missing, monkeypatch):
     assert "moeprune[report]" in caught.value.hint
 
 
-# --- in a browser ------------------------------------------------------------------------------
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -42,8 +42,6 @@ def test_interrupted_imports_are_an_interrupt_too(single, tmp_path, library):
     assert not list(tmp_path.iterdir())
 
 
-# --- any command, any moment -------------------------------------------------------------------
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MOMENTS = 10
 

@@ -40,9 +40,6 @@ def chosen_experts(b, n, k, seed=0):
     return top_k(scores, k).to(DEVICE)
 
 
-# --- each kernel -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 2), (16, 16), (37, 1), (130, 17)])
 def test_choose_is_top_k_with_its_ties(n, k):
     random_scores = torch.rand(6, n, generator=torch.Generator().manual_seed(1))
@@ -134,9 +131,6 @@ def test_slot_weights_are_softmaxes_and_columns_of_the_chosen(m, p, k):
         assert torch.equal(combine[i, :, j * p + q], source[i, :, chosen[i, j], q])
 
 
-# --- whole layers ------------------------------------------------------------------------------
-
-
 def layer_inputs(dtype=torch.float32):
     return layers.inputs(dtype=dtype).to(DEVICE)
 
@@ -206,9 +200,6 @@ def test_layer_without_experts_runs(scope):
         layer_inputs(),
     )
     assert relative_error(layer.to(DEVICE)(x).cpu(), layer.cpu()(x.cpu())) < 1e-5
-
-
-# --- when they are used ------------------------------------------------------------------------
 
 
 def test_without_triton_there_are_no_kernels(monkeypatch):

@@ -44,9 +44,6 @@ def timed(calls: Calls, names: str, inputs: range = range(1)) -> dict[str, list[
     return interleaved({name: calls.function(name) for name in names}, inputs, calls.seconds_of)
 
 
-# --- interleaving ------------------------------------------------------------------------------
-
-
 def test_repetitions_call_all_on_the_same_input_in_alternating_order(monkeypatch):
     monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0)
     calls = Calls(seconds=10.0)
@@ -72,9 +69,6 @@ def test_warm_up_lasts_for_two_calls_and_a_fifth_of_a_second(monkeypatch, second
     warm_up = len(calls) - sum(len(values) for values in found.values())
     assert warm_up == 2 * rounds
     assert calls[:warm_up] == [(name, index % 3) for index in range(rounds) for name in "ab"]
-
-
-# --- timing ------------------------------------------------------------------------------------
 
 
 class Machine(list):
@@ -120,9 +114,6 @@ def test_a_call_is_timed_from_an_idle_device_to_the_end_of_its_work(monkeypatch,
     assert machine == expected
 
 
-# --- summary -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("repetitions", [7, 8, 57])
 def test_summary_holds_medians_and_quartiles(repetitions):
     model, baseline = np.random.default_rng(repetitions).lognormal(size=(2, repetitions))
@@ -142,9 +133,6 @@ def test_speedup_is_the_median_of_ratios_within_repetitions():
     assert (found.model_seconds, found.baseline_seconds) == (4, 8)
 
 
-# --- inputs ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("batch_size", "samples", "batches"),
     [(1, 531, 8), (32, 531, 8), (32, 20, 8), (8, 8, 8), (3, 1, 8), (64, 531, 4), (300, 531, 2), (500, 40, 2)],
@@ -156,9 +144,6 @@ def test_inputs_are_those_of_the_data_in_order_and_from_the_first_again(single, 
     assert [len(batch) for batch in found] == [batch_size] * batches
     rows = torch.cat(found)
     assert all(torch.equal(row, everything[place % samples]) for place, row in enumerate(rows))
-
-
-# --- eval --latency ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -247,9 +232,6 @@ def test_text_without_baseline_has_no_ratio(routed, run, known):
     assert (rows[0], rows[2:]) == (["batch", "model", "repetitions"], [["1", "3 s (2.5 to 3.5)", "3"]])
 
 
-# --- the gate ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("limit", "passed"), [(1.5, True), (1.5001, False), (0.5, True), (1.9, False)])
 def test_gate_judges_the_worst_batch_size(call, run, known, limit, passed):
     for batch_size, seconds in ((1, 2.0), (8, 1.5), (32, 1.75)):
@@ -289,9 +271,6 @@ def test_too_few_repetitions_for_the_level_show_nothing(call, run, known):
     enough, too_few = (json.loads(run(*words, level).stdout)["gates"][0] for level in (0.99, 0.999))
     assert (enough["passed"], enough["bound"]) == (True, 3.0)
     assert (too_few["reason"], too_few["bound"], too_few["samples_needed"]) == ("undecided", 0.0, 10)
-
-
-# --- what is wrong -----------------------------------------------------------------------------
 
 
 def test_a_batch_size_below_1_is_refused_in_python_too(single):

@@ -24,9 +24,6 @@ CPU = moeprune.Runtime("cpu")
 FIRST = "blocks.0.soft_moe"
 
 
-# --- splitting a budget ------------------------------------------------------------------------
-
-
 def problem(seed: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Convex losses that fall, and costs that grow, of three layers."""
     generator = torch.Generator().manual_seed(seed)
@@ -69,9 +66,6 @@ def test_a_full_layer_that_is_cheaper_than_one_with_surrogates_is_found():
     """The surrogates of dropped experts may cost more than the last expert."""
     lost = {"a": [3.0, 2.0, 1.0, 0.0]}
     assert allocate(lost, {"a": [9.0, 10.0, 11.0, 9.5]}, 9.6) == {"a": 3}
-
-
-# --- costs -------------------------------------------------------------------------------------
 
 
 def three_layers() -> SoftMoEViT:
@@ -175,9 +169,6 @@ def test_of_twelve_equal_layers_those_that_matter_more_keep_more_experts():
     ks = [layer.k for layer in plan.values()]
     assert ks == sorted(ks)
     assert ks[0] < ks[-1]
-
-
-# --- plans as files ----------------------------------------------------------------------------
 
 
 def test_a_plan_file_round_trips_and_equal_plans_give_equal_checkpoints(analyzed, tmp_path):

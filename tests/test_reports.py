@@ -71,8 +71,6 @@ def calls(forgetful, single, small_analysis, tmp_path_factory):
 
 COMMANDS = ("inspect", "analyze", "prune", "eval", "sweep")
 
-# --- Markdown ----------------------------------------------------------------------------------
-
 
 def parsed(markdown):
     return MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(markdown)
@@ -152,9 +150,6 @@ def test_any_text_is_shown_as_it_is_in_markdown():
         assert tables_of(markdown) == tables, markdown
 
 
-# --- annotations -------------------------------------------------------------------------------
-
-
 def annotations(text):
     """Level, title and message of workflow commands, as the runner takes them apart."""
     found = []
@@ -211,9 +206,6 @@ def test_annotations_are_escaped():
     text = annotation("error", NASTY, f"{NASTY}\r\n::error::% %0A")
     assert "\n" not in text
     assert annotations(text) == [("error", NASTY, f"{NASTY}\r\n::error::% %0A")]
-
-
-# --- JUnit -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -300,9 +292,6 @@ def test_bounds_of_gates_are_told_in_words():
     assert notice[0] == "notice"
 
 
-# --- the summary of a run ----------------------------------------------------------------------
-
-
 def test_a_summary_is_appended(judge, single, run, tmp_path, monkeypatch):
     path = tmp_path / "summary.md"
     path.write_text("# Before")
@@ -322,9 +311,6 @@ def test_a_summary_that_cannot_be_written_is_told_before_any_work(single, run, t
     assert re.match("error: .*GITHUB_STEP_SUMMARY", result.stderr)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY")
     assert "which is not set" in run("inspect", single, "--summary").stderr
-
-
-# --- what is said meanwhile --------------------------------------------------------------------
 
 
 def test_quiet_leaves_warnings_out_and_errors_in(judge, run):

@@ -176,9 +176,6 @@ def test_of_several_plans_the_one_nearest_to_the_full_model_is_kept(vit):
         assert ks == [plan.k for plan in plans[nearest].values()]
 
 
-# --- commands ----------------------------------------------------------------------------------
-
-
 def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_path):
     common = ("--analysis", vit_analysis, "--signal", "gram", "--compensate", "mean")
     chosen = ("prune", vit, "--analysis", vit_analysis, "--one-shot")

@@ -135,8 +135,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-# --- dense -------------------------------------------------------------------------------------
-
+# --- dense
 DENSE = [
     *({"router_norm": norm, "dispatch_input": form, "p": p} for (norm, form), p in product(ROUTERS, (1, 3))),
     *({"expert": expert, "out_dim": width} for expert, width in KINDS),
@@ -211,9 +210,7 @@ def test_padding_changes_nothing_for_real_tokens(scope):
         assert relative_error(layer(x, mask)[1:, :4], alone[1].output) < 1e-12
 
 
-# --- pruned ------------------------------------------------------------------------------------
-
-
+# --- pruned
 @pytest.fixture(params=["gathered", "in place"])
 def _both_ways(request, monkeypatch):
     """Experts run on gathered copies of their weights, and in a loop over views."""
@@ -305,9 +302,7 @@ def test_with_a_mass_inputs_run_different_numbers_of_experts(compensation):
     assert relative_error(layer(x), formulas(layer, dense, x, kept, u)) < 1e-10
 
 
-# --- which experts run -------------------------------------------------------------------------
-
-
+# --- which experts run
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("signal", ["combine", "deviation", "random"])
 @pytest.mark.parametrize("scope", ["input", "batch"])
@@ -360,9 +355,7 @@ def test_scope_input_does_not_depend_on_how_inputs_are_batched_and_is_batch_for_
     assert torch.equal(by_batch(x[:1]), alone[0].output)
 
 
-# --- gradients and precision -------------------------------------------------------------------
-
-
+# --- gradients and precision
 @pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize(
     ("scope", "compensation"),

@@ -127,9 +127,7 @@ def write(tmp_path):
     return write
 
 
-# --- every option, in and out --------------------------------------------------------------------
-
-
+# --- every option, in and out
 COMBINED = set(OPTIONS["all at once"])
 """Options that are tested by themselves where time does not matter."""
 
@@ -295,9 +293,7 @@ def test_without_logits_of_images_all_but_evaluate_works(option, write):
         moeprune.evaluate(pruned, data)
 
 
-# --- parity --------------------------------------------------------------------------------------
-
-
+# --- parity
 def refused(path: Path, **arguments) -> str:
     """The error of a file that cannot be loaded."""
     with pytest.raises(MoepruneError) as caught:
@@ -351,9 +347,7 @@ def test_zero_logits_prove_nothing(write):
     assert "zero" in found.skipped
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
+# --- what is refused
 MOE = SoftMoEConfig(24, num_experts=4, slots_per_expert=2, hidden_dim=48)
 OURS = ViTConfig(
     (8, 8), (4, 4), 3, 5, dim=24, num_heads=4, class_token=True, pooling="token", norm_eps=1e-6,
@@ -540,9 +534,7 @@ def test_a_checkpoint_of_ours_needs_nothing_said(said, single):
     assert "is a checkpoint of moeprune and takes no" in refused(single, **said)
 
 
-# --- what the library cannot express ---------------------------------------------------------------
-
-
+# --- what the library cannot express
 @pytest.mark.parametrize(
     ("scope", "compensate", "expected"),
     [
