@@ -60,7 +60,11 @@ def test_the_confirmed_drop_is_that_of_the_model_on_samples_that_the_search_did_
 
 
 def test_a_larger_drop_never_takes_more_experts_and_some_need_nearly_all(full):
-    assert search(full, "digits", DropLimit(0.2))[0] < search(full, "digits", DropLimit(0.02))[0]
+    (few, _, loose), (many, _, strict) = (search(full, "digits", DropLimit(limit)) for limit in (0.2, 0.02))
+    assert few < many
+    steps = [2 ** (-step / 2) for step in range(1, 17)]
+    rungs = {round(128 * share) for step in steps for share in (step, 1 - step)}
+    assert {tried.k[LAYER] for tried in (*loose.tried, *strict.tried)} <= rungs
     assert 96 < search(full, "digits:calibration", DropLimit(0.02), "static", "random", "renorm")[0] < 128
 
 

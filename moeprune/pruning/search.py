@@ -242,8 +242,7 @@ def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Plan]:
     for share in sorted({*halvings, *(1 - part for part in halvings)}):
         experts = {name: max(1, round(share * n)) for name, n in sizes.items()}
         if is_static:
-            budget = costs.of(experts) / costs.full
-            experts = allocate(lost, costs.layers, budget * costs.full - costs.rest)
+            experts = allocate(lost, costs.layers, costs.of(experts) - costs.rest)
         plan = {name: method.plan(k, sizes[name]) for name, k in experts.items()}
         if not too_large_refits(model.config.moe_layers, plan) and any(layer.drops for layer in plan.values()):
             plans.setdefault(tuple(experts.values()), plan)
