@@ -1,7 +1,5 @@
 """Files damaged in every way: bytes, headers of safetensors files, JSON."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

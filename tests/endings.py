@@ -1,7 +1,5 @@
 """How a command may end: well, or with an error that a person can read, and in time."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import signal

@@ -4,8 +4,6 @@ A torchvision built for another torch, such as beside a CPU build, cannot be imp
 declared its operators. No test needs them to do anything.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch

@@ -1,7 +1,5 @@
 """Small good files of every kind that the tool reads, for tests that damage them or write beside them."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Models of the user's own code with Soft MoE layers of other libraries."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """Whatever is wrong with a call or a file: exit code 2, an error that names it, and nothing left behind."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -40,11 +38,6 @@ ARRAY_FILES: dict[str, Callable[..., None]] = {
         {name: np.asarray(array) for name, array in arrays.items()}, path
     ),
 }
-
-
-def bomb(workshop: Workshop) -> Call:
-    """Leaves a file behind when it is unpickled."""
-    return Call(Path.touch, workshop.marker)
 
 
 def with_value(sample: int, value: float) -> np.ndarray:
@@ -205,6 +198,11 @@ class Workshop:
         error = refusal(self.run, self.words(words, path), *fragments, folder=self.out)
         assert not self.marker.exists()
         return error
+
+
+def bomb(workshop: Workshop) -> Call:
+    """Leaves a file behind when it is unpickled."""
+    return Call(Path.touch, workshop.marker)
 
 
 @pytest.fixture

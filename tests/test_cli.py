@@ -1,7 +1,5 @@
 """The commands on the shipped checkpoints: reports, files, gates, exit codes, repeatability."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

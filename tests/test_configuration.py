@@ -1,7 +1,5 @@
 """Options from files and the environment: which value counts, and what is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Disks that are full or read-only: the error says so, and nothing half-written is left."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

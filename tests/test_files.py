@@ -1,7 +1,5 @@
 """Files of moeprune's own: tensors, fingerprints, and writing all of a file or none of it."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

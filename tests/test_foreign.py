@@ -1,7 +1,5 @@
 """Foreign checkpoints: what is read, what is refused and why, and that nothing in a file is ever run."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import hashlib

@@ -2,8 +2,6 @@
 can read; nothing hangs, nothing is left behind, and what was there stays.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

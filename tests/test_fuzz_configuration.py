@@ -1,7 +1,5 @@
 """Hundreds of odd configuration files: taken, or refused with an error that says where it is set."""
 
-from __future__ import annotations
-
 import os
 import random
 from pathlib import Path

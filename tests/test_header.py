@@ -1,7 +1,5 @@
 """The header of a safetensors file, against the library that reads the same files."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ctrl-C ends every command with 130, SIGTERM with 143, and no partial file is left behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

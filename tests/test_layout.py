@@ -1,7 +1,5 @@
 """How the package is laid out: imports go down only, and heavy libraries stay out of the start-up."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 A new option without a wrong value in WRONG fails a test here.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

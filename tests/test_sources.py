@@ -1,7 +1,5 @@
 """Checkpoints of soft-moe: each option of the library's own class, in and out again."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

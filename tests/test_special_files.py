@@ -1,7 +1,5 @@
 """Pipes, devices, folders, sockets and links where a file is expected: an error, and no waiting for ever."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable
