@@ -259,7 +259,8 @@ def test_equal_input_gives_equal_bytes(write, tmp_path):
 def test_defaults_and_preprocessing(write, tmp_path):
     path, settings = write(fake_state()), {"resize": 9, "mean": 0.5}
     ours = moeprune.load(path, **GIVEN, preprocess=settings)
-    assert ours.reading.defaults == {"act_layer": "GELU", "eps": 1e-6, "img_size": 8}
+    guessed = {"act_layer": "GELU", "eps": 1e-6, "img_size": 8, "no_embed_class": False}
+    assert ours.reading.defaults == guessed
     assert (ours.details.preprocessing.resize, ours.details.preprocessing.mean) == (9, (0.5,))
     told = moeprune.load(path, **GIVEN, eps=1e-6, img_size="8x8", no_embed_class=False)
     assert told.reading.defaults == {"act_layer": "GELU"}
@@ -370,14 +371,16 @@ def test_the_fake_state_is_the_librarys():
     assert {name: t.shape for name, t in fake_state().items()} == {name: t.shape for name, t in state.items()}
 
 
-EVERY_SIZE = "`img_size` (4x24, 8x12, 12x8, 24x4, 4x28 or 28x4)"
+EVERY_SIZE = "`img_size` (8x12, 12x8, 4x24, 24x4, 4x28 with no_embed_class=true or 28x4 with no_embed_class=true)"
 ASKED = [
     (5, {}, ["`num_heads` (1, 2, 3, 4, 6, 8, 12 or 24)", "`global_pool` (token, avg or '')"]),
     (5, {"num_heads": 4}, ["`global_pool` (token, avg or '')"]),
     (7, GIVEN, [EVERY_SIZE]),
     (7, {}, ["`num_heads` (", "`global_pool` (", EVERY_SIZE]),
-    (7, GIVEN | {"no_embed_class": True}, ["`img_size` (4x28 or 28x4)"]),
-    (5, GIVEN | {"no_embed_class": True}, ["`img_size` (4x20 or 20x4)"]),
+    (7, GIVEN | {"no_embed_class": True}, ["`img_size` (4x28 with no_embed_class=true or 28x4 with no_"]),
+    (5, GIVEN | {"no_embed_class": True}, ["`img_size` (4x20 with no_embed_class=true or 20x4 with no_"]),
+    (9, GIVEN, ["`img_size` (12x12 with no_embed_class=true, 8x16, 16x8, 4x32, 32x4, 4x36 with no_"]),
+    (225, GIVEN, ["`img_size` (60x60 with no_embed_class=true, 56x64, 64x56, ", " or one of 15 others)"]),
 ]
 """Rows of the position embedding, what is given, and what is asked for."""
 
@@ -385,10 +388,28 @@ ASKED = [
 @pytest.mark.parametrize(("rows", "said", "expected"), ASKED)
 def test_what_is_missing_is_asked_for_at_once(rows, said, expected, write):
     error = refused(write(changed(pos_embed=torch.ones(1, rows, 24))), **said)
-    names = {fragment.split("`")[1] for fragment in expected}
+    names = {fragment.split("`")[1] for fragment in expected if "`" in fragment}
     asked = [f"--source-arg {name}=..." for name in names]
     assert [fragment for fragment in (*expected, *asked) if fragment not in error] == []
     assert {name for name in ("num_heads", "global_pool", "img_size") if name in error} == names
+
+
+@pytest.mark.parametrize(
+    ("rows", "said", "size", "guessed", "warning"),
+    [
+        (9, {"no_embed_class": True}, (12, 12), {"img_size": 12}, ""),
+        (9, {"img_size": "8x16"}, (8, 16), {}, ""),
+        (9, {"img_size": 12}, (12, 12), {}, ""),
+        (145, {}, (48, 48), {"img_size": 48, "no_embed_class": False}, "also fit 36x64 or 64x36"),
+        (145, {"img_size": 48}, (48, 48), {}, ""),
+    ],
+)  # fmt: skip
+def test_what_is_guessed_of_the_positions_is_reported(rows, said, size, guessed, warning, write, caplog):
+    model = moeprune.load(write(changed(pos_embed=torch.ones(1, rows, 24))), **GIVEN | said)
+    assert model.config.image_size == size
+    assert model.config.num_positions == rows
+    assert model.reading.defaults == guessed | {"act_layer": "GELU", "eps": 1e-6}
+    assert warning in caplog.text if warning else not caplog.records
 
 
 def test_queries_normalised_by_head_tell_their_number(write):
@@ -415,8 +436,8 @@ UNFIT = [
     ({"no_embed_class": 1}, ["`no_embed_class`", "bool"]),
     ({"img_size": "1x2x3"}, ["`img_size`"]),
     ({"img_size": [1, 2, 3]}, ["`img_size`"]),
-    ({"img_size": 9}, ["`img_size` is (9, 9), expected 4x16, 8x8, 16x4, 4x20 or 20x4"]),
-    ({"img_size": 8, "no_embed_class": True}, ["`img_size` is (8, 8), expected 4x20 or 20x4"]),
+    ({"img_size": 9}, ["`img_size` is (9, 9), expected 8x8, 4x16, 16x4, 4x20 with no_embed_class=true or 20x4 with"]),
+    ({"img_size": 8, "no_embed_class": True}, ["`img_size` is (8, 8), expected 4x20 with no_embed_class=true or 20x4"]),
     ({"act_layer": "ReLU"}, ["`act_layer`", "ReLU"]),
     ({"num_heads": 5, "img_size": 9}, ["`num_heads` is 5", "`img_size` is (9, 9)"]),
 ]

@@ -5,6 +5,7 @@ stacked the experts of a layer for their ImageNet models, gave them a width of t
 `base_expert` in the file that never runs. Only the library's layout is written.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -19,7 +20,10 @@ from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.description import require_tensors
 from moeprune.records import Record, from_json
 
+logger = logging.getLogger(__name__)
+
 Tensors = Mapping[str, TensorInfo]  # of a file by name
+MAX_SIZES = 6  # of images that an error lists
 EPS = 1e-6  # of norms, unless the model was built with another norm layer
 POOLINGS: dict[str, Literal["token", "mean", "none"]] = {"token": "token", "avg": "mean", "": "none"}
 """Ours by the library's `global_pool`."""
@@ -282,11 +286,12 @@ def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple
     if draft.class_token and "no_embed_class" in given:
         choices["no_embed_class"] = sorted({not has for has in sizes.values()})
     values = {"eps": EPS} | {name: of[0] for name, of in choices.items() if len(of) == 1}
-    if square := [size for size in sizes if size[0] == size[1]]:
+    is_stated = given.get("no_embed_class") is not None  # if not, r·(r+2) patches with the class token are r+1 squared
+    if square := [size for size, has in sizes.items() if size[0] == size[1] and (has or is_stated)]:
         [values["img_size"]] = square
     values |= given
     expected = {
-        name: or_(f"{of[0]}x{of[1]}" if name == "img_size" else of for of in choices[name])
+        name: or_(_size_names(sizes, draft.class_token) if name == "img_size" else choices[name])
         for name in choices
         if values.get(name) not in choices[name]
     }
@@ -305,7 +310,25 @@ def complete(draft: ViTConfig, arguments: Mapping[str, Any], path: str) -> tuple
         class_position=sizes[values["img_size"]],
         norm_eps=values["eps"],
     )
-    return completed, [name for name in ("act_layer", "eps", "img_size") if name not in given]
+    assumed = {"act_layer", "eps", "img_size"} - set(given)
+    if "img_size" in assumed:
+        assumed |= {"no_embed_class"} if draft.class_token and not is_stated else set()
+        (high, wide), also = values["img_size"], {of: True for of in sizes if min(of) < max(of) <= 2 * min(of)}
+        if also:
+            logger.warning(
+                f"`{path}` is read as a model of images of {high}x{wide}, but its tensors also fit"
+                f" {or_(_size_names(also, False))}; name one with `--source-arg img_size=...`"
+            )
+    return completed, sorted(assumed)
+
+
+def _size_names(sizes: Mapping[tuple[int, int], bool], has_class_token: bool) -> list[str]:
+    """Return the sizes in words, the nearest to a square first, and how many are left out."""
+    names = [
+        f"{high}x{wide}{'' if sizes[high, wide] or not has_class_token else ' with no_embed_class=true'}"
+        for high, wide in sorted(sizes, key=lambda of: max(of) / min(of))
+    ]
+    return names if len(names) <= MAX_SIZES else [*names[:MAX_SIZES], f"one of {len(names) - MAX_SIZES} others"]
 
 
 def _image_sizes(draft: ViTConfig, no_embed_class: bool | None) -> dict[tuple[int, int], bool]:
