@@ -21,6 +21,7 @@ from moeprune.files.header import read_header
 from moeprune.models.model import fingerprint, private_copy
 from moeprune.models.opening import open_model
 from moeprune.models.request import ModelSpec
+from tests.stock import SOURCE_ARGS
 
 MIB = 1 << 20
 LAYER = "blocks.0.soft_moe.fc1_weight"
@@ -269,3 +270,48 @@ def test_nothing_is_left_of_a_file_that_fails(tmp_path):
         write()
     assert not list(tmp_path.iterdir())
     assert not disk.temporaries
+
+
+READ_AND_WRITTEN = {
+    "analyze model.safetensors --data digits -o model.safetensors": "--output model.safetensors",
+    "analyze model.safetensors --data data.npz -o ./x/../data.npz": "--output x/../data.npz",
+    "analyze model.safetensors --data images -o new --report images/0/a.png": "--report images/0/a.png",
+    "prune model.safetensors --keep 4 --analysis of.safetensors -o of.safetensors": "--output of.safetensors",
+    "prune model.safetensors --keep 4 --scope input -o link": "--output link",
+    "prune model.safetensors --plan plan.json -o new --save-plan plan.json": "--save-plan plan.json",
+    "eval model.safetensors --data digits --baseline hard --output-file hard": "--output-file hard",
+    "inspect model.safetensors --output-file model.safetensors": "--output-file model.safetensors",
+    "inspect model.safetensors --output-format junit --output-file model.safetensors": "--output-file",
+    "inspect shards --output-file shards/b.safetensors": "--output-file shards/b.safetensors",
+    "inspect shards/m.safetensors.index.json --output-file shards/b.safetensors": "--output-file shards/b",
+    "export shards --to soft-moe -o shards/m.safetensors.index.json": "--output shards/m.safetensors.index.json",
+    "inspect other.safetensors --output-file moeprune.toml": "--output-file moeprune.toml",
+}
+
+
+@pytest.mark.parametrize("call", READ_AND_WRITTEN)
+def test_a_file_that_is_read_is_never_replaced(call, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("x", "images/0", "shards"):
+        (tmp_path / folder).mkdir(parents=True)
+    files = ("model.safetensors", "of.safetensors", "data.npz", "plan.json", "images/0/a.png", "shards/b.safetensors")
+    for name in files:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "shards/m.safetensors.index.json").write_text('{"weight_map": {"w": "b.safetensors"}}')
+    (tmp_path / "moeprune.toml").write_text("[inspect]\nquiet = true")
+    (tmp_path / "link").symlink_to("model.safetensors")
+    (tmp_path / "hard").hardlink_to("model.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = run(*call.split(), "--force")
+    assert result.code == 2
+    assert f"`{READ_AND_WRITTEN[call]}" in result.stderr
+    assert "would replace a file that the command reads" in result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_beside_what_is_read_may_be_replaced(run, stock, tmp_path):
+    shutil.copytree(stock.path("shards"), tmp_path / "shards")
+    about = tmp_path / "shards" / "about.txt"
+    about.write_text("old")
+    assert run("inspect", tmp_path / "shards", *SOURCE_ARGS.split(), "--output-file", about, "--force").code == 0
+    assert "soft_moe" in about.read_text()

@@ -18,6 +18,7 @@ from typer.models import OptionInfo
 
 from moeprune import __version__
 from moeprune.cli.configuration import read_configuration
+from moeprune.cli.inputs import require_other_file
 from moeprune.cli.options import KEYWORD, options_of, request_of
 from moeprune.cli.reporter import Output, Reporter
 from moeprune.errors import MoepruneError, is_out_of_memory
@@ -82,9 +83,13 @@ def command(function: Callable[..., int | None]) -> None:
     @functools.wraps(function)
     def run(context: typer.Context, **values: Any) -> None:
         with _exit_codes(context):
+            inputs = {**values, "config": context.meta.get("configuration")}
+            require_other_file("output_file", inputs)  # before an error is written to it
             output = request_of(Output, values)
             context.obj = reporter = Reporter(function.__name__, output)
             with reporter.working():
+                for name in ("output", "save_plan", "plot", "report"):
+                    require_other_file(name, inputs)
                 made = request_of(request.annotation, values, progress=not output.quiet, overwrite=output.force)
                 code = function(reporter, made, **{extra.name: values[extra.name] for extra in own}) or 0
         raise typer.Exit(code)
