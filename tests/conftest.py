@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -40,13 +41,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def words_of(call: tuple[object, ...]) -> list[str]:
+    """The words of a call: a command line as one text, or its words, anything that has a string form."""
+    return shlex.split(str(call[0])) if len(call) == 1 else [str(word) for word in call]
+
+
 @pytest.fixture(scope="session")
 def run() -> Callable[..., Result]:
-    """Run a command in process; arguments may be anything that has a string form."""
+    """Run a command in process."""
 
-    def run(*arguments: object) -> Result:
-        words = [str(argument) for argument in arguments]
-        result = CliRunner().invoke(app, words, prog_name="moeprune", catch_exceptions=False)
+    def run(*call: object) -> Result:
+        result = CliRunner().invoke(app, words_of(call), prog_name="moeprune", catch_exceptions=False)
         return Result(result.exit_code, result.stdout, result.stderr)
 
     return run
@@ -56,8 +61,8 @@ def run() -> Callable[..., Result]:
 def program() -> Callable[..., Result]:
     """Run a command in a process of its own, as users start it."""
 
-    def program(*arguments: object) -> Result:
-        words = [sys.executable, "-m", "moeprune", *map(str, arguments)]
+    def program(*call: object) -> Result:
+        words = [sys.executable, "-m", "moeprune", *words_of(call)]
         ended = subprocess.run(words, capture_output=True, text=True, check=False)
         return Result(ended.returncode, ended.stdout, ended.stderr)
 
@@ -65,18 +70,41 @@ def program() -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def run_json(run: Callable[..., Result]) -> Callable[..., dict[str, Any]]:
+def printed(run: Callable[..., Result]) -> Callable[..., str]:
+    """Run a command that succeeds and has nothing to warn of; what it prints."""
+
+    def printed(*call: object) -> str:
+        result = run(*call)
+        assert (result.code, result.stderr) == (0, ""), call
+        return result.stdout
+
+    return printed
+
+
+@pytest.fixture(scope="session")
+def run_json(printed: Callable[..., str]) -> Callable[..., dict[str, Any]]:
     """Run a command that succeeds and read its JSON, which the published schema allows."""
 
-    def run_json(*arguments: object) -> dict[str, Any]:
-        result = run(*arguments, "--output-format", "json")
-        assert result.code == 0, result.stderr
-        assert result.stderr == ""
-        found = json.loads(result.stdout)
-        assert complaints(schema_of(map(str, arguments), found), found) == []
+    def run_json(*call: object) -> dict[str, Any]:
+        words = words_of(call)
+        found = json.loads(printed(*words, "--output-format", "json"))
+        assert complaints(schema_of(words, found), found) == []
         return found
 
     return run_json
+
+
+@pytest.fixture(scope="session")
+def made(run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Run a command that succeeds, given without its output; the file that it makes."""
+
+    def made(call: str) -> Path:
+        path = tmp_path_factory.mktemp("made") / "made.safetensors"
+        result = run(f"{call} -o {path}")
+        assert result.code == 0, result.stderr
+        return path
+
+    return made
 
 
 def _shipped(name: str) -> Iterator[Path]:
@@ -97,34 +125,21 @@ def vit() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def analyzed(run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Analyze a checkpoint, with options of `analyze`; where the analysis is."""
-
-    def analyzed(checkpoint: Path, *options: object) -> Path:
-        path = tmp_path_factory.mktemp("analysis") / "analysis.safetensors"
-        result = run("analyze", checkpoint, *options, "-o", path)
-        assert result.code == 0, result.stderr
-        return path
-
-    return analyzed
-
-
-@pytest.fixture(scope="session")
-def single_analysis(single: Path, analyzed: Callable[..., Path]) -> Path:
+def single_analysis(single: Path, made: Callable[[str], Path]) -> Path:
     """An analysis of `single` on all calibration digits."""
-    return analyzed(single, "--data", "digits", "--batch-size", 128)
+    return made(f"analyze {single} --data digits --batch-size 128")
 
 
 @pytest.fixture(scope="session")
-def small_analysis(single: Path, analyzed: Callable[..., Path]) -> Path:
+def small_analysis(single: Path, made: Callable[[str], Path]) -> Path:
     """An analysis of `single` on 60 calibration digits, for what only has to be fast."""
-    return analyzed(single, "--data", "digits", "--limit", 60)
+    return made(f"analyze {single} --data digits --limit 60")
 
 
 @pytest.fixture(scope="session")
-def vit_analysis(vit: Path, analyzed: Callable[..., Path]) -> Path:
+def vit_analysis(vit: Path, made: Callable[[str], Path]) -> Path:
     """An analysis of `vit` on 100 calibration pairs."""
-    return analyzed(vit, "--data", "pairs", "--limit", 100)
+    return made(f"analyze {vit} --data pairs --limit 100")
 
 
 @pytest.fixture(scope="session")

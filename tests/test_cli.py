@@ -69,12 +69,9 @@ def keys_of(rows: list[dict]) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def pruned(single, single_analysis, run, tmp_path_factory):
+def pruned(single, single_analysis, made):
     """`single` pruned to 1/8 without compensation: a file with a clear loss of accuracy."""
-    path = tmp_path_factory.mktemp("pruned") / "static-none.safetensors"
-    result = run("prune", single, "--analysis", single_analysis, "--keep", "1/8", "-o", path)
-    assert result.code == 0, result.stderr
-    return path
+    return made(f"prune {single} --analysis {single_analysis} --keep 1/8")
 
 
 @pytest.fixture
@@ -111,16 +108,15 @@ def test_inspect_json_says_what_is_in_the_file(single, run_json):
         assert found[key] == details(single)[key]
 
 
-def test_inspect_text_names_the_layers_and_their_sizes(vit, run):
-    result = run("inspect", vit)
-    assert (result.code, result.stderr) == (0, "")
-    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("blocks.")]
+def test_inspect_text_names_the_layers_and_their_sizes(vit, printed):
+    shown = printed(f"inspect {vit}")
+    rows = [line.split() for line in shown.splitlines() if line.startswith("blocks.")]
     expected = [[name, "soft_moe", str(layer["num_experts"])] for name, layer in soft_moe(vit).items()]
     assert [row[:3] for row in rows] == expected
     assert len(rows) > 1
     assert all(row[-1] == "dense" for row in rows)
     for text in ("slots_per_expert 2, hidden_dim 16", "1 × 8 × 16", "100 classes"):
-        assert text in result.stdout
+        assert text in shown
 
 
 def test_inspect_shows_the_plan_of_a_pruned_checkpoint(pruned, evaluated, run, run_json):
@@ -155,12 +151,10 @@ def test_analyze_json_summarizes_each_layer(vit, run_json, tmp_path):
     assert written["origin"]["data"] == found["data"]
 
 
-def test_analyze_text_gives_a_verdict_for_each_layer(single, run, tmp_path):
-    path = tmp_path / "a.safetensors"
-    result = run("analyze", single, "--data", "digits", "--limit", 40, "-o", path)
-    assert (result.code, result.stderr) == (0, "")
-    assert f"{single} on digits:calibration (40 samples)" in result.stdout
-    assert "blocks.0.soft_moe: the combine signal is informative" in " ".join(result.stdout.split())
+def test_analyze_text_gives_a_verdict_for_each_layer(single, printed, tmp_path):
+    shown = printed(f"analyze {single} --data digits --limit 40 -o {tmp_path}/a.safetensors")
+    assert f"{single} on digits:calibration (40 samples)" in shown
+    assert "blocks.0.soft_moe: the combine signal is informative" in " ".join(shown.split())
 
 
 # --- prune
@@ -213,14 +207,13 @@ def test_routed_scopes_need_no_calibration_without_compensation(single, prune):
     assert details(path)["preprocessing"] == {**details(single)["preprocessing"], "mean": [0.5]}
 
 
-def test_prune_text_gives_sizes_and_kept_experts(single, small_analysis, run, tmp_path):
+def test_prune_text_gives_sizes_and_kept_experts(single, small_analysis, printed, tmp_path):
     path = tmp_path / "pruned.safetensors"
-    result = run("prune", single, "--analysis", small_analysis, "--keep", "1/64", "-o", path)
-    assert (result.code, result.stderr) == (0, "")
+    shown = printed(f"prune {single} --analysis {small_analysis} --keep 1/64 -o {path}")
     first, second = details(path)["plan"][LAYER]["kept"]
-    assert f"static, 2 of 128 by combine, none: {first}, {second}" in result.stdout
-    assert f"({100 * tensor_bytes(path) / tensor_bytes(single):.1f} %)" in result.stdout
-    assert str(path) in result.stdout
+    assert f"static, 2 of 128 by combine, none: {first}, {second}" in shown
+    assert f"({100 * tensor_bytes(path) / tensor_bytes(single):.1f} %)" in shown
+    assert str(path) in shown
 
 
 def test_metadata_is_one_key_of_sorted_json_that_names_what_it_was_made_from(single, pruned, single_analysis):
@@ -274,13 +267,12 @@ def test_eval_figures_equal_a_plain_loop(evaluated, single, pruned):
     assert difference["size_reduction"] == pytest.approx(1 - tensor_bytes(pruned) / tensor_bytes(single))
 
 
-def test_eval_text_shows_the_figures_of_the_json(evaluated, pruned, single, run):
-    result = run("eval", pruned, "--data", "digits", "--baseline", single, "--batch-size", 256)
-    assert (result.code, result.stderr) == (0, "")
+def test_eval_text_shows_the_figures_of_the_json(evaluated, pruned, single, printed):
+    shown = printed(f"eval {pruned} --data digits --baseline {single} --batch-size 256")
     for key in ("model", "baseline_model"):
-        assert f"{100 * evaluated[key]['accuracy']:.2f} %" in result.stdout
-        assert f"{evaluated[key]['loss']:.4f}" in result.stdout
-    assert f"accuracy drop {100 * evaluated['difference']['accuracy_drop']:+.2f} pt" in result.stdout
+        assert f"{100 * evaluated[key]['accuracy']:.2f} %" in shown
+        assert f"{evaluated[key]['loss']:.4f}" in shown
+    assert f"accuracy drop {100 * evaluated['difference']['accuracy_drop']:+.2f} pt" in shown
 
 
 @pytest.mark.parametrize("passed", [True, False])
@@ -291,9 +283,8 @@ def test_gates_pass_at_their_limits_and_fail_beyond(evaluated, pruned, single, r
     values["min_accuracy"] = evaluated["model"]["accuracy"]
     beyond = 0 if passed else 1e-9
     limits = {name: value - beyond if "max" in name else value + beyond for name, value in values.items()}
-    words = [word for name, limit in limits.items() for word in (f"--{name.replace('_', '-')}", limit)]
-    words += ["--baseline", single, "--batch-size", 256, "--output-format", "json"]
-    result = run("eval", pruned, "--data", "digits", *words)
+    gates = " ".join(f"--{name.replace('_', '-')} {limit!r}" for name, limit in limits.items())
+    result = run(f"eval {pruned} --data digits {gates} --baseline {single} --batch-size 256 --output-format json")
     found = json.loads(result.stdout)
     for gate in found["gates"]:
         name, reason = gate["name"], None if passed else "missed"
@@ -305,8 +296,8 @@ def test_gates_pass_at_their_limits_and_fail_beyond(evaluated, pruned, single, r
 
 
 def test_one_failed_gate_of_two_fails_the_eval_and_text_says_which(single, run):
-    words = ("--baseline", single, "--min-accuracy", 0.5, "--min-size-reduction", 0.5)
-    result = run("eval", single, "--data", "digits", "--limit", 50, *words)
+    gates = "--min-accuracy 0.5 --min-size-reduction 0.5"
+    result = run(f"eval {single} --data digits --limit 50 --baseline {single} {gates}")
     assert result.code == 1
     rows = {line.split()[0]: line.split()[-1] for line in result.stdout.splitlines() if "min_" in line}
     assert rows == {"min_accuracy": "passed", "min_size_reduction": "FAILED"}
@@ -314,8 +305,7 @@ def test_one_failed_gate_of_two_fails_the_eval_and_text_says_which(single, run):
 
 def test_a_failed_gate_still_writes_the_output_file(single, run, tmp_path):
     path = tmp_path / "result.json"
-    words = ("--min-accuracy", 1, "--output-file", path, "--output-format", "json")
-    result = run("eval", single, "--data", "digits", *words)
+    result = run(f"eval {single} --data digits --min-accuracy 1 --output-file {path} --output-format json")
     assert (result.code, result.stdout) == (1, "")
     assert json.loads(path.read_text())["passed"] is False
 
@@ -324,8 +314,7 @@ def test_a_failed_gate_still_writes_the_output_file(single, run, tmp_path):
 @pytest.mark.parametrize("compensate", ["none", "renorm", "mean"])
 def test_batch_size_does_not_matter(prune, run_json, scope, compensate):
     path, _ = prune(f"--keep 1/8 --scope {scope} --compensate {compensate}")
-    words = ("eval", path, "--data", "digits", "--limit", 100, "--batch-size")
-    first, *others = (run_json(*words, size) for size in (1, 7, 100))
+    first, *others = (run_json(f"eval {path} --data digits --limit 100 --batch-size {size}") for size in (1, 7, 100))
     for other in others:
         assert other["model"]["accuracy"] == first["model"]["accuracy"]
         assert other["data"] == first["data"]
@@ -351,7 +340,7 @@ def test_bf16_is_about_as_accurate(single, run_json):
 def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis, run, monkeypatch):
     monkeypatch.setattr("moeprune.pruning.compensation.MAX_REGRESSORS", 300)
     words = "--sweep 1/2,1/16 --scope static --signal combine --compensate refit --compensate mean --output-format json"
-    found = run("eval", single, "--data", "digits", "--limit", 20, "--analysis", small_analysis, *words.split())
+    found = run(f"eval {single} --data digits --limit 20 --analysis {small_analysis} {words}")
     assert found.code == 0
     assert "`refit` is left out at 1/2: it would take more than 300 regressors" in found.stderr
     rows = {(row["keep"], row["compensate"]) for row in json.loads(found.stdout)["rows"]}
@@ -390,7 +379,7 @@ def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, r
 
 def test_sweep_is_restricted_by_options_and_keeps_its_controls(single, small_analysis, run_json):
     words = "--limit 30 --sweep 1/16,8 --scope input --signal deviation --compensate none --compensate renorm"
-    found = run_json("eval", single, "--data", "digits", "--analysis", small_analysis, *words.split())
+    found = run_json(f"eval {single} --data digits --analysis {small_analysis} {words}")
     keys = keys_of(found["rows"])
     ways = product(["1/16", "8"], [("input", "deviation"), ("static", "random")], ["none", "renorm"])
     tried = [(keep, scope, signal, compensate) for keep, (scope, signal), compensate in ways]
@@ -403,9 +392,8 @@ def test_sweep_is_restricted_by_options_and_keeps_its_controls(single, small_ana
 
 
 def test_a_sweep_row_equals_prune_and_eval(single, small_analysis, prune, run_json):
-    words = ("eval", single, "--data", "digits", "--limit", 60, "--analysis", small_analysis)
-    ways = ("--sweep", "1/8", "--scope", "static", "--signal", "combine", "--compensate", "lstsq")
-    sweep = run_json(*words, *ways)
+    ways = "--sweep 1/8 --scope static --signal combine --compensate lstsq"
+    sweep = run_json(f"eval {single} --data digits --limit 60 --analysis {small_analysis} {ways}")
     path, _ = prune("--keep 1/8 --compensate lstsq")
     alone = run_json("eval", path, "--data", "digits", "--limit", 60, "--baseline", single)
     [row] = [row for row in sweep["rows"] if row["keep"] == "1/8" and row["signal"] == "combine"]
@@ -417,13 +405,10 @@ def test_a_sweep_row_equals_prune_and_eval(single, small_analysis, prune, run_js
 @pytest.mark.parametrize("output_format", get_args(Format))
 @pytest.mark.parametrize("command", ["inspect", "eval"])
 def test_output_file_gets_what_stdout_would(single, run, tmp_path, command, output_format):
-    call = [command, single, "--output-format", output_format]
-    if command == "eval":
-        call += ["--data", "digits", "--limit", 20]
-    path = tmp_path / "report"
-    result = run(*call, "--output-file", path)
-    assert (result.code, result.stdout, result.stderr) == (0, "", "")
-    assert path.read_text(encoding="utf-8") == run(*call).stdout
+    data = "--data digits --limit 20" if command == "eval" else ""
+    call, path = f"{command} {single} {data} --output-format {output_format}", tmp_path / "report"
+    assert run(f"{call} --output-file {path}") == (0, "", "")
+    assert path.read_text(encoding="utf-8") == run(call).stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["report"]
 
 
@@ -431,9 +416,8 @@ def test_force_replaces_outputs(single, run, tmp_path):
     pruned, report = tmp_path / "pruned.safetensors", tmp_path / "report.json"
     pruned.write_text("old")
     report.write_text("old")
-    words = ("-o", pruned, "--force", "--output-file", report, "--output-format", "json")
-    result = run("prune", single, "--keep", "1/8", "--scope", "input", *words)
-    assert result.code == 0, result.stderr
+    report_to = f"--output-file {report} --output-format json"
+    assert run(f"prune {single} --keep 1/8 --scope input -o {pruned} --force {report_to}") == (0, "", "")
     assert json.loads(report.read_text())["checkpoint"] == str(pruned)
     assert details(pruned)["plan"][LAYER]["scope"] == "input"
     assert {entry.name for entry in tmp_path.iterdir()} == {"pruned.safetensors", "report.json"}
@@ -476,9 +460,9 @@ def test_random_experts_depend_on_the_seed_alone(vit, prune, scope):
 
 
 def test_equal_evals_print_equal_bytes(pruned, single, run):
-    call = ["eval", pruned, "--data", "digits", "--baseline", single, "--limit", 50]
     for output_format in ("text", "json"):
-        first, second = (run(*call, "--output-format", output_format).stdout for _ in range(2))
+        call = f"eval {pruned} --data digits --baseline {single} --limit 50 --output-format {output_format}"
+        first, second = (run(call).stdout for _ in range(2))
         assert first == second != ""
 
 
@@ -493,15 +477,14 @@ def test_a_checkpoint_of_another_precision_runs_and_is_pruned_in_it(single, prun
         pruned, _ = prune("--keep 1/8 --compensate lstsq --data digits --limit 60", path, None)
         kinds = {tensor["dtype"] for tensor in header(pruned).values()}
         assert kinds == {"BF16" if dtype == torch.bfloat16 else "F64"}
-        words = ("--data", "digits:calibration", "--limit", 60, "--baseline", path)
-        assert run_json("eval", pruned, *words)["difference"]["agreement"] > 0.8
+        judged = run_json(f"eval {pruned} --data digits:calibration --limit 60 --baseline {path}")
+        assert judged["difference"]["agreement"] > 0.8
 
 
 @pytest.mark.parametrize("charset", ["ascii", "latin-1", "cp1252"])
 def test_stdout_that_is_not_utf8_gets_text_all_the_same(single, tmp_path, charset):
-    words = ["prune", single, "--keep", "1/8", "--scope", "input", "-o", tmp_path / "pruned.safetensors"]
-    runner = CliRunner(charset=charset)
-    result = runner.invoke(app, [str(word) for word in words], catch_exceptions=False)
+    call = f"prune {single} --keep 1/8 --scope input -o {tmp_path}/pruned.safetensors"
+    result = CliRunner(charset=charset).invoke(app, call, catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     assert "blocks.0.soft_moe" in result.stdout
 
@@ -576,19 +559,16 @@ def check_what_is_promised(model, of):
 # --- checkpoints of other programs
 @pytest.mark.parametrize("kind", ["foreign.pt", "shards"])
 def test_a_checkpoint_of_another_library_is_taken_where_ours_is(stock, run_json, tmp_path, kind):
-    data = ("--data", stock.path("data.npz"))
-    options = {
-        "dense.safetensors": (),
-        kind: (*SOURCE_ARGS.split(), "--preprocess", "mean=0.3", "--preprocess", "std=0.4"),
-    }
+    data = stock.path("data.npz")
+    options = {"dense.safetensors": "", kind: f"{SOURCE_ARGS} --preprocess mean=0.3 --preprocess std=0.4"}
     analyses, plans, differences = [], [], []
     for name, given in options.items():
         full, analysis, pruned = stock.path(name), tmp_path / f"{name}.analysis", tmp_path / f"{name}.pruned"
-        analyses.append(run_json("analyze", full, *given, *data, "-o", analysis)["layers"])
-        words = ("--analysis", analysis, "--keep", 2, "--compensate", "mean", "-o", pruned)
-        plans.append(run_json("prune", full, *given, *words))
-        found = run_json("eval", pruned, *data, "--baseline", full, *given, "--min-agreement", 0)
-        differences.append(found["difference"])
+        analyses.append(run_json(f"analyze {full} {given} --data {data} -o {analysis}")["layers"])
+        prune = f"prune {full} {given} --analysis {analysis} --keep 2 --compensate mean -o {pruned}"
+        plans.append(run_json(prune))
+        judge = f"eval {pruned} --data {data} --baseline {full} {given} --min-agreement 0"
+        differences.append(run_json(judge)["difference"])
     masses = [[layer["best_eighth_mass"] for layer in layers.values()] for layers in analyses]
     assert masses[0] == pytest.approx(masses[1], rel=1e-5)
     assert differences[0]["accuracy_drop"] == differences[1]["accuracy_drop"]
@@ -746,8 +726,8 @@ def test_a_narrow_terminal_cuts_no_table(single, stock, tmp_path, monkeypatch):
     main, terminal = pty.openpty()
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "dumb")
-    words = ["analyze", single, "--data", stock.path("data.npz"), "-o", tmp_path / "a.safetensors"]
-    process = subprocess.Popen([sys.executable, "-m", "moeprune", *map(str, words)], stdout=terminal)
+    call = f"-m moeprune analyze {single} --data {stock.path('data.npz')} -o {tmp_path}/a.safetensors"
+    process = subprocess.Popen([sys.executable, *call.split()], stdout=terminal)
     os.close(terminal)
     printed = b""
     with contextlib.suppress(OSError):  # the other end is closed
@@ -810,7 +790,7 @@ def test_a_baseline_of_other_weights_is_warned_of(pruned, single, run, tmp_path)
     with torch.no_grad():
         model.head.weight.mul_(2)
     moeprune.save(model, tmp_path / "other.safetensors")
-    result = run("eval", pruned, "--data", "digits", "--limit", 9, "--baseline", tmp_path / "other.safetensors")
+    result = run(f"eval {pruned} --data digits --limit 9 --baseline {tmp_path}/other.safetensors")
     assert result.code == 0
     assert "was not pruned from" in result.stderr
 
