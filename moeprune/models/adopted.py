@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,12 +19,13 @@ from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.layer import layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
 from moeprune.models.description import Details, require_tensors
+from moeprune.models.factory import import_factory, normalized, same_factory
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary
 from moeprune.models.model import Model
 from moeprune.plan import Plan
 
 Factory: TypeAlias = "str | Callable[..., nn.Module]"
-"""Builds a model of the user's own code: a function, or its name `package.module:function`."""
+"""Builds a model of the user's own code: a function, or its name, see `moeprune.models.factory`."""
 
 
 class AdoptedModel(Model):
@@ -63,8 +62,8 @@ def adopt(
     Args:
         module: returns logits (b,classes) for inputs (b,c,H,W).
         input_shape: of one input (c,H,W).
-        factory: the function that builds the module, or its name `package.module:function`; needed to load
-            a saved checkpoint again.
+        factory: the function that builds the module, or its name, `package.module:function` or
+            `path/module.py:function`; needed to load a saved checkpoint again.
         arguments: keyword arguments of the factory, JSON values.
         source: the library and release that the model was trained with, such as
             `soft-mixture-of-experts==0.1.0`, if that is not the installed one.
@@ -166,7 +165,7 @@ def parse_source(text: str | None) -> dict[str, str | None]:
 def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factory | None) -> AdoptedModel:
     """Return the model of a checkpoint, without its weights, if the factory is the expected one and has its layers."""
     name = config.factory or "package.module:function"
-    if factory is None or (isinstance(factory, str) and config.factory not in (None, factory)):
+    if factory is None or (isinstance(factory, str) and not same_factory(factory, config.factory or factory)):
         stated = "none is given" if factory is None else f"given is `{factory}`"
         raise MoepruneError(
             f"the model is built by the factory `{name}`, {stated}", f"if you trust that code, add `--model {name}`"
@@ -184,26 +183,20 @@ def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factor
 
 
 def build(factory: Factory, arguments: Mapping[str, Any]) -> nn.Module:
-    """Return the model that a factory builds; the current directory is searched for `package.module` too."""
+    """Return the model that a factory builds."""
     name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", repr(factory))
-    package, _, function = name.partition(":")
-    if isinstance(factory, str) and not (package and function):
-        raise MoepruneError(f"`--model {name}` is not a factory", "give `package.module:function`")
-    if isinstance(factory, str) and (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
     hint = "check its name and `--model-arg`, and that it can be imported from here"
     with user_code(f"`--model {name}` fails", hint):
-        found = getattr(importlib.import_module(package), function) if isinstance(factory, str) else factory
-        model = found(**arguments)
+        model = (import_factory(factory) if isinstance(factory, str) else factory)(**arguments)
     if not isinstance(model, nn.Module):
         raise MoepruneError(f"`--model {name}` builds a {type(model).__name__}, expected a torch module")
     return model
 
 
 def name_of(factory: Factory | None) -> str | None:
-    """Return `package.module:function` of a factory; None if it cannot be imported by that."""
+    """Return the name of a factory; None if it cannot be imported by that."""
     if factory is None or isinstance(factory, str):
-        return factory
+        return factory and normalized(factory)
     name = getattr(factory, "__qualname__", "<unnamed>")
     return None if "<" in name else f"{factory.__module__}:{name}"
 

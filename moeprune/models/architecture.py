@@ -268,7 +268,7 @@ class AdoptedLayer(Record, frozen=True):
 class ModuleConfig(ModelConfig, frozen=True, tag="module"):
     """A model of the user's own code whose MoE layers were adopted; `layers` are in the order of the data flow.
 
-    factory: `package.module:function` that builds the model as it was before, or None if it is not known.
+    factory: builds the model as it was before, see `moeprune.models.factory`; None if it is not known.
     arguments: keyword arguments of the factory, JSON values.
     """
 

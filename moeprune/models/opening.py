@@ -46,8 +46,9 @@ def load(
 
     Args:
         path: a file, or a folder with shards.
-        model: the function that builds the model, or its name `package.module:function`, if the model is
-            your own code. A checkpoint names it too, but only a caller can allow that it is run.
+        model: the function that builds the model, or its name, `package.module:function` or
+            `path/module.py:function`, if the model is your own code. A checkpoint names it too, but only a
+            caller can allow that it is run.
         source: see ModelSpec, like key, input_shape, preprocess and arguments.
 
     Raises:

@@ -85,4 +85,5 @@ class Runtime(Request, frozen=True):
 
         precision = torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.dtype in ("bfloat16", "bf16"))
         with torch.inference_mode(), precision:
-            return model(inputs.to(next(model.parameters()).dtype))
+            dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+            return model(inputs.to(next(dtypes, inputs.dtype)))
