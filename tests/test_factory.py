@@ -8,6 +8,7 @@ import torch
 
 import moeprune
 from moeprune.errors import MoepruneError
+from moeprune.models.adopted import build
 
 NET = """
 from torch import nn
@@ -58,8 +59,8 @@ def folder(tmp_path, monkeypatch):
 def test_a_file_or_a_module_builds_a_model_that_loads_again(name, stored, width, folder, run_json):
     name, stored = name.format(here=folder), stored.format(here=folder)
     if width != 5:  # a file of the same name was imported before
-        moeprune.models.adopted.build("net:build", {})
-    torch.save(moeprune.models.adopted.build(name, {}).state_dict(), "theirs.pt")
+        build("net:build", {})
+    torch.save(build(name, {}).state_dict(), "theirs.pt")
     found = run_json("inspect", "theirs.pt", "--model", name, "--input-shape", "1,4,4")
     assert found["architecture"]["factory"] == stored
     model = moeprune.load("theirs.pt", name, input_shape=(1, 4, 4))
@@ -71,7 +72,7 @@ def test_a_file_or_a_module_builds_a_model_that_loads_again(name, stored, width,
 
 
 def test_a_file_may_have_moved_but_not_be_another(folder):
-    module = moeprune.models.adopted.build("below/net.py:build", {})
+    module = build("below/net.py:build", {})
     moeprune.save(moeprune.adopt(module, (1, 4, 4), "below/net.py:build"), "ours.safetensors")
     Path("below").rename("elsewhere")
     assert moeprune.load("ours.safetensors", "elsewhere/net.py:build").moe_layers
@@ -96,11 +97,11 @@ def test_what_is_no_factory(name, message, folder):
     Path("broken.py").write_text("1 / 0")
     for _ in range(2):  # nothing of a failed import remains
         with pytest.raises(MoepruneError, match=message):
-            moeprune.models.adopted.build(name, {})
+            build(name, {})
 
 
 def test_the_first_parameter_may_be_of_integers(folder):
-    module = moeprune.models.adopted.build("net:build", {})
+    module = build("net:build", {})
     integers = torch.nn.Parameter(torch.arange(3), requires_grad=False)
     module[0].register_parameter("codes", integers)
     model = moeprune.adopt(module, (1, 4, 4))
