@@ -370,7 +370,7 @@ def running_twice() -> nn.Module:
     ("make", "message"),
     [
         (lambda: nn.Linear(3, 3), "no MoE layer of a known library in Linear"),
-        (lambda: nn.Sequential(lucidrains.SoftMoE(3, num_slots=1)), r"gives \[1, 3, 8, 8\] for one input"),
+        (lambda: nn.Sequential(lucidrains.SoftMoE(3, num_slots=1)), r"gives \[1, 3, 8, 8\] for 1 input"),
         (lambda: nn.Sequential(lucidrains.SoftMoE(4, num_slots=1)), "fails on an input of shape"),
         (
             lambda: with_part(tower(), "late.experts.experts.2.1", nn.ReLU()),

@@ -80,6 +80,8 @@ def observe_layers(model: nn.Module, names: Sequence[str], observe: Observer, in
     layers: dict[str, MoELayer] = {name: model.get_submodule(name) for name in names}  # type: ignore[misc]
 
     def seen(name: str, observation: Observation) -> None:
+        if len(observation.mass) != len(inputs):
+            raise MoepruneError(f"layer `{name}` sees {len(observation.mass)} inputs where the model has {len(inputs)}")
         observe(name, observation)
         waiting.discard(name)
         if not waiting:

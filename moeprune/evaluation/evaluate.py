@@ -67,6 +67,7 @@ class _Tally:
     def observe(self, name: str, observation: Observation) -> None:
         chosen = observation.chosen  # as many columns as the batch needs, or all
         assert chosen is not None
+        chosen = chosen[:: len(chosen) // len(observation.mass)]  # the same for all windows of an input
         self.experts[name].append(((chosen < observation.mass.shape[1]).sum(), chosen.numel()))
 
     def add(self, logits: Tensor, targets: Tensor) -> None:

@@ -29,6 +29,8 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
             each expert, to a column of phi for this input; m tokens make m/n slots per expert, rounded up.
         dispatch_over: the dispatch softmax runs over an input's `tokens`, or, as in one library's old
             release, over the `batch`, so that inputs depend on each other.
+        windows: inputs of the layer for each input of the model, folded into the batch; they share their experts.
+        interleaved: the windows of an input are not beside each other, but the first windows of all inputs are.
     """
 
     dim: Positive
@@ -41,6 +43,8 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     out_dim: Positive | None = None
     dynamic_slots: bool = False
     dispatch_over: Literal["tokens", "batch"] = "tokens"
+    windows: Positive = 1
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

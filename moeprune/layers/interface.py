@@ -89,6 +89,11 @@ class LayerConfig:
         return 1
 
     @property
+    def windows(self) -> int:
+        """Inputs of the layer for each input of the model, folded into the batch: windows, frames or flips."""
+        return 1
+
+    @property
     def scopes(self) -> tuple[str, ...]:
         """Scopes in which the layer can be pruned: all by default."""
         return SCOPES
@@ -126,14 +131,17 @@ class LayerConfig:
         return "compensation" if tensor.startswith(("surrogate", "basis", "affine")) else "routing"
 
     def flops(self, tokens: int, plan: LayerPlan | None = None, usage: Usage | None = None) -> Flops:
-        """Return the FLOPs of the layer on one input of m tokens; usage: where the plan does not fix it.
+        """Return the FLOPs of the layer for one input of the model; usage: where the plan does not fix it.
+
+        tokens: m, of each window.
 
         Surrogates cost 2·m·w·p for each expert that has one (all of them with scope `input`, `batch` or a
         rank), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, the basis 2·m·r·o.
         """
         n, p, out, m = self.num_experts, self.terms_per_expert, self.output_width, self.padded_tokens(tokens)
+        r = self.windows
         if plan is None:
-            return Flops(round(self.expert_flops(m, n)), round(self.router_flops(m, n, n)))
+            return Flops(round(r * self.expert_flops(m, n)), round(r * self.router_flops(m, n, n)))
         k: float = n if plan.merges else plan.k
         running, applied = usage or (k, k)
         width = plan.rank or out
@@ -142,7 +150,7 @@ class LayerConfig:
         compensation += 2 * (m + 1) * self.dim * width if plan.has_affine else 0
         compensation += 2 * m * width * out if plan.has_basis else 0
         routing = self.router_flops(m, plan.routed_experts, applied)
-        return Flops(round(self.expert_flops(m, running)), round(routing), compensation)
+        return Flops(round(r * self.expert_flops(m, running)), round(r * routing), r * compensation)
 
     def refusal(self, plan: LayerPlan) -> str | None:
         """Return why the layer cannot be pruned by a plan, None if it can."""

@@ -4,6 +4,8 @@ Expert j adds R_j, the sum over its p terms of weight × output f, to the layer'
 output for all tokens of an input, so that sums are taken without R_j; where each token has its own, tokens
 count as inputs of one token.
 
+Where windows of an input are folded into the batch, all rows but those of `mass` are of windows.
+
 Axes: b inputs, m tokens, d width of the input, o width of the output, n experts, p terms per expert, e
 experts that ran, S = n·p terms, q regressors.
 """

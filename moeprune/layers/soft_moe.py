@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.experts import Experts, combine_mass, grouped_linear, kernels_for, run_experts, slot_weights
 from moeprune.layers.layer import MoELayer
@@ -76,7 +77,13 @@ class SoftMoE(MoELayer):
         mask: tokens that are not padding (b,m); padding is not dispatched and not counted in scores.
         """
         with torch.cuda.device_of(x):  # where kernels are launched, if it is a GPU
-            return self._forward(x, mask)
+            windows = self.config.windows
+            if len(x) % windows:
+                raise MoepruneError(f"a layer runs on {len(x)} windows, expected a multiple of {windows}")
+            if not self.config.interleaved:
+                return self._forward(x, mask)
+            mask = None if mask is None else _swapped(mask, (windows, -1))
+            return _swapped(self._forward(_swapped(x, (windows, -1)), mask), (-1, windows))
 
     def _forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if x.ndim == 4:
@@ -93,11 +100,11 @@ class SoftMoE(MoELayer):
         if needs_mass:  # scores and statistics are never narrower
             dtype = torch.promote_types(dtype, torch.float32)
         combine_weights = router_logits.flatten(2).softmax(2, dtype=dtype).view_as(router_logits)
-        mass = combine_mass(combine_weights, mask) if needs_mass else None
+        mass = self._mass(combine_weights, mask) if needs_mass else None
         chosen, slot_inputs = None, None
         if self.is_routed:
             assert mass is not None
-            chosen = self.choose(mass)
+            chosen = self.choose(mass)[:, None].expand(-1, self.config.windows, -1).flatten(0, 1)
             output, slot_outputs = self._run_chosen(tokens, router_logits, combine_weights, chosen)
         else:
             output, slot_outputs, slot_inputs = self._run_stored(tokens, router_logits, combine_weights)
@@ -117,6 +124,12 @@ class SoftMoE(MoELayer):
 
         self.observe(observation)
         return output
+
+    def _mass(self, combine_weights: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the mass of each expert over all windows of an input."""
+        sizes = -1, self.config.windows
+        mask = None if mask is None else mask.unflatten(0, sizes).flatten(1, 2)
+        return combine_mass(combine_weights.unflatten(0, sizes).flatten(1, 2), mask)
 
     def route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return router logits (b,m,n,p) of tokens x (b,m,d), lowest for padding, and what is dispatched."""
@@ -221,6 +234,11 @@ class SoftMoE(MoELayer):
         output = combine_weights.flatten(2).to(combine.dtype) @ self.surrogate.flatten(0, 1)
         corrections = (slot_outputs - self.surrogate[someone]).flatten(1, 2)
         return torch.baddbmm(output, combine, corrections), slot_outputs
+
+
+def _swapped(x: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """Return rows in the order in which the two axes that they stand for are swapped."""
+    return x.unflatten(0, sizes).transpose(0, 1).flatten(0, 1)
 
 
 def _unit(x: Tensor, dim: int, gain: Tensor | None = None, factor: Tensor | None = None) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moeprune.errors import MoepruneError, user_code
 from moeprune.files.checkpoint import tensor_infos
+from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.layer import layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
 from moeprune.models.description import Details, require_tensors
@@ -84,16 +86,24 @@ def adopt(
         raise MoepruneError(f"the layers of the model are from {', '.join(names)}, not from `{stated}`")
     layers, parent = {}, nn.ModuleDict({"module": module})  # with the names of an AdoptedModel
     built_by = name_of(factory)
-    for name, tokens in _tokens(module, libraries, input_shape, built_by).items():
+    x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(p for p in module.parameters() if p.is_floating_point()))
+    first, second, both = (_see(module, libraries, some, built_by) for some in (x[:1], x[1:], x))
+    for name, (_, tokens) in first.items():
         library, theirs = libraries[name], module.get_submodule(name)
+        windows, interleaved = _windows(name, first[name], second[name], both[name])
         config, tensors = library.describe(theirs, name, tokens, releases.get(library.name))
+        if windows > 1:
+            if not isinstance(config, SoftMoEConfig):
+                raise MoepruneError(f"layer `{name}` runs on {windows} windows of an input, which it does not support")
+            config = config.replace(windows=windows, interleaved=interleaved)
         ours = layer_of_tensors(config, None, {key: tensor.detach() for key, tensor in tensors.items()})
         path = f"module.{name}".rstrip(".")
         parent.set_submodule(path, ours)
         layers[path] = AdoptedLayer(config, library.name, tokens)
     module = parent["module"]
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        classes = _run(module, input_shape, built_by).shape[1]
+        classes = _run(module, x[:1], built_by).shape[1]
     other = flops.get_total_flops() - sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
     whole = ModuleConfig(built_by, dict(arguments or {}), input_shape, classes, layers, other)
     return AdoptedModel(module, whole, Details(), factory).eval()
@@ -117,38 +127,66 @@ def _failure(module: nn.Module, factory: str | None, x: Tensor) -> str:
     return f"the {type(module).__name__}{builder} fails on an input of shape {list(x.shape)}"
 
 
-def _tokens(
-    module: nn.Module, names: Iterable[str], input_shape: tuple[int, int, int], factory: str | None
-) -> dict[str, int]:
-    """Return the tokens of each layer, in the order in which the layers run."""
-    tokens: dict[str, int] = {}
+class _Seen(NamedTuple):
+    """Inputs of a layer in a forward pass, each of them one row, and how many tokens each has."""
 
-    def count(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if name in tokens:
+    rows: Tensor
+    tokens: int
+
+
+def _see(module: nn.Module, names: Iterable[str], x: Tensor, factory: str | None) -> dict[str, _Seen]:
+    """Return what each layer sees of inputs, in the order in which the layers run."""
+    seen: dict[str, _Seen] = {}
+
+    def note(name: str, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        if name in seen:
             raise MoepruneError(f"layer `{name}` runs more than once for an input")
-        tokens[name] = output[0].numel() // output.shape[1 if output.ndim == 4 else -1]
+        taken = next(part for part in (*given, *named.values()) if isinstance(part, Tensor))
+        seen[name] = _Seen(taken.flatten(1), output[0].numel() // output.shape[1 if output.ndim == 4 else -1])
 
     with ExitStack() as hooks:
         for name in names:
             part = module.get_submodule(name)
-            hooks.enter_context(part.register_forward_hook(functools.partial(count, name)))
-        _run(module, input_shape, factory)
-    if idle := sorted(set(names) - set(tokens)):
+            hooks.enter_context(part.register_forward_hook(functools.partial(note, name), with_kwargs=True))
+        _run(module, x, factory)
+    if idle := sorted(set(names) - set(seen)):
         raise MoepruneError(f"layers {', '.join(f'`{name}`' for name in idle)} do not run")
-    return tokens
+    return seen
+
+
+def _windows(name: str, first: _Seen, second: _Seen, both: _Seen) -> tuple[int, bool]:
+    """Return how many inputs a layer has for each input of the model, and if those of several are interleaved.
+
+    first, second, both: what it sees of one input, of another, and of both in a batch.
+    """
+    r = len(first.rows)
+    shapes = {(len(first.rows), first.tokens), (len(second.rows), second.tokens), (len(both.rows) / 2, both.tokens)}
+    if shapes == {(1, first.tokens)}:
+        return 1, False
+    if len(shapes) == 1:
+        alone = torch.stack([first.rows, second.rows])
+        orders = both.rows.unflatten(0, (2, r)), both.rows.unflatten(0, (r, 2)).transpose(0, 1)
+        errors = [float((order - alone).abs().max()) for order in orders]
+        rounding = math.sqrt(torch.finfo(alone.dtype).eps) * float(alone.abs().max())
+        if min(errors) <= max(rounding, max(errors) / 20):
+            return r, errors[1] < errors[0]
+    raise MoepruneError(
+        f"layer `{name}` sees {r} × {first.tokens} tokens of one input of the model and"
+        f" {len(both.rows)} × {both.tokens} of two: it is not clear which belong to which input",
+        "give a model whose layers see a batch of inputs, or of a fixed number of windows of each",
+    )
 
 
 @torch.no_grad()
-def _run(module: nn.Module, input_shape: tuple[int, int, int], factory: str | None) -> Tensor:
-    """Return the logits (1,classes) of one random input."""
-    x = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
-    x = x.to(next(p for p in module.parameters() if p.is_floating_point()))
+def _run(module: nn.Module, x: Tensor, factory: str | None) -> Tensor:
+    """Return the logits (b,classes) of inputs (b,c,H,W)."""
     with user_code(_failure(module, factory, x), "check the shape of one input, channels × height × width"):
         output = module(x)
-    if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == 1):
+    if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(x)):
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise MoepruneError(
-            f"the {type(module).__name__} gives {found} for one input, expected logits [1, classes]",
+            f"the {type(module).__name__} gives {found} for {len(x)} input{'s' * (len(x) > 1)}, expected logits"
+            f" [{len(x)}, classes]",
             "give a factory whose model returns its logits",
         )
     return output

@@ -68,7 +68,8 @@ class Stream:
             full, pruned = seen
             members = [half.to(self.runtime.torch_device) for half in halves(count, len(inputs))]
             count += len(inputs)
-            yield members, pruned, full.output.float() - pruned.output.float()
+            gap = full.output.float() - pruned.output.float()
+            yield members, pruned, gap.reshape(len(inputs), -1, gap.shape[-1])  # the tokens of all windows
 
 
 def gather(stream: Stream, compensation: str) -> tuple[LayerMoments, Halves]:
@@ -119,7 +120,7 @@ def regress(stream: Stream, compensation: str, with_hidden: bool = False) -> tup
         if with_hidden:
             rows = torch.cat([seen.weighted_hidden(), rows], dim=2)
         for (power, cross), index in zip(sums, members, strict=True):
-            z, t = (part[index].flatten(0, 1).to(power) for part in (rows, gap))
+            z, t = (part.reshape(len(gap), -1, part.shape[-1])[index].flatten(0, 1).to(power) for part in (rows, gap))
             power += z.mT @ z
             cross += z.mT @ t
     first, second = (Equations(*(part.to("cpu", torch.float64) for part in half)) for half in sums)
