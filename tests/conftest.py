@@ -17,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import moeprune
 from moeprune.cli import app
 from tests.schemas import complaints, schema_of
 from tests.stock import Stock, make_stock
@@ -140,6 +141,16 @@ def small_analysis(single: Path, made: Callable[[str], Path]) -> Path:
 def vit_analysis(vit: Path, made: Callable[[str], Path]) -> Path:
     """An analysis of `vit` on 100 calibration pairs."""
     return made(f"analyze {vit} --data pairs --limit 100")
+
+
+@pytest.fixture(scope="session")
+def forgetful(single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`single` with a head that never says 3: a class that collapses, and gates that fail."""
+    model = moeprune.load(single)
+    model.head.bias.data[3] = -1e3
+    path = tmp_path_factory.mktemp("forgetful") / "forgetful.safetensors"
+    moeprune.save(model, path)
+    return path
 
 
 @pytest.fixture(scope="session")

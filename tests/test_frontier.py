@@ -81,9 +81,8 @@ def test_plots_that_cannot_be_drawn(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp_path):
     plot = tmp_path / "frontier.png"
-    words = ("eval", single, "--data", "digits", "--limit", 40, "--analysis", small_analysis)
-    words += ("--plot", plot, "--sweep", "1/16,1/4")
-    found = run_json(*words, "--latency", "--latency-batch", 2)
+    call = f"eval {single} --data digits --limit 40 --analysis {small_analysis} --plot {plot} --sweep 1/16,1/4"
+    found = run_json(f"{call} --latency --latency-batch 2")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert found["plot"] == str(plot)
     assert {row["label"] for row in found["rows"]} == {None, *METHODS.values()}
@@ -91,6 +90,6 @@ def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp
     assert {row["keep"] for row in found["rows"]} == {"1", "0", "1/16", "1/4"}
     best = max(row["accuracy"] for row in found["rows"])
     assert any(row["on_frontier"]["size"] and row["accuracy"] == best for row in found["rows"])
-    again = run(*words)
+    again = run(call)
     assert (again.code, "exists" in again.stderr) == (2, True)
-    assert f"drawn in {plot}" in run(*words, "--force").stdout
+    assert f"drawn in {plot}" in run(f"{call} --force").stdout

@@ -219,22 +219,16 @@ def test_exact_figures_are_judged_as_they_are():
 
 
 @pytest.fixture(scope="module")
-def pruned(single, single_analysis, run, tmp_path_factory):
+def pruned(single, single_analysis, made):
     """`single` with 1/8 of its experts, repaired."""
-    path = tmp_path_factory.mktemp("gate") / "pruned.safetensors"
-    words = ("--keep", "1/8", "--signal", "gram", "--compensate", "affine")
-    assert run("prune", single, "--analysis", single_analysis, *words, "-o", path).code == 0
-    return path
+    return made(f"prune {single} --analysis {single_analysis} --keep 1/8 --signal gram --compensate affine")
 
 
-@pytest.mark.parametrize(("limit", "passed"), [(100, False), (None, True)])
+@pytest.mark.parametrize(("limit", "passed"), [("--limit 100", False), ("", True)])
 def test_a_hundred_digits_cannot_show_what_all_of_them_do(limit, passed, pruned, single, run):
-    few = () if limit is None else ("--limit", limit)
-    words = (
-        "eval", pruned, "--data", "digits", "--baseline", single, *few, "--confidence", 0.95,
-        "--max-accuracy-drop", 0.015, "--min-accuracy", 0.95, "--min-size-reduction", 0.5,
-    )  # fmt: skip
-    result = run(*words, "--output-format", "json")
+    gates = "--max-accuracy-drop 0.015 --min-accuracy 0.95 --min-size-reduction 0.5"
+    call = f"eval {pruned} --data digits --baseline {single} {limit} {gates}"
+    result = run(f"{call} --confidence 0.95 --output-format json")
     found = json.loads(result.stdout)
     gates = {gate["name"]: gate for gate in found["gates"]}
     assert result.code == (0 if passed else 1)
@@ -249,17 +243,16 @@ def test_a_hundred_digits_cannot_show_what_all_of_them_do(limit, passed, pruned,
     cells = found["difference"]["outcomes"]
     assert found["model"]["accuracy"] == (cells["both"] + cells["won"]) / sum(cells.values())
     assert len(found["forgetting"]["lost"]) == cells["lost"]
-    text = run(*words).stdout
+    text = run(f"{call} --confidence 0.95").stdout
     assert ("FAILED: 100 samples cannot show it, about" in text) is not passed
     assert "bound at 95 %" in text
-    at = words.index("--confidence")
-    assert run(*words[:at], *words[at + 2 :]).code == 0
+    assert run(call).code == 0
 
 
 def test_a_limit_that_is_met_exactly_is_undecided_and_a_missed_one_failed(single, run):
-    words = ("eval", single, "--data", "digits", "--confidence", 0.9)
-    result = run(*words, "--baseline", single, "--limit", 50, "--max-accuracy-drop", 0)
+    call = f"eval {single} --data digits --confidence 0.9"
+    result = run(f"{call} --baseline {single} --limit 50 --max-accuracy-drop 0")
     assert result.code == 1
     assert "FAILED: 50 samples cannot show it, nor would more like them" in result.stdout
-    missed = run(*words, "--min-accuracy", 0.99)
+    missed = run(f"{call} --min-accuracy 0.99")
     assert (missed.code, missed.stdout.split()[-1]) == (1, "FAILED")

@@ -27,7 +27,7 @@ from moeprune.report.trade_off import draw
 from tests.results import evaluation, row
 
 NASTY = "<script>alert(1)<script>&\"'<b>`x`</b>"
-LIMITS = ("--max-accuracy-drop", 0.001, "--min-size-reduction", 0.5)
+LIMITS = "--max-accuracy-drop 0.001 --min-size-reduction 0.5"
 KINDS = ("eval", "sweep", "layers", "analyze")
 LAYER = "blocks.0.soft_moe"
 
@@ -57,35 +57,39 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pruned(single, small_analysis, run, folder):
-    path = folder / "pruned.safetensors"
-    how = ("--keep", "1/16", "--signal", "gram", "--compensate", "none")
-    assert run("prune", single, "--analysis", small_analysis, *how, "-o", path).code == 0
-    return path
+def pruned(single, small_analysis, made):
+    return made(f"prune {single} --analysis {small_analysis} --keep 1/16 --signal gram --compensate none")
 
 
 @pytest.fixture(scope="module")
-def judged(single, pruned, small_analysis, run, folder):
-    """The page of an eval with a gate that fails, and the JSON of the same."""
-    path = folder / "eval.html"
-    call = ("eval", pruned, "--data", "digits", "--baseline", single, "--analysis", small_analysis, *LIMITS)
-    result = run(*call, "--report", path, "--output-format", "json")
-    assert result.code == 1
-    return path, json.loads(result.stdout)
+def page_of_eval(single, pruned, small_analysis, run, folder):
+    """Evaluate with a gate that fails; the page of that, and the JSON of the same."""
+
+    def page_of_eval(name):
+        call = f"eval {pruned} --data digits --baseline {single} --analysis {small_analysis} {LIMITS}"
+        result = run(f"{call} --report {folder / name} --output-format json")
+        assert result.code == 1
+        return folder / name, json.loads(result.stdout)
+
+    return page_of_eval
+
+
+@pytest.fixture(scope="module")
+def judged(page_of_eval):
+    return page_of_eval("eval.html")
 
 
 @pytest.fixture(scope="module")
 def pages(single, vit, vit_analysis, small_analysis, judged, run_json, folder):
     """A page of each kind."""
-    few = ("--limit", 40)
-    digits = (single, "--data", "digits", *few)
+    digits = f"{single} --data digits --limit 40"
     calls = {
-        "sweep": ("eval", *digits, "--sweep", "1/8", "--compensate", "none", "--analysis", small_analysis),
-        "layers": ("eval", vit, "--data", "pairs", *few, "--analysis", vit_analysis),
-        "analyze": ("analyze", *digits, "-o", folder / "a.safetensors"),
+        "sweep": f"eval {digits} --sweep 1/8 --compensate none --analysis {small_analysis}",
+        "layers": f"eval {vit} --data pairs --limit 40 --analysis {vit_analysis}",
+        "analyze": f"analyze {digits} -o {folder}/a.safetensors",
     }
     for name, call in calls.items():
-        run_json(*call, "--report", folder / f"{name}.html")
+        run_json(f"{call} --report {folder}/{name}.html")
     return {name: folder / f"{name}.html" for name in KINDS}
 
 
@@ -152,13 +156,8 @@ def test_the_verdict_stands_first_and_tables_have_the_values_of_the_json(judged,
     assert values[2] == f"{100 * (1 - report['difference']['size_reduction']):.1f} %"
 
 
-def test_classes_that_collapsed_stand_first(single, run, tmp_path):
-    model = moeprune.load(single)
-    with torch.no_grad():
-        model.head.bias[3] = -1e3
-    moeprune.save(model, tmp_path / "forgetful.safetensors")
-    call = ("eval", tmp_path / "forgetful.safetensors", "--data", "digits", "--baseline", single)
-    assert run(*call, "--report", tmp_path / "page.html").code == 0
+def test_classes_that_collapsed_stand_first(single, forgetful, run, tmp_path):
+    assert run(f"eval {forgetful} --data digits --baseline {single} --report {tmp_path}/page.html").code == 0
     tree = read(tmp_path / "page.html")
     first = tables_of(tree)[1][1]
     assert (first[0], first[-1]) == ("3", "✗ collapsed")
@@ -256,10 +255,8 @@ def test_an_undecided_gate_is_shown_as_such():
         assert (text_of(header[0]), text_of(header[1])) == words
 
 
-def test_equal_runs_give_equal_pages(single, pruned, small_analysis, judged, run, tmp_path):
-    call = ("eval", pruned, "--data", "digits", "--baseline", single, "--analysis", small_analysis, *LIMITS)
-    assert run(*call, "--report", tmp_path / "again.html").code == 1
-    assert (tmp_path / "again.html").read_bytes() == judged[0].read_bytes()
+def test_equal_runs_give_equal_pages(page_of_eval, judged):
+    assert page_of_eval("again.html")[0].read_bytes() == judged[0].read_bytes()
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])

@@ -147,17 +147,15 @@ def test_inputs_are_those_of_the_data_in_order_and_from_the_first_again(single, 
 
 
 @pytest.fixture(scope="module")
-def routed(single, run, tmp_path_factory):
+def routed(single, made):
     """`single` where each input runs 1/8 of the experts."""
-    path = tmp_path_factory.mktemp("routed") / "routed.safetensors"
-    assert run("prune", single, "--keep", "1/8", "--scope", "input", "-o", path).code == 0
-    return path
+    return made(f"prune {single} --keep 1/8 --scope input")
 
 
 @pytest.fixture
 def call(routed, single):
     """An eval of `routed` against `single` with latency, on few samples."""
-    return ["eval", routed, "--data", "digits", "--limit", 40, "--baseline", single, "--latency"]
+    return f"eval {routed} --data digits --limit 40 --baseline {single} --latency"
 
 
 @pytest.fixture
@@ -173,7 +171,7 @@ def known(monkeypatch):
 
 
 def test_json_has_a_latency_for_each_batch_size_and_all_else_is_as_without(call, run_json, brief):
-    found, without = run_json(*call), run_json(*call[:-1])
+    found, without = run_json(call), run_json(call.removesuffix("--latency"))
     measured = found.pop("latency")
     assert without.pop("latency") is None
     assert found == without
@@ -184,8 +182,8 @@ def test_json_has_a_latency_for_each_batch_size_and_all_else_is_as_without(call,
         for figure in ("speedup", "model_seconds", "baseline_seconds"):
             low, high = batch[f"{figure}_iqr"]
             assert 0 < low <= batch[figure] <= high
-    sizes = ("--latency-batch", 5, "--latency-batch", 2)
-    alone = run_json(*call[:-3], "--latency", *sizes)["latency"]["batches"]
+    alone, _ = call.split("--baseline")
+    alone = run_json(f"{alone} --latency --latency-batch 5 --latency-batch 2")["latency"]["batches"]
     assert [batch["batch_size"] for batch in alone] == [5, 2]
     assert {key for batch in alone for key, value in batch.items() if value is None} == {
         "speedup", "speedup_iqr", "baseline_seconds", "baseline_seconds_iqr", "speedups",
@@ -211,38 +209,40 @@ def test_model_and_baseline_are_timed_as_the_runtime_runs_them(routed, single, m
     assert all(output.shape == (4, 10) for output in outputs.values())
 
 
-def test_text_shows_the_ratio_first(call, run, known):
+def latency_rows(text):
+    """The cells of the table of latencies, its rule left out."""
+    header, _, *rows = text[text.index("latency on ") :].splitlines()[1:]
+    return [re.split(r"  +", line) for line in (header, *rows)]
+
+
+def test_text_shows_the_ratio_first(call, printed, known):
     known[1] = {"model": [0.0004, 0.0005, 0.0006], "baseline": [0.001, 0.001, 0.0012]}
     known[8] = {"model": [0.9994, 0.9996, 1.5], "baseline": [0.123, 0.1234, 0.1227]}
-    result = run(*call, "--latency-batch", 8, "--latency-batch", 1)
-    assert (result.code, result.stderr) == (0, "")
-    text = result.stdout[result.stdout.index("latency on ") :]
-    rows = [re.split(r"  +", line) for line in text.splitlines()[1:]]
-    assert rows[0] == ["batch", "speed-up", "model", "full model", "repetitions"]
-    assert rows[2:] == [
+    header, *rows = latency_rows(printed(f"{call} --latency-batch 8 --latency-batch 1"))
+    assert header == ["batch", "speed-up", "model", "full model", "repetitions"]
+    assert rows == [
         ["8", "0.12× (0.10 to 0.12)", "1 s (1 to 1.25)", "123 ms (123 to 123)", "3"],
         ["1", "2.00× (2.00 to 2.25)", "500 µs (450 to 550)", "1 ms (1 to 1.1)", "3"],
     ]
 
 
-def test_text_without_baseline_has_no_ratio(routed, run, known):
+def test_text_without_baseline_has_no_ratio(routed, printed, known):
     known[1] = {"model": [2.0, 3.0, 4.0]}
-    text = run("eval", routed, "--data", "digits", "--limit", 40, "--latency", "--latency-batch", 1).stdout
-    rows = [re.split(r"  +", line) for line in text[text.index("latency on") :].splitlines()[1:]]
-    assert (rows[0], rows[2:]) == (["batch", "model", "repetitions"], [["1", "3 s (2.5 to 3.5)", "3"]])
+    rows = latency_rows(printed(f"eval {routed} --data digits --limit 40 --latency --latency-batch 1"))
+    assert rows == [["batch", "model", "repetitions"], ["1", "3 s (2.5 to 3.5)", "3"]]
 
 
 @pytest.mark.parametrize(("limit", "passed"), [(1.5, True), (1.5001, False), (0.5, True), (1.9, False)])
 def test_gate_judges_the_worst_batch_size(call, run, known, limit, passed):
     for batch_size, seconds in ((1, 2.0), (8, 1.5), (32, 1.75)):
         known[batch_size] = {"model": [1.0] * 3, "baseline": [seconds] * 3}
-    result = run(*call, "--min-speedup", limit, "--output-format", "json")
+    result = run(f"{call} --min-speedup {limit} --output-format json")
     found = json.loads(result.stdout)
     [gate] = found["gates"]
     assert (gate["name"], gate["limit"], gate["value"], gate["passed"]) == ("min_speedup", limit, 1.5, passed)
     assert found["passed"] is passed
     assert result.code == (0 if passed else 1)
-    text = run(*call, "--min-speedup", limit)
+    text = run(f"{call} --min-speedup {limit}")
     assert text.code == result.code
     [row] = [re.split(r"  +", line) for line in text.stdout.splitlines() if line.startswith("min_speedup")]
     assert row[0] == "min_speedup (lowest of all batch sizes)"
@@ -253,22 +253,21 @@ def test_gate_with_confidence_judges_the_batch_size_that_shows_least(call, run, 
     """Ten repetitions of which eight are fast enough, and seven that all are."""
     known[1] = {"model": [1.0] * 10, "baseline": [1.0, 1.1, *[2.0] * 8]}
     known[8] = {"model": [1.0] * 7, "baseline": [1.5] * 7}
-    sizes = ("--latency-batch", 1, "--latency-batch", 8)
-    words = (*call, *sizes, "--confidence", 0.95, "--min-speedup")
-    [gate] = json.loads(run(*words, 1.2, "--output-format", "json").stdout)["gates"]
+    call += " --latency-batch 1 --latency-batch 8 --confidence 0.95 --min-speedup"
+    [gate] = json.loads(run(f"{call} 1.2 --output-format json").stdout)["gates"]
     assert (gate["value"], gate["bound"], gate["samples"]) == (1.5, 1.1, 10)  # P(0 or 1 of 10) = 0.011
     assert (gate["passed"], gate["reason"], gate["confidence"]) == (False, "undecided", 0.95)
     assert 10 < gate["samples_needed"] <= 15
-    text = run(*words, 1.2).stdout
+    text = run(f"{call} 1.2").stdout
     assert f"FAILED: 10 repetitions cannot show it, about {gate['samples_needed']} would" in text
-    passing = run(*words, 1.1)
+    passing = run(f"{call} 1.1")
     assert (passing.code, passing.stdout.split()[-1]) == (0, "passed")
 
 
 def test_too_few_repetitions_for_the_level_show_nothing(call, run, known):
     known[1] = {"model": [1.0] * 7, "baseline": [3.0] * 7}
-    words = (*call, "--latency-batch", 1, "--min-speedup", 2, "--output-format", "json", "--confidence")
-    enough, too_few = (json.loads(run(*words, level).stdout)["gates"][0] for level in (0.99, 0.999))
+    call += " --latency-batch 1 --min-speedup 2 --output-format json --confidence"
+    enough, too_few = (json.loads(run(f"{call} {level}").stdout)["gates"][0] for level in (0.99, 0.999))
     assert (enough["passed"], enough["bound"]) == (True, 3.0)
     assert (too_few["reason"], too_few["bound"], too_few["samples_needed"]) == ("undecided", 0.0, 10)
 
@@ -284,12 +283,12 @@ def no_memory(*_):
 
 @pytest.mark.parametrize("measure", [lambda *_: torch.empty(2**50), no_memory], ids=["CPU", "CUDA"])
 def test_out_of_memory_asks_for_smaller_batches(call, run, monkeypatch, measure):
-    for target, words, hint in (
+    for target, line, hint in (
         ("latency.interleaved", call, "give a smaller `--batch-size` or `--latency-batch`"),
-        ("evaluate.predict", call[:-1], "give a smaller `--batch-size`"),
+        ("evaluate.predict", call.removesuffix("--latency"), "give a smaller `--batch-size`"),
     ):
         monkeypatch.setattr(f"moeprune.evaluation.{target}", measure)
-        result = run(*words)
+        result = run(line)
         monkeypatch.undo()
         assert (result.code, result.stdout) == (2, "")
         assert result.stderr.startswith("error: out of memory")

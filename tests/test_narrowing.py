@@ -108,19 +108,18 @@ def test_where_the_products_are_no_cheaper_all_directions_stay(single):
 
 def test_few_directions_on_the_command_line(vit, vit_analysis, run, run_json, tmp_path):
     path, again, plan = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "plan.json"))
-    words = ("prune", vit, "--analysis", vit_analysis)
-    how = ("--keep", 4, "--compensate", "affine", "--energy", 0.9)
-    found = run_json(*words, *how, "-o", path, "--save-plan", plan)
+    call = f"prune {vit} --analysis {vit_analysis}"
+    found = run_json(f"{call} --keep 4 --compensate affine --energy 0.9 -o {path} --save-plan {plan}")
     for layer in found["plan"].values():
         assert 1 <= layer["rank"] < 64
         assert layer["energy"] is None
-    run_json(*words, "--plan", plan, "-o", again)
+    run_json(f"{call} --plan {plan} -o {again}")
     assert again.read_bytes() == path.read_bytes()
     assert run_json("eval", path, "--data", "pairs", "--limit", 100)["model"]["accuracy"] > 0.8
     assert "directions" in run("inspect", path).stdout
     text = json.loads(plan.read_text())
     text["plan"]["blocks.1.soft_moe"]["rank"] = 65
     plan.write_text(json.dumps(text))
-    result = run(*words, "--plan", plan, "-o", again, "--force")
+    result = run(f"{call} --plan {plan} -o {again} --force")
     assert result.code == 2
     assert "has 64 directions of output, the plan has rank 65" in result.stderr

@@ -16,7 +16,6 @@ from lxml import etree
 from markdown_it import MarkdownIt
 from torch import nn
 
-import moeprune
 from moeprune.evaluation.gates import judge as judge_gates
 from moeprune.report.ci import annotation, to_annotations, to_junit
 from moeprune.report.document import Document, Facts, Lines, Table, gate_in_words
@@ -25,27 +24,15 @@ from moeprune.report.text import to_text
 from tests.results import evaluation
 
 NASTY = "a|b*c*, 50% _d_ <e> [f](g): &amp; ~~h~~ #1 $i$"
-GATES = ("--max-accuracy-drop", 0, "--min-agreement", 0.5)
-
-
-@pytest.fixture(scope="module")
-def forgetful(single, tmp_path_factory):
-    """`single` with a head that never says 3: a class that collapses, and gates that fail."""
-    model = moeprune.load(single)
-    with torch.no_grad():
-        model.head.bias[3] = -1e3
-    path = tmp_path_factory.mktemp("forgetful") / "forgetful.safetensors"
-    moeprune.save(model, path)
-    return path
 
 
 @pytest.fixture
 def judge(run, forgetful, single):
     """The eval of a model that fails one gate of two, in a format."""
 
-    def judge(output_format, *more):
-        call = ("eval", forgetful, "--data", "digits", "--baseline", single, *GATES, *more)
-        return run(*call, "--output-format", output_format)
+    def judge(output_format, more=""):
+        gates = f"--max-accuracy-drop 0 --min-agreement 0.5 {more}"
+        return run(f"eval {forgetful} --data digits --baseline {single} {gates} --output-format {output_format}")
 
     return judge
 
@@ -53,20 +40,14 @@ def judge(run, forgetful, single):
 @pytest.fixture(scope="module")
 def calls(forgetful, single, small_analysis, tmp_path_factory):
     """A call of each command that reports."""
-    folder = tmp_path_factory.mktemp("calls")
-    digits = ("--data", "digits", "--limit", 40)
+    digits, output = "--data digits --limit 40", f"--force -o {tmp_path_factory.mktemp('calls')}"
     return {
-        "inspect": ("inspect", single),
-        "analyze": ("analyze", single, *digits, "--force", "-o", folder / "analysis.safetensors"),
-        "prune": (
-            "prune", single, "--analysis", small_analysis, "--keep", "1/8", "--compensate", "mean",
-            "--force", "-o", folder / "pruned.safetensors",
-        ),
-        "eval": ("eval", forgetful, *digits, "--baseline", single),
-        "sweep": (
-            "eval", single, *digits, "--analysis", small_analysis, "--sweep", "1/8", "--compensate", "none",
-        ),
-    }  # fmt: skip
+        "inspect": f"inspect {single}",
+        "analyze": f"analyze {single} {digits} {output}/analysis.safetensors",
+        "prune": f"prune {single} --analysis {small_analysis} --keep 1/8 --compensate mean {output}/pruned.safetensors",
+        "eval": f"eval {forgetful} {digits} --baseline {single}",
+        "sweep": f"eval {single} {digits} --analysis {small_analysis} --sweep 1/8 --compensate none",
+    }
 
 
 COMMANDS = ("inspect", "analyze", "prune", "eval", "sweep")
@@ -102,8 +83,8 @@ def squeezed(text):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_markdown_shows_what_text_shows(run, calls, command):
-    text = run(*calls[command])
-    markdown = run(*calls[command], "--output-format", "markdown")
+    text = run(calls[command])
+    markdown = run(f"{calls[command]} --output-format markdown")
     assert (text.code, markdown.code) == (0, 0)
     tables = tables_of(markdown.stdout)
     assert tables
@@ -129,7 +110,7 @@ def test_the_verdict_stands_first_in_markdown_and_last_in_text(judge):
     assert (agreement[0], agreement[-1]) == ("min_agreement", "✅ passed")
     lines = judge("text").stdout.splitlines()
     assert [line.split()[-1] for line in lines[-2:]] == ["FAILED", "passed"]
-    passing = judge("markdown", "--max-accuracy-drop", 1)
+    passing = judge("markdown", "--max-accuracy-drop 1")
     assert passing.code == 0
     assert passing.stdout.startswith("## ✅ passed: ")
 
@@ -178,18 +159,18 @@ def test_one_annotation_for_each_gate_and_each_warning(judge, forgetful):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_without_gates_is_a_notice_and_a_test_case(run, calls, schema, command):
-    *_, (level, title, message) = annotations(run(*calls[command], "--output-format", "github").stdout)
-    assert (level, title) == ("notice", f"moeprune {calls[command][0]}")
-    suite = suite_of(run(*calls[command], "--output-format", "junit").stdout, schema)
+    github, junit = (run(f"{calls[command]} --output-format {form}").stdout for form in ("github", "junit"))
+    *_, (level, title, message) = annotations(github)
+    assert (level, title) == ("notice", f"moeprune {calls[command].split()[0]}")
+    suite = suite_of(junit, schema)
     [case] = suite.findall("testcase")
-    assert case.get("name") == f"moeprune {calls[command][0]}"
+    assert case.get("name") == title
     assert case.find("failure") is None
     assert suite.find("system-out").text.splitlines()[0] == message.splitlines()[0]
 
 
 def test_a_notice_of_an_eval_without_baseline_has_the_accuracy(run, single):
-    call = ("eval", single, "--data", "digits", "--output-format", "github")
-    [(_, _, message)] = annotations(run(*call).stdout)
+    [(_, _, message)] = annotations(run(f"eval {single} --data digits --output-format github").stdout)
     assert re.search(r"^accuracy: 98\.\d\d % ", message, flags=re.MULTILINE)
 
 
@@ -323,15 +304,15 @@ def test_quiet_leaves_warnings_out_and_errors_in(judge, run):
 
 def test_verbose_says_what_is_read_where_it_runs_and_how_long_it_takes(single, run, tmp_path):
     path = tmp_path / "analysis.safetensors"
-    call = ("analyze", single, "--data", "digits", "--limit", 50, "-o", path)
-    said = run(*call, "--verbose")
-    assert said.stdout == run(*call, "--force").stdout
+    call = f"analyze {single} --data digits --limit 50 -o {path}"
+    said = run(f"{call} --verbose")
+    assert said.stdout == run(f"{call} --force").stdout
     assert all(line.startswith("info: ") for line in said.stderr.splitlines())
     read = (f"read `{single}`: 42,539 parameters, 1 MoE layer", "read `digits:calibration`: 50 samples")
     for fragment in (*read, "runs on ", f"wrote `{path}` ({path.stat().st_size} bytes)"):
         assert fragment in said.stderr
     assert re.search(r"analyze: 50 samples in \d+\.\d\d s, \d+ samples/s", said.stderr)
-    assert run(*call, "--force").stderr == ""
+    assert run(f"{call} --force").stderr == ""
 
 
 def on_a_terminal(*arguments):

@@ -26,23 +26,16 @@ def reports(single, small_analysis, run_json, tmp_path_factory):
     blocks = (BlockConfig(mlp_dim=64), BlockConfig(soft_moe=SoftMoEConfig(16, 4, 1, 64)))
     config = ViTConfig((16, 16), (8, 8), 3, 10, dim=16, num_heads=2, blocks=blocks)
     moeprune.save(SoftMoEViT(config), folder / "vit.safetensors")
-    pruned, calibrated = folder / "pruned.safetensors", ("--analysis", small_analysis)
-    digits = ("--data", "digits", "--limit", 60)
-    searched = run_json(
-        "prune", single, *digits, "--max-accuracy-drop", 0.5, "--compensate", "mean", "-o", pruned,
-        "--save-plan", folder / "plan.json",
-    )  # fmt: skip
-    judged = run_json(
-        "eval", pruned, *digits, "--baseline", single, "--min-agreement", 0, "--latency",
-        "--latency-batch", 1, "--min-speedup", 0.001,
-    )  # fmt: skip
+    pruned, digits = folder / "pruned.safetensors", "--data digits --limit 60"
+    search = f"--max-accuracy-drop 0.5 --compensate mean -o {pruned} --save-plan {folder}/plan.json"
+    gates = "--min-agreement 0 --latency --latency-batch 1 --min-speedup 0.001"
     return {
-        "inspect": run_json("inspect", pruned),
-        "analyze": run_json("analyze", single, *digits, "-o", folder / "a.safetensors"),
-        "prune": searched,
-        "eval": judged,
-        "sweep": run_json("eval", single, *digits, *calibrated, "--sweep", "1/8", "--compensate", "mean"),
-        "export": run_json("export", folder / "vit.safetensors", "-o", folder / "vit.pt", "--to", "soft-moe"),
+        "prune": run_json(f"prune {single} {digits} {search}"),
+        "inspect": run_json(f"inspect {pruned}"),
+        "analyze": run_json(f"analyze {single} {digits} -o {folder}/a.safetensors"),
+        "eval": run_json(f"eval {pruned} {digits} --baseline {single} {gates}"),
+        "sweep": run_json(f"eval {single} {digits} --analysis {small_analysis} --sweep 1/8 --compensate mean"),
+        "export": run_json(f"export {folder}/vit.safetensors -o {folder}/vit.pt --to soft-moe"),
         "plan": json.loads((folder / "plan.json").read_text()),
     }
 

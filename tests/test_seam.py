@@ -122,26 +122,21 @@ def test_statistics_are_those_of_the_formulas(folder):
 
 
 def test_every_compensation_goes_through_analyze_prune_save_load_eval(folder, run_json):
-    words = ("--model", FACTORY)
     full, analysis = folder / "full.safetensors", folder / "a.safetensors"
-    run_json("analyze", full, "--data", folder / "calibration.npz", "-o", analysis, *words)
+    run_json(f"analyze {full} --data {folder}/calibration.npz -o {analysis} --model {FACTORY}")
     dense = moeprune.load(full, FACTORY)
     inputs = torch.from_numpy(np.load(folder / "test.npz")["inputs"])
     losses = {}
     for compensation in ("none", "mean", "lstsq", "affine"):
         path = folder / f"{compensation}.safetensors"
-        pruned = run_json(
-            "prune", full, "--analysis", analysis, "--keep", "1/2", "--signal", "gram",
-            "--compensate", compensation, "-o", path, *words,
-        )  # fmt: skip
+        way = f"--analysis {analysis} --keep 1/2 --signal gram --compensate {compensation}"
+        pruned = run_json(f"prune {full} {way} -o {path} --model {FACTORY}")
         assert pruned["model"]["experts_per_input"] == 2 * N // 2
-        found = run_json("eval", path, "--data", folder / "test.npz", "--baseline", full, *words)
+        found = run_json(f"eval {path} --data {folder}/test.npz --baseline {full} --model {FACTORY}")
         assert found["model"]["bytes"] < found["baseline_model"]["bytes"] or compensation == "affine"
         loaded = moeprune.load(path, FACTORY)
-        in_memory = moeprune.prune(
-            dense, moeprune.load_analysis(analysis), keep="1/2", signal="gram", compensate=compensation,
-            runtime=CPU,
-        )  # fmt: skip
+        choice = {"keep": "1/2", "signal": "gram", "compensate": compensation}
+        in_memory = moeprune.prune(dense, moeprune.load_analysis(analysis), **choice, runtime=CPU)
         torch.testing.assert_close(loaded(inputs), in_memory(inputs), rtol=1e-4, atol=1e-4)
         losses[compensation] = float((loaded(inputs) - dense(inputs)).square().mean())
     assert losses["affine"] < losses["lstsq"] < losses["mean"] < losses["none"]
@@ -150,13 +145,11 @@ def test_every_compensation_goes_through_analyze_prune_save_load_eval(folder, ru
 def test_streaming_gives_what_pruning_in_memory_gives(folder, run_json):
     full, analysis = folder / "full.safetensors", folder / "b.safetensors"
     run_json("analyze", full, "--data", folder / "calibration.npz", "-o", analysis, "--model", FACTORY)
-    words = ("--analysis", analysis, "--keep", 3, "--compensate", "mean", "--one-shot")
-    run_json("prune", full, *words, "-o", folder / "streamed.safetensors")  # no factory: nothing is built
-    dense = moeprune.load(full, FACTORY)
-    moeprune.save(
-        moeprune.prune(dense, moeprune.load_analysis(analysis), keep=3, compensate="mean", one_shot=True, runtime=CPU),
-        folder / "memory.safetensors",
-    )
+    way = f"--analysis {analysis} --keep 3 --compensate mean --one-shot"
+    run_json(f"prune {full} {way} -o {folder}/streamed.safetensors")  # no factory: nothing is built
+    dense, choice = moeprune.load(full, FACTORY), {"keep": 3, "compensate": "mean", "one_shot": True}
+    pruned = moeprune.prune(dense, moeprune.load_analysis(analysis), **choice, runtime=CPU)
+    moeprune.save(pruned, folder / "memory.safetensors")
     assert (folder / "streamed.safetensors").read_bytes() == (folder / "memory.safetensors").read_bytes()
 
 

@@ -181,27 +181,24 @@ def test_of_several_plans_the_one_nearest_to_the_full_model_is_kept(vit):
 
 
 def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_path):
-    common = ("--analysis", vit_analysis, "--signal", "gram", "--compensate", "mean")
-    chosen = ("prune", vit, "--analysis", vit_analysis, "--one-shot")
-    planned = run_json("prune", vit, *common, "--max-size", 0.4, "--save-plan", tmp_path / "plan.json")
+    chosen = f"prune {vit} --analysis {vit_analysis} --one-shot"
+    small = f"prune {vit} --analysis {vit_analysis} --signal gram --compensate mean --max-size 0.4"
+    planned = run_json(f"{small} --save-plan {tmp_path}/plan.json")
     assert planned["checkpoint"] is None
     assert planned["model"] is None
     layers = json.loads((tmp_path / "plan.json").read_text())["plan"]
     assert planned["plan"] == layers
     assert {layer["kept"] for layer in layers.values()} == {None}
-    found = run_json(
-        "prune", vit, *common, "--max-size", 0.4, "--one-shot", "-o", tmp_path / "a.safetensors",
-        "--save-plan", tmp_path / "final.json",
-    )  # fmt: skip
+    found = run_json(f"{small} --one-shot -o {tmp_path}/a.safetensors --save-plan {tmp_path}/final.json")
     assert found["model"]["bytes"] <= 0.4 * found["full_model"]["bytes"]
     assert found["model"]["bytes"] > 0.36 * found["full_model"]["bytes"]
     assert [layer["k"] for layer in found["plan"].values()] == [layer["k"] for layer in layers.values()]
     for plan in ("plan.json", "final.json", "a.safetensors"):
         path = tmp_path / f"from-{plan}.safetensors"
-        run_json(*chosen, "--plan", tmp_path / plan, "-o", path)
+        run_json(f"{chosen} --plan {tmp_path / plan} -o {path}")
         assert path.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
-    run_json(*chosen, "--keep", 8, "-o", tmp_path / "c.safetensors", "--save-plan", tmp_path / "c.json")
-    run_json(*chosen, "--plan", tmp_path / "c.json", "-o", tmp_path / "d.safetensors")
+    run_json(f"{chosen} --keep 8 -o {tmp_path}/c.safetensors --save-plan {tmp_path}/c.json")
+    run_json(f"{chosen} --plan {tmp_path}/c.json -o {tmp_path}/d.safetensors")
     assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
     cheap = run_json("prune", vit, "--max-flops", 0.92, "--scope", "input", "-o", tmp_path / "b.safetensors")
     flops, full_flops = (cheap[which]["flops_per_input"]["total"] for which in ("model", "full_model"))
@@ -210,19 +207,15 @@ def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_
 
 def test_a_search_on_the_command_line(single, run, run_json, tmp_path):
     path = tmp_path / "found.safetensors"
-    words = (
-        "prune", single, "--max-accuracy-drop", 0.02, "--data", "digits", "--signal", "combine",
-        "--compensate", "mean",
-    )  # fmt: skip
-    found = run_json(*words, "-o", path)
+    call = f"prune {single} --data digits --signal combine --compensate mean --max-accuracy-drop"
+    found = run_json(f"{call} 0.02 -o {path}")
     assert found["search"]["confirmed"]["accuracy_drop"] <= 0.02
     assert found["plan"][LAYER]["k"] <= 16
-    text = run(*words, "-o", tmp_path / "again.safetensors")
+    text = run(f"{call} 0.02 -o {tmp_path}/again.safetensors")
     assert text.code == 0
     assert "samples that were not searched" in text.stdout
     assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
-    words = ("--max-accuracy-drop", 0.04, "--confidence", 0.9, *words[4:], "-o", tmp_path / "b.safetensors")
-    confirmed = run_json("prune", single, *words)["search"]["confirmed"]
+    confirmed = run_json(f"{call} 0.04 --confidence 0.9 -o {tmp_path}/b.safetensors")["search"]["confirmed"]
     assert confirmed["confidence"] == 0.9
     assert confirmed["accuracy_drop"] < confirmed["bound"] <= 0.04
 
@@ -230,8 +223,8 @@ def test_a_search_on_the_command_line(single, run, run_json, tmp_path):
 @pytest.mark.parametrize("compensate", ["none", "affine"])
 def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path):
     path = tmp_path / "adaptive.safetensors"
-    words = ("prune", single, "--mass", 0.8, "--compensate", compensate, "--data", "digits")
-    found = run_json(*words, "-o", path)
+    call = f"prune {single} --mass 0.8 --compensate {compensate} --data digits"
+    found = run_json(f"{call} -o {path}")
     assert found["plan"][LAYER] == {
         "scope": "input", "k": 128, "num_experts": 128, "signal": "combine", "compensation": compensate,
         "kept": None, "mass": 0.8, "rank": None, "energy": None, "merged_into": None,
@@ -252,17 +245,15 @@ def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path)
     flops, most = (report["model"]["flops_per_input"] for report in (evaluated, found))
     assert flops["experts"] == pytest.approx(most["experts"] * mean / 128, rel=1e-3)
     assert flops["total"] < most["total"]
-    text = run(*words, "-o", tmp_path / "again.safetensors")
+    text = run(f"{call} -o {tmp_path}/again.safetensors")
     assert "input, mass 0.8 in at most 128 of 128" in text.stdout
     assert "at most" in text.stdout.splitlines()[2]
 
 
 def test_a_budget_of_everything_keeps_everything(vit, vit_analysis, run_json, tmp_path):
+    call = f"prune {vit} --analysis {vit_analysis} --max-size 1 -o {tmp_path}/o.safetensors --force"
     for scope, compensate in (("static", "none"), ("static", "affine"), ("input", "affine")):
-        found = run_json(
-            "prune", vit, "--analysis", vit_analysis, "--max-size", 1, "--scope", scope,
-            "--compensate", compensate, "-o", tmp_path / "o.safetensors", "--force",
-        )  # fmt: skip
+        found = run_json(f"{call} --scope {scope} --compensate {compensate}")
         assert {layer["k"] for layer in found["plan"].values()} == {64}
         assert found["model"]["bytes"] == found["full_model"]["bytes"]
 
