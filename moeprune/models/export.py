@@ -4,19 +4,21 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError, user_code
 from moeprune.files.checkpoint import write_state_dict
+from moeprune.layers.layer import MoELayer
 from moeprune.models.adopted import AdoptedModel, load_foreign
 from moeprune.models.architecture import ViTConfig
 from moeprune.models.libraries import MODELS
-from moeprune.models.libraries.layers import LAYERS
+from moeprune.models.libraries.layers import LAYERS, LayerLibrary, installed_version
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.model import Model, private_copy
-from moeprune.models.results import Export, Parity
+from moeprune.models.results import Export, ExportedLayer, Parity
 from moeprune.plan import Plan
 
 IMAGES = 4
@@ -48,24 +50,24 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = True) ->
             f"`{', '.join(model.config.libraries) or to}` cannot express the model: {'; '.join(refused)}",
             "it takes unpruned models, and those pruned with `--scope static --compensate renorm`",
         )
+    layers: dict[str, ExportedLayer] = {}
     if isinstance(model, AdoptedModel):
         if model.original is None:
             raise MoepruneError("it is not known what builds the model", "adopt it with the argument `factory`")
-        original, arguments = model.original(), model.config.arguments
+        original = model.original()
         tensors = to_module(model, original)
-        if model.plan:
-            parity = skipped("your code builds the unpruned model")
-        else:
-            load_foreign(original, tensors, "the exported tensors")
-            parity = difference(model, original, "your own model")
+        layers = exported_layers(model, original)
+        arguments = {} if layers else model.config.arguments
+        parity = compare_module(model, original, tensors)
     else:
         assert isinstance(config, ViTConfig)
         tensors, arguments = to_library(model, config, MODELS[to]), MODELS[to].arguments(config)
         parity = compare(model, MODELS[to], config, tensors)
     write_state_dict(output, tensors, overwrite)
     return Export(
-        output=str(output), to=to, source=model.details.source, arguments=arguments, parity=parity, model=model.cost()
-    )
+        output=str(output), to=to, source=model.details.source, arguments=arguments, layers=layers, parity=parity,
+        model=model.cost(),
+    )  # fmt: skip
 
 
 def to_library(model: Model, config: ViTConfig, library: SoftMoEViTs) -> dict[str, Tensor]:
@@ -85,13 +87,59 @@ def to_module(model: Model, original: nn.Module) -> dict[str, Tensor]:
 
     original: the model before its layers were replaced by ours; with any number of experts.
     """
-    found, parent = dict(model.state_dict()), nn.ModuleDict({"module": original})
-    for name, ours in model.moe_layers.items():
-        tensors = {key: found.pop(f"{name}.{key}") for key in ours.state_dict()}
-        theirs = parent.get_submodule(name)
-        [library] = [library for library in LAYERS.values() if library.recognises(theirs)]
+    found = dict(model.state_dict())
+    for name, (library, theirs) in _original_layers(model, original).items():
+        tensors = {key: found.pop(f"{name}.{key}") for key in model.moe_layers[name].state_dict()}
         found |= {f"{name}.{key}": tensor for key, tensor in library.restore(theirs, tensors).items()}
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def exported_layers(model: Model, original: nn.Module) -> dict[str, ExportedLayer]:
+    """Return how to build the layers that have fewer experts than those of the original, by their names in it."""
+    return {
+        name.removeprefix("module").removeprefix("."): ExportedLayer(
+            class_name=f"{type(theirs).__module__}.{type(theirs).__qualname__}",
+            arguments=library.arguments(theirs, _of_kept_experts(model.moe_layers[name])),
+        )
+        for name, (library, theirs) in _original_layers(model, original).items()
+        if name in model.plan
+    }
+
+
+def compare_module(model: Model, original: nn.Module, tensors: Mapping[str, Tensor]) -> Parity:
+    """Compare our model with the user's own, whose pruned layers are built anew by their own classes."""
+    parent = nn.ModuleDict({"module": original})
+    if any(layer.config.mixes_batch for layer in model.moe_layers.values()):
+        installed = installed_version("soft-mixture-of-experts")
+        if not f"{installed}.".startswith("0.1."):
+            return skipped(f"release {installed} is installed, whose dispatch softmax does not run over the batch")
+    for name, (library, theirs) in _original_layers(model, original).items():
+        if name in model.plan:
+            try:
+                with user_code(f"{type(theirs).__name__} cannot be built with fewer experts"):
+                    parent.set_submodule(name, library.rebuild(theirs, _of_kept_experts(model.moe_layers[name])))
+            except MoepruneError as error:
+                return skipped(error.message)
+    load_foreign(parent["module"], tensors, "the exported tensors")
+    return difference(model, parent["module"], "your own model")
+
+
+def _original_layers(model: Model, original: nn.Module) -> dict[str, tuple[LayerLibrary, nn.Module]]:
+    """Return the library and the module that each of our layers came from."""
+    parent = nn.ModuleDict({"module": original})
+    layers = {name: parent.get_submodule(name) for name in model.moe_layers}
+    return {
+        name: (library, theirs)
+        for name, theirs in layers.items()
+        for library in LAYERS.values()
+        if library.recognises(theirs)
+    }
+
+
+def _of_kept_experts(layer: MoELayer) -> Any:
+    """Return the config of a dense layer of the experts that a layer keeps."""
+    config: Any = layer.config  # a Record, too
+    return config.replace(num_experts=layer.plan.k) if layer.plan else config
 
 
 def as_dense(config: ViTConfig, plan: Plan) -> ViTConfig:

@@ -91,16 +91,24 @@ class Inspection(ModelCost, Report, frozen=True):
     reading: Reading | None
 
 
+class ExportedLayer(Result, frozen=True):
+    """How a library's class builds a layer of the kept experts."""
+
+    class_name: str
+    arguments: dict[str, Any]
+
+
 class Export(Report, frozen=True):
     """A checkpoint written for another library.
 
     source: origin of the weights. arguments: with which the library, or the user's own code, builds the model
-    that loads it.
+    that loads it. layers: of a pruned model of the user's own code, which has to build them this way, by name.
     """
 
     output: str
     to: str
     source: dict[str, Any]
     arguments: dict[str, Any]
+    layers: dict[str, ExportedLayer]
     parity: Parity
     model: ModelCost

@@ -76,7 +76,12 @@ def export(result: Export) -> Document:
         ("built with", _assignments(result.arguments)),
         ("parity", _parity(result.parity)),
     )
-    return Document(f"wrote {result.output}", [Facts(facts)])
+    built = [
+        (name or "the model", f"{layer.class_name}({_assignments(layer.arguments)})")
+        for name, layer in result.layers.items()
+    ]
+    own = [Lines(["Your code has to build these layers this way before it loads the file:"]), Facts(built)]
+    return Document(f"wrote {result.output}", [Facts(facts), *(own if built else [])])
 
 
 def _unless_empty(*facts: tuple[str, str]) -> list[tuple[str, str]]:

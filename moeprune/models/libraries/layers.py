@@ -7,10 +7,11 @@ soft-mixture-of-experts (fkodom): no normalisation; an expert is one linear, and
 moeprune: our own layers, which need no translation.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from importlib import metadata
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from moeprune import __version__
 from moeprune.errors import MoepruneError
 from moeprune.layers.config import Expert, RouterNorm, SoftMoEConfig
 from moeprune.layers.interface import LayerConfig
-from moeprune.layers.layer import MoELayer
+from moeprune.layers.layer import MoELayer, new_layer
+from moeprune.records import to_json
 
 M = TypeVar("M", bound=nn.Module)
 Tensors = Mapping[str, Tensor]
@@ -56,6 +58,14 @@ class LayerLibrary:
         """Return the tensors of our layer, unpruned or with fewer experts, as the state dict of such a module."""
         raise NotImplementedError
 
+    def arguments(self, module: nn.Module, config: LayerConfig) -> dict[str, Any]:
+        """Return the arguments with which the module's class builds a layer of this config, JSON values."""
+        raise NotImplementedError
+
+    def rebuild(self, module: nn.Module, config: LayerConfig) -> nn.Module:
+        """Return a new layer of this config, such as one of fewer experts, of the module's own class."""
+        return type(module)(**self.arguments(module, config))
+
     def rename(self, tensors: Tensors, expected: set[str]) -> Tensors:
         """Return the tensors of a model, those of old releases under the expected names."""
         return tensors
@@ -75,6 +85,15 @@ class _SoftMoE(LayerLibrary):
 
     def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
         return _router(tensors) | _unstack_experts(tensors, module)
+
+    def arguments(self, module: nn.Module, config: LayerConfig) -> dict[str, Any]:
+        assert isinstance(config, SoftMoEConfig)
+        sizes = {"dim": config.dim, "num_experts": config.num_experts, "slots_per_expert": config.slots_per_expert}
+        return sizes | {"normalize": config.router_norm == "l2"}  # and `layer` with its own arguments
+
+    def rebuild(self, module: nn.Module, config: LayerConfig) -> nn.Module:
+        expert = module.get_submodule("experts.0")
+        return type(module)(**self.arguments(module, config), layer=lambda: copy.deepcopy(expert))
 
 
 def _router(tensors: Tensors) -> dict[str, Tensor]:
@@ -116,6 +135,17 @@ class _SoftMoEPytorch(LayerLibrary):
             restored |= {"norm.beta": zero, "slot_norm.beta": zero.clone()}
         return restored
 
+    def arguments(self, module: nn.Module, config: LayerConfig) -> dict[str, Any]:
+        assert isinstance(config, SoftMoEConfig)
+        width, of_mult = config.expert_width, config.dim * (2 / 3 if config.expert == "geglu" else 1)
+        mults = round(width / of_mult), width / of_mult, (width + 0.5) / of_mult  # the library rounds down
+        arguments: dict[str, Any] = {"dim": config.dim, "num_experts": config.num_experts}
+        if not config.dynamic_slots:  # the library's default follows from `seq_len` and the number of experts
+            arguments |= {"num_slots": config.slots_per_expert, "use_layernorm": config.router_norm == "layer"}
+        arguments |= {"expert_mult": next(mult for mult in mults if int(of_mult * mult) == width)}
+        rate = max((dropout.p for dropout in _parts(module, nn.Dropout).values()), default=0)
+        return arguments | {"geglu": config.expert == "geglu", "dropout": rate}
+
     def rename(self, tensors: Tensors, expected: set[str]) -> Tensors:
         newer = {name: re.sub(r"\bexperts\.(?=\d)", "experts.experts.", name) for name in tensors}
         old = {name for name, new in newer.items() if name not in expected and new in expected}
@@ -152,6 +182,16 @@ class _SoftMixtureOfExperts(LayerLibrary):
         bias = {"experts.bias": tensors["fc2_bias"]} if "experts.bias" in module.state_dict() else {}
         return restored | bias
 
+    def arguments(self, module: nn.Module, config: LayerConfig) -> dict[str, Any]:
+        assert isinstance(config, SoftMoEConfig)
+        return {
+            "in_features": config.dim,
+            "out_features": config.output_width,
+            "num_experts": config.num_experts,
+            "slots_per_expert": config.slots_per_expert,
+            "bias": "experts.bias" in module.state_dict(),
+        }
+
 
 class _OwnLayers(LayerLibrary):
     name = "moeprune"
@@ -167,6 +207,12 @@ class _OwnLayers(LayerLibrary):
 
     def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
         return dict(tensors)
+
+    def arguments(self, module: nn.Module, config: LayerConfig) -> dict[str, Any]:
+        return {"config": to_json(config)}
+
+    def rebuild(self, module: nn.Module, config: LayerConfig) -> nn.Module:
+        return new_layer(config)
 
 
 LAYERS: dict[str, LayerLibrary] = {
