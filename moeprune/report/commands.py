@@ -76,12 +76,12 @@ def export(result: Export) -> Document:
         ("built with", _assignments(result.arguments)),
         ("parity", _parity(result.parity)),
     )
-    built = [
-        (name or "the model", f"{layer.class_name}({_assignments(layer.arguments)})")
-        for name, layer in result.layers.items()
-    ]
-    own = [Lines(["Your code has to build these layers this way before it loads the file:"]), Facts(built)]
-    return Document(f"wrote {result.output}", [Facts(facts), *(own if built else [])])
+    blocks: list[Block] = [Facts(facts)]
+    if result.layers:
+        built = ((name, f"{of.class_name}({_assignments(of.arguments)})") for name, of in result.layers.items())
+        blocks.append(Lines(["Your code has to build these layers this way before it loads the file:"]))
+        blocks.append(Facts([(name or "the model", how) for name, how in built]))
+    return Document(f"wrote {result.output}", blocks)
 
 
 def _unless_empty(*facts: tuple[str, str]) -> list[tuple[str, str]]:
