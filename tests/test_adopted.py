@@ -277,7 +277,7 @@ def test_saved_models_are_loaded_with_their_factory_again(package, tmp_path, sco
         assert isinstance(loaded, AdoptedModel)
         assert torch.equal(loaded(images(dtype=torch.float32)), one(images(dtype=torch.float32)))
         again = tmp_path / "again.safetensors"
-        moeprune.save(loaded, again)
+        moeprune.save(loaded, again, overwrite=True)
         assert again.read_bytes() == path.read_bytes()
         assert "module.norm.num_batches_tracked" in read_header(path).tensors
 
@@ -334,6 +334,18 @@ def test_a_training_checkpoint_is_opened_pruned_and_given_back(package, tmp_path
         with pytest.raises(MoepruneError, match=r"layer `module\.late` has compensation mean"):
             moeprune.export(pruned, "small.pt", "soft-moe-pytorch")
         assert not (tmp_path / "small.pt").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_model_adopted_without_a_factory_is_loaded_with_one(suffix, tmp_path):
+    path, x = tmp_path / f"adopted{suffix}", images(dtype=torch.float32)
+    model = adopt(randomized(tower(geglu=True)), SHAPE)
+    moeprune.save(model, path)
+    with pytest.raises(MoepruneError, match=r"does not say which function builds the model\n\nhint: .*`model=build`"):
+        moeprune.load(path)
+    assert torch.equal(moeprune.load(path, model=lambda: tower(geglu=True))(x), model(x))
+    with pytest.raises(MoepruneError, match=r"without a layer|does not fit"):
+        moeprune.load(path, model=encoder)
 
 
 def test_a_model_of_a_release_that_is_not_installed(package):

@@ -315,3 +315,39 @@ def test_a_file_beside_what_is_read_may_be_replaced(run, stock, tmp_path):
     about.write_text("old")
     assert run("inspect", tmp_path / "shards", *SOURCE_ARGS.split(), "--output-file", about, "--force").code == 0
     assert "soft_moe" in about.read_text()
+
+
+def test_a_checkpoint_by_a_suffix_of_torch_is_read_by_torch_and_as_if_it_were_safetensors(
+    single, small_analysis, run_json, tmp_path
+):
+    suffix = ".pth"
+    theirs, ours = tmp_path / f"model{suffix}", tmp_path / "pruned.safetensors"
+    model = moeprune.load(single)
+    moeprune.save(model, theirs)
+    found = torch.load(theirs, weights_only=True)
+    model.load_state_dict(found["state_dict"])
+    assert fingerprint(moeprune.load(theirs)) == fingerprint(model)
+    words = ("--analysis", small_analysis, "--keep", 4, "--compensate", "mean", "-o")
+    reports = [run_json("prune", path, *words, to) for path, to in ((theirs, ours), (single, ours.with_suffix(suffix)))]
+    assert [report.pop("checkpoint") for report in reports] == [str(ours), str(ours.with_suffix(suffix))]
+    assert reports[0] == reports[1]
+    assert fingerprint(moeprune.load(ours)) == fingerprint(moeprune.load(ours.with_suffix(suffix)))
+    run_json("prune", single, "--plan", ours.with_suffix(suffix), *words[:2], "--save-plan", tmp_path / "plan.json")
+    assert run_json("inspect", ours)["layers"] == run_json("inspect", ours.with_suffix(suffix))["layers"]
+    data = ("--data", "digits", "--limit", 40)
+    assert run_json("eval", ours.with_suffix(suffix), *data, "--baseline", theirs)["difference"]["agreement"] > 0.5
+
+
+def test_nothing_is_replaced_unless_asked(stock, small_analysis, tmp_path):
+    model, path = moeprune.load(stock.path("dense.safetensors")), tmp_path / "there.pt"
+    path.write_text("mine")
+    for write in (
+        lambda: moeprune.save(model, path),
+        lambda: moeprune.export(model, path, "soft-moe"),
+        lambda: moeprune.save_analysis(moeprune.load_analysis(small_analysis), path),
+    ):
+        with pytest.raises(MoepruneError, match=r"there.pt` exists"):
+            write()
+        assert path.read_text() == "mine"
+    moeprune.save(model, path, overwrite=True)
+    assert fingerprint(moeprune.load(path)) == fingerprint(model)

@@ -142,7 +142,7 @@ def measure_sensitivity(
     return {name: (change / errors[name]).float() for name, change in changes.items()}
 
 
-def save_analysis(analysis: Analysis, path: str | Path, overwrite: bool = True) -> None:
+def save_analysis(analysis: Analysis, path: str | Path, overwrite: bool = False) -> None:
     """Write an analysis file: equal analyses give equal bytes.
 
     Raises a MoepruneError if the path cannot be written, or exists and may not be replaced.

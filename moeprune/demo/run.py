@@ -68,14 +68,14 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
     except OSError as error:
         raise MoepruneError(f"cannot write into `{directory}` ({error.strerror})") from None
     if train_anew:
-        save(train(recipe, seed, runtime.progress), path)
+        save(train(recipe, seed, runtime.progress), path, overwrite=True)
     else:
         write_file(path, (resources.files("moeprune.demo") / f"checkpoints/{name}.safetensors").read_bytes())
     full = load(path)
     calibration = open_data(data, full.input_format, "calibration", CALIBRATION_INPUTS)
     test = open_data(data, full.input_format, "test")
     analysis = analyze(full, calibration, runtime)
-    save_analysis(analysis, directory / "analysis.safetensors")
+    save_analysis(analysis, directory / "analysis.safetensors", overwrite=True)
     _evaluate(path, full, test, runtime)
     rows = []
     results = sweep(full, VARIANTS, analysis, test, seed, runtime)
@@ -83,7 +83,7 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
         rows.append(row)
         if variant in SAVED:
             path = directory / f"{row.scope}-{row.compensate}-{row.keep.replace('/', '-')}.safetensors"
-            save(model, path)
+            save(model, path, overwrite=True)
             _evaluate(path, full, test, runtime)
     return DemoModel(title=title, data=test.info, rows=rows)
 

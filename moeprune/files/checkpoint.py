@@ -42,7 +42,9 @@ class Copied:
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file by name, memory-mapped."""
+    """Return the tensors of a file by name, memory-mapped."""
+    if header.values is not None:
+        return header.values
     try:
         with safe_open(header.path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in header.tensors}
@@ -124,10 +126,15 @@ def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor], overwrite:
     """Write tensors for other programs: with torch.save if the suffix is one of its own, else as safetensors."""
     if Path(path).suffix not in TORCH_SUFFIXES:
         write(path, tensors, None, overwrite)
-        return
+    else:
+        write_torch(path, tensors, overwrite)
+
+
+def write_torch(path: str | Path, content: Mapping[str, Any], overwrite: bool = True) -> None:
+    """Write a dict with torch.save."""
     with replacing(path, overwrite) as temporary, temporary.open("wb") as file:
         try:
-            torch.save(dict(tensors), file)  # given a path, torch would write its name into the file
+            torch.save(dict(content), file)  # given a path, torch would write its name into the file
         except RuntimeError as error:  # torch hides an error of the disk behind one of its own
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
@@ -148,6 +155,9 @@ def file_blocks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
 
 
 def _blocks(entry: Tensor | Copied) -> Iterator[memoryview]:
+    if isinstance(entry, Copied) and entry.header.values is not None:
+        values = entry.header.values[entry.name]
+        entry = values if entry.rows is None else values[list(entry.rows)]
     if isinstance(entry, Tensor):
         data = entry.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         yield from (data[start : start + BLOCK] for start in range(0, len(data), BLOCK))

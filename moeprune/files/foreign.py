@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
-from moeprune.files.disk import read_json, refused, require_file
-from moeprune.files.header import DTYPES, is_safetensors, read_header
+from moeprune.files.disk import read_json, refused, require_file, version_of
+from moeprune.files.header import DTYPES, METADATA_KEY, Header, is_safetensors, read_header, read_metadata
 from moeprune.records import from_json
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,20 @@ def read_state_dict(path: str | Path, key: str | None = None) -> StateDict:
     tensors = _plain_tensors(entries, path, sum(part.stat().st_size for part in files))
     prefix = _common_prefix(tensors)
     return StateDict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, files)
+
+
+def read_own(path: Path) -> Header | None:
+    """Return the header and tensors of a checkpoint that moeprune wrote with torch.save; None for other files."""
+    version = version_of(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        text = found.get(METADATA_KEY)
+    except Exception:  # a damaged file can make the unpickler raise anything; it is told by `read_state_dict`
+        return None
+    if not isinstance(text, str):
+        return None
+    tensors = _plain_tensors(found.get("state_dict") or {}, path, path.stat().st_size)
+    return Header(path, checkpoint.tensor_infos(tensors), {}, read_metadata(text, path), version, {}, tensors)
 
 
 def _load(path: Path, start: bytes) -> Any:

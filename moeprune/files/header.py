@@ -49,6 +49,7 @@ class Header(msgspec.Struct, frozen=True):
 
     offsets: where the bytes of each tensor start in the file. metadata: the JSON of the key `moeprune`, if there is
     one. version: of the file, by `version_of`. digests: the SHA-256 of each tensor's bytes, once they are computed.
+    values: the tensors, if torch.save wrote the file; they have no offsets.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Header(msgspec.Struct, frozen=True):
     metadata: dict[str, Any] | None
     version: tuple[int, int, int] | None
     digests: dict[str, str] = {}
+    values: dict[str, Any] | None = None
 
 
 def read_header(path: str | Path | Header) -> Header:
@@ -71,13 +73,18 @@ def read_header(path: str | Path | Header) -> Header:
             tensors, offsets, text = _parse(file)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from None
+    return Header(path, tensors, offsets, read_metadata(text, path), version)
+
+
+def read_metadata(text: str | None, path: Path) -> dict[str, Any] | None:
+    """Read the JSON of the key `moeprune`, or raise a MoepruneError."""
     try:
         metadata = None if text is None else msgspec.json.decode(text, type=dict[str, Any])
         if (depth := _depth(metadata)) > MAX_DEPTH:
             raise ValueError(f"nested {depth} levels deep, at most {MAX_DEPTH} are expected")
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MoepruneError(f"`{path}`: the metadata `{METADATA_KEY}` cannot be read ({error})") from None
-    return Header(path, tensors, offsets, metadata, version)
+    return metadata
 
 
 def require_unchanged(header: Header) -> None:

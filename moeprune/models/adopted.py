@@ -203,6 +203,10 @@ def parse_source(text: str | None) -> dict[str, str | None]:
 def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factory | None) -> AdoptedModel:
     """Return the model of a checkpoint, without its weights, if the factory is the expected one and has its layers."""
     name = config.factory or "package.module:function"
+    if factory is None and config.factory is None:
+        raise MoepruneError(
+            "the file does not say which function builds the model", "give it: `--model`, in Python `model=build`"
+        )
     if factory is None or (isinstance(factory, str) and not same_factory(factory, config.factory or factory)):
         stated = "none is given" if factory is None else f"given is `{factory}`"
         raise MoepruneError(

@@ -1,6 +1,8 @@
 """The metadata of a checkpoint, and checks of its tensors by name, shape and type; no torch."""
 
+import contextlib
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -43,8 +45,18 @@ class Details(Record, frozen=True):
 
 def our_header(path: str | Path) -> Header | None:
     """Return the header of a file that moeprune wrote; None for files of other programs and folders."""
-    header = read_header(path) if is_safetensors(Path(path)) else None
+    header = read_header(path) if is_safetensors(Path(path)) else read_torch_header(Path(path))
     return None if header is None or header.metadata is None else header
+
+
+def read_torch_header(path: Path) -> Header | None:
+    """Return the header of a file that moeprune wrote with torch.save, None for others."""
+    with contextlib.suppress(OSError, ValueError):
+        if path.is_file() and zipfile.is_zipfile(path):
+            from moeprune.files.foreign import read_own
+
+            return read_own(path)
+    return None
 
 
 def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:

@@ -25,7 +25,7 @@ IMAGES = 4
 MAX_DIFFERENCE = 1e-5  # of logits of equal models, relative to the largest one
 
 
-def export(model: Model, output: str | Path, to: str, overwrite: bool = True) -> Export:
+def export(model: Model, output: str | Path, to: str, overwrite: bool = False) -> Export:
     """Write a model as a checkpoint that another library, or the user's own code, loads.
 
     Args:

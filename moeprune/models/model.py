@@ -1,6 +1,7 @@
 """A model that holds MoE layers: its common surface, and how it is saved."""
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,7 @@ from moeprune.data.datasets import Dataset, open_data
 from moeprune.data.preprocessing import InputFormat
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
+from moeprune.files.header import METADATA_KEY
 from moeprune.layers.interface import Usage
 from moeprune.layers.layer import MoELayer
 from moeprune.models.architecture import ModelConfig
@@ -127,8 +129,15 @@ def unpruned_fingerprint(model: Model) -> str:
     return fingerprint(model)
 
 
-def save(model: Model, path: str | Path, overwrite: bool = True) -> None:
-    """Write a checkpoint: equal models give equal bytes.
+def save(model: Model, path: str | Path, overwrite: bool = False) -> None:
+    """Write a checkpoint that `load` reads: equal models give equal bytes.
+
+    A model that was adopted without a factory is loaded with one, `load(path, model=build)`.
+
+    Args:
+        path: the file; with a suffix .pt, .pth or .bin `torch.load` reads it (its tensors are under `state_dict`), else
+            it is a safetensors file.
+        overwrite: replace a file that exists.
 
     Raises:
         MoepruneError: the path cannot be written, or exists and may not be replaced; weights are NaN,
@@ -145,4 +154,9 @@ def save(model: Model, path: str | Path, overwrite: bool = True) -> None:
         "plan": to_json(model.plan),
         "provenance": model.details.provenance,
     }
-    checkpoint.write(path, tensors, metadata, overwrite)
+    if Path(path).suffix in checkpoint.TORCH_SUFFIXES:
+        checkpoint.check_finite(tensors, path)
+        content = {METADATA_KEY: json.dumps(metadata, sort_keys=True), "state_dict": tensors}
+        checkpoint.write_torch(path, content, overwrite)
+    else:
+        checkpoint.write(path, tensors, metadata, overwrite)

@@ -12,9 +12,9 @@ from moeprune.calibration.analysis import Analysis, load_analysis, require_analy
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment
 from moeprune.files import checkpoint
-from moeprune.files.header import Header, read_header
+from moeprune.files.header import Header
 from moeprune.layers.surgery import prune_tensors
-from moeprune.models.description import read_description
+from moeprune.models.description import our_header, read_description
 from moeprune.models.inspection import Described
 from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
@@ -50,7 +50,8 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     else:
         search = _search(request, full, analysis)
     if request.output is not None:
-        written = read_header(request.output)
+        written = our_header(request.output)
+        assert written is not None
         _, plan, _ = read_description(written)
         cost = full.config.cost(plan, written.tensors)
     if request.save_plan is not None:
@@ -83,7 +84,8 @@ def _prune(request: PruneRequest, full: Described, analysis: Analysis | None) ->
     if request.output is None:
         return plan
     is_static = all(layer.scope == "static" for layer in plan.values())
-    if full.header is not None and is_static and request.data is None and not with_pass:
+    is_torch = request.output.suffix in checkpoint.TORCH_SUFFIXES
+    if full.header is not None and is_static and request.data is None and not with_pass and not is_torch:
         _prune_file(request, full, full.header, analysis, plan)
         return plan
     data = None if request.data is None else open_data_for(full.model, request.data, "calibration")

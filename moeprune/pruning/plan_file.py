@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moeprune.errors import MoepruneError
+from moeprune.files.checkpoint import TORCH_SUFFIXES
 from moeprune.files.disk import read_json, write_file
 from moeprune.files.header import read_header
 from moeprune.layers.interface import LayerConfig
+from moeprune.models.description import our_header
 from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 from moeprune.records import to_json
 
@@ -32,8 +34,9 @@ def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
 def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
     """Read the plan of a JSON file or a pruned checkpoint, or raise a MoepruneError if it does not fit the layers."""
     path = Path(path)
-    if path.suffix == ".safetensors":
-        value = (read_header(path).metadata or {}).get("plan")
+    if path.suffix in (".safetensors", *TORCH_SUFFIXES):
+        header = read_header(path) if path.suffix == ".safetensors" else our_header(path)
+        value = ((header and header.metadata) or {}).get("plan")
         if not value:
             raise MoepruneError(f"`{path}` is not a pruned checkpoint", "give one, or a plan as JSON")
     else:
