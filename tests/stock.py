@@ -150,8 +150,7 @@ def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
     np.savez(stock.path("data.npz"), **arrays)
     np.savez_compressed(stock.path("packed.npz"), **arrays)
     save_arrays(arrays, stock.path("data.safetensors"))
-    data = stock.path("data.npz")
-    stock.make("analyze", dense, "--data", data, "-o", analysis)
+    stock.make("analyze", dense, "--data", stock.path("data.npz"), "-o", analysis)
     for name, *ways in (
         ("static", "--compensate", "affine"),
         ("routed", "--scope", "input", "--signal", "deviation", "--compensate", "mean"),

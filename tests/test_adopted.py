@@ -134,12 +134,10 @@ def test_layers_are_named_in_the_order_in_which_they_run():
 
 @pytest.mark.parametrize(("factory", "arguments"), STATIC)
 def test_statically_pruned_models_compute_what_the_library_does_with_fewer_experts(factory, arguments):
-    theirs = randomized(factory(**arguments)).double()
-    model = adopt(theirs, SHAPE)
+    model = adopt(randomized(factory(**arguments)).double(), SHAPE)
     pruned = prune(model, keep=2, signal="random", compensate="renorm")
     smaller = factory(**arguments, num_experts=2).double().eval()
-    tensors = to_module(pruned, factory(**arguments))
-    smaller.load_state_dict(tensors, strict=True)
+    smaller.load_state_dict(to_module(pruned, factory(**arguments)), strict=True)
     assert relative_error(smaller(images()), pruned(images())) < 1e-9
 
 

@@ -214,8 +214,7 @@ def test_sensitivity_is_the_divergence_over_the_error_of_a_probe(name, cases, an
     model, data = cases[name]
     for layer, statistics in analyses[name].layers.items():
         n = statistics.num_experts
-        kept = best_kept(statistics.gram_mean, n, n // 8)
-        plan = LayerPlan("static", n // 8, n, "gram", "mean", kept)
+        plan = LayerPlan("static", n // 8, n, "gram", "mean", best_kept(statistics.gram_mean, n, n // 8))
         probe = moeprune.prune(model, analyses[name], plan={layer: plan}, one_shot=True, runtime=CPU)
         divergence, count = 0.0, 0
         _, y = layer_inputs_and_outputs(model, layer, data)

@@ -366,8 +366,7 @@ def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, r
         assert row["draws"] == (10 if signal == "random" else 1)
         assert (row["accuracy_sd"] is None) == (signal != "random")
         assert row["retained"] == row["accuracy"] / rows[0]["accuracy"]
-        running = {"1": 128, "1/8": 16, "0": 0}[keep]
-        assert row["model"]["experts_per_input"] == running
+        assert row["model"]["experts_per_input"] == {"1": 128, "1/8": 16, "0": 0}[keep]
         if signal != "random":
             assert row["accuracy"] == row["model"]["accuracy"]
         if scope in ("input", "batch"):
@@ -528,8 +527,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
             assert complaints("eval", found) == []
             scope, compensate, share = file.split("-", 2)
             signal = "gram" if compensate == "affine" else "combine"
-            row = of[share.replace("-", "/"), scope, signal, compensate]
-            assert found["model"] == row["model"]
+            assert found["model"] == of[share.replace("-", "/"), scope, signal, compensate]["model"]
             assert found["model"]["bytes"] == tensor_bytes(output / name / f"{file}.safetensors")
         assert of["1/8", "static", "random", "none"]["draws"] == 10
         check_what_is_promised(name, of)

@@ -91,8 +91,7 @@ def test_ridge_and_its_strength_equal_those_of_a_direct_solution(noise):
 
 def test_slot_without_any_weight_gets_nothing_and_changes_nothing():
     R, _, T = problem(rows=100, slots=6, dim=3, noise=1)
-    with_empty = np.insert(R, 2, 0.0, axis=1)
-    found = solve_held_out(*halves(with_empty, T)).numpy()
+    found = solve_held_out(*halves(np.insert(R, 2, 0.0, axis=1), T)).numpy()
     assert not found[2].any()
     np.testing.assert_allclose(np.delete(found, 2, axis=0), solve_held_out(*halves(R, T)).numpy(), rtol=1e-9)
 

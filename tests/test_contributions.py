@@ -43,8 +43,7 @@ def sums(layer, observation, gap, compensation="affine") -> tuple[Contributions,
 def lost_rows(observation, gap, slot_mean) -> np.ndarray:
     """What each expert adds beside its means, and the gap: (n+1,b,m,o)."""
     beside = observation.term_outputs - slot_mean
-    parts = torch.einsum("bmnp,bnpo->nbmo", observation.weights, beside)
-    return torch.cat([parts, gap[None]]).numpy()
+    return torch.cat([torch.einsum("bmnp,bnpo->nbmo", observation.weights, beside), gap[None]]).numpy()
 
 
 @pytest.mark.parametrize("dropped", [(0,), (1, 3), tuple(range(N))])

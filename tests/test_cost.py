@@ -197,8 +197,7 @@ def test_flops_of_a_mass_are_those_of_what_runs_in_batches_of_any_size(batch_siz
     pruned = moeprune.prune(model, plan=plan, data=data, runtime=moeprune.Runtime("cpu"))
     [predictions] = predict([pruned], data, moeprune.Runtime("cpu", batch_size=batch_size))
     cost = pruned.cost(predictions.usage).flops_per_input
-    total = sum(counted(pruned, part) for part in x.split(batch_size))
-    assert cost.total == pytest.approx(total / 12, abs=1)
+    assert cost.total == pytest.approx(sum(counted(pruned, part) for part in x.split(batch_size)) / 12, abs=1)
     [usage] = predictions.usage.values()
     assert usage.running < usage.applied or batch_size == 1
 

@@ -272,8 +272,7 @@ def test_samples_are_checked_and_hashed_once_and_not_on_the_main_thread(tmp_path
         return np.isfinite(array)
 
     monkeypatch.setattr(datasets, "np", SimpleNamespace(isfinite=isfinite))
-    path = as_npz(tmp_path, arrays)
-    data = moeprune.open_data(str(path), GREY)
+    data = moeprune.open_data(str(as_npz(tmp_path, arrays)), GREY)
     passes = [torch.cat([inputs for inputs, _ in data.batches(size)]) for size in (4, 9)]
     assert torch.equal(*passes)
     assert len(threads) == 6

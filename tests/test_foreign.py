@@ -122,8 +122,7 @@ def test_training_checkpoints(tmp_path, form, key):
         "epoch": 3, "best": torch.tensor(0.9), "args": {"lr": 0.1}, "optimizer": optimizer.state_dict(),
         "scheduler": None, "losses": [1.0, float("nan")],
     }  # fmt: skip
-    found = read_state_dict(save(tmp_path, form, {key: OrderedDict(expected), **rest}))
-    equal(found, expected)
+    equal(read_state_dict(save(tmp_path, form, {key: OrderedDict(expected), **rest})), expected)
     inner = next(other for other in STATE_DICT_KEYS if other != key)
     path = save(tmp_path, form, {key: {inner: expected, "epoch": 1}, **rest})
     for chosen in (None, key, f"{key}.{inner}"):

@@ -42,8 +42,7 @@ def test_a_share_below_its_limit_passes_no_more_often_than_the_level_says(sample
     counts = np.arange(samples + 1)
     bounds = np.array([share_at_least(int(right), samples, level) for right in counts])
     for share in bounds[1:]:
-        passes = binom.pmf(counts, samples, share)[bounds >= share].sum()
-        assert passes <= 1 - level + 1e-9
+        assert binom.pmf(counts, samples, share)[bounds >= share].sum() <= 1 - level + 1e-9
 
 
 def test_bound_of_a_drop_is_the_end_of_the_published_two_sided_interval_at_twice_the_error():
@@ -111,8 +110,7 @@ def test_bound_of_a_median_is_the_order_statistic_of_the_binomial_distribution()
         values = generator.lognormal(size=count)
         for level in LEVELS:
             allowed = [rank for rank in range(count) if binom.cdf(rank, count, 0.5) <= 1 - level + 1e-15]
-            expected = np.sort(values)[allowed[-1]] if allowed else 0
-            assert median_at_least(list(values), level) == expected
+            assert median_at_least(list(values), level) == (np.sort(values)[allowed[-1]] if allowed else 0)
 
 
 def test_bound_of_a_median_lies_above_it_as_rarely_as_the_level_says():

@@ -195,8 +195,7 @@ def test_experts_are_those_of_the_analysis(judged, pruned, small_analysis):
     assert axes.images[0].get_array().data == pytest.approx(class_mass[:, columns])
     assert axes.lines[0].get_xdata() == pytest.approx(np.flatnonzero(is_kept[columns]) + 0.5)
     assert [label.get_text() for label in axes.get_yticklabels()] == list("0123456789")
-    best = painted(curves, masses, plan).lines[0].get_ydata()
-    assert best == pytest.approx([0, *arrays[f"{LAYER}.kept_mass"]])
+    assert painted(curves, masses, plan).lines[0].get_ydata() == pytest.approx([0, *arrays[f"{LAYER}.kept_mass"]])
 
 
 def test_of_more_cells_than_are_drawn_neighbours_are_averaged():

@@ -82,8 +82,7 @@ def public_definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AS
 def test_everything_public_has_a_docstring(module):
     parsed = ast.parse(FILES[module].read_text(encoding="utf-8"))
     assert ast.get_docstring(parsed)
-    lacking = [name for name, node in public_definitions(parsed, module) if not ast.get_docstring(node)]
-    assert lacking == []
+    assert [name for name, node in public_definitions(parsed, module) if not ast.get_docstring(node)] == []
 
 
 def test_what_the_package_offers_is_there_and_nothing_else():

@@ -46,8 +46,7 @@ def test_experts_that_differ_in_the_order_of_hidden_units_alone_merge_without_lo
     order = [2, 0, 3, 1] if kind != "linear" else list(range(D))
     for name, tensor in reordered(layer, 1, order).items():
         getattr(layer, name)[3] = tensor
-    plan = merge_plan((0, 1, 2, 4), (1,))
-    merged = prune_layer(layer, plan, Calibrated(mean_mass=torch.rand(N)))
+    merged = prune_layer(layer, merge_plan((0, 1, 2, 4), (1,)), Calibrated(mean_mass=torch.rand(N)))
     x = torch.randn(3, 7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert (merged(x) - layer(x)).abs().max() < 1e-12
     assert merged.fc2_weight.shape[0] == 4
@@ -110,8 +109,7 @@ def test_merging_on_the_command_line(vit, vit_analysis, run, run_json, tmp_path)
     assert again.read_bytes() == path.read_bytes()
     evaluated = run_json("eval", path, "--data", "pairs", "--limit", 200, "--baseline", vit)
     assert evaluated["difference"]["agreement"] > 0.5
-    model = moeprune.load(path)
-    for name, layer in model.moe_layers.items():
+    for name, layer in moeprune.load(path).moe_layers.items():
         assert layer.fc1_weight.shape[0] == 32
         assert list(layer.plan.merged_into) == found["plan"][name]["merged_into"]
     assert "32 of 64 by combine, merge" in run("inspect", path).stdout

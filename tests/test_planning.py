@@ -58,14 +58,12 @@ def test_a_split_is_within_the_budget_and_nearly_the_best_of_all(share):
 
 def test_experts_go_where_they_matter():
     lost = {"a": [90.0, 80, 70, 60, 50], "b": [4.0, 3, 2, 1, 0], "c": [0.0] * 5}
-    costs = {name: [0.0, 1, 2, 3, 4] for name in lost}
-    assert allocate(lost, costs, 8.0) == {"a": 4, "b": 3, "c": 1}
+    assert allocate(lost, {name: [0.0, 1, 2, 3, 4] for name in lost}, 8.0) == {"a": 4, "b": 3, "c": 1}
 
 
 def test_a_full_layer_that_is_cheaper_than_one_with_surrogates_is_found():
     """The surrogates of dropped experts may cost more than the last expert."""
-    lost = {"a": [3.0, 2.0, 1.0, 0.0]}
-    assert allocate(lost, {"a": [9.0, 10.0, 11.0, 9.5]}, 9.6) == {"a": 3}
+    assert allocate({"a": [3.0, 2.0, 1.0, 0.0]}, {"a": [9.0, 10.0, 11.0, 9.5]}, 9.6) == {"a": 3}
 
 
 def three_layers() -> SoftMoEViT:
@@ -118,8 +116,7 @@ def test_plans_within_a_budget(budget, compensation, analyzed):
     costs = costs_of(model.config, method, infos)
     budget = max(budget, costs.of(dict.fromkeys(costs.layers, 1)) / costs.full)
     plan = plans_within(model.config, infos, analysis, method, budget)[0]
-    pruned = moeprune.prune(model, analysis, plan=plan, data=data, runtime=CPU)
-    assert pruned.cost().bytes <= budget * costs.full
+    assert moeprune.prune(model, analysis, plan=plan, data=data, runtime=CPU).cost().bytes <= budget * costs.full
     assert {layer.signal for layer in plan.values()} == {signal}
     assert all(layer.kept is None for layer in plan.values())
 
@@ -164,8 +161,7 @@ def test_of_twelve_equal_layers_those_that_matter_more_keep_more_experts():
     with torch.device("meta"):
         infos = tensor_infos(SoftMoEViT(config).state_dict())
     analysis = Analysis(layers, Origin("", DataInfo(spec="", samples=1, fingerprint=""), ""))
-    method = Method("static", "gram", "affine")
-    plan = plans_within(config, infos, analysis, method, 0.4)[0]
+    plan = plans_within(config, infos, analysis, Method("static", "gram", "affine"), 0.4)[0]
     ks = [layer.k for layer in plan.values()]
     assert ks == sorted(ks)
     assert ks[0] < ks[-1]

@@ -92,8 +92,7 @@ def test_markdown_shows_what_text_shows(run, calls, command):
         assert len({len(row) for row in rows}) == 1
         for part in (*" ".join(rows[0]).split(), *(cell for row in rows[1:] for cell in row)):
             assert squeezed(part) in squeezed(text.stdout), part
-    sizes = {"sweep": 8, "inspect": 8, "analyze": 2, "prune": 4, "eval": 16}
-    assert sum(map(len, tables)) >= sizes[command]
+    assert sum(map(len, tables)) >= {"sweep": 8, "inspect": 8, "analyze": 2, "prune": 4, "eval": 16}[command]
     shown = [plain(token) for token in parsed(markdown.stdout) if token.type == "inline"]
     for line in text.stdout.splitlines():
         if ": " in line and "  " not in line:
@@ -108,8 +107,7 @@ def test_the_verdict_stands_first_in_markdown_and_last_in_text(judge):
     assert header == ["gate", "limit", "value", ""]
     assert (drop[0], drop[-1]) == ("max_accuracy_drop", "❌ FAILED")
     assert (agreement[0], agreement[-1]) == ("min_agreement", "✅ passed")
-    lines = judge("text").stdout.splitlines()
-    assert [line.split()[-1] for line in lines[-2:]] == ["FAILED", "passed"]
+    assert [line.split()[-1] for line in judge("text").stdout.splitlines()[-2:]] == ["FAILED", "passed"]
     passing = judge("markdown", "--max-accuracy-drop 1")
     assert passing.code == 0
     assert passing.stdout.startswith("## ✅ passed: ")
@@ -335,8 +333,7 @@ def on_a_terminal(*arguments):
 @pytest.mark.slow
 def test_progress_shows_samples_per_second_and_the_time_left_on_a_terminal_unless_quiet(single):
     call = ("eval", single, "--data", "digits", "--batch-size", 1)
-    shown = on_a_terminal(*call)
-    assert re.search(r"eval: +\d+%.*/531 \[00:\d\d<00:\d\d, +\d+(\.\d+)? samples/s\]", shown)
+    assert re.search(r"eval: +\d+%.*/531 \[00:\d\d<00:\d\d, +\d+(\.\d+)? samples/s\]", on_a_terminal(*call))
     assert on_a_terminal(*call, "--quiet") == ""
 
 

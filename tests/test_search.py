@@ -84,8 +84,7 @@ def test_what_cannot_be_searched(full):
 
 def test_what_confirms_must_not_have_been_calibrated_on(full):
     analysis = moeprune.analyze(full, "digits:calibration", CPU)
-    some = moeprune.open_data("digits:calibration", full.input_format, limit=300)
-    for data in ("digits:calibration", some):
+    for data in ("digits:calibration", moeprune.open_data("digits:calibration", full.input_format, limit=300)):
         with pytest.raises(moeprune.MoepruneError, match="must not be calibrated on"):
             search(full, data, DropLimit(0.02), analysis=analysis)
     _, _, report = search(full, "digits:test", DropLimit(0.02), analysis=analysis)

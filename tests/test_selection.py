@@ -57,14 +57,12 @@ def test_no_exchange_betters_the_kept_experts_and_few_sets_are_better_at_all(k, 
         for out in dropped:
             for into in kept:
                 assert error(gram, n, mass, dropped - {out} | {into}) >= found - slack
-        least = min(error(gram, n, mass, rest) for rest in combinations(range(n), n - k))
-        best += found <= least + slack
+        best += found <= min(error(gram, n, mass, rest) for rest in combinations(range(n), n - k)) + slack
     assert best >= 16
 
 
 def test_independent_experts_are_kept_by_their_own_error_and_the_heavier_of_equals():
-    gram = torch.diag(torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.0]))
-    assert best_kept(gram, 6, 3) == (0, 2, 4)
+    assert best_kept(torch.diag(torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.0])), 6, 3) == (0, 2, 4)
     assert best_kept(torch.eye(3), 3, 1, torch.tensor([0.2, 0.5, 0.3])) == (1,)
 
 

@@ -160,8 +160,7 @@ def test_observation_of_a_dense_layer_holds_combine_weights_and_term_outputs(rou
     assert torch.equal(observation.output, layer(x))
     for i, one in enumerate(x):
         logits, tokens = reference_router(one, tensors, router_norm, dispatch_input)
-        combine = reference_combine(logits, range(N))
-        assert relative_error(observation.weights[i], combine) < 1e-10
+        assert relative_error(observation.weights[i], reference_combine(logits, range(N))) < 1e-10
         for j, q in product(range(N), range(3)):
             slot = reference_slot_output(logits[:, j, q], tokens, tensors, j)
             assert relative_error(observation.term_outputs[i, j, q], slot) < 1e-10
@@ -203,8 +202,7 @@ def test_padding_changes_nothing_for_real_tokens(scope):
     assert not seen.weights[1, 4:].any()
     assert not seen.output[1, 4:].any()
     if scope == "batch":  # one input's choice depends on the other
-        scores = torch.cat([one.mass for one in alone]).sum(0)
-        assert seen.chosen[0].tolist() == top_k(scores, 2).tolist()
+        assert seen.chosen[0].tolist() == top_k(torch.cat([one.mass for one in alone]).sum(0), 2).tolist()
     else:
         assert relative_error(layer(x, mask)[:1], alone[0].output) < 1e-12
         assert relative_error(layer(x, mask)[1:, :4], alone[1].output) < 1e-12
@@ -370,8 +368,7 @@ def test_calls_with_and_without_gradients_agree_and_gradients_are_those_of_the_f
     x, x_reference = inputs().requires_grad_(), inputs().requires_grad_()
     y = layer(x)
     y.square().sum().backward()
-    kept = expected_sets(dense, inputs(), scope, 2)
-    formulas(layer, dense, x_reference, kept, u).square().sum().backward()
+    formulas(layer, dense, x_reference, expected_sets(dense, inputs(), scope, 2), u).square().sum().backward()
     assert relative_error(x.grad, x_reference.grad) < 1e-8
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():

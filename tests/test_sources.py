@@ -272,8 +272,7 @@ def test_a_model_of_ours_goes_out(tmp_path):
     """Trained with torch's eps, which the library has to be told."""
     config = OURS.replace(class_token=False, pooling="mean", norm_eps=1e-5, blocks=OURS.blocks[:2])
     model = randomize(SoftMoEViT(config))
-    found = moeprune.export(model, tmp_path / "x.pt", "soft-moe")
-    assert found.arguments["eps"] == 1e-5
+    assert moeprune.export(model, tmp_path / "x.pt", "soft-moe").arguments["eps"] == 1e-5
     options = {"mlp_ratio": 2, "eps": 1e-5, "class_token": False, "global_pool": "avg", "fc_norm": False}
     theirs = library_model(**options)
     theirs.load_state_dict(torch.load(tmp_path / "x.pt"), strict=True)
@@ -286,8 +285,7 @@ def test_without_logits_of_images_all_but_evaluate_works(option, write):
     options = {"num_classes": 10, "in_chans": 1} | OPTIONS[option]
     ours = moeprune.load(write(library_model(**options).state_dict()), **given(options))
     data = moeprune.open_data("digits", ours.input_format, "test", 20)
-    analysis = moeprune.analyze(ours, data)
-    pruned = moeprune.prune(ours, analysis, keep=2, compensate="mean")
+    pruned = moeprune.prune(ours, moeprune.analyze(ours, data), keep=2, compensate="mean")
     with pytest.raises(MoepruneError, match="each of its 5 tokens" if option == "not pooled" else "no head"):
         moeprune.evaluate(pruned, data)
 

@@ -78,8 +78,7 @@ def test_tensors_edited_since_the_analysis_are_not_pruned(run, single, single_an
 
 def test_values_that_are_not_finite_leave_no_file(single, tmp_path):
     whole = bytearray(single.read_bytes())
-    header = read_header(single)
-    offset = header.offsets["blocks.0.soft_moe.fc1_weight"]
+    offset = read_header(single).offsets["blocks.0.soft_moe.fc1_weight"]
     path, target = tmp_path / "model.safetensors", tmp_path / "pruned.safetensors"
     whole[offset : offset + 4] = b"\xff" * 4
     path.write_bytes(whole)

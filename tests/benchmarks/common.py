@@ -77,8 +77,7 @@ def in_memory(model: Model, pixels: Tensor, labels: Tensor) -> Dataset:
 
 def test_set(model: Model) -> Dataset:
     """The test split of the digits, or of the pairs where the model takes them."""
-    spec = "digits:test" if model.input_format.width == 8 else "pairs:test"
-    return moeprune.open_data(spec, model.input_format)
+    return moeprune.open_data("digits:test" if model.input_format.width == 8 else "pairs:test", model.input_format)
 
 
 def accuracy(model: Model, data: Dataset) -> float:

@@ -80,8 +80,7 @@ def roofline(layer: SoftMoE, x: Tensor, ceiling: tuple[float, float]) -> float:
     chosen, config = seen[0].chosen, layer.config
     touched = len(layer.fc2_weight) if chosen is None else len(chosen.unique())
     size = 2 * touched * config.dim * config.hidden_dim * x.element_size() + 2 * x.nbytes
-    flops = len(x) * config.flops(TOKENS, layer.plan).total
-    return max(size / ceiling[0], flops / ceiling[1])
+    return max(size / ceiling[0], len(x) * config.flops(TOKENS, layer.plan).total / ceiling[1])
 
 
 @torch.inference_mode()
@@ -108,8 +107,7 @@ def main() -> None:
             for b in BATCHES:
                 x = torch.randn(b, TOKENS, d, device="cuda").to(dtype)
                 took = microseconds({name: graph_of(layer, x).replay for name, layer in layers.items()})
-                calls = {name: partial(layer, x) for name, layer in layers.items()}
-                eager = microseconds(calls, from_idle=True)
+                eager = microseconds({name: partial(layer, x) for name, layer in layers.items()}, from_idle=True)
                 shares = (roofline(layer, x, ceiling) / took[name] for name, layer in layers.items())
                 cells = [size, str(n), str(b), f"{took['dense']:.0f}"]
                 cells += [f"{took['dense'] / took[name]:.1f}×" for name in pruned]

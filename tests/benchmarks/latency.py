@@ -77,8 +77,7 @@ def measure_layer(name: str, config: SoftMoEConfig, batches: tuple[int, ...]) ->
     means = torch.randn(n, config.slots_per_expert, config.dim)
     layers: dict[str, nn.Module] = {"dense": dense}
     for scope, compensation in PRUNED:
-        kept = tuple(range(k)) if scope == "static" else None
-        plan = LayerPlan(scope, k, n, "combine", compensation, kept)
+        plan = LayerPlan(scope, k, n, "combine", compensation, tuple(range(k)) if scope == "static" else None)
         layers[f"{scope}, {compensation}"] = prune_layer(dense, plan, Calibrated(None, means))
     d, p, h = config.dim, config.slots_per_expert, config.hidden_dim
     layers |= installed(
