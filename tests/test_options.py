@@ -98,6 +98,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "--source-arg": ("num_heads", "=3", "depth=x", "nothing=3", ""),
     "--key": ("nothing", ""),
     "--model-arg": ("depth", "=3", "1=2", "a=1e999", ""),
+    "--ignore-layer": ("nothing", ""),
     "--input-shape": ("3", "3,8", "3,8,x", "3,8,0", "3,8,-8", "3,100000,100000", "3,8," + "9" * 5000, ""),
 }
 """Values that are refused, whatever the command; flags take none."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +20,9 @@ from moeprune.layers.layer import layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
 from moeprune.models.description import Details, require_tensors
 from moeprune.models.factory import import_factory, normalized, same_factory
-from moeprune.models.libraries.layers import LAYERS, LayerLibrary
+from moeprune.models.libraries.layers import LAYERS, LayerLibrary, lookalikes
 from moeprune.models.model import Model
+from moeprune.models.tracing import failure, require_equal, run, see, windows_of
 from moeprune.plan import Plan
 
 Factory: TypeAlias = "str | Callable[..., nn.Module]"
@@ -44,7 +43,7 @@ class AdoptedModel(Model):
         """Inputs (b,c,H,W) in, logits (b,classes) out."""
         if torch.compiler.is_compiling():
             return self.module(x)
-        with user_code(_failure(self.module, self.config.factory, x)):
+        with user_code(failure(self.module, self.config.factory, x)):
             return self.module(x)
 
 
@@ -54,6 +53,7 @@ def adopt(
     factory: Factory | None = None,
     arguments: Mapping[str, Any] | None = None,
     source: str | None = None,
+    ignore_layers: Sequence[str] = (),
 ) -> AdoptedModel:
     """Replace every MoE layer of a known library by ours, and return the model in eval mode.
 
@@ -69,18 +69,15 @@ def adopt(
         arguments: keyword arguments of the factory, JSON values.
         source: the library and release that the model was trained with, such as
             `soft-mixture-of-experts==0.1.0`, if that is not the installed one.
+        ignore_layers: names of layers that are left as they are.
 
     Raises:
-        MoepruneError: no layer is known, a layer cannot be expressed or does not run exactly once, or the
-            output is not logits.
+        MoepruneError: no layer is known, a layer cannot be expressed or does not run exactly once, another one
+            looks like a Soft MoE layer, or the output is not logits.
     """
     module.requires_grad_(False).eval()
-    libraries = _known_layers(module)
+    libraries = _known_layers(module, ignore_layers)
     names = sorted({library.name for library in libraries.values()})
-    if not names:
-        raise MoepruneError(
-            f"no MoE layer of a known library in {type(module).__name__}", f"known are those of {', '.join(LAYERS)}"
-        )
     releases = parse_source(source)
     for stated in set(releases) - set(names):
         raise MoepruneError(f"the layers of the model are from {', '.join(names)}, not from `{stated}`")
@@ -88,108 +85,62 @@ def adopt(
     built_by = name_of(factory)
     x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
     x = x.to(next(p for p in module.parameters() if p.is_floating_point()))
-    first, second, both = (_see(module, libraries, some, built_by) for some in (x[:1], x[1:], x))
-    for name, (_, tokens) in first.items():
+    first, second, both = (see(module, libraries, some, built_by) for some in (x[:1], x[1:], x))
+    for name, (_, tokens, *_) in first.items():
         library, theirs = libraries[name], module.get_submodule(name)
-        windows, interleaved = _windows(name, first[name], second[name], both[name])
-        config, tensors = library.describe(theirs, name, tokens, releases.get(library.name))
+        windows, interleaved = windows_of(name, first[name], second[name], both[name])
+        is_copy = not library.recognises(theirs)
+        version = releases.get(library.name) or ("unknown" if is_copy else None)
+        config, tensors = library.describe(theirs, name, tokens, version)
         if windows > 1:
             if not isinstance(config, SoftMoEConfig):
                 raise MoepruneError(f"layer `{name}` runs on {windows} windows of an input, which it does not support")
             config = config.replace(windows=windows, interleaved=interleaved)
         ours = layer_of_tensors(config, None, {key: tensor.detach() for key, tensor in tensors.items()})
+        if is_copy:
+            require_equal(name, library.name, theirs, ours, both[name])
         path = f"module.{name}".rstrip(".")
         parent.set_submodule(path, ours)
         layers[path] = AdoptedLayer(config, library.name, tokens)
     module = parent["module"]
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        classes = _run(module, x[:1], built_by).shape[1]
+        classes = run(module, x[:1], built_by).shape[1]
     other = flops.get_total_flops() - sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
     whole = ModuleConfig(built_by, dict(arguments or {}), input_shape, classes, layers, other)
     return AdoptedModel(module, whole, Details(), factory).eval()
 
 
-def _known_layers(module: nn.Module) -> dict[str, LayerLibrary]:
-    """Return the library of each known layer, by the name of the layer."""
+def _known_layers(module: nn.Module, ignored: Sequence[str]) -> dict[str, LayerLibrary]:
+    """Return the library of each known layer, by the name of the layer.
+
+    Raises a MoepruneError if there is none, or something that is not ignored looks like a layer and is not known.
+    """
     found: dict[str, LayerLibrary] = {}
-    names: dict[nn.Module, str] = {}
-    for name, part in module.named_modules(remove_duplicate=False):
-        for library in [library for library in LAYERS.values() if library.recognises(part)]:
-            if part in names:
-                raise MoepruneError(f"layers `{names[part]}` and `{name}` are one module, which runs more than once")
-            found[name], names[part] = library, name
+    parts = dict(module.named_modules())
+    if unknown := [name for name in ignored if name not in parts]:
+        raise MoepruneError(f"no layer `{unknown[0]}` to ignore in {type(module).__name__}", "check `--ignore-layer`")
+    for name, part in parts.items():
+        known = [library for library in LAYERS.values() if library.recognises(part)]
+        known = known or [library for library in LAYERS.values() if library.resembles(part)]
+        if known and not _is_within(name, (*found, *ignored)):
+            found[name] = known[0]
+    tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    others = lookalikes(name for name in tensors if not _is_within(name, (*found, *ignored)))
+    if others:
+        named = ", ".join(f"`{name}` (a {type(parts[name]).__qualname__})" for name in others)
+        raise MoepruneError(
+            f"{named} in {type(module).__name__} looks like a Soft MoE layer, but like none of {', '.join(LAYERS)}",
+            f"use a layer of these libraries, or leave it as it is: `--ignore-layer {others[0]}`",
+        )
+    if not found:
+        raise MoepruneError(
+            f"no MoE layer of a known library in {type(module).__name__}", f"known are those of {', '.join(LAYERS)}"
+        )
     return found
 
 
-def _failure(module: nn.Module, factory: str | None, x: Tensor) -> str:
-    """Return the beginning of an error of a forward pass."""
-    builder = f" that `--model {factory}` builds" if factory else ""
-    return f"the {type(module).__name__}{builder} fails on an input of shape {list(x.shape)}"
-
-
-class _Seen(NamedTuple):
-    """Inputs of a layer in a forward pass, each of them one row, and how many tokens each has."""
-
-    rows: Tensor
-    tokens: int
-
-
-def _see(module: nn.Module, names: Iterable[str], x: Tensor, factory: str | None) -> dict[str, _Seen]:
-    """Return what each layer sees of inputs, in the order in which the layers run."""
-    seen: dict[str, _Seen] = {}
-
-    def note(name: str, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-        if name in seen:
-            raise MoepruneError(f"layer `{name}` runs more than once for an input")
-        taken = next(part for part in (*given, *named.values()) if isinstance(part, Tensor))
-        seen[name] = _Seen(taken.flatten(1), output[0].numel() // output.shape[1 if output.ndim == 4 else -1])
-
-    with ExitStack() as hooks:
-        for name in names:
-            part = module.get_submodule(name)
-            hooks.enter_context(part.register_forward_hook(functools.partial(note, name), with_kwargs=True))
-        _run(module, x, factory)
-    if idle := sorted(set(names) - set(seen)):
-        raise MoepruneError(f"layers {', '.join(f'`{name}`' for name in idle)} do not run")
-    return seen
-
-
-def _windows(name: str, first: _Seen, second: _Seen, both: _Seen) -> tuple[int, bool]:
-    """Return how many inputs a layer has for each input of the model, and if those of several are interleaved.
-
-    first, second, both: what it sees of one input, of another, and of both in a batch.
-    """
-    r = len(first.rows)
-    shapes = {(len(first.rows), first.tokens), (len(second.rows), second.tokens), (len(both.rows) / 2, both.tokens)}
-    if shapes == {(1, first.tokens)}:
-        return 1, False
-    if len(shapes) == 1:
-        alone = torch.stack([first.rows, second.rows])
-        orders = both.rows.unflatten(0, (2, r)), both.rows.unflatten(0, (r, 2)).transpose(0, 1)
-        errors = [float((order - alone).abs().max()) for order in orders]
-        rounding = math.sqrt(torch.finfo(alone.dtype).eps) * float(alone.abs().max())
-        if min(errors) <= max(rounding, max(errors) / 20):
-            return r, errors[1] < errors[0]
-    raise MoepruneError(
-        f"layer `{name}` sees {r} × {first.tokens} tokens of one input of the model and"
-        f" {len(both.rows)} × {both.tokens} of two: it is not clear which belong to which input",
-        "give a model whose layers see a batch of inputs, or of a fixed number of windows of each",
-    )
-
-
-@torch.no_grad()
-def _run(module: nn.Module, x: Tensor, factory: str | None) -> Tensor:
-    """Return the logits (b,classes) of inputs (b,c,H,W)."""
-    with user_code(_failure(module, factory, x), "check the shape of one input, channels × height × width"):
-        output = module(x)
-    if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(x)):
-        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise MoepruneError(
-            f"the {type(module).__name__} gives {found} for {len(x)} input{'s' * (len(x) > 1)}, expected logits"
-            f" [{len(x)}, classes]",
-            "give a factory whose model returns its logits",
-        )
-    return output
+def _is_within(name: str, layers: Sequence[str]) -> bool:
+    return any(name == layer or not layer or name.startswith(f"{layer}.") for layer in layers)
 
 
 def parse_source(text: str | None) -> dict[str, str | None]:

@@ -13,7 +13,7 @@ from moeprune.errors import MoepruneError, user_code
 from moeprune.files.checkpoint import write_state_dict
 from moeprune.layers.layer import MoELayer
 from moeprune.models.adopted import AdoptedModel, load_foreign
-from moeprune.models.architecture import ViTConfig
+from moeprune.models.architecture import ModuleConfig, ViTConfig
 from moeprune.models.libraries import MODELS
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, installed_version
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
@@ -82,7 +82,7 @@ def to_library(model: Model, config: ViTConfig, library: SoftMoEViTs) -> dict[st
     return theirs
 
 
-def to_module(model: Model, original: nn.Module) -> dict[str, Tensor]:
+def to_module(model: AdoptedModel, original: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the user's own model that computes the same as ours.
 
     original: the model before its layers were replaced by ours; with any number of experts.
@@ -127,13 +127,8 @@ def compare_module(model: Model, original: nn.Module, tensors: Mapping[str, Tens
 def _original_layers(model: Model, original: nn.Module) -> dict[str, tuple[LayerLibrary, nn.Module]]:
     """Return the library and the module that each of our layers came from."""
     parent = nn.ModuleDict({"module": original})
-    layers = {name: parent.get_submodule(name) for name in model.moe_layers}
-    return {
-        name: (library, theirs)
-        for name, theirs in layers.items()
-        for library in LAYERS.values()
-        if library.recognises(theirs)
-    }
+    assert isinstance(model.config, ModuleConfig)
+    return {name: (LAYERS[layer.library], parent.get_submodule(name)) for name, layer in model.config.layers.items()}
 
 
 def _of_kept_experts(layer: MoELayer) -> Any:

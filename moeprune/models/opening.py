@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def load(
     key: str | None = None,
     input_shape: tuple[int, int, int] | None = None,
     preprocess: Mapping[str, Any] | None = None,
+    ignore_layers: Sequence[str] = (),
     **arguments: Any,
 ) -> Model:
     """Load a checkpoint of moeprune, of another library, or of your own code, on the CPU and in eval mode.
@@ -50,6 +51,7 @@ def load(
             `path/module.py:function`, if the model is your own code. A checkpoint names it too, but only a
             caller can allow that it is run.
         source: see ModelSpec, like key, input_shape, preprocess and arguments.
+        ignore_layers: see `adopt`.
 
     Raises:
         MoepruneError: the file is missing, damaged or unknown, has no MoE layer, lacks tensors or has
@@ -58,7 +60,8 @@ def load(
     """
     spec = ModelSpec(
         path=Path(path), model=name_of(model), source=source, key=key, input_shape=input_shape,
-        preprocess=dict(preprocess or {}), **{"source_arg" if model is None else "model_arg": arguments},
+        preprocess=dict(preprocess or {}), ignore_layer=tuple(ignore_layers),
+        **{"source_arg" if model is None else "model_arg": arguments},
     )  # fmt: skip
     return open_model(spec, model)
 
@@ -139,9 +142,10 @@ def _build(config: ModelConfig, plan: Plan, details: Details, factory: Factory |
 
 def _open_library(spec: ModelSpec) -> Model:
     """Open a whole model of a library."""
-    if spec.input_shape is not None or spec.model_arg:
+    if spec.input_shape is not None or spec.model_arg or spec.ignore_layer:
         raise MoepruneError(
-            "`--input-shape` and `--model-arg` go with `--model`", "name the function that builds the model"
+            "`--input-shape`, `--model-arg` and `--ignore-layer` go with `--model`",
+            "name the function that builds the model",
         )
     found = read_state_dict(spec.path, spec.key)
     tensors, infos = found.tensors, checkpoint.tensor_infos(found.tensors)
@@ -191,7 +195,7 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
         load_foreign(module, found.tensors, spec.path)
         return module
 
-    model = adopt(built(), spec.input_shape, factory, spec.model_arg, source=spec.source)
+    model = adopt(built(), spec.input_shape, factory, spec.model_arg, spec.source, spec.ignore_layer)
     libraries = dict.fromkeys(model.config.libraries) | parse_source(spec.source)
     model.details = Details(source=_source(libraries, found))
     parity = None

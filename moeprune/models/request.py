@@ -49,6 +49,9 @@ class ModelSpec(Request, frozen=True, kw_only=True):
     key: Annotated[
         str | None, option("The entry of a training checkpoint that holds the weights, such as model_ema.")
     ] = None
+    ignore_layer: Annotated[
+        tuple[str, ...], option("With --model: a layer to leave as it is (repeatable).", metavar="NAME")
+    ] = ()
     preprocess: Annotated[
         dict[str, Any],
         option("A preprocessing setting, such as resize=256 or mean=0.5 (repeatable).", metavar="KEY=VALUE"),
@@ -64,7 +67,7 @@ class ModelSpec(Request, frozen=True, kw_only=True):
     @property
     def foreign_only(self) -> list[str]:
         """The options that are given and that only a file of another program needs."""
-        names = ("source", "source_arg", "model_arg", "key", "input_shape")
+        names = ("source", "source_arg", "model_arg", "key", "input_shape", "ignore_layer")
         return ["--" + name.replace("_", "-") for name in names if getattr(self, name)]
 
 

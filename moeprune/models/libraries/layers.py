@@ -9,7 +9,7 @@ moeprune: our own layers, which need no translation.
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -31,15 +31,24 @@ Described = tuple[LayerConfig, dict[str, Tensor]]
 class LayerLibrary:
     """A library of layers.
 
-    name: on PyPI and on the command line. classes: full names of its layers' classes.
+    name: on PyPI and on the command line. classes: full names of its layers' classes. experts: begins the names of
+    experts' tensors. routers: the names of all others, of each kind of layer.
     """
 
     name: str
     classes: tuple[str, ...] = ()
+    experts = r"experts\.(experts\.)?\d+\."
+    routers: tuple[set[str], ...] = ()
 
     def recognises(self, module: nn.Module) -> bool:
         """Return True for a layer of this library."""
         return f"{type(module).__module__}.{type(module).__qualname__}" in self.classes
+
+    def resembles(self, module: nn.Module) -> bool:
+        """Return True for a layer with the tensors of this library's, such as a subclass or a copy of its code."""
+        names = module.state_dict().keys() if hasattr(module, "experts") else ()
+        others = {name for name in names if not re.match(self.experts, name)}
+        return others in self.routers and len(others) < len(names)
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
         """Return the config of our layer that computes the same, and its tensors.
@@ -47,7 +56,7 @@ class LayerLibrary:
         Args:
             name: of the layer, for errors.
             tokens: m, of one input.
-            version: of the library, if the user names it.
+            version: of the library, if the user names it; `unknown` for a copy of its code.
 
         Raises:
             MoepruneError: ours cannot compute the same.
@@ -74,6 +83,7 @@ class LayerLibrary:
 class _SoftMoE(LayerLibrary):
     name = "soft-moe"
     classes = ("soft_moe.soft_moe.SoftMoELayerWrapper",)
+    routers = ({"phi"}, {"phi", "scale"})
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
         kind, hidden_dim, experts = _stack_experts(module, name)
@@ -103,6 +113,11 @@ def _router(tensors: Tensors) -> dict[str, Tensor]:
 class _SoftMoEPytorch(LayerLibrary):
     name = "soft-moe-pytorch"
     classes = ("soft_moe_pytorch.soft_moe.SoftMoE", "soft_moe_pytorch.soft_moe_with_dynamic_slots.DynamicSlotsSoftMoE")
+    routers = (
+        {"norm.gamma", "slot_norm.gamma", "slot_embeds"},
+        {"norm.gamma", "norm.beta", "slot_norm.gamma", "slot_norm.beta", "slot_embeds"},
+        {"norm.gamma", "to_slot_embeds.0.weight", "to_slot_embeds.2.gamma"},
+    )
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
         found = module.state_dict()
@@ -155,6 +170,8 @@ class _SoftMoEPytorch(LayerLibrary):
 class _SoftMixtureOfExperts(LayerLibrary):
     name = "soft-mixture-of-experts"
     classes = ("soft_mixture_of_experts.soft_moe.SoftMoE",)
+    experts = r"experts\.(weight|bias)$"
+    routers = ({"phi"},)
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
         release = version or installed_version(self.name)
@@ -219,6 +236,20 @@ LAYERS: dict[str, LayerLibrary] = {
     library.name: library for library in (_SoftMoE(), _SoftMoEPytorch(), _SoftMixtureOfExperts(), _OwnLayers())
 }
 """Libraries of layers by name; the user's own code builds the models around them."""
+
+
+def lookalikes(names: Iterable[str]) -> list[str]:
+    """Return the paths of what holds slots and experts, by the names of a model's tensors."""
+    every, found = list(names), dict[str, None]()
+    for name in every:
+        if slots := re.search(r"(^|\.)(phi|slots?|slot_embed(s|dings?)?|to_slot_embeds\..+)$", name):
+            path = name[: slots.start()]
+            for owner in (path, path.rpartition(".")[0]):  # the slots may be in a router beside the experts
+                start = re.compile(re.escape(f"{owner}." if owner else "") + r"[^.]*expert")
+                if any(map(start.match, every)):
+                    found[owner] = None
+                    break
+    return list(found)
 
 
 def installed_version(library: str) -> str | None:
