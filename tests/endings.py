@@ -2,10 +2,16 @@
 
 import contextlib
 import json
+import os
 import signal
+import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 PATIENCE = 30.0
 """Seconds for one command on a busy machine, many times what it takes."""
@@ -45,6 +51,23 @@ def refusal(run: Callable[..., Any], words: Sequence[object], *named: str, folde
     assert "Traceback" not in result.stderr
     assert (folder and files_under(folder)) == before
     return result.stderr
+
+
+def on_a_terminal(call: str, stream: str, columns: int = 120) -> str:
+    """What a command writes to `stdout` or `stderr` where that is a terminal."""
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    streams = {"stdout": subprocess.DEVNULL} | {stream: terminal}
+    process = subprocess.Popen([sys.executable, "-m", "moeprune", *call.split()], **streams)
+    os.close(terminal)
+    written = b""
+    with contextlib.suppress(OSError):  # the end, where the terminal is closed
+        while chunk := os.read(main, 4096):
+            written += chunk
+    os.close(main)
+    assert process.wait() == 0
+    return written.decode()
 
 
 def check_none(complaints: Iterable[str | None]) -> None:

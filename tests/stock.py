@@ -175,6 +175,22 @@ def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
     return stock
 
 
+ARRAY_FILES = {
+    "npz": np.savez,
+    "compressed": np.savez_compressed,
+    "safetensors": lambda path, **arrays: save_arrays(
+        {name: np.asarray(array, order="C") for name, array in arrays.items()}, path
+    ),
+}
+
+
+def write_arrays(kind: str, path: Path, arrays: dict[str, Any]) -> Path:
+    """Write arrays as a kind of ARRAY_FILES, under a path without its suffix; where they are."""
+    path = path.with_name(f"{path.name}.{'npz' if kind == 'compressed' else kind}")
+    ARRAY_FILES[kind](path, **arrays)
+    return path
+
+
 def save_shards(folder: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> Path:
     """Two shards and their index, whose path is returned; `changes` replace entries of the index."""
     names, half = list(tensors), len(tensors) // 2

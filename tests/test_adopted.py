@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,9 +255,8 @@ def test_layers_of_our_own_in_a_model_of_the_users(tmp_path):
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """The factories above as a module that can be imported by name."""
-    module = type(sys)("user_models")
-    module.tower, module.encoder, module.dynamic = tower, encoder, dynamic
-    module.broken, module.none = lambda: 1 / 0, lambda: None
+    failing = {"broken": lambda: 1 / 0, "none": lambda: None}
+    module = SimpleNamespace(tower=tower, encoder=encoder, dynamic=dynamic, **failing)
     monkeypatch.setitem(sys.modules, "user_models", module)
     monkeypatch.chdir(tmp_path)
     return "user_models"

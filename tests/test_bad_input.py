@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 import moeprune
@@ -23,6 +22,7 @@ from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
 from tests.damage import Call, metadata_of, removed, replaced, with_metadata
 from tests.endings import refusal
+from tests.stock import ARRAY_FILES, write_arrays
 
 SAMPLES = 12
 LAYER = "blocks.0.soft_moe"
@@ -31,13 +31,6 @@ INPUTS = np.random.default_rng(0).random((SAMPLES, 1, 8, 8), dtype=np.float32)
 LABELS = np.arange(SAMPLES) % 10
 GONE = object()
 """In place of a value: without it."""
-ARRAY_FILES: dict[str, Callable[..., None]] = {
-    "npz": np.savez,
-    "compressed": np.savez_compressed,
-    "safetensors": lambda path, **arrays: save_arrays(
-        {name: np.asarray(array) for name, array in arrays.items()}, path
-    ),
-}
 
 
 def with_value(sample: int, value: float) -> np.ndarray:
@@ -54,6 +47,8 @@ class Workshop:
     root: Path
     single: Path
     analysis: Path
+    vit: Path
+    vit_analysis: Path
     run: Callable[..., Any]
     made: int = 0
 
@@ -71,9 +66,9 @@ class Workshop:
         path.write_bytes(content)
         return path
 
-    def old(self) -> Path:
+    def old(self, name: str = "old.safetensors") -> Path:
         """An output that is there already."""
-        path = self.out / "old.safetensors"
+        path = self.out / name
         path.write_bytes(b"keep me")
         return path
 
@@ -100,10 +95,9 @@ class Workshop:
 
     def arrays(self, kind: str = "npz", **changed: object) -> Path:
         """A file of good inputs and labels, some of them changed; None removes one."""
-        path = self.path(f".{'npz' if kind == 'compressed' else kind}")
         arrays = {"inputs": INPUTS, "labels": LABELS, **changed}
-        ARRAY_FILES[kind](path, **{name: array for name, array in arrays.items() if array is not None})
-        return path
+        kept = {name: array for name, array in arrays.items() if array is not None}
+        return write_arrays(kind, self.path(""), kept)
 
     def claiming(self, name: str, old: str, new: str, cut: int = 0) -> Path:
         """Good arrays, but for the header of one, or without the last bytes of it, in a sound archive."""
@@ -177,7 +171,8 @@ class Workshop:
     def words(self, text: str, path: object = None) -> list[object]:
         """The words of a command; those in capitals stand for paths, which are made where they are used."""
         paths: dict[str, Any] = {
-            "SINGLE": self.single, "NEW": self.output, "ANALYSIS": self.analysis, "OUT": self.out, "PATH": path,
+            "SINGLE": self.single, "VIT": self.vit, "OF_VIT": self.vit_analysis, "NEW": self.output,
+            "PAGE": partial(self.old, "old.html"), "ANALYSIS": self.analysis, "OUT": self.out, "PATH": path,
             "OLD": self.old, "LONG": self.out / ("x" * 300), "PRUNED": self.pruned, "BELOW": lambda: self.old() / "x",
             "MISSING": self.out / "missing" / "x.safetensors", "NPZ": self.arrays, "OTHER": self.other_model,
             "FEWER": partial(self.other_model, classes=7), "WIDE": partial(self.other_model, image=(8, 16)),
@@ -206,8 +201,8 @@ def bomb(workshop: Workshop) -> Call:
 
 
 @pytest.fixture
-def workshop(tmp_path, single, small_analysis, run):
-    return Workshop(tmp_path, single, small_analysis, run)
+def workshop(tmp_path, single, small_analysis, vit, vit_analysis, run):
+    return Workshop(tmp_path, single, small_analysis, vit, vit_analysis, run)
 
 
 # --- checkpoints
@@ -520,6 +515,11 @@ def test_a_bad_sample_is_named_by_its_place_in_the_file(workshop):
 
 # --- options
 SWEEP = f"{EVAL} --limit 10 --analysis ANALYSIS --sweep 1/8"
+VIT_PRUNE = "prune VIT --analysis OF_VIT"
+MERGE = f"{VIT_PRUNE} --keep 8 --compensate merge -o NEW"
+ONE_SHOT = "prune VIT --keep 4 --one-shot -o NEW"
+ENERGY = "prune VIT --keep 4 --data pairs -o NEW --energy"
+NONE = "eval none --data digits"  # there is no such checkpoint, but nobody has looked yet
 OPTIONS = {
     f"{EVAL} --max-accuracy-drop 0.5": ("--max-accuracy-drop", "--baseline"),
     f"{EVAL} --min-flops-reduction 0.5": ("--min-flops-reduction", "--baseline"),
@@ -554,6 +554,53 @@ OPTIONS = {
     f"{EVAL} --preprocess mean=0.1,0.2": ("mean", "2 values", "1 channels"),
     "eval MEANS --data digits": ("mean", "2 values", "1 channels"),
     "analyze PRUNED --data digits -o NEW": (f"`{LAYER}`", "pruned"),
+    # budgets
+    f"{VIT_PRUNE} --mass 0.9 --scope static -o NEW": ("with `--scope input`",),
+    f"{VIT_PRUNE} --mass 1.2 -o NEW": ("`--mass`: expected `float` <= 1.0, found 1.2",),
+    f"{VIT_PRUNE} --mass 0.9 --keep 4 -o NEW": ("`--keep` and `--mass` exclude each other",),
+    f"{VIT_PRUNE} --keep 4": ("nothing to write",),
+    f"{VIT_PRUNE} -o NEW": ("no number of experts to keep",),
+    f"{VIT_PRUNE} --keep 4 --max-size 0.5 -o NEW": ("`--keep` and `--max-size` exclude each other",),
+    f"{VIT_PRUNE} --max-size 0.05 -o NEW": ("give at least 0.2",),
+    f"{VIT_PRUNE} --max-flops 0.1 -o NEW": ("give at least 0.6",),
+    f"{VIT_PRUNE} --max-size 0.9 --scope input -o NEW": ("give at least 1\n",),
+    f"{VIT_PRUNE} --max-accuracy-drop 0.1 -o NEW": ("`--max-accuracy-drop` searches on labelled `--data`",),
+    f"{VIT_PRUNE} --keep 4 --save-plan NEW -o NEW": ("`--save-plan` and another output are both",),
+    f"{VIT_PRUNE} --plan plan.json --scope static -o NEW": ("`--scope` does not go with `--plan`",),
+    f"{VIT_PRUNE} --plan missing.json -o NEW": ("no file `missing.json`",),
+    f"{VIT_PRUNE} --keep 4 --scope input --signal gram -o NEW": ("`--signal gram` needs one set",),
+    "prune VIT --max-size 0.5 -o NEW": ("`--max-size` with scope static needs an analysis",),
+    # compensations
+    f"{MERGE} --one-shot": ("is fitted to data, not in one shot",),
+    f"{MERGE} --scope input": ("needs one set of experts for all inputs, `--scope static`",),
+    f"{MERGE} --signal gram": ("`--compensate merge` does not go with `--signal gram`",),
+    f"{ENERGY} 0.9 --compensate mean": ("`--energy`",),
+    f"{ENERGY} 1 --compensate affine": ("`--energy`",),
+    f"{ENERGY} 0.9": ("`--energy`",),
+    f"{ONE_SHOT} --analysis OF_VIT --compensate lstsq": ("`lstsq` of layer `blocks.1.soft_moe` is fitted to data",),
+    f"{ONE_SHOT} --analysis OF_VIT --compensate lstsq --scope input": ("`lstsq` of layer `blocks.1.soft_moe` is",),
+    f"{ONE_SHOT} --analysis OF_VIT --data pairs": ("`--one-shot` and `--data` exclude each other",),
+    ONE_SHOT: ("needs calibration",),
+    # latency and confidence
+    f"{NONE} --latency-batch 8": ("`--latency-batch` goes with `--latency`",),
+    f"{NONE} --latency --latency-batch 8 --latency-batch -1": ("`--latency-batch` `[1]`: expected", "found -1"),
+    f"{NONE} --sweep 1/8 --analysis a --min-speedup 2": ("`--min-speedup` does not go with",),
+    f"{NONE} --sweep 1/8 --analysis a --latency-batch 1": ("`--latency-batch` goes with",),
+    f"{NONE} --latency --min-speedup 2": ("compares with the full model\n\nhint: give it with `--baseline`",),
+    f"{NONE} --baseline b --min-speedup 2": ("`--min-speedup` judges measured times\n\nhint: give it", "`--latency`"),
+    f"{NONE} --confidence 0.49 --min-accuracy 0.5": ("`--confidence 0.49` is not within 0.5 and 1",),
+    f"{NONE} --confidence 0.95": ("`--confidence` goes with a gate",),
+    f"{NONE} --confidence 0.95 --sweep 1/8 --analysis a.st": ("does not go with `--sweep`",),
+    # plots and pages
+    f"{EVAL} --plot f.png": ("`--sweep` and `--plot` need `--analysis`",),
+    f"{EVAL} --plot f.pdf --analysis ANALYSIS": ("is not a plot",),
+    f"{EVAL} --plot f.png --analysis ANALYSIS --min-accuracy 1": ("`--min-accuracy` does not go",),
+    f"{EVAL} --plot f.png --analysis ANALYSIS --output-file f.png": ("are both",),
+    f"{EVAL} --report page.pdf": ("`page.pdf` is not a page of HTML",),
+    f"{EVAL} --report PAGE": ("old.html` exists",),
+    f"{EVAL} --report missing/page.html": ("no directory `missing`",),
+    f"{EVAL} --report page.html --output-file page.html": ("are both `page.html`",),
+    f"{EVAL} --report page.html --analysis OF_VIT": ("the analysis was made for another checkpoint",),
 }
 WRITERS = ("analyze SINGLE --data digits --limit 9 -o", f"{ROUTED} -o", "inspect SINGLE --output-file")
 PLACES = {
@@ -574,7 +621,8 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize(("text", "fragments"), (OPTIONS | OUTPUTS).items())
-def test_options(workshop, text, fragments):
+def test_options(workshop, text, fragments, monkeypatch):
+    monkeypatch.chdir(workshop.out)
     workshop.refuse(text, *fragments)
 
 

@@ -1,6 +1,5 @@
 """The commands on the shipped checkpoints: reports, files, gates, exit codes, repeatability."""
 
-import contextlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from moeprune.evaluation.gates import judge
 from moeprune.models.architecture import architecture_from_json
 from moeprune.records import to_text
 from tests.damage import metadata_of, parts_of, with_header, with_metadata
-from tests.endings import PATIENCE, refusal, time_limit
+from tests.endings import PATIENCE, on_a_terminal, refusal, time_limit
 from tests.results import cost, evaluation
 from tests.schemas import complaints
 from tests.stock import SOURCE_ARGS
@@ -719,21 +718,11 @@ def test_shares_are_rounded_to_the_nearest_number_of_experts(single, keep, k):
 
 def test_a_narrow_terminal_cuts_no_table(single, stock, tmp_path, monkeypatch):
     """On 80 columns lines wrap, but no cell loses a character."""
-    import pty
-
-    main, terminal = pty.openpty()
-    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "dumb")
-    call = f"-m moeprune analyze {single} --data {stock.path('data.npz')} -o {tmp_path}/a.safetensors"
-    process = subprocess.Popen([sys.executable, *call.split()], stdout=terminal)
-    os.close(terminal)
-    printed = b""
-    with contextlib.suppress(OSError):  # the other end is closed
-        while chunk := os.read(main, 4096):
-            printed += chunk
-    assert process.wait() == 0
-    assert b"unused" in printed
-    assert "…" not in printed.decode()
+    call = f"analyze {single} --data {stock.path('data.npz')} -o {tmp_path}/a.safetensors"
+    shown = on_a_terminal(call, "stdout", columns=80)
+    assert "unused" in shown
+    assert "…" not in shown
 
 
 @pytest.mark.parametrize(("right", "passes"), [(95, True), (94, False)])

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -23,6 +22,7 @@ from moeprune.data.preprocessing import InputFormat, Preprocessing
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
+from tests import stock
 
 GREY = InputFormat(1, 8, 8, classes=10)
 COLOUR = InputFormat(3, 8, 8, classes=10)
@@ -64,23 +64,11 @@ def expected(inputs: np.ndarray, form: InputFormat) -> Tensor:
     return torch.from_numpy(((inputs / 255 - mean) / std).astype(np.float32))
 
 
-def as_npz(path: Path, arrays: dict[str, np.ndarray]) -> Path:
-    np.savez(path / "data.npz", **arrays)
-    return path / "data.npz"
+def writer_of(kind: str):
+    return lambda folder, arrays: stock.write_arrays(kind, folder / "data", arrays)
 
 
-def as_compressed_npz(path: Path, arrays: dict[str, np.ndarray]) -> Path:
-    np.savez_compressed(path / "data.npz", **arrays)
-    return path / "data.npz"
-
-
-def as_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> Path:
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_arrays(contiguous, path / "data.safetensors")
-    return path / "data.safetensors"
-
-
-ARRAY_FILES = [as_npz, as_compressed_npz, as_safetensors]
+ARRAY_FILES = as_npz, as_compressed_npz, as_safetensors = [writer_of(kind) for kind in stock.ARRAY_FILES]
 
 
 def write_folder(path: Path, arrays: dict[str, np.ndarray]) -> Path:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,9 +82,7 @@ def exported(tmp_path, monkeypatch):
         if library != "moeprune" and not peers.has(library.replace("-", "_")):
             pytest.skip(f"{library} is not installed")
         torch.manual_seed(0)
-        module = type(sys)("user_nets")
-        module.build = factory
-        monkeypatch.setitem(sys.modules, "user_nets", module)
+        monkeypatch.setitem(sys.modules, "user_nets", SimpleNamespace(build=factory))
         model = moeprune.adopt(factory(), SHAPE, "user_nets:build")
         pruned = moeprune.prune(model, keep=KEPT, signal="random", compensate="renorm")
         return pruned, tmp_path / "small.pt", moeprune.export(pruned, tmp_path / "small.pt", library)

@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,10 +174,8 @@ def test_commands_for_a_model_of_ones_own_code(workplace, run, monkeypatch):
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
         )  # fmt: skip
 
-    module = type(sys)("mypackage.models")
-    module.build = build
-    monkeypatch.setitem(sys.modules, "mypackage", type(sys)("mypackage"))
-    monkeypatch.setitem(sys.modules, "mypackage.models", module)
+    for name in ("mypackage", "mypackage.models"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(build=build))
     monkeypatch.setenv("MOEPRUNE_ANALYZE_LIMIT", "20")
     monkeypatch.setenv("MOEPRUNE_EVAL_LIMIT", "20")
     torch.save({"state_dict": build(depth=4).state_dict()}, "model.pt")

@@ -1,14 +1,11 @@
 """Reports where people look: Markdown, annotations, JUnit, the summary of a run; and what stays silent."""
 
-import contextlib
-import os
 import random
 import re
-import struct
-import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +18,7 @@ from moeprune.report.ci import annotation, to_annotations, to_junit
 from moeprune.report.document import Document, Facts, Lines, Table, gate_in_words
 from moeprune.report.markdown import to_markdown
 from moeprune.report.text import to_text
+from tests.endings import on_a_terminal
 from tests.results import evaluation
 
 NASTY = "a|b*c*, 50% _d_ <e> [f](g): &amp; ~~h~~ #1 $i$"
@@ -313,31 +311,15 @@ def test_verbose_says_what_is_read_where_it_runs_and_how_long_it_takes(single, r
     assert run(f"{call} --force").stderr == ""
 
 
-def on_a_terminal(*arguments):
-    """What a command writes to stderr where that is a terminal."""
-    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
-    main, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    call = [sys.executable, "-m", "moeprune", *map(str, arguments)]
-    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=terminal)
-    os.close(terminal)
-    written = b""
-    with contextlib.suppress(OSError):  # the end, where the terminal is closed
-        while chunk := os.read(main, 4096):
-            written += chunk
-    os.close(main)
-    assert process.wait() == 0
-    return written.decode()
-
-
 @pytest.mark.slow
 def test_progress_shows_samples_per_second_and_the_time_left_on_a_terminal_unless_quiet(single):
-    call = ("eval", single, "--data", "digits", "--batch-size", 1)
-    assert re.search(r"eval: +\d+%.*/531 \[00:\d\d<00:\d\d, +\d+(\.\d+)? samples/s\]", on_a_terminal(*call))
-    assert on_a_terminal(*call, "--quiet") == ""
+    call = f"eval {single} --data digits --batch-size 1"
+    shown = on_a_terminal(call, "stderr")
+    assert re.search(r"eval: +\d+%.*/531 \[00:\d\d<00:\d\d, +\d+(\.\d+)? samples/s\]", shown)
+    assert on_a_terminal(f"{call} --quiet", "stderr") == ""
 
 
-def test_warnings_of_libraries_are_shown_if_wished_alone(run, tmp_path, monkeypatch):
+def test_warnings_of_libraries_are_shown_if_wished_alone(run, printed, tmp_path, monkeypatch):
     theirs = pytest.importorskip("soft_moe_pytorch")
 
     def build():
@@ -346,17 +328,14 @@ def test_warnings_of_libraries_are_shown_if_wished_alone(run, tmp_path, monkeypa
         pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)
         return nn.Sequential(nn.Conv2d(3, 12, 8, 8), layer, *pooled)
 
-    module = type(sys)("noisy")
-    module.build = build
-    monkeypatch.setitem(sys.modules, "noisy", module)
+    monkeypatch.setitem(sys.modules, "noisy", SimpleNamespace(build=build))
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.save(build().state_dict(), "model.pt")
-    call = ("inspect", "model.pt", "--model", "noisy:build", "--input-shape", "3,16,16")
-    result = run(*call)
-    assert (result.code, result.stderr) == (0, "")
+    call = "inspect model.pt --model noisy:build --input-shape 3,16,16"
+    printed(call)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert run(*call, "--verbose").code == 0
+        assert run(f"{call} --verbose").code == 0
     assert "noise" in {str(warning.message) for warning in seen}
