@@ -112,18 +112,12 @@ def test_a_demo_on_a_disk_that_is_full_or_read_only(run, disk):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
-    ("words", "unbuffered"),
-    [
-        (["--version"], ""),
-        (["--help"], "1"),
-        (["inspect", "@"], "1"),
-        (["inspect", "@", "--output-format", "json"], ""),
-    ],
+    ("call", "unbuffered"),
+    [("--version", ""), ("--help", "1"), ("inspect @", "1"), ("inspect @ --output-format json", "")],
 )
-def test_a_full_stdout(single, words, unbuffered):
-    words = [str(single) if word == "@" else word for word in words]
+def test_a_full_stdout(single, call, unbuffered):
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("wb") as full:
-        command = [sys.executable, "-m", "moeprune", *words]
+        command = [sys.executable, "-m", "moeprune", *call.replace("@", str(single)).split()]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False, text=True)
     assert (result.returncode, result.stderr) == (2, f"error: cannot write to stdout ({os.strerror(errno.ENOSPC)})\n")

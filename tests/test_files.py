@@ -216,11 +216,8 @@ def umask() -> int:
 
 def test_of_two_commands_one_wins(single, tmp_path):
     path = tmp_path / "x.safetensors"
-    words = [sys.executable, "-m", "moeprune", "prune", single, "--keep", 4, "--signal", "random", "-o", path]
-    runs = [
-        subprocess.Popen([str(word) for word in (*words, "--seed", seed)], stderr=subprocess.PIPE, text=True)
-        for seed in range(2)
-    ]
+    call = f"{sys.executable} -m moeprune prune {single} --keep 4 --signal random -o {path} --seed"
+    runs = [subprocess.Popen([*call.split(), str(n)], stderr=subprocess.PIPE, text=True) for n in range(2)]
     errors = [process.communicate(timeout=100)[1] for process in runs]
     assert sorted(process.returncode for process in runs) == [0, 2]
     assert f"error: `{path}` exists" in "".join(errors)

@@ -28,9 +28,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 @pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_python", "_check_build"])
 def test_interrupted_imports_are_an_interrupt_too(single, tmp_path, library):
     """Libraries swallow a KeyboardInterrupt while they are imported, or make an ImportError of it."""
-    words = ["analyze", single, "--data", "digits", "--batch-size", "1", "-o", tmp_path / "output"]
-    command = [sys.executable, "-m", "moeprune", *(str(word) for word in words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    call = f"-m moeprune analyze {single} --data digits --batch-size 1 -o {tmp_path}/output"
+    with subprocess.Popen([sys.executable, *call.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         maps = Path(f"/proc/{process.pid}/maps")
         while library not in maps.read_text():
             assert process.poll() is None

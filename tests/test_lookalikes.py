@@ -1,7 +1,5 @@
 """Layers that are not a library's own, but a subclass, a copy of its code, or something else with its tensors."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import types

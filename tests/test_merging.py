@@ -98,16 +98,16 @@ def test_each_dropped_expert_goes_to_the_kept_one_that_is_weighted_most_alike():
 
 def test_merging_on_the_command_line(vit, vit_analysis, run, run_json, tmp_path):
     path, again = tmp_path / "merged.safetensors", tmp_path / "again.safetensors"
-    words = ("prune", vit, "--analysis", vit_analysis, "--keep", "1/2", "--compensate", "merge")
-    found = run_json(*words, "-o", path, "--save-plan", tmp_path / "plan.json")
+    call = f"prune {vit} --analysis {vit_analysis}"
+    found = run_json(f"{call} --keep 1/2 --compensate merge -o {path} --save-plan {tmp_path}/plan.json")
     for layer in found["plan"].values():
         assert len(layer["merged_into"]) == 32
         assert set(layer["merged_into"]) <= set(layer["kept"])
     assert found["model"]["bytes"] < 0.7 * found["full_model"]["bytes"]
     assert found["model"]["flops_per_input"] == found["full_model"]["flops_per_input"]
-    run_json("prune", vit, "--analysis", vit_analysis, "--plan", tmp_path / "plan.json", "-o", again)
+    run_json(f"{call} --plan {tmp_path}/plan.json -o {again}")
     assert again.read_bytes() == path.read_bytes()
-    evaluated = run_json("eval", path, "--data", "pairs", "--limit", 200, "--baseline", vit)
+    evaluated = run_json(f"eval {path} --data pairs --limit 200 --baseline {vit}")
     assert evaluated["difference"]["agreement"] > 0.5
     for name, layer in moeprune.load(path).moe_layers.items():
         assert layer.fc1_weight.shape[0] == 32

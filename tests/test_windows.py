@@ -1,7 +1,5 @@
 """Layers that see windows, frames or flips of an input, folded into the batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
