@@ -274,7 +274,7 @@ METADATA: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "residual is text": ({"architecture blocks 0 residual": "no"}, ("blocks[0].residual`",)),
     "unknown key in a Soft MoE": ({f"{MOE} gate": 1}, ("soft_moe", "gate")),
     "another width": ({f"{MOE} dim": 16}, ("width 16", "`dim` 32")),
-    "other experts": ({f"{MOE} num_experts": 64}, (f"`{LAYER}.phi`", "[32, 128, 1]")),
+    "other experts": ({f"{MOE} num_experts": 64}, (f"`{LAYER}.fc1_bias`", "[128, 4]", "2 more")),
     "no experts": ({f"{MOE} num_experts": 0}, ("soft_moe.num_experts`",)),
     "router": ({f"{MOE} router_norm": "l1"}, ("soft_moe.router_norm`", "l1")),
     "plan of an unknown layer": ({"plan": {"blocks.7.soft_moe": PLAN}}, ("blocks.7.soft_moe",)),

@@ -1,6 +1,8 @@
 """Foreign checkpoints: what is read, what is refused and why, and that nothing in a file is ever run."""
 
 import argparse
+import datetime
+import enum
 import errno
 import hashlib
 import io
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from safetensors.torch import save_file
 
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import check_finite
-from moeprune.files.foreign import PREFIXES, STATE_DICT_KEYS, StateDict, read_state_dict
+from moeprune.files.foreign import STATE_DICT_KEYS, StateDict, read_state_dict
+from moeprune.files.pickles import MAX_CLASSES
 from tests.damage import Call, damaged_torch, mutated
 from tests.stock import SHARDS, save_shards
 
@@ -40,6 +43,18 @@ MARKER = "MOEPRUNE_TEST_MARKER"
 
 class Config:
     """An object as training code puts it beside the weights."""
+
+
+class Settings(dict):
+    """Such as EasyDict: a dict with a state of its own."""
+
+    def __init__(self, *arguments: Any, **entries: Any):
+        super().__init__(*arguments, **entries)
+        self.__dict__["path"] = Path("run")
+
+
+class Kind(enum.Enum):
+    LARGE = "large"
 
 
 def bomb(function: Any = os.system) -> Call:
@@ -154,16 +169,6 @@ def test_a_key_means_nothing_to_safetensors(tmp_path, form):
     refused(save(tmp_path, form, tensors()), "no key `model`", "safetensors", key="model")
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("prefix", [*PREFIXES, "module._orig_mod.", "_orig_mod.module.model.", "model.model."])
-def test_prefixes_of_all_names_are_taken_off(tmp_path, form, prefix):
-    expected = tensors()
-    wrapped = {prefix + name: tensor for name, tensor in expected.items()}
-    equal(read_state_dict(save(tmp_path, form, wrapped)), expected)
-    wrapped["head"] = torch.ones(1)
-    equal(read_state_dict(save(tmp_path, form, wrapped)), wrapped)
-
-
 @BOTH
 def test_tied_views_and_parameters(tmp_path, form):
     weight = torch.nn.Parameter(torch.randn(4, 6))
@@ -176,21 +181,6 @@ def test_tied_views_and_parameters(tmp_path, form):
     check_finite(found.tensors, tmp_path)
 
 
-def test_real_modules_as_people_save_them(tmp_path):
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
-    compiled = torch.nn.Module()
-    compiled._orig_mod = model
-    parallel = torch.nn.Module()
-    parallel.module = compiled
-    path = tmp_path / "checkpoint.pth.tar"
-    torch.save({"state_dict": parallel.state_dict(), "epoch": 1}, path)
-    model.load_state_dict(read_state_dict(path).tensors, strict=True)
-    # An average of weights counts itself beside them: names with and without the prefix.
-    average = torch.optim.swa_utils.AveragedModel(model)
-    torch.save(average.state_dict(), path)
-    assert read_state_dict(path).tensors.keys() == average.state_dict().keys()
-
-
 def test_shards_are_found_through_their_folder(tmp_path):
     path = save_shards(tmp_path, tensors())
     equal(read_state_dict(tmp_path), tensors())
@@ -200,9 +190,11 @@ def test_shards_are_found_through_their_folder(tmp_path):
         (tmp_path / "snapshot" / file.name).symlink_to(file)
     equal(read_state_dict(tmp_path / "snapshot"), tensors())
     (tmp_path / "other.safetensors.index.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")  # of the same weights in another format
     refused(tmp_path, "several indexes", path.name, "other.safetensors.index.json")
     path.unlink()
     (tmp_path / "other.safetensors.index.json").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").unlink()
     refused(tmp_path, "without an index", "give one of its files")
 
 
@@ -261,7 +253,6 @@ def test_weights_are_mapped_not_copied(tmp_path, form):
         (lambda: torch.eye(3).to_sparse(), "`odd` is sparse (torch.sparse_coo)"),
         (lambda: torch.eye(3).to_sparse_csr(), "`odd` is sparse (torch.sparse_csr)"),
         (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "`odd` has the type torch.qint8"),
-        (lambda: torch.ones(2, dtype=torch.complex64), "`odd` has the type torch.complex64"),
         (lambda: torch.zeros(1).expand(10**12), "`odd` has the shape [1000000000000], larger than the whole file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -299,6 +290,18 @@ def test_files_without_a_state_dict(tmp_path, form, content, fragments):
     refused(save(tmp_path, form, content), *fragments)
 
 
+WHERE = ("alone", "beside", "within", "in the optimizer")
+
+
+def placed(thing: Any, where: str) -> Any:
+    return {
+        "alone": thing,
+        "beside": {"model": tensors(), "args": thing},
+        "within": {"model": tensors() | {"odd": thing}},
+        "in the optimizer": {"optimizer": {"state": [thing]}, "state_dict": tensors()},
+    }[where]
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("thing", "wanted"),
@@ -306,26 +309,101 @@ def test_files_without_a_state_dict(tmp_path, form, content, fragments):
         (bomb(), f"{os.system.__module__}.system"),
         (bomb(eval), "eval"),
         (bomb(exec), "exec"),
+        (Call(print, "x"), "print"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("where", WHERE)
+def test_pickles_that_run_code_are_refused(tmp_path, form, thing, wanted, where):
+    text = refused(save(tmp_path, form, placed(thing, where)), wanted, "without running code", "weights_only=False")
+    assert "torch.save(found['state_dict'], NEW)" in text
+    assert "\x1b" not in text
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("thing", "wanted"),
+    [
         (argparse.Namespace(lr=0.1), "argparse.Namespace"),
         (Config(), ".Config"),
         (np.float64(0.9), "core.multiarray.scalar"),
         (Path("run"), "pathlib"),
-        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (Kind.LARGE, ".Kind"),
+        (datetime.datetime(2026, 1, 2), "datetime.datetime"),
+        (np.arange(3), "core.multiarray._reconstruct"),
+        ({"rng": np.random.get_state(), "types": [np.dtype("f4"), int, Config]}, "core.multiarray._reconstruct"),
+        (defaultdict(list, a=[Config()]), "collections.defaultdict"),
+        (Settings(a=1, b=Config()), ".Settings"),
+        (deque([1, Config()]), "collections.deque"),
+        (slice(1, 2), "builtins.slice"),
+        (Call(subprocess.getoutput, f'touch "${MARKER}"'), ".getoutput"),
+        (Call(getattr, Config(), "__init__"), "builtins.getattr"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.parametrize("where", ["alone", "beside", "within", "in the optimizer"])
-def test_pickles_that_need_code_are_refused(tmp_path, form, thing, wanted, where):
-    content = {
-        "alone": thing,
-        "beside": {"model": tensors(), "args": thing},
-        "within": {"model": tensors() | {"odd": thing}},
-        "in the optimizer": {"optimizer": {"state": [thing]}, "state_dict": tensors()},
-    }[where]
-    text = refused(save(tmp_path, form, content), wanted, "without running code", "weights_only=False")
-    assert "`args`" in text
-    assert "torch.save(found['state_dict'], NEW)" in text
-    assert "\x1b" not in text
+def test_objects_beside_the_weights_are_not_loaded(tmp_path, form, thing, wanted):
+    for where in ("beside", "in the optimizer"):
+        equal(read_state_dict(save(tmp_path, form, placed(thing, where))), tensors())
+    for where in ("alone", "within"):
+        text = refused(save(tmp_path, form, placed(thing, where)))
+        if not isinstance(thing, dict | deque):
+            assert wanted in text
+            assert "without running code" in text
+
+
+@BOTH
+def test_objects_that_may_be_the_weights_are_not_passed_over(tmp_path, form):
+    model, ema = Config(), tensors()
+    path = save(tmp_path, form, {"model": model, "ema": ema})
+    refused(path, "`ema`", ".Config`", "--key ema")
+    equal(read_state_dict(path, "ema"), ema)
+    refused(path, "without running code", ".Config", key="model")
+    refused(save(tmp_path, form, {"model": model, "epoch": 3}), "without running code", ".Config")
+    equal(read_state_dict(save(tmp_path, form, {"model": Settings(ema)})), ema)
+
+
+class Called(Call):
+    """The result of a call, called again."""
+
+    __call__ = Call.__reduce__
+
+
+def stated(function: Any, *arguments: Any, state: Any) -> Call:
+    """A call whose result then gets a state."""
+    found = Call(function, *arguments)
+    found.call = (*found.call, state)
+    return found
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "thing",
+    [
+        stated(os.system, f'touch "${MARKER}"', state={"a": 1}),
+        stated(torch.device, "cpu", state={"type": Config()}),
+        Call(torch._utils._rebuild_parameter, Config(), False, OrderedDict()),
+        Call(torch._utils._rebuild_tensor_v2, Config(), 0, (1,), (1,), False, OrderedDict()),
+        Call(torch._tensor._rebuild_from_type_v2, Config, torch.Tensor, (), {}),
+        Call(Called(getattr, Config(), "__init__"), 1),
+        Call(OrderedDict, Call(Config)),
+        [[{"a": (bomb(),)}]],
+    ],
+    ids=str,
+)
+def test_inert_objects_do_nothing_in_the_place_of_others(tmp_path, form, thing):
+    refused(save(tmp_path, form, {"model": tensors(), "args": thing}), "without running code")
+
+
+@BOTH
+def test_files_of_many_classes_end(tmp_path, form):
+    several = [type(f"C{i}", (), {"__reduce__": lambda self: (sys.intern, ("a",))})() for i in range(3)]
+    refused(save(tmp_path, form, {"model": tensors(), "args": several}), "sys.intern")
+    classes = [type(f"Many{i}", (), {"__module__": __name__}) for i in range(MAX_CLASSES + 1)]
+    globals().update({kind.__name__: kind for kind in classes})
+    equal(read_state_dict(save(tmp_path, form, {"model": tensors(), "args": classes[:-1]})), tensors())
+    refused(save(tmp_path, form, {"model": tensors(), "args": classes}), f"Many{MAX_CLASSES}")
+    before = torch.serialization.get_safe_globals()
+    assert not any("Inert" in str(kind) for kind in before)
 
 
 def test_the_bombs_would_go_off(tmp_path):
@@ -358,7 +436,7 @@ def test_other_pickles_and_archives_are_refused_by_name(tmp_path):
             archive.addfile(entry, io.BytesIO(content))
     refused(path, "tar format", "without running code")
     np.savez(path.with_suffix(".npz"), a=np.ones(2))
-    refused(path.with_suffix(".npz"), "a zip file that torch cannot load")
+    refused(path.with_suffix(".npz"), "an archive of NumPy arrays", "--data")
     whole = save(tmp_path, "zip", tensors())
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
@@ -502,27 +580,37 @@ def test_an_index_may_lack_the_size_or_have_another(tmp_path, metadata, caplog):
     equal(read_state_dict(path), tensors())
 
 
-OUTSIDE = "../secret.safetensors|/etc/passwd|sub/model.safetensors|..|.||..\\a|C:\\a|C:a|a\0b|a/|//host/a"
+OUTSIDE = "../secret.safetensors|/etc/passwd|sub/../../secret.safetensors|..|.||..\\a|C:\\a|C:a|a\0b|a/|//host/a"
 
 
 @pytest.mark.parametrize("shard", OUTSIDE.split("|"))
-def test_shards_lie_beside_the_index(tmp_path, shard):
+def test_shards_lie_in_the_folder_of_the_index(tmp_path, shard):
     folder = tmp_path / "model"
     folder.mkdir()
     save_file(tensors(), tmp_path / "secret.safetensors")
     path = save_shards(folder, tensors(), weight_map=dict.fromkeys(tensors(), shard))
-    refused(path, "shards that are not beside it")
+    refused(path, "shards that are not in its folder")
 
 
-def test_shards_of_another_format_are_refused(tmp_path):
-    path = save_shards(tmp_path, tensors())
-    for form in ("zip", "legacy"):
-        save(tmp_path, form, tensors(), FIRST)
-        with pytest.raises(MoepruneError, match=f"{FIRST}` is not a safetensors file"):
-            read_state_dict(path)
-    (tmp_path / FIRST).unlink()
-    (tmp_path / FIRST).mkdir()
-    with pytest.raises(MoepruneError, match=FIRST):
+@BOTH
+@pytest.mark.parametrize("folder", ["", "weights", "a/b"])
+def test_shards_of_torch_and_in_folders(tmp_path, form, folder):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    found, names = tensors(), [f"{folder}/{name}".removeprefix("/") for name in ("one.bin", "two.bin")]
+    weight_map = {name: names[index % 2] for index, name in enumerate(found)}
+    for shard in names:
+        save(tmp_path, form, {name: found[name] for name in found if weight_map[name] == shard}, shard)
+    path = tmp_path / "pytorch_model.bin.index.json"
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    for given in (path, tmp_path):
+        equal(read_state_dict(given), found)
+    save(tmp_path, form, {"a": bomb()}, names[1])
+    refused(path.parent / names[1], "without running code")
+    with pytest.raises(MoepruneError, match=r"two\.bin` cannot be loaded"):
+        read_state_dict(path)
+    (tmp_path / names[1]).unlink()
+    (tmp_path / names[1]).mkdir()
+    with pytest.raises(MoepruneError, match="is a folder"):
         read_state_dict(path)
 
 

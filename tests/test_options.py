@@ -45,7 +45,7 @@ NEEDS: dict[str, dict[str, str | None]] = {
         ("eval --max-accuracy-drop, --min-flops-reduction, --min-size-reduction, --min-agreement",
          {"--baseline": "@single"}),
         ("--model-arg, --input-shape", {"--model": "os:getcwd", "--input-shape": "3,8,8", "CKPT": "@torch"}),
-        ("--source, --key", {"CKPT": "@torch"}),
+        ("--source, --key, --prefix", {"CKPT": "@torch"}),
         ("--source-arg", {"CKPT": "@foreign"}),
     )
     for call in calls.split(", ")
@@ -80,6 +80,7 @@ WRONG: dict[str, tuple[str, ...]] = {
         ("--sweep", ("0", "1/8,", "x", "200", "1e999999999", "")),
         ("--source-arg", ("num_heads", "=3", "depth=x", "nothing=3", "")),
         ("--key --ignore-layer", ("nothing", "")),
+        ("--prefix", ("nothing", "a.b.")),
         ("--model-arg", ("depth", "=3", "1=2", "a=1e999", "")),
         ("--input-shape", ("3", "3,8", "3,8,x", "3,8,0", "3,8,-8", "3,100000,100000", "3,8," + "9" * 5000, "")),
     )
@@ -92,7 +93,7 @@ WRONG_FOR = {("demo", "--output"): ("@", "@text", "@text/x")}
 
 BY_VALUE = {
     "--output", "--output-file", "--save-plan", "--plot", "--report", "--data", "--baseline",
-    "--analysis", "--plan", "--device", "--key", "--preprocess",
+    "--analysis", "--plan", "--device", "--key", "--prefix", "--preprocess",
 }  # fmt: skip
 """Options whose value, a path or a name in backticks, may stand in the error in their own place."""
 

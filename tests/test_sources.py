@@ -421,7 +421,9 @@ def test_queries_normalised_by_head_tell_their_number(write):
     assert "num_heads" not in error
     assert "`num_heads` is 4, expected 3" in refused(path, **GIVEN)
     state["blocks.0.attn.q_norm.weight"] = torch.ones(7)
-    assert "`blocks.0.attn.q_norm.weight` is [7], expected [24]" in refused(write(state), **GIVEN)
+    assert "`blocks.0.attn.q_norm.bias` is [8], expected [24]; 5 more of another shape" in refused(
+        write(state), **GIVEN
+    )
 
 
 UNFIT = [
@@ -473,7 +475,7 @@ DAMAGED = [
     (
         {f"blocks__1__mlp__experts__0__fc{i}__{part}": None for i in (1, 2) for part in ("weight", "bias")},
         "missing `blocks.1.mlp.experts.0.fc1.bias`; missing `blocks.1.mlp.experts.0.fc1.weight`; missing"
-        " `blocks.1.mlp.experts.0.fc2.bias`; missing `blocks.1.mlp.experts.0.fc2.weight`",
+        " `blocks.1.mlp.experts.0.fc2.bias`; 1 more missing",
     ),
     ({"blocks__0__norm1__weight": torch.ones(12)}, "`blocks.0.norm1.weight` is [12], expected [24]"),
     ({"blocks__1__mlp__experts__3__fc1__weight": torch.ones(40, 24)}, "is [40, 24], expected [48, 24]"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -14,11 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moeprune.errors import MoepruneError, user_code
-from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.layer import layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
-from moeprune.models.description import Details, require_tensors
+from moeprune.models.description import Details
 from moeprune.models.factory import import_factory, normalized, same_factory
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, lookalikes
 from moeprune.models.model import Model
@@ -192,24 +190,3 @@ def name_of(factory: Factory | None) -> str | None:
         return factory and normalized(factory)
     name = getattr(factory, "__qualname__", "<unnamed>")
     return None if "<" in name else f"{factory.__module__}:{name}"
-
-
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load the tensors of a file into a module, which must have exactly these; an error lists all others."""
-    own = module.state_dict()
-    require_tensors(
-        tensor_infos(tensors),
-        {name: tuple(tensor.shape) for name, tensor in own.items()},
-        f"`{path}` does not fit the model that `--model` builds",
-        "give the function and the `--model-arg` that it was trained with",
-        {name for name, tensor in own.items() if not tensor.is_floating_point()},
-    )
-    module.load_state_dict(dict(tensors), assign=True)
-
-
-def load_foreign(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load a file of the module's own code strictly; its layers may have names of older releases."""
-    names = set(module.state_dict())
-    for library in LAYERS.values():
-        tensors = library.rename(tensors, names)
-    load_strictly(module, tensors, path)

@@ -118,20 +118,31 @@ def require_tensors(
     hint: str | None = None,
     integers: Collection[str] = (),
 ) -> None:
-    """Raise a MoepruneError that begins with `what` and lists all missing and unexpected tensors, wrong shapes and
-    types; all are floats but `integers`.
+    """Raise a MoepruneError that begins with `what` and names missing and unexpected tensors, wrong shapes and types.
+
+    Of each it names the first three. All tensors are floats but `integers`.
     """
-    problems = [f"missing `{name}`" for name in sorted(set(expected) - set(found))]
-    problems += [f"unexpected `{name}`" for name in sorted(set(found) - set(expected))]
-    for name in sorted(set(found) & set(expected)):
-        shape, dtype = found[name].shape, found[name].dtype
-        if shape != expected[name]:
-            problems.append(f"`{name}` is {list(shape)}, expected {list(expected[name])}")
-        if (dtype in FLOATS) == (name in integers):
-            kind = "integers" if name in integers else "floats"
-            problems.append(f"`{name}` has the type {dtype}, expected {kind}")
+    common = sorted(set(found) & set(expected))
+    shapes = [
+        f"`{name}` is {list(found[name].shape)}, expected {list(expected[name])}"
+        for name in common
+        if found[name].shape != expected[name]
+    ]
+    types = [
+        f"`{name}` has the type {found[name].dtype}, expected {'integers' if name in integers else 'floats'}"
+        for name in common
+        if (found[name].dtype in FLOATS) == (name in integers)
+    ]
+    problems = _first([f"missing `{name}`" for name in sorted(set(expected) - set(found))], "missing")
+    problems += _first([f"unexpected `{name}`" for name in sorted(set(found) - set(expected))], "unexpected")
+    problems += _first(shapes, "of another shape") + _first(types, "of another type")
     if problems:
         raise MoepruneError(f"{what}: {'; '.join(problems)}", hint)
+
+
+def _first(problems: list[str], kind: str, limit: int = 3) -> list[str]:
+    rest = len(problems) - limit
+    return problems if rest <= 0 else [*problems[:limit], f"{rest} more {kind}"]
 
 
 def require_one_type(tensors: Mapping[str, TensorInfo], path: str | Path) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from moeprune.errors import MoepruneError, user_code
 from moeprune.files.checkpoint import write_state_dict
 from moeprune.layers.layer import MoELayer
-from moeprune.models.adopted import AdoptedModel, load_foreign
+from moeprune.models.adopted import AdoptedModel
 from moeprune.models.architecture import ModuleConfig, ViTConfig
 from moeprune.models.libraries import MODELS
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, installed_version
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
+from moeprune.models.loading import load_strictly
 from moeprune.models.model import Model, private_copy
 from moeprune.models.results import Export, ExportedLayer, Parity
 from moeprune.plan import Plan
@@ -120,7 +121,7 @@ def compare_module(model: Model, original: nn.Module, tensors: Mapping[str, Tens
                     parent.set_submodule(name, library.rebuild(theirs, _of_kept_experts(model.moe_layers[name])))
             except MoepruneError as error:
                 return skipped(error.message)
-    load_foreign(parent["module"], tensors, "the exported tensors")
+    load_strictly(parent["module"], tensors, "the exported tensors")
     return difference(model, parent["module"], "your own model")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeprune.data.datasets import Dataset
 from moeprune.data.spec import DataSpec
@@ -16,13 +16,15 @@ from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.foreign import StateDict, read_state_dict
 from moeprune.files.header import Header, require_unchanged
-from moeprune.models.adopted import Factory, adopt, build, load_foreign, load_strictly, name_of, parse_source, skeleton
+from moeprune.files.names import View, views
+from moeprune.models.adopted import Factory, adopt, build, name_of, parse_source, skeleton
 from moeprune.models.architecture import ModelConfig, ModuleConfig, ViTConfig
 from moeprune.models.description import Details, our_header, read_description
 from moeprune.models.export import compare, difference, skipped, to_library
-from moeprune.models.libraries import library_of_file
+from moeprune.models.libraries import is_anchor, library_of_file
 from moeprune.models.libraries.layers import installed_version
-from moeprune.models.libraries.soft_moe import Layout
+from moeprune.models.libraries.soft_moe import Layout, SoftMoEViTs
+from moeprune.models.loading import load_foreign, load_strictly, load_view, only, tensors_of
 from moeprune.models.model import Model, dataset_for, remember_fingerprint
 from moeprune.models.request import ModelSpec
 from moeprune.models.results import Reading
@@ -38,6 +40,7 @@ def load(
     *,
     source: str | None = None,
     key: str | None = None,
+    prefix: str | None = None,
     input_shape: tuple[int, int, int] | None = None,
     preprocess: Mapping[str, Any] | None = None,
     ignore_layers: Sequence[str] = (),
@@ -50,7 +53,7 @@ def load(
         model: the function that builds the model, or its name, `package.module:function` or
             `path/module.py:function`, if the model is your own code. A checkpoint names it too, but only a
             caller can allow that it is run.
-        source: see ModelSpec, like key, input_shape, preprocess and arguments.
+        source: see ModelSpec, like key, prefix, input_shape, preprocess and arguments.
         ignore_layers: see `adopt`.
 
     Raises:
@@ -59,7 +62,7 @@ def load(
             compute what the library's or your own does.
     """
     spec = ModelSpec(
-        path=Path(path), model=name_of(model), source=source, key=key, input_shape=input_shape,
+        path=Path(path), model=name_of(model), source=source, key=key, prefix=prefix, input_shape=input_shape,
         preprocess=dict(preprocess or {}), ignore_layer=tuple(ignore_layers),
         **{"source_arg" if model is None else "model_arg": arguments},
     )  # fmt: skip
@@ -148,9 +151,8 @@ def _open_library(spec: ModelSpec) -> Model:
             "name the function that builds the model",
         )
     found = read_state_dict(spec.path, spec.key)
-    tensors, infos = found.tensors, checkpoint.tensor_infos(found.tensors)
-    library = library_of_file(infos, str(spec.path), spec.source)
-    layout = library.read(infos, spec.source_arg, str(spec.path))
+    view, library, layout = _read_library(spec, found)
+    tensors = tensors_of(found, view)
     checkpoint.check_finite({k: t for k, t in tensors.items() if k not in layout.dropped}, spec.path)
     model = _build(layout.config, {}, Details(source=_source({library.name: None}, found)), None)
     model.load_state_dict(_to_ours(tensors, layout), assign=True)
@@ -162,10 +164,27 @@ def _open_library(spec: ModelSpec) -> Model:
         own = tensors if is_theirs else to_library(model, layout.config, library)
         parity = compare(model, library, layout.config, own)
     model.reading = Reading(
-        library=library.name, arguments=layout.arguments, defaults=layout.defaults, dropped=layout.dropped,
-        parity=parity,
+        library=library.name, arguments=layout.arguments, defaults=layout.defaults, prefix=view.prefix,
+        wrappers=view.wrappers, dropped=[*layout.dropped, *view.dropped], parity=parity,
     )  # fmt: skip
     return model
+
+
+def _read_library(spec: ModelSpec, found: StateDict) -> tuple[View, SoftMoEViTs, Layout]:
+    """Return the view of a whole model of a library in a file, and how the library lays it out."""
+    read, errors = {}, []
+    options = views(list(found.tensors), is_anchor, 1, spec.prefix, spec.path)
+    for index, view in enumerate(options):
+        infos = checkpoint.tensor_infos(tensors_of(found, view))
+        try:
+            library = library_of_file(infos, str(spec.path), spec.source)
+            read[index] = library, library.read(infos, spec.source_arg, str(spec.path))
+        except MoepruneError as error:
+            errors.append(error)
+    if not read:
+        raise errors[0]
+    view = only([options[index] for index in read], found, spec.path)
+    return view, *read[options.index(view)]
 
 
 def _to_ours(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -188,23 +207,21 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
             "give channels, height and width: `--input-shape 3,224,224`",
         )
     found = read_state_dict(spec.path, spec.key)
-    checkpoint.check_finite(found.tensors, spec.path)
-
-    def built() -> nn.Module:
-        module = build(factory, spec.model_arg)
-        load_foreign(module, found.tensors, spec.path)
-        return module
-
-    model = adopt(built(), spec.input_shape, factory, spec.model_arg, spec.source, spec.ignore_layer)
+    module = build(factory, spec.model_arg)
+    view = load_foreign(module, found, spec.path, spec.prefix)
+    checkpoint.check_finite(tensors_of(found, view), spec.path)
+    model = adopt(module, spec.input_shape, factory, spec.model_arg, spec.source, spec.ignore_layer)
     libraries = dict.fromkeys(model.config.libraries) | parse_source(spec.source)
     model.details = Details(source=_source(libraries, found))
-    parity = None
+    parity, again = None, build(factory, spec.model_arg)
+    load_view(again, found, view)
     for name, release in parse_source(spec.source).items():
         if release is not None and (installed := installed_version(name)) != release:
             parity = skipped(f"`{name}` {installed} is installed, not {release}")
     model.reading = Reading(
-        library=", ".join(libraries), arguments=spec.model_arg, defaults={}, dropped=[],
-        parity=parity or difference(model, built(), "your own model"),
+        library=", ".join(libraries), arguments=spec.model_arg, defaults={}, prefix=view.prefix,
+        wrappers=view.wrappers, dropped=view.dropped,
+        parity=parity or difference(model, again, "your own model"),
     )  # fmt: skip
     return model
 

@@ -49,6 +49,9 @@ class ModelSpec(Request, frozen=True, kw_only=True):
     key: Annotated[
         str | None, option("The entry of a training checkpoint that holds the weights, such as model_ema.")
     ] = None
+    prefix: Annotated[
+        str | None, option("The start of the names of the weights, such as ema_model., if a file holds several models.")
+    ] = None
     ignore_layer: Annotated[
         tuple[str, ...], option("With --model: a layer to leave as it is (repeatable).", metavar="NAME")
     ] = ()
@@ -67,8 +70,8 @@ class ModelSpec(Request, frozen=True, kw_only=True):
     @property
     def foreign_only(self) -> list[str]:
         """The options that are given and that only a file of another program needs."""
-        names = ("source", "source_arg", "model_arg", "key", "input_shape", "ignore_layer")
-        return ["--" + name.replace("_", "-") for name in names if getattr(self, name)]
+        names = ("source", "source_arg", "model_arg", "key", "prefix", "input_shape", "ignore_layer")
+        return ["--" + name.replace("_", "-") for name in names if getattr(self, name) not in (None, {}, ())]
 
 
 Checkpoint = Annotated[

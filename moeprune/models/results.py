@@ -65,7 +65,8 @@ class Reading(Result, frozen=True):
     """Facts read from a checkpoint of another program.
 
     arguments: of the library's constructor, or of the user's own factory. defaults: those of them that are
-    the library's defaults. dropped: tensors that the model does not use.
+    the library's defaults. dropped: tensors that the model does not use. prefix: taken off the names of all others;
+    wrappers: parts taken off anywhere in names, such as `_orig_mod`.
     """
 
     library: str
@@ -73,6 +74,8 @@ class Reading(Result, frozen=True):
     parity: Parity
     defaults: dict[str, Any]
     dropped: list[str]
+    prefix: str
+    wrappers: list[str]
 
 
 class Inspection(ModelCost, Report, frozen=True):

@@ -49,11 +49,13 @@ def inspection(result: Inspection) -> Document:
     for title, values in (("source", result.source), ("provenance", result.provenance)):
         facts += [(f"{title}: {name}", plain(value)) for name, value in values.items()]
     if reading := result.reading:
-        unused = f"{plain(reading.dropped)} (the model does not use them)" if reading.dropped else ""
+        unused = f"{plain(_few(reading.dropped))} (the model does not use them)" if reading.dropped else ""
+        removed = ", ".join(part for part in (reading.prefix, *(f"{part}." for part in reading.wrappers)) if part)
         facts += _unless_empty(
             ("read as", reading.library),
             ("built with", _assignments(reading.arguments)),
             ("taken from the library's defaults", _assignments(reading.defaults)),
+            ("prefixes taken off", plain(removed)),
             ("left out", unused),
             ("parity", _parity(reading.parity)),
         )
@@ -93,6 +95,11 @@ def _parity(parity: Parity) -> str:
         return f"not measured: {parity.skipped}"
     most = f"{parity.max_relative_difference:.1e} of the largest one ({parity.dtype})"
     return f"logits of {parity.images} random images differ by at most {most}"
+
+
+def _few(names: Sequence[str], limit: int = 3) -> list[str]:
+    rest = len(names) - limit
+    return [*names[:limit], *([f"and {rest} more"] if rest > 0 else [])]
 
 
 def _assignments(values: Mapping[str, Any]) -> str:

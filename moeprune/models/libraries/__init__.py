@@ -7,6 +7,11 @@ from moeprune.models.libraries.soft_moe import SoftMoEViTs, Tensors
 MODELS = {library.name: library for library in (SoftMoEViTs(),)}  # libraries of whole models by name
 
 
+def is_anchor(name: str) -> bool:
+    """Return True for a name of a tensor that only models of a known library have."""
+    return any(library.anchor.fullmatch(name) for library in MODELS.values())
+
+
 def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> SoftMoEViTs:
     """Return the library that wrote a file with these tensors; name: of the library, if the user gives it."""
     if name in MODELS:

@@ -75,9 +75,9 @@ class LayerLibrary:
         """Return a new layer of this config, such as one of fewer experts, of the module's own class."""
         return type(module)(**self.arguments(module, config))
 
-    def rename(self, tensors: Tensors, expected: set[str]) -> Tensors:
-        """Return the tensors of a model, those of old releases under the expected names."""
-        return tensors
+    def older_name(self, name: str) -> str:
+        """Return the name that a tensor of a model had in older releases."""
+        return name
 
 
 class _SoftMoE(LayerLibrary):
@@ -161,10 +161,8 @@ class _SoftMoEPytorch(LayerLibrary):
         rate = max((dropout.p for dropout in _parts(module, nn.Dropout).values()), default=0)
         return arguments | {"geglu": config.expert == "geglu", "dropout": rate}
 
-    def rename(self, tensors: Tensors, expected: set[str]) -> Tensors:
-        newer = {name: re.sub(r"\bexperts\.(?=\d)", "experts.experts.", name) for name in tensors}
-        old = {name for name, new in newer.items() if name not in expected and new in expected}
-        return {newer[name] if name in old else name: tensor for name, tensor in tensors.items()}
+    def older_name(self, name: str) -> str:
+        return re.sub(r"\bexperts\.experts\.(?=\d)", "experts.", name)
 
 
 class _SoftMixtureOfExperts(LayerLibrary):

@@ -62,10 +62,11 @@ class Layout(NamedTuple):
 class SoftMoEViTs:
     """The library's whole models; a further library provides the same.
 
-    name: on PyPI and on the command line. model_class: loads what is written.
+    name: on PyPI and on the command line. model_class: loads what is written. anchor: a tensor that each model has.
     """
 
     name = "soft-moe"
+    anchor = re.compile(r"blocks\.\d+\.mlp\.phi")
     model_class = "soft_moe.SoftMoEVisionTransformer"
 
     def fits(self, tensors: Tensors) -> bool:
