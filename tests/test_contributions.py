@@ -80,8 +80,7 @@ def test_error_of_a_regression_is_that_on_the_rows_of_the_other_half(case, compe
             target = parts[dropped].sum(0)
             R_fit, T_fit = rows[fitted].flatten(0, 1).double().numpy(), target[fitted].reshape(-1, 5)
             R_out, T_out = rows[~fitted].flatten(0, 1).double().numpy(), target[~fitted].reshape(-1, 5)
-            V = direct_ridge(R_fit, T_fit, ridge / 2, scale)
-            error += np.square(T_out - R_out @ V).sum()
+            error += np.square(T_out - R_out @ direct_ridge(R_fit, T_fit, ridge / 2, scale)).sum()
         errors.append(error)
     assert min(abs(found / error - 1) for error in errors) < 1e-4
     assert found < 0.95 * np.square(parts[dropped].sum(0)).sum()

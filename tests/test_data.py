@@ -322,8 +322,7 @@ def test_other_files_in_a_folder_do_not_matter_nor_does_the_case_of_suffixes(tmp
 def save_picture(path: Path, size: tuple[int, int], mode: str = "RGB") -> Path:
     """A folder with one picture without symmetries, of this width and height."""
     width, height = size
-    array = pixels((height, width, 3) if mode == "RGB" else (height, width), seed=3)
-    Image.fromarray(array).save(path / "picture.png")
+    Image.fromarray(pixels((height, width, 3) if mode == "RGB" else (height, width), seed=3)).save(path / "picture.png")
     return path
 
 
@@ -391,8 +390,7 @@ def test_preprocess_option_changes_what_the_model_sees(single, run_json, tmp_pat
     form = replace(model.input_format, preprocessing=Preprocessing(mean=(0.1,), std=(0.2,)))
     found = run_json("eval", single, "--data", path, "--preprocess", "mean=0.1", "--preprocess", "std=0.2")
     assert found["data"]["fingerprint"] == fingerprint(path, form)
-    own = run_json("eval", single, "--data", path)
-    assert own["data"]["fingerprint"] == fingerprint(path, model.input_format)
+    assert run_json("eval", single, "--data", path)["data"]["fingerprint"] == fingerprint(path, model.input_format)
     labels = torch.from_numpy(arrays["labels"])
     logits = model(expected(arrays["inputs"], form))
     assert found["model"]["accuracy"] == (logits.argmax(1) == labels).double().mean().item()

@@ -61,8 +61,7 @@ def test_chance_names_no_class():
 
 def test_a_class_that_the_full_model_does_not_know_cannot_collapse():
     labels = [0] * 100 + [1] * 100
-    full = [0] * 30 + [1] * 70 + [1] * 100
-    assert found_of(labels, [1] * 200, full).collapsed == []
+    assert found_of(labels, [1] * 200, [0] * 30 + [1] * 70 + [1] * 100).collapsed == []
 
 
 @pytest.mark.parametrize(

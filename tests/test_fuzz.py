@@ -172,8 +172,7 @@ def case(stock: Stock, kind: str, number: int) -> tuple[Path, bytes, list[object
     whole = stock.path(kind)
     file = whole if whole.is_file() else chance.choice(sorted(p for p in whole.rglob("*") if p.is_file()))
     commands = KINDS[kind]
-    words = stock.command(commands[number % len(commands)])
-    return file, DAMAGES[file.suffix](file.read_bytes(), chance), words
+    return file, DAMAGES[file.suffix](file.read_bytes(), chance), stock.command(commands[number % len(commands)])
 
 
 @contextlib.contextmanager

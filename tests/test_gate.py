@@ -149,8 +149,7 @@ def test_bounds_are_against_the_model_the_more_so_the_higher_the_level(seed):
         bounds = [evidence.bound(level) for level in LEVELS]
         assert bounds == sorted(bounds, reverse=not is_maximum)
         for level, bound in zip(LEVELS, bounds, strict=True):
-            is_kept = bound <= limit if is_maximum else bound >= limit
-            assert evidence.keeps(limit, level, evidence.samples) is is_kept
+            assert evidence.keeps(limit, level, evidence.samples) is (bound <= limit if is_maximum else bound >= limit)
 
 
 @pytest.mark.parametrize("seed", range(20))

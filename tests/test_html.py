@@ -136,8 +136,7 @@ def test_the_verdict_stands_first_and_tables_have_the_values_of_the_json(judged,
         ["max_accuracy_drop", "0.001", f"{drop['value']:.4g}", "✗ FAILED"],
         ["min_size_reduction", "0.5", f"{size['value']:.4g}", "✓ passed"],
     ]
-    top5 = f"{100 * report['model']['top5_accuracy']:.2f} %"
-    assert ["top-5 accuracy", top5] in [row[:2] for row in numbers]
+    assert ["top-5 accuracy", f"{100 * report['model']['top5_accuracy']:.2f} %"] in [row[:2] for row in numbers]
     shown = {cells[0]: cells[1:5] for cells in classes[1:]}
     assert len(shown) == len(report["forgetting"]["classes"]) == 10
     for entry in report["forgetting"]["classes"]:

@@ -30,8 +30,7 @@ def test_interrupted_imports_are_an_interrupt_too(single, tmp_path, library):
     """Libraries swallow a KeyboardInterrupt while they are imported, or make an ImportError of it."""
     call = f"-m moeprune analyze {single} --data digits --batch-size 1 -o {tmp_path}/output"
     with subprocess.Popen([sys.executable, *call.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        maps = Path(f"/proc/{process.pid}/maps")
-        while library not in maps.read_text():
+        while library not in Path(f"/proc/{process.pid}/maps").read_text():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=PATIENCE)

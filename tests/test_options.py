@@ -178,8 +178,7 @@ def test_odd_values_are_taken_or_refused(words_with, folder, run, command, optio
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "option"), WITH_VALUE)
 def test_a_wrong_value_of_a_variable_is_refused_by_name(words_with, folder, run, command, option, monkeypatch):
-    value = next(filter(None, wrong_values(command, option)))
-    words, given = words_with(command, option, value)
+    words, given = words_with(command, option, next(filter(None, wrong_values(command, option))))
     name = f"MOEPRUNE_{command}_{option[2:]}".upper().replace("-", "_")
     monkeypatch.setenv(name, given)
     assert complaint(run, words[:-1], folder, f"`${name}`") is None, words

@@ -120,8 +120,7 @@ def by_brute_force(model, data, analysis, name: str) -> dict[tuple[int, str], di
 def test_rows_are_what_running_every_subset_as_a_model_gives(small, name):
     model, data, analysis = small
     expected = by_brute_force(model, data, analysis, name)
-    found = oracle.compare_signals(model, analysis, data, CPU)[name]
-    rows = {(row["k"], row["signal"]): row for row in found}
+    rows = {(row["k"], row["signal"]): row for row in oracle.compare_signals(model, analysis, data, CPU)[name]}
     assert {key for key in rows if key[1] != "random"} == set(expected)
     for key, row in expected.items():
         assert {figure: rows[key][figure] for figure in row} == pytest.approx(row, abs=1e-9), key

@@ -130,8 +130,7 @@ def test_every_compensation_goes_through_analyze_prune_save_load_eval(folder, ru
     for compensation in ("none", "mean", "lstsq", "affine"):
         path = folder / f"{compensation}.safetensors"
         way = f"--analysis {analysis} --keep 1/2 --signal gram --compensate {compensation}"
-        pruned = run_json(f"prune {full} {way} -o {path} --model {FACTORY}")
-        assert pruned["model"]["experts_per_input"] == 2 * N // 2
+        assert run_json(f"prune {full} {way} -o {path} --model {FACTORY}")["model"]["experts_per_input"] == 2 * N // 2
         found = run_json(f"eval {path} --data {folder}/test.npz --baseline {full} --model {FACTORY}")
         assert found["model"]["bytes"] < found["baseline_model"]["bytes"] or compensation == "affine"
         loaded = moeprune.load(path, FACTORY)

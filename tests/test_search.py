@@ -174,8 +174,7 @@ def test_of_several_plans_the_one_nearest_to_the_full_model_is_kept(vit):
     assert changed[0] != changed[1]
     nearest = changed.index(min(changed))
     for ordered, given in ((plans, None), (plans[::-1], analysis)):
-        found = prune_best(model, ordered, given, data=data, runtime=CPU)
-        ks = [layer.plan.k for layer in found.moe_layers.values()]
+        ks = [layer.plan.k for layer in prune_best(model, ordered, given, data=data, runtime=CPU).moe_layers.values()]
         assert ks == [plan.k for plan in plans[nearest].values()]
 
 

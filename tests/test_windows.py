@@ -92,8 +92,7 @@ def test_windows_are_counted_and_share_the_experts_of_their_input(how, windows, 
             assert all((chosen == chosen[:, :1]).all() for chosen in of_inputs)
             assert any((chosen != chosen[:1]).any() for chosen in of_inputs)
         if scope != "batch":
-            alone = torch.cat([pruned(x[i : i + 1]) for i in range(5)])
-            assert relative_error(alone, together) < 1e-5
+            assert relative_error(torch.cat([pruned(x[i : i + 1]) for i in range(5)]), together) < 1e-5
 
 
 @pytest.mark.parametrize("compensate", ["affine", "refit"])
