@@ -110,9 +110,7 @@ def equal(found: StateDict, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(got, tensor)
 
 
-# What is read
-
-
+# --- what is read
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_and_type(tmp_path, form, dtype):
@@ -238,9 +236,7 @@ def test_weights_are_mapped_not_copied(tmp_path, form):
     assert checked[0] - before[0] < 8192
 
 
-# What is refused
-
-
+# --- what is refused
 @BOTH
 @pytest.mark.parametrize(
     ("make", "fragment"),
@@ -482,9 +478,7 @@ def test_attributes_that_a_file_gives_to_tensors_and_dicts_change_nothing(tmp_pa
     check_finite(state.tensors, path)
 
 
-# Files that cannot be read
-
-
+# --- files that cannot be read
 def test_paths_that_are_no_files(tmp_path):
     refused(tmp_path / "none.pt", "no file")
     refused(tmp_path / ("x" * 300), "cannot read")
@@ -552,9 +546,7 @@ def test_truncated_files(tmp_path, form):
                 read_state_dict(tmp_path)
 
 
-# Shards
-
-
+# --- shards
 def test_all_that_is_wrong_with_shards_is_listed(tmp_path):
     found = {name: torch.ones(2) for name in "abcdef"}
     map_ = {"a": FIRST, "b": SECOND, "c": FIRST, "d": SECOND, "e": SECOND, "x": FIRST}
@@ -614,9 +606,7 @@ def test_shards_of_torch_and_in_folders(tmp_path, form, folder):
         read_state_dict(path)
 
 
-# Anything at all
-
-
+# --- anything at all
 def check_read_or_refused(path: Path) -> bool:
     """Whether a file of unknown content was read."""
     try:
