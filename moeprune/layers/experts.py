@@ -10,7 +10,8 @@
 Rows of all inputs are grouped by expert, so that each expert's weights are used where they lie, and once: on
 the CPU in a loop over views of the stacked weights, or, for little work, as a product of gathered copies. On
 a GPU the kernels of moeprune.layers.kernels never synchronise with the host; the loop, which does so once a
-layer, remains for gradients, float64, and platforms without Triton.
+layer, remains for gradients, float64, and platforms without Triton. Under torch.export and torch.compile
+the experts of an input are gathered or all of them run, so that the graph does not depend on the choice.
 
 Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert, o output
 width; k experts run for an input, with s = k·p slots in the order of `chosen`.
@@ -51,6 +52,10 @@ class Experts(NamedTuple):
         """True if half of the first linear's output gates the other half."""
         return self.fc1_weight is not None and self.fc1_weight.shape[2] == 2 * self.fc2_weight.shape[2]
 
+    def copies(self, chosen: Tensor) -> "Experts":
+        """Return the weights of experts by their indices (r)."""
+        return Experts(*(None if weight is None else weight[chosen] for weight in self))  # type: ignore[arg-type]
+
     def activate(self, hidden: Tensor) -> Tensor:
         """Return the input of the second linear (…,h), from the output of the first."""
         if not self.is_gated:
@@ -86,12 +91,17 @@ def combine_mass(combine_weights: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def rank(scores: Tensor) -> Tensor:
     """Return expert indices (...,n) from the highest to the lowest score; of equal scores the lower first."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices
+    if not torch.compiler.is_exporting():
+        return scores.sort(dim=-1, descending=True, stable=True).indices
+    expert = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)  # ONNX has no stable sort
+    one, other = scores[..., None], scores[..., None, :]
+    is_behind = (other > one) | ((other == one) & (expert[..., None, :] < expert[..., None]))
+    return torch.zeros_like(expert).scatter(-1, is_behind.sum(-1), expert)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Return the k best experts of each row, ascending (...,k), with ties broken as in `rank`."""
-    if scores.device.type == "cpu" and 0 < k < scores.shape[-1]:
+    if scores.device.type == "cpu" and 0 < k < scores.shape[-1] and not torch.compiler.is_compiling():
         # Four times faster than ranking all, but which of two equal scores it takes is not specified.
         best = scores.topk(k + 1, dim=-1)
         if (best.values[..., k - 1] > best.values[..., k]).all():
@@ -157,8 +167,13 @@ def slot_weights(
     return dispatch.to(dtype), combine.to(dtype)
 
 
-def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Tensor | None = None) -> Tensor:
-    """Run expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): (b,k,p,o), zero where idle (b,k)."""
+def run_experts(
+    slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Tensor | None = None, is_shared: bool = False
+) -> Tensor:
+    """Run expert chosen[i,j] (b,k) on slot_inputs[i,j] (b,k,p,d): (b,k,p,o), zero where idle (b,k).
+
+    is_shared: all inputs have the same experts.
+    """
     kernels = kernels_for(slot_inputs, *experts)
     n, width = experts.fc2_bias.shape
     if kernels and chosen.shape[1]:
@@ -172,6 +187,9 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Ten
         rows = rows.view(*slot_inputs.shape[:-1], width)
         return rows if idle is None else rows.masked_fill_(idle[:, :, None, None], 0)  # nobody wrote there
     b, k, p, d = slot_inputs.shape
+    if torch.compiler.is_compiling():
+        outputs = _run_traced(slot_inputs, chosen, experts, is_shared)
+        return outputs if idle is None else outputs.masked_fill(idle[:, :, None, None], 0)
     if idle is not None:
         outputs = slot_inputs.new_zeros(b, k, p, width)
         active = ~idle  # each pair as if it were an input of its own with one expert
@@ -180,12 +198,35 @@ def run_experts(slot_inputs: Tensor, chosen: Tensor, experts: Experts, idle: Ten
     rows, chosen = slot_inputs.reshape(b * k, p, d), chosen.flatten()
     bytes_of_one = sum(weight[0].nbytes for weight in experts if weight is not None) if n else 0
     if 0 < len(chosen) * bytes_of_one <= GATHERED:
-        copies = Experts(*(None if weight is None else weight[chosen] for weight in experts))  # type: ignore[arg-type]
-        return copies.run(rows).view(b, k, p, width)
+        return experts.copies(chosen).run(rows).view(b, k, p, width)
     order = chosen.argsort(stable=True)
     rows_of_expert = [p * count for count in chosen.bincount(minlength=n).tolist()]
     outputs = experts.run(rows[order].flatten(0, 1), functools.partial(grouped_linear, rows_of_expert))
     return outputs.view(b * k, p, width)[order.argsort()].view(b, k, p, width)
+
+
+def _run_traced(slot_inputs: Tensor, chosen: Tensor, experts: Experts, is_shared: bool) -> Tensor:
+    """Do the same in a graph that does not depend on the choice; what is idle (n) gets the last expert's outputs."""
+    (b, k, p, d), (n, width) = slot_inputs.shape, experts.fc2_bias.shape
+    someone = chosen.clamp_max(n - 1)
+    if is_shared:
+        rows = slot_inputs.transpose(0, 1).reshape(k, b * p, d)
+        return experts.copies(someone[0]).run(rows).view(k, b, p, width).transpose(0, 1)
+    if _is_known(b * k > n):  # more copies than experts: run each on all inputs
+        places = chosen[:, :, None, None].expand(-1, -1, p, d)
+        rows = slot_inputs.new_zeros(b, n + 1, p, d).scatter(1, places, slot_inputs)[:, :n]
+        outputs = experts.run(rows.transpose(0, 1).reshape(n, b * p, d)).view(n, b, p, width)
+        return outputs.transpose(0, 1).gather(1, someone[:, :, None, None].expand(-1, -1, p, width))
+    return experts.copies(someone.flatten()).run(slot_inputs.reshape(b * k, p, d)).view(b, k, p, width)
+
+
+def _is_known(condition: bool) -> bool:
+    """Return a condition on the number of inputs; False if a graph is exported for any number of them."""
+    if not torch.compiler.is_exporting():
+        return condition  # a graph that is compiled is made anew where this differs
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def grouped_linear(rows_of_expert: list[int], rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class MoELayer(nn.Module):
         if self.plan.mass is None:
             return choose(scores, self.plan.k)
         chosen = fewest_with_mass(scores, mass, self.plan.mass, self.plan.k)
-        if len(chosen) and not chosen.is_cuda:  # where the host may ask: only as many as an input needs
+        if not (chosen.is_cuda or torch.compiler.is_compiling()) and len(chosen):  # the host may ask: what inputs need
             chosen = chosen[:, : int((chosen < self.config.num_experts).sum(1).amax())]
         return chosen
 

@@ -14,6 +14,7 @@ run, those of dropped experts by kept ones.
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -76,9 +77,9 @@ class SoftMoE(MoELayer):
 
         mask: tokens that are not padding (b,m); padding is not dispatched and not counted in scores.
         """
-        with torch.cuda.device_of(x):  # where kernels are launched, if it is a GPU
+        with torch.cuda.device_of(x) if x.is_cuda else nullcontext():  # where kernels are launched
             windows = self.config.windows
-            if len(x) % windows:
+            if x.shape[0] % windows:
                 raise MoepruneError(f"a layer runs on {len(x)} windows, expected a multiple of {windows}")
             if not self.config.interleaved:
                 return self._forward(x, mask)
@@ -204,7 +205,7 @@ class SoftMoE(MoELayer):
         if self.plan is not None and self.plan.merges:
             rows_of_expert = [len(group) * b * p for group in self.plan.groups]
             rows = self.experts.run(rows.flatten(0, 2), partial(grouped_linear, rows_of_expert))
-        elif 0 < b * p <= FEW_ROWS and e and kernels_for(slot_inputs, *self.experts):
+        elif kernels_for(slot_inputs, *self.experts) and 0 < b * p <= FEW_ROWS and e:
             return run_experts(slot_inputs, _every_expert(slot_inputs, e), self.experts)
         else:
             rows = self.experts.run(rows.flatten(1, 2))
@@ -227,7 +228,7 @@ class SoftMoE(MoELayer):
         weights = None if plan.compensation == "renorm" else combine_weights
         dispatch, combine = slot_weights(router_logits, weights, someone, self.config.mixes_batch, idle)
         slot_inputs = (dispatch @ tokens).unflatten(1, (chosen.shape[1], p))
-        slot_outputs = run_experts(slot_inputs, chosen, self.experts, idle)
+        slot_outputs = run_experts(slot_inputs, chosen, self.experts, idle, is_shared=plan.scope == "batch")
         if plan.has_basis or not plan.has_surrogate:
             return combine @ slot_outputs.flatten(1, 2), slot_outputs
         # The surrogates of all slots, corrected where a slot has its real output.

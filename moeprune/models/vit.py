@@ -49,7 +49,7 @@ class SoftMoEViT(Model):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return images (b,c,H,W) as tokens with their positions (b,m,d), the class token first."""
-        (ph, pw), b = self.config.patch_size, len(images)
+        (ph, pw), b = self.config.patch_size, images.shape[0]
         grid = images.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # (b,c,gh,ph,gw,pw)
         patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(b, self.config.num_patches, -1)  # in reading order
         tokens = self.patch_embed(patches)

@@ -1,0 +1,120 @@
+"""Graphs of pruned layers and models by torch.export, torch.compile and torch.onnx: they compute the same."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+import moeprune
+from tests.test_soft_moe import (
+    COMPENSATIONS,
+    SCOPES,
+    D,
+    M,
+    N,
+    adaptive_layer,
+    dense_layer,
+    pruned_layer,
+    relative_error,
+    surrogates,
+)  # fmt: skip
+
+DYNAMIC = ({0: torch.export.Dim("b", min=2)},)
+
+
+def export(model, x, strict=False):
+    return torch.export.export(model, (x,), dynamic_shapes=DYNAMIC, strict=strict).module()
+
+
+def export_for_a_size(model, x):
+    return torch.export.export(model, (x,)).module()
+
+
+def export_strictly(model, x):
+    return export(model, x, strict=True)
+
+
+def compiled(model, x):
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend="eager")
+
+
+def onnx(model, x):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)
+    return lambda x: program(x)[0]
+
+
+def layer_of(scope, compensation="none", **settings):
+    dense = dense_layer(dtype=torch.float32, **settings)
+    u = surrogates(settings.get("p", 2))
+    if scope == "mass":
+        dense.scale.fill_(8)
+        return adaptive_layer(dense, 0.6, compensation, u=u)
+    return pruned_layer(dense, scope, 2, compensation, u)
+
+
+def images(b):
+    return torch.randn(b, 1, 8, 8, generator=torch.Generator().manual_seed(b))
+
+
+def tokens(b):
+    return torch.randn(b, M, D, generator=torch.Generator().manual_seed(b))
+
+
+WAYS = [export, export_for_a_size, export_strictly, compiled, onnx]
+FEW = [(export, "input", "none"), (compiled, "batch", "none"), (onnx, "mass", "mean")]
+ALL = list(product(WAYS, (None, *SCOPES, "mass"), COMPENSATIONS))
+
+
+@pytest.mark.parametrize(
+    ("trace", "scope", "compensation"),
+    [pytest.param(*case, marks=() if case in FEW else pytest.mark.slow) for case in ALL],
+)
+def test_graphs_of_layers_compute_the_same(trace, scope, compensation):
+    layer = layer_of(scope, compensation)
+    traced = trace(layer, tokens(4))
+    for b in (4,) if trace is export_for_a_size else (2, 4, 9):
+        assert relative_error(traced(tokens(b)), layer(tokens(b))) < 2e-6, b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trace", [export, compiled, onnx])
+@pytest.mark.parametrize("scope", ["input", "batch"])
+def test_of_experts_of_equal_mass_a_graph_takes_the_lower(trace, scope):
+    layer = layer_of(scope)
+    layer.phi.zero_()
+    assert torch.equal(layer.choose(torch.ones(2, N)), torch.tensor([[0, 1], [0, 1]]))
+    assert relative_error(trace(layer, tokens(4))(tokens(9)), layer(tokens(9))) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trace", WAYS)
+@pytest.mark.parametrize(
+    "settings", [{"expert": "geglu", "p": 1}, {"expert": "linear", "router_norm": "none"}], ids=str
+)
+@pytest.mark.parametrize("scope", ["input", "batch"])
+def test_graphs_of_other_layers(trace, settings, scope):
+    layer = layer_of(scope, **settings)
+    assert relative_error(trace(layer, tokens(4))(tokens(4)), layer(tokens(4))) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trace", [export, compiled, onnx])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_graphs_of_models_compute_the_same(trace, scope, single):
+    model = moeprune.prune(
+        moeprune.load(single), keep=4, scope=scope, signal="combine" if scope != "static" else "random"
+    )
+    traced = trace(model, images(4))
+    for b in (2, 9):
+        assert relative_error(traced(images(b)), model(images(b))) < 2e-6
+
+
+def test_a_graph_of_a_model_of_the_users_own(single):
+    layer = moeprune.load(single).get_submodule("blocks.0.soft_moe")
+    own = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (2, 32)), layer, nn.Flatten())
+    model = moeprune.prune(moeprune.adopt(own, (1, 8, 8)), keep=4, scope="batch")
+    assert relative_error(export(model, images(4))(images(3)), model(images(3))) < 2e-6
