@@ -67,7 +67,8 @@ def from_json(value: Any, kind: type[T] | Any, where: str) -> T:
         reason, _, path = str(error).partition(" - at `$")
         keys = [key or int(index) for key, index in re.findall(r"\.([\w-]+)|\[(\d+)\]", path)]
         place = " ".join(filter(None, (where, path.strip(".`") and f"`{path.strip('.`')}`")))
-        found, hint, there = "" if "[...]" in path else _found(value, keys), None, list(_types_at(kind, keys))
+        found, there = "" if "[...]" in path else _found(value, keys), list(_types_at(kind, keys))
+        hint: Any = "give a fraction: one percent is 0.01" if re.search("<=? 1.0$", reason) else None
         if reason.startswith("Invalid enum value"):
             choices = [choice for part in there if get_origin(part) is Literal for choice in get_args(part)]
             reason = f"expected one of {', '.join(str(choice) or repr(choice) for choice in choices)}"

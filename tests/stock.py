@@ -53,7 +53,7 @@ WRITERS = {
     "prune in memory": (".safetensors", f"prune {DENSE} --keep 2 --scope input -o PATH"),
     "prune with a fit": (".safetensors", f"prune {DENSE} {DATA} --keep 2 --compensate lstsq -o PATH"),
     "prune within a drop": (
-        ".safetensors", f"prune {DENSE} --data digits --limit 60 --max-accuracy-drop 1 --compensate mean -o PATH",
+        ".safetensors", f"prune {DENSE} --data digits --limit 60 --max-accuracy-drop 0.99 --compensate mean -o PATH",
     ),
     "save a plan": (".json", f"prune {DENSE} --keep 2 --scope input --save-plan PATH"),
     "prune foreign": (".safetensors", f"prune @foreign.safetensors {SOURCE_ARGS} --keep 2 --signal random -o PATH"),

@@ -24,6 +24,7 @@ from moeprune.cli.reporter import Format
 from moeprune.evaluation.evaluate import Predictions, compare
 from moeprune.evaluation.gates import judge
 from moeprune.models.architecture import architecture_from_json
+from moeprune.plan import LayerPlan
 from moeprune.records import to_text
 from tests.damage import metadata_of, parts_of, with_header, with_metadata
 from tests.endings import PATIENCE, on_a_terminal, refusal, time_limit
@@ -153,7 +154,29 @@ def test_analyze_json_summarizes_each_layer(vit, run_json, tmp_path):
 def test_analyze_text_gives_a_verdict_for_each_layer(single, printed, tmp_path):
     shown = printed(f"analyze {single} --data digits --limit 40 -o {tmp_path}/a.safetensors")
     assert f"{single} on digits:calibration (40 samples)" in shown
-    assert "blocks.0.soft_moe: the combine signal is informative" in " ".join(shown.split())
+    assert "blocks.0.soft_moe: the combine signal is informative" in shown
+    assert "40 samples cannot tell how pruning changes the predictions" in shown
+
+
+def test_analyze_says_what_its_probes_measured(vit, run, run_json, tmp_path):
+    """Predictions without experts and with the paper's rule, of all layers and of each; never a cost from the mass."""
+    words = ("analyze", vit, "--data", "pairs", "--limit", 100, "-o", tmp_path / "a.safetensors", "--force")
+    found, model = run_json(*words), moeprune.load(vit)
+    data = moeprune.open_data("pairs:calibration", model.input_format, limit=100)
+
+    def agreement(k, *names):
+        plan = {name: LayerPlan("input", k, 64, "combine", "none") for name in names}
+        return moeprune.evaluate(moeprune.prune(model, plan=plan), data, model).difference.agreement
+
+    name = "blocks.1.soft_moe"
+    for probes, names in ((found["probes"], list(model.moe_layers)), (found["layers"][name]["probes"], [name])):
+        assert probes["samples"] == 100
+        assert probes["no_experts"]["agreement"] == pytest.approx(agreement(0, *names))
+        assert probes["best_eighth"]["agreement"] == pytest.approx(agreement(8, *names))
+    lines = run(*words).stdout.splitlines()
+    [mass] = [line for line in lines if line.startswith("all layers: the combine signal")]
+    assert max(map(len, lines[1 : lines.index(mass)])) <= 80
+    assert sum("of the predictions" in line for line in lines) < 4
 
 
 # --- prune
@@ -206,11 +229,16 @@ def test_routed_scopes_need_no_calibration_without_compensation(single, prune):
     assert details(path)["preprocessing"] == {**details(single)["preprocessing"], "mean": [0.5]}
 
 
-def test_prune_text_gives_sizes_and_kept_experts(single, small_analysis, printed, tmp_path):
+def test_prune_text_gives_sizes_and_kept_experts(single, small_analysis, run, tmp_path):
     path = tmp_path / "pruned.safetensors"
-    shown = printed(f"prune {single} --analysis {small_analysis} --keep 1/64 -o {path}")
+    shown, listed = (
+        run(f"prune {single} --analysis {small_analysis} --keep 1/64 -o {path} --force {more}").stdout
+        for more in ("", "--verbose")
+    )
     first, second = details(path)["plan"][LAYER]["kept"]
-    assert f"static, 2 of 128 by combine, none: {first}, {second}" in shown
+    assert "1/64 of the experts in each layer" in shown
+    assert "static, 2 of 128 by combine, none\n" in shown
+    assert f"static, 2 of 128 by combine, none: {first}, {second}\n" in listed
     assert f"({100 * tensor_bytes(path) / tensor_bytes(single):.1f} %)" in shown
     assert str(path) in shown
 
@@ -343,7 +371,7 @@ def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis
     assert found.code == 0
     assert "`refit` is left out at 1/2: it would take more than 300 regressors" in found.stderr
     rows = {(row["keep"], row["compensate"]) for row in json.loads(found.stdout)["rows"]}
-    assert rows == {("1", None), ("0", "mean"), ("1/2", "mean"), ("1/16", "mean"), ("1/16", "refit")}
+    assert rows == {("1.0", None), ("0", "mean"), ("1/2", "mean"), ("1/16", "mean"), ("1/16", "refit")}
 
 
 def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, run_json):
@@ -357,7 +385,7 @@ def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, r
     ]
     random = [("1/8", "static", "random", compensate) for compensate in COMPENSATIONS]
     no_experts = [("0", "static", "combine", c) for c in COMPENSATIONS if c != "renorm"]
-    assert keys[0] == ("1", None, None, None)
+    assert keys[0] == ("1.0", None, None, None)
     assert len(keys) == len(set(keys))
     assert set(keys[1:]) == {*every_way, *random, *no_experts}
     assert (rows[0]["retained"], rows[0]["agreement"], rows[0]["difference"]["size_reduction"]) == (1, 1, 0)
@@ -365,7 +393,7 @@ def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, r
         assert row["draws"] == (10 if signal == "random" else 1)
         assert (row["accuracy_sd"] is None) == (signal != "random")
         assert row["retained"] == row["accuracy"] / rows[0]["accuracy"]
-        assert row["model"]["experts_per_input"] == {"1": 128, "1/8": 16, "0": 0}[keep]
+        assert row["model"]["experts_per_input"] == {"1.0": 128, "1/8": 16, "0": 0}[keep]
         if signal != "random":
             assert row["accuracy"] == row["model"]["accuracy"]
         if scope in ("input", "batch"):
@@ -381,7 +409,7 @@ def test_sweep_is_restricted_by_options_and_keeps_its_controls(single, small_ana
     keys = keys_of(found["rows"])
     ways = product(["1/16", "8"], [("input", "deviation"), ("static", "random")], ["none", "renorm"])
     tried = [(keep, scope, signal, compensate) for keep, (scope, signal), compensate in ways]
-    assert keys == [("1", None, None, None), *tried, ("0", "static", "combine", "none")]
+    assert keys == [("1.0", None, None, None), *tried, ("0", "static", "combine", "none")]
     of = dict(zip(keys, found["rows"], strict=True))
     for signal in ("deviation", "random"):
         scope = "static" if signal == "random" else "input"
@@ -514,7 +542,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
             ("static", "combine", "none"), ("static", "combine", "mean"), ("static", "combine", "lstsq"),
             ("static", "gram", "affine"),
         ]  # fmt: skip
-        assert keys[0] == ("1", None, None, None)
+        assert keys[0] == ("1.0", None, None, None)
         assert set(keys[1:]) == {
             *((keep, *method) for keep in ("1/32", "1/16", "1/8") for method in methods),
             *(("0", "static", "combine", compensate) for compensate in ("none", "mean", "lstsq", "affine")),
@@ -539,7 +567,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
 
 def check_what_is_promised(model, of):
     """The figures that the shipped checkpoints must reach on the test split."""
-    full = of["1", None, None, None]["accuracy"]
+    full = of["1.0", None, None, None]["accuracy"]
     if model == "vit":
         assert full >= 0.93
         assert min(full - of["1/8", "static", "combine", c]["accuracy"] for c in ("mean", "lstsq")) <= 0.01

@@ -86,7 +86,7 @@ def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp
     assert found["plot"] == str(plot)
     assert {row["label"] for row in found["rows"]} == {None, *METHODS.values()}
     assert all(row["latency"]["batches"][0]["batch_size"] == 2 for row in found["rows"])
-    assert {row["keep"] for row in found["rows"]} == {"1", "0", "1/16", "1/4"}
+    assert {row["keep"] for row in found["rows"]} == {"1.0", "0", "1/16", "1/4"}
     best = max(row["accuracy"] for row in found["rows"])
     assert any(row["on_frontier"]["size"] and row["accuracy"] == best for row in found["rows"])
     again = run(call)

@@ -203,6 +203,31 @@ def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_
     assert flops <= 0.92 * full_flops
 
 
+@pytest.mark.parametrize(
+    ("option", "spellings", "ks"),
+    [
+        ("--keep", ("1/8", "0.125", "12.5%", "12.5 %", "8"), {8}),
+        ("--keep", ("1",), {1}),
+        ("--keep", ("1.0", "1/1", "100%", "64"), {64}),
+        ("--max-size", ("0.4", "40%", "4e1%"), None),
+        ("--max-size", ("1MiB", "1048576B", "1024kiB", "1.048576 MB", "1048.576K"), None),
+        ("--max-size", ("1.0", "1", "1GB"), {64}),
+        ("--max-flops", ("0.9", "90%", "11.4M", "11.4MFLOPs"), None),
+    ],
+)
+def test_spellings_of_how_many_experts(option, spellings, ks, vit, vit_analysis, run_json, tmp_path):
+    """A whole number is a number of experts, anything with a point, a slash or a percent sign a share."""
+    found = [
+        run_json("prune", vit, "--analysis", vit_analysis, option, text, "--save-plan", tmp_path / "p.json", "--force")
+        for text in spellings
+    ]
+    plans = [report["plan"] for report in found]
+    assert plans == [plans[0]] * len(plans)
+    assert ks in (None, {layer["k"] for layer in plans[0].values()})
+    if option == "--keep":
+        assert {report["keep"] for report in found} <= {"1/8", "8", "1", "1.0", "64"}
+
+
 def test_a_search_on_the_command_line(single, run, run_json, tmp_path):
     path = tmp_path / "found.safetensors"
     call = f"prune {single} --data digits --signal combine --compensate mean --max-accuracy-drop"

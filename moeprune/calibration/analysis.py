@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moeprune import __version__
-from moeprune.calibration.passes import divergences, measure, require_finite
+from moeprune.calibration.passes import changes, measure, require_finite
+from moeprune.calibration.probes import PROBE_INPUTS, probe
 from moeprune.calibration.results import AnalysisReport, AnalyzeRequest
 from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, StatisticsAccumulator, summarize
 from moeprune.calibration.sums import sums_in_bytes
@@ -29,7 +30,6 @@ from moeprune.records import Record, from_json, to_json
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
-PROBE_INPUTS = 256
 WORKSPACE = 2 << 30  # bytes of sums over inputs that an analysis holds at once
 
 
@@ -66,7 +66,10 @@ def analyze_checkpoint(request: AnalyzeRequest) -> tuple[AnalysisReport, Model, 
     data = open_data_for(model, request.data, "calibration")
     analysis = analyze(model, data, request.runtime)
     configs = model.config.moe_layers
-    layers = {name: summarize(statistics, configs[name].scopes) for name, statistics in analysis.layers.items()}
+    together, alone = probe(model, analysis.layers, data, request.runtime)
+    layers = {
+        name: summarize(statistics, configs[name].scopes, alone[name]) for name, statistics in analysis.layers.items()
+    }
     for name, layer in layers.items():
         if layer.experts == 1:
             logger.warning(
@@ -75,7 +78,8 @@ def analyze_checkpoint(request: AnalyzeRequest) -> tuple[AnalysisReport, Model, 
                 " train with many small experts"
             )
     save_analysis(analysis, request.output, request.overwrite)
-    return AnalysisReport(str(request.checkpoint.path), str(request.output), data.info, layers), model, analysis
+    report = AnalysisReport(str(request.checkpoint.path), str(request.output), data.info, layers, together)
+    return report, model, analysis
 
 
 def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> Analysis:
@@ -138,8 +142,8 @@ def measure_sensitivity(
         errors[name] = error.clamp_min(torch.finfo(torch.float32).tiny)
         probes[name] = private_copy(model)
         probes[name].set_submodule(name, prune_layer(layer, plan, Calibrated(term_mean=statistics[name].term_mean)))
-    changes = divergences(probes, model, data.sample(PROBE_INPUTS), runtime, "probe layers")
-    return {name: (change / errors[name]).float() for name, change in changes.items()}
+    found = changes(probes, model, data.sample(PROBE_INPUTS), runtime, "probe layers")
+    return {name: (change.divergence / errors[name]).float() for name, change in found.items()}
 
 
 def save_analysis(analysis: Analysis, path: str | Path, overwrite: bool = False) -> None:

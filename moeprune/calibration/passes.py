@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from moeprune.layers.observation import Observation
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
 
+K = TypeVar("K")
 A = TypeVar("A", bound=MomentsAccumulator)
 Observer = Callable[[str, Observation], None]
 
@@ -54,24 +55,38 @@ def require_finite(layers: Mapping[str, LayerMoments], data: Dataset) -> None:
             )
 
 
-def divergences(
-    models: Mapping[str, Model], full: Model, data: Dataset, runtime: Runtime, what: str
-) -> dict[str, Tensor]:
-    """Return the mean divergence of models' predictions from the full one's, in nats (scalars); without a
-    head, the change of the features as a share of their square.
+class Change(NamedTuple):
+    """The mean change of a model's predictions from the full one's (scalars).
+
+    divergence: in nats; without a head, the change of the features as a share of their square. agreement: share of
+    equal predictions, None without a head.
+    """
+
+    divergence: Tensor
+    agreement: Tensor | None
+
+
+def changes(models: Mapping[K, Model], full: Model, data: Dataset, runtime: Runtime, what: str) -> dict[K, Change]:
+    """Return the mean change of each model's predictions from the full one's.
 
     models, full: private copies on the runtime's device. what: the progress bar's title.
     """
     wide = wide_dtype(runtime.torch_device)  # else rounding makes small divergences negative
-    totals = {name: torch.zeros((), dtype=torch.float64) for name in models}
-    for name, found, expected in runtime.run_paired(models, full, data, what):
-        if full.input_format.classes > 0:
+    totals = {key: torch.zeros(2, dtype=torch.float64) for key in models}
+    has_head = full.input_format.classes > 0
+    for key, found, expected in runtime.run_paired(models, full, data, what):
+        same = found.argmax(-1) == expected.argmax(-1)
+        if has_head:
             found, expected = found.log_softmax(-1, dtype=wide), expected.log_softmax(-1, dtype=wide)
             change = (expected.exp() * (expected - found)).sum(-1).clamp_min(0)
         else:
             change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
-        totals[name] += change.reshape(len(change), -1).mean(1).sum().to("cpu", torch.float64)
-    return {name: total / data.samples for name, total in totals.items()}
+        for place, values in enumerate((change, same)):
+            totals[key][place] += values.reshape(len(values), -1).to(change.dtype).mean(1).sum().cpu()
+    return {
+        key: Change(total[0] / data.samples, total[1] / data.samples if has_head else None)
+        for key, total in totals.items()
+    }
 
 
 def observe_layers(model: nn.Module, names: Sequence[str], observe: Observer, inputs: Tensor, runtime: Runtime) -> None:

@@ -19,6 +19,25 @@ class AnalyzeRequest(Request, frozen=True, kw_only=True):
     runtime: Runtime = Runtime()
 
 
+class Probe(Result, frozen=True):
+    """How predictions change if only some experts run, without compensation.
+
+    agreement: share of samples with the full model's prediction, None without a head. divergence: of the predictions
+    from the full model's, mean in nats; without a head, the change of the features as a share of their square.
+    """
+
+    agreement: float | None
+    divergence: float
+
+
+class Probes(Result, frozen=True):
+    """Probes of one layer, or of all at once: with no experts, and with the best 1/8 of each input."""
+
+    samples: int
+    no_experts: Probe
+    best_eighth: Probe
+
+
 class LayerSummary(Result, frozen=True):
     """Distribution of one layer's combine mass over its experts.
 
@@ -27,7 +46,7 @@ class LayerSummary(Result, frozen=True):
     experts_for_mass_per_input, experts_for_mass_overall: experts that hold 50, 90 and 99 % of one input's
     mass (mean), and of the mass of all inputs. unused_experts: those that never hold a tenth of 1/n.
     informative: whether the mass is concentrated enough for the signal `combine`.
-    scopes: in which the layer can be pruned.
+    scopes: in which the layer can be pruned. probes: with the other layers unpruned.
     """
 
     experts: int
@@ -39,12 +58,14 @@ class LayerSummary(Result, frozen=True):
     unused_experts: list[int]
     informative: bool
     scopes: tuple[str, ...]
+    probes: Probes
 
 
 class AnalysisReport(Report, frozen=True):
-    """Layers of a checkpoint on calibration data; analysis: the file written."""
+    """Layers of a checkpoint on calibration data; analysis: the file written. probes: of all layers at once."""
 
     checkpoint: str
     analysis: str
     data: DataInfo
     layers: dict[str, LayerSummary]
+    probes: Probes

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeprune.calibration.results import LayerSummary
+from moeprune.calibration.results import LayerSummary, Probes
 from moeprune.calibration.selection import best_kept, drop_order
 from moeprune.calibration.sums import Contributions, halves, lost_gram, wide_dtype
 from moeprune.layers.experts import rank
@@ -165,7 +165,7 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("cpu", torch.float32) for name, tensor in tensors.items()}
 
 
-def summarize(statistics: LayerStatistics, scopes: tuple[str, ...]) -> LayerSummary:
+def summarize(statistics: LayerStatistics, scopes: tuple[str, ...], probes: Probes) -> LayerSummary:
     """Summarize a layer that can be pruned in some scopes, for a report.
 
     `informative` means a mass of INFORMATIVE_MASS and twice a uniform router's, or more.
@@ -183,4 +183,5 @@ def summarize(statistics: LayerStatistics, scopes: tuple[str, ...]) -> LayerSumm
         unused_experts=(statistics.max_mass < 0.1 / n).nonzero().flatten().tolist(),
         informative=best_eighth_mass >= max(INFORMATIVE_MASS, 2 * eighth / n),
         scopes=scopes,
+        probes=probes,
     )

@@ -136,7 +136,7 @@ class Reporter(logging.Handler):
         from moeprune.report import ci, markdown, text
         from moeprune.report.commands import document_of
 
-        document = document_of(result)
+        document = document_of(result, self.output.verbose)
         if kind == "markdown":
             return markdown.to_markdown(document)
         if kind == "github":

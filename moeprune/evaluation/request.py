@@ -71,6 +71,8 @@ class EvalRequest(Request, frozen=True, kw_only=True):
                 raise MoepruneError(f"{given} is not a ratio above 0", "give a speed-up such as 1.5")
             if not is_ratio and not 0 <= limit <= 1:
                 raise MoepruneError(f"{given} is outside 0…1", "give a fraction: one percent is 0.01")
+            if name == "max_accuracy_drop" and limit == 1:
+                raise MoepruneError(f"{given} allows any loss", "give a fraction: one percent is 0.01")
             if is_ratio and not self.latency:
                 raise MoepruneError(f"`{name}` judges measured times", "give it with `--latency`")
             if GATES[name] != "model" and self.baseline is None:

@@ -199,7 +199,7 @@ def full_plan(
         raise MoepruneError("give either `keep` or a plan")
     if plan is None:
         if isinstance(keep, str | float):
-            keep = parse_keep(keep if isinstance(keep, str) else str(Fraction(keep)), "keep")
+            keep = parse_keep(keep, "keep")
         plan = uniform_plan(layers, Fraction(1) if keep is None else keep, method)
     require_fitting_plan(plan, layers)
     return {name: plan[name] for name in layers if name in plan}

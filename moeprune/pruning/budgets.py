@@ -16,7 +16,7 @@ from moeprune.calibration.analysis import Analysis
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
 from moeprune.models.architecture import ModelConfig
-from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, require_fitting_plan
+from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, parse_budget, require_fitting_plan
 
 
 class Costs(NamedTuple):
@@ -64,8 +64,8 @@ def plans_within(
     tensors: Mapping[str, TensorInfo],
     analysis: Analysis | None,
     method: Method,
-    max_size: float | None = None,
-    max_flops: float | None = None,
+    max_size: str | float | None = None,
+    max_flops: str | float | None = None,
 ) -> list[Plan]:
     """Return the plan for a budget and, if it is another, the one with the same share in each layer.
 
@@ -75,12 +75,13 @@ def plans_within(
     Args:
         config, tensors, analysis: of the unpruned model; the analysis is needed with scope `static`.
         method: budgets are met without what its energy may save.
-        max_size, max_flops: the share of the model's bytes or FLOPs that may remain; one is given.
+        max_size, max_flops: the bytes or FLOPs that may remain (see moeprune.plan.parse_budget); one is given.
 
     Raises a MoepruneError if the budget cannot be met, or a layer cannot be pruned so.
     """
-    option, share = ("--max-flops", max_flops) if max_size is None else ("--max-size", max_size)
-    assert share is not None
+    given, unit, option = (max_flops, "FLOPs", "--max-flops") if max_size is None else (max_size, "B", "--max-size")
+    assert given is not None
+    budget, is_share = parse_budget(given, unit, option)
     costs = costs_of(config, method, None if max_size is None else tensors)
     sizes = {name: layer.num_experts for name, layer in config.moe_layers.items()}
     shares = sorted({Fraction(k, n) for n in sizes.values() for k in range(1, n + 1)})
@@ -88,17 +89,16 @@ def plans_within(
     smallest = min(costs.of(experts) for experts in uniform)
     if method.scope == "static":
         smallest = costs.rest + math.fsum(min(layer) for layer in costs.layers.values())
-    if smallest > share * costs.full:
-        raise MoepruneError(
-            f"`{option} {share:g}` is less than any plan with {method} takes",
-            f"give at least {math.ceil(smallest / costs.full * 1e4) / 1e4:g}",
-        )
-    chosen = [experts for experts in uniform if costs.of(experts) <= share * costs.full][-1:]
+    if is_share:
+        budget *= costs.full
+    if smallest > budget:
+        least = f"{math.ceil(smallest / costs.full * 1e4) / 1e4:g}" if is_share else f"{math.ceil(smallest)}{unit}"
+        raise MoepruneError(f"`{option} {given}` is less than any plan with {method} takes", f"give at least {least}")
+    chosen = [experts for experts in uniform if costs.of(experts) <= budget][-1:]
     if method.scope == "static":
         if analysis is None:
             raise MoepruneError(f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`")
-        budget = share * costs.full - costs.rest
-        chosen.insert(0, allocate(losses(analysis, method.compensate), costs.layers, budget))
+        chosen.insert(0, allocate(losses(analysis, method.compensate), costs.layers, budget - costs.rest))
     plans = [{name: method.plan(k, sizes[name]) for name, k in experts.items()} for experts in chosen]
     require_fitting_plan(plans[0], config.moe_layers)
     return plans[:1] if plans[0] == plans[-1] else plans

@@ -18,7 +18,7 @@ from moeprune.models.description import our_header, read_description
 from moeprune.models.inspection import Described
 from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
-from moeprune.plan import SCOPES, SIGNALS, Plan
+from moeprune.plan import SCOPES, SIGNALS, Plan, keep_to_text, parse_keep
 from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, full_plan, needs_pass, provenance, require_calibration
 from moeprune.pruning.budgets import plans_within
@@ -59,6 +59,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     return Pruned(
         checkpoint=None if request.output is None else str(request.output),
         saved_plan=None if request.save_plan is None else str(request.save_plan),
+        keep=None if request.keep is None else keep_to_text(parse_keep(request.keep)),
         plan=plan,
         model=cost,
         full_model=full.config.cost({}, full.tensors),

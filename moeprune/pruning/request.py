@@ -12,11 +12,12 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.request import EvalRequest
 from moeprune.models.request import Checkpoint
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Compensation, Method, Scope, Share, Signal, parse_keep
+from moeprune.plan import Compensation, Method, Scope, Share, Signal, parse_budget, parse_keep
 from moeprune.records import Request, option
 
 AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
 """Fields of which exactly one sets the number of kept experts."""
+BUDGETS = {"max_size": "B", "max_flops": "FLOPs"}  # units of their amounts
 METHOD = ("scope", "signal", "compensate")
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1), option("Seed of everything random.")]
 
@@ -27,15 +28,23 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     checkpoint: Checkpoint
     output: Annotated[Path | None, option("The checkpoint to write (.safetensors).", short=("-o",))] = None
     keep: Annotated[
-        str | None, option("Experts to keep in each layer: a share (1/8) or a number (16).", metavar="K")
+        str | None,
+        option(
+            "Experts to keep in each layer: a number (16; 1 is one) or a share (1/8, 12.5%; 1.0 is all).", metavar="K"
+        ),
     ] = None
     mass: Annotated[
         Share | None, option("With scope input: the fewest experts that hold this share of an input's mass.")
     ] = None
-    max_size: Annotated[Share | None, option("Budget: largest share of the full model's bytes.")] = None
-    max_flops: Annotated[Share | None, option("Budget: largest share of the full model's FLOPs.")] = None
+    max_size: Annotated[
+        str | None, option("Budget: most bytes (1.5MB), or share of the full model's (40%, 0.4).", metavar="SIZE")
+    ] = None
+    max_flops: Annotated[
+        str | None,
+        option("Budget: most FLOPs per input (2G), or share of the full model's (40%, 0.4).", metavar="FLOPS"),
+    ] = None
     max_accuracy_drop: Annotated[
-        Annotated[float, msgspec.Meta(ge=0, le=1)] | None,
+        Annotated[float, msgspec.Meta(ge=0, lt=1)] | None,
         option(
             "Search for the smallest model within this accuracy drop on one half of the labelled --data, and"
             " confirm it on the other half."
@@ -102,6 +111,9 @@ class PruneRequest(Request, frozen=True, kw_only=True):
             raise MoepruneError(message.replace("--compensation", "--compensate"), error.hint) from None
         if self.keep is not None:
             parse_keep(self.keep)
+        for name, unit in BUDGETS.items():
+            if (budget := getattr(self, name)) is not None:
+                parse_budget(budget, unit, f"--{name.replace('_', '-')}")
         if self.one_shot and self.data is not None:
             raise MoepruneError("`one_shot` and `data` exclude each other", "leave one of them out")
         if self.data is not None and self.output is None:

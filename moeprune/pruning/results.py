@@ -49,12 +49,14 @@ class PlanFile(Report, frozen=True):
 class Pruned(Report, frozen=True):
     """The result of `prune`.
 
-    checkpoint, saved_plan: files written, or None. model: None without a checkpoint. search: None without
+    checkpoint, saved_plan: files written, or None. keep: a share such as `1/8`, `1.0` for all experts, or a number
+    such as `1`; None with a budget or a plan. model: None without a checkpoint. search: None without
     `--max-accuracy-drop`.
     """
 
     checkpoint: str | None
     saved_plan: str | None
+    keep: str | None
     plan: dict[str, LayerPlan]
     model: ModelCost | None
     full_model: ModelCost
@@ -71,6 +73,7 @@ class OnFrontier(Result, frozen=True):
 class SweepRow(Result, frozen=True):
     """One way to prune and its evaluation; scope, signal and compensate are None for the full model.
 
+    keep: a share such as `1/8`, `1.0` for all, or a number of experts such as `16`; `0` for none.
     accuracy, agreement: means over the draws. accuracy_sd: over the draws, None for one draw.
     retained: accuracy as a share of the full model's. model, difference, latency: of the last draw.
     """

@@ -14,7 +14,7 @@ from moeprune.evaluation.results import Difference, ModelFigures
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
-from moeprune.plan import COMPENSATIONS, Method, Plan, is_possible, uniform_plan
+from moeprune.plan import COMPENSATIONS, Method, Plan, is_possible, keep_to_text, uniform_plan
 from moeprune.pruning.apply import calibration_data, prune
 from moeprune.pruning.results import OnFrontier, SweepRow
 
@@ -105,7 +105,7 @@ def sweep(
         latency = None if latency_batches is None else measure_latency(pruned, data, model, latency_batches, runtime)
         return SweepRow(
             **{name: getattr(variant, name, None) for name in ("label", "scope", "signal", "compensate")},
-            keep="1" if variant is None else str(variant.keep),
+            keep="1.0" if variant is None else keep_to_text(variant.keep),
             accuracy=mean,
             accuracy_sd=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
             retained=mean / of_full if of_full else None,

@@ -1,25 +1,28 @@
 """The report of each command: its type, its document, and its JSON Schema."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from msgspec.structs import asdict
 
-from moeprune.calibration.results import AnalysisReport, LayerSummary
+from moeprune.calibration.results import AnalysisReport, LayerSummary, Probes
 from moeprune.demo.records import Summary
 from moeprune.errors import MoepruneError
+from moeprune.evaluation.intervals import wilson
 from moeprune.evaluation.results import Evaluation, Latency, ModelFigures
 from moeprune.models.results import Export, Inspection, Parity
 from moeprune.pruning.results import PlanFile, Pruned, Sweep, SweepRow
 from moeprune.records import Report
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table
+from moeprune.report.sweeps import sweep
 from moeprune.report.words import (
     amount,
     checkpoint_on_data,
     ci95,
     flops_in_words,
+    keep_in_words,
     percent,
     plain,
     plan_in_words,
@@ -28,6 +31,8 @@ from moeprune.report.words import (
 )  # fmt: skip
 
 WORST_CLASSES = 3
+SAME = 0.99  # share of equal predictions at or above which they are said to stay the same
+SURE = 0.95  # if even equal predictions only show less than this share, there are too few samples
 
 
 def inspection(result: Inspection) -> Document:
@@ -107,42 +112,93 @@ def _assignments(values: Mapping[str, Any]) -> str:
 
 
 def analysis(result: AnalysisReport) -> Document:
-    """Return the spread of the combine mass in each layer, and advice."""
+    """Return the spread of the combine mass in each layer, what the probes measured, and what follows from both."""
     columns = (
-        "layer", "experts", "mass of the best 1/8\nper input", "\none set for all", "\nuniform router",
-        "experts with 50 / 90 / 99 %\nper input", "\nover all inputs", "unused\nexperts",
+        "layer", "experts", "best 1/8\nper input", "best 1/8\noverall", "50/90/99 %\nper input", "50/90/99 %\noverall",
+        "unused\nexperts",
     )  # fmt: skip
-    rows, advice = [], []
+    rows = []
     for name, layer in result.layers.items():
-        masses = map(percent, (layer.best_eighth_mass, layer.static_eighth_mass, layer.uniform_mass))
-        per_input = " / ".join(f"{count:.1f}" for count in layer.experts_for_mass_per_input)
-        overall = " / ".join(map(str, layer.experts_for_mass_overall))
-        rows.append((name, str(layer.experts), *masses, per_input, overall, str(len(layer.unused_experts))))
-        advice.append(f"{name}: {_advice(layer)}")
-    return Document(checkpoint_on_data(result.checkpoint, result.data), [Table(columns, rows), Lines(advice)])
+        masses = percent(layer.best_eighth_mass), percent(layer.static_eighth_mass)
+        counts = ("/".join(f"{n:.0f}" for n in layer.experts_for_mass_per_input),
+                  "/".join(map(str, layer.experts_for_mass_overall)))  # fmt: skip
+        rows.append((name, str(layer.experts), *masses, *counts, str(len(layer.unused_experts))))
+    uniform = ", ".join(dict.fromkeys(percent(layer.uniform_mass) for layer in result.layers.values()))
+    title = f"mass of the best 1/8 (uniform: {uniform}), and experts that hold 50/90/99 %"
+    blocks: list[Block] = [Table(columns, rows, title), _probes(result), Lines(list(_findings(result)))]
+    return Document(checkpoint_on_data(result.checkpoint, result.data), blocks)
 
 
-def _advice(layer: LayerSummary) -> str:
-    """Return in words whether the combine mass distinguishes experts, and what to try."""
-    n = layer.experts
-    if n == 1:
+def _probes(result: AnalysisReport) -> Table:
+    """Return what happens to the predictions without experts, and with the best 1/8 of each input."""
+    measured = "same predictions as the full model" if _has_head(result.probes) else "change of the features"
+    title = f"{measured}, without compensation ({plural(result.probes.samples, 'sample')})"
+    rows: list[Sequence[Cell] | None] = [(name, *_agreements(layer.probes)) for name, layer in result.layers.items()]
+    if len(result.layers) > 1:
+        rows += [None, ("all layers", *_agreements(result.probes))]
+    return Table(("layer", "no experts", "best 1/8 per input"), rows, title)
+
+
+def _has_head(probes: Probes) -> bool:
+    return probes.no_experts.agreement is not None
+
+
+def _agreements(probes: Probes) -> Iterator[str]:
+    for probe in (probes.no_experts, probes.best_eighth):
+        if probe.agreement is None:
+            yield percent(probe.divergence)
+        else:
+            low, high = wilson(probe.agreement * probes.samples, probes.samples)
+            yield f"{percent(probe.agreement)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _findings(result: AnalysisReport) -> Iterator[str]:
+    """Yield what the masses and the probes show, layers with the same finding in one sentence."""
+    samples, groups = result.probes.samples, dict[str, list[str]]()
+    for name, layer in result.layers.items():
+        groups.setdefault(_of_mass(layer), []).append(name)
+    surest = wilson(samples, samples)[0]
+    if surest < SURE:
+        few = f"{plural(samples, 'sample')} cannot tell how pruning changes the predictions"
+        groups[f"{few}: even if all stay the same, {percent(surest, 0)} may be true"] = list(result.layers)
+    elif _has_head(result.probes):
+        for name, layer in result.layers.items():
+            if layer.experts > 1:
+                groups.setdefault(_of_probes(layer.probes), []).append(name)
+        if len(result.layers) > 1:
+            groups.setdefault(_of_probes(result.probes), []).append("all layers at once")
+    for sentence, names in groups.items():
+        is_all = len(names) == len(result.layers) > 1 and "all layers at once" not in names
+        yield f"{'all layers' if is_all else ', '.join(names)}: {sentence}"
+    yield "compensation is not measured here: `moeprune eval --sweep 1/8` does so, beside random and no experts"
+
+
+def _of_mass(layer: LayerSummary) -> str:
+    """Return in words whether the combine mass distinguishes experts."""
+    if layer.experts == 1:
         return "one expert: nothing to prune"
-    masses = layer.best_eighth_mass, layer.static_eighth_mass, layer.uniform_mass
-    best, static, uniform = (percent(mass, 0) for mass in masses)
-    held = f"the best {max(1, n // 8)} of {n} experts hold {best} of an input's mass"
-    if not layer.informative:
-        text = f"the combine signal is weak: {held} (uniform: {uniform}), so dropping the others costs much."
-        return f"{text} Compensate (`--compensate affine`), and compare with `random` and no experts at all in a sweep"
-    text = f"the combine signal is informative: {held}, one set for all inputs {static}, a uniform router's {uniform}."
-    text += " Without compensation, scope `input` loses least"
-    if "static" not in layer.scopes:
-        return text + " (this layer cannot be pruned with scope `static`)"
-    return f"{text}; `static` with `--signal gram --compensate affine` often keeps more, and shrinks the file"
+    if layer.informative:
+        text = "the combine signal is informative: few experts hold much of an input's mass"
+    else:
+        text = "the combine signal is weak: an input's mass is spread over many experts"
+    return text if "static" in layer.scopes else f"{text} (scope `static` is not possible)"
 
 
-def pruning(result: Pruned) -> Document:
-    """Return size, FLOPs, the confirmed accuracy drop, and the plan of each layer."""
+def _of_probes(probes: Probes) -> str:
+    """Return in words with how many experts the predictions stay the same."""
+    same = f"{percent(SAME, 0)} of the predictions or more stay the same"
+    if (probes.no_experts.agreement or 0) >= SAME:
+        return f"{same} without any experts"
+    if (probes.best_eighth.agreement or 0) >= SAME:
+        return f"{same} with the best 1/8 of each input, fewer without experts"
+    return f"fewer than {same.replace(' or more', '')} even with the best 1/8 of each input: compensate, or keep more"
+
+
+def pruning(result: Pruned, with_kept: bool = False) -> Document:
+    """Return size, FLOPs, the confirmed accuracy drop, and the plan of each layer; with_kept: with its experts."""
     facts: list[tuple[str, str]] = []
+    if result.keep is not None:
+        facts.append(("kept", f"{keep_in_words(result.keep)} in each layer"))
     if result.model is not None:
         full, pruned = result.full_model, result.model
         is_adaptive = any(plan.mass is not None for plan in result.plan.values())  # FLOPs depend on the input
@@ -157,7 +213,7 @@ def pruning(result: Pruned) -> Document:
         drop = f"{points(found.accuracy_drop)} ({ci95(found.accuracy_drop_ci95)}{bound})"
         sample = f"{found.samples} samples that were not searched ({tried} plans tried)"
         facts.append(("accuracy drop", f"{drop} on {sample}"))
-    facts += [(name, plan_in_words(plan, with_kept=True)) for name, plan in result.plan.items()]
+    facts += [(name, plan_in_words(plan, with_kept)) for name, plan in result.plan.items()]
     written = [path for path in (result.checkpoint, result.saved_plan) if path is not None]
     return Document(f"wrote {' and '.join(written)}", [Facts(facts)])
 
@@ -171,8 +227,8 @@ def evaluation(result: Evaluation) -> Document:
         changes = {
             "accuracy": points(-difference.accuracy_drop),
             "top-5 accuracy": points(result.model.top5_accuracy - full.top5_accuracy),
-            "size": f"{-100 * difference.size_reduction:+.1f} %",
-            "FLOPs per input": f"{-100 * difference.flops_reduction:+.1f} %",
+            "size": f"{-100 * difference.size_reduction + 0.0:+.1f} %",
+            "FLOPs per input": f"{-100 * difference.flops_reduction + 0.0:+.1f} %",
         }
         columns["full model"] = tuple(text for _, text in _figures(full))
         columns["difference"] = tuple(changes.get(label, "") for label in labels)
@@ -234,26 +290,6 @@ def _seconds(median: float, quartiles: Sequence[float]) -> str:
     return f"{middle} {unit} ({low} to {high})"
 
 
-def sweep(result: Sweep) -> Document:
-    """Return a row for each way to prune."""
-    how = ("kept", "scope", "signal", "compensation")
-    columns = (*how, "accuracy", "of full", "same as full", "size", "FLOPs")
-    rows: list[Sequence[Cell] | None] = []
-    for before, row in zip((None, *result.rows), result.rows, strict=False):
-        if before is not None and before.keep != row.keep:
-            rows.append(None)
-        deviation = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.1f}"
-        accuracy = percent(row.accuracy, 2) + deviation
-        retained = "" if row.retained is None else percent(row.retained)
-        way = row.keep, row.scope or "full model", row.signal or "", row.compensate or ""
-        rows.append((*way, accuracy, retained, percent(row.agreement), *_remaining(row)))
-    draws = max(row.draws for row in result.rows)
-    notes = [f"random: mean ± standard deviation of {draws} draws. Size and FLOPs: of the whole model."]
-    if result.plot is not None:
-        notes.append(f"drawn in {result.plot}")
-    return Document(checkpoint_on_data(result.checkpoint, result.data), [Table(columns, rows), Lines(notes)])
-
-
 def demo(result: Summary) -> Document:
     """Return a table for each model: methods in rows, kept shares in columns."""
     tables = []
@@ -304,8 +340,10 @@ COMMANDS: dict[str, tuple[type[Report], Callable[[Any], Document] | None]] = {
 TYPES = {command: kind for command, (kind, _) in COMMANDS.items()}
 
 
-def document_of(result: Report) -> Document:
-    """Return the report that text, Markdown and CI formats show."""
+def document_of(result: Report, verbose: bool = False) -> Document:
+    """Return the report that text, Markdown and CI formats show; verbose: with the experts that `prune` keeps."""
+    if isinstance(result, Pruned):
+        return pruning(result, with_kept=verbose)
     return next(make(result) for kind, make in COMMANDS.values() if make and kind is type(result))
 
 

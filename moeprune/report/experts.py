@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.plan import LayerPlan
 from moeprune.report.document import Block, Figure, Heading, Lines, Table
-from moeprune.report.figures import COLORS, FAINT, INK, PALETTE, panel, percent_axis
+from moeprune.report.figures import FAINT, INK, PALETTE, RULE, panel, percent_axis
 from moeprune.report.words import percent, plan_in_words
 
 SMALL = 0.25  # share of 1/n below which an expert's mass is not attributed to a class
@@ -80,12 +80,12 @@ def bars(axes: Axes, masses: Masses) -> None:
     """Draw the mean mass of each expert, the largest first."""
     heights = masses.mean[masses.order]
     if masses.kept is None:
-        axes.stairs(heights, fill=True, color=COLORS[0])
+        axes.stairs(heights, fill=True, color=INK)
     else:
         kept = masses.kept[masses.order]
-        axes.stairs(heights * kept, fill=True, color=COLORS[0], label="kept")
-        axes.stairs(heights * ~kept, fill=True, color=COLORS[7], label="dropped")
-    axes.axhline(1 / masses.n, color=INK, linestyle="--", linewidth=1, label="uniform")
+        axes.stairs(heights * kept, fill=True, color=INK, label="kept")
+        axes.stairs(heights * ~kept, fill=True, color=RULE, label="dropped")
+    axes.axhline(1 / masses.n, color=FAINT, linestyle="--", linewidth=1, label="uniform")
     axes.legend()
     axes.set(xlim=(0, masses.n), xlabel="experts, the largest first", ylabel="mass")
     percent_axis(axes.yaxis)
@@ -95,11 +95,11 @@ def curves(axes: Axes, masses: Masses, plan: LayerPlan | None) -> None:
     """Draw the mass of the best k experts over k."""
     ks = np.arange(masses.n + 1)
     overall = masses.mean[masses.order].cumsum()
-    axes.plot(ks, np.insert(masses.best, 0, 0), color=COLORS[1], label="best k of each input")
-    axes.plot(ks, np.insert(overall, 0, 0), color=COLORS[2], label="one set of k for all inputs")
-    axes.plot([0, masses.n], [0, 1], color=FAINT, linestyle="--", linewidth=1, label="uniform router")
+    axes.plot(ks, np.insert(masses.best, 0, 0), color=INK, label="best k of each input")
+    axes.plot(ks, np.insert(overall, 0, 0), color=INK, linestyle="--", label="one set of k for all inputs")
+    axes.plot([0, masses.n], [0, 1], color=FAINT, linestyle=":", linewidth=1, label="uniform router")
     if plan is not None and plan.mass is None:
-        axes.axvline(plan.k, color=INK, linestyle=":", linewidth=1, label=f"k = {plan.k}")
+        axes.axvline(plan.k, color=FAINT, linewidth=1, label=f"k = {plan.k}")
     axes.legend(loc="lower right")
     axes.set(xlim=(0, masses.n), ylim=(0, 1.02), xlabel="k", ylabel="mass")
     percent_axis(axes.yaxis)
@@ -115,7 +115,7 @@ def heat_map(axes: Axes, masses: Masses) -> None:
     if masses.kept is not None:
         marks = np.flatnonzero(masses.kept[masses.columns]) + 0.5
         above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(marks, np.full(len(marks), 1.03), "v", color=COLORS[0], markersize=2.5, **above)
+        axes.plot(marks, np.full(len(marks), 1.03), "v", color=INK, markersize=2.5, **above)
     shown = np.arange(0, rows, -(-rows // 20))
     axes.set_yticks(shown + 0.5, [str(index) for index in masses.classes[shown]])
     axes.set(xlabel="experts", ylabel="class", ylim=(rows, 0))

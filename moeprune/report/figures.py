@@ -18,7 +18,7 @@ PALETTE = {
 }  # fmt: skip
 """Colours by the names of the page's CSS variables, as on a light background."""
 INK, FAINT, RULE = PALETTE["ink"], PALETTE["faint"], PALETTE["rule"]
-COLORS = [PALETTE[f"c{index}"] for index in range(8)]
+COLORS = [PALETTE[f"c{index}"] for index in range(8)]  # of parts of a model, or of compensations; masses have none
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "moeprune", "image.composite_image": False, "font.size": 9, "figure.dpi": 120,
     "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9,

@@ -15,7 +15,8 @@ from moeprune.report import document as doc
 from moeprune.report.commands import document_of
 from moeprune.report.experts import experts_of
 from moeprune.report.figures import panel, stacks
-from moeprune.report.trade_off import best_of, trade_off
+from moeprune.report.sweeps import highlights
+from moeprune.report.trade_off import trade_off
 from moeprune.report.words import amount, ci95, percent, plain, plan_in_words, points
 
 CLASSES_SHOWN = 20
@@ -34,8 +35,8 @@ def page_of(
     if isinstance(result, Evaluation):
         blocks += _summary(result)
     elif isinstance(result, Sweep):
-        blocks.append(doc.Highlights(list(best_of(result.rows))))
-        blocks += [doc.Heading("Accuracy over size and FLOPs"), *trade_off(result.rows)]
+        blocks.append(doc.Highlights(list(highlights(result.rows))))
+        blocks += [doc.Heading("Accuracy over size and FLOPs"), trade_off(result.rows)]
     blocks += document.blocks
     if isinstance(result, Evaluation) and result.forgetting is not None:
         blocks += _classes(result.forgetting)

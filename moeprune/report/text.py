@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from rich import box
 from rich import table as rich_table
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.text import Text
 
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table, Verdict
 
 WIDTH = 160  # columns of text for a file or a pipe: enough for every table
+NARROW = 80  # columns that a table fits if it can
 
 
 def to_text(document: Document, terminal_width: int | None = None) -> str:
@@ -57,6 +59,8 @@ def _parts(block: Block) -> Iterator[RenderableType]:
                 table.add_section()
             else:
                 table.add_row(*map(_cell, cells))
+        if Measurement.get(Console(width=WIDTH), Console(width=WIDTH).options, table).maximum > NARROW:
+            table.padding = (0, 1, 0, 0)
         yield table
 
 

@@ -1,56 +1,36 @@
 """Accuracy over cost of the rows of a sweep: the figures of a page, and the file of `--plot`."""
 
 import io
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
+from numpy.typing import NDArray
 
 from moeprune.files.disk import write_file
 from moeprune.plan import COMPENSATIONS
 from moeprune.pruning.results import SweepRow
 from moeprune.report.document import Figure
 from moeprune.report.figures import COLORS, FAINT, INK, panel, percent_axis, style
-from moeprune.report.words import percent
 
 COLOR_OF = dict(zip((*COMPENSATIONS, "random experts"), (COLORS[i] for i in (1, 3, 4, 2, 0, 6, 5, 7)), strict=True))
 """By compensation, in every picture; random experts look alike."""
 MARKER_OF = {"static": "o", "input": "^", "batch": "s"}
-NEAR, CLOSE = 0.01, 0.05  # accuracy below the full model's that counts as near it, and that a figure of its own shows
+POINT = 0.01  # one percentage point
 
 
-def best_of(rows: Sequence[SweepRow]) -> Iterator[tuple[str, str, str]]:
-    """Return the full model's accuracy, and the cheapest ways to prune that come near it."""
-    full, *pruned = rows
-    yield "accuracy of the full model", percent(full.accuracy, 2), f"{len(pruned)} ways to prune it"
-    near = [row for row in pruned if row.accuracy >= full.accuracy - NEAR]
-    for name, cost in (("size", "size"), ("FLOPs", "flops")):
-        value, note = "–", "none of them"
-        if near:
-            best = min(near, key=lambda row: (getattr(row, cost), -row.accuracy))
-            kept = "no expert" if best.keep == "0" else best.keep
-            value = percent(getattr(best, cost))
-            note = f"{kept}, {best.label}: accuracy {percent(best.accuracy, 2)}"
-        yield f"least {name} within {100 * NEAR:g} pt", value, note
-
-
-def trade_off(rows: Sequence[SweepRow]) -> Iterator[Figure]:
-    """Yield a figure of all rows, the full model first, and one of those that are close to it."""
+def trade_off(rows: Sequence[SweepRow]) -> Figure:
+    """Return a figure of all rows, the full model first."""
     best = sum(row.on_frontier is not None and row.on_frontier.size for row in rows)
     description = f"Accuracy of {len(rows) - 1} ways to prune over the remaining size and FLOPs: the table below has"
     description += f" them all. {best} are on the frontier of size."
-    yield _figure(rows, description, "Dashed: no other way is as accurate at less cost.")
-    low = rows[0].accuracy - CLOSE
-    close = [row for row in rows if row.accuracy >= low]
-    if 2 < len(close) < len(rows):
-        yield _figure(close, f"The ways with an accuracy of {percent(low)} or more.", "The best, close up.")
-
-
-def _figure(rows: Sequence[SweepRow], description: str, caption: str) -> Figure:
     entries = _legend(rows)
 
     def explain(axes: Axes) -> None:
@@ -58,7 +38,8 @@ def _figure(rows: Sequence[SweepRow], description: str, caption: str) -> Figure:
         axes.legend(handles=entries, loc="upper left", borderaxespad=0)
 
     panels = [panel(partial(draw, rows=rows, cost=cost, label=label)) for cost, label in _axes_of(rows[0])]
-    return Figure([*panels, panel(explain, height=0.25 + 0.19 * len(entries))], description, caption)
+    panels.append(panel(explain, height=0.25 + 0.19 * len(entries)))
+    return Figure(panels, description, "Dashed: no other way is as accurate at less cost. Both axes stretch the best.")
 
 
 def _axes_of(full: SweepRow) -> list[tuple[str, str]]:
@@ -87,10 +68,32 @@ def draw(axes: Axes, rows: Sequence[SweepRow], cost: str, label: str) -> None:
     else:
         best = [row for row in rows if row.on_frontier and getattr(row.on_frontier, cost)]
         plot(sorted(best, key=lambda row: getattr(row, cost)), "--", FAINT, 1)
+        costs = [getattr(row, cost) for row in rows]
+        if min(costs) < max(costs) / 2:
+            axes.set_xscale("log", subs=[])
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         percent_axis(axes.xaxis)
     plot(rows[:1], "*", INK, 0, 10)
+    _stretch(axes, max(row.accuracy for row in rows))
     percent_axis(axes.yaxis)
     axes.set(xlabel=label, ylabel="accuracy")
+
+
+def _stretch(axes: Axes, top: float) -> None:
+    """Show accuracies by the logarithm of what they lack to the best, so that a point counts most near it."""
+
+    def place(accuracy: NDArray) -> NDArray:
+        return -np.log(np.maximum(top - accuracy, -POINT / 2) + POINT)
+
+    def accuracy_at(place: NDArray) -> NDArray:
+        return top + POINT - np.exp(-place)
+
+    lowest = axes.dataLim.y0
+    axes.set_yscale("function", functions=(place, accuracy_at))
+    axes.set_ylim(lowest - 0.1 * (top - lowest) - POINT / 2, top + POINT / 2)
+    drops = [POINT * points for points in (1, 2, 5, 10, 20, 50)]
+    ticks = [math.floor((top - drop) / drop) * drop for drop in drops if (top - drop) // drop * drop >= lowest - drop]
+    axes.set_yticks([math.floor(top / POINT) * POINT, *ticks])
 
 
 def _color(row: SweepRow) -> str:

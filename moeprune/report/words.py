@@ -74,6 +74,13 @@ def plan_in_words(plan: LayerPlan, with_kept: bool = False) -> str:
     return f"{plan.scope}, {count} by {plan.signal}, {plan.compensation}{rank}{kept}"
 
 
+def keep_in_words(keep: str) -> str:
+    """Return how many experts of each layer a `--keep` keeps, in words: `1` is one expert, `1.0` all of them."""
+    return (
+        plural(int(keep), "expert") if keep.isdigit() else "all experts" if keep == "1.0" else f"{keep} of the experts"
+    )
+
+
 def checkpoint_on_data(checkpoint: str | None, data: DataInfo) -> str:
     """Return a title that names both."""
     return f"{checkpoint or 'a model'} on {data.spec} ({data.samples} samples)"
