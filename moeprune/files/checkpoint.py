@@ -28,6 +28,7 @@ EXPONENTS = {
     "torch.bfloat16": ("<u2", 0x7F80),
     "torch.float32": ("<u4", 0x7F80_0000),
     "torch.float64": ("<u8", 0x7FF0_0000_0000_0000),
+    "torch.complex64": ("<u4", 0x7F80_0000),  # pairs of float32
 }
 """The bits of the exponent by type; all are set in NaN and infinity, in no other value."""
 
@@ -122,12 +123,18 @@ def write(
             require_unchanged(header)
 
 
-def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor], overwrite: bool = True) -> None:
-    """Write tensors for other programs: with torch.save if the suffix is one of its own, else as safetensors."""
-    if Path(path).suffix not in TORCH_SUFFIXES:
-        write(path, tensors, None, overwrite)
-    else:
-        write_torch(path, tensors, overwrite)
+def write_state_dict(path: str | Path, state: Mapping[str, Any], overwrite: bool = True) -> None:
+    """Write tensors for other programs: with torch.save if the suffix is one of its own, else as safetensors.
+
+    Raises a MoepruneError for entries other than tensors, which only torch.save writes.
+    """
+    if Path(path).suffix in TORCH_SUFFIXES:
+        write_torch(path, state, overwrite)
+        return
+    if odd := [f"`{name}`" for name, entry in state.items() if not isinstance(entry, Tensor)]:
+        hint = f"give a path that ends in {' or '.join(TORCH_SUFFIXES)}"
+        raise MoepruneError(f"cannot write `{path}`: no safetensors file can hold {', '.join(odd)}", hint)
+    write(path, state, None, overwrite)
 
 
 def write_torch(path: str | Path, content: Mapping[str, Any], overwrite: bool = True) -> None:

@@ -17,6 +17,7 @@ from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.layer import layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
 from moeprune.models.description import Details
+from moeprune.models.extra import decode_extra, encode_extra
 from moeprune.models.factory import import_factory, normalized, same_factory
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, lookalikes
 from moeprune.models.model import Model
@@ -43,6 +44,14 @@ class AdoptedModel(Model):
             return self.module(x)
         with user_code(failure(self.module, self.config.factory, x)):
             return self.module(x)
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return all tensors; state of other types that modules keep (`get_extra_state`) is encoded in some of them."""
+        return encode_extra(super().state_dict(*arguments, **options))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned."""
+        return super().load_state_dict(decode_extra(state_dict), strict, assign)
 
 
 def adopt(

@@ -14,6 +14,7 @@ from moeprune.files.checkpoint import write_state_dict
 from moeprune.layers.layer import MoELayer
 from moeprune.models.adopted import AdoptedModel
 from moeprune.models.architecture import ModuleConfig, ViTConfig
+from moeprune.models.extra import decode_extra
 from moeprune.models.libraries import MODELS
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, installed_version
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
@@ -83,12 +84,12 @@ def to_library(model: Model, config: ViTConfig, library: SoftMoEViTs) -> dict[st
     return theirs
 
 
-def to_module(model: AdoptedModel, original: nn.Module) -> dict[str, Tensor]:
+def to_module(model: AdoptedModel, original: nn.Module) -> dict[str, Any]:
     """Return the state dict of the user's own model that computes the same as ours.
 
     original: the model before its layers were replaced by ours; with any number of experts.
     """
-    found = dict(model.state_dict())
+    found = decode_extra(model.state_dict())
     for name, (library, theirs) in _original_layers(model, original).items():
         tensors = {key: found.pop(f"{name}.{key}") for key in model.moe_layers[name].state_dict()}
         found |= {f"{name}.{key}": tensor for key, tensor in library.restore(theirs, tensors).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +15,17 @@ from torch.nn.parameter import is_lazy
 from moeprune.errors import MoepruneError, user_code
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.foreign import StateDict
-from moeprune.files.names import View, as_they_are, unwrapped, views
+from moeprune.files.names import COUNTERS, View, as_they_are, unwrapped, views
 from moeprune.models.description import require_tensors
 from moeprune.models.libraries.layers import LAYERS
 
+logger = logging.getLogger(__name__)
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Any], path: str | Path) -> None:
     """Load the tensors of a file into a module, which must have exactly these; an error names some of the others."""
-    found = StateDict(dict(tensors), ())
+    extra = {name: entry for name, entry in tensors.items() if not isinstance(entry, Tensor)}
+    found = StateDict({name: tensor for name, tensor in tensors.items() if name not in extra}, (), extra)
     view = as_they_are(tensors)
     if problem := _load(module, found, view):
         raise _misfit(module, found, view, problem, path)
@@ -82,6 +86,14 @@ def only(whole: Sequence[View], found: StateDict, path: str | Path) -> View:
                 f"choose one, for example with `--prefix {whole[-1].prefix}`",
             )
     return whole[0]
+
+
+def warn_of_dropped(view: View, path: str | Path) -> None:
+    """Warn of tensors of a file that belong to no part of the model, as far as names tell."""
+    if dropped := [f"`{name}`" for name in view.dropped if name.rpartition(".")[2] not in COUNTERS]:
+        rest = f" and {len(dropped) - 3} more" if len(dropped) > 3 else ""
+        kind = "tensor is" if len(dropped) == 1 else "tensors are"
+        logger.warning(f"`{path}`: {len(dropped)} {kind} left out: {', '.join(dropped[:3])}{rest}")
 
 
 def _renamed(view: View, known: Mapping[str, str]) -> View:

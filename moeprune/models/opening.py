@@ -24,7 +24,7 @@ from moeprune.models.export import compare, difference, skipped, to_library
 from moeprune.models.libraries import is_anchor, library_of_file
 from moeprune.models.libraries.layers import installed_version
 from moeprune.models.libraries.soft_moe import Layout, SoftMoEViTs
-from moeprune.models.loading import load_foreign, load_strictly, load_view, only, tensors_of
+from moeprune.models.loading import load_foreign, load_strictly, load_view, only, tensors_of, warn_of_dropped
 from moeprune.models.model import Model, dataset_for, remember_fingerprint
 from moeprune.models.request import ModelSpec
 from moeprune.models.results import Reading
@@ -153,6 +153,8 @@ def _open_library(spec: ModelSpec) -> Model:
     found = read_state_dict(spec.path, spec.key)
     view, library, layout = _read_library(spec, found)
     tensors = tensors_of(found, view)
+    if spec.prefix is None:
+        warn_of_dropped(view, spec.path)
     checkpoint.check_finite({k: t for k, t in tensors.items() if k not in layout.dropped}, spec.path)
     model = _build(layout.config, {}, Details(source=_source({library.name: None}, found)), None)
     model.load_state_dict(_to_ours(tensors, layout), assign=True)
@@ -209,6 +211,8 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
     found = read_state_dict(spec.path, spec.key)
     module = build(factory, spec.model_arg)
     view = load_foreign(module, found, spec.path, spec.prefix)
+    if spec.prefix is None:
+        warn_of_dropped(view, spec.path)
     checkpoint.check_finite(tensors_of(found, view), spec.path)
     model = adopt(module, spec.input_shape, factory, spec.model_arg, spec.source, spec.ignore_layer)
     libraries = dict.fromkeys(model.config.libraries) | parse_source(spec.source)
