@@ -23,7 +23,11 @@ class ModelSpec(Request, frozen=True, kw_only=True):
 
     path: Path
     model: Annotated[
-        str | None, option("Builds the model, if it is your own. This code is run.", metavar="PACKAGE.MODULE:FUNCTION")
+        str | None,
+        option(
+            "Builds the model, if it is your own: package.module:function or path/file.py:function. This code is run.",
+            metavar="MODULE:FUNCTION",
+        ),
     ] = None
     model_arg: Annotated[
         dict[str, Any], option("With --model: an argument of the function (repeatable).", metavar="KEY=VALUE")

@@ -103,7 +103,9 @@ def require_equal(name: str, library: str, theirs: nn.Module, ours: nn.Module, s
 @torch.no_grad()
 def run(module: nn.Module, x: Tensor, factory: str | None) -> Tensor:
     """Return the logits (b,classes) of inputs (b,c,H,W)."""
-    with user_code(failure(module, factory, x), "check the shape of one input, channels × height × width"):
+    with user_code(
+        failure(module, factory, x), "if it is about shapes, check that of one input, channels × height × width"
+    ):
         output = module(x)
     if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(x)):
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -152,14 +152,18 @@ class _SoftMoEPytorch(LayerLibrary):
 
     def arguments(self, module: nn.Module, config: LayerConfig) -> dict[str, Any]:
         assert isinstance(config, SoftMoEConfig)
-        width, of_mult = config.expert_width, config.dim * (2 / 3 if config.expert == "geglu" else 1)
-        mults = round(width / of_mult), width / of_mult, (width + 0.5) / of_mult  # the library rounds down
+        factor = 2 / 3 if config.expert == "geglu" else 1
+        mult = config.expert_width / config.dim / factor
+        mults = round(mult), mult, mult + 0.5 / config.dim / factor  # the library rounds the width down
         arguments: dict[str, Any] = {"dim": config.dim, "num_experts": config.num_experts}
         if not config.dynamic_slots:  # the library's default follows from `seq_len` and the number of experts
             arguments |= {"num_slots": config.slots_per_expert, "use_layernorm": config.router_norm == "layer"}
-        arguments |= {"expert_mult": next(mult for mult in mults if int(of_mult * mult) == width)}
         rate = max((dropout.p for dropout in _parts(module, nn.Dropout).values()), default=0)
-        return arguments | {"geglu": config.expert == "geglu", "dropout": rate}
+        return arguments | {
+            "expert_mult": next(mult for mult in mults if int(config.dim * mult * factor) == config.expert_width),
+            "geglu": config.expert == "geglu",
+            "dropout": rate,
+        }
 
     def older_name(self, name: str) -> str:
         return re.sub(r"\bexperts\.experts\.(?=\d)", "experts.", name)
