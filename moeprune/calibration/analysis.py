@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,10 +43,14 @@ class Origin(Record, frozen=True, omit_defaults=False):
 
 @dataclass(frozen=True)
 class Analysis:
-    """The statistics of a model's MoE layers by name, and what they were made from."""
+    """The statistics of a model's MoE layers by name, and what they were made from.
+
+    data: that was read, unless the analysis is from a file.
+    """
 
     layers: dict[str, LayerStatistics]
     origin: Origin
+    data: Dataset | None = field(default=None, compare=False, repr=False)
 
 
 class _Metadata(Record, frozen=True, omit_defaults=False):
@@ -106,7 +110,7 @@ def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> 
     require_finite(statistics, data)
     for name, sensitivity in measure_sensitivity(model, statistics, data, runtime).items():
         statistics[name] = replace(statistics[name], sensitivity=sensitivity)
-    return Analysis(statistics, Origin(origin, data.info, __version__))
+    return Analysis(statistics, Origin(origin, data.info, __version__), data)
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:

@@ -33,10 +33,10 @@ def open_safetensors(path: Path, input_format: InputFormat) -> Source:
     _require_inputs(path, names)
     inputs = file.get_slice("inputs")
     shape = tuple(inputs.get_shape())
-    to_inputs = _converter(path, shape, input_format)
+    to_inputs = converter(path, shape, input_format)
     labels = None
     if "labels" in names and input_format.classes:
-        labels = _checked_labels(path, file.get_tensor("labels"), shape[0])
+        labels = checked_labels(path, file.get_tensor("labels"), shape[0])
 
     def read(batches: Batches) -> Iterator[Tensor]:
         for indices in batches:
@@ -52,12 +52,12 @@ def open_npz(path: Path, input_format: InputFormat) -> Source:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         _require_inputs(path, names)
         shape, dtype, start = _npy_header(archive, "inputs", path)
-        to_inputs = _converter(path, shape, input_format)
+        to_inputs = converter(path, shape, input_format)
         if "labels" in names and input_format.classes:
             labels_shape, labels_dtype, labels_start = _npy_header(archive, "labels", path)
             array = np.frombuffer(archive.read("labels.npy"), labels_dtype, offset=labels_start)
             native = array.reshape(labels_shape).astype(labels_dtype.newbyteorder("="))
-            labels = _checked_labels(path, torch.from_numpy(native), shape[0])
+            labels = checked_labels(path, torch.from_numpy(native), shape[0])
     sample_bytes = dtype.itemsize * math.prod(shape[1:])
 
     def read(batches: Batches) -> Iterator[Tensor]:
@@ -105,7 +105,7 @@ def _require_inputs(path: Path, names: Iterable[str]) -> None:
         raise MoepruneError(f"no array `inputs` in `{path}`, found {sorted(names)}", hint)
 
 
-def _checked_labels(path: Path, labels: Tensor, samples: int) -> Tensor:
+def checked_labels(path: Path | str, labels: Tensor, samples: int) -> Tensor:
     """Return the labels as int64, or raise a MoepruneError unless they are one integer for each sample."""
     if tuple(labels.shape) != (samples,):
         raise MoepruneError(f"`labels` of `{path}` have the shape {list(labels.shape)}, expected [{samples}]")
@@ -116,7 +116,7 @@ def _checked_labels(path: Path, labels: Tensor, samples: int) -> Tensor:
     return labels.to(torch.int64)
 
 
-def _converter(path: Path, shape: tuple[int, ...], form: InputFormat) -> Callable[[Tensor], Tensor]:
+def converter(path: Path | str, shape: tuple[int, ...], form: InputFormat) -> Callable[[Tensor], Tensor]:
     """Return the function that turns arrays (n,c,H,W), (n,H,W,c) or, for one channel, (n,H,W) into float32 inputs."""
     channels, height, width = form.shape
     grey = (height, width) if channels == 1 else form.shape

@@ -23,7 +23,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor
 from moeprune.data.arrays import open_npz, open_safetensors
 from moeprune.data.images import open_folder
 from moeprune.data.preprocessing import InputFormat
+from moeprune.data.samples import Samples, open_samples
 from moeprune.data.sources import Batches, Source, one_ahead
 from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
@@ -136,14 +137,25 @@ class Dataset:
             raise MoepruneError(f"{label}, the model has {self.classes} classes (0 to {self.classes - 1})")
 
 
-def open_data(spec: str, input_format: InputFormat, split: str | None = None, limit: int | None = None) -> Dataset:
+Data: TypeAlias = "Dataset | str | os.PathLike[str] | Samples"
+"""A data set, its spec, or the samples themselves."""
+
+
+def open_data(spec: Data, input_format: InputFormat, split: str | None = None, limit: int | None = None) -> Dataset:
     """Open the data set that a spec names, or raise a MoepruneError if it is unknown, damaged or does not fit.
 
     Args:
-        spec: as at the top of this module.
+        spec: as at the top of this module, or samples: see moeprune.data.samples.
         split: the split of a built-in set whose spec names none; `test` if this is None too.
         limit: take at most this many samples, drawn with a fixed seed.
     """
+    if isinstance(spec, Dataset):
+        return spec if limit is None else spec.sample(limit)
+    if not isinstance(spec, str | os.PathLike):
+        spec, source = open_samples(spec, input_format)
+        data = Dataset(spec, source, input_format.classes, range(source.samples))
+        return data if limit is None else data.sample(limit)
+    spec = os.fspath(spec)
     name, _, own_split = spec.partition(":")
     hint = f"splits are {', '.join(SPLITS)}"
     if split is not None and split not in SPLITS:

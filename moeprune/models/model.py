@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
-from moeprune.data.datasets import Dataset, open_data
+from moeprune.data.datasets import Data, Dataset, open_data
 from moeprune.data.preprocessing import InputFormat
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
@@ -83,9 +83,9 @@ def private_copy(model: M) -> M:
     return copy.deepcopy(model, memory).eval()
 
 
-def dataset_for(model: Model, data: Dataset | str, split: str, limit: int | None = None) -> Dataset:
-    """Return a data set as it is, or open the one that a spec names; split: if a spec of a built-in set has none."""
-    return open_data(data, model.input_format, split, limit) if isinstance(data, str) else data
+def dataset_for(model: Model, data: Data, split: str, limit: int | None = None) -> Dataset:
+    """Return data as a data set for a model, see `open_data`; split: if a spec of a built-in set has none."""
+    return open_data(data, model.input_format, split, limit)
 
 
 def fingerprint(model: Model) -> str:

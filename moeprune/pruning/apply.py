@@ -208,6 +208,8 @@ def full_plan(
 def calibration_data(model: Model, analysis: Analysis) -> Dataset:
     """Open the data that an analysis was made from, or raise a MoepruneError if it is not there any more."""
     made_from = analysis.origin.data
+    if analysis.data is not None:
+        return analysis.data
     try:
         return dataset_for(model, made_from.spec, "calibration", made_from.samples)
     except MoepruneError as error:
