@@ -119,7 +119,7 @@ WRONG = {
     "a class": (Pairs, "gives type of type"),
     "sizes that differ": (DataLoader([PIXELS[0]] * 10 + [PIXELS[0][:, :7]] * 10), r"shape \[10, 1, 7, 8\]"),
     "sizes that differ in a batch": (DataLoader([PIXELS[0], PIXELS[0][:, :7]]), "stack expects each tensor"),
-    "an end of the program": (DataLoader(Broken(), 4, num_workers=0), r"fails: it ended the program with `sys.exit\(0\)`"),
+    "an end of the program": (DataLoader(Broken(), 4), r"fails: it ended the program with `sys.exit\(0\)`"),
 }  # fmt: skip
 
 
