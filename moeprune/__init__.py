@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moeprune.errors import called_from_python
+
 if TYPE_CHECKING:
     from moeprune.calibration.analysis import analyze, load_analysis, save_analysis
     from moeprune.data.datasets import open_data
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from moeprune.models.model import save
     from moeprune.models.opening import load
     from moeprune.models.runtime import Runtime
-    from moeprune.pruning.apply import prune
+    from moeprune.pruning.prune import prune
 
 __version__ = "0.1.0"
 
@@ -26,7 +28,7 @@ _HOMES = {
     "MoepruneError": "errors", "Runtime": "models.runtime", "adopt": "models.adopted",
     "analyze": "calibration.analysis", "evaluate": "evaluation.evaluate", "export": "models.export",
     "load": "models.opening", "load_analysis": "calibration.analysis", "open_data": "data.datasets",
-    "prune": "pruning.apply", "save": "models.model", "save_analysis": "calibration.analysis",
+    "prune": "pruning.prune", "save": "models.model", "save_analysis": "calibration.analysis",
 }  # fmt: skip
 
 
@@ -34,4 +36,6 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for only then: `moeprune --help` must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'moeprune' has no attribute {name!r}")
-    return getattr(import_module(f"moeprune.{_HOMES[name]}"), name)
+    found = getattr(import_module(f"moeprune.{_HOMES[name]}"), name)
+    globals()[name] = found if isinstance(found, type) else called_from_python(found)
+    return globals()[name]

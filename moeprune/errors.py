@@ -1,11 +1,15 @@
 """The one exception that a user is meant to see, and how code of the user's is run so that it raises this one."""
 
 import contextlib
+import functools
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class MoepruneError(Exception):
@@ -21,6 +25,45 @@ class MoepruneError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
+
+
+def in_words_of_python(text: str) -> str:
+    """Return a text about options of the command line as one about arguments of the Python API.
+
+    >>> in_words_of_python("`--max-size 0.1` is too small: keep `--scope static`, or run `moeprune eval`")
+    '`max_size=0.1` is too small: keep `scope="static"`, or run `moeprune.evaluate`'
+    """
+    text = re.sub(r"`moeprune (analyze|prune|eval|export)`", lambda m: f"`moeprune.{m[1]}`", text)
+    text = text.replace("`moeprune.eval`", "`moeprune.evaluate`").replace("`--force`", "`overwrite=True`")
+    return re.sub(r"`(--[a-z][^`]*)`", lambda m: f"`{_arguments(m[1].split())}`", text)
+
+
+def _arguments(words: list[str]) -> str:
+    """Return `--name value` words as keyword arguments."""
+    found: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            found.append(word[2:].replace("-", "_"))
+        elif found[-1] in ("source_arg", "model_arg"):
+            found[-1] = word
+        else:
+            is_number = re.fullmatch(r"-?[\d.]+(e-?\d+)?", word)
+            found[-1] += f"={word}" if is_number else f'="{word}"'
+    return ", ".join(found)
+
+
+def called_from_python(function: Callable[..., T]) -> Callable[..., T]:
+    """Return a function whose errors speak of arguments, not of options."""
+
+    @functools.wraps(function)
+    def call(*positional: Any, **named: Any) -> T:
+        try:
+            return function(*positional, **named)
+        except MoepruneError as error:
+            error.message, error.hint = in_words_of_python(error.message), error.hint and in_words_of_python(error.hint)
+            raise
+
+    return call
 
 
 class StopForward(BaseException):

@@ -135,16 +135,11 @@ def option(help_text: str, **settings: Any) -> msgspec.Meta:
 
 
 class Request(Record, frozen=True, kw_only=True):
-    """The options of a command, checked; errors name a field as the option: `--max-size`."""
+    """The options of a command, checked; errors name fields, which the command line spells as options."""
 
     def __post_init__(self) -> None:
-        try:
-            super().__post_init__()
-            self.check()
-        except MoepruneError as error:
-            names = "|".join(self.__struct_fields__)
-            message = re.sub(rf"`({names})`", lambda m: f"`--{m[1].replace('_', '-')}`", error.message)
-            raise MoepruneError(message, error.hint) from None
+        super().__post_init__()
+        self.check()
 
     def check(self) -> None:
         """Raise a MoepruneError if fields do not go together."""

@@ -30,7 +30,7 @@ from moeprune.models.export import to_module
 from moeprune.models.libraries.layers import LAYERS
 from moeprune.models.runtime import Runtime
 from moeprune.models.vit import SoftMoEViT
-from moeprune.pruning.apply import prune
+from moeprune.pruning.prune import prune
 from tests.test_cost import counted
 from tests.test_soft_moe import relative_error
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import moeprune
 from moeprune.errors import MoepruneError
+from moeprune.records import to_text
 
 CPU = moeprune.Runtime("cpu")
 PIXELS = torch.randint(0, 256, (40, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -129,3 +133,121 @@ def test_samples_that_do_not_fit(kind, model):
     with pytest.raises(MoepruneError, match=message):
         for _ in moeprune.open_data(samples, model.input_format).batches(10):
             pass
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    tensors = other.state_dict()
+    return one.plan == other.plan and all(torch.equal(value, tensors[key]) for key, value in one.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def files(model, of_file, tmp_path_factory):
+    """An analysis and a plan as files."""
+    folder = tmp_path_factory.mktemp("files")
+    moeprune.save_analysis(of_file, folder / "of.safetensors")
+    moeprune.save(moeprune.prune(model, of_file, keep=3, one_shot=True), folder / "pruned.safetensors")
+    return folder
+
+
+OPTIONS = {
+    "--keep 8": {"keep": 8},
+    "--keep 1.0 --scope input": {"keep": 1.0, "scope": "input"},
+    "--keep 1 --scope batch": {"keep": np.int64(1), "scope": "batch"},
+    "--keep 1/3 --compensate affine --signal gram": {"keep": Fraction(1, 3), "compensate": "affine", "signal": "gram"},
+    "--keep 1/4 --seed 3 --signal random --compensate renorm": {
+        "keep": 0.25, "seed": 3, "signal": "random", "compensate": "renorm",
+    },
+    "--max-size 0.4 --compensate mean": {"max_size": 0.4, "compensate": "mean"},
+    "--max-flops 0.9 --one-shot": {"max_flops": 0.9, "one_shot": True},
+    "--mass 0.8": {"mass": 0.8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_prune_does_what_the_command_does(options, model, single, of_file, files, run, tmp_path):
+    path, analysis = tmp_path / "pruned.safetensors", files / "of.safetensors"
+    assert run("prune", single, "--analysis", analysis, *options.split(), "-o", path).code == 0
+    for way in ((model, of_file), (single, str(analysis))):
+        assert same(moeprune.prune(*way, **OPTIONS[options]), moeprune.load(path))
+
+
+def test_plans_data_and_searches(model, single, of_file, files, run, tmp_path):
+    planned = moeprune.prune(single, files / "of.safetensors", plan=files / "pruned.safetensors")
+    assert same(planned, moeprune.prune(model, of_file, plan=planned.plan))
+    loader = DataLoader(Pairs(), 16, shuffle=True)
+    analysis = moeprune.analyze(single, loader, device="cpu", batch_size=8)
+    assert analysis.data is not None
+    fitted = moeprune.prune(model, analysis, max_size=0.4, compensate="affine", signal="gram")  # reads the loader again
+    assert same(fitted, moeprune.prune(model, loader, max_size=0.4, compensate="affine", signal="gram", device="cpu"))
+    moeprune.save_analysis(analysis, tmp_path / "of.safetensors")
+    with pytest.raises(MoepruneError, match=r"`<DataLoader of Pairs>`.*\n\nhint: .*`data`"):
+        moeprune.prune(model, tmp_path / "of.safetensors", keep=4, compensate="affine")
+    words = ("--max-accuracy-drop", 0.3, "--data", "digits", "--compensate", "mean", "--batch-size", 128)
+    assert run("prune", single, *words, "-o", tmp_path / "found.safetensors").code == 0
+    data = moeprune.open_data("digits:calibration", model.input_format)
+    pixels, labels = (torch.cat(parts) for parts in zip(*data.batches(64), strict=True))
+    found = moeprune.prune(model, (pixels, labels), max_accuracy_drop=0.3, compensate="mean", batch_size=128)
+    assert same(found, moeprune.load(tmp_path / "found.safetensors"))
+    other = moeprune.analyze(model, (pixels[:50], labels[:50]))  # of the same name, but not the same data
+    assert moeprune.prune(model, other, data=(pixels, labels), max_accuracy_drop=0.5, compensate="mean").plan
+    with pytest.raises(MoepruneError, match="must not be calibrated on"):
+        moeprune.prune(model, moeprune.analyze(model, (pixels, labels)), data=(pixels, labels), max_accuracy_drop=0.5)
+
+
+def test_evaluate_does_what_the_command_does(model, single, files, run, run_json):
+    pruned, data = files / "pruned.safetensors", ("--data", "digits", "--limit", 50, "--batch-size", 16)
+    words = ("--max-accuracy-drop", 0.001, "--min-size-reduction", 0.1, "--confidence", 0.9)
+    result = run("eval", pruned, *data, "--baseline", single, *words, "--output-format", "json")
+    expected = json.loads(result.stdout)
+    gates = {"max_accuracy_drop": 0.001, "min_size_reduction": 0.1}
+    samples = moeprune.open_data("digits", model.input_format, limit=50)
+    found = json.loads(to_text(
+        moeprune.evaluate(pruned, samples, single, gates=gates, confidence=0.9, batch_size=16)
+    ))  # fmt: skip
+    assert result.code == 1
+    assert [gate.pop("name") for gate in found["gates"]] == list(gates)
+    assert [gate.pop("name") for gate in expected["gates"]] == list(gates)
+    assert found == expected
+
+
+CALLS = {
+    "`keep` and `max_size` exclude each other": {"keep": 1, "max_size": 0.5},
+    "`keep=1.5` is more": {"keep": 1.5},
+    "keeps no expert": {"keep": 0},
+    "neither a share nor a number": {"keep": float("nan")},
+    "no number of experts to keep\n\nhint: give one of `keep`, `mass`, `max_size`": {},
+    "`max_accuracy_drop` searches on labelled `data`": {"max_accuracy_drop": 0.1},
+    "needs calibration\n\nhint: give an analysis \\(`analysis`\\) or calibration data \\(`data`\\)": {"keep": 2},
+    "`scope`: expected one of static, input, batch": {"keep": 2, "scope": "none"},
+    '`signal="gram"` needs one set': {"keep": 2, "signal": "gram", "scope": "input"},
+    "no device `cuda:77` here": {"keep": 2, "analysis": PIXELS, "device": "cuda:77"},
+    "`batch_size`: expected": {"keep": 2, "analysis": PIXELS, "batch_size": 0},
+    "`max_size=0.01` is less than": {"max_size": 0.01, "analysis": PIXELS},
+    "no data `missing.safetensors`": {"keep": 2, "analysis": "missing.safetensors"},
+}
+
+
+@pytest.mark.parametrize("message", CALLS)
+def test_errors_speak_of_arguments(message, model):
+    with pytest.raises(MoepruneError, match=message) as error:
+        moeprune.prune(model, **CALLS[message])
+    assert "--" not in str(error.value)
+
+
+def test_other_errors_speak_of_arguments_too(model, single, files):
+    pruned = moeprune.load(files / "pruned.safetensors")
+    calls = {
+        "unknown gate `min_acuracy`": lambda: moeprune.evaluate(model, "digits", gates={"min_acuracy": 0.5}),
+        "`max_accuracy_drop` compares with the full model": lambda: moeprune.evaluate(
+            model, "digits", gates={"max_accuracy_drop": 0.5}
+        ),
+        "the baseline is pruned": lambda: moeprune.evaluate(model, "digits", pruned),
+        "hint: give another path, or `overwrite=True` to replace it": lambda: moeprune.save(model, single),
+        "`model` is a Linear, not a model of moeprune": lambda: moeprune.analyze(torch.nn.Linear(2, 2), "digits"),
+        "already pruned": lambda: moeprune.analyze(pruned, "digits"),
+        "`batch_size`: expected": lambda: moeprune.Runtime(batch_size=0),
+    }
+    for message, call in calls.items():
+        with pytest.raises(MoepruneError, match=message) as error:
+            call()
+        assert "--" not in str(error.value)

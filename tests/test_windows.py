@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import moeprune
 from moeprune.errors import MoepruneError
 from moeprune.models.adopted import adopt
-from moeprune.pruning.apply import prune
+from moeprune.pruning.prune import prune
 from tests.test_adopted import CLASSES, CPU, SHAPE, D, dataset, images, lucidrains, randomized
 from tests.test_cost import counted
 from tests.test_soft_moe import relative_error

@@ -1,6 +1,7 @@
 """The statistics of all MoE layers of a model on calibration data, and the file that holds them."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from moeprune.calibration.probes import PROBE_INPUTS, probe
 from moeprune.calibration.results import AnalysisReport, AnalyzeRequest
 from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, StatisticsAccumulator, summarize
 from moeprune.calibration.sums import sums_in_bytes
-from moeprune.data.datasets import Dataset
+from moeprune.data.datasets import Data, Dataset
 from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
@@ -23,7 +24,7 @@ from moeprune.files.header import read_header, require_format
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
-from moeprune.models.opening import open_data_for, open_model
+from moeprune.models.opening import open_data_for, open_model, opened
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
 from moeprune.records import Record, from_json, to_json
@@ -86,14 +87,28 @@ def analyze_checkpoint(request: AnalyzeRequest) -> tuple[AnalysisReport, Model, 
     return report, model, analysis
 
 
-def analyze(model: Model, data: Dataset | str, runtime: Runtime = Runtime()) -> Analysis:
+def analyze(
+    model: Model | str | os.PathLike[str],
+    data: Data,
+    runtime: Runtime = Runtime(),
+    *,
+    device: str | None = None,
+    batch_size: int | None = None,
+) -> Analysis:
     """Compute the statistics of every MoE layer of an unpruned model, in a pass over the data.
 
     Memory does not depend on the number of samples, nor the result on the batch size, beyond rounding. If the
     sums of all layers take more than WORKSPACE, each of several passes serves some of the layers.
 
+    Args:
+        model: of moeprune, or its file.
+        data: see moeprune.data.datasets and moeprune.data.samples; the analysis keeps it, a file of the analysis its
+            spec.
+        device, batch_size: replace those of the runtime.
+
     Raises a MoepruneError if there is no MoE layer or a pruned one, or the data does not fit the model.
     """
+    model, runtime = opened(model), runtime.updated(device, batch_size)
     layers = require_dense_layers(model, "analyze the unpruned checkpoint")
     origin = fingerprint(model)
     model = private_copy(model)

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import inspect
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
@@ -120,7 +121,12 @@ def request_of(request: type[R], values: Mapping[str, Any], **others: Any) -> R:
             with contextlib.suppress(TypeError, ValueError):
                 value = parse_value(value)
         made[field.name] = value
-    return request(**made)
+    try:
+        return request(**made)
+    except MoepruneError as error:
+        names = "|".join(made)
+        message = re.sub(rf"`({names})`", lambda m: f"`--{m[1].replace('_', '-')}`", error.message)
+        raise MoepruneError(message, error.hint) from None
 
 
 def parse_settings(texts: Iterable[str] | None, option: str) -> dict[str, Any]:

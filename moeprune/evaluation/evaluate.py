@@ -1,11 +1,15 @@
 """Accuracy, size and cost of a model, alone and against the full model, on average and class by class."""
 
+import logging
+import os
 import platform
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -14,19 +18,24 @@ from torch import Tensor
 
 from moeprune import __version__
 from moeprune.calibration.sums import wide_dtype
-from moeprune.data.datasets import Dataset
+from moeprune.data.datasets import Data, Dataset
+from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
 from moeprune.evaluation import results
+from moeprune.evaluation.gates import GATES, judge
 from moeprune.evaluation.intervals import mcnemar, paired_difference, simultaneous_quantile, wilson
 from moeprune.evaluation.latency import measure_latency
-from moeprune.evaluation.request import BatchSizes
+from moeprune.evaluation.request import BatchSizes, EvalRequest
 from moeprune.layers.interface import Usage
 from moeprune.layers.observation import Observation
-from moeprune.models.model import Model, dataset_for, private_copy
+from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, unpruned_fingerprint
+from moeprune.models.opening import opened
+from moeprune.models.request import ModelSpec
 from moeprune.models.results import ModelCost
 from moeprune.models.runtime import Runtime
 from moeprune.records import from_json
 
+logger = logging.getLogger(__name__)
 LEVEL = 0.95
 KNOWN = 0.5  # accuracy of the full model in a class at or above which the class is considered known
 HIDES = 5  # the average hides a drop of at least this many times its own
@@ -123,20 +132,38 @@ class Reference:
 
 
 def evaluate(
-    model: Model,
-    data: Dataset | str,
-    baseline: Model | None = None,
+    model: Model | str | os.PathLike[str],
+    data: Data,
+    baseline: Model | str | os.PathLike[str] | None = None,
     runtime: Runtime = Runtime(),
     latency_batches: Sequence[int] | None = None,
+    *,
+    gates: Mapping[str, float] | None = None,
+    confidence: float | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
 ) -> results.Evaluation:
-    """Evaluate a model on labelled data, and compare it with a baseline on the same inputs; no gates are judged.
+    """Evaluate a model on labelled data, and compare it with a baseline on the same inputs, as `moeprune eval` does.
 
-    Raises a MoepruneError if the data does not fit or has no labels.
+    Raises a MoepruneError if the data does not fit or has no labels, the baseline is pruned, or gates cannot be judged.
 
     Args:
+        model, baseline: models of moeprune, or their files; the baseline is the full model.
+        data: see moeprune.data.datasets and moeprune.data.samples.
         latency_batches: batch sizes to measure latency at; None: latency is not measured.
+        gates: limits by name, such as `{"max_accuracy_drop": 0.01}`; see EvalRequest.
+        confidence: gates judge one-sided bounds at this level; None: values.
+        device, batch_size: replace those of the runtime.
     """
     latency_batches = from_json(latency_batches, BatchSizes | None, "`latency_batches`")
+    request = _request(gates or {}, confidence, baseline is not None, latency_batches is not None)
+    runtime = runtime.updated(device, batch_size)
+    paths = [os.fspath(each) if isinstance(each, str | os.PathLike) else None for each in (model, baseline)]
+    model, baseline = opened(model), None if baseline is None else opened(baseline)
+    if baseline is not None and baseline.plan:
+        raise MoepruneError("the baseline is pruned, expected the full model", "give what the model was pruned from")
+    if baseline is not None and model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
+        logger.warning("the model was not pruned from the baseline, but from another model")
     data = dataset_for(model, data, split="test")
     if baseline is not None and baseline.input_format != model.input_format:
         message = f"the baseline takes {baseline.input_format.in_words}, the model {model.input_format.in_words}"
@@ -149,9 +176,9 @@ def evaluate(
         forgotten = forgetting(own.labels, own.predicted, full[0].predicted, data.indices)
     if latency_batches is not None:
         latency = measure_latency(model, data, baseline, latency_batches, runtime)
-    return results.Evaluation(
-        checkpoint=None,
-        baseline=None,
+    found = results.Evaluation(
+        checkpoint=paths[0],
+        baseline=paths[1],
         data=data.info,
         model=figures,
         baseline_model=of_baseline,
@@ -162,6 +189,29 @@ def evaluate(
         passed=True,
         environment=environment(runtime),
     )
+    if baseline is not None:
+        _warn_of_collapsed(found)
+    judged = judge(found, request.limits, request.confidence)
+    return msgspec.structs.replace(found, gates=judged, passed=all(gate.passed for gate in judged))
+
+
+def _request(gates: Mapping[str, float], confidence: float | None, has_baseline: bool, latency: bool) -> EvalRequest:
+    """Return the request of limits by gate, which checks them; its files stand for what is in memory."""
+    if unknown := [name for name in gates if name not in GATES]:
+        raise MoepruneError(f"unknown gate `{unknown[0]}`", f"gates are {', '.join(GATES)}")
+    full = ModelSpec(path=Path("baseline")) if has_baseline else None
+    checked: dict[str, Any] = {**gates, "confidence": confidence, "latency": latency, "baseline": full}
+    return EvalRequest(checkpoint=ModelSpec(path=Path("model")), data=DataSpec(spec="data"), **checked)
+
+
+def _warn_of_collapsed(found: results.Evaluation) -> None:
+    assert found.forgetting is not None
+    assert found.difference is not None
+    average = f"while the average accuracy changed by {-100 * found.difference.accuracy_drop + 0.0:+.2f} pt"
+    for entry in found.forgetting.classes:
+        if entry.index in found.forgetting.collapsed:
+            accuracies = f"{100 * entry.baseline_accuracy:.1f} % → {100 * entry.accuracy:.1f} %"
+            logger.warning(f"class {entry.index} collapsed: {accuracies} of its {entry.samples} samples, {average}")
 
 
 def describe(model: Model, predictions: Predictions) -> results.ModelFigures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def load(
-    path: str | Path,
+    path: str | os.PathLike[str],
     model: Factory | None = None,
     *,
     source: str | None = None,
@@ -67,6 +68,16 @@ def load(
         **{"source_arg" if model is None else "model_arg": arguments},
     )  # fmt: skip
     return open_model(spec, model)
+
+
+def opened(model: Model | str | os.PathLike[str]) -> Model:
+    """Return a model as it is, or load it from the path of a checkpoint; an error says what to do with others."""
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, str | os.PathLike):
+        return load(model)
+    hint = "give what `moeprune.load` returns, or `moeprune.adopt(model, input_shape)` for a module of torch"
+    raise MoepruneError(f"`model` is a {type(model).__name__}, not a model of moeprune", hint)
 
 
 def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header | None = None) -> Model:

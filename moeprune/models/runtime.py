@@ -50,6 +50,11 @@ class Runtime(Request, frozen=True):
             raise MoepruneError(f"no device `{name}` here", f"found: {', '.join(found)}; or give `auto`")
         return torch.device(name)
 
+    def updated(self, device: object = None, batch_size: int | None = None) -> Runtime:
+        """Return a copy with those settings replaced that are given."""
+        given = {"device": None if device is None else str(device), "batch_size": batch_size}
+        return self.replace(**{name: value for name, value in given.items() if value is not None})
+
     def require_device(self) -> None:
         """Raise a MoepruneError if the device does not exist; log the settings."""
         logger.info(f"runs on {self.torch_device} in {self.dtype}, {self.batch_size} inputs at a time")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 from moeprune import __version__
 from moeprune.calibration.analysis import Analysis, require_analysis_of
@@ -13,7 +13,7 @@ from moeprune.calibration.passes import measure, require_finite
 from moeprune.calibration.selection import best_kept
 from moeprune.calibration.statistics import LayerMoments, LayerStatistics, MomentsAccumulator, StatisticsAccumulator
 from moeprune.calibration.sums import Halves, lost_gram
-from moeprune.data.datasets import Dataset
+from moeprune.data.datasets import Data, Dataset
 from moeprune.errors import MoepruneError
 from moeprune.layers.experts import random_scores, top_k
 from moeprune.layers.interface import LayerConfig
@@ -25,57 +25,37 @@ from moeprune.pruning import compensation
 from moeprune.pruning.compensation import Stream
 from moeprune.records import to_json
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 ALREADY_PRUNED = "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
 
 
-class MethodWords(TypedDict, total=False):
-    """The fields of moeprune.plan.Method as keyword arguments."""
-
-    scope: str
-    signal: str
-    compensate: str
-    mass: float | None
-    energy: float | None
-
-
-def prune(
+def apply_plan(
     model: Model,
+    plan: Plan,
     analysis: Analysis | None = None,
     *,
-    keep: str | float | Fraction | None = None,
-    plan: Plan | None = None,
-    data: Dataset | str | None = None,
+    data: Data | None = None,
     one_shot: bool = False,
     seed: int = 0,
     runtime: Runtime = Runtime(),
-    **method: Unpack[MethodWords],
 ) -> Model:
-    """Return a model whose MoE layers run few of their experts.
-
-    Layers are pruned in the order of the data flow, and what is calibrated in a layer is measured behind the
-    pruned layers before it. For the first layer, that is in the analysis.
+    """Return a model that is pruned as a plan says, the layers in the order of the data flow.
 
     Args:
         model: unpruned; it stays as it is. What pruning does not change lies in the same memory.
+        plan: what to do with each layer; others stay dense.
         analysis: of this model; may be None with data, or if nothing calibrated is used.
-        keep: the share of experts to keep in each layer (`"1/8"`, 0.125, a Fraction) or their number (16).
-        plan: in place of keep and method: what to do with each layer; others stay dense.
-        data: calibration data, or its spec; with an analysis the same data. None: the analysis's own is
-            opened again if layers behind the first, or a fit, need it.
+        data: calibration data; with an analysis the same data. None: the analysis's own is read again if layers
+            behind the first, or a fit, need it.
         one_shot: take the statistics of all layers from the analysis, with no pass over data.
         seed: of the signal `random`.
         runtime: where and how models run over the data; the result is on the model's device.
-        method: `scope`, `signal`, `compensate`, `mass` and `energy` (see moeprune.plan.Method).
 
     Raises:
         MoepruneError: the model is pruned already, the analysis is another model's or other data's, the plan does not
             fit the model, or something calibrated is asked for without an analysis or data.
     """
     require_dense_layers(model, ALREADY_PRUNED)
-    plan = full_plan(model.config.moe_layers, keep, plan, Method(**method))  # type: ignore[arg-type]
+    plan = full_plan(model.config.moe_layers, None, plan, Method())
     used = require_calibration(plan, model.config.moe_layers, analysis, data is not None, one_shot)
     known = fingerprint(model)
     require_analysis_of(model.config.moe_layers, known, used)

@@ -12,6 +12,7 @@ from moeprune.calibration.analysis import Analysis, load_analysis, require_analy
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment
 from moeprune.files import checkpoint
+from moeprune.files.checkpoint import TORCH_SUFFIXES
 from moeprune.files.header import Header
 from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import our_header, read_description
@@ -20,12 +21,11 @@ from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
 from moeprune.plan import SCOPES, SIGNALS, Plan, keep_to_text, parse_keep
 from moeprune.pruning import compensation
-from moeprune.pruning.apply import ALREADY_PRUNED, decide, full_plan, needs_pass, provenance, require_calibration
-from moeprune.pruning.budgets import plans_within
+from moeprune.pruning.apply import ALREADY_PRUNED, decide, needs_pass, provenance, require_calibration
 from moeprune.pruning.plan_file import read_plan, write_plan
+from moeprune.pruning.prune import plans_of, prune_model
 from moeprune.pruning.request import PruneRequest, SweepRequest
-from moeprune.pruning.results import Pruned, Search, Sweep
-from moeprune.pruning.search import DropLimit, prune_best, prune_within_drop
+from moeprune.pruning.results import Pruned, Sweep
 from moeprune.pruning.sweep import COMPENSATIONS_TRIED, KEEPS, Variant, grid, methods, on_frontier, sweep
 from moeprune.records import to_json
 
@@ -44,12 +44,16 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     full = Described(request.checkpoint)
     require_unpruned(full.plan, ALREADY_PRUNED)
     analysis = None if request.analysis is None else load_analysis(request.analysis)
-    search, cost = None, None
-    if request.max_accuracy_drop is None:
-        plan = _prune(request, full, analysis)
-    else:
-        search = _search(request, full, analysis)
+    data = None if request.data is None else open_data_for(full.model, request.data, "calibration")
+    stated = None if request.plan is None else read_plan(request.plan, full.config.moe_layers)
+    plans, analysis = plans_of(full, request, analysis, data, stated)
+    plan, search, cost = plans[0] if plans else {}, None, None
     if request.output is not None:
+        if full.header is not None and plans and data is None and _copies(plan, request):
+            _prune_file(request, full, full.header, analysis, plan)
+        else:
+            model, search = prune_model(full, request, analysis, data, plans)
+            save(model, request.output, request.overwrite)
         written = our_header(request.output)
         assert written is not None
         _, plan, _ = read_description(written)
@@ -67,35 +71,11 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     )
 
 
-def _plans(request: PruneRequest, full: Described, analysis: Analysis | None) -> list[Plan]:
-    """Return the plan that is asked for, or what to try for a budget."""
-    layers = full.config.moe_layers
-    if request.max_size is None and request.max_flops is None:
-        plan = None if request.plan is None else read_plan(request.plan, layers)
-        return [full_plan(layers, request.keep, plan, request.method)]
-    if analysis is not None:
-        require_analysis_of(layers, full.fingerprint, analysis)
-    return plans_within(full.config, full.tensors, analysis, request.method, request.max_size, request.max_flops)
-
-
-def _prune(request: PruneRequest, full: Described, analysis: Analysis | None) -> Plan:
-    """Write the pruned checkpoint, if one is asked for; return the plan."""
-    plans = _plans(request, full, analysis)
-    plan, with_pass = plans[0], needs_pass(plans[0], request.one_shot)
-    if request.output is None:
-        return plan
+def _copies(plan: Plan, request: PruneRequest) -> bool:
+    """Return True if the pruned checkpoint is written from file to file."""
+    assert request.output is not None
     is_static = all(layer.scope == "static" for layer in plan.values())
-    is_torch = request.output.suffix in checkpoint.TORCH_SUFFIXES
-    if full.header is not None and is_static and request.data is None and not with_pass and not is_torch:
-        _prune_file(request, full, full.header, analysis, plan)
-        return plan
-    data = None if request.data is None else open_data_for(full.model, request.data, "calibration")
-    pruned = prune_best(
-        full.model, plans if with_pass else plans[:1], analysis, data=data, one_shot=request.one_shot,
-        seed=request.seed, runtime=request.runtime,
-    )  # fmt: skip
-    save(pruned, request.output, request.overwrite)
-    return plan
+    return is_static and not needs_pass(plan, request.one_shot) and request.output.suffix not in TORCH_SUFFIXES
 
 
 def _prune_file(request: PruneRequest, full: Described, header: Header, analysis: Analysis | None, plan: Plan) -> None:
@@ -130,20 +110,6 @@ def _take(
     if axis:
         return tensors[f"{layer}.{name}"].index_select(axis, torch.tensor(experts))
     return checkpoint.Copied(header, f"{layer}.{name}", None if axis is None else experts)
-
-
-def _search(request: PruneRequest, full: Described, analysis: Analysis | None) -> Search:
-    """Write the smallest model within the accuracy drop; return how it was found."""
-    assert request.data is not None
-    assert request.output is not None
-    assert request.max_accuracy_drop is not None
-    model, search = prune_within_drop(
-        full.model, open_data_for(full.model, request.data, "calibration"),
-        DropLimit(request.max_accuracy_drop, request.confidence),
-        analysis=analysis, method=request.method, seed=request.seed, runtime=request.runtime,
-    )  # fmt: skip
-    save(model, request.output, request.overwrite)
-    return search
 
 
 def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:

@@ -31,7 +31,7 @@ from moeprune.files.checkpoint import tensor_infos
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import Method, Plan
-from moeprune.pruning.apply import ALREADY_PRUNED, calibration_data, prune
+from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data
 from moeprune.pruning.budgets import allocate, costs_of, losses
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Confirmation, Search, TriedPlan
@@ -66,7 +66,7 @@ def prune_best(
 ) -> Model:
     """Prune by each of one or more plans, and return the model that agrees with the full one on most inputs.
 
-    The other arguments are those of moeprune.pruning.apply.prune.
+    The other arguments are those of apply_plan.
     """
     if data is not None:
         data = dataset_for(model, data, "calibration")
@@ -74,7 +74,7 @@ def prune_best(
         assert analysis is not None
         data = calibration_data(model, analysis)
     pruned = [
-        prune(model, analysis, plan=plan, data=data, one_shot=one_shot, seed=seed, runtime=runtime) for plan in plans
+        apply_plan(model, plan, analysis, data=data, one_shot=one_shot, seed=seed, runtime=runtime) for plan in plans
     ]
     if len(plans) == 1 or data is None:
         return pruned[0]
@@ -124,7 +124,7 @@ def prune_within_drop(
     plans = _ladder(model, analysis, method)
     if not plans:
         raise MoepruneError(f"no plan of {method} makes the model smaller", "give another method")
-    apply = partial(prune, model, analysis, data=calibration, seed=seed, runtime=runtime)
+    apply = partial(apply_plan, model, analysis=analysis, data=calibration, seed=seed, runtime=runtime)
     search = _Search(plans, apply, limit, searching)
     if found := search.run(lambda: Reference(model, second, runtime, "full model")):
         return found

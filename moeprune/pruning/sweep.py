@@ -15,7 +15,7 @@ from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
 from moeprune.plan import COMPENSATIONS, Method, Plan, is_possible, keep_to_text, uniform_plan
-from moeprune.pruning.apply import calibration_data, prune
+from moeprune.pruning.apply import apply_plan, calibration_data
 from moeprune.pruning.results import OnFrontier, SweepRow
 
 RANDOM_DRAWS = 10
@@ -121,7 +121,7 @@ def sweep(
     for variant, plan in runtime.bar("sweep", "variants", plans):
         results = []
         for draw in range(RANDOM_DRAWS if variant.signal == "random" else 1):
-            pruned = prune(model, analysis, plan=plan, data=calibration, seed=seed + draw, runtime=runtime)
+            pruned = apply_plan(model, plan, analysis, data=calibration, seed=seed + draw, runtime=runtime)
             results.append(reference.compare(pruned))
         yield row(variant, results, pruned), pruned
 

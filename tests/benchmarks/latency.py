@@ -27,7 +27,7 @@ from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
-from moeprune.pruning.apply import prune
+from moeprune.pruning.prune import prune
 
 TOKENS = 196
 INPUTS = 4

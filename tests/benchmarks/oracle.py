@@ -33,7 +33,7 @@ from moeprune.layers.experts import top_k
 from moeprune.layers.observation import Observation
 from moeprune.models.model import private_copy
 from moeprune.models.vit import SoftMoEViT
-from moeprune.plan import experts_to_keep
+from moeprune.plan import Method, experts_to_keep, uniform_plan
 
 EXPERTS = (4, 8, 12)
 SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))
@@ -162,7 +162,8 @@ def main() -> None:
             analysis = moeprune.analyze(model, "digits:calibration", RUNTIME)
             [rows] = compare_signals(model, analysis, data, RUNTIME).values()
             runs.append(rows)
-            dropped = moeprune.prune(model, analysis, keep=0, signal="random", compensate="none")
+            nothing = uniform_plan(model.config.moe_layers, 0, Method(signal="random"))
+            dropped = moeprune.prune(model, analysis, plan=nothing)
             full.append(moeprune.evaluate(model, data, runtime=RUNTIME).model.accuracy)
             without.append(moeprune.evaluate(dropped, data, runtime=RUNTIME).model.accuracy)
         of_all, of_none = (" / ".join(f"{100 * value:.1f}" for value in values) for values in (full, without))

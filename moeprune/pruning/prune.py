@@ -1,0 +1,168 @@
+"""Prune a model in memory by the options of `moeprune prune`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
+
+from moeprune.calibration.analysis import Analysis, analyze, load_analysis, require_analysis_of
+from moeprune.data.datasets import Data, Dataset
+from moeprune.data.spec import DataSpec
+from moeprune.errors import MoepruneError
+from moeprune.files.checkpoint import tensor_infos
+from moeprune.files.header import is_safetensors, read_header
+from moeprune.models.inspection import Described
+from moeprune.models.model import Model, dataset_for, require_dense_layers
+from moeprune.models.opening import opened
+from moeprune.models.request import ModelSpec
+from moeprune.models.runtime import Runtime
+from moeprune.plan import Plan
+from moeprune.pruning.apply import ALREADY_PRUNED, full_plan, needs_pass
+from moeprune.pruning.budgets import plans_within
+from moeprune.pruning.plan_file import read_plan
+from moeprune.pruning.request import PruneRequest
+from moeprune.pruning.results import Search
+from moeprune.pruning.search import DropLimit, prune_best, prune_within_drop
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class PruneOptions(TypedDict, total=False):
+    """How many experts to keep (one of the first six) and which: fields of PruneRequest, which explains them."""
+
+    keep: str | float | Fraction | None
+    mass: float | None
+    max_size: str | float | None
+    max_flops: str | float | None
+    max_accuracy_drop: float | None
+    plan: Plan | str | os.PathLike[str] | None
+    confidence: float | None
+    scope: str | None
+    signal: str | None
+    compensate: str | None
+    energy: float | None
+    one_shot: bool
+    seed: int
+
+
+def prune(
+    model: Model | str | os.PathLike[str],
+    analysis: Analysis | Data | None = None,
+    *,
+    data: Data | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    runtime: Runtime = Runtime(),
+    **options: Unpack[PruneOptions],
+) -> Model:
+    """Return a model whose MoE layers run few of their experts, as `moeprune prune` does.
+
+    Layers are pruned in the order of the data flow, and what is calibrated in a layer is measured behind the
+    pruned layers before it. For the first layer, that is in the analysis.
+
+    Args:
+        model: unpruned, or its file; it stays as it is. What pruning does not change lies in the same memory.
+        analysis: of this model, or its file; or, in its place, data.
+        data: calibration data, see moeprune.data.datasets and moeprune.data.samples; with an analysis the same data, or
+            with `max_accuracy_drop` other data. None: the analysis's own is read again if layers behind the first, or a
+            fit, need it.
+        device, batch_size: replace those of the runtime.
+        runtime: where and how models run over the data; the result is on the model's device.
+        options: of PruneOptions. keep: a whole number of experts (16), or a share (0.125, `"1/8"`, a Fraction). plan:
+            what to do with each layer, or its file; others stay dense.
+
+    Raises:
+        MoepruneError: options contradict each other, the model is pruned already, the analysis is another model's or
+            other data's, the plan does not fit the model, no plan meets the budget, or something calibrated is asked
+            for without an analysis or data.
+    """
+    if not (analysis is None or _is_analysis(analysis)):
+        if data is not None:
+            raise MoepruneError("`analysis` is neither an analysis nor its file", "give what `analyze` returns")
+        analysis, data = None, analysis
+    if isinstance(analysis, str | os.PathLike):
+        analysis = load_analysis(Path(analysis))
+    assert analysis is None or isinstance(analysis, Analysis)
+    model = opened(model)
+    require_dense_layers(model, ALREADY_PRUNED)
+    plan = options.get("plan")
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given |= {"plan": Path("plan")} if plan is not None else {}
+    for name, kind in get_type_hints(PruneRequest).items():
+        if kind == str | None and name in given:
+            given[name] = _text(given[name])
+    request = PruneRequest(  # checks the options; its files stand for what is in memory
+        checkpoint=ModelSpec(path=Path("model")), output=Path("model"),
+        data=None if data is None else DataSpec(spec="data"), runtime=runtime.updated(device, batch_size),
+        **given,
+    )  # fmt: skip
+    if isinstance(plan, str | os.PathLike):
+        plan = read_plan(Path(plan), model.config.moe_layers)
+    dataset = None if data is None else dataset_for(model, data, "calibration")
+    full = _InMemory(model)
+    plans, analysis = plans_of(full, request, analysis, dataset, plan)
+    return prune_model(full, request, analysis, dataset, plans)[0]
+
+
+def prune_model(
+    full: Described, request: PruneRequest, analysis: Analysis | None, data: Dataset | None, plans: Sequence[Plan]
+) -> tuple[Model, Search | None]:
+    """Return the pruned model of a request, and how it was found if it was searched; plans: as `plans_of` gives."""
+    settings: dict[str, Any] = {"seed": request.seed, "runtime": request.runtime}
+    if request.max_accuracy_drop is not None:
+        assert data is not None
+        limit = DropLimit(request.max_accuracy_drop, request.confidence)
+        return prune_within_drop(full.model, data, limit, analysis=analysis, method=request.method, **settings)
+    tried = plans if needs_pass(plans[0], request.one_shot) else plans[:1]
+    return prune_best(full.model, tried, analysis, data=data, one_shot=request.one_shot, **settings), None
+
+
+def plans_of(
+    full: Described, request: PruneRequest, analysis: Analysis | None, data: Dataset | None, plan: Plan | None
+) -> tuple[list[Plan], Analysis | None]:
+    """Return the plan that is asked for, or what to try for a budget, or none if one is searched; and the analysis.
+
+    A budget that is split over the layers takes an analysis; if there is none, the data is analyzed.
+    """
+    layers = full.config.moe_layers
+    if request.max_accuracy_drop is not None:
+        return [], analysis
+    if request.max_size is None and request.max_flops is None:
+        return [full_plan(layers, request.keep, plan, request.method)], analysis
+    if analysis is not None:
+        require_analysis_of(layers, full.fingerprint, analysis)
+    elif data is not None and request.method.scope == "static":
+        analysis = analyze(full.model, data, request.runtime)
+    budget = request.max_size, request.max_flops
+    return plans_within(full.config, full.tensors, analysis, request.method, *budget), analysis
+
+
+class _InMemory(Described):
+    """A model as if it were that of a file."""
+
+    def __init__(self, model: Model):
+        self.header, self.model = None, model
+        self.config, self.plan, self.details = model.config, model.plan, model.details
+        self.tensors = tensor_infos(model.state_dict())
+
+
+def _is_analysis(value: object) -> bool:
+    """Return True for an analysis or the path of its file."""
+    if not isinstance(value, str | os.PathLike):
+        return isinstance(value, Analysis)
+    path = Path(value)
+    return is_safetensors(path) and (read_header(path).metadata or {}).get("kind") == "analysis"
+
+
+def _text(value: Any) -> str:
+    """Return a number as an option spells it: whole numbers are counts, all others are shares."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Fraction):
+        return f"{value.numerator}/{value.denominator}"
+    return str(int(value)) if isinstance(value, Integral) else repr(float(value))
