@@ -449,15 +449,6 @@ def test_force_replaces_outputs(single, run, tmp_path):
     assert {entry.name for entry in tmp_path.iterdir()} == {"pruned.safetensors", "report.json"}
 
 
-def test_a_checkpoint_can_be_replaced_by_its_pruned_self(single, run, tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(single.read_bytes())
-    elsewhere = tmp_path / "pruned.safetensors"
-    for output in (elsewhere, path):
-        run("prune", path, "--keep", "1/8", "--scope", "input", "-o", output, "--force")
-    assert path.read_bytes() == elsewhere.read_bytes()
-
-
 def test_equal_analyses_give_equal_bytes(single, small_analysis, run, tmp_path):
     path = tmp_path / "again.safetensors"
     run("analyze", single, "--data", "digits", "--limit", 60, "-o", path)
@@ -735,10 +726,10 @@ def test_code_that_ends_the_program_is_an_error_and_what_it_prints_is_not_the_re
     assert result.stderr.startswith("a line\nerror: ")
 
 
-KEPT = {"0.1": 13, "16": 16, "1/1000": 1, "1": 1, 16: 16, 0.125: 16, "0.125": 16, Fraction(1, 8): 16, 0: 0}
+KEPT = {"0.1": 13, "16": 16, "1/1000": 1, "1": 1, 16: 16, 0.125: 16, "0.125": 16, Fraction(1, 8): 16}
 
 
-@pytest.mark.parametrize(("keep", "k"), KEPT.items())
+@pytest.mark.parametrize(("keep", "k"), [*KEPT.items(), (1.0, 128), (Fraction(1), 128), (1, 1)])
 def test_shares_are_rounded_to_the_nearest_number_of_experts(single, keep, k):
     [layer] = moeprune.prune(moeprune.load(single), keep=keep, scope="input").moe_layers.values()
     assert layer.plan.k == k
