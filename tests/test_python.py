@@ -231,7 +231,7 @@ CALLS = {
 def test_errors_speak_of_arguments(message, model):
     with pytest.raises(MoepruneError, match=message) as error:
         moeprune.prune(model, **CALLS[message])
-    assert "--" not in str(error.value)
+    assert "`--" not in str(error.value)
 
 
 def test_other_errors_speak_of_arguments_too(model, single, files):
@@ -250,4 +250,4 @@ def test_other_errors_speak_of_arguments_too(model, single, files):
     for message, call in calls.items():
         with pytest.raises(MoepruneError, match=message) as error:
             call()
-        assert "--" not in str(error.value)
+        assert "`--" not in str(error.value)
