@@ -15,7 +15,7 @@ run, those of dropped experts by kept ones.
 
 import math
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,15 @@ class SoftMoE(MoELayer):
         """The weights of the experts that are stored."""
         return Experts(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
 
+    @property
+    def _types(self) -> set[torch.dtype]:
+        return {tensor.dtype for tensor in self._parameters.values() if tensor is not None}
+
+    @property
+    def is_mixed(self) -> bool:
+        """True if the router has another type than the experts; all but the experts then run in the wider one."""
+        return len(self._types) > 1
+
     def reset_parameters(self, generator: torch.Generator | None = None, scale: float = 1.0) -> None:
         """Draw initial weights; `scale` is the first value of the learned scale of `l2` routing."""
         d, h = self.config.dim, self.config.expert_width
@@ -95,6 +104,9 @@ class SoftMoE(MoELayer):
             mask = torch.ones_like(x[:, :, 0], dtype=torch.bool) if mask is None else mask
             padded = F.pad(x, (0, 0, 0, lacking)), F.pad(mask, (0, lacking), value=False)
             return self._forward(*padded)[:, : x.shape[1]]
+        given, mixed = x.dtype, self.is_mixed
+        if mixed:
+            x = x.to(reduce(torch.promote_types, self._types, given))
         router_logits, tokens = self.route(x, mask)
         needs_mass = self.is_routed or self.observer is not None
         dtype = router_logits.dtype
@@ -109,6 +121,7 @@ class SoftMoE(MoELayer):
             output, slot_outputs = self._run_chosen(tokens, router_logits, combine_weights, chosen)
         else:
             output, slot_outputs, slot_inputs = self._run_stored(tokens, router_logits, combine_weights)
+        x = x.to(self.fc2_weight.dtype) if mixed else x
         if self.plan is not None and self.plan.has_basis:
             dropped = combine_weights if chosen is None else combine_weights * is_dropped(chosen, combine_weights)
             output = self.compensated(output, x, dropped, mask)
@@ -124,7 +137,7 @@ class SoftMoE(MoELayer):
             return Observation(weights, mass, shown, taken, mask, chosen, slot_outputs, slot_inputs, self.hidden)
 
         self.observe(observation)
-        return output
+        return output.to(given) if mixed else output
 
     def _mass(self, combine_weights: Tensor, mask: Tensor | None) -> Tensor:
         """Return the mass of each expert over all windows of an input."""
@@ -140,7 +153,7 @@ class SoftMoE(MoELayer):
             router_logits = (normalized @ slots.flatten(1, 2).mT).unflatten(-1, slots.shape[1:3])
         else:
             phi = self._normalized(self.phi.flatten(1), 0, "phi_gain")  # (d,n·p)
-            router_logits = (normalized @ phi).unflatten(-1, self.phi.shape[1:])
+            router_logits = (normalized @ phi.to(normalized.dtype)).unflatten(-1, self.phi.shape[1:])
         if mask is not None:
             lowest = torch.finfo(router_logits.dtype).min
             router_logits = router_logits.masked_fill(~mask[:, :, None, None], lowest)
@@ -169,7 +182,7 @@ class SoftMoE(MoELayer):
         else:
             counted = mask.unflatten(1, (-1, n))[..., None]
             means = segments.masked_fill(~counted, 0).sum(2) / counted.sum(2).clamp_min(1)
-        slots = F.linear(means, self.slot_projection.flatten(0, 1)).unflatten(-1, (n, -1))
+        slots = F.linear(means, self.slot_projection.flatten(0, 1).to(means.dtype)).unflatten(-1, (n, -1))
         return self._normalized(slots, -1, "phi_gain").transpose(1, 2)
 
     def _run_stored(
@@ -200,6 +213,8 @@ class SoftMoE(MoELayer):
 
     def _run_experts(self, slot_inputs: Tensor) -> Tensor:
         """Run expert j on slots j, with `merge` on those of its group: (b,e,p,d) to (b,e,p,o)."""
+        if self.is_mixed and slot_inputs.dtype != self.fc2_weight.dtype:
+            return self._run_experts(slot_inputs.to(self.fc2_weight.dtype)).to(slot_inputs.dtype)
         b, e, p, _ = slot_inputs.shape
         rows = slot_inputs.transpose(0, 1)
         if self.plan is not None and self.plan.merges:
@@ -228,12 +243,15 @@ class SoftMoE(MoELayer):
         weights = None if plan.compensation == "renorm" else combine_weights
         dispatch, combine = slot_weights(router_logits, weights, someone, self.config.mixes_batch, idle)
         slot_inputs = (dispatch @ tokens).unflatten(1, (chosen.shape[1], p))
-        slot_outputs = run_experts(slot_inputs, chosen, self.experts, idle, is_shared=plan.scope == "batch")
+        taken = slot_inputs.to(self.fc2_weight.dtype) if self.is_mixed else slot_inputs
+        slot_outputs = run_experts(taken, chosen, self.experts, idle, is_shared=plan.scope == "batch")
+        slot_outputs = slot_outputs.to(slot_inputs.dtype) if self.is_mixed else slot_outputs
         if plan.has_basis or not plan.has_surrogate:
             return combine @ slot_outputs.flatten(1, 2), slot_outputs
+        surrogate = self.surrogate.to(slot_outputs.dtype) if self.is_mixed else self.surrogate
         # The surrogates of all slots, corrected where a slot has its real output.
-        output = combine_weights.flatten(2).to(combine.dtype) @ self.surrogate.flatten(0, 1)
-        corrections = (slot_outputs - self.surrogate[someone]).flatten(1, 2)
+        output = combine_weights.flatten(2).to(combine.dtype) @ surrogate.flatten(0, 1)
+        corrections = (slot_outputs - surrogate[someone]).flatten(1, 2)
         return torch.baddbmm(output, combine, corrections), slot_outputs
 
 

@@ -21,7 +21,8 @@ from moeprune.models.extra import decode_extra, encode_extra
 from moeprune.models.factory import import_factory, normalized, same_factory
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, lookalikes
 from moeprune.models.model import Model
-from moeprune.models.tracing import failure, require_equal, run, see, windows_of
+from moeprune.models.runtime import input_dtype
+from moeprune.models.tracing import failure, materialize, require_equal, run, see, windows_of
 from moeprune.plan import Plan
 
 Factory: TypeAlias = "str | Callable[..., nn.Module]"
@@ -36,7 +37,9 @@ class AdoptedModel(Model):
     def __init__(self, module: nn.Module, config: ModuleConfig, details: Details, factory: Factory | None):
         super().__init__(config, details)
         self.module = module
-        self.original = None if factory is None else functools.partial(build, factory, config.arguments)
+        self.original = (
+            None if factory is None else functools.partial(build, factory, config.arguments, config.input_shape)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (b,c,H,W) in, logits (b,classes) out."""
@@ -82,6 +85,7 @@ def adopt(
         MoepruneError: no layer is known, a layer cannot be expressed or does not run exactly once, another one
             looks like a Soft MoE layer, or the output is not logits.
     """
+    materialize(module, input_shape, name_of(factory))
     module.requires_grad_(False).eval()
     libraries = _known_layers(module, ignore_layers)
     names = sorted({library.name for library in libraries.values()})
@@ -91,7 +95,7 @@ def adopt(
     layers, parent = {}, nn.ModuleDict({"module": module})  # with the names of an AdoptedModel
     built_by = name_of(factory)
     x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
-    x = x.to(next(p for p in module.parameters() if p.is_floating_point()))
+    x = x.to(next(module.parameters()).device, input_dtype(module))
     first, second, both = (see(module, libraries, some, built_by) for some in (x[:1], x[1:], x))
     for name, (_, tokens, *_) in first.items():
         library, theirs = libraries[name], module.get_submodule(name)
@@ -170,7 +174,7 @@ def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factor
         raise MoepruneError(
             f"the model is built by the factory `{name}`, {stated}", f"if you trust that code, add `--model {name}`"
         )
-    model = AdoptedModel(build(factory, config.arguments), config, details, factory)
+    model = AdoptedModel(build(factory, config.arguments, config.input_shape), config, details, factory)
     for path, layer in config.moe_layers.items():
         with torch.device("meta"):
             ours = new_layer(layer, plan.get(path))
@@ -182,14 +186,16 @@ def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factor
     return model
 
 
-def build(factory: Factory, arguments: Mapping[str, Any]) -> nn.Module:
-    """Return the model that a factory builds."""
+def build(factory: Factory, arguments: Mapping[str, Any], input_shape: tuple[int, int, int] | None = None) -> nn.Module:
+    """Return the model that a factory builds; input_shape: (c,H,W), from which lazy layers get their tensors."""
     name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", repr(factory))
     hint = "check its name and `--model-arg`, and that it can be imported from here"
     with user_code(f"`--model {name}` fails", hint):
         model = (import_factory(factory) if isinstance(factory, str) else factory)(**arguments)
     if not isinstance(model, nn.Module):
         raise MoepruneError(f"`--model {name}` builds a {type(model).__name__}, expected a torch module")
+    if input_shape is not None:
+        materialize(model, input_shape, name_of(factory))
     return model
 
 

@@ -95,7 +95,7 @@ def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
     if any(is_too_large(shape) for shape in shapes.values()):
         raise MoepruneError(f"`{path}`: its architecture is too large to build a model")
     require_tensors(found, shapes, f"`{path}` does not fit its own architecture")
-    require_one_type(found, path)
+    require_few_types(found, config, path)
     return config, plan, details
 
 
@@ -145,18 +145,24 @@ def _first(problems: list[str], kind: str, limit: int = 3) -> list[str]:
     return problems if rest <= 0 else [*problems[:limit], f"{rest} more {kind}"]
 
 
-def require_one_type(tensors: Mapping[str, TensorInfo], path: str | Path) -> None:
-    """Raise a MoepruneError that names the tensors whose type is not that of most of them.
+def require_few_types(tensors: Mapping[str, TensorInfo], config: ModelConfig, path: str | Path) -> None:
+    """Raise a MoepruneError that names the tensors whose type is not that of most of their kind.
 
-    Scores (`score_weights`) are float32, whatever the type of the weights is.
+    Experts may have another type than the rest of the model, and routers a type of their own.
     """
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith("score_weights")}
-    [(usual, _)] = Counter(tensor.dtype for tensor in weights.values()).most_common(1)
-    if odd := [f"`{name}` is {t.dtype}" for name, t in sorted(weights.items()) if t.dtype != usual]:
-        raise MoepruneError(
-            f"`{path}` has tensors of several types: {', '.join(odd)}, the others are {usual}",
-            "convert the model to one type, for example with `model.float()`",
-        )
+    kinds: dict[bool, dict[str, TensorInfo]] = {True: {}, False: {}}
+    for name, tensor in tensors.items():
+        layer, _, key = name.rpartition(".")
+        part = config.moe_layers[layer].part(key) if layer in config.moe_layers else "other"
+        if part != "routing":
+            kinds[part == "other"][name] = tensor
+    for of_kind in kinds.values():
+        usual = next((dtype for dtype, _ in Counter(t.dtype for t in of_kind.values()).most_common(1)), None)
+        if odd := [f"`{name}` is {t.dtype}" for name, t in sorted(of_kind.items()) if t.dtype != usual]:
+            raise MoepruneError(
+                f"`{path}` has tensors of several types: {', '.join(odd)}, the others are {usual}",
+                "convert the model to one type, for example with `model.float()`",
+            )
 
 
 def lookalike(names: Collection[str]) -> str:

@@ -1,7 +1,5 @@
 """Our models as those of other libraries and of the user's own code: converted, compared and written."""
 
-import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,10 @@ from moeprune.models.libraries import MODELS
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, installed_version
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.loading import load_strictly
-from moeprune.models.model import Model, private_copy
+from moeprune.models.model import Model
+from moeprune.models.parity import difference, skipped
 from moeprune.models.results import Export, ExportedLayer, Parity
 from moeprune.plan import Plan
-
-IMAGES = 4
-MAX_DIFFERENCE = 1e-5  # of logits of equal models, relative to the largest one
 
 
 def export(model: Model, output: str | Path, to: str, overwrite: bool = False) -> Export:
@@ -179,53 +175,3 @@ def compare(model: Model, library: SoftMoEViTs, config: ViTConfig, tensors: Mapp
             "install the version that wrote the file",
         ) from None
     return difference(model, theirs, library.model_class)
-
-
-def difference(ours: Model, theirs: nn.Module, name: str) -> Parity:
-    """Compare two models on random images, in float64 if memory allows, to which `theirs` is converted.
-
-    Raises:
-        MoepruneError: they do not compute the same.
-    """
-    parameters, memory = sum(parameter.numel() for parameter in theirs.parameters()), _available_memory()
-    for dtype in (torch.float64, torch.float32):  # a copy of the weights must fit beside the weights
-        if memory is None or parameters * (dtype.itemsize + 4) < memory:
-            break
-    else:
-        return skipped(f"a model of {parameters:,} parameters does not fit into memory once more")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(IMAGES, *ours.config.input_shape, generator=generator, dtype=torch.float64).to(dtype)
-    with torch.inference_mode():
-        logits = private_copy(ours).to(dtype)(images)  # one after the other, to hold one copy at a time
-        with user_code(f"{name} fails on an input of shape {list(images.shape)}"):
-            expected = theirs.eval().to(dtype)(images)
-    largest = float(expected.abs().max())
-    if largest == 0:
-        return skipped("all logits are zero: there is nothing to compare")
-    found, type_name = float((logits - expected).abs().max()) / largest, str(dtype).removeprefix("torch.")
-    if not found <= MAX_DIFFERENCE:  # NaN too
-        raise MoepruneError(
-            f"logits of moeprune's model and of {name} differ by {found:.1e} of the largest one ({type_name})"
-            f", more than {MAX_DIFFERENCE:g}",
-            "another version of the library may have written the file; if not, please report this defect",
-        )
-    return Parity(max_relative_difference=found, dtype=type_name, images=IMAGES, skipped=None)
-
-
-def skipped(reason: str) -> Parity:
-    """Return the parity of models that are not compared."""
-    return Parity(max_relative_difference=None, dtype=None, images=None, skipped=reason)
-
-
-def _available_memory() -> int | None:
-    """Return the bytes available without swapping; None if unknown."""
-    known = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        known += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-            known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    with contextlib.suppress(OSError, ValueError):  # no limit
-        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return min(known, default=None)

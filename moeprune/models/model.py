@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from moeprune.files.header import METADATA_KEY
 from moeprune.layers.interface import Usage
 from moeprune.layers.layer import MoELayer
 from moeprune.models.architecture import ModelConfig
-from moeprune.models.description import FORMAT, Details, require_one_type
+from moeprune.models.description import FORMAT, Details, require_few_types
 from moeprune.models.results import ModelCost, Reading
 from moeprune.plan import Plan
 from moeprune.records import to_json
@@ -76,11 +76,34 @@ def require_unpruned(plan: Plan, hint: str) -> None:
 def private_copy(model: M) -> M:
     """Return a copy in eval mode that can be observed, moved and altered without affecting the model.
 
-    Both share memory until one is moved or converted: `copy.deepcopy` the one that is to be trained in place.
+    Both share memory until one is moved or converted: `copy.deepcopy` the one that is to be trained in place. They
+    also share what cannot be copied. Raises a MoepruneError if the model cannot be.
     """
-    memory: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
+    memory: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
     memory |= {id(buffer): buffer.detach() for buffer in model.buffers()}
-    return copy.deepcopy(model, memory).eval()
+    try:
+        return copy.deepcopy(model, dict(memory)).eval()
+    except Exception:  # a lock, an open file, a tensor with a gradient's history
+        shared = _uncopyable(model, memory)
+    try:
+        return copy.deepcopy(model, memory | shared).eval()
+    except Exception as error:
+        raise MoepruneError(
+            f"the model cannot be copied: {type(error).__name__}: {error}", "give its class a `__deepcopy__`"
+        ) from None
+
+
+def _uncopyable(model: nn.Module, memory: Mapping[int, Any]) -> dict[int, Any]:
+    """Return the attributes of a model's parts that cannot be copied, by their ids: copies of the model share them."""
+    shared: dict[int, Any] = {}
+    for part in model.modules():
+        for name, value in vars(part).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    copy.deepcopy(value, dict(memory))
+                except Exception:
+                    shared[id(value)] = value.detach() if isinstance(value, Tensor) else value
+    return shared
 
 
 def dataset_for(model: Model, data: Data, split: str, limit: int | None = None) -> Dataset:
@@ -144,7 +167,8 @@ def save(model: Model, path: str | Path, overwrite: bool = False) -> None:
             infinite or of several types.
     """
     tensors = model.state_dict()
-    require_one_type(model.config.known(checkpoint.tensor_infos(tensors)), path)  # the user's own part may have several
+    known = model.config.known(checkpoint.tensor_infos(tensors))  # the user's own part may have any types
+    require_few_types(known, model.config, path)
     metadata = {
         "format": FORMAT,
         "kind": "checkpoint",

@@ -21,12 +21,13 @@ from moeprune.files.names import View, views
 from moeprune.models.adopted import Factory, adopt, build, name_of, parse_source, skeleton
 from moeprune.models.architecture import ModelConfig, ModuleConfig, ViTConfig
 from moeprune.models.description import Details, our_header, read_description
-from moeprune.models.export import compare, difference, skipped, to_library
+from moeprune.models.export import compare, to_library
 from moeprune.models.libraries import is_anchor, library_of_file
 from moeprune.models.libraries.layers import installed_version
 from moeprune.models.libraries.soft_moe import Layout, SoftMoEViTs
 from moeprune.models.loading import load_foreign, load_strictly, load_view, only, tensors_of, warn_of_dropped
 from moeprune.models.model import Model, dataset_for, remember_fingerprint
+from moeprune.models.parity import difference, skipped
 from moeprune.models.request import ModelSpec
 from moeprune.models.results import Reading
 from moeprune.models.vit import SoftMoEViT
@@ -220,7 +221,7 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
             "give channels, height and width: `--input-shape 3,224,224`",
         )
     found = read_state_dict(spec.path, spec.key)
-    module = build(factory, spec.model_arg)
+    module = build(factory, spec.model_arg, spec.input_shape)
     view = load_foreign(module, found, spec.path, spec.prefix)
     if spec.prefix is None:
         warn_of_dropped(view, spec.path)
@@ -228,7 +229,7 @@ def _open_module(spec: ModelSpec, factory: Factory) -> Model:
     model = adopt(module, spec.input_shape, factory, spec.model_arg, spec.source, spec.ignore_layer)
     libraries = dict.fromkeys(model.config.libraries) | parse_source(spec.source)
     model.details = Details(source=_source(libraries, found))
-    parity, again = None, build(factory, spec.model_arg)
+    parity, again = None, build(factory, spec.model_arg, spec.input_shape)
     load_view(again, found, view)
     for name, release in parse_source(spec.source).items():
         if release is not None and (installed := installed_version(name)) != release:

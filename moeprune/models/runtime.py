@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,5 +91,13 @@ class Runtime(Request, frozen=True):
 
         precision = torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.dtype in ("bfloat16", "bf16"))
         with torch.inference_mode(), precision:
-            dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-            return model(inputs.to(next(dtypes, inputs.dtype)))
+            return model(inputs.to(input_dtype(model)))
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type of a model's inputs: that of its first linear or convolution, or of its first floats."""
+    import torch
+
+    stems = torch.nn.Linear | torch.nn.modules.conv._ConvNd
+    weights = itertools.chain((part.weight for part in model.modules() if isinstance(part, stems)), model.parameters())
+    return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.get_default_dtype())

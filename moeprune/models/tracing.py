@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from moeprune.errors import MoepruneError, user_code
 
@@ -98,6 +99,12 @@ def require_equal(name: str, library: str, theirs: nn.Module, ours: nn.Module, s
         f" else ({reason})",
         IGNORE.format(name),
     )
+
+
+def materialize(module: nn.Module, input_shape: tuple[int, int, int], factory: str | None) -> None:
+    """Run a module whose lazy layers have no tensors yet."""
+    if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+        run(module.eval(), torch.zeros(1, *input_shape), factory)
 
 
 @torch.no_grad()
