@@ -16,7 +16,7 @@ import moeprune
 from moeprune.data.datasets import from_tensors
 from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.models import export, libraries
+from moeprune.models import libraries, parity
 from moeprune.models.architecture import BlockConfig, ViTConfig, architecture_from_json
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.vit import SoftMoEViT
@@ -328,7 +328,7 @@ def test_parity_takes_what_memory_allows(write, monkeypatch):
     state = library_model().state_dict()
     path, numel = write(state), sum(tensor.numel() for tensor in state.values())
     for factor, dtype in ((13, "float64"), (11, "float32"), (7, None)):
-        monkeypatch.setattr(export, "_available_memory", lambda factor=factor: factor * numel)
+        monkeypatch.setattr(parity, "_available_memory", lambda factor=factor: factor * numel)
         found = moeprune.load(path, **given({})).reading.parity
         assert found.dtype == dtype
         assert (found.skipped is None) == (dtype is not None)
