@@ -131,8 +131,13 @@ def test_ci_recipe(workplace, run, monkeypatch, service):
 
 def test_code_for_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(block(GUIDE, "python"), {})
+    exec(block(GUIDE, "python", "SoftMoEViT"), {})
     assert moeprune.load("model.safetensors").config.moe_layers
+
+
+def test_code_with_data_in_memory(workplace):
+    exec(block(GUIDE, "python", "DataLoader"), {})
+    assert moeprune.load("pruned.safetensors").plan
 
 
 @pytest.mark.slow
