@@ -512,7 +512,10 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
     pytest.importorskip("sklearn")
     output = tmp_path / "new" / "demo"
     result = run("demo", "-o", output)
-    assert (result.code, result.stderr) == (0, "")
+    assert result.code == 0
+    steps = result.stderr.splitlines()
+    assert len(steps) == 2 * 26
+    assert [step.split(":")[0] for step in steps] == ["single"] * 26 + ["vit"] * 26
     names = ["input-none-1-8", "input-mean-1-16", "static-lstsq-1-8", "static-lstsq-1-16", "static-affine-1-32"]
     files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     expected = {"summary.json"}
@@ -554,6 +557,19 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
     again = run("demo", "-o", output)
     assert again.code == 2
     assert again.stderr.startswith(f"error: `{output}` is not empty")
+
+
+@pytest.mark.parametrize(("error", "code"), [(moeprune.MoepruneError("no more"), 2), (KeyboardInterrupt(), 130)])
+def test_a_demo_that_fails_leaves_everything_as_it_was(error, code, run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("moeprune.demo.run.analyze", fail)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "single").write_text("old")
+    for output, options in ((tmp_path / "new", ""), (tmp_path, "--force")):
+        assert run("demo", "-o", output, *options.split()).code == code
+        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["mine", "mine/single"]
 
 
 def check_what_is_promised(model, of):
@@ -638,12 +654,15 @@ for call in {calls!r}:
     return [line.removeprefix("ended: ") for line in result.stdout.splitlines() if line.startswith("ended: ")]
 
 
-def test_help_and_wrong_options_do_not_import_torch():
+def test_help_wrong_options_and_missing_files_do_not_import_torch(single, single_analysis):
     right = ["--version", *(f"{command} --help" for command in COMMANDS)]
     wrong = [
         "prune x --keep 0 -o y", "prune x --keep 1/8 --scope some -o y", "eval x --data y --min-accuracy 7",
         "eval x --data y --sweep 1/8", "inspect x --output-format yaml", "inspect", "export x -o y --to nothing",
         "inspect x --source nothing", "prune x --keep 2 -o y --source-arg nothing",
+        "inspect missing", "eval missing --data digits", f"eval {single} --data missing.npz",
+        f"eval {single} --data digits --baseline missing", f"prune {single} --keep 2 -o y --analysis missing",
+        f"prune {single} --analysis {single_analysis} --plan missing -o y",
     ]  # fmt: skip
     assert ends_and_imports(right + wrong, "torch") == ["0"] * len(right) + ["2"] * len(wrong)
 

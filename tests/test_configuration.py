@@ -152,6 +152,13 @@ WRONG = {
         "[eval]\nmin-acuracy = 0.1", ("unknown key `eval.min-acuracy`", "did you mean `eval.min-accuracy`?"),
     ),
     "unknown command": ("[evel]\nlimit = 1", ("unknown key `evel`", "did you mean `eval`?")),
+    "of which another command has the nearest": (
+        "[eval]\nkep = 3", ("unknown key `eval.kep`", "did you mean `", "prune.keep`?"),
+    ),
+    "several": (
+        "[prune]\nlimt = 3\nforce = 1\nkepe = 4",
+        ("key `prune.limt`; ", "found 1; ", "key `prune.kepe`\n", "prune.limit`? did you"),
+    ),
     "underscore": ("batch_size = 3", ("unknown key `batch_size`", "did you mean `batch-size`?")),
     "like nothing": ("zzzzzz = 3", ("unknown key `zzzzzz`", "keys are options")),
     "a key with a dot": ('"eval.limit" = 3', ("unknown key `eval.limit`",)),

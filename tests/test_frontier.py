@@ -74,7 +74,7 @@ def test_plots_that_cannot_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MoepruneError, match="plots need matplotlib") as caught:
         check_drawing(tmp_path / "plot.png", "plot")
-    assert "moeprune[report]" in caught.value.hint
+    assert "`pip install matplotlib`" in caught.value.hint
 
 
 @pytest.mark.slow

@@ -534,7 +534,9 @@ def test_lookalikes_are_told_by_name(names, expected, suffix, write):
 def test_a_source_may_be_named(write, monkeypatch):
     path = write(fake_state())
     assert "`--source` is 'nonsense', expected one of soft-moe" in refused(path, source="nonsense")
-    assert "no whole models of `soft-moe-pytorch`" in refused(path, source="soft-moe-pytorch")
+    assert "only its layers\n\nhint: name the function that builds the model" in refused(
+        path, source="soft-moe-pytorch"
+    )
     twin = SoftMoEViTs()
     twin.name = "twin"
     monkeypatch.setitem(libraries.MODELS, "twin", twin)

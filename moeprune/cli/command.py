@@ -18,7 +18,7 @@ from typer.models import OptionInfo
 
 from moeprune import __version__
 from moeprune.cli.configuration import read_configuration
-from moeprune.cli.inputs import require_other_file
+from moeprune.cli.inputs import require_inputs, require_other_file
 from moeprune.cli.options import KEYWORD, options_of, request_of
 from moeprune.cli.reporter import Output, Reporter
 from moeprune.errors import MoepruneError, is_out_of_memory
@@ -91,6 +91,7 @@ def command(function: Callable[..., int | None]) -> None:
                 for name in ("output", "save_plan", "plot", "report"):
                     require_other_file(name, inputs)
                 made = request_of(request.annotation, values, progress=not output.quiet, overwrite=output.force)
+                require_inputs(values)
                 code = function(reporter, made, **{extra.name: values[extra.name] for extra in own}) or 0
         raise typer.Exit(code)
 

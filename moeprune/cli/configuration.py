@@ -37,18 +37,35 @@ def read_configuration(path: Path | None, commands: Commands) -> tuple[Path | No
             message = f"`{path}`: `{prefix}{command}` is {keys!r}, expected a table"
             raise MoepruneError(message, f"it holds options of `moeprune {command}`")
     values: dict[str, Any] = {command: {} for command in commands}
+    wrong: list[MoepruneError] = []
     for scope, keys, scoped in (("", table, commands), *((f"{c}.", own[c], {c: commands[c]}) for c in commands)):
         for key, value in keys.items():
             having = [command for command, options in scoped.items() if key in options]
             if not having:
-                known = [*(() if scope else commands), *(scope + key for options in scoped.values() for key in options)]
-                near = get_close_matches(scope + key, known, n=1)
-                hint = f"did you mean `{prefix}{near[0]}`?" if near else "keys are options, such as `limit`"
-                raise MoepruneError(f"`{path}`: unknown key `{prefix}{scope}{key}`", hint)
-            for command in having:
-                where = f"`{path}`: `{prefix}{scope}{key}`"
-                values[command][key.replace("-", "_")] = _read(value, scoped[command][key], where)
+                near = _nearest(scope, key, commands)
+                hint = f"did you mean `{prefix}{near}`?" if near else "keys are options, such as `limit`"
+                wrong.append(MoepruneError(f"unknown key `{prefix}{scope}{key}`", hint))
+            try:
+                read = {command: _read(value, scoped[command][key], f"`{prefix}{scope}{key}`") for command in having}
+            except MoepruneError as error:
+                wrong.append(error)
+            else:
+                for command in having:
+                    values[command][key.replace("-", "_")] = read[command]
+    if wrong:
+        hints = dict.fromkeys(error.hint for error in wrong if error.hint)
+        raise MoepruneError(f"`{path}`: {'; '.join(error.message for error in wrong)}", " ".join(hints) or None)
     return path, values
+
+
+def _nearest(scope: str, key: str, commands: Commands) -> str | None:
+    """Return the key, with its command, that an unknown one may be meant for: rather of the same command."""
+    having = {option: [command for command in commands if option in commands[command]] for options in commands.values()
+              for option in options}  # fmt: skip
+    [near] = get_close_matches(key, [*having, *(() if scope else commands)], n=1) or [None]
+    if near is None or not scope:
+        return near
+    return f"{scope}{near}" if scope[:-1] in having[near] else f"{having[near][0]}.{near}"
 
 
 def _read(value: Any, kind: Any, where: str) -> Any:

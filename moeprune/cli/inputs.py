@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeprune.data.spec import BUILT_IN, SPECS_HINT
 from moeprune.errors import MoepruneError
 
 INPUTS = ("checkpoint", "baseline", "analysis", "plan", "data", "config")
 """Options that name files or folders to read."""
+MAX_PATH = 255  # bytes; longer ones the system refuses otherwise
 
 
 def require_other_file(output: str, values: Mapping[str, Any]) -> None:
@@ -23,6 +25,22 @@ def require_other_file(output: str, values: Mapping[str, Any]) -> None:
     inputs = [Path(values[name]) for name in INPUTS if values.get(name) is not None]
     if path is not None and any(_reads(each, path) for each in inputs):
         raise MoepruneError(f"`{option} {path}` would replace a file that the command reads", "give another path")
+
+
+def require_inputs(values: Mapping[str, Any]) -> None:
+    """Raise a MoepruneError if nothing is where an option says that a file is, before torch is imported to read it.
+
+    values: of all options by name.
+    """
+    for name in INPUTS:
+        value = values.get(name)
+        if value is None or (name == "data" and value.partition(":")[0] in BUILT_IN):
+            continue
+        with contextlib.suppress(NotADirectoryError, ValueError):  # what reads it says what is wrong
+            if not os.path.exists(value) and (not value or len(os.fsencode(value)) < MAX_PATH):  # noqa: PTH110
+                if name == "data":
+                    raise MoepruneError(f"no data `{value}`", SPECS_HINT)
+                raise MoepruneError(f"no file `{value}`")
 
 
 def _reads(path: Path, output: Path) -> bool:

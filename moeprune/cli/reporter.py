@@ -59,7 +59,7 @@ def check_drawing(path: Path, option: str) -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            hint = "install it: `pip install 'moeprune[report]'`"
+            hint = f"install what is missing: `pip install {' '.join(modules)}`"
             raise MoepruneError(f"pages and plots need {name}", hint) from None
 
 

@@ -34,7 +34,7 @@ from moeprune.data.images import open_folder
 from moeprune.data.preprocessing import InputFormat
 from moeprune.data.samples import Samples, open_samples
 from moeprune.data.sources import Batches, Source, one_ahead
-from moeprune.data.spec import DataInfo
+from moeprune.data.spec import SPECS_HINT, DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files.disk import require_file, version_of
 
@@ -42,10 +42,6 @@ Batch = tuple[Tensor, Tensor | None]  # inputs (b,c,H,W) in float32 and labels (
 SPLITS = {"train": (0, 5), "calibration": (5, 7), "test": (7, 10)}
 """The places from and to, of every ten images of a class in the order of the data set."""
 FILE_KINDS = {".npz": open_npz, ".safetensors": open_safetensors}
-SPECS_HINT = (
-    "give `digits`, `pairs` (each with `:train`, `:calibration` or `:test`), a `.npz` or"
-    " `.safetensors` file with `inputs` and `labels`, or a folder of class folders of images"
-)
 
 
 @dataclass
@@ -201,7 +197,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        hint = "install it, or moeprune's extra `demo`"
+        hint = "install it: `pip install scikit-learn`"
         raise MoepruneError("the data sets `digits` and `pairs` need scikit-learn", hint) from None
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16

@@ -22,7 +22,7 @@ def open_folder(path: Path, input_format: InputFormat) -> Source:
     try:
         import PIL  # noqa: F401
     except ImportError:
-        hint = "install it, or moeprune's extra `images`"
+        hint = "install it: `pip install Pillow`"
         raise MoepruneError("folders of images need Pillow", hint) from None
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
     if classes and len(classes) != input_format.classes and input_format.classes:

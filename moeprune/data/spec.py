@@ -7,6 +7,10 @@ from moeprune.plan import Positive
 from moeprune.records import Request, Result, option
 
 BUILT_IN = ("digits", "pairs")
+SPECS_HINT = (
+    "give `digits`, `pairs` (each with `:train`, `:calibration` or `:test`), a `.npz` or"
+    " `.safetensors` file with `inputs` and `labels`, or a folder of class folders of images"
+)
 
 
 class DataSpec(Request, frozen=True, kw_only=True):

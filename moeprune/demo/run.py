@@ -3,6 +3,7 @@
 They are the `full.safetensors` that `moeprune demo --train -o DIR` writes into `DIR/single` and `DIR/vit`.
 """
 
+import contextlib
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
@@ -48,15 +49,22 @@ CALIBRATION_INPUTS = 1000
 
 
 def run_demo(directory: Path, train_anew: bool = False, seed: int = 0, runtime: Runtime = Runtime()) -> Summary:
-    """Write checkpoints, analyses, evaluations and `summary.json` into a directory.
+    """Write checkpoints, analyses, evaluations and `summary.json` into a directory; whatever fails, it is as before.
 
     Args:
         train_anew: train both models first (minutes) instead of taking the shipped ones.
         seed: of training, and of random experts.
     """
-    models = {name: _run_model(name, directory / name, train_anew, seed, runtime) for name in MODELS}
-    summary = Summary(directory=".", models=models, environment=environment(runtime))
-    write_file(directory / "summary.json", to_text(summary))
+    before = set(directory.rglob("*"))
+    try:
+        models = {name: _run_model(name, directory / name, train_anew, seed, runtime) for name in MODELS}
+        summary = Summary(directory=".", models=models, environment=environment(runtime))
+        write_file(directory / "summary.json", to_text(summary))
+    except BaseException:
+        for path in sorted({directory, *directory.rglob("*")} - before, reverse=True):
+            with contextlib.suppress(OSError):  # the directory itself may not be empty
+                path.rmdir() if path.is_dir() else path.unlink()
+        raise
     return replace(summary, directory=str(directory))
 
 
@@ -81,6 +89,8 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
     results = sweep(full, VARIANTS, analysis, test, seed, runtime)
     for variant, (row, model) in zip([None, *VARIANTS], results, strict=True):
         rows.append(row)
+        way = "full model" if variant is None else f"{variant.label}, {row.keep} kept"
+        runtime.step(f"{name}: {way}: accuracy {100 * row.accuracy:.2f} %")
         if variant in SAVED:
             path = directory / f"{row.scope}-{row.compensate}-{row.keep.replace('/', '-')}.safetensors"
             save(model, path, overwrite=True)

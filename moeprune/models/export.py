@@ -37,6 +37,7 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = False) -
             cannot be written.
     """
     known, refused = model.config.libraries or tuple(MODELS), _not_dense(model.plan)
+    hint = "it takes unpruned models, and those pruned with `--scope static --compensate renorm`" if refused else None
     if to not in known:
         raise MoepruneError(f"the model cannot be exported to `{to}`", f"give one of {', '.join(known)}")
     config = model.config
@@ -45,8 +46,7 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = False) -
         refused += MODELS[to].refusals(config)
     if refused:
         raise MoepruneError(
-            f"`{', '.join(model.config.libraries) or to}` cannot express the model: {'; '.join(refused)}",
-            "it takes unpruned models, and those pruned with `--scope static --compensate renorm`",
+            f"`{', '.join(model.config.libraries) or to}` cannot express the model: {'; '.join(refused)}", hint
         )
     layers: dict[str, ExportedLayer] = {}
     if isinstance(model, AdoptedModel):

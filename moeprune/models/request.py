@@ -99,4 +99,4 @@ class ExportRequest(Request, frozen=True, kw_only=True):
     def check(self) -> None:
         """Raise a MoepruneError if the library is unknown."""
         if self.to not in LIBRARIES:
-            raise MoepruneError(f"`to` is {self.to!r}", f"give one of {', '.join(LIBRARIES)}")
+            raise MoepruneError(f"`to` is {self.to!r}", f"give one of {', '.join(LIBRARIES[:-1])}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -59,6 +60,12 @@ class Runtime(Request, frozen=True):
     def require_device(self) -> None:
         """Raise a MoepruneError if the device does not exist; log the settings."""
         logger.info(f"runs on {self.torch_device} in {self.dtype}, {self.batch_size} inputs at a time")
+
+    def step(self, done: str) -> None:
+        """Write a line on stderr where no progress bar is shown, as it is no terminal."""
+        if self.progress and not sys.stderr.isatty():
+            sys.stderr.write(f"{done}\n")
+            sys.stderr.flush()
 
     def bar(self, what: str, unit: str, items: Sequence[T] | None = None, total: int | None = None) -> tqdm[T]:
         """Return a progress bar named `what`, over items or of so many steps."""

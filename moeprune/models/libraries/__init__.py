@@ -6,6 +6,8 @@ from moeprune.models.libraries.soft_moe import SoftMoEViTs, Tensors
 
 MODELS = {library.name: library for library in (SoftMoEViTs(),)}  # libraries of whole models by name
 
+BUILD = "name the function that builds the model: `--model package.module:function --input-shape 3,224,224`"
+
 
 def is_anchor(name: str) -> bool:
     """Return True for a name of a tensor that only models of a known library have."""
@@ -17,7 +19,7 @@ def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> Sof
     if name in MODELS:
         return MODELS[name]
     if name is not None:
-        raise MoepruneError(f"no whole models of `{name}` are known", f"known are those of {', '.join(MODELS)}")
+        raise MoepruneError(f"no whole models of `{name}` are known, only its layers", BUILD)
     fitting = [library for library in MODELS.values() if library.fits(tensors)]
     if len(fitting) == 1:
         return fitting[0]
@@ -26,6 +28,5 @@ def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> Sof
         raise MoepruneError(f"the tensors of `{path}` fit {names}", "name the library with `--source`")
     raise MoepruneError(
         f"`{path}` is not a model of a known library: {lookalike(tensors)}",
-        f"known layouts are {', '.join(MODELS)}; name one with `--source`, or the function that builds the"
-        " model with `--model package.module:function` and `--input-shape`",
+        f"whole models are read of {', '.join(MODELS)}; for any other {BUILD}",
     )
