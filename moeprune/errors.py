@@ -27,6 +27,13 @@ class MoepruneError(Exception):
         return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
 
 
+ARGUMENTS = {
+    "ignore_layer": "ignore_layers", "latency": "latency_batches", "latency_batch": "latency_batches",
+    "model_arg": "arguments", "source_arg": "arguments",
+}  # fmt: skip
+"""Arguments of the Python API that do not have the name of their option."""
+
+
 def in_words_of_python(text: str) -> str:
     """Return a text about options of the command line as one about arguments of the Python API.
 
@@ -43,12 +50,14 @@ def _arguments(words: list[str]) -> str:
     found: list[str] = []
     for word in words:
         if word.startswith("--"):
-            found.append(word[2:].replace("-", "_"))
-        elif found[-1] in ("source_arg", "model_arg"):
+            name = word[2:].replace("-", "_")
+            found.append(ARGUMENTS.get(name, name))
+        elif found[-1] == "arguments":
             found[-1] = word
+        elif re.fullmatch(r"\d+(,\d+)+", word):
+            found[-1] += f"=({word.replace(',', ', ')})"
         else:
-            is_number = re.fullmatch(r"-?[\d.]+(e-?\d+)?", word)
-            found[-1] += f"={word}" if is_number else f'="{word}"'
+            found[-1] += f"={word}" if re.fullmatch(r"-?[\d.]+(e-?\d+)?", word) else f'="{word}"'
     return ", ".join(found)
 
 

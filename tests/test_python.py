@@ -241,7 +241,7 @@ def test_other_errors_speak_of_arguments_too(model, single, files):
         "`max_accuracy_drop` compares with the full model": lambda: moeprune.evaluate(
             model, "digits", gates={"max_accuracy_drop": 0.5}
         ),
-        "the baseline is pruned": lambda: moeprune.evaluate(model, "digits", pruned),
+        "`baseline` is pruned": lambda: moeprune.evaluate(model, "digits", pruned),
         "hint: give another path, or `overwrite=True` to replace it": lambda: moeprune.save(model, single),
         "`model` is a Linear, not a model of moeprune": lambda: moeprune.analyze(torch.nn.Linear(2, 2), "digits"),
         "already pruned": lambda: moeprune.analyze(pruned, "digits"),

@@ -161,7 +161,7 @@ def evaluate(
     paths = [os.fspath(each) if isinstance(each, str | os.PathLike) else None for each in (model, baseline)]
     model, baseline = opened(model), None if baseline is None else opened(baseline)
     if baseline is not None and baseline.plan:
-        raise MoepruneError("the baseline is pruned, expected the full model", "give what the model was pruned from")
+        raise MoepruneError("`--baseline` is pruned, expected the full model", "give what the model was pruned from")
     if baseline is not None and model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
         logger.warning("the model was not pruned from the baseline, but from another model")
     data = dataset_for(model, data, split="test")
