@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -73,6 +73,12 @@ def called_from_python(function: Callable[..., T]) -> Callable[..., T]:
             raise
 
     return call
+
+
+def listed(names: Collection[str], most: int = 5) -> str:
+    """Return the first names, and how many follow: `a`, `b` and 3 more."""
+    shown = ", ".join(f"`{name}`" for name in list(names)[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 class StopForward(BaseException):

@@ -39,8 +39,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Part of what a command reports: computed here, not read. All fields are in the JSON, None as null."""
 
 
-class Report(Result, frozen=True, tag_field="schema_version", tag=1):
-    """The report of one command; its JSON begins with `schema_version`."""
+class Report(Result, frozen=True, kw_only=True, tag_field="schema_version", tag=1):
+    """The report of one command; its JSON begins with `schema_version`. warnings: of the command, in order."""
+
+    warnings: tuple[str, ...] = ()
 
 
 @functools.cache

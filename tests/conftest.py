@@ -83,12 +83,15 @@ def printed(run: Callable[..., Result]) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def run_json(printed: Callable[..., str]) -> Callable[..., dict[str, Any]]:
-    """Run a command that succeeds and read its JSON, which the published schema allows."""
+def run_json(run: Callable[..., Result]) -> Callable[..., dict[str, Any]]:
+    """Run a command that succeeds and read its JSON, which the schema allows and which has all that stderr has."""
 
     def run_json(*call: object) -> dict[str, Any]:
         words = words_of(call)
-        found = json.loads(printed(*words, "--output-format", "json"))
+        result = run(*words, "--output-format", "json")
+        assert result.code == 0, (call, result.stderr)
+        found = json.loads(result.stdout)
+        assert result.stderr.splitlines() == [f"warning: {text}" for text in found.get("warnings", ())], call
         assert complaints(schema_of(words, found), found) == []
         return found
 

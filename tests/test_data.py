@@ -60,7 +60,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 def expected(inputs: np.ndarray, form: InputFormat) -> Tensor:
     """Pixels (n,c,H,W) in 0…255 as the model's inputs."""
-    mean, std = (np.array(getattr(form.preprocessing, key))[:, None, None] for key in ("mean", "std"))
+    mean, std = (np.array(getattr(form.preprocessing.effective, key))[:, None, None] for key in ("mean", "std"))
     return torch.from_numpy(((inputs / 255 - mean) / std).astype(np.float32))
 
 

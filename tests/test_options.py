@@ -64,7 +64,7 @@ WRONG: dict[str, tuple[str, ...]] = {
         ("--output-file --output --save-plan", NO_OUTPUT),
         ("--plot --report", (*NO_OUTPUT, "@new")),
         ("--data", ("mnist", "digits:all", "@missing", "@text", "")),
-        ("--baseline --analysis --plan", NO_FILE),
+        ("--baseline --analysis --plan --classes", NO_FILE),
         ("--model", ("package", "no.such.package:build", "os:nothing", ":", "")),
         ("--preprocess", ("crop=3", "mean=x", "std=0", "resize=0", "resize=1000000", "mean", "")),
         ("--limit --batch-size --latency-batch", COUNTS),
@@ -96,7 +96,7 @@ WRONG_FOR = {("demo", "--output"): ("@", "@text", "@text/x")}
 
 BY_VALUE = {
     "--output", "--output-file", "--save-plan", "--plot", "--report", "--data", "--baseline",
-    "--analysis", "--plan", "--device", "--key", "--prefix", "--preprocess",
+    "--analysis", "--plan", "--classes", "--device", "--key", "--prefix", "--preprocess",
 }  # fmt: skip
 """Options whose value, a path or a name in backticks, may stand in the error in their own place."""
 

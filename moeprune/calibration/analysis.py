@@ -17,6 +17,7 @@ from moeprune.calibration.results import AnalysisReport, AnalyzeRequest
 from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, StatisticsAccumulator, summarize
 from moeprune.calibration.sums import sums_in_bytes
 from moeprune.data.datasets import Data, Dataset
+from moeprune.data.leakage import warn_of_calibration_split
 from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
@@ -35,23 +36,29 @@ WORKSPACE = 2 << 30  # bytes of sums over inputs that an analysis holds at once
 
 
 class Origin(Record, frozen=True, omit_defaults=False):
-    """The origin of an analysis; checkpoint: fingerprint of the unpruned model; moeprune: version."""
+    """The origin of an analysis.
+
+    checkpoint: fingerprint of the unpruned model. moeprune: version. classes: names of class folders, in the order of
+    the labels; empty for other data.
+    """
 
     checkpoint: str
     data: DataInfo
     moeprune: str
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Analysis:
     """The statistics of a model's MoE layers by name, and what they were made from.
 
-    data: that was read, unless the analysis is from a file.
+    data: that was read, unless the analysis is from a file. folder: of that file.
     """
 
     layers: dict[str, LayerStatistics]
     origin: Origin
     data: Dataset | None = field(default=None, compare=False, repr=False)
+    folder: Path | None = field(default=None, compare=False)
 
 
 class _Metadata(Record, frozen=True, omit_defaults=False):
@@ -113,6 +120,7 @@ def analyze(
     origin = fingerprint(model)
     model = private_copy(model)
     data = dataset_for(model, data, split="calibration")
+    warn_of_calibration_split(data)
     statistics: dict[str, LayerStatistics] = {}
     fingerprints = set()
     for names in _groups({name: sums_in_bytes(layer, "affine") for name, layer in layers.items()}):
@@ -125,7 +133,7 @@ def analyze(
     require_finite(statistics, data)
     for name, sensitivity in measure_sensitivity(model, statistics, data, runtime).items():
         statistics[name] = replace(statistics[name], sensitivity=sensitivity)
-    return Analysis(statistics, Origin(origin, data.info, __version__), data)
+    return Analysis(statistics, Origin(origin, data.info, __version__, data.source.class_names), data)
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -190,7 +198,7 @@ def load_analysis(path: str | Path) -> Analysis:
     tensors = checkpoint.read_tensors(header)
     layers = {name: _layer(tensors, name, path) for name in metadata.layers}
     checkpoint.check_finite(tensors, path)
-    return Analysis(layers, metadata.origin)
+    return Analysis(layers, metadata.origin, folder=Path(path).parent)
 
 
 def _layer(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LayerStatistics:
@@ -207,6 +215,11 @@ def _layer(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LayerS
                 "write it again with `moeprune analyze`",
             )
     return LayerStatistics(**{key: tensors[f"{name}.{key}"] for key in AXES})
+
+
+def class_names_of(analysis: Analysis | None) -> tuple[str, ...]:
+    """Return the names of the class folders that an analysis was made from, in the order of the labels."""
+    return () if analysis is None else analysis.origin.classes
 
 
 def require_analysis_of(layers: Mapping[str, LayerConfig], fingerprint: str, analysis: Analysis | None) -> None:

@@ -10,13 +10,16 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO, TypeVar
+
+from msgspec.structs import replace
 
 from moeprune.errors import MoepruneError
 from moeprune.files.disk import check_output, write_file
 from moeprune.records import Report, Request, option
 from moeprune.records import to_text as to_json_text
 
+R = TypeVar("R", bound=Report)
 Format = Literal["text", "json", "markdown", "github", "junit"]
 SUMMARY = "GITHUB_STEP_SUMMARY"  # the variable that names the file whose Markdown GitHub shows on the page of a run
 
@@ -118,31 +121,38 @@ class Reporter(logging.Handler):
 
     def show(self, result: Report) -> None:
         """Write the report of a result to its file or to stdout, and append it to the summary."""
+        result = self._with_warnings(result)
         self.write(self._render(result, self.output.output_format))
         if self.output.summary:
             _append_to_summary("\n" + self._render(result, "markdown"))
 
-    def write_page(self, path: Path | None, *contents: Any) -> None:
-        """Write the page of some contents, see moeprune.report.page, if there is a path for it."""
+    def _with_warnings(self, result: R) -> R:
+        return replace(result, warnings=tuple(self.warnings))
+
+    def write_page(self, path: Path | None, result: Any, *origins: Any) -> None:
+        """Write the page of a result, see moeprune.report.page, if there is a path for it."""
         if path is not None:
             from moeprune.report.html import to_html
             from moeprune.report.page import page_of
 
-            write_file(path, to_html(page_of(*contents)), self.output.force)
+            write_file(path, to_html(page_of(self._with_warnings(result), *origins)), self.output.force)
 
     def _render(self, result: Report, kind: Format) -> str:
         if kind == "json":
             return to_json_text(result)
         from moeprune.report import ci, markdown, text
         from moeprune.report.commands import document_of
+        from moeprune.report.document import with_warnings
 
         document = document_of(result, self.output.verbose)
         if kind == "markdown":
-            return markdown.to_markdown(document)
+            return markdown.to_markdown(with_warnings(document, result.warnings))
         if kind == "github":
             return ci.to_annotations(self.command, document, self.warnings)
         if kind == "junit":
             return ci.to_junit(self.command, document, self.warnings)
+        if self.output.output_file is not None:  # whose readers do not see stderr
+            document = with_warnings(document, result.warnings)
         on_terminal = self.output.output_file is None and self.stdout is not None and self.stdout.isatty()
         return text.to_text(document, shutil.get_terminal_size().columns if on_terminal else None)
 

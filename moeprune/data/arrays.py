@@ -42,7 +42,7 @@ def open_safetensors(path: Path, input_format: InputFormat) -> Source:
         for indices in batches:
             yield to_inputs(torch.cat([inputs[index : index + 1] for index in indices]))
 
-    return Source(shape[0], labels, read, [path])
+    return Source(shape[0], labels, read, [path], inputs.get_dtype() == "U8")
 
 
 def open_npz(path: Path, input_format: InputFormat) -> Source:
@@ -70,7 +70,7 @@ def open_npz(path: Path, input_format: InputFormat) -> Source:
                 array = np.frombuffer(buffer, dtype).reshape(len(indices), *shape[1:])
                 yield to_inputs(torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False)))
 
-    return Source(shape[0], labels, read, [path])
+    return Source(shape[0], labels, read, [path], dtype == np.uint8)
 
 
 def _npy_header(archive: ZipFile, name: str, path: Path) -> tuple[tuple[int, ...], np.dtype, int]:

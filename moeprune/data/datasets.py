@@ -5,8 +5,8 @@ A spec is one of
     digits, digits:train, digits:calibration, digits:test     1,797 grey images of 8×8, 10 classes
     pairs, pairs:train, pairs:calibration, pairs:test         two of them side by side, 100 classes
     FILE.npz, FILE.safetensors                                arrays `inputs` and, for eval, `labels`
-    DIRECTORY                                                 one folder of PNG/JPEG images for each
-                                                              class, or images without labels
+    DIRECTORY                                                 one folder of images for each class, or
+                                                              images without labels
 
 Pixels (the built-in sets, images, and arrays of uint8) are scaled to 0…1 and then normalised as the
 checkpoint's preprocessing says. Arrays of floats are used unchanged.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import logging
 import os
 import random
 from collections.abc import Generator, Iterator, Sequence
@@ -38,6 +39,7 @@ from moeprune.data.spec import SPECS_HINT, DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files.disk import require_file, version_of
 
+logger = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor | None]  # inputs (b,c,H,W) in float32 and labels (b,) in int64, or None
 SPLITS = {"train": (0, 5), "calibration": (5, 7), "test": (7, 10)}
 """The places from and to, of every ten images of a class in the order of the data set."""
@@ -149,6 +151,7 @@ def open_data(spec: Data, input_format: InputFormat, split: str | None = None, l
         return spec if limit is None else spec.sample(limit)
     if not isinstance(spec, str | os.PathLike):
         spec, source = open_samples(spec, input_format)
+        _warn_of_guess(spec, input_format, source.is_pixels)
         data = Dataset(spec, source, input_format.classes, range(source.samples))
         return data if limit is None else data.sample(limit)
     spec = os.fspath(spec)
@@ -164,11 +167,21 @@ def open_data(spec: Data, input_format: InputFormat, split: str | None = None, l
         pixels, labels = built_in(split)
         if tuple(pixels.shape[1:]) != input_format.shape:
             raise input_format.misfit(spec, tuple(pixels.shape))
+        _warn_of_guess(spec, input_format, True)
         data = from_tensors(spec, input_format.normalize(pixels), labels, input_format.classes)
     else:
         source = _open_path(spec, input_format)
+        _warn_of_guess(spec, input_format, source.is_pixels)
         data = Dataset(spec, source, input_format.classes, range(source.samples))
     return data if limit is None else data.sample(limit)
+
+
+def _warn_of_guess(spec: str, input_format: InputFormat, is_pixels: bool) -> None:
+    if is_pixels and not input_format.preprocessing.states_normalisation:
+        logger.warning(
+            f"pixels of `{spec}` are not normalised, as the checkpoint does not state its preprocessing: give that of"
+            " its training, such as `--preprocess mean=0.5 --preprocess std=0.5`, or `mean=0` if there was none"
+        )
 
 
 def from_tensors(spec: str, inputs: Tensor, labels: Tensor | None, classes: int) -> Dataset:
@@ -187,9 +200,9 @@ def _open_path(spec: str, input_format: InputFormat) -> Source:
     if path.is_dir():
         return open_folder(path, input_format)
     require_file(path, "an array file or a folder of images")
-    if path.suffix not in FILE_KINDS:
+    if path.suffix.lower() not in FILE_KINDS:
         raise MoepruneError(f"`{spec}` is not a known kind of data", SPECS_HINT)
-    return FILE_KINDS[path.suffix](path, input_format)
+    return FILE_KINDS[path.suffix.lower()](path, input_format)
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:

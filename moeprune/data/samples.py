@@ -64,7 +64,7 @@ def _of_arrays(name: str, inputs: Tensor, labels: Tensor | None, form: InputForm
         return (to_inputs(inputs[list(indices)]) for indices in batches)
 
     labels = checked_labels(name, labels, len(inputs)) if labels is not None and form.classes else None
-    return Source(len(inputs), labels, read)
+    return Source(len(inputs), labels, read, is_pixels=inputs.dtype == torch.uint8)
 
 
 def _of_dataset(name: str, loader: DataLoader, indices: Sequence[int], form: InputFormat) -> Source:
@@ -103,7 +103,7 @@ def _of_dataset(name: str, loader: DataLoader, indices: Sequence[int], form: Inp
                 found[list(places)] = checked_labels(name, labels, len(places))  # before the inputs are handed over
             yield to_inputs(inputs)
 
-    return Source(len(indices), found if has_labels else None, read)
+    return Source(len(indices), found if has_labels else None, read, is_pixels=inputs.dtype == torch.uint8)
 
 
 def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor | None]:

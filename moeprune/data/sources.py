@@ -17,13 +17,16 @@ class Source:
     """Samples that can be read in batches.
 
     labels: of all samples, int64; None for a model without classes. read: yields the inputs of each batch, (b,c,H,W) in
-    float32. files: that the samples are read from.
+    float32. files: that the samples are read from. is_pixels: inputs are normalised pixels. class_names: of folders, in
+    the order of the labels.
     """
 
     samples: int
     labels: Tensor | None
     read: Callable[[Batches], Iterator[Tensor]]
     files: Sequence[Path] = ()
+    is_pixels: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:

@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from moeprune.calibration.analysis import Analysis, load_analysis, require_analysis_of
+from moeprune.calibration.analysis import Analysis, class_names_of, load_analysis, require_analysis_of
 from moeprune.evaluation.evaluate import evaluate
 from moeprune.evaluation.request import EvalRequest
 from moeprune.evaluation.results import Evaluation
@@ -19,9 +19,9 @@ def evaluate_checkpoint(request: EvalRequest) -> tuple[Evaluation, Model, Analys
     compared = [] if request.baseline is None else [request.baseline.path]
     spec, *others = specs_of(request.checkpoint, request.checkpoint.path, *compared)
     model = open_model(spec)
-    data = open_data_for(model, request.data, "test")
-    baseline = open_model(others[0]) if others else None
     analysis = None if request.analysis is None else load_analysis(request.analysis)
+    data = open_data_for(model, request.data, "test", class_names_of(analysis))
+    baseline = open_model(others[0]) if others else None
     if analysis is not None:
         require_analysis_of(model.config.moe_layers, unpruned_fingerprint(model), analysis)
     found = evaluate(

@@ -19,6 +19,7 @@ from torch import Tensor
 from moeprune import __version__
 from moeprune.calibration.sums import wide_dtype
 from moeprune.data.datasets import Data, Dataset
+from moeprune.data.leakage import warn_of_seen_samples
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
 from moeprune.evaluation import results
@@ -28,7 +29,7 @@ from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.request import BatchSizes, EvalRequest
 from moeprune.layers.interface import Usage
 from moeprune.layers.observation import Observation
-from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, unpruned_fingerprint
+from moeprune.models.model import Model, calibration_of, dataset_for, fingerprint, private_copy, unpruned_fingerprint
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
 from moeprune.models.results import ModelCost
@@ -165,10 +166,11 @@ def evaluate(
     if baseline is not None and model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
         logger.warning("the model was not pruned from the baseline, but from another model")
     data = dataset_for(model, data, split="test")
-    if baseline is not None and baseline.input_format != model.input_format:
+    if baseline is not None and not baseline.input_format.agrees_with(model.input_format):
         message = f"the baseline takes {baseline.input_format.in_words}, the model {model.input_format.in_words}"
         raise MoepruneError(message, "give the checkpoint that the model was pruned from")
     own, *full = predict([model] if baseline is None else [model, baseline], data, runtime)
+    warn_of_seen_samples(data, calibration_of(model))
     figures, of_baseline, difference, forgotten, latency = describe(model, own), None, None, None, None
     if baseline is not None:
         of_baseline = describe(baseline, full[0])

@@ -10,11 +10,13 @@ from typing import Any
 
 import msgspec
 
+from moeprune.data.classes import read_names, require_names
 from moeprune.data.preprocessing import Preprocessing
 from moeprune.errors import MoepruneError
 from moeprune.files.header import FLOATS, Header, TensorInfo, is_safetensors, is_too_large, read_header, require_format
 from moeprune.layers.interface import Shapes
 from moeprune.models.architecture import ModelConfig, architecture_from_json
+from moeprune.models.request import ModelSpec
 from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 from moeprune.records import Record, from_json
 
@@ -32,8 +34,9 @@ KINDS = (
 
 
 class Details(Record, frozen=True):
-    """Preprocessing and origin of a model.
+    """Preprocessing, names of classes and origin of a model.
 
+    classes: in the order of the outputs; empty if they are not known.
     source: where the weights came from: `library`, `version`, and for foreign files `sha256`.
     provenance: how they were made: training, or calibration data, seed and versions.
     """
@@ -41,6 +44,14 @@ class Details(Record, frozen=True):
     preprocessing: Preprocessing = Preprocessing()
     source: dict[str, Any] = msgspec.field(default_factory=dict)
     provenance: dict[str, Any] = msgspec.field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+
+
+def with_options(details: Details, spec: ModelSpec, num_classes: int) -> Details:
+    """Return details with the preprocessing and the names of classes that a spec states, checked."""
+    names = details.classes if spec.classes is None else read_names(spec.classes)
+    require_names(names, num_classes, f"`{spec.classes or spec.path}`")
+    return details.replace(preprocessing=details.preprocessing.updated(spec.preprocess), classes=names)
 
 
 def our_header(path: str | Path) -> Header | None:

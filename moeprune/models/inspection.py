@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import asdict
 
-from moeprune.models.description import our_header, read_description
+from moeprune.models.description import our_header, read_description, with_options
 from moeprune.models.request import ModelSpec
 from moeprune.models.results import InspectedLayer, Inspection
 from moeprune.records import to_json
@@ -27,7 +27,8 @@ class Described:
             self.config, self.plan, self.details = self.model.config, self.model.plan, self.model.details
             self.tensors = tensor_infos(self.model.state_dict())
         else:
-            self.config, self.plan, self.details = read_description(self.header)
+            self.config, self.plan, details = read_description(self.header)
+            self.details = with_options(details, spec, self.config.num_classes)
             self.tensors = self.header.tensors
 
     @cached_property
@@ -65,7 +66,8 @@ def inspect_checkpoint(spec: ModelSpec) -> Inspection:
     return Inspection(
         checkpoint=str(spec.path),
         architecture=found.config.to_json(),
-        preprocessing=to_json(found.details.preprocessing.updated(spec.preprocess)),
+        preprocessing=to_json(found.details.preprocessing.effective),
+        states_normalisation=found.details.preprocessing.states_normalisation,
         layers=layers,
         source=found.details.source,
         provenance=found.details.provenance,

@@ -1,8 +1,10 @@
 """A model that holds MoE layers: its common surface, and how it is saved."""
 
+import contextlib
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from moeprune.data.datasets import Data, Dataset, open_data
 from moeprune.data.preprocessing import InputFormat
+from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.header import METADATA_KEY
@@ -20,7 +23,7 @@ from moeprune.models.architecture import ModelConfig
 from moeprune.models.description import FORMAT, Details, require_few_types
 from moeprune.models.results import ModelCost, Reading
 from moeprune.plan import Plan
-from moeprune.records import to_json
+from moeprune.records import from_json, to_json
 
 
 class Model(nn.Module):
@@ -51,7 +54,8 @@ class Model(nn.Module):
     @property
     def input_format(self) -> InputFormat:
         """Shape of the inputs, number of classes, and how pixels become inputs."""
-        return InputFormat(*self.config.input_shape, self.config.num_classes, self.details.preprocessing)
+        shape, details = self.config.input_shape, self.details
+        return InputFormat(*shape, self.config.num_classes, details.preprocessing, details.classes)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -106,9 +110,15 @@ def _uncopyable(model: nn.Module, memory: Mapping[int, Any]) -> dict[int, Any]:
     return shared
 
 
-def dataset_for(model: Model, data: Data, split: str, limit: int | None = None) -> Dataset:
-    """Return data as a data set for a model, see `open_data`; split: if a spec of a built-in set has none."""
-    return open_data(data, model.input_format, split, limit)
+def dataset_for(
+    model: Model, data: Data, split: str, limit: int | None = None, class_names: tuple[str, ...] = ()
+) -> Dataset:
+    """Return data as a data set for a model, see `open_data`.
+
+    split: if a spec of a built-in set has none. class_names: of an analysis, if the model does not state them.
+    """
+    form = model.input_format
+    return open_data(data, replace(form, class_names=form.class_names or class_names), split, limit)
 
 
 def fingerprint(model: Model) -> str:
@@ -152,6 +162,16 @@ def unpruned_fingerprint(model: Model) -> str:
     return fingerprint(model)
 
 
+def calibration_of(model: Model) -> DataInfo | None:
+    """Return the data that a pruned model was calibrated on, if recorded; the folders of its spec are not."""
+    recorded = model.details.provenance.get("calibration")
+    if not isinstance(recorded, dict):
+        return None
+    with contextlib.suppress(MoepruneError):
+        return from_json({name: recorded.get(name) for name in DataInfo.__struct_fields__}, DataInfo, "calibration")
+    return None
+
+
 def save(model: Model, path: str | Path, overwrite: bool = False) -> None:
     """Write a checkpoint that `load` reads: equal models give equal bytes.
 
@@ -178,6 +198,7 @@ def save(model: Model, path: str | Path, overwrite: bool = False) -> None:
         "plan": to_json(model.plan),
         "provenance": model.details.provenance,
     }
+    metadata |= {"classes": model.details.classes} if model.details.classes else {}
     if Path(path).suffix in checkpoint.TORCH_SUFFIXES:
         checkpoint.check_finite(tensors, path)
         content = {METADATA_KEY: json.dumps(metadata, sort_keys=True), "state_dict": tensors}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeprune.data.classes import require_names
 from moeprune.data.datasets import Dataset
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
@@ -20,7 +21,7 @@ from moeprune.files.header import Header, require_unchanged
 from moeprune.files.names import View, views
 from moeprune.models.adopted import Factory, adopt, build, name_of, parse_source, skeleton
 from moeprune.models.architecture import ModelConfig, ModuleConfig, ViTConfig
-from moeprune.models.description import Details, our_header, read_description
+from moeprune.models.description import Details, our_header, read_description, with_options
 from moeprune.models.export import compare, to_library
 from moeprune.models.libraries import is_anchor, library_of_file
 from moeprune.models.libraries.layers import installed_version
@@ -46,6 +47,7 @@ def load(
     input_shape: tuple[int, int, int] | None = None,
     preprocess: Mapping[str, Any] | None = None,
     ignore_layers: Sequence[str] = (),
+    class_names: Sequence[str] | None = None,
     **arguments: Any,
 ) -> Model:
     """Load a checkpoint of moeprune, of another library, or of your own code, on the CPU and in eval mode.
@@ -57,6 +59,7 @@ def load(
             caller can allow that it is run.
         source: see ModelSpec, like key, prefix, input_shape, preprocess and arguments.
         ignore_layers: see `adopt`.
+        class_names: of class folders, in the order of the outputs; None: those in the checkpoint, if there are any.
 
     Raises:
         MoepruneError: the file is missing, damaged or unknown, has no MoE layer, lacks tensors or has
@@ -65,10 +68,14 @@ def load(
     """
     spec = ModelSpec(
         path=Path(path), model=name_of(model), source=source, key=key, prefix=prefix, input_shape=input_shape,
-        preprocess=dict(preprocess or {}), ignore_layer=tuple(ignore_layers),
+        preprocess=dict(preprocess or {}), ignore_layer=tuple(ignore_layers), classes=None,
         **{"source_arg" if model is None else "model_arg": arguments},
     )  # fmt: skip
-    return open_model(spec, model)
+    loaded = open_model(spec, model)
+    if class_names is not None:
+        require_names(class_names, loaded.config.num_classes, "`class_names`")
+        loaded.details = loaded.details.replace(classes=tuple(class_names))
+    return loaded
 
 
 def opened(model: Model | str | os.PathLike[str]) -> Model:
@@ -109,13 +116,17 @@ def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header |
                 f"layer `{name}` takes its dispatch softmax over the batch, as it was trained: results depend"
                 " on `--batch-size` and on the order of the inputs"
             )
-    model.details = model.details.replace(preprocessing=model.details.preprocessing.updated(spec.preprocess))
+    model.details = with_options(model.details, spec, model.config.num_classes)
     return model.requires_grad_(False).eval()
 
 
-def open_data_for(model: Model, spec: DataSpec, default_split: str) -> Dataset:
-    """Open data for a model; default_split: of a built-in data set whose split is not given."""
-    data = dataset_for(model, spec.spec, default_split if spec.split is None else spec.split, spec.limit)
+def open_data_for(model: Model, spec: DataSpec, default_split: str, class_names: tuple[str, ...] = ()) -> Dataset:
+    """Open data for a model.
+
+    default_split: of a built-in data set whose split is not given. class_names: of an analysis, see `dataset_for`.
+    """
+    split = default_split if spec.split is None else spec.split
+    data = dataset_for(model, spec.spec, split, spec.limit, class_names)
     logger.info(f"read `{data.spec}`: {data.samples} samples{'' if data.has_labels else ' without labels'}")
     return data
 
@@ -126,7 +137,7 @@ def specs_of(stated: ModelSpec, *paths: Path) -> list[ModelSpec]:
     If only some of the files are from other programs, options that only those need are dropped for the rest.
     """
     ours = {path for path in paths if our_header(path)}
-    plain = ModelSpec(path=stated.path, model=stated.model, preprocess=stated.preprocess)
+    plain = ModelSpec(path=stated.path, model=stated.model, preprocess=stated.preprocess, classes=stated.classes)
     is_mixed = 0 < len(ours) < len(set(paths))
     return [(plain if is_mixed and path in ours else stated).replace(path=path) for path in paths]
 

@@ -18,7 +18,8 @@ LIBRARIES = ("soft-moe", "soft-moe-pytorch", "soft-mixture-of-experts", "moeprun
 class ModelSpec(Request, frozen=True, kw_only=True):
     """A checkpoint of moeprune, of a known library, or of a model of the user's own code.
 
-    path: a file, or a folder of shards. input_shape: (c,H,W). preprocess: replaces the checkpoint's.
+    path: a file, or a folder of shards. input_shape: (c,H,W). preprocess, classes: replace the
+    checkpoint's.
     """
 
     path: Path
@@ -63,6 +64,9 @@ class ModelSpec(Request, frozen=True, kw_only=True):
         dict[str, Any],
         option("A preprocessing setting, such as resize=256 or mean=0.5 (repeatable).", metavar="KEY=VALUE"),
     ] = msgspec.field(default_factory=dict)
+    classes: Annotated[
+        Path | None, option("A text file with the name of each class folder, one a line, in the order of the outputs.")
+    ] = None
 
     def check(self) -> None:
         """Raise a MoepruneError if the source is unknown or the input too large."""

@@ -78,16 +78,23 @@ class Reading(Result, frozen=True):
     wrappers: list[str]
 
 
-class Inspection(ModelCost, Report, frozen=True):
-    """Contents of a checkpoint.
+class Inspection(Report, frozen=True):
+    """Contents of a checkpoint; size and cost as in ModelCost.
 
+    states_normalisation: False if mean and std of the preprocessing are a guess.
     source: the library that wrote it. provenance: training, or calibration data, seed and versions. reading:
     None for a checkpoint of moeprune.
     """
 
+    parameters: int
+    bytes: int
+    bytes_by_part: BytesByPart
+    flops_per_input: FlopsByPart
+    experts_per_input: float
     checkpoint: str
     architecture: dict[str, Any]
     preprocessing: dict[str, Any]
+    states_normalisation: bool
     layers: dict[str, InspectedLayer]
     source: dict[str, Any]
     provenance: dict[str, Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moeprune import __version__
-from moeprune.calibration.analysis import Analysis, require_analysis_of
+from moeprune.calibration.analysis import Analysis, class_names_of, require_analysis_of
 from moeprune.calibration.passes import measure, require_finite
 from moeprune.calibration.selection import best_kept
 from moeprune.calibration.statistics import LayerMoments, LayerStatistics, MomentsAccumulator, StatisticsAccumulator
@@ -62,7 +62,7 @@ def apply_plan(
     dataset = None
     if any(layer.is_calibrated for layer in plan.values()):
         if data is not None:
-            dataset = dataset_for(model, data, "calibration")
+            dataset = dataset_for(model, data, "calibration", class_names=class_names_of(used))
         elif used is not None and needs_pass(plan, one_shot):
             dataset = calibration_data(model, used)
     _require_data_of_analysis(used, dataset)
@@ -76,7 +76,8 @@ def apply_plan(
         _prune_layer(stream, layer_plan, moments, seed, index)
         _require_data_of_analysis(used, dataset)
     made = provenance(known, plan, used, dataset, seed, runtime)
-    pruned.details = model.details.replace(provenance=model.details.provenance | made)
+    names = model.details.classes or class_names_of(used) or (dataset.source.class_names if dataset is not None else ())
+    pruned.details = model.details.replace(provenance=model.details.provenance | made, classes=names)
     return pruned.to(next(model.parameters()).device)
 
 
@@ -186,12 +187,16 @@ def full_plan(
 
 
 def calibration_data(model: Model, analysis: Analysis) -> Dataset:
-    """Open the data that an analysis was made from, or raise a MoepruneError if it is not there any more."""
+    """Open the data that an analysis was made from, where it was or beside the analysis, or raise a MoepruneError."""
     made_from = analysis.origin.data
     if analysis.data is not None:
         return analysis.data
+    spec = made_from.spec
+    if analysis.folder is not None:
+        places = (Path(spec), analysis.folder / spec, analysis.folder / Path(spec).name)
+        spec = next((str(place) for place in places if place.exists()), spec)
     try:
-        return dataset_for(model, made_from.spec, "calibration", made_from.samples)
+        return dataset_for(model, spec, "calibration", made_from.samples, class_names_of(analysis))
     except MoepruneError as error:
         raise MoepruneError(
             f"cannot read the analysis's own data again: {error.message}",

@@ -8,7 +8,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from moeprune.calibration.analysis import Analysis, load_analysis, require_analysis_of
+from moeprune.calibration.analysis import Analysis, class_names_of, load_analysis, require_analysis_of
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment
 from moeprune.files import checkpoint
@@ -44,7 +44,8 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     full = Described(request.checkpoint)
     require_unpruned(full.plan, ALREADY_PRUNED)
     analysis = None if request.analysis is None else load_analysis(request.analysis)
-    data = None if request.data is None else open_data_for(full.model, request.data, "calibration")
+    names = class_names_of(analysis)
+    data = None if request.data is None else open_data_for(full.model, request.data, "calibration", names)
     stated = None if request.plan is None else read_plan(request.plan, full.config.moe_layers)
     plans, analysis = plans_of(full, request, analysis, data, stated)
     plan, search, cost = plans[0] if plans else {}, None, None
@@ -98,8 +99,10 @@ def _prune_file(request: PruneRequest, full: Described, header: Header, analysis
     changed = {
         "plan": to_json(decided),
         "provenance": full.details.provenance | made,
-        "preprocessing": to_json(full.details.preprocessing.updated(request.checkpoint.preprocess)),
+        "preprocessing": to_json(full.details.preprocessing),
     }
+    if names := full.details.classes or class_names_of(analysis):
+        changed["classes"] = names
     checkpoint.write(request.output, entries, header.metadata | changed, request.overwrite)
 
 
@@ -117,8 +120,8 @@ def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:
     assert request.analysis is not None
     request.runtime.require_device()
     model = open_model(request.checkpoint)
-    data = open_data_for(model, request.data, "test")
     analysis = load_analysis(request.analysis)
+    data = open_data_for(model, request.data, "test", class_names_of(analysis))
     ways = _ways(request, model)
     results = sweep(model, ways, analysis, data, request.seed, request.runtime, request.latency_batches)
     rows = [row for row, _ in results]

@@ -9,7 +9,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
 
-from moeprune.calibration.analysis import Analysis, analyze, load_analysis, require_analysis_of
+from moeprune.calibration.analysis import Analysis, analyze, class_names_of, load_analysis, require_analysis_of
 from moeprune.data.datasets import Data, Dataset
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
@@ -103,7 +103,7 @@ def prune(
     )  # fmt: skip
     if isinstance(plan, str | os.PathLike):
         plan = read_plan(Path(plan), model.config.moe_layers)
-    dataset = None if data is None else dataset_for(model, data, "calibration")
+    dataset = None if data is None else dataset_for(model, data, "calibration", class_names=class_names_of(analysis))
     full = _InMemory(model)
     plans, analysis = plans_of(full, request, analysis, dataset, plan)
     return prune_model(full, request, analysis, dataset, plans)[0]

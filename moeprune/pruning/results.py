@@ -40,7 +40,7 @@ class Search(Result, frozen=True):
     confirmed: Confirmation
 
 
-class PlanFile(Report, frozen=True):
+class PlanFile(Result, frozen=True, tag_field="schema_version", tag=1):
     """A file of `--plan` and `--save-plan`; see moeprune.pruning.plan_file for its defaults."""
 
     plan: dict[str, LayerPlan]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from moeprune.calibration.analysis import Analysis, analyze, require_analysis_of
+from moeprune.calibration.analysis import Analysis, analyze, class_names_of, require_analysis_of
 from moeprune.calibration.sums import halves
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
@@ -69,7 +69,7 @@ def prune_best(
     The other arguments are those of apply_plan.
     """
     if data is not None:
-        data = dataset_for(model, data, "calibration")
+        data = dataset_for(model, data, "calibration", class_names=class_names_of(analysis))
     elif len(plans) > 1:
         assert analysis is not None
         data = calibration_data(model, analysis)
@@ -110,7 +110,7 @@ def prune_within_drop(
     """
     check_confidence(limit.confidence)
     require_dense_layers(model, ALREADY_PRUNED)
-    data = dataset_for(model, data, "calibration")
+    data = dataset_for(model, data, "calibration", class_names=class_names_of(analysis))
     if data.samples < 2:
         raise MoepruneError(f"`{data.spec}` has one sample, a search needs at least two")
     places = [half.tolist() for half in halves(0, data.samples)]

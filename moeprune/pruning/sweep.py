@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from moeprune.calibration.analysis import Analysis
 from moeprune.data.datasets import Dataset
+from moeprune.data.leakage import warn_of_seen_samples
 from moeprune.evaluation.evaluate import Reference
 from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.results import Difference, ModelFigures
@@ -98,6 +99,7 @@ def sweep(
     plans = [(variant, variant.plan(model.config.moe_layers)) for variant in variants]
     calibration = calibration_data(model, analysis)
     reference = Reference(model, data, runtime, "full model")
+    warn_of_seen_samples(data, analysis.origin.data)
 
     def row(variant: Variant | None, results: list[tuple[ModelFigures, Difference]], pruned: Model) -> SweepRow:
         accuracies = [figures.accuracy for figures, _ in results]

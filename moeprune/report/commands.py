@@ -14,7 +14,7 @@ from moeprune.evaluation.intervals import wilson
 from moeprune.evaluation.results import Evaluation, Latency, ModelFigures
 from moeprune.models.results import Export, Inspection, Parity
 from moeprune.pruning.results import PlanFile, Pruned, Sweep, SweepRow
-from moeprune.records import Report
+from moeprune.records import Report, Result
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table
 from moeprune.report.sweeps import sweep
 from moeprune.report.words import (
@@ -44,10 +44,12 @@ def inspection(result: Inspection) -> Document:
     else:
         kind = f"{architecture['type']}, {plural(len(architecture['blocks']), 'block')}, d = {architecture['dim']}"
         shape = [architecture["in_channels"], *architecture["image_size"]]
+    preprocessing = ", ".join(f"{key} {plain(value)}" for key, value in result.preprocessing.items())
+    preprocessing += "" if result.states_normalisation else " (mean and std are a guess: the file does not state them)"
     facts = [
         ("model", f"{kind}, {architecture['num_classes']} classes"),
         ("input", f"{' × '.join(map(str, shape))} (channels × height × width)"),
-        ("preprocessing", ", ".join(f"{key} {plain(value)}" for key, value in result.preprocessing.items())),
+        ("preprocessing", preprocessing),
         ("parameters", f"{amount(result.parameters)} ({amount(result.bytes, 'B')})"),
         ("FLOPs per input", flops_in_words(result.flops_per_input)),
     ]
@@ -326,7 +328,7 @@ def _retained(row: SweepRow) -> str:
     return f"{percent(row.retained)} ± {100 * row.accuracy_sd * row.retained / row.accuracy:.0f}"
 
 
-COMMANDS: dict[str, tuple[type[Report], Callable[[Any], Document] | None]] = {
+COMMANDS: dict[str, tuple[type[Result], Callable[[Any], Document] | None]] = {
     "analyze": (AnalysisReport, analysis),
     "demo": (Summary, demo),
     "eval": (Evaluation, evaluation),
@@ -352,9 +354,11 @@ def schema_of(command: str) -> dict[str, Any]:
     if command not in TYPES:
         raise MoepruneError(f"no schema for `{command}`", f"give one of {', '.join(TYPES)}")
     schema = msgspec.json.schema(TYPES[command])
-    for definition in schema.get("$defs", {}).values():
+    for name, definition in schema.get("$defs", {}).items():
         if "description" in definition:
             definition["description"] = inspect.cleandoc(definition["description"])
+        if "properties" in definition and name != "LayerPlan":
+            definition["required"] = sorted(definition["properties"])  # reports leave nothing out
     if command == "plan":  # whose fields have defaults
         layer = schema["$defs"]["LayerPlan"]
         is_list = {"properties": {"kept": {"type": "array"}}}

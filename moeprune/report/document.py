@@ -94,6 +94,12 @@ class Document(NamedTuple):
         return Table(["gate", "limit", "value", *heading, ""], rows)
 
 
+def with_warnings(document: Document, warnings: Sequence[str]) -> Document:
+    """Return a document that begins with the warnings of its command."""
+    lines = [Lines([f"warning: {warning}" for warning in warnings])] if warnings else []
+    return document._replace(blocks=[*lines, *document.blocks])
+
+
 def gate_in_words(gate: GateResult) -> str:
     """Return the value of a gate, its limit and their distance."""
     limit, bound = gate.limit, gate.bound

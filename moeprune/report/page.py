@@ -30,7 +30,7 @@ def page_of(
 
     analysis: of the full model; None: nothing about masses.
     """
-    document = document_of(result)
+    document = doc.with_warnings(document_of(result), result.warnings)
     blocks: list[doc.Block] = []
     if isinstance(result, Evaluation):
         blocks += _summary(result)

@@ -1,0 +1,60 @@
+"""Warnings where a model is calibrated or judged on samples that should be kept from it."""
+
+import logging
+from pathlib import Path
+
+from moeprune.data.datasets import Dataset
+from moeprune.data.spec import BUILT_IN, DataInfo
+
+logger = logging.getLogger(__name__)
+NOT_TO_CALIBRATE_ON = {
+    "train": "the split that models are trained on, where they may route otherwise than elsewhere",
+    "test": "the split to evaluate on, which says little of new inputs after that",
+}
+BATCH = 256
+
+
+def warn_of_calibration_split(data: Dataset) -> None:
+    """Warn if a model is calibrated on the training or test split of a built-in set."""
+    name, split = _split_of(data.spec)
+    if split in NOT_TO_CALIBRATE_ON:
+        hint = f"calibrate on `{name}:calibration`"
+        logger.warning(f"the model is calibrated on `{data.spec}`, {NOT_TO_CALIBRATE_ON[split]}: {hint}")
+
+
+def warn_of_seen_samples(data: Dataset, calibrated_on: DataInfo | None) -> None:
+    """Warn if a model is judged on samples that it was trained or calibrated on, as far as that is cheap to see.
+
+    data: after a whole pass. calibrated_on: None if nothing was calibrated, or nobody knows on what.
+    """
+    if _split_of(data.spec)[1] == "train":
+        logger.warning(f"`{data.spec}` is the split that models are trained on: they do worse on other inputs")
+    if calibrated_on is not None and (shared := _shared(data, calibrated_on)):
+        logger.warning(
+            f"the model was calibrated on {shared} of `{data.spec}`: it may do worse on other inputs; evaluate it on"
+            " samples that it has not seen"
+        )
+
+
+def _split_of(spec: str) -> tuple[str, str]:
+    """Return the name and the split of a built-in set; two empty texts for other data."""
+    name, _, split = spec.partition(" (")[0].partition(":")
+    return (name, split) if name in BUILT_IN else ("", "")
+
+
+def _shared(data: Dataset, used: DataInfo) -> str | None:
+    """Return in words which samples of data were used: of the same file or split, with any limits."""
+    if used.fingerprint == data.fingerprint:
+        return "the very samples"
+    (own, _, _), (other, part, _) = (Path(spec).name.partition(" (") for spec in (data.spec, used.spec))
+    if own != other:
+        return None
+    if _split_of(own)[0]:
+        return "samples"
+    whole = Dataset(data.spec, data.source, data.classes, range(data.source.samples))
+    if part or not data.source.files or used.samples > whole.samples:
+        return "a part of a file with the name" if part else None
+    drawn = whole.sample(used.samples)  # as a limit draws them
+    for _ in drawn.batches(BATCH):
+        pass  # the fingerprint is known after a pass
+    return "samples" if drawn.fingerprint == used.fingerprint else None
