@@ -8,14 +8,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 import moeprune
 from moeprune.models.adopted import adopt
-from moeprune.models.model import private_copy
-from moeprune.pruning.apply import prune
+from moeprune.models.model import fingerprint, private_copy
+from moeprune.pruning.prune import prune
 from tests import peers
 from tests.test_adopted import CLASSES, CPU, SHAPE, D, dataset, images, lucidrains, randomized
+from tests.test_cost import counted
 from tests.test_soft_moe import relative_error
 
 
@@ -182,3 +184,66 @@ def test_a_model_that_cannot_be_copied_at_all_is_an_error():
     model = adopt(Closed(), SHAPE)
     with pytest.raises(moeprune.MoepruneError, match="cannot be copied: TypeError: no copies of a Closed"):
         private_copy(model)
+
+
+class Tied(Net):
+    """Weights under two names, and a layer under two names that runs under the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(D, D), nn.Linear(D, D)
+        self.second.weight = self.first.weight
+        self.last = self.layers[1]
+
+    def forward(self, x):
+        t = self.embed(x).flatten(2).mT
+        t = t + self.layers[0](t)
+        return self.head(self.second(self.first((t + self.last(t)).mean(1))))
+
+
+class Listed(Net):
+    """Keeps its layers in a list as well, where nobody finds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = list(self.layers)
+
+    def forward(self, x):
+        t = self.embed(x).flatten(2).mT
+        return self.head((t + self.kept[1](t + self.kept[0](t))).mean(1))
+
+
+@pytest.mark.parametrize("writer", ["torch", "safetensors"])
+def test_tied_weights_and_a_layer_under_two_names(writer, tmp_path):
+    torch.manual_seed(0)
+    theirs, x = Tied(), images(dtype=torch.float32)
+    if writer == "torch":
+        torch.save(theirs.state_dict(), tmp_path / "net.pt")
+    else:
+        save_model(theirs, str(tmp_path / "net.pt"))
+        (tmp_path / "net.pt").rename(tmp_path / "net.safetensors")
+    [path] = tmp_path.glob("net.*")
+    model = moeprune.load(path, Tied, input_shape=SHAPE)
+    assert list(model.moe_layers) == ["module.layers.0", "module.layers.1"]
+    assert relative_error(model(x), theirs(x)) < 1e-5
+    assert model.cost().flops_per_input.total == counted(model, x[:1])
+    pruned = prune(model, keep=2, signal="random", compensate="renorm", data=dataset(), runtime=CPU)
+    assert pruned.module.last is pruned.module.layers[1]
+    assert pruned.cost().flops_per_input.total == counted(pruned, x[:1])
+    for one in (model, pruned):
+        moeprune.save(one, tmp_path / "saved.safetensors", overwrite=True)
+        again = moeprune.load(tmp_path / "saved.safetensors", Tied)
+        assert again.module.last is again.module.layers[1]
+        assert torch.equal(again(x), one(x))
+        assert not any(name.startswith("module.last") for name in again.state_dict())
+        assert fingerprint(again) == fingerprint(one)
+        moeprune.export(one, tmp_path / "back.pt", "soft-moe-pytorch", overwrite=True)
+        back = torch.load(tmp_path / "back.pt")
+        assert back.keys() == theirs.state_dict().keys() or one is pruned
+        assert all(torch.equal(back[name], back[name.replace("last", "layers.1")]) for name in back)
+    Tied().load_state_dict(theirs.state_dict(), strict=True)
+
+
+def test_a_layer_that_the_code_keeps_out_of_sight_is_an_error():
+    with pytest.raises(moeprune.MoepruneError, match=r"layers `layers\.0`, `layers\.1` do not run"):
+        adopt(Listed(), SHAPE)

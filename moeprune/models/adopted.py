@@ -14,15 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moeprune.errors import MoepruneError, user_code
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.layer import layer_of_tensors, new_layer
+from moeprune.layers.layer import MoELayer, layer_of_tensors, new_layer
 from moeprune.models.architecture import AdoptedLayer, ModuleConfig
 from moeprune.models.description import Details
 from moeprune.models.extra import decode_extra, encode_extra
 from moeprune.models.factory import import_factory, normalized, same_factory
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, lookalikes
-from moeprune.models.model import Model
+from moeprune.models.model import Model, names_of
 from moeprune.models.runtime import input_dtype
-from moeprune.models.tracing import failure, materialize, require_equal, run, see, windows_of
+from moeprune.models.tracing import Seen, failure, materialize, require_equal, see, windows_of
 from moeprune.plan import Plan
 
 Factory: TypeAlias = "str | Callable[..., nn.Module]"
@@ -49,12 +49,23 @@ class AdoptedModel(Model):
             return self.module(x)
 
     def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return all tensors; state of other types that modules keep (`get_extra_state`) is encoded in some of them."""
-        return encode_extra(super().state_dict(*arguments, **options))
+        """Return all tensors, those of an MoE layer of several names under the first of these; state of other types
+        that modules keep (`get_extra_state`) is encoded in some.
+        """
+        state = encode_extra(super().state_dict(*arguments, **options))
+        others = tuple(f"{alias}." for aliases in self._aliases().values() for alias in aliases)
+        return {name: tensor for name, tensor in state.items() if not name.startswith(others)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` returned."""
-        return super().load_state_dict(decode_extra(state_dict), strict, assign)
+        state = decode_extra(state_dict)
+        for layer, aliases in self._aliases().items():
+            own = {name.removeprefix(layer): value for name, value in state.items() if name.startswith(f"{layer}.")}
+            state |= {alias + name: value for alias in aliases for name, value in own.items()}
+        return super().load_state_dict(state, strict, assign)
+
+    def _aliases(self) -> dict[str, list[str]]:
+        return {name: [other for other in names_of(self, name) if other != name] for name in self.config.moe_layers}
 
 
 def adopt(
@@ -96,29 +107,42 @@ def adopt(
     built_by = name_of(factory)
     x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
     x = x.to(next(module.parameters()).device, input_dtype(module))
-    first, second, both = (see(module, libraries, some, built_by) for some in (x[:1], x[1:], x))
-    for name, (_, tokens, *_) in first.items():
-        library, theirs = libraries[name], module.get_submodule(name)
-        windows, interleaved = windows_of(name, first[name], second[name], both[name])
-        is_copy = not library.recognises(theirs)
-        version = releases.get(library.name) or ("unknown" if is_copy else None)
-        config, tensors = library.describe(theirs, name, tokens, version)
-        if windows > 1:
-            if not isinstance(config, SoftMoEConfig):
-                raise MoepruneError(f"layer `{name}` runs on {windows} windows of an input, which it does not support")
-            config = config.replace(windows=windows, interleaved=interleaved)
-        ours = layer_of_tensors(config, None, {key: tensor.detach() for key, tensor in tensors.items()})
-        if is_copy:
-            require_equal(name, library.name, theirs, ours, both[name])
+    (first, classes), (second, _), (both, _) = (see(module, libraries, some, built_by) for some in (x[:1], x[1:], x))
+    for name in first:
+        library = libraries[name]
+        ours = _as_ours(name, library, module.get_submodule(name), (first[name], second[name], both[name]), releases)
         path = f"module.{name}".rstrip(".")
-        parent.set_submodule(path, ours)
-        layers[path] = AdoptedLayer(config, library.name, tokens)
+        for alias in names_of(parent, path):
+            parent.set_submodule(alias, ours)
+        layers[path] = AdoptedLayer(ours.config, library.name, first[name].tokens)
     module = parent["module"]
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        classes = run(module, x[:1], built_by).shape[1]
+        see(module, first, x[:1], built_by)  # fails if the code has kept a layer that was replaced
     other = flops.get_total_flops() - sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
     whole = ModuleConfig(built_by, dict(arguments or {}), input_shape, classes, layers, other)
     return AdoptedModel(module, whole, Details(), factory).eval()
+
+
+def _as_ours(
+    name: str,
+    library: LayerLibrary,
+    theirs: nn.Module,
+    seen: tuple[Seen, Seen, Seen],
+    releases: Mapping[str, str | None],
+) -> MoELayer:
+    """Return our layer that computes what a library's does; seen: by it of one input, of another, and of both."""
+    windows, interleaved = windows_of(name, *seen)
+    is_copy = not library.recognises(theirs)
+    version = releases.get(library.name) or ("unknown" if is_copy else None)
+    config, tensors = library.describe(theirs, name, seen[0].tokens, version)
+    if windows > 1:
+        if not isinstance(config, SoftMoEConfig):
+            raise MoepruneError(f"layer `{name}` runs on {windows} windows of an input, which it does not support")
+        config = config.replace(windows=windows, interleaved=interleaved)
+    ours = layer_of_tensors(config, None, {key: tensor.detach() for key, tensor in tensors.items()})
+    if is_copy:
+        require_equal(name, library.name, theirs, ours, seen[2])
+    return ours
 
 
 def _known_layers(module: nn.Module, ignored: Sequence[str]) -> dict[str, LayerLibrary]:

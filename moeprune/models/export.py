@@ -17,7 +17,7 @@ from moeprune.models.libraries import MODELS
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, installed_version
 from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.loading import load_strictly
-from moeprune.models.model import Model
+from moeprune.models.model import Model, names_of
 from moeprune.models.parity import difference, skipped
 from moeprune.models.results import Export, ExportedLayer, Parity
 from moeprune.plan import Plan
@@ -88,7 +88,8 @@ def to_module(model: AdoptedModel, original: nn.Module) -> dict[str, Any]:
     found = decode_extra(model.state_dict())
     for name, (library, theirs) in _original_layers(model, original).items():
         tensors = {key: found.pop(f"{name}.{key}") for key in model.moe_layers[name].state_dict()}
-        found |= {f"{name}.{key}": tensor for key, tensor in library.restore(theirs, tensors).items()}
+        restored = library.restore(theirs, tensors)
+        found |= {f"{alias}.{key}": restored[key] for alias in names_of(model, name) for key in restored}
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
@@ -115,7 +116,9 @@ def compare_module(model: Model, original: nn.Module, tensors: Mapping[str, Tens
         if name in model.plan:
             try:
                 with user_code(f"{type(theirs).__name__} cannot be built with fewer experts"):
-                    parent.set_submodule(name, library.rebuild(theirs, _of_kept_experts(model.moe_layers[name])))
+                    smaller = library.rebuild(theirs, _of_kept_experts(model.moe_layers[name]))
+                for alias in names_of(parent, name):
+                    parent.set_submodule(alias, smaller)
             except MoepruneError as error:
                 return skipped(error.message)
     load_strictly(parent["module"], tensors, "the exported tensors")

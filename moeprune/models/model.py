@@ -42,6 +42,11 @@ class Model(nn.Module):
         """The MoE layers by name, in the order of the data flow."""
         return {name: self.get_submodule(name) for name in self.config.moe_layers}  # type: ignore[misc]
 
+    def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
+        """Replace a part under all of its names."""
+        for name in names_of(self, target):
+            super().set_submodule(name, module, strict)
+
     @property
     def plan(self) -> Plan:
         """The plans of the pruned layers."""
@@ -59,6 +64,12 @@ class Model(nn.Module):
 
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def names_of(model: nn.Module, path: str) -> list[str]:
+    """Return all names of a part of a model, the first one first."""
+    part = model.get_submodule(path)
+    return [name for name, other in model.named_modules(remove_duplicate=False) if other is part]
 
 
 def require_dense_layers(model: Model, hint: str) -> dict[str, MoELayer]:

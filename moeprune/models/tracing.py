@@ -33,8 +33,8 @@ class Seen(NamedTuple):
     output: Tensor
 
 
-def see(module: nn.Module, names: Iterable[str], x: Tensor, factory: str | None) -> dict[str, Seen]:
-    """Return what each layer sees of inputs, in the order in which the layers run."""
+def see(module: nn.Module, names: Iterable[str], x: Tensor, factory: str | None) -> tuple[dict[str, Seen], int]:
+    """Return what each layer sees of inputs, in the order in which the layers run, and the number of classes."""
     seen: dict[str, Seen] = {}
 
     def note(name: str, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
@@ -52,10 +52,10 @@ def see(module: nn.Module, names: Iterable[str], x: Tensor, factory: str | None)
         for name in names:
             part = module.get_submodule(name)
             hooks.enter_context(part.register_forward_hook(functools.partial(note, name), with_kwargs=True))
-        run(module, x, factory)
+        logits = run(module, x, factory)
     if idle := sorted(set(names) - set(seen)):
         raise MoepruneError(f"layers {', '.join(f'`{name}`' for name in idle)} do not run", IGNORE.format(idle[0]))
-    return seen
+    return seen, logits.shape[1]
 
 
 def windows_of(name: str, first: Seen, second: Seen, both: Seen) -> tuple[int, bool]:
