@@ -437,21 +437,21 @@ def test_settings_that_are_wrong(texts):
 TRAINED = {"model": tower, "input_shape": SHAPE, "geglu": True}
 ALONE = dict.fromkeys(TRAINED)
 WRONG = [
-    ("trained.pt", {"input_shape": None}, "--input-shape 3,224,224"),
-    ("trained.pt", {"input_shape": (3, 8)}, "`--input-shape`"),
+    ("trained.pt", {"input_shape": None}, r"input_shape=\(3, 224, 224\)"),
+    ("trained.pt", {"input_shape": (3, 8)}, "`input_shape`: expected"),
     ("trained.pt", {"input_shape": (3, 2**20, 2**20)}, "expected at most"),
     ("trained.pt", {"input_shape": (1, 8, 8)}, "fails on an input of shape"),
     ("trained.pt", {"geglu": False}, r"`late\.experts.*; 33 more of another shape"),
     ("trained.pt", {"shape": 3}, "TypeError"),
-    ("trained.pt", {"model": None, "geglu": None}, "go with `--model`"),
+    ("trained.pt", {"model": None, "geglu": None}, "go with `model`"),
     ("trained.pt", {"source": "soft-moe"}, "not from `soft-moe`"),
-    ("trained.pt", {"source": "vmoe"}, "`--source` is 'vmoe', expected one of"),
+    ("trained.pt", {"source": "vmoe"}, "`source` is 'vmoe', expected one of"),
     ("trained.pt", {"source": "soft-moe==x"}, "names no release"),
     ("trained.pt", {"key": "ema"}, "ema"),
-    ("full.safetensors", {}, "is a checkpoint of moeprune and takes no `--model-arg`, `--input-shape`"),
-    ("full.safetensors", ALONE, "add `--model tests.test_adopted:tower`"),
+    ("full.safetensors", {}, "is a checkpoint of moeprune and takes no `arguments`, `input_shape`"),
+    ("full.safetensors", ALONE, "add `model=.tests.test_adopted:tower"),
     ("full.safetensors", ALONE | {"model": "user_models:encoder"}, "given is `user_models:encoder`"),
-    ("vit.safetensors", ALONE | {"model": tower}, "needs no `--model`"),
+    ("vit.safetensors", ALONE | {"model": tower}, "needs no `model`"),
 ]
 
 
