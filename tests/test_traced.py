@@ -1,4 +1,4 @@
-"""Graphs of pruned layers and models by torch.export, torch.compile and torch.onnx: they compute the same."""
+"""Graphs of pruned layers and models by torch.export, compile, onnx and jit: they compute the same."""
 
 from itertools import product
 
@@ -40,6 +40,10 @@ def compiled(model, x):
     return torch.compile(model, fullgraph=True, backend="eager")
 
 
+def trace_by_jit(model, x):
+    return torch.jit.trace(model, x, check_trace=False)
+
+
 def onnx(model, x):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
@@ -64,8 +68,8 @@ def tokens(b):
     return torch.randn(b, M, D, generator=torch.Generator().manual_seed(b))
 
 
-WAYS = [export, export_for_a_size, export_strictly, compiled, onnx]
-FEW = [(export, "input"), (compiled, "batch"), (onnx, "mass")]
+WAYS = [export, export_for_a_size, export_strictly, compiled, onnx, trace_by_jit]
+FEW = [(export, "input"), (compiled, "batch"), (onnx, "mass"), (trace_by_jit, "input")]
 CASES = [  # each way meets each scope, each scope each compensation
     pytest.param(way, scope, COMPENSATIONS[(i + j) % 5], marks=() if (way, scope) in FEW else pytest.mark.slow)
     for (i, way), (j, scope) in product(enumerate(WAYS), enumerate((None, *SCOPES, "mass")))

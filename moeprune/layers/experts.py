@@ -10,8 +10,8 @@
 Rows of all inputs are grouped by expert, so that each expert's weights are used where they lie, and once: on
 the CPU in a loop over views of the stacked weights, or, for little work, as a product of gathered copies. On
 a GPU the kernels of moeprune.layers.kernels never synchronise with the host; the loop, which does so once a
-layer, remains for gradients, float64, and platforms without Triton. Under torch.export and torch.compile
-the experts of an input are gathered or all of them run, so that the graph does not depend on the choice.
+layer, remains for gradients, float64, and platforms without Triton. In a graph that torch traces the experts of
+an input are gathered, or all experts run, so that the graph does not depend on the choice.
 
 Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert, o output
 width; k experts run for an input, with s = k·p slots in the order of `chosen`.
@@ -99,9 +99,14 @@ def rank(scores: Tensor) -> Tensor:
     return torch.zeros_like(expert).scatter(-1, is_behind.sum(-1), expert)
 
 
+def is_traced() -> bool:
+    """Return True while a graph is made, which must not depend on what is chosen for the inputs at hand."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Return the k best experts of each row, ascending (...,k), with ties broken as in `rank`."""
-    if scores.device.type == "cpu" and 0 < k < scores.shape[-1] and not torch.compiler.is_compiling():
+    if scores.device.type == "cpu" and 0 < k < scores.shape[-1] and not is_traced():
         # Four times faster than ranking all, but which of two equal scores it takes is not specified.
         best = scores.topk(k + 1, dim=-1)
         if (best.values[..., k - 1] > best.values[..., k]).all():
@@ -187,7 +192,7 @@ def run_experts(
         rows = rows.view(*slot_inputs.shape[:-1], width)
         return rows if idle is None else rows.masked_fill_(idle[:, :, None, None], 0)  # nobody wrote there
     b, k, p, d = slot_inputs.shape
-    if torch.compiler.is_compiling():
+    if is_traced():
         outputs = _run_traced(slot_inputs, chosen, experts, is_shared)
         return outputs if idle is None else outputs.masked_fill(idle[:, :, None, None], 0)
     if idle is not None:

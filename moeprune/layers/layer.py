@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.layers.config import FAMILIES
-from moeprune.layers.experts import choose, fewest_with_mass
+from moeprune.layers.experts import choose, fewest_with_mass, is_traced
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.observation import Observation, mean_token
 from moeprune.plan import AFFINE, LayerPlan
@@ -67,7 +67,7 @@ class MoELayer(nn.Module):
         if self.plan.mass is None:
             return choose(scores, self.plan.k)
         chosen = fewest_with_mass(scores, mass, self.plan.mass, self.plan.k)
-        if not (chosen.is_cuda or torch.compiler.is_compiling()) and len(chosen):  # the host may ask: what inputs need
+        if not (chosen.is_cuda or is_traced()) and len(chosen):  # the host may ask: what inputs need
             chosen = chosen[:, : int((chosen < self.config.num_experts).sum(1).amax())]
         return chosen
 
