@@ -28,8 +28,8 @@ class MoepruneError(Exception):
 
 
 ARGUMENTS = {
-    "ignore_layer": "ignore_layers", "latency": "latency_batches", "latency_batch": "latency_batches",
-    "model_arg": "arguments", "source_arg": "arguments",
+    "classes": "class_names", "ignore_layer": "ignore_layers", "latency": "latency_batches",
+    "latency_batch": "latency_batches", "model_arg": "arguments", "source_arg": "arguments",
 }  # fmt: skip
 """Arguments of the Python API that do not have the name of their option."""
 

@@ -54,8 +54,11 @@ def test_an_order_that_is_not_clear_is_asked_for_and_kept_from_then_on(single, r
         for part in ("`1`, `10`, `2`, `3`", "`1`, `2`, `3`, `4`", "--classes names.txt"):
             assert part in refused.stderr
     assert run_json("eval", single, "--data", data, "--classes", names)["model"]["accuracy"] == accuracy
-    model = moeprune.load(single, class_names=NATURAL)
-    assert moeprune.evaluate(model, str(data)).model.accuracy == accuracy
+    for given in (NATURAL, names, str(names)):
+        assert moeprune.evaluate(moeprune.load(single, class_names=given), data).model.accuracy == accuracy
+    with pytest.raises(moeprune.MoepruneError, match="order of the class folders") as error:
+        moeprune.evaluate(single, data)
+    assert 'class_names="names.txt"' in str(error.value)
 
     analysis, pruned = tmp_path / "analysis.safetensors", tmp_path / "pruned.safetensors"
     run_json("analyze", single, "--data", data, "--classes", names, "-o", analysis)

@@ -47,7 +47,7 @@ def load(
     input_shape: tuple[int, int, int] | None = None,
     preprocess: Mapping[str, Any] | None = None,
     ignore_layers: Sequence[str] = (),
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | os.PathLike[str] | None = None,
     **arguments: Any,
 ) -> Model:
     """Load a checkpoint of moeprune, of another library, or of your own code, on the CPU and in eval mode.
@@ -59,16 +59,20 @@ def load(
             caller can allow that it is run.
         source: see ModelSpec, like key, prefix, input_shape, preprocess and arguments.
         ignore_layers: see `adopt`.
-        class_names: of class folders, in the order of the outputs; None: those in the checkpoint, if there are any.
+        class_names: of class folders, in the order of the outputs, or a text file with one a line; None: those in the
+            checkpoint, if there are any.
 
     Raises:
         MoepruneError: the file is missing, damaged or unknown, has no MoE layer, lacks tensors or has
             others, or has NaN or infinite values; arguments are missing or wrong; or the model does not
             compute what the library's or your own does.
     """
+    names_file = None
+    if isinstance(class_names, str | os.PathLike):
+        names_file, class_names = Path(class_names), None
     spec = ModelSpec(
         path=Path(path), model=name_of(model), source=source, key=key, prefix=prefix, input_shape=input_shape,
-        preprocess=dict(preprocess or {}), ignore_layer=tuple(ignore_layers), classes=None,
+        preprocess=dict(preprocess or {}), ignore_layer=tuple(ignore_layers), classes=names_file,
         **{"source_arg" if model is None else "model_arg": arguments},
     )  # fmt: skip
     loaded = open_model(spec, model)
