@@ -56,6 +56,24 @@ def to_json(value: Any) -> Any:
     return msgspec.to_builtins(value)
 
 
+def pack(value: Any) -> Any:
+    """Return a value of lists, tuples and dicts as JSON values in which a tuple is an object with the key `tuple`."""
+    if isinstance(value, tuple):
+        return {"tuple": [pack(part) for part in value]}
+    if isinstance(value, list):
+        return [pack(part) for part in value]
+    return {key: pack(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def unpack(value: Any) -> Any:
+    """Return the value that `pack` made JSON values of."""
+    if isinstance(value, dict):
+        if value.keys() == {"tuple"} and isinstance(value["tuple"], list):
+            return tuple(unpack(part) for part in value["tuple"])
+        return {key: unpack(part) for key, part in value.items()}
+    return [unpack(part) for part in value] if isinstance(value, list) else value
+
+
 def from_json(value: Any, kind: type[T] | Any, where: str) -> T:
     """Read a value of a type, such as a Record, from JSON values, or records within them.
 

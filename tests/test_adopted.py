@@ -418,9 +418,9 @@ def test_factories_that_fail(package, factory, message):
     ("text", "value"),
     [
         ("4", 4), ("1e-6", 1e-6), ("avg", "avg"), ("'none'", "none"), ("none", None), ("null", None),
-        ("True", True), ("false", False), ("3,8,8", [3, 8, 8]), ("[1, true]", [1, True]),
+        ("True", True), ("false", False), ("3,8,8", (3, 8, 8)), ("(16, [1])", (16, [1])), ("[1, true]", [1, True]),
         ("192x256", "192x256"), ("", ""), ("''", ""),
-        ("{'a': (1, 2)}", {"a": [1, 2]}), ("007", "007"), ("nan", "nan"),
+        ("{'a': (1, 2)}", {"a": (1, 2)}), ("007", "007"), ("nan", "nan"),
     ],
 )  # fmt: skip
 def test_values_are_read_in_the_spelling_of_python_or_json(text, value):

@@ -247,3 +247,27 @@ def test_tied_weights_and_a_layer_under_two_names(writer, tmp_path):
 def test_a_layer_that_the_code_keeps_out_of_sight_is_an_error():
     with pytest.raises(moeprune.MoepruneError, match=r"layers `layers\.0`, `layers\.1` do not run"):
         adopt(Listed(), SHAPE)
+
+
+class Typed(Net):
+    """Takes a tuple as well as a list."""
+
+    def __init__(self, sizes, nested=None):
+        super().__init__()
+        assert isinstance(sizes, tuple)
+        assert nested is None or nested == {"a": [(1, 2), [3]]}
+
+
+def test_tuples_and_lists_reach_the_factory_as_they_were_given(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Net().state_dict(), "net.pt")
+    full = moeprune.load("net.pt", Typed, input_shape=SHAPE, sizes=(16, 16), nested={"a": [(1, 2), [3]]})
+    moeprune.save(full, "full.safetensors")
+    again = moeprune.load("full.safetensors", Typed)
+    assert again.config == full.config
+    moeprune.export(again, "back.pt", "soft-moe-pytorch")
+    (tmp_path / "typed_nets.py").write_text("from tests.test_own_modules import Typed\n")
+    given = ["net.pt", "--model", "typed_nets:Typed", "--input-shape", "3,8,8", "--model-arg"]
+    for text in ("sizes=(16, 16)", "sizes=16,16"):
+        assert run("inspect", *given, text).code == 0
+    assert "AssertionError" in run("inspect", *given, "sizes=[16, 16]").stderr

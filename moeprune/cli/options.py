@@ -16,7 +16,7 @@ import msgspec
 import typer
 
 from moeprune.errors import MoepruneError
-from moeprune.records import Request
+from moeprune.records import Request, pack, unpack
 
 R = TypeVar("R", bound=Request)
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -133,7 +133,7 @@ def parse_settings(texts: Iterable[str] | None, option: str) -> dict[str, Any]:
     """Read the `KEY=VALUE` texts of an option; keys differ, and JSON has the values.
 
     >>> parse_settings(["depth=4", "pool=avg", "mean=0.5,0.4"], "--model-arg")
-    {'depth': 4, 'pool': 'avg', 'mean': [0.5, 0.4]}
+    {'depth': 4, 'pool': 'avg', 'mean': (0.5, 0.4)}
     """
     settings: dict[str, Any] = {}
     for text in texts or ():
@@ -150,7 +150,7 @@ def parse_settings(texts: Iterable[str] | None, option: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Read a value in the spelling of JSON or Python, or else as text; tuples become lists, `none` is None.
+    """Read a value in the spelling of JSON or Python, or else as text; `none` is None, and `1,2` is a tuple.
 
     A TypeError or ValueError for a value that JSON does not have, such as a set or an infinite number.
     """
@@ -164,5 +164,5 @@ def parse_value(text: str) -> Any:
                 value = parse(text)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
-            return json.loads(json.dumps(value, allow_nan=False))
+            return unpack(json.loads(json.dumps(pack(value), allow_nan=False)))
     return text

@@ -24,6 +24,7 @@ from moeprune.models.model import Model, names_of
 from moeprune.models.runtime import input_dtype
 from moeprune.models.tracing import Seen, failure, materialize, require_equal, see, windows_of
 from moeprune.plan import Plan
+from moeprune.records import pack
 
 Factory: TypeAlias = "str | Callable[..., nn.Module]"
 """Builds a model of the user's own code: a function, or its name, see `moeprune.models.factory`."""
@@ -38,7 +39,9 @@ class AdoptedModel(Model):
         super().__init__(config, details)
         self.module = module
         self.original = (
-            None if factory is None else functools.partial(build, factory, config.arguments, config.input_shape)
+            None
+            if factory is None
+            else functools.partial(build, factory, config.unpacked_arguments, config.input_shape)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ def adopt(
         input_shape: of one input (c,H,W).
         factory: the function that builds the module, or its name, `package.module:function` or
             `path/module.py:function`; needed to load a saved checkpoint again.
-        arguments: keyword arguments of the factory, JSON values.
+        arguments: keyword arguments of the factory: JSON values and tuples of them.
         source: the library and release that the model was trained with, such as
             `soft-mixture-of-experts==0.1.0`, if that is not the installed one.
         ignore_layers: names of layers that are left as they are.
@@ -119,7 +122,7 @@ def adopt(
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
         see(module, first, x[:1], built_by)  # fails if the code has kept a layer that was replaced
     other = flops.get_total_flops() - sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
-    whole = ModuleConfig(built_by, dict(arguments or {}), input_shape, classes, layers, other)
+    whole = ModuleConfig(built_by, pack(dict(arguments or {})), input_shape, classes, layers, other)
     return AdoptedModel(module, whole, Details(), factory).eval()
 
 
@@ -198,7 +201,7 @@ def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factor
         raise MoepruneError(
             f"the model is built by the factory `{name}`, {stated}", f"if you trust that code, add `--model {name}`"
         )
-    model = AdoptedModel(build(factory, config.arguments, config.input_shape), config, details, factory)
+    model = AdoptedModel(build(factory, config.unpacked_arguments, config.input_shape), config, details, factory)
     for path, layer in config.moe_layers.items():
         with torch.device("meta"):
             ours = new_layer(layer, plan.get(path))

@@ -17,7 +17,7 @@ from moeprune.layers.config import SoftMoEConfig, layer_from_json
 from moeprune.layers.interface import Flops, LayerConfig, Shapes, Usage
 from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
 from moeprune.plan import Count, Plan, Positive
-from moeprune.records import Record, from_json, to_json
+from moeprune.records import Record, from_json, to_json, unpack
 
 Total = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
@@ -269,7 +269,7 @@ class ModuleConfig(ModelConfig, frozen=True, tag="module"):
     """A model of the user's own code whose MoE layers were adopted; `layers` are in the order of the data flow.
 
     factory: builds the model as it was before, see `moeprune.models.factory`; None if it is not known.
-    arguments: keyword arguments of the factory, JSON values.
+    arguments: keyword arguments of the factory, see `moeprune.records.pack`.
     """
 
     factory: str | None
@@ -278,6 +278,11 @@ class ModuleConfig(ModelConfig, frozen=True, tag="module"):
     num_classes: Total
     layers: dict[str, AdoptedLayer]
     other_flops: Total
+
+    @property
+    def unpacked_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the factory, with tuples."""
+        return unpack(self.arguments)
 
     @property
     def moe_layers(self) -> dict[str, LayerConfig]:

@@ -55,7 +55,7 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = False) -
         original = model.original()
         tensors = to_module(model, original)
         layers = exported_layers(model, original)
-        arguments = {} if layers else model.config.arguments
+        arguments = {} if layers else model.config.unpacked_arguments
         parity = compare_module(model, original, tensors)
     else:
         assert isinstance(config, ViTConfig)
