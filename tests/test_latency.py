@@ -219,7 +219,7 @@ def test_text_shows_the_ratio_first(call, printed, known):
     known[1] = {"model": [0.0004, 0.0005, 0.0006], "baseline": [0.001, 0.001, 0.0012]}
     known[8] = {"model": [0.9994, 0.9996, 1.5], "baseline": [0.123, 0.1234, 0.1227]}
     header, *rows = latency_rows(printed(f"{call} --latency-batch 8 --latency-batch 1"))
-    assert header == ["batch", "speed-up", "model", "full model", "repetitions"]
+    assert header == ["batch", "speed-up", "model", "full model", "runs"]
     assert rows == [
         ["8", "0.12× (0.10 to 0.12)", "1 s (1 to 1.25)", "123 ms (123 to 123)", "3"],
         ["1", "2.00× (2.00 to 2.25)", "500 µs (450 to 550)", "1 ms (1 to 1.1)", "3"],
@@ -229,7 +229,7 @@ def test_text_shows_the_ratio_first(call, printed, known):
 def test_text_without_baseline_has_no_ratio(routed, printed, known):
     known[1] = {"model": [2.0, 3.0, 4.0]}
     rows = latency_rows(printed(f"eval {routed} --data digits --limit 40 --latency --latency-batch 1"))
-    assert rows == [["batch", "model", "repetitions"], ["1", "3 s (2.5 to 3.5)", "3"]]
+    assert rows == [["batch", "model", "runs"], ["1", "3 s (2.5 to 3.5)", "3"]]
 
 
 @pytest.mark.parametrize(("limit", "passed"), [(1.5, True), (1.5001, False), (0.5, True), (1.9, False)])

@@ -28,10 +28,10 @@ METHODS = {
     ("static", "gram", "mean"): "static by gram, mean",
     ("input", "deviation", "affine"): "input by deviation, affine",
     ("input", "combine", "mean"): "input by combine, mean",
-    ("input", "combine", "none"): "the paper's rule: input, none",
+    ("input", "combine", "none"): "paper's rule: input, none",
     ("static", "combine", "none"): "static by combine, none",
     ("static", "combine", "merge"): "static by combine, merge",
-    ("static", "random", "none"): "random experts: static, none",
+    ("static", "random", "none"): "random: static, none",
 }
 """Methods that a plot compares, by scope, signal and compensation, and their labels."""
 

@@ -66,14 +66,16 @@ def inspection(result: Inspection) -> Document:
             ("left out", unused),
             ("parity", _parity(reading.parity)),
         )
-    rows, kept = [], []
+    rows, kept, kinds = [], [], dict[str, list[str]]()
     for name, layer in result.layers.items():
         plan = "dense" if layer.plan is None else plan_in_words(layer.plan)
-        size = amount(layer.parameters)
-        rows.append((name, layer.family, str(layer.experts), size, plain(layer.settings), plan))
+        rows.append((name, str(layer.experts), amount(layer.parameters), plan))
+        kinds.setdefault(f"{layer.family}: {plain(layer.settings)}", []).append(name)
         if layer.plan is not None and layer.plan.kept is not None:
             kept.append((f"kept in {name}", plain(layer.plan.kept)))
-    layers = Table(("layer", "family", "experts", "parameters", "settings", "plan"), rows)
+    for settings, names in kinds.items():
+        facts.append(("layers" if len(kinds) == 1 else ", ".join(names), settings))
+    layers = Table(("layer", "experts", "parameters", "plan"), rows)
     return Document(result.checkpoint, [Facts(facts), layers, *([Facts(kept)] if kept else [])])
 
 
@@ -280,8 +282,8 @@ def _latency(latency: Latency, device: str) -> Table:
             low, high = batch.speedup_iqr
             row["speed-up"] = f"{batch.speedup:.2f}× ({low:.2f} to {high:.2f})"
             model["full model"] = _seconds(batch.baseline_seconds, batch.baseline_seconds_iqr)
-        rows.append(row | model | {"repetitions": str(batch.repetitions)})
-    title = f"latency on {where}: median (middle half) of the repetitions"
+        rows.append(row | model | {"runs": str(batch.repetitions)})
+    title = f"latency on {where}: median (middle half) of the runs"
     return Table(tuple(rows[0]), [tuple(row.values()) for row in rows], title)
 
 
