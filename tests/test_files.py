@@ -339,7 +339,7 @@ def test_nothing_is_replaced_unless_asked(stock, small_analysis, tmp_path):
     path.write_text("mine")
     for write in (
         lambda: moeprune.save(model, path),
-        lambda: moeprune.export(model, path, "soft-moe"),
+        lambda: moeprune.export(stock.path("dense.safetensors"), path, "soft-moe"),
         lambda: moeprune.save_analysis(moeprune.load_analysis(small_analysis), path),
     ):
         with pytest.raises(MoepruneError, match=r"there.pt` exists"):

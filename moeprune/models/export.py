@@ -1,10 +1,10 @@
 """Our models as those of other libraries and of the user's own code: converted, compared and written."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError, user_code
@@ -15,19 +15,19 @@ from moeprune.models.architecture import ModuleConfig, ViTConfig
 from moeprune.models.extra import decode_extra
 from moeprune.models.libraries import MODELS
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, installed_version
-from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.loading import load_strictly
 from moeprune.models.model import Model, names_of
-from moeprune.models.parity import difference, skipped
+from moeprune.models.opening import opened
+from moeprune.models.parity import compare, difference, skipped, to_library
 from moeprune.models.results import Export, ExportedLayer, Parity
 from moeprune.plan import Plan
 
 
-def export(model: Model, output: str | Path, to: str, overwrite: bool = False) -> Export:
+def export(model: Model | str | os.PathLike[str], output: str | Path, to: str, overwrite: bool = False) -> Export:
     """Write a model as a checkpoint that another library, or the user's own code, loads.
 
     Args:
-        model: unpruned, or pruned statically with `renorm`.
+        model: unpruned, or pruned statically with `renorm`; or its file.
         output: the file to write; with a suffix .pt, .pth or .bin by torch.save, else as safetensors.
         to: the library; in a model of the user's own code, that of its layers.
         overwrite: replace an output that exists.
@@ -36,6 +36,7 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = False) -
         MoepruneError: the library cannot express the model or computes something else, or the output
             cannot be written.
     """
+    model = opened(model)
     known, refused = model.config.libraries or tuple(MODELS), _not_dense(model.plan)
     hint = "it takes unpruned models, and those pruned with `--scope static --compensate renorm`" if refused else None
     if to not in known:
@@ -66,18 +67,6 @@ def export(model: Model, output: str | Path, to: str, overwrite: bool = False) -
         output=str(output), to=to, source=model.details.source, arguments=arguments, layers=layers, parity=parity,
         model=model.cost(),
     )  # fmt: skip
-
-
-def to_library(model: Model, config: ViTConfig, library: SoftMoEViTs) -> dict[str, Tensor]:
-    """Return the state dict of a library's own model that computes the same as ours; config: see `as_dense`."""
-    ours, theirs = model.state_dict(), {}
-    entries = library.entries(config)
-    assert set(ours) == {entry.ours for entry in entries}
-    for entry in entries:
-        tensor = ours[entry.ours].mT if entry.transposed else ours[entry.ours]
-        for name, part in zip(entry.theirs, tensor.unbind() if entry.split else [tensor], strict=True):
-            theirs[name] = part.reshape(entry.shape).clone(memory_format=torch.contiguous_format)
-    return theirs
 
 
 def to_module(model: AdoptedModel, original: nn.Module) -> dict[str, Any]:
@@ -160,21 +149,3 @@ def _not_dense(plan: Plan) -> list[str]:
                 " the dropped experts; a layer of the kept ones alone computes another function"
             )
     return reasons
-
-
-def compare(model: Model, library: SoftMoEViTs, config: ViTConfig, tensors: Mapping[str, Tensor]) -> Parity:
-    """Compare our model with the library's own of a dense config, which must load its tensors strictly."""
-    try:
-        theirs = library.build(config)
-    except ImportError as error:
-        return skipped(f"`{library.name}` cannot be imported ({error})")
-    except Exception as error:  # anything can happen in a library, or in those that it needs
-        return skipped(f"{library.model_class} cannot be built ({type(error).__name__}: {error})")
-    try:
-        theirs.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
-        raise MoepruneError(
-            f"the installed `{library.name}` does not load these tensors ({error})",
-            "install the version that wrote the file",
-        ) from None
-    return difference(model, theirs, library.model_class)

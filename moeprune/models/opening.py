@@ -22,13 +22,12 @@ from moeprune.files.names import View, views
 from moeprune.models.adopted import Factory, adopt, build, name_of, parse_source, skeleton
 from moeprune.models.architecture import ModelConfig, ModuleConfig, ViTConfig
 from moeprune.models.description import Details, our_header, read_description, with_options
-from moeprune.models.export import compare, to_library
 from moeprune.models.libraries import is_anchor, library_of_file
 from moeprune.models.libraries.layers import installed_version
 from moeprune.models.libraries.soft_moe import Layout, SoftMoEViTs
 from moeprune.models.loading import load_foreign, load_strictly, load_view, only, tensors_of, warn_of_dropped
 from moeprune.models.model import Model, dataset_for, remember_fingerprint
-from moeprune.models.parity import difference, skipped
+from moeprune.models.parity import compare, difference, skipped, to_library
 from moeprune.models.request import ModelSpec
 from moeprune.models.results import Reading
 from moeprune.models.vit import SoftMoEViT

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError, user_code
+from moeprune.models.architecture import ViTConfig
+from moeprune.models.libraries.soft_moe import SoftMoEViTs
 from moeprune.models.model import Model
 from moeprune.models.results import Parity
 from moeprune.models.runtime import input_dtype
@@ -18,6 +20,36 @@ from moeprune.models.runtime import input_dtype
 IMAGES = 4
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """Difference of logits of equal models, relative to the largest one, by the narrowest type."""
+
+
+def compare(model: Model, library: SoftMoEViTs, config: ViTConfig, tensors: Mapping[str, Tensor]) -> Parity:
+    """Compare our model with the library's own of a dense config, which must load its tensors strictly."""
+    try:
+        theirs = library.build(config)
+    except ImportError as error:
+        return skipped(f"`{library.name}` cannot be imported ({error})")
+    except Exception as error:  # anything can happen in a library, or in those that it needs
+        return skipped(f"{library.model_class} cannot be built ({type(error).__name__}: {error})")
+    try:
+        theirs.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise MoepruneError(
+            f"the installed `{library.name}` does not load these tensors ({error})",
+            "install the version that wrote the file",
+        ) from None
+    return difference(model, theirs, library.model_class)
+
+
+def to_library(model: Model, config: ViTConfig, library: SoftMoEViTs) -> dict[str, Tensor]:
+    """Return the state dict of a library's own model that computes the same as ours; config: see `as_dense`."""
+    ours, theirs = model.state_dict(), {}
+    entries = library.entries(config)
+    assert set(ours) == {entry.ours for entry in entries}
+    for entry in entries:
+        tensor = ours[entry.ours].mT if entry.transposed else ours[entry.ours]
+        for name, part in zip(entry.theirs, tensor.unbind() if entry.split else [tensor], strict=True):
+            theirs[name] = part.reshape(entry.shape).clone(memory_format=torch.contiguous_format)
+    return theirs
 
 
 def difference(ours: Model, theirs: nn.Module, name: str) -> Parity:
