@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
 import moeprune
+from moeprune.data.preprocessing import Preprocessing
 from moeprune.errors import MoepruneError
 from moeprune.records import to_text
 
@@ -96,6 +98,20 @@ def test_a_loader_stands_for_the_samples_that_it_draws(model):
         expected = moeprune.open_data(pixels, model.input_format)
         assert torch.equal(found, torch.cat([inputs for inputs, _ in expected.batches(64)])), name
         assert not expected.has_labels
+
+
+def test_samples_in_memory_are_warned_of_as_those_of_files_are(model, caplog):
+    guessed = replace(model.input_format, preprocessing=Preprocessing())
+    for samples in (PIXELS, DataLoader(Pairs(), 4)):
+        moeprune.open_data(samples, model.input_format)
+        moeprune.open_data(PIXELS / 255, guessed)
+        assert caplog.messages == []
+        moeprune.open_data(samples, guessed)
+        assert "are not normalised" in caplog.messages.pop()
+        caplog.clear()
+    pruned = moeprune.prune(model, (PIXELS, LABELS), keep=4, compensate="mean")
+    moeprune.evaluate(pruned, DataLoader(Pairs(), 4))
+    assert "calibrated on the very samples" in caplog.messages[-1]
 
 
 class Broken(Pairs):

@@ -212,7 +212,7 @@ def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_
         ("--max-size", ("0.4", "40%", "4e1%"), None),
         ("--max-size", ("1MiB", "1048576B", "1024kiB", "1.048576 MB", "1048.576K"), None),
         ("--max-size", ("1.0", "1", "1GB"), {64}),
-        ("--max-flops", ("0.9", "90%", "11.4M", "11.4MFLOPs"), None),
+        ("--max-flops", ("11.4M", "11.4MFLOPs", "0.0114 G"), None),
     ],
 )
 def test_spellings_of_how_many_experts(option, spellings, ks, vit, vit_analysis, run_json, tmp_path):

@@ -387,7 +387,7 @@ ASKED = [
 def test_what_is_missing_is_asked_for_at_once(rows, said, expected, write):
     error = refused(write(changed(pos_embed=torch.ones(1, rows, 24))), **said)
     names = {fragment.split("`")[1] for fragment in expected if "`" in fragment}
-    asked = [f"--source-arg {name}=..." for name in names]
+    asked = [f"{name}=..." for name in names]
     assert [fragment for fragment in (*expected, *asked) if fragment not in error] == []
     assert {name for name in ("num_heads", "global_pool", "img_size") if name in error} == names
 
@@ -533,7 +533,7 @@ def test_lookalikes_are_told_by_name(names, expected, suffix, write):
 
 def test_a_source_may_be_named(write, monkeypatch):
     path = write(fake_state())
-    assert "`--source` is 'nonsense', expected one of soft-moe" in refused(path, source="nonsense")
+    assert "`source` is 'nonsense', expected one of soft-moe" in refused(path, source="nonsense")
     assert "only its layers\n\nhint: name the function that builds the model" in refused(
         path, source="soft-moe-pytorch"
     )
@@ -548,7 +548,7 @@ def test_a_source_may_be_named(write, monkeypatch):
 
 @pytest.mark.parametrize("said", [{"source": "soft-moe"}, GIVEN, {"key": "ema"}, {"input_shape": (3, 8, 8)}])
 def test_a_checkpoint_of_ours_needs_nothing_said(said, single):
-    assert all(f"`--{name.replace(chr(95), chr(45))}`" in refused(single, **said) for name in said if name not in GIVEN)
+    assert all(f"`{name}`" in refused(single, **said) for name in said if name not in GIVEN)
     assert "is a checkpoint of moeprune and takes no" in refused(single, **said)
 
 
