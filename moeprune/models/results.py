@@ -65,8 +65,8 @@ class Reading(Result, frozen=True):
     """Facts read from a checkpoint of another program.
 
     arguments: of the library's constructor, or of the user's own factory. defaults: those of them that are
-    the library's defaults. dropped: tensors that the model does not use. prefix: taken off the names of all others;
-    wrappers: parts taken off anywhere in names, such as `_orig_mod`.
+    assumed, as neither the file nor the user states them. dropped: tensors that the model does not use. prefix:
+    taken off the names of all others; wrappers: parts taken off anywhere in names, such as `_orig_mod`.
     """
 
     library: str

@@ -61,7 +61,7 @@ def inspection(result: Inspection) -> Document:
         facts += _unless_empty(
             ("read as", reading.library),
             ("built with", _assignments(reading.arguments)),
-            ("taken from the library's defaults", _assignments(reading.defaults)),
+            ("assumed", _assignments(reading.defaults)),
             ("prefixes taken off", plain(removed)),
             ("left out", unused),
             ("parity", _parity(reading.parity)),
