@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -77,6 +77,12 @@ class Versioned(Net):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
+class Lazy(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.LazyLinear(5)
+
+
 class Told(Net):
     """Keeps what is no tensor in its state dict, and a buffer of complex numbers."""
 
@@ -121,9 +127,9 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model(torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1)))
 
 
-def write(folder: Path, content: Any, name: str = "found.pt") -> Path:
-    (save_file if name.endswith(".safetensors") else torch.save)(content, folder / name)
-    return folder / name
+def write(folder: Path, content: Any) -> Path:
+    torch.save(content, folder / "found.pt")
+    return folder / "found.pt"
 
 
 def under(prefix: str, state: dict) -> dict:
@@ -175,13 +181,11 @@ WRAPPED: dict[str, tuple[Callable[[dict], dict], str, set[str], list[str]]] = {
 def test_wrapped_weights_are_the_model_in_them(kind, wrap, prefix, wrappers, dropped, tmp_path):
     state, given = KINDS[kind]()
     expected = logits(moeprune.load(write(tmp_path, state), **given))
-    wrapped = wrap(state)
-    for path in (write(tmp_path, {"state_dict": wrapped}), write(tmp_path, wrapped, "found.safetensors")):
-        model = moeprune.load(path, **given)
-        assert torch.equal(logits(model), expected)
-        reading = model.reading
-        assert (reading.prefix, set(reading.wrappers)) == (prefix, wrappers)
-        assert reading.dropped == (sorted(under("b.", state)) if dropped is None else dropped)
+    model = moeprune.load(write(tmp_path, {"state_dict": wrap(state)}), **given)
+    assert torch.equal(logits(model), expected)
+    reading = model.reading
+    assert (reading.prefix, set(reading.wrappers)) == (prefix, wrappers)
+    assert reading.dropped == (sorted(under("b.", state)) if dropped is None else dropped)
 
 
 def test_of_several_models_one_is_chosen_by_prefix(tmp_path, run):
@@ -253,6 +257,7 @@ OWN: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], dict]]] = {
     "a version that is old": (Versioned, lambda m: {
         k.replace("head", "classifier"): -v if k.startswith("head") else v for k, v in m.state_dict().items()
     }),
+    "layers that learn their width from the file": (Lazy, lambda m: under("net.", m.state_dict())),
     "tied": (Tied, nn.Module.state_dict),
     "tied and wrapped": (Tied, lambda m: under("net.module.", m.state_dict())),
     "tied, with one name": (Tied, lambda m: {k: v for k, v in m.state_dict().items() if k != "third.weight"}),
@@ -262,8 +267,9 @@ OWN: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], dict]]] = {
 
 @pytest.mark.parametrize(("factory", "saved"), OWN.values(), ids=OWN)
 def test_what_torch_loads_into_the_users_model(factory, saved, tmp_path):
-    theirs = drawn(factory())
-    path = write(tmp_path, {"model": saved(theirs)})
+    theirs = factory().eval()
+    logits(theirs)  # for layers that learn their width from inputs
+    path = write(tmp_path, {"model": saved(drawn(theirs))})
     model = moeprune.load(path, factory, input_shape=SHAPE)
     assert model.reading.parity.max_relative_difference < 1e-9
     torch.testing.assert_close(logits(model), logits(theirs))
@@ -316,7 +322,7 @@ def test_what_is_left_out_is_said(tmp_path, run, caplog):
     state, given = KINDS["a library's"]()
     arguments = [f"--source-arg={key}={value}" for key, value in given.items()]
     others = {f"criterion.{index}": ONE for index in range(9)}
-    path = write(tmp_path, under("module.net.", state) | {f"criterion.{i}": torch.ones(2) for i in range(9)})
+    path = write(tmp_path, under("module.net.", state) | others)
     result = run("inspect", path, *arguments)
     assert result.code == 0
     assert "net., module." in result.stdout
@@ -324,3 +330,17 @@ def test_what_is_left_out_is_said(tmp_path, run, caplog):
     assert "9 tensors are left out: `criterion.0`, `criterion.1`, `criterion.2` and 6 more" in result.stderr
     assert "left out" not in run("inspect", path, *arguments, "--prefix", "net").stderr
     assert others.keys() == set(moeprune.load(path, **given).reading.dropped)
+
+
+def test_hooks_of_the_user_that_fail(tmp_path):
+    class Failing(Net):
+        def get_extra_state(self):
+            print("on stdout")
+            raise KeyError("mine")
+
+    state = drawn(Net()).state_dict()
+    with pytest.raises(MoepruneError, match="`state_dict` fails: KeyError: 'mine'"):
+        moeprune.load(write(tmp_path, state), Failing, input_shape=SHAPE)
+    lazy = {name: tensor for name, tensor in state.items() if name != "embed.bias"}
+    with pytest.raises(MoepruneError, match=r"builds: missing `embed\.bias`\n"):
+        moeprune.load(write(tmp_path, lazy), Lazy, input_shape=SHAPE)

@@ -55,7 +55,8 @@ class AdoptedModel(Model):
         """Return all tensors, those of an MoE layer of several names under the first of these; state of other types
         that modules keep (`get_extra_state`) is encoded in some.
         """
-        state = encode_extra(super().state_dict(*arguments, **options))
+        with user_code("`state_dict` fails"):
+            state = encode_extra(super().state_dict(*arguments, **options))
         others = tuple(f"{alias}." for aliases in self._aliases().values() for alias in aliases)
         return {name: tensor for name, tensor in state.items() if not name.startswith(others)}
 

@@ -46,7 +46,7 @@ def load_foreign(module: nn.Module, found: StateDict, path: str | Path, prefix: 
     names = [*found.tensors, *found.extra]
     if prefix is None and _load(module, found, as_they_are(names)) is None:
         return as_they_are(names)
-    own = module.state_dict()
+    own = _state(module)
     known = {unwrapped(name): name for name in own}
     if len(known) < len(own):  # two would be one
         known = {name: name for name in own}
@@ -103,7 +103,7 @@ def _renamed(view: View, known: Mapping[str, str]) -> View:
 
 def _load(module: nn.Module, found: StateDict, view: View) -> str | None:
     """Load a view strictly, as `load_state_dict` does, but keep the file's types and memory; return why that failed."""
-    own, tensors = module.state_dict(), tensors_of(found, view)
+    own, tensors = _state(module), tensors_of(found, view)
     _add_tied(own, tensors)
     for name in [name for name in tensors if isinstance(own.get(name), Tensor)]:
         dtype, expected = tensors[name].dtype, own[name].dtype
@@ -127,6 +127,11 @@ def _load(module: nn.Module, found: StateDict, view: View) -> str | None:
                 held.data = new.detach()
                 setattr(part, leaf, held)
     return None
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    with user_code("`state_dict` fails"):
+        return module.state_dict()
 
 
 def _tensors_in(part: nn.Module) -> dict[str, Tensor]:
@@ -162,14 +167,16 @@ def _versions(module: nn.Module, found: StateDict, view: View) -> dict[str, dict
 
 def _misfit(module: nn.Module, found: StateDict, view: View, problem: str, path: str | Path) -> MoepruneError:
     """Return the error of a file that a module does not take."""
-    own = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+    own = {name: entry for name, entry in _state(module).items() if isinstance(entry, Tensor)}
+    lazy = {name for name, tensor in own.items() if is_lazy(tensor)}  # they take any shape
+    tensors = {name: tensor for name, tensor in tensors_of(found, view).items() if name not in lazy}
     what = f"`{path}` does not fit the model that `--model` builds"
     what += f" (names without their prefix `{view.prefix}`)" if view.prefix else ""
     hint = "give the function and the `--model-arg` that it was trained with"
     try:
         require_tensors(
-            tensor_infos(tensors_of(found, view)),
-            {name: tuple(tensor.shape) for name, tensor in own.items()},
+            tensor_infos(tensors),
+            {name: tuple(tensor.shape) for name, tensor in own.items() if name not in lazy},
             what,
             hint,
             {name for name, tensor in own.items() if not _is_number(tensor.dtype)},
