@@ -52,8 +52,10 @@ def _shared(data: Dataset, used: DataInfo) -> str | None:
     if _split_of(own)[0]:
         return "samples"
     whole = Dataset(data.spec, data.source, data.classes, range(data.source.samples))
-    if part or not data.source.files or used.samples > whole.samples:
-        return "a part of a file with the name" if part else None
+    if not data.source.files or used.samples > whole.samples:
+        return None
+    if part:
+        return "a part of a file with the name"
     drawn = whole.sample(used.samples)  # as a limit draws them
     for _ in drawn.batches(BATCH):
         pass  # the fingerprint is known after a pass

@@ -68,6 +68,7 @@ def inspect_checkpoint(spec: ModelSpec) -> Inspection:
         architecture=found.config.to_json(),
         preprocessing=to_json(found.details.preprocessing.effective),
         states_normalisation=found.details.preprocessing.states_normalisation,
+        class_names=list(found.details.classes),
         layers=layers,
         source=found.details.source,
         provenance=found.details.provenance,

@@ -81,7 +81,8 @@ class Reading(Result, frozen=True):
 class Inspection(Report, frozen=True):
     """Contents of a checkpoint; size and cost as in ModelCost.
 
-    states_normalisation: False if mean and std of the preprocessing are a guess.
+    states_normalisation: False if mean and std of the preprocessing are a guess. class_names: in the order of the
+    outputs; empty if they are not known.
     source: the library that wrote it. provenance: training, or calibration data, seed and versions. reading:
     None for a checkpoint of moeprune.
     """
@@ -95,6 +96,7 @@ class Inspection(Report, frozen=True):
     architecture: dict[str, Any]
     preprocessing: dict[str, Any]
     states_normalisation: bool
+    class_names: list[str]
     layers: dict[str, InspectedLayer]
     source: dict[str, Any]
     provenance: dict[str, Any]

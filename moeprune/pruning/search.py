@@ -22,6 +22,7 @@ import torch
 from moeprune.calibration.analysis import Analysis, analyze, class_names_of, require_analysis_of
 from moeprune.calibration.sums import halves
 from moeprune.data.datasets import Dataset
+from moeprune.data.leakage import warn_of_seen_samples
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import Reference
 from moeprune.evaluation.gates import check_confidence, of_drop
@@ -111,6 +112,7 @@ def prune_within_drop(
     check_confidence(limit.confidence)
     require_dense_layers(model, ALREADY_PRUNED)
     data = dataset_for(model, data, "calibration", class_names=class_names_of(analysis))
+    warn_of_seen_samples(data, None)
     if data.samples < 2:
         raise MoepruneError(f"`{data.spec}` has one sample, a search needs at least two")
     places = [half.tolist() for half in halves(0, data.samples)]

@@ -9,7 +9,7 @@ from msgspec.structs import asdict
 
 from moeprune.calibration.results import AnalysisReport, LayerSummary, Probes
 from moeprune.demo.records import Summary
-from moeprune.errors import MoepruneError
+from moeprune.errors import MoepruneError, listed
 from moeprune.evaluation.intervals import wilson
 from moeprune.evaluation.results import Evaluation, Latency, ModelFigures
 from moeprune.models.results import Export, Inspection, Parity
@@ -50,6 +50,7 @@ def inspection(result: Inspection) -> Document:
         ("model", f"{kind}, {architecture['num_classes']} classes"),
         ("input", f"{' × '.join(map(str, shape))} (channels × height × width)"),
         ("preprocessing", preprocessing),
+        *_unless_empty(("class names", listed(result.class_names, 10))),
         ("parameters", f"{amount(result.parameters)} ({amount(result.bytes, 'B')})"),
         ("FLOPs per input", flops_in_words(result.flops_per_input)),
     ]
