@@ -20,7 +20,7 @@ from tests.test_soft_moe import (
     surrogates,
 )  # fmt: skip
 
-DYNAMIC = ({0: torch.export.Dim("b", min=2)},)
+DYNAMIC = ({0: torch.export.Dim("b")},)
 
 
 def export(model, x, strict=False):
@@ -80,7 +80,7 @@ CASES = [  # each way meets each scope, each scope each compensation
 def test_graphs_of_layers_compute_the_same(trace, scope, compensation):
     layer = layer_of(scope, compensation)
     traced = trace(layer, tokens(4))
-    for b in (4,) if trace is export_for_a_size else (2, 4, 9):
+    for b in (4,) if trace is export_for_a_size else (1, 4, 9):
         assert relative_error(traced(tokens(b)), layer(tokens(b))) < 2e-6, b
 
 
@@ -113,7 +113,7 @@ def test_graphs_of_models_compute_the_same(trace, scope, single):
         moeprune.load(single), keep=4, scope=scope, signal="combine" if scope != "static" else "random"
     )
     traced = trace(model, images(4))
-    for b in (2, 9):
+    for b in (1, 9):
         assert relative_error(traced(images(b)), model(images(b))) < 2e-6
 
 
