@@ -161,8 +161,8 @@ def _is_analysis(value: object) -> bool:
 
 def _text(value: Any) -> str:
     """Return a number as an option spells it: whole numbers are counts, all others are shares."""
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | bool):
+        return str(value)
     if isinstance(value, Fraction):
         return f"{value.numerator}/{value.denominator}"
     return str(int(value)) if isinstance(value, Integral) else repr(float(value))

@@ -21,6 +21,8 @@ from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.model import Model
 from moeprune.models.vit import SoftMoEViT
+from moeprune.plan import Method as Way
+from moeprune.plan import parse_keep, uniform_plan
 
 SEEDS = (0, 1, 2)
 KEEPS = ("1/32", "1/16", "1/8", "1/4")
@@ -103,14 +105,13 @@ def table(model: Model, methods: Iterable[Method], keeps: Sequence[str] = KEEPS)
             if keep == 0 and (scope != "static" or compensate in ("renorm", "merge")):
                 cells.append(f"{'':21}")
                 continue
-            results = []
+            results, layers = [], model.config.moe_layers
+            way = Way(scope, signal, compensate, energy=energy[0] if energy else None)
+            plan = uniform_plan(layers, parse_keep(keep) if keep else 0, way)
             for seed, data in zip(SEEDS, draws, strict=True):
-                pruned = moeprune.prune(
-                    model, keep=keep, scope=scope, signal=signal, compensate=compensate, data=data, seed=seed,
-                    energy=energy[0] if energy else None, runtime=RUNTIME,
-                )  # fmt: skip
+                pruned = moeprune.prune(model, plan=plan, data=data, seed=seed, runtime=RUNTIME)
                 results.append(accuracy(pruned, test) / full)
             mean = statistics.fmean(results)
             cells.append(f"{mean:7.3f} ({min(results):.3f}-{max(results):.3f})")
-        way = f"{scope}, {signal}, {compensate}" + (f" {energy[0]:g}" if energy else "")
-        print(f"{way:36}", *cells, flush=True)
+        name = f"{scope}, {signal}, {compensate}" + (f" {energy[0]:g}" if energy else "")
+        print(f"{name:36}", *cells, flush=True)
