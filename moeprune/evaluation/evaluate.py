@@ -161,14 +161,9 @@ def evaluate(
     runtime = runtime.updated(device, batch_size)
     paths = [os.fspath(each) if isinstance(each, str | os.PathLike) else None for each in (model, baseline)]
     model, baseline = opened(model), None if baseline is None else opened(baseline)
-    if baseline is not None and baseline.plan:
-        raise MoepruneError("`--baseline` is pruned, expected the full model", "give what the model was pruned from")
-    if baseline is not None and model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
-        logger.warning("the model was not pruned from the baseline, but from another model")
     data = dataset_for(model, data, split="test")
-    if baseline is not None and not baseline.input_format.agrees_with(model.input_format):
-        message = f"the baseline takes {baseline.input_format.in_words}, the model {model.input_format.in_words}"
-        raise MoepruneError(message, "give the checkpoint that the model was pruned from")
+    if baseline is not None:
+        _require_baseline(baseline, model)
     own, *full = predict([model] if baseline is None else [model, baseline], data, runtime)
     warn_of_seen_samples(data, calibration_of(model))
     figures, of_baseline, difference, forgotten, latency = describe(model, own), None, None, None, None
@@ -195,6 +190,18 @@ def evaluate(
         _warn_of_collapsed(found)
     judged = judge(found, request.limits, request.confidence)
     return msgspec.structs.replace(found, gates=judged, passed=all(gate.passed for gate in judged))
+
+
+def _require_baseline(baseline: Model, model: Model) -> None:
+    """Raise a MoepruneError if a model cannot be compared with a baseline; warn if it was pruned from another."""
+    hint = "give the checkpoint that the model was pruned from"
+    if baseline.plan:
+        raise MoepruneError("`--baseline` is pruned, expected the full model", hint)
+    if not baseline.input_format.agrees_with(model.input_format):
+        message = f"the baseline takes {baseline.input_format.in_words}, the model {model.input_format.in_words}"
+        raise MoepruneError(message, hint)
+    if model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
+        logger.warning("the model was not pruned from the baseline, but from another model")
 
 
 def _request(gates: Mapping[str, float], confidence: float | None, has_baseline: bool, latency: bool) -> EvalRequest:
