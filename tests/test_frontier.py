@@ -2,6 +2,7 @@
 
 import operator
 import random
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -14,6 +15,7 @@ from moeprune.evaluation.latency import summarize_latency
 from moeprune.evaluation.results import Latency
 from moeprune.plan import SCOPES
 from moeprune.pruning.sweep import KEEPS, METHODS, methods, on_frontier
+from moeprune.report.sweeps import best_of
 from moeprune.report.trade_off import plot_trade_off
 from tests.results import row
 
@@ -92,3 +94,26 @@ def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp
     again = run(call)
     assert (again.code, "exists" in again.stderr) == (2, True)
     assert f"drawn in {plot}" in run(f"{call} --force").stdout
+
+
+def test_a_sweep_ends_with_what_to_do_and_never_recommends_a_control(single, small_analysis, printed):
+    words = "--limit 60 --sweep 1/16,1.0 --scope static --signal combine --compensate mean --latency --latency-batch 1"
+    lines = printed(f"eval {single} --data digits --analysis {small_analysis} {words}").splitlines()
+    assert max(map(len, lines[1 : lines.index("", 10) + 1])) <= 80
+    assert "speed-up" in lines[1]
+    marked = [line.split()[:2] for line in lines if " *" in line]
+    assert ["none", "static"] in marked  # a control may be on the frontier
+    answers = [line for line in lines if line.startswith("least ")]
+    assert [answer.split()[1] for answer in answers] == ["size", "FLOPs"]
+    assert all(re.search(r"`--keep (1/16|1\.0) --scope static --signal combine --compensate mean`", a) for a in answers)
+
+
+def test_without_a_way_that_comes_near_a_sweep_says_so(rows):
+    far = [rows[0], *(replace(one, accuracy=0.5) for one in rows[1:])]
+    assert [best for _, _, best in best_of(far)] == [None, None]
+    control = replace(rows[1], accuracy=0.98, keep="0")
+    assert [best for _, _, best in best_of([*far, control, replace(control, signal="random", keep="1/8")])] == [
+        None
+    ] * 2
+    good = replace(rows[1], accuracy=0.971)
+    assert [best for _, _, best in best_of([*far, control, good])] == [good, good]
