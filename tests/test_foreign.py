@@ -355,6 +355,10 @@ def test_objects_that_may_be_the_weights_are_not_passed_over(tmp_path, form):
     equal(read_state_dict(path, "ema"), ema)
     refused(path, "without running code", ".Config", key="model")
     refused(save(tmp_path, form, {"model": model, "epoch": 3}), "without running code", ".Config")
+    arrays = {name: tensor.numpy() for name, tensor in ema.items()}
+    for content in (arrays, {"model": arrays, "epoch": 3}):
+        refused(save(tmp_path, form, content), "without running code", "multiarray._reconstruct")
+    refused(save(tmp_path, form, {"args": Config(), "epoch": 3}), "no state dict")
     equal(read_state_dict(save(tmp_path, form, {"model": Settings(ema)})), ema)
 
 

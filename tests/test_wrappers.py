@@ -156,6 +156,10 @@ WRAPPED: dict[str, tuple[Callable[[dict], dict], str, set[str], list[str]]] = {
         lambda s: under("_fsdp_wrapped_module.", in_the_middle("_checkpoint_wrapped_module", s)),
         "", {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}, [],
     ),
+    "profiled": (
+        lambda s: under("net.", s) | {"net.total_ops": ONE, "net.blocks.0.total_params": ONE.clone()},
+        "net.", set(), ["net.blocks.0.total_params", "net.total_ops"],
+    ),
     "Lightning": (partial(under, "net."), "net.", set(), []),
     "Lightning with a loss and a metric": (
         lambda s: under("model.", s) | {"criterion.weight": ONE.clone(), "acc.best": torch.tensor(torch.inf)},

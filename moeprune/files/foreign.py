@@ -141,6 +141,9 @@ def _find_state_dict(loaded: Any, key: str | None, path: Path) -> dict[Any, Any]
     if len(known) == 1 and not (hidden and key is None):
         return found[known[0]]
     objects = [loaded, entries.get(key), *(entries[name] for name in hidden if key is None)]
+    for held in (entries, *(_items(entries.get(name)) for name in STATE_DICT_KEYS)):
+        if held and all(isinstance(entry, Inert) for entry in held.values()):  # such as weights as NumPy arrays
+            objects += held.values()
     objects = [entry for entry in objects if isinstance(entry, Inert)]
     if objects and not known:
         raise needs_code(path, objects[0].origin)

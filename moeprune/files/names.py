@@ -11,8 +11,8 @@ from moeprune.errors import MoepruneError
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that DataParallel and averages, torch.compile, FSDP and activation checkpointing add."""
-COUNTERS = ("n_averaged", "initted", "step")
-"""Tensors that averages of weights keep beside them."""
+COUNTERS = re.compile(r"(n_averaged|initted|step)|(.+\.)?(total_ops|total_params)")
+"""Names of tensors that averages of weights keep beside them, and that profilers leave in every module."""
 _WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(WRAPPERS)})\.")
 
 
@@ -81,7 +81,7 @@ def _view(plain: Mapping[str, str], prefix: str, prefixes: Iterable[str], kept: 
     inner = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     under = [name for name in plain if name.startswith(prefix) and not name.startswith(inner)]
     taken = {name.removeprefix(prefix): plain[name] for name in under}
-    taken = {name: raw for name, raw in taken.items() if name in kept or name not in COUNTERS}
+    taken = {name: raw for name, raw in taken.items() if name in kept or not COUNTERS.fullmatch(name)}
     removed = {part for raw in taken.values() for part in raw.split(".")} - {
         part for name in (prefix, *taken) for part in name.split(".")
     }

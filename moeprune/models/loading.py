@@ -90,7 +90,7 @@ def only(whole: Sequence[View], found: StateDict, path: str | Path) -> View:
 
 def warn_of_dropped(view: View, path: str | Path) -> None:
     """Warn of tensors of a file that belong to no part of the model, as far as names tell."""
-    if dropped := [f"`{name}`" for name in view.dropped if name.rpartition(".")[2] not in COUNTERS]:
+    if dropped := [f"`{name}`" for name in view.dropped if not COUNTERS.fullmatch(name.removeprefix(view.prefix))]:
         rest = f" and {len(dropped) - 3} more" if len(dropped) > 3 else ""
         kind = "tensor is" if len(dropped) == 1 else "tensors are"
         logger.warning(f"`{path}`: {len(dropped)} {kind} left out: {', '.join(dropped[:3])}{rest}")
