@@ -477,7 +477,7 @@ DATA: dict[str, tuple[Make, tuple[str, ...]]] = {
         lambda w: w.folder("0/a.png", b_png=b"%!PS-Adobe-3.0 EPSF-3.0\n"), ("b.png", "not a readable image"),
     ),
     "an image of 16 bits": (lambda w: w.folder(a_png=np.full((8, 8), 3000, np.uint16)), ("a.png", "8 bits")),
-    "only files of other kinds": (lambda w: w.folder(a_txt=b"text", b_gif=b"text"), ("no images",)),
+    "only files of other kinds": (lambda w: w.folder(a_txt=b"text", b_eps=b"text"), ("no images",)),
     "a file that is no image": (lambda w: w.folder("1/a.png", b_png=b"no image"), ("b.png",)),
     "an image cut off": (
         lambda w: w.cut((w.folder("0/a.png", "1/broken.png", size=(64, 64)) / "1" / "broken.png"), 0.5).parents[1],

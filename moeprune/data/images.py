@@ -88,8 +88,7 @@ def _warn_of_left_out(path: Path, files: list[Path]) -> None:
         places[kind].append(str(file.parent.relative_to(path)))
     if files:
         kinds = (f"{len(where)} {kind} in {listed(sorted(set(where)), 3)}" for kind, where in sorted(places.items()))
-        left_out = f"{len(files)} files of `{path}` are left out: {'; '.join(kinds)}"
-        logger.warning(f"{left_out}; read are {', '.join(SUFFIXES)}")
+        logger.warning(f"left out of `{path}`: {'; '.join(kinds)} (images end with {', '.join(SUFFIXES)})")
 
 
 def read_image(path: Path, input_format: InputFormat) -> Tensor:
