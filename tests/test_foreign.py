@@ -388,7 +388,7 @@ def stated(function: Any, *arguments: Any, state: Any) -> Call:
         Call(OrderedDict, Call(Config)),
         [[{"a": (bomb(),)}]],
     ],
-    ids=str,
+    ids=["state", "state of a device", "parameter", "tensor", "type", "method", "dict", "nested"],
 )
 def test_inert_objects_do_nothing_in_the_place_of_others(tmp_path, form, thing):
     refused(save(tmp_path, form, {"model": tensors(), "args": thing}), "without running code")
