@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,13 @@ from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.description import Details
 from moeprune.models.vit import SoftMoEViT
 from tests.endings import complaint
+
+
+def some_slow(cases: Iterable[Any], arguments: int = 1) -> list[Any]:
+    """Every third case as it is, the others marked slow; arguments: that a case consists of."""
+    parts = [(case,) if arguments == 1 else tuple(case) for case in cases]
+    return [pytest.param(*part, marks=[pytest.mark.slow] if index % 3 else []) for index, part in enumerate(parts)]
+
 
 SAMPLES = 12
 SOURCE_ARGS = "--source-arg num_heads=2 --source-arg global_pool=avg"

@@ -374,6 +374,7 @@ def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis
     assert rows == {("1.0", None), ("0", "mean"), ("1/2", "mean"), ("1/16", "mean"), ("1/16", "refit")}
 
 
+@pytest.mark.slow
 def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, run_json):
     found = run_json("eval", single, "--data", "digits", "--limit", 40, "--sweep", "1/8", "--analysis", small_analysis)
     rows = found["rows"]
@@ -727,7 +728,7 @@ def ends_with(error: BaseException, monkeypatch, run):
         raise error
 
     monkeypatch.setattr("moeprune.models.inspection.inspect_checkpoint", fail)
-    return run("inspect", "x")
+    return run("inspect", __file__)
 
 
 def test_an_unexpected_error_exits_with_2_and_a_traceback(monkeypatch, run):
@@ -754,6 +755,7 @@ def test_shares_are_rounded_to_the_nearest_number_of_experts(single, keep, k):
     assert layer.plan.k == k
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_cuts_no_table(single, stock, tmp_path, monkeypatch):
     """On 80 columns lines wrap, but no cell loses a character."""
     monkeypatch.setenv("TERM", "dumb")

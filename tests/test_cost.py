@@ -22,6 +22,7 @@ from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, LayerPlan, is_possible
 from moeprune.records import to_json
+from tests.stock import some_slow
 
 N = 6
 MOE = SoftMoEConfig(12, num_experts=N, slots_per_expert=2, hidden_dim=5)
@@ -126,7 +127,7 @@ def test_shapes_and_flops_of_dense_models(name):
         assert counted(model, drawn(b, *config.input_shape)) == b * config.flops({}).total
 
 
-@pytest.mark.parametrize("router_norm", get_args(RouterNorm))
+@pytest.mark.parametrize("router_norm", some_slow(get_args(RouterNorm)))
 @pytest.mark.parametrize("scope", SCOPES)
 def test_shapes_of_pruned_models(scope, router_norm):
     config = with_router(SMALL, router_norm)

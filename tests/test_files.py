@@ -214,6 +214,7 @@ def umask() -> int:
     return found
 
 
+@pytest.mark.slow
 def test_of_two_commands_one_wins(single, tmp_path):
     path = tmp_path / "x.safetensors"
     call = f"{sys.executable} -m moeprune prune {single} --keep 4 --signal random -o {path} --seed"

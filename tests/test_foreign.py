@@ -395,6 +395,7 @@ def test_inert_objects_do_nothing_in_the_place_of_others(tmp_path, form, thing):
 
 
 @BOTH
+@pytest.mark.slow
 def test_files_of_many_classes_end(tmp_path, form):
     several = [type(f"C{i}", (), {"__reduce__": lambda self: (sys.intern, ("a",))})() for i in range(3)]
     refused(save(tmp_path, form, {"model": tensors(), "args": several}), "sys.intern")

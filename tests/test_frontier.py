@@ -96,6 +96,7 @@ def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp
     assert f"drawn in {plot}" in run(f"{call} --force").stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_what_to_do_and_never_recommends_a_control(single, small_analysis, printed):
     words = "--limit 60 --sweep 1/16,1.0 --scope static --signal combine --compensate mean --latency --latency-batch 1"
     lines = printed(f"eval {single} --data digits --analysis {small_analysis} {words}").splitlines()

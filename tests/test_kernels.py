@@ -12,6 +12,7 @@ from moeprune.layers import experts as routed
 from moeprune.layers import soft_moe
 from moeprune.layers.experts import top_k
 from tests import test_soft_moe as layers
+from tests.stock import some_slow
 from tests.test_soft_moe import COMPENSATIONS, KINDS, ROUTERS, SCOPES, D, N, observe, relative_error, surrogates
 
 kernels = pytest.importorskip("moeprune.layers.kernels", reason="Triton is not installed")
@@ -157,14 +158,14 @@ LAYERS = [
 
 
 @pytest.mark.usefixtures("_through_kernels")
-@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("case", some_slow(LAYERS), ids=str)
 def test_layers_equal_the_formulas(case):
     settings, *way = case
     assert error_of({**settings, "dtype": torch.float32}, layer_inputs(), *way) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")
-@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize("compensation", some_slow(COMPENSATIONS))
 @pytest.mark.parametrize("p", [1, 3])
 def test_layer_with_a_mass_equals_the_masked_formulas(p, compensation):
     dense, x, u = layers.dense_layer(p=p, dtype=torch.float32), layer_inputs(), surrogates(p)

@@ -16,6 +16,7 @@ from moeprune.models.adopted import adopt
 from moeprune.models.model import fingerprint, private_copy
 from moeprune.pruning.prune import prune
 from tests import peers
+from tests.stock import some_slow
 from tests.test_adopted import CLASSES, CPU, SHAPE, D, dataset, images, lucidrains, randomized
 from tests.test_cost import counted
 from tests.test_soft_moe import relative_error
@@ -109,7 +110,7 @@ def mixed(narrow=torch.bfloat16) -> nn.Module:
 
 
 @pytest.mark.parametrize("scope", ["static", "input"])
-@pytest.mark.parametrize("compensate", ["none", "lstsq", "affine"])
+@pytest.mark.parametrize("compensate", some_slow(["affine", "lstsq", "none"]))
 def test_a_router_in_float32_beside_experts_in_bfloat16(tmp_path, scope, compensate, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mixed_nets.py").write_text("from tests.test_own_modules import mixed\n")

@@ -95,6 +95,7 @@ def test_transcript_at_the_top_and_the_figures_of_the_guide(workplace, run):
         assert [words[:1] for words in without_numbers(result.stdout)][-len(expected) :] == expected
 
 
+@pytest.mark.slow
 def test_commands_for_budgets_plans_and_sweeps(workplace, run, monkeypatch):
     for option, value in (("COMPENSATE", "mean"), ("SCOPE", "static"), ("SIGNAL", "combine"), ("LIMIT", "100")):
         monkeypatch.setenv(f"MOEPRUNE_EVAL_{option}", value)  # all of them take long

@@ -16,6 +16,7 @@ from moeprune.evaluation.intervals import drop_at_most, paired_difference
 from moeprune.evaluation.results import Outcomes
 from moeprune.plan import LayerPlan, Method
 from moeprune.pruning.search import DropLimit, confirming_order, interval, prune_best, prune_within_drop
+from tests.stock import some_slow
 
 CPU = moeprune.Runtime("cpu", batch_size=256)
 LAYER = "blocks.0.soft_moe"
@@ -41,7 +42,7 @@ def confirmed_on(full, model, data):
 
 
 @pytest.mark.parametrize(
-    "way", [("static", "gram", "affine"), ("static", "combine", "mean"), ("input", "combine", "none")]
+    "way", some_slow([("static", "gram", "affine"), ("static", "combine", "mean"), ("input", "combine", "none")])
 )
 def test_the_confirmed_drop_is_that_of_the_model_on_samples_that_the_search_did_not_see(way, full):
     data = moeprune.open_data("digits:calibration", full.input_format)

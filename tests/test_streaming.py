@@ -20,6 +20,7 @@ from moeprune.models.request import ModelSpec
 from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.checkpoint import prune_checkpoint
 from moeprune.pruning.request import PruneRequest
+from tests.stock import some_slow
 
 CHOICES = list(product(("combine", "deviation", "random"), ("none", "renorm", "mean"), ("1", "1/8", "1/1")))
 
@@ -29,7 +30,7 @@ def prune_file(path, output, **choice) -> None:
     prune_checkpoint(PruneRequest(checkpoint=ModelSpec(path=path), output=output, one_shot=True, **choice))
 
 
-@pytest.mark.parametrize(("signal", "compensate", "keep"), CHOICES)
+@pytest.mark.parametrize(("signal", "compensate", "keep"), some_slow(CHOICES, 3))
 @pytest.mark.parametrize("which", ["single", "vit"])
 def test_bytes_are_those_of_pruning_in_memory(which, signal, compensate, keep, request, tmp_path):
     path, analysis = request.getfixturevalue(which), request.getfixturevalue(f"{which}_analysis")

@@ -67,6 +67,8 @@ def open_folder(path: Path, input_format: InputFormat) -> Source:
 
 def _files_below(folder: Path) -> list[Path]:
     """Return the files of a folder and its sub-folders in torchvision's order, without hidden ones and cycles."""
+    if folder.parent.resolve().is_relative_to(folder.resolve()):
+        return []  # a link to a folder that it lies in
 
     def fail(error: OSError) -> None:
         raise error
