@@ -89,7 +89,8 @@ class StopForward(BaseException):
 def user_code(what: str, hint: str | None = None) -> Iterator[None]:
     """Run code of the user's: an import, a factory, a forward pass, a loader of data.
 
-    stdout goes to stderr, also that of C and of other processes, and `sys.argv` is the program's name alone.
+    While a command runs, stdout goes to stderr, also that of C and of other processes, and `sys.argv` is the program's
+    name alone.
 
     what: the beginning of the error's message, such as "`--model nets:build` fails". hint: of the error.
 
@@ -98,7 +99,7 @@ def user_code(what: str, hint: str | None = None) -> Iterator[None]:
             and Ctrl-C pass unchanged.
     """
     try:
-        with _streams:
+        with streams if streams.is_command else contextlib.nullcontext():
             yield
     except (MoepruneError, StopForward, KeyboardInterrupt, GeneratorExit):
         raise
@@ -110,8 +111,10 @@ def user_code(what: str, hint: str | None = None) -> Iterator[None]:
         raise MoepruneError(f"{what}: {type(error).__name__}: {error}", hint) from None
 
 
-class _Streams:
+class Streams:
     """Sends stdout to stderr and hides the program's arguments until the last of several threads has left."""
+
+    is_command = False  # the streams are those of a command, not of a caller in Python
 
     def __init__(self) -> None:
         self.lock, self.users, self.descriptor = threading.Lock(), 0, -1
@@ -141,7 +144,7 @@ class _Streams:
                 self.descriptor = -1
 
 
-_streams = _Streams()
+streams = Streams()
 
 
 def _flush(stdout: Any) -> None:

@@ -581,6 +581,12 @@ def test_what_code_of_the_users_prints_stays_out_of_the_report(capfd, hostile, p
     assert sys.argv == before
 
 
+def test_what_code_of_the_users_prints_is_left_alone_in_python(capfd, hostile):
+    path, _, factory, *_ = hostile(in_forward="print('said', len(sys.argv))")
+    moeprune.load(path, factory, input_shape=SHAPE)
+    assert f"said {len(sys.argv)}" in capfd.readouterr().out
+
+
 def test_a_program_that_hides_errors_does_not_hide_the_end_of_a_pass(run, hostile):
     swallow = "\n        try: return super().forward(x)\n        except Exception: return torch.zeros(len(x), 5)"
     found = run("analyze", *hostile(in_forward=swallow), "--data", "data.npz", "-o", "a.safetensors")

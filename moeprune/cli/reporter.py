@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TextIO, TypeVar
 
 from msgspec.structs import replace
 
-from moeprune.errors import MoepruneError
+from moeprune.errors import MoepruneError, streams
 from moeprune.files.disk import check_output, write_file
 from moeprune.records import Report, Request, option
 from moeprune.records import to_text as to_json_text
@@ -86,14 +86,14 @@ class Reporter(logging.Handler):
         logger.addHandler(self)
         logger.setLevel(logging.INFO if self.output.verbose else logging.WARNING)
         logger.propagate = False
-        sys.stdout = sys.stderr
+        sys.stdout, streams.is_command = sys.stderr, True
         try:
             with warnings.catch_warnings():
                 if not self.output.verbose and not sys.warnoptions:
                     warnings.simplefilter("ignore")
                 yield
         finally:
-            sys.stdout = self.stdout
+            sys.stdout, streams.is_command = self.stdout, False
             logger.removeHandler(self)
             logger.setLevel(level)
             logger.propagate = propagates
