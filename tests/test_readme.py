@@ -141,14 +141,6 @@ def test_code_with_data_in_memory(workplace):
     assert moeprune.load("pruned.safetensors").plan
 
 
-@pytest.mark.slow
-def test_demo_prints_what_the_guide_shows(tmp_path, monkeypatch, run):
-    monkeypatch.chdir(tmp_path)
-    result = run("demo")
-    assert result.code == 0
-    assert without_numbers(result.stdout) == without_numbers(block(GUIDE, "text"))
-
-
 def test_commands_for_soft_moe(workplace, run):
     if not peers.has("soft_moe"):
         pytest.skip("soft-moe is not installed")
