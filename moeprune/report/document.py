@@ -78,20 +78,27 @@ class Document(NamedTuple):
     blocks: Sequence[Block]
     gates: Sequence[GateResult] = ()
 
-    @property
-    def gate_table(self) -> Table:
-        """A row for each gate."""
+    def gate_table(self, with_reasons: bool = True) -> Table:
+        """Return a row for each gate; with_reasons: say what an undecided one would need."""
         level = next((gate.confidence for gate in self.gates if gate.confidence is not None), None)
         rows: list[Sequence[Cell]] = []
         for gate in self.gates:
             name = gate.name + (" (lowest of all batch sizes)" if gate.name == "min_speedup" else "")
             bound = "exact" if gate.bound is None else f"{gate.bound:.4g}"
             undecided = gate.reason == "undecided"
-            word = f"FAILED: {_undecided(gate)}" if undecided else "passed" if gate.passed else "FAILED"
+            word = (
+                "passed" if gate.passed else f"FAILED: {_undecided(gate)}" if undecided and with_reasons else "FAILED"
+            )
             bounds = [] if level is None else [bound]
             rows.append([name, f"{gate.limit:g}", f"{gate.value:.4g}", *bounds, Verdict(gate.passed, word, undecided)])
         heading = [] if level is None else [f"bound at {100 * level:g} %"]
         return Table(["gate", "limit", "value", *heading, ""], rows)
+
+    @property
+    def undecided(self) -> Lines:
+        """A line for each gate that the samples cannot decide."""
+        gates = [gate for gate in self.gates if gate.reason == "undecided"]
+        return Lines([f"{gate.name} FAILED: {_undecided(gate)}" for gate in gates])
 
 
 def with_warnings(document: Document, warnings: Sequence[str]) -> Document:

@@ -26,7 +26,7 @@ def to_html(page: Document) -> str:
     )  # fmt: skip
     environment.filters["inline"] = _inline
     blocks = [(type(block).__name__, block) for block in page.blocks]
-    table, badge = (page.gate_table, _badge(page.gates)) if page.gates else (None, None)
+    table, badge = (page.gate_table(), _badge(page.gates)) if page.gates else (None, None)
     return environment.get_template("page.html").render(page=page, gates=table, blocks=blocks, badge=badge) + "\n"
 
 

@@ -25,7 +25,7 @@ def to_markdown(document: Document) -> str:
     if document.gates:
         passed = all(gate.passed for gate in document.gates)
         title = f"{MARKS[passed]} {'passed' if passed else 'FAILED'}: {title}"
-        blocks.insert(0, document.gate_table)
+        blocks.insert(0, document.gate_table())
     parts = [f"## {_inline(title)}", *(_block(block) for block in blocks)]
     return "\n\n".join(parts) + "\n"
 

@@ -25,7 +25,8 @@ def to_text(document: Document, terminal_width: int | None = None) -> str:
         width=width, height=25, force_terminal=on_terminal, no_color=None if on_terminal else True,
         highlight=False, markup=False, emoji=False,
     )  # fmt: skip
-    blocks = [*document.blocks, *([document.gate_table] if document.gates else [])]
+    blocks = [*document.blocks, *([document.gate_table(with_reasons=False)] if document.gates else [])]
+    blocks += [document.undecided] if document.undecided.lines else []
     with console.capture() as capture:
         console.print(Text(document.title, style="bold"))
         for index, block in enumerate(blocks):
