@@ -67,7 +67,7 @@ WRITERS = {
     "export": (".safetensors", f"export {DENSE} --to soft-moe -o PATH"),
     "export to a torch file": (".pt", f"export {DENSE} --to soft-moe -o PATH"),
     "eval report": (".json", f"eval {DENSE} {DATA} --output-file PATH"),
-    "plot": (".svg", f"eval {DENSE} {DATA} --analysis @analysis.safetensors --sweep 1/2 --plot PATH"),
+    "plot": (".svg", f"eval {DENSE} {DATA} --analysis @analysis.safetensors --sweep 1/2 --quiet --plot PATH"),
 }  # fmt: skip
 """Every way in which a command writes a file: its suffix, and the command."""
 NEEDS = {"plot": "matplotlib", "prune within a drop": "sklearn"}

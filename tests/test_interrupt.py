@@ -160,7 +160,7 @@ def test_a_signal_at_any_moment_of_a_demo_leaves_whole_files_only(tmp_path):
     pytest.importorskip("sklearn")
     for number in range(6):
         output = tmp_path / f"demo{number}"
-        process = started(["demo", "-o", output])
+        process = started(["demo", "--quiet", "-o", output])
         time.sleep(0.4 * number)
         assert check_stopped(process, SIGNALS[number % 2])
         for path in (path for path in output.rglob("*") if path.is_file()):
