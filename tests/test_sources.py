@@ -88,7 +88,7 @@ def randomize(model: nn.Module) -> nn.Module:
 def given(model_options: dict) -> dict:
     """What has to be said of a model, besides its file."""
     options = BASE | {"global_pool": "token"} | model_options
-    said = {"global_pool", "eps"} | (set() if options.get("qk_norm") else {"num_heads"})
+    said = {"global_pool", "eps", "no_embed_class"} | (set() if options.get("qk_norm") else {"num_heads"})
     if isinstance(options["img_size"], tuple):  # not square
         said.add("img_size")
     return {name: value for name, value in options.items() if name in said}
