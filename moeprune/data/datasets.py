@@ -113,6 +113,13 @@ class Dataset:
             both = b"".join(digest.digest() for digest in digests)
             self.fingerprint, self._hashed = hashlib.sha256(both).hexdigest(), versions
 
+    def read_fingerprint(self, batch_size: int = 256) -> str:
+        """Return the fingerprint after a pass over the samples."""
+        for _ in self.batches(batch_size):
+            pass
+        assert self.fingerprint is not None
+        return self.fingerprint
+
     def _read(self, batch_size: int, digests: Sequence[hashlib._Hash] | None) -> Generator[Batch]:
         """Yield the batches; with digests, check them and add their inputs and labels."""
         parts = [self.indices[place : place + batch_size] for place in range(0, self.samples, batch_size)]

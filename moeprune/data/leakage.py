@@ -11,7 +11,6 @@ NOT_TO_CALIBRATE_ON = {
     "train": "the split that models are trained on, where they may route otherwise than elsewhere",
     "test": "the split to evaluate on, which says little of new inputs after that",
 }
-BATCH = 256
 
 
 def warn_of_calibration_split(data: Dataset) -> None:
@@ -57,6 +56,4 @@ def _shared(data: Dataset, used: DataInfo) -> str | None:
     if part:
         return "a part of a file with the name"
     drawn = whole.sample(used.samples)  # as a limit draws them
-    for _ in drawn.batches(BATCH):
-        pass  # the fingerprint is known after a pass
-    return "samples" if drawn.fingerprint == used.fingerprint else None
+    return "samples" if drawn.read_fingerprint() == used.fingerprint else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from moeprune.errors import MoepruneError, user_code
+from moeprune.errors import MoepruneError, listed, user_code
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.foreign import StateDict
 from moeprune.files.names import COUNTERS, View, as_they_are, unwrapped, views
@@ -90,10 +90,9 @@ def only(whole: Sequence[View], found: StateDict, path: str | Path) -> View:
 
 def warn_of_dropped(view: View, path: str | Path) -> None:
     """Warn of tensors of a file that belong to no part of the model, as far as names tell."""
-    if dropped := [f"`{name}`" for name in view.dropped if not COUNTERS.fullmatch(name.removeprefix(view.prefix))]:
-        rest = f" and {len(dropped) - 3} more" if len(dropped) > 3 else ""
+    if dropped := [name for name in view.dropped if not COUNTERS.fullmatch(name.removeprefix(view.prefix))]:
         kind = "tensor is" if len(dropped) == 1 else "tensors are"
-        logger.warning(f"`{path}`: {len(dropped)} {kind} left out: {', '.join(dropped[:3])}{rest}")
+        logger.warning(f"`{path}`: {len(dropped)} {kind} left out: {listed(dropped, 3)}")
 
 
 def _renamed(view: View, known: Mapping[str, str]) -> View:

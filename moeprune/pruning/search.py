@@ -219,9 +219,7 @@ def _require_other_data(analysis: Analysis, data: Dataset, runtime: Runtime) -> 
     with contextlib.suppress(OSError, ValueError):
         is_same = is_same or Path(data.spec).samefile(made_from.spec)
     if not is_same:
-        for _ in data.batches(runtime.batch_size):
-            pass  # the fingerprint is known after a pass
-        is_same = data.fingerprint == made_from.fingerprint
+        is_same = data.read_fingerprint(runtime.batch_size) == made_from.fingerprint
     if is_same:
         raise MoepruneError(
             f"the analysis was made from `{data.spec}` too: what confirms a drop must not be calibrated on",
