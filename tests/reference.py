@@ -5,11 +5,16 @@ expert, h hidden width of an expert.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the normal distribution function."""
+    return x * (1 + torch.erf(x / 2**0.5)) / 2
 
 
 def reference_layer(
@@ -22,6 +27,7 @@ def reference_layer(
     surrogate: Tensor | None = None,
     static_correction: bool = False,
     affine: Mapping[str, Tensor] | None = None,
+    activation: Callable[[Tensor], Tensor] = gelu,
 ) -> Tensor:
     """Y (b,m,d) in float64 for tokens x (b,m,d).
 
@@ -34,11 +40,12 @@ def reference_layer(
         static_correction: the surrogate of a kept slot is added to its output.
         affine: `affine_token`, `affine_mean` (d,d) and `affine_bias` (d): a linear map of the input, of the
             mean of its tokens, and a constant, that are added to the output.
+        activation: of the experts.
     """
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     n, p = tensors["phi"].shape[1:]
     outputs = []
-    width = tensors["fc2_bias"].shape[1]
+    width = tensors["fc2_weight"].shape[1]
     for i, one in enumerate(x.double()):
         running = list(range(n)) if kept is None else list(kept[i])
         logits, tokens = reference_router(one, tensors, router_norm, dispatch_input)
@@ -47,7 +54,7 @@ def reference_layer(
         for j in range(n):
             for q in range(p):
                 if j in running:
-                    slot = reference_slot_output(logits[:, j, q], tokens, tensors, j)
+                    slot = reference_slot_output(logits[:, j, q], tokens, tensors, j, activation)
                     if static_correction and surrogate is not None:
                         slot = slot + surrogate[j, q].double()
                 elif compensation in ("mean", "lstsq", "affine") and surrogate is not None:
@@ -102,18 +109,26 @@ def reference_combine(logits: Tensor, experts: Sequence[int]) -> Tensor:
     return combine
 
 
-def reference_slot_output(slot_logits: Tensor, tokens: Tensor, tensors: Mapping[str, Tensor], j: int) -> Tensor:
+def reference_slot_output(
+    slot_logits: Tensor,
+    tokens: Tensor,
+    tensors: Mapping[str, Tensor],
+    j: int,
+    activation: Callable[[Tensor], Tensor] = gelu,
+) -> Tensor:
     """f (d): expert j on the mean of the tokens weighted by the softmax of the logits (m)."""
     weights = (slot_logits - slot_logits.max()).exp()
     slot_input = (weights / weights.sum()) @ tokens
     hidden = slot_input
     if "fc1_weight" in tensors:
-        hidden = hidden @ tensors["fc1_weight"][j] + tensors["fc1_bias"][j]
+        hidden = hidden @ tensors["fc1_weight"][j]
+        if "fc1_bias" in tensors:
+            hidden = hidden + tensors["fc1_bias"][j]
         h = tensors["fc2_weight"].shape[2]
-        gate = hidden[len(hidden) - h :]  # all of it, or the second half
-        activated = gate * (1 + torch.erf(gate / 2**0.5)) / 2
+        activated = activation(hidden[len(hidden) - h :])  # all of it, or the second half
         hidden = activated if len(hidden) == h else hidden[:h] * activated
-    return tensors["fc2_weight"][j] @ hidden + tensors["fc2_bias"][j]
+    output = tensors["fc2_weight"][j] @ hidden
+    return output + tensors["fc2_bias"][j] if "fc2_bias" in tensors else output
 
 
 def reference_mass(

@@ -11,6 +11,9 @@ import moeprune
 from moeprune.layers import experts as routed
 from moeprune.layers import soft_moe
 from moeprune.layers.experts import top_k
+from moeprune.layers.surgery import prune_layer
+from moeprune.plan import LayerPlan
+from tests import test_activations as activations
 from tests import test_soft_moe as layers
 from tests.stock import some_slow
 from tests.test_soft_moe import COMPENSATIONS, KINDS, ROUTERS, SCOPES, D, N, observe, relative_error, surrogates
@@ -74,14 +77,15 @@ def test_pairs_are_grouped_by_expert(b, n, k):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("gelu", [False, True])
-def test_grouped_product_equals_a_product_for_each_row(b, n, k, p, width_in, width_out, transposed, gelu):
+@pytest.mark.parametrize(("gelu", "with_bias"), [(False, True), (True, True), (True, False)])
+def test_grouped_product_equals_a_product_for_each_row(b, n, k, p, width_in, width_out, transposed, gelu, with_bias):
     chosen, rows = chosen_experts(b, n, k), random(b * k, p, width_in)
     weight = random(n, width_out, width_in, seed=1).mT if transposed else random(n, width_in, width_out)
-    bias = random(n, width_out, seed=2)
+    bias = random(n, width_out, seed=2) if with_bias else None
     of_row = chosen.flatten().long()
-    products = torch.einsum("rpi,rio->rpo", rows.double(), weight[of_row].double())
-    expected = products + bias[of_row, None].double()
+    expected = torch.einsum("rpi,rio->rpo", rows.double(), weight[of_row].double())
+    if bias is not None:
+        expected = expected + bias[of_row, None].double()
     found = kernels.grouped_linear(rows, *kernels.group_by_expert(chosen, n), weight, bias, gelu)
     assert relative_error(found, F.gelu(expected) if gelu else expected) < 1e-5
 
@@ -162,6 +166,17 @@ LAYERS = [
 def test_layers_equal_the_formulas(case):
     settings, *way = case
     assert error_of({**settings, "dtype": torch.float32}, layer_inputs(), *way) < 1e-5
+
+
+@pytest.mark.usefixtures("_through_kernels")
+@pytest.mark.parametrize("kind", ["mlp", "glu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_with_other_activations_equal_the_formulas(kind, bias):
+    dense, x = activations.dense(kind, "silu", bias).float(), activations.tokens().float()
+    expected = activations.expected(dense, x)
+    assert relative_error(dense.to(DEVICE)(x.to(DEVICE)).cpu(), expected) < 1e-5
+    every = prune_layer(dense, LayerPlan("input", activations.N, activations.N, "combine", "none"))
+    assert relative_error(every(x.to(DEVICE)).cpu(), expected) < 1e-5
 
 
 @pytest.mark.usefixtures("_through_kernels")

@@ -10,7 +10,12 @@ from moeprune.plan import SCOPES, LayerPlan, Positive
 from moeprune.records import Record, from_json
 
 RouterNorm = Literal["none", "l2", "rms", "layer"]
-Expert = Literal["mlp", "geglu", "linear"]
+Expert = Literal["mlp", "glu", "geglu", "linear"]
+Activation = Literal[
+    "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "elu", "selu", "silu", "hardswish",
+    "mish", "softplus", "tanh", "sigmoid", "identity",
+]  # fmt: skip
+"""Elementwise; the functions are in moeprune.layers.activations."""
 
 
 class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="soft_moe"):
@@ -22,8 +27,8 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
             length, phi then by a learned scale; `rms` to root mean square 1 and `layer` to mean 0 and
             variance 1, each then times a learned gain of width d.
         dispatch_input: slots average the `raw` tokens or the `normalized` ones.
-        expert: an `mlp` (linear, GELU, linear); a `geglu`, whose first linear has twice the hidden width, one
-            half times the GELU of the other; or one `linear`.
+        expert: an `mlp` (linear, activation, linear); a `glu`, whose first linear has twice the hidden width, the
+            first half times the activation of the second; one `linear`; or a `geglu`, a `glu` with `gelu`.
         out_dim: width of the output; None: that of the input.
         dynamic_slots: there is no phi: n consecutive tokens at a time are averaged and projected, once for
             each expert, to a column of phi for this input; m tokens make m/n slots per expert, rounded up.
@@ -31,6 +36,8 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
             release, over the `batch`, so that inputs depend on each other.
         windows: inputs of the layer for each input of the model, folded into the batch; they share their experts.
         interleaved: the windows of an input are not beside each other, but the first windows of all inputs are.
+        activation: of an `mlp`, or of the gate of a `glu`.
+        bias: the linears of the experts have biases.
     """
 
     dim: Positive
@@ -45,6 +52,8 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     dispatch_over: Literal["tokens", "batch"] = "tokens"
     windows: Positive = 1
     interleaved: bool = False
+    activation: Activation = "gelu"
+    bias: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,11 +61,20 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
             expected = "null" if self.expert == "linear" else "a whole number of at least 1"
             found = f"`hidden_dim` is {self.hidden_dim!r}"
             raise MoepruneError(f"{found}, expected {expected} for an expert `{self.expert}`")
+        if self.expert in ("geglu", "linear") and self.activation != "gelu":
+            why = "has no activation" if self.expert == "linear" else "has the activation `gelu`"
+            hint = "leave `activation` out" + (", or make it a `glu`" if self.expert == "geglu" else "")
+            raise MoepruneError(f"`activation` is {self.activation!r}, but an expert `{self.expert}` {why}", hint)
 
     @property
     def output_width(self) -> int:
         """Width of the output tokens, o."""
         return self.out_dim or self.dim
+
+    @property
+    def is_gated(self) -> bool:
+        """True if half of the output of an expert's first linear gates the other half."""
+        return self.expert in ("glu", "geglu")
 
     @property
     def expert_width(self) -> int:
@@ -104,11 +122,12 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     def expert_shapes(self, num_experts: int) -> Shapes:
         """Return the tensors of so many experts; h is the contiguous axis of both weights."""
         n, out, h = num_experts, self.output_width, self.expert_width
-        shapes: Shapes = {"fc2_weight": (n, out, h), "fc2_bias": (n, out)}
+        first = 2 * h if self.is_gated else h
+        shapes: Shapes = {"fc1_weight": (n, self.dim, first), "fc1_bias": (n, first)}
         if self.expert == "linear":
-            return shapes
-        first = 2 * h if self.expert == "geglu" else h
-        return {"fc1_weight": (n, self.dim, first), "fc1_bias": (n, first)} | shapes
+            shapes = {}
+        shapes |= {"fc2_weight": (n, out, h), "fc2_bias": (n, out)}
+        return {name: shape for name, shape in shapes.items() if self.bias or not name.endswith("bias")}
 
     def router_axis(self, tensor: str) -> int | None:
         """Return the axis of phi, or of what takes its place, that has a place for each expert."""

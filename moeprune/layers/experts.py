@@ -26,26 +26,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+from moeprune.layers.activations import ACTIVATIONS
+from moeprune.layers.config import Activation
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 GATHERED = 2 << 20  # bytes of chosen experts' weights up to which copying them beats a loop over experts
 
 
-def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return rows[e] @ weight[e] + bias[e] for rows (n,r,in); weight (n,in,out), bias (n,out)."""
-    return torch.baddbmm(bias[:, None], rows, weight)
+def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return rows[e] @ weight[e] + bias[e] for rows (n,r,in); weight (n,in,out), bias (n,out) or None."""
+    return torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
 
 
 class Experts(NamedTuple):
     """The stacked weights of all experts, h contiguous in both.
 
+    activation: of the output of the first linear, or of its second half, the gate.
     linear, in its methods: a product of rows, weight and bias that takes each row by its own expert.
     """
 
     fc1_weight: Tensor | None  # (n,d,h), or (n,d,2·h) with a gate; None where an expert is one linear
     fc1_bias: Tensor | None
     fc2_weight: Tensor  # (n,o,h)
-    fc2_bias: Tensor  # (n,o)
+    fc2_bias: Tensor | None  # (n,o)
+    activation: Activation = "gelu"
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [tensor for tensor in self[:4] if tensor is not None]
 
     @property
     def is_gated(self) -> bool:
@@ -54,18 +64,22 @@ class Experts(NamedTuple):
 
     def copies(self, chosen: Tensor) -> "Experts":
         """Return the weights of experts by their indices (r)."""
-        return Experts(*(None if weight is None else weight[chosen] for weight in self))  # type: ignore[arg-type]
+        fc1_weight, fc1_bias, fc2_bias = (
+            None if tensor is None else tensor[chosen] for tensor in (self.fc1_weight, self.fc1_bias, self.fc2_bias)
+        )
+        return Experts(fc1_weight, fc1_bias, self.fc2_weight[chosen], fc2_bias, self.activation)
 
     def activate(self, hidden: Tensor) -> Tensor:
         """Return the input of the second linear (…,h), from the output of the first."""
+        activation = ACTIVATIONS[self.activation]
         if not self.is_gated:
-            return F.gelu(hidden)
+            return activation(hidden)
         values, gate = hidden.chunk(2, dim=-1)
-        return values * F.gelu(gate)
+        return values * activation(gate)
 
     def hidden(self, rows: Tensor, linear: Linear = batched_linear) -> Tensor:
         """Return the input of the second linear (…,h), from rows (…,d)."""
-        if self.fc1_weight is None or self.fc1_bias is None:
+        if self.fc1_weight is None:
             return rows
         return self.activate(linear(rows, self.fc1_weight, self.fc1_bias))
 
@@ -179,13 +193,13 @@ def run_experts(
 
     is_shared: all inputs have the same experts.
     """
-    kernels = kernels_for(slot_inputs, *experts)
-    n, width = experts.fc2_bias.shape
+    kernels = kernels_for(slot_inputs, *experts.tensors)
+    n, width, _ = experts.fc2_weight.shape
     if kernels and chosen.shape[1]:
         rows = slot_inputs.flatten(0, 1)
         pairs, counts = kernels.group_by_expert(chosen, n)
         if experts.fc1_weight is not None:
-            fuse = not experts.is_gated
+            fuse = experts.activation == "gelu" and not experts.is_gated
             rows = kernels.grouped_linear(rows, pairs, counts, experts.fc1_weight, experts.fc1_bias, fuse)
             rows = rows if fuse else experts.activate(rows)
         rows = kernels.grouped_linear(rows, pairs, counts, experts.fc2_weight.mT, experts.fc2_bias)
@@ -201,7 +215,7 @@ def run_experts(
         outputs[active] = run_experts(slot_inputs[active][:, None], chosen[active][:, None], experts)[:, 0]
         return outputs
     rows, chosen = slot_inputs.reshape(b * k, p, d), chosen.flatten()
-    bytes_of_one = sum(weight[0].nbytes for weight in experts if weight is not None) if n else 0
+    bytes_of_one = sum(tensor[0].nbytes for tensor in experts.tensors) if n else 0
     if 0 < len(chosen) * bytes_of_one <= GATHERED:
         return experts.copies(chosen).run(rows).view(b, k, p, width)
     order = chosen.argsort(stable=True)
@@ -212,7 +226,7 @@ def run_experts(
 
 def _run_traced(slot_inputs: Tensor, chosen: Tensor, experts: Experts, is_shared: bool) -> Tensor:
     """Do the same in a graph that does not depend on the choice; what is idle (n) gets the last expert's outputs."""
-    (b, k, p, d), (n, width) = slot_inputs.shape, experts.fc2_bias.shape
+    (b, k, p, d), (n, width, _) = slot_inputs.shape, experts.fc2_weight.shape
     someone = chosen.clamp_max(n - 1)
     if is_shared:
         rows = slot_inputs.transpose(0, 1).reshape(k, b * p, d)
@@ -234,13 +248,15 @@ def _is_known(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
-def grouped_linear(rows_of_expert: list[int], rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return rows @ weight[e] + bias[e] for rows (r,in) sorted by expert; weight (n,in,out), bias (n,out)."""
+def grouped_linear(rows_of_expert: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return rows @ weight[e] + bias[e] for rows (r,in) sorted by expert; weight (n,in,out), bias (n,out) or None."""
     used = [expert for expert, count in enumerate(rows_of_expert) if count]
     if not used:
         return rows.new_empty(0, weight.shape[2])
-    groups = rows.split([rows_of_expert[expert] for expert in used])
-    return torch.cat([torch.addmm(bias[j], group, weight[j]) for j, group in zip(used, groups, strict=True)])
+    groups = zip(used, rows.split([rows_of_expert[expert] for expert in used]), strict=True)
+    if bias is None:
+        return torch.cat([group @ weight[j] for j, group in groups])
+    return torch.cat([torch.addmm(bias[j], group, weight[j]) for j, group in groups])
 
 
 def kernels_for(*given: Tensor | None) -> ModuleType | None:

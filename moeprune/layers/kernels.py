@@ -149,13 +149,13 @@ def _group_by_expert(chosen, pairs, counts, b, num_pairs, AT_ONCE: tl.constexpr)
 
 
 def grouped_linear(
-    rows: Tensor, pairs: Tensor, counts: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False
+    rows: Tensor, pairs: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False
 ) -> Tensor:
     """Multiply each row by its expert's matrix and add its bias: rows (b·k,p,in) to (b·k,p,out).
 
     The rows of pair i·k + j belong to expert chosen[i,j]; pairs (n,b) and counts (n) are from
     `group_by_expert`; weight (n,in,out), of any strides, is converted to the rows' type while it is read, for
-    experts with rows only; bias (n,out). Products are summed in float32. gelu: applied to the result.
+    experts with rows only; bias (n,out) or None. Products are summed in float32. gelu: applied to the result.
     """
     num_pairs, p, num_in = rows.shape
     n, _, num_out = weight.shape
@@ -164,7 +164,7 @@ def grouped_linear(
     most_tiles = num_pairs * p // block_rows + min(n, num_pairs)
     _grouped_linear[(triton.cdiv(num_out, block_out), max(most_tiles, 1))](
         rows, pairs, counts, weight, bias, outputs, n, pairs.shape[1], p, num_in, num_out, *weight.stride(),
-        N=triton.next_power_of_2(n), GELU=gelu, PRECISION=_precision(),
+        N=triton.next_power_of_2(n), WITH_BIAS=bias is not None, GELU=gelu, PRECISION=_precision(),
         BLOCK_ROWS=block_rows, BLOCK_OUT=block_out, BLOCK_IN=block_in, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return outputs
@@ -190,7 +190,7 @@ def _precision() -> str:
 def _grouped_linear(
     rows, pairs, counts, weight, bias, outputs, n, b, p, num_in, num_out,
     expert_stride, in_stride, out_stride,
-    N: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, WITH_BIAS: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
@@ -216,7 +216,8 @@ def _grouped_linear(
         x = tl.load(rows + row * num_in + inner[None, :], mask=is_row[:, None] & is_inner[None, :], other=0.0)
         w = tl.load(weight_at + inner[:, None] * in_stride, mask=is_inner[:, None] & is_column[None, :], other=0.0)
         total = tl.dot(x, w.to(x.dtype), total, input_precision=PRECISION)
-    total += tl.load(bias + expert * num_out + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    if WITH_BIAS:
+        total += tl.load(bias + expert * num_out + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     if GELU:
         total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
     tl.store(

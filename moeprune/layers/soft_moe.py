@@ -38,7 +38,7 @@ class SoftMoE(MoELayer):
     phi: Tensor  # (d,n,p), without dynamic slots
     fc1_weight: Tensor | None
     fc1_bias: Tensor | None
-    fc2_bias: Tensor
+    fc2_bias: Tensor | None
     scale: Tensor
     input_gain: Tensor
     phi_gain: Tensor
@@ -46,15 +46,15 @@ class SoftMoE(MoELayer):
 
     def __init__(self, config: SoftMoEConfig, plan: LayerPlan | None = None):
         super().__init__(config, plan)
-        if config.expert == "linear":
-            self.register_parameter("fc1_weight", None)
-            self.register_parameter("fc1_bias", None)
+        for name in ("fc1_weight", "fc1_bias", "fc2_bias"):
+            if name not in config.expert_shapes(1):
+                self.register_parameter(name, None)
         self.reset_parameters()
 
     @property
     def experts(self) -> Experts:
         """The weights of the experts that are stored."""
-        return Experts(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        return Experts(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, self.config.activation)
 
     @property
     def _types(self) -> set[torch.dtype]:
@@ -76,10 +76,9 @@ class SoftMoE(MoELayer):
             elif self.config.router_norm != "none":
                 self.input_gain.fill_(1)
                 self.phi_gain.fill_(1)
-            for parameter, fan_in in zip(self.experts, (d, d, h, h), strict=True):
-                if parameter is not None:
-                    bound = 1 / math.sqrt(fan_in)
-                    parameter.uniform_(-bound, bound, generator=generator)
+            for name in self.config.expert_shapes(1):
+                bound = 1 / math.sqrt(d if name.startswith("fc1") else h)
+                getattr(self, name).uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the output, shaped as x: tokens (b,m,d), images (b,d,H,W) or single tokens (b,d).
@@ -220,7 +219,7 @@ class SoftMoE(MoELayer):
         if self.plan is not None and self.plan.merges:
             rows_of_expert = [len(group) * b * p for group in self.plan.groups]
             rows = self.experts.run(rows.flatten(0, 2), partial(grouped_linear, rows_of_expert))
-        elif kernels_for(slot_inputs, *self.experts) and 0 < b * p <= FEW_ROWS and e:
+        elif kernels_for(slot_inputs, *self.experts.tensors) and 0 < b * p <= FEW_ROWS and e:
             return run_experts(slot_inputs, _every_expert(slot_inputs, e), self.experts)
         else:
             rows = self.experts.run(rows.flatten(1, 2))

@@ -120,13 +120,15 @@ def _aligned(expert: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[st
     likeness = _units(reference) @ _units(expert).mT
     order = torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
     h = len(order)
-    rows = torch.cat([order, order + h]) if len(expert["fc1_bias"]) == 2 * h else order
-    reordered = {"fc1_weight": expert["fc1_weight"][:, rows], "fc1_bias": expert["fc1_bias"][rows]}
+    columns = torch.cat([order, order + h]) if expert["fc1_weight"].shape[1] == 2 * h else order
+    reordered = {name: expert[name][..., columns] for name in ("fc1_weight", "fc1_bias") if name in expert}
     return expert | reordered | {"fc2_weight": expert["fc2_weight"][:, order]}
 
 
 def _units(expert: dict[str, Tensor]) -> Tensor:
     """All weights of each hidden unit of an expert (h,…), those of its gate among them."""
     h = expert["fc2_weight"].shape[1]
-    first = torch.cat([expert["fc1_weight"], expert["fc1_bias"][None]]).split(h, dim=1)
-    return torch.cat([*first, expert["fc2_weight"]]).mT
+    first = expert["fc1_weight"]
+    if "fc1_bias" in expert:
+        first = torch.cat([first, expert["fc1_bias"][None]])
+    return torch.cat([*first.split(h, dim=1), expert["fc2_weight"]]).mT
