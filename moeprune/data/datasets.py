@@ -7,9 +7,11 @@ A spec is one of
     FILE.npz, FILE.safetensors                                arrays `inputs` and, for eval, `labels`
     DIRECTORY                                                 one folder of images for each class, or
                                                               images without labels
+    DIRECTORY, DIRECTORY:train, DIRECTORY:test                files in the format of MNIST
+    train-images-idx3-ubyte, train-images-idx3-ubyte.gz, …    one of them, and its labels beside it
 
-Pixels (the built-in sets, images, and arrays of uint8) are scaled to 0…1 and then normalised as the
-checkpoint's preprocessing says. Arrays of floats are used unchanged.
+Pixels (the built-in sets, images, files in the format of MNIST, and arrays of uint8) are scaled to 0…1 and then
+normalised as the checkpoint's preprocessing says. Arrays of floats are used unchanged.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ import torch
 from torch import Tensor
 
 from moeprune.data.arrays import open_npz, open_safetensors
+from moeprune.data.idx import open_idx, open_idx_split
 from moeprune.data.images import open_folder
 from moeprune.data.preprocessing import InputFormat
 from moeprune.data.samples import Samples, open_samples
 from moeprune.data.sources import Batches, Source, one_ahead
-from moeprune.data.spec import SPECS_HINT, DataInfo
+from moeprune.data.spec import BUILT_IN, IDX_IMAGES, SPECS_HINT, DataInfo, split_spec
 from moeprune.errors import MoepruneError
 from moeprune.files.disk import require_file, version_of
 
@@ -151,7 +154,7 @@ def open_data(spec: Data, input_format: InputFormat, split: str | None = None, l
 
     Args:
         spec: as at the top of this module, or samples: see moeprune.data.samples.
-        split: the split of a built-in set whose spec names none; `test` if this is None too.
+        split: the split of data that has splits, where the spec names none; `test` if this is None too.
         limit: take at most this many samples, drawn with a fixed seed.
     """
     if isinstance(spec, Dataset):
@@ -162,25 +165,32 @@ def open_data(spec: Data, input_format: InputFormat, split: str | None = None, l
         data = Dataset(spec, source, input_format.classes, range(source.samples))
         return data if limit is None else data.sample(limit)
     spec = os.fspath(spec)
-    name, _, own_split = spec.partition(":")
     hint = f"splits are {', '.join(SPLITS)}"
     if split is not None and split not in SPLITS:
         raise MoepruneError(f"`--split {split}` is unknown", hint)
-    if built_in := {"digits": digits, "pairs": pairs}.get(name):
+    if (named := split_spec(spec)) is None:
+        source = _open_path(spec, input_format)
+    else:
+        name, own_split = named
         split = own_split or split or "test"
-        spec = f"{name}:{split}"
         if split not in SPLITS:
             raise MoepruneError(f"`{spec}`: unknown split `{split}`", hint)
-        pixels, labels = built_in(split)
-        if tuple(pixels.shape[1:]) != input_format.shape:
-            raise input_format.misfit(spec, tuple(pixels.shape))
-        _warn_of_guess(spec, input_format, True)
-        data = from_tensors(spec, input_format.normalize(pixels), labels, input_format.classes)
-    else:
-        source = _open_path(spec, input_format)
-        _warn_of_guess(spec, input_format, source.is_pixels)
-        data = Dataset(spec, source, input_format.classes, range(source.samples))
+        open_split = _open_built_in if name in BUILT_IN else open_idx_split
+        spec, source = open_split(name, split, input_format)
+    _warn_of_guess(spec, input_format, source.is_pixels)
+    data = Dataset(spec, source, input_format.classes, range(source.samples))
     return data if limit is None else data.sample(limit)
+
+
+def _open_built_in(name: str, split: str, form: InputFormat) -> tuple[str, Source]:
+    """Return the spec of a split of a built-in set, and its samples."""
+    spec = f"{name}:{split}"
+    pixels, labels = {"digits": digits, "pairs": pairs}[name](split)
+    if tuple(pixels.shape[1:]) != form.shape:
+        raise form.misfit(spec, tuple(pixels.shape))
+    source = from_tensors(spec, form.normalize(pixels), labels, form.classes).source
+    better = "" if split == "calibration" else f"{name}:calibration"
+    return spec, replace(source, is_pixels=True, split=split, better=better)
 
 
 def _warn_of_guess(spec: str, input_format: InputFormat, is_pixels: bool) -> None:
@@ -207,6 +217,8 @@ def _open_path(spec: str, input_format: InputFormat) -> Source:
     if path.is_dir():
         return open_folder(path, input_format)
     require_file(path, "an array file or a folder of images")
+    if IDX_IMAGES.fullmatch(path.name):
+        return open_idx(path, input_format)
     if path.suffix.lower() not in FILE_KINDS:
         raise MoepruneError(f"`{spec}` is not a known kind of data", SPECS_HINT)
     return FILE_KINDS[path.suffix.lower()](path, input_format)

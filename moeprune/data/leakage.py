@@ -14,11 +14,12 @@ NOT_TO_CALIBRATE_ON = {
 
 
 def warn_of_calibration_split(data: Dataset) -> None:
-    """Warn if a model is calibrated on the training or test split of a built-in set."""
-    name, split = _split_of(data.spec)
-    if split in NOT_TO_CALIBRATE_ON:
-        hint = f"calibrate on `{name}:calibration`"
-        logger.warning(f"the model is calibrated on `{data.spec}`, {NOT_TO_CALIBRATE_ON[split]}: {hint}")
+    """Warn if a model is calibrated on a training or test split where other samples would be better."""
+    split, better = data.source.split, data.source.better
+    if better:
+        logger.warning(
+            f"the model is calibrated on `{data.spec}`, {NOT_TO_CALIBRATE_ON[split]}: calibrate on `{better}`"
+        )
 
 
 def warn_of_seen_samples(data: Dataset, calibrated_on: DataInfo | None) -> None:
@@ -26,19 +27,13 @@ def warn_of_seen_samples(data: Dataset, calibrated_on: DataInfo | None) -> None:
 
     data: after a whole pass. calibrated_on: None if nothing was calibrated, or nobody knows on what.
     """
-    if _split_of(data.spec)[1] == "train":
+    if data.source.split == "train":
         logger.warning(f"`{data.spec}` is the split that models are trained on: they do worse on other inputs")
     if calibrated_on is not None and (shared := _shared(data, calibrated_on)):
         logger.warning(
             f"the model was calibrated on {shared} of `{data.spec}`: it may do worse on other inputs; evaluate it on"
             " samples that it has not seen"
         )
-
-
-def _split_of(spec: str) -> tuple[str, str]:
-    """Return the name and the split of a built-in set; two empty texts for other data."""
-    name, _, split = spec.partition(" (")[0].partition(":")
-    return (name, split) if name in BUILT_IN else ("", "")
 
 
 def _shared(data: Dataset, used: DataInfo) -> str | None:
@@ -48,7 +43,7 @@ def _shared(data: Dataset, used: DataInfo) -> str | None:
     (own, _, _), (other, part, _) = (Path(spec).name.partition(" (") for spec in (data.spec, used.spec))
     if own != other:
         return None
-    if _split_of(own)[0]:
+    if own.partition(":")[0] in BUILT_IN:
         return "samples"
     whole = Dataset(data.spec, data.source, data.classes, range(data.source.samples))
     if not data.source.files or used.samples > whole.samples:

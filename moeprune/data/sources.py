@@ -18,7 +18,8 @@ class Source:
 
     labels: of all samples, int64; None for a model without classes. read: yields the inputs of each batch, (b,c,H,W) in
     float32. files: that the samples are read from. is_pixels: inputs are normalised pixels. class_names: of folders, in
-    the order of the labels.
+    the order of the labels. split: that the samples are, if the data has splits. better: the spec of the samples to
+    calibrate on in place of these, if there is one.
     """
 
     samples: int
@@ -27,6 +28,8 @@ class Source:
     files: Sequence[Path] = ()
     is_pixels: bool = False
     class_names: tuple[str, ...] = ()
+    split: str = ""
+    better: str = ""
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
