@@ -1,4 +1,4 @@
-"""Train the demo's models on scikit-learn's digits, from scratch and seeded; only on the `train` split."""
+"""Train models from scratch, seeded: the demo's on scikit-learn's digits, only on the `train` split."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.375,))  # about the statistics
 
 @dataclass(frozen=True)
 class Recipe:
-    """Architecture and training of one demo model.
+    """Architecture and training of one model.
 
     The sharper the router, the more the combine mass says about an expert; the more tokens differ in their
     positions, the fewer experts a sharp router leaves unused.
@@ -79,6 +79,20 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
     details = Details(PREPROCESSING, {"library": "moeprune"}, {"training": trained})
     model = SoftMoEViT(recipe.config, details=details)
     initialize(model, recipe.scale, recipe.position, generator)
+    return fit(model, recipe, _batches(recipe, generator), generator, progress)
+
+
+def fit(
+    model: SoftMoEViT,
+    recipe: Recipe,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    generator: torch.Generator,
+    progress: bool = True,
+) -> SoftMoEViT:
+    """Train a model in place by a recipe, on batches of inputs (b,c,H,W) and labels (b,); return it in eval mode.
+
+    generator: of the noise that the recipe adds to inputs.
+    """
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -91,7 +105,6 @@ def train(recipe: Recipe, seed: int = 0, progress: bool = True) -> SoftMoEViT:
         return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (recipe.steps - warm_up)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    batches = _batches(recipe, generator)
     model.train()
     for _ in tqdm(range(recipe.steps), desc="train", unit=" steps", disable=None if progress else True):
         images, labels = next(batches)

@@ -242,7 +242,7 @@ def _require_labelled_images(model: Model, data: Dataset) -> None:
         message = f"the model gives logits for each of its {tokens} tokens, not for an image (`pooling` none)"
         raise MoepruneError(message, "analyze and prune work on it; eval needs a model that pools")
     if not data.has_labels:
-        hint = "add an array `labels` with each sample's class"
+        hint = "add an array `labels` with each sample's class, or the file of labels beside that of images"
         raise MoepruneError(f"`{data.spec}` has no labels, eval needs them", hint)
 
 

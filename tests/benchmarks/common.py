@@ -8,6 +8,7 @@ accuracy there.
 import random
 import statistics
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from importlib import resources
 
 import torch
@@ -93,25 +94,39 @@ Method = tuple[str, str, str] | tuple[str, str, str, float]
 
 
 def table(model: Model, methods: Iterable[Method], keeps: Sequence[str] = KEEPS) -> None:
-    """Print for each method what it keeps, with no experts at all first: mean and range over SEEDS."""
+    """Print for each method what it keeps on draws of calibration data with SEEDS."""
     test = test_set(model)
-    full = accuracy(model, test)
-    draws = [calibration(model, seed) for seed in SEEDS]
-    print(f"full model {full:.4f}; mean (least to most) of {len(SEEDS)} draws of calibration data")
-    print(f"{'kept':36}", *(f"{keep:>21}" for keep in ("none at all", *keeps)))
+    print(f"full model {accuracy(model, test):.4f}; mean (least to most) of {len(SEEDS)} draws of calibration data")
+    print_retained([(model, calibration(model, seed)) for seed in SEEDS], test, methods, keeps)
+
+
+def print_retained(
+    cases: Sequence[tuple[Model, Dataset]], test: Dataset, methods: Iterable[Method], keeps: Sequence[str]
+) -> None:
+    """Print for each method what it keeps, with no experts at all first: mean and range over the cases.
+
+    Args:
+        cases: models with the same layers, and the calibration data of each.
+        test: what they are judged on, as a share of their full accuracy.
+    """
+    full = [accuracy(model, test) for model, _ in cases]
+    width = 21 if len(cases) > 1 else 11
+    layers = cases[0][0].config.moe_layers
+    fewest = min(layer.num_experts for layer in layers.values())
+    print(f"{'kept':36}", *(f"{keep:>{width}}" for keep in ("none at all", *keeps)))
     for scope, signal, compensate, *energy in methods:
         cells = []
-        for keep in (0, *keeps):
-            if keep == 0 and (scope != "static" or compensate in ("renorm", "merge")):
-                cells.append(f"{'':21}")
+        way = Way(scope, signal, compensate, energy=energy[0] if energy else None)
+        for keep in (None, *map(parse_keep, keeps)):
+            is_none = keep is None and (scope != "static" or compensate in ("renorm", "merge"))
+            if is_none or (isinstance(keep, Fraction) and keep * fewest < 1):
+                cells.append(" " * width)
                 continue
-            results, layers = [], model.config.moe_layers
-            way = Way(scope, signal, compensate, energy=energy[0] if energy else None)
-            plan = uniform_plan(layers, parse_keep(keep) if keep else 0, way)
-            for seed, data in zip(SEEDS, draws, strict=True):
+            plan, results = uniform_plan(layers, keep or 0, way), []
+            for seed, ((model, data), whole) in enumerate(zip(cases, full, strict=True)):
                 pruned = moeprune.prune(model, plan=plan, data=data, seed=seed, runtime=RUNTIME)
-                results.append(accuracy(pruned, test) / full)
-            mean = statistics.fmean(results)
-            cells.append(f"{mean:7.3f} ({min(results):.3f}-{max(results):.3f})")
+                results.append(accuracy(pruned, test) / whole)
+            spread = f" ({min(results):.3f}-{max(results):.3f})" if len(cases) > 1 else ""
+            cells.append(f"{statistics.fmean(results):{width - len(spread)}.3f}{spread}")
         name = f"{scope}, {signal}, {compensate}" + (f" {energy[0]:g}" if energy else "")
         print(f"{name:36}", *cells, flush=True)
