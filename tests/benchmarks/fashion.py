@@ -5,9 +5,9 @@
 FOLDER holds the four files in the format of MNIST; the default is where Debian's package `dataset-fashion-mnist`
 puts them. The models:
 
-    single-8 … single-128    the paper's set-up (Chung et al. 2024, section 5): one Soft MoE layer without residual
-                             on the 4 patches of 14×14 themselves, 8 to 128 experts that share 784 hidden units (784 //
-                             n each), a linear classifier of the mean token, router scale from 1
+    single-8 … single-128    the set-up of Chung et al. 2024: one Soft MoE layer without residual on the 4 patches of
+                             14×14 themselves (after a layer norm), 8 to 128 experts that share 784 hidden units (784
+                             // n each, ReLU, no biases), a linear classifier of the mean token, router scale from 1
     vit, vit-no-residual     three blocks on 16 patches, the last two with 64 experts of 64 hidden units, with and
                              without a residual around these
 
@@ -47,7 +47,8 @@ PREPROCESSING = Preprocessing(mean=(0.286,), std=(0.353,))  # of the training im
 
 def single_recipe(num_experts: int) -> Recipe:
     """The paper's single layer: 4 tokens, d = 196."""
-    soft_moe = SoftMoEConfig(196, num_experts, slots_per_expert=1, hidden_dim=784 // num_experts)
+    experts = {"hidden_dim": 784 // num_experts, "activation": "relu", "bias": False}
+    soft_moe = SoftMoEConfig(196, num_experts, slots_per_expert=1, **experts)
     block = BlockConfig(attention=False, soft_moe=soft_moe, residual=False)
     config = ViTConfig((28, 28), (14, 14), 1, 10, dim=196, num_heads=1, blocks=(block,), final_norm=False)
     return Recipe(config, 2500, 2e-3, 0.05, scale=1.0, position=0.0, noise=0.0, label_smoothing=0.0)
