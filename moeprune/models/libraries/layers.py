@@ -11,19 +11,19 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeprune import __version__
 from moeprune.errors import MoepruneError
-from moeprune.layers.config import Expert, RouterNorm, SoftMoEConfig
+from moeprune.layers.config import RouterNorm, SoftMoEConfig
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, new_layer
+from moeprune.models.libraries.experts import parts_of, stack_experts, unstack_experts
 from moeprune.records import to_json
 
-M = TypeVar("M", bound=nn.Module)
 Tensors = Mapping[str, Tensor]
 Described = tuple[LayerConfig, dict[str, Tensor]]
 
@@ -86,15 +86,16 @@ class _SoftMoE(LayerLibrary):
     routers = ({"phi"}, {"phi", "scale"})
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
-        kind, hidden_dim, experts = _stack_experts(module, name)
+        fields, experts = stack_experts(module, name)
         router = _router(module.state_dict())
         d, n, p = router["phi"].shape
+        norm: dict[str, Any] = {"router_norm": "none", "dispatch_input": "raw"}
         if "scale" in router:
-            return SoftMoEConfig(d, n, p, hidden_dim, "l2", "normalized", kind), router | experts
-        return SoftMoEConfig(d, n, p, hidden_dim, "none", "raw", kind), router | experts
+            norm = {"router_norm": "l2", "dispatch_input": "normalized"}
+        return SoftMoEConfig(d, n, p, **norm, **fields), router | experts
 
     def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
-        return _router(tensors) | _unstack_experts(tensors, module)
+        return _router(tensors) | unstack_experts(tensors, module)
 
     def arguments(self, module: nn.Module, config: LayerConfig) -> dict[str, Any]:
         assert isinstance(config, SoftMoEConfig)
@@ -121,7 +122,7 @@ class _SoftMoEPytorch(LayerLibrary):
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
         found = module.state_dict()
-        kind, hidden_dim, experts = _stack_experts(module, name)
+        fields, experts = stack_experts(module, name)
         if any(found[key].any() for key in ("norm.beta", "slot_norm.beta") if key in found):
             raise MoepruneError(f"layer `{name}` has a `beta` that is not zero, which moeprune cannot express")
         experts["input_gain"] = found["norm.gamma"]
@@ -130,15 +131,15 @@ class _SoftMoEPytorch(LayerLibrary):
             d = len(gain)
             n = len(projection) // d
             slots = -(-tokens // n)  # rounded up
-            config = SoftMoEConfig(d, n, slots, hidden_dim, "rms", "normalized", kind, dynamic_slots=True)
+            config = SoftMoEConfig(d, n, slots, router_norm="rms", dynamic_slots=True, **fields)
             return config, experts | {"slot_projection": projection.unflatten(0, (n, d)), "phi_gain": gain}
         n, p, d = found["slot_embeds"].shape
         norm: RouterNorm = "layer" if "norm.beta" in found else "rms"
         router = {"phi": found["slot_embeds"].permute(2, 0, 1).contiguous(), "phi_gain": found["slot_norm.gamma"]}
-        return SoftMoEConfig(d, n, p, hidden_dim, norm, "normalized", kind), experts | router
+        return SoftMoEConfig(d, n, p, router_norm=norm, **fields), experts | router
 
     def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
-        restored = _unstack_experts(tensors, module) | {"norm.gamma": tensors["input_gain"]}
+        restored = unstack_experts(tensors, module) | {"norm.gamma": tensors["input_gain"]}
         if "slot_projection" in tensors:
             restored["to_slot_embeds.0.weight"] = tensors["slot_projection"].flatten(0, 1)
             restored["to_slot_embeds.2.gamma"] = tensors["phi_gain"]
@@ -152,16 +153,16 @@ class _SoftMoEPytorch(LayerLibrary):
 
     def arguments(self, module: nn.Module, config: LayerConfig) -> dict[str, Any]:
         assert isinstance(config, SoftMoEConfig)
-        factor = 2 / 3 if config.expert == "geglu" else 1
+        factor = 2 / 3 if config.is_gated else 1
         mult = config.expert_width / config.dim / factor
         mults = round(mult), mult, mult + 0.5 / config.dim / factor  # the library rounds the width down
         arguments: dict[str, Any] = {"dim": config.dim, "num_experts": config.num_experts}
         if not config.dynamic_slots:  # the library's default follows from `seq_len` and the number of experts
             arguments |= {"num_slots": config.slots_per_expert, "use_layernorm": config.router_norm == "layer"}
-        rate = max((dropout.p for dropout in _parts(module, nn.Dropout).values()), default=0)
+        rate = max((dropout.p for dropout in parts_of(module, nn.Dropout).values()), default=0)
         return arguments | {
             "expert_mult": next(mult for mult in mults if int(config.dim * mult * factor) == config.expert_width),
-            "geglu": config.expert == "geglu",
+            "geglu": config.is_gated,
             "dropout": rate,
         }
 
@@ -191,10 +192,10 @@ class _SoftMixtureOfExperts(LayerLibrary):
         out = weight.shape[1]
         config = SoftMoEConfig(
             d, n, p, None, "none", "raw", "linear", None if out == d else out,
-            dispatch_over="batch" if is_over_batch else "tokens",
+            dispatch_over="batch" if is_over_batch else "tokens", bias="experts.bias" in found,
         )  # fmt: skip
-        bias = found.get("experts.bias", torch.zeros_like(weight[:, :, 0]))
-        return config, {"phi": found["phi"], "fc2_weight": weight, "fc2_bias": bias}
+        bias = {"fc2_bias": found["experts.bias"]} if config.bias else {}
+        return config, {"phi": found["phi"], "fc2_weight": weight} | bias
 
     def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
         restored = {"phi": tensors["phi"], "experts.weight": tensors["fc2_weight"].mT.contiguous()}
@@ -260,44 +261,3 @@ def installed_version(library: str) -> str | None:
         return __version__ if library == "moeprune" else metadata.version(library)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _parts(module: nn.Module, kind: type[M]) -> dict[str, M]:
-    """The parts of a kind by their path in the module, in the order of the data flow."""
-    return {path: part for path, part in module.named_modules() if isinstance(part, kind)}
-
-
-def _stack_experts(layer: nn.Module, name: str) -> tuple[Expert, int, dict[str, Tensor]]:
-    """The kind of a layer's experts (`mlp` or `geglu`), their hidden width, and their stacked tensors."""
-    pairs, gated = [], False
-    experts = next(iter(_parts(layer, nn.ModuleList).values()))
-    for index, expert in enumerate(experts):
-        linears = list(_parts(expert, nn.Linear).values())
-        leaves = [part for part in expert.modules() if not any(part.children())]
-        others = [part for part in leaves if not isinstance(part, nn.Linear | nn.Dropout | nn.Identity)]
-        activation = others[0] if len(others) == 1 else None
-        gated = type(activation).__name__ == "GEGLU"
-        is_gelu = isinstance(activation, nn.GELU) and activation.approximate == "none"
-        if len(linears) != 2 or not (gated or is_gelu) or any(linear.bias is None for linear in linears):
-            parts = ", ".join(str(part) for part in [*linears, *others])
-            raise MoepruneError(
-                f"expert `{name}.experts.{index}` is made of {parts}: expected two linears with biases, and a"
-                " GELU or GEGLU between them"
-            )
-        pairs.append(linears)
-    tensors = {}
-    for fc, layers in zip(("fc1", "fc2"), zip(*pairs, strict=True), strict=True):
-        tensors[f"{fc}_weight"] = torch.stack([lin.weight.T if fc == "fc1" else lin.weight for lin in layers])
-        tensors[f"{fc}_bias"] = torch.stack([lin.bias for lin in layers])
-    return "geglu" if gated else "mlp", pairs[0][1].in_features, tensors
-
-
-def _unstack_experts(tensors: Tensors, layer: nn.Module) -> dict[str, Tensor]:
-    """The stacked tensors of our layer as those of a library's experts."""
-    prefix, experts = next(iter(_parts(layer, nn.ModuleList).items()))
-    unstacked = {}
-    for fc, path in zip(("fc1", "fc2"), _parts(experts[0], nn.Linear), strict=True):
-        for j, (weight, bias) in enumerate(zip(tensors[f"{fc}_weight"], tensors[f"{fc}_bias"], strict=True)):
-            unstacked[f"{prefix}.{j}.{path}.weight"] = weight.T.contiguous() if fc == "fc1" else weight
-            unstacked[f"{prefix}.{j}.{path}.bias"] = bias
-    return unstacked
