@@ -11,8 +11,9 @@
 Weights are random, routers sharp, samples random and in memory. Each row is measured in a process of its own: the
 forward pass before and after the call, of which the faster counts, and the peak of resident memory above that of the
 model and the samples, in GB of 10⁹ bytes. Whatever takes less than two seconds is repeated, and the least time counts:
-another program that runs meanwhile can raise the ratio but not lower it. A process that would take more memory than
-`--memory-limit` ends, and its row says so. Linux only (it reads /proc).
+another program that runs meanwhile tends to raise the ratio; with `--cpu-time --threads 1` it hardly matters, as the
+processor's time is counted. A process that would take more memory than `--memory-limit` ends, and its row says so.
+Linux only (it reads /proc).
 """
 
 import argparse
@@ -127,17 +128,17 @@ def resident(name: str) -> int:
     return 1024 * int(found[1])
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
     """Least time of a call, repeated until REPEAT_BELOW has passed."""
     times: list[float] = []
     while sum(times) < REPEAT_BELOW:
-        start = time.perf_counter()
+        start = clock()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
 
 
-def measure(case: Case) -> Measured:
+def measure(case: Case, clock: Callable[[], float]) -> Measured:
     """Measure a case in this process."""
     model = build(case)
     samples = torch.randn(case.images, 3, case.side, case.side, generator=torch.Generator().manual_seed(1))
@@ -150,29 +151,30 @@ def measure(case: Case) -> Measured:
         call = prepared(case, model, samples, Path(folder))
         before = resident("VmRSS")
         RUNTIME.forward(model, samples[: RUNTIME.batch_size])  # warm up
-        first = seconds(forward)
+        first = seconds(forward, clock)
         forward_bytes = resident("VmHWM") - before
-        taken = seconds(call)
+        taken = seconds(call, clock)
         peak = resident("VmHWM")
-        again = seconds(forward)
+        again = seconds(forward, clock)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Measured(parameters, min(first, again), taken, forward_bytes, peak - before, peak)
 
 
-def measure_limited(case: Case, limit: float) -> None:
+def measure_limited(case: Case, limit: float, cpu_time: bool) -> None:
     """Print what is measured as JSON, or a string that says why it cannot be; limit: GB of memory."""
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9),) * 2)
     try:
-        print(json.dumps(measure(case)))
+        print(json.dumps(measure(case, time.process_time if cpu_time else time.perf_counter)))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
         print(json.dumps(f"more than {limit:g} GB"))
 
 
-def measure_apart(case: Case, limit: float) -> Measured | str:
+def measure_apart(case: Case, limit: float, cpu_time: bool) -> Measured | str:
     """Measure a case in a process of its own; a string says why it cannot be."""
     command = [sys.executable, __file__, "--measure", json.dumps(case), "--memory-limit", str(limit)]
+    command += ["--cpu-time"] if cpu_time else []
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if child.returncode:
         return f"failed with exit code {child.returncode}"
@@ -202,21 +204,23 @@ def main() -> None:
     parser.add_argument("--only", choices=("analyze", "command", "prune", "large", "growth"))
     parser.add_argument("--method", nargs="+", default=METHOD, help="options of `prune`, or `auto` for none")
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--cpu-time", action="store_true", help="count the processor's time, not the clock's")
     parser.add_argument("--memory-limit", type=float, default=12.0, help="of each process, in GB")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure_limited(Case(*json.loads(options.measure)), options.memory_limit)
+        measure_limited(Case(*json.loads(options.measure)), options.memory_limit, options.cpu_time)
         return
     method = () if options.method == ["auto"] else tuple(options.method)
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes to come
     threads = options.threads or torch.get_num_threads()
-    print(f"torch {torch.__version__}, {threads} thread(s), prune: {' '.join(method) or 'auto'}\n")
+    clock = "CPU time" if options.cpu_time else "wall time"
+    print(f"torch {torch.__version__}, {threads} thread(s), {clock}, prune: {' '.join(method) or 'auto'}\n")
     print("|", " | ".join(HEADER), "|")
     print("|---|" + "--:|" * (len(HEADER) - 1))
     for name, case in rows(options.only, options.images, method):
-        found = measure_apart(case, options.memory_limit)
+        found = measure_apart(case, options.memory_limit, options.cpu_time)
         if isinstance(found, str):
             print(f"| {name} | {found}", "| " * len(HEADER[2:]), "|", flush=True)
             continue
