@@ -46,6 +46,7 @@ OPTIONS = [
     {"head_norm": True, "final_norm": False},
     {"embedding_norm": True, "head_norm": True, "qk_norm": True, "layer_scale": True},
     {"qkv_bias": False},
+    {"activation": "relu"},
     {"num_classes": 0},
 ]
 KINDS = [

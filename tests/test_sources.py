@@ -52,6 +52,8 @@ OPTIONS = {
     "no head": {"num_classes": 0},
     "nothing normalised": {"normalize": False},
     "another eps": {"eps": 1e-3},
+    "tanh gelu": {"act_layer": "GELUTanh"},
+    "relu": {"act_layer": "ReLU"},
     "all at once": {
         "global_pool": "avg", "no_embed_class": True, "pre_norm": True, "qk_norm": True, "init_values": 1.0,
         "qkv_bias": False, "moe_layer_index": [1], "depth": 3, "img_size": (4, 12), "in_chans": 2,
@@ -62,9 +64,12 @@ OPTIONS = {
 def library_model(**options) -> nn.Module:
     """The library's own model with random weights, none of which is at a neutral value."""
     from soft_moe import SoftMoEVisionTransformer
+    from timm import layers
 
     options = BASE | options
     eps, normalize = options.pop("eps", None), options.pop("normalize", True)
+    act_layer = options.pop("act_layer", "GELU")
+    options["act_layer"] = getattr(layers if act_layer == "GELUTanh" else nn, act_layer)
     if eps is not None:
         options["norm_layer"] = partial(nn.LayerNorm, eps=eps)
     model = SoftMoEVisionTransformer(**options)
@@ -88,7 +93,7 @@ def randomize(model: nn.Module) -> nn.Module:
 def given(model_options: dict) -> dict:
     """What has to be said of a model, besides its file."""
     options = BASE | {"global_pool": "token"} | model_options
-    said = {"global_pool", "eps", "no_embed_class"} | (set() if options.get("qk_norm") else {"num_heads"})
+    said = {"global_pool", "eps", "no_embed_class", "act_layer"} | (set() if options.get("qk_norm") else {"num_heads"})
     if isinstance(options["img_size"], tuple):  # not square
         said.add("img_size")
     return {name: value for name, value in options.items() if name in said}
@@ -438,7 +443,8 @@ UNFIT = [
     ({"img_size": [1, 2, 3]}, ["`img_size`"]),
     ({"img_size": 9}, ["`img_size` is (9, 9), expected 8x8, 4x16, 16x4, 4x20 with no_embed_class=true or 20x4 with"]),
     ({"img_size": 8, "no_embed_class": True}, ["`img_size` is (8, 8), expected 4x20 with no_embed_class=true or 20x4"]),
-    ({"act_layer": "ReLU"}, ["`act_layer`", "ReLU"]),
+    ({"act_layer": "PReLU"}, ["`act_layer` is 'PReLU', expected GELU, GELUTanh, QuickGELU, ReLU,"]),
+    ({"act_layer": 1}, ["`act_layer`", "str"]),
     ({"num_heads": 5, "img_size": 9}, ["`num_heads` is 5", "`img_size` is (9, 9)"]),
 ]
 
@@ -585,6 +591,14 @@ INEXPRESSIBLE = [
     ([BlockConfig(mlp_dim=40), BlockConfig(soft_moe=MOE)], {}, "is not the same everywhere: 40 or 48"),
     ([BlockConfig(soft_moe=SoftMoEConfig(24, 4, 2, 48, "rms"))], {}, "`router_norm` rms, expected l2"),
     ([BlockConfig(soft_moe=SoftMoEConfig(24, 4, 2, 48, "l2", "raw"))], {}, "has `dispatch_input` raw"),
+    ([BlockConfig(soft_moe=MOE.replace(activation="relu2"))], {}, "has `activation` relu2, expected gelu"),
+    ([BlockConfig(soft_moe=MOE.replace(expert="geglu"))], {}, "has `expert` geglu, expected mlp"),
+    ([BlockConfig(soft_moe=MOE.replace(bias=False))], {}, "has `bias` False, expected True"),
+    (
+        [BlockConfig(mlp_dim=48), BlockConfig(soft_moe=MOE)],
+        {"activation": "relu"},
+        "the activation of MLPs and experts is not the same everywhere: gelu or relu",
+    ),
     ([BlockConfig(soft_moe=MOE)], {"final_norm": False}, "neither of `final_norm` and `head_norm`"),
     ([BlockConfig(soft_moe=MOE)], {"head_norm": True}, "both of `final_norm` and `head_norm`"),
     (

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
-from moeprune.layers.config import SoftMoEConfig, layer_from_json
+from moeprune.layers.config import Activation, SoftMoEConfig, layer_from_json
 from moeprune.layers.interface import Flops, LayerConfig, Shapes, Usage
 from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
 from moeprune.plan import Count, Plan, Positive
@@ -139,6 +139,7 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
     qkv_bias: queries, keys and values have a bias.
     layer_scale: learned factors scale the output of attention and of the MLP or Soft MoE in each channel.
     norm_eps: of every norm.
+    activation: of the MLPs of blocks without a Soft MoE.
     """
 
     image_size: tuple[Positive, Positive]
@@ -158,6 +159,7 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
     qkv_bias: bool = True
     layer_scale: bool = False
     norm_eps: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         super().__post_init__()

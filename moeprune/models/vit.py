@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeprune.layers.activations import ACTIVATIONS
+from moeprune.layers.config import Activation
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.description import Details
@@ -75,7 +77,8 @@ class Block(nn.Module):
         if block.soft_moe is not None:
             self.soft_moe = SoftMoE(block.soft_moe, plan)
         elif block.mlp_dim is not None:
-            self.mlp = nn.Sequential(nn.Linear(d, block.mlp_dim), nn.GELU(), nn.Linear(block.mlp_dim, d))
+            activation = Elementwise(config.activation)
+            self.mlp = nn.Sequential(nn.Linear(d, block.mlp_dim), activation, nn.Linear(block.mlp_dim, d))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (b,m,d) in, tokens (b,m,d) out."""
@@ -84,6 +87,18 @@ class Block(nn.Module):
         mixer = self.soft_moe if hasattr(self, "soft_moe") else self.mlp
         y = _scaled(mixer(self.norm2(x)), self.mixer_scale)
         return x + y if self.residual else y
+
+
+class Elementwise(nn.Module):
+    """An activation by name."""
+
+    def __init__(self, activation: Activation):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values of any shape in, the same shape out."""
+        return ACTIVATIONS[self.activation](x)
 
 
 class Attention(nn.Module):

@@ -2,7 +2,8 @@
 
 from moeprune.errors import MoepruneError
 from moeprune.models.description import lookalike
-from moeprune.models.libraries.soft_moe import SoftMoEViTs, Tensors
+from moeprune.models.libraries.soft_moe import SoftMoEViTs
+from moeprune.models.libraries.soft_moe_config import Tensors
 
 MODELS = {library.name: library for library in (SoftMoEViTs(),)}  # libraries of whole models by name
 
