@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeprune
+from moeprune.models.libraries.layers import LAYERS
 from moeprune.models.model import Model
 from tests import peers
 from tests.test_export import KEPT, SHAPE, D, N, Tower
@@ -160,3 +161,10 @@ def test_experts_that_cannot_be_expressed(case):
 def test_a_layer_of_linear_experts_without_biases_has_none():
     layers = pytest.importorskip("soft_mixture_of_experts.soft_moe")
     adopted(Tower(partial(layers.SoftMoE, D, D, N, 2, bias=False)).double(), "linear", "gelu", False)
+
+
+def test_biases_of_zero_that_earlier_versions_wrote_are_left_out_on_the_way_back():
+    layers = pytest.importorskip("soft_mixture_of_experts.soft_moe")
+    layer, library = layers.SoftMoE(D, D, N, 2, bias=False), LAYERS["soft-mixture-of-experts"]
+    tensors = library.describe(layer, "moe", 4, None)[1] | {"fc2_bias": torch.zeros(N, D)}
+    assert library.restore(layer, tensors).keys() == layer.state_dict().keys()
