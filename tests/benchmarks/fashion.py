@@ -18,6 +18,7 @@ for each model on one core; with --cache, trained models are kept in a folder an
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def single_recipe(num_experts: int) -> Recipe:
     soft_moe = SoftMoEConfig(196, num_experts, slots_per_expert=1, **experts)
     block = BlockConfig(attention=False, soft_moe=soft_moe, residual=False)
     config = ViTConfig((28, 28), (14, 14), 1, 10, dim=196, num_heads=1, blocks=(block,), final_norm=False)
-    return Recipe(config, 2500, 2e-3, 0.05, scale=1.0, position=0.0, noise=0.0, label_smoothing=0.0)
+    return Recipe(config, 3000, 1e-2, 0.05, scale=1.0, position=0.0, noise=0.0, label_smoothing=0.0)
 
 
 def vit_recipe(residual: bool) -> Recipe:
@@ -59,7 +60,7 @@ def vit_recipe(residual: bool) -> Recipe:
     soft_moe = SoftMoEConfig(64, num_experts=64, slots_per_expert=1, hidden_dim=64)
     moe = BlockConfig(soft_moe=soft_moe, residual=residual)
     config = ViTConfig((28, 28), (7, 7), 1, 10, dim=64, num_heads=4, blocks=(BlockConfig(mlp_dim=128), moe, moe))
-    return Recipe(config, 2000, 2e-3, 0.05, scale=8.0, position=0.02, noise=0.0, label_smoothing=0.0)
+    return Recipe(config, 2500, 3e-3, 0.05, scale=8.0, position=0.02, noise=0.0, label_smoothing=0.0)
 
 
 RECIPES = {f"single-{n}": single_recipe(n) for n in (8, 16, 32, 64, 128)}
@@ -67,14 +68,18 @@ RECIPES |= {"vit": vit_recipe(True), "vit-no-residual": vit_recipe(False)}
 
 
 def trained(name: str, seed: int, folder: str, cache: Path | None) -> SoftMoEViT:
-    """A model from the cache; or a new one, which is put there."""
-    path = None if cache is None else cache / f"{name}-{seed}.safetensors"
+    """A model from the cache, if the recipe has not changed since; or a new one, which is put there."""
+    recipe, path = RECIPES[name], None if cache is None else cache / f"{name}-{seed}.safetensors"
+    settings = {field: value for field, value in asdict(recipe).items() if field != "config"}
+    training = {"data": "fashion-mnist:train", "seed": seed, "recipe": settings}
     if path is not None and path.exists():
         model = moeprune.load(path)
         assert isinstance(model, SoftMoEViT)
-        return model
-    recipe, generator = RECIPES[name], torch.Generator().manual_seed(seed)
-    model = SoftMoEViT(recipe.config, details=Details(PREPROCESSING, {"library": "moeprune"}, {}))
+        if (model.config, model.details.provenance["training"]) == (recipe.config, training):
+            return model
+    generator = torch.Generator().manual_seed(seed)
+    details = Details(PREPROCESSING, {"library": "moeprune"}, {"training": training})
+    model = SoftMoEViT(recipe.config, details=details)
     initialize(model, recipe.scale, recipe.position, generator)
     if name.startswith("single"):  # tokens are the patches
         nn.init.eye_(model.patch_embed.weight)
@@ -84,7 +89,7 @@ def trained(name: str, seed: int, folder: str, cache: Path | None) -> SoftMoEViT
     fit(model, recipe, batches(inputs, labels, recipe.batch_size, generator), generator)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        moeprune.save(model, path)
+        moeprune.save(model, path, overwrite=True)
     return model
 
 
