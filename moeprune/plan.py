@@ -13,10 +13,16 @@ from moeprune.records import Record, from_json
 
 Scope = Literal["static", "input", "batch"]
 Signal = Literal["combine", "deviation", "gram", "random"]
-Compensation = Literal["none", "renorm", "mean", "lstsq", "affine", "refit", "merge"]
+Compensation = Literal[
+    "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear", "merge"
+]
 SCOPES, SIGNALS, COMPENSATIONS = get_args(Scope), get_args(Signal), get_args(Compensation)
-FITTED = ("lstsq", "affine", "refit")  # compensations that a regression on data finds
-AFFINE = ("affine", "refit")  # compensations with a linear map of the layer's input
+FITTED = ("lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear")  # that a regression on data finds
+AFFINE = ("affine", "refit", "low-rank", "linear")  # with a linear map of the layer's input
+REFITS = ("refit", "renorm-refit")  # that change the kept experts' last linears
+NARROWED = ("lstsq", "affine", "refit")  # that can be given in few directions of the output
+STATIC = (*REFITS, "linear", "merge")  # that need one set of experts for all inputs
+RANK = 8  # of `low-rank`, unless it is stated
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -29,7 +35,7 @@ def impossible(scope: str, signal: str, compensation: str) -> str | None:
     if compensation == "merge" and signal == "gram":  # the loss by merging is not a sum over pairs of experts
         return "compensation `merge` does not go with signal `gram`"
     for option, value in (("compensation", compensation), ("signal", signal)):
-        if scope != "static" and value in ("refit", "merge", "gram"):
+        if scope != "static" and value in (*STATIC, "gram"):
             return f"{option} `{value}` needs one set of experts for all inputs, scope `static`"
     return None
 
@@ -52,17 +58,20 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         compensation: what a dropped expert gives: nothing (`none`); nothing, with weights normalised over
             the kept experts (`renorm`); its mean output (`mean`); the outputs that fit the unpruned layer
             best (`lstsq`), also with a linear map of the layer's input (`affine`), and with the kept experts'
-            second linears fitted too (`refit`, scope `static` only). `merge` (scope `static` only) folds
-            dropped experts into kept ones.
+            second linears fitted too (`refit`, scope `static` only). `renorm-refit` (scope `static` only) fits
+            these to a router that knows kept experts alone: a smaller layer of the same kind. With `low-rank`
+            dropped experts become linear maps of low rank, beside `affine`. `linear` (scope `static` only) is a
+            linear map of the layer's input in place of the layer: no expert is kept, nor the router. `merge`
+            (scope `static` only) folds dropped experts into kept ones.
         kept: with scope `static`, the kept experts by their index in the unpruned layer, ascending; None
             until the signal has chosen them.
         mass: with scope `input`, each input runs the fewest experts, best first, that hold this share of its
             mass; None: k of them.
         merged_into: with `merge`, the kept expert that each dropped one, ascending, is folded into; None
             until data has decided.
-        rank: with a fitted compensation, the number of output directions that it uses; None: all.
-        energy: with a fitted compensation, the share of its energy that decides the rank, if a lower rank is
-            cheaper.
+        rank: with `low-rank`, that of each dropped expert's map. With `lstsq`, `affine` and `refit` the number of
+            output directions that they use; None: all.
+        energy: with these three, the share of their energy that decides the rank, if a lower rank is cheaper.
     """
 
     scope: Scope
@@ -86,8 +95,11 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         """Yield whether each rule is broken, and what to say then."""
         k, n, kept, merged, compensation = self.k, self.num_experts, self.kept, self.merged_into, self.compensation
         yield k > n, f"`k` is {k}, expected 0 to {n}"
-        needs_one = compensation in ("renorm", "merge")
+        needs_one = compensation in ("renorm", "renorm-refit", "merge")
         yield k == 0 and needs_one, f"compensation `{compensation}` needs at least one kept expert"
+        keeps = compensation == "linear" and k > 0
+        yield keeps, f"compensation `linear` keeps no expert, `k` is {k}"
+        yield compensation == "low-rank" and self.rank is None, "compensation `low-rank` needs a `rank`"
         reason = impossible(self.scope, self.signal, compensation)
         yield reason is not None, reason or ""
         is_adaptive = self.mass is not None
@@ -104,9 +116,9 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
             wrong = len(merged) != n - k or not set(merged) <= set(kept or ())  # the dropped may be too many to list
             expected = f"expected a kept expert for each of the {n - k} dropped ones"
             yield wrong, f"`merged_into` is {list(merged)}, {expected}"
-        for name in ("rank", "energy"):
-            of_none = getattr(self, name) is not None and compensation not in FITTED
-            yield of_none, f"`{name}` goes with the compensations {', '.join(FITTED)}"
+        for name, allowed in (("rank", (*NARROWED, "low-rank")), ("energy", NARROWED)):
+            of_none = getattr(self, name) is not None and compensation not in allowed
+            yield of_none, f"`{name}` goes with the compensations {', '.join(allowed)}"
         both = self.rank is not None and self.energy is not None
         yield both, "`rank` and `energy` do not go together: the energy decides the rank"
 
@@ -118,7 +130,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     @property
     def is_calibrated(self) -> bool:
         """True if calibration data decides something."""
-        return (self.kept is None and self.is_ranked) or self.has_surrogate or self.merges
+        return (self.kept is None and self.is_ranked) or self.has_surrogate or self.is_fitted
 
     @property
     def is_ranked(self) -> bool:
@@ -128,7 +140,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     @property
     def is_fitted(self) -> bool:
         """True if the compensation needs a pass over data."""
-        return (self.has_surrogate and self.compensation in FITTED) or self.merges
+        return (self.compensation in FITTED and self.drops) or self.merges
 
     @property
     def merges(self) -> bool:
@@ -151,7 +163,12 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     @property
     def routed_experts(self) -> int:
         """Number of experts that the router has columns for: all, unless the router itself is cut."""
-        return self.stored_experts if self.compensation == "renorm" else self.num_experts
+        return self.stored_experts if self.cuts_router else self.num_experts
+
+    @property
+    def cuts_router(self) -> bool:
+        """True if the router knows kept experts alone."""
+        return self.compensation in ("renorm", "renorm-refit", "linear")
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -164,17 +181,22 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         if self.merges:
             return tuple(j for group in self.groups for j in group)
         kept = self.kept or ()
-        return kept if self.compensation == "renorm" else kept + self.dropped
+        return kept if self.cuts_router else kept + self.dropped
 
     @property
     def has_surrogate(self) -> bool:
         """True if constants take the place of the outputs of dropped experts."""
-        return self.compensation in ("mean", *FITTED) and self.drops
+        return self.compensation in ("mean", "lstsq", "affine", "refit", "low-rank") and self.drops
+
+    @property
+    def is_low_rank(self) -> bool:
+        """True if dropped experts are linear maps of low rank."""
+        return self.compensation == "low-rank" and self.drops
 
     @property
     def has_basis(self) -> bool:
         """True if the compensation is given in few directions of the output."""
-        return self.has_surrogate and self.rank is not None
+        return self.has_surrogate and self.rank is not None and not self.is_low_rank
 
     @property
     def has_affine(self) -> bool:

@@ -1,25 +1,30 @@
-"""Ridge regression from running sums, its strength chosen by held-out error.
+"""Ridge regression from running sums, with a strength for each kind of regressors chosen by held-out error.
 
-Solves min over V of  E |T - R·V|² + lambda·|V|², on columns of R that are scaled to unit power (those
-weaker than WEAKEST times the strongest one of their kind as if they had that: their coefficients would be
-huge, and all noise). Of the lambdas whose error on held-out inputs is least, up to GAIN_KEPT of what there
-is to gain, the strongest is taken: that makes coefficients several times smaller, which narrow floats need.
-lambda → infinity leaves V = 0.
+Solves min over V of  E |T - R·V|² + sum over kinds of lambda_kind·|V_kind|², on columns of R that are scaled to unit
+power (those weaker than WEAKEST times the strongest one of their kind as if they had that: their coefficients would
+be huge, and all noise). The lambdas are found by descent, a decade at a time: first one for all kinds, then each by
+itself. Then all are made stronger together while the held-out error stays within TOLERANCE: that makes coefficients
+several times smaller, which narrow floats need. lambda → infinity leaves V = 0.
 
 Axes: q regressors, o targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-LAMBDAS = [10.0**exponent for exponent in range(-6, 3)]
+Exponents = tuple[int, ...]
+EXPONENTS = (-6, 2)  # of ten, for the least and the largest lambda
+START = -3
+ROUNDS = 3
 WEAKEST = 0.01
-GAIN_KEPT = 0.99
+TOLERANCE = 0.01  # of the error that is left
+ROUNDING = 1e-5  # of the targets' squares: errors that narrow floats make anyway
+TARGETS = 64  # random mixtures of the targets by which lambdas are chosen, if there are more
 
 
 class Equations(NamedTuple):
@@ -27,48 +32,155 @@ class Equations(NamedTuple):
 
     power: Tensor  # RᵀR (q,q)
     cross: Tensor  # RᵀT (q,o)
+    square: float  # |T|²
+
+    def __add__(self, more: Equations) -> Equations:  # type: ignore[override]
+        return Equations(self.power + more.power, self.cross + more.cross, self.square + more.square)
 
     def scaled(self, scale: Tensor) -> Equations:
         """Return the equations with each column of R divided by its scale (q)."""
-        return Equations(self.power / (scale[:, None] * scale), self.cross / scale[:, None])
+        return Equations(self.power / (scale[:, None] * scale), self.cross / scale[:, None], self.square)
+
+    def select(self, index: Tensor | slice) -> Equations:
+        """Return the equations of some of the regressors."""
+        return Equations(self.power[index][:, index], self.cross[index], self.square)
+
+    def error(self, solution: Tensor) -> float:
+        """Return |T - R·V|² for V (q,o)."""
+        return self.square - float((solution * (2 * self.cross - self.power @ solution)).sum())
+
+
+class Fit(NamedTuple):
+    """A regression on two halves of the data together.
+
+    fitted, held_out: squared errors of regressions on one half, on that half and on the other, both ways. ridges: the
+    lambda of each column (q); None if the best is to leave V = 0.
+    """
+
+    solution: Tensor  # V (q,o)
+    fitted: float
+    held_out: float
+    ridges: Tensor | None
 
 
 def column_scale(power: Tensor, kinds: Sequence[int]) -> Tensor:
     """Return what to divide each column of R by (q), from RᵀR (q,q) and the number of each kind."""
-    parts = power.diagonal().sqrt().split(list(kinds))
+    parts = power.diagonal().clamp_min(0).sqrt().split(list(kinds))
     tiny = torch.finfo(power.dtype).tiny ** 0.25  # whose square a column without any power is divided by
-    return torch.cat([part.clamp_min(max(WEAKEST * float(part.max()), tiny)) for part in parts])
+    return torch.cat([part.clamp_min(max(WEAKEST * float(part.max()), tiny)) if len(part) else part for part in parts])
 
 
-def solve_held_out(first: Equations, second: Equations, kinds: Sequence[int] | None = None) -> Tensor:
-    """Return V (q,o) of the ridge regression on two halves of the data together.
-
-    lambda is chosen by fitting one half and measuring the error on the other, both ways.
+def solve_held_out(
+    first: Equations, second: Equations, kinds: Sequence[int] | None = None, groups: Sequence[int] | None = None
+) -> Fit:
+    """Fit a ridge regression on two halves of the data together, with lambdas chosen by `choose_ridges`.
 
     Args:
         first, second: the halves, on the CPU in float64, like the result.
-        kinds: how many columns of R are of each kind, in their order; None: all of one.
+        kinds: how many columns of R are of each kind, in their order, for their scale; None: all of one.
+        groups: likewise, of those that share a lambda; None: the kinds.
     """
-    both = Equations(first.power + second.power, first.cross + second.cross)
+    both = first + second
     scale = column_scale(both.power, kinds or [len(both.power)])
-    ridge = choose_ridge(first.scaled(scale), second.scaled(scale))
-    if ridge is None:
-        return torch.zeros_like(both.cross)
-    power, cross = both.scaled(scale)
-    identity = torch.eye(len(power), dtype=power.dtype)
-    return torch.linalg.solve(power + ridge * identity, cross) / scale[:, None]
+    first, second = first.scaled(scale), second.scaled(scale)
+    ridges = choose_ridges(first, second, groups or kinds or [len(both.power)])
+    if ridges is None:
+        return Fit(torch.zeros_like(both.cross), both.square, both.square, None)
+    halves = [solve(half, ridges / 2) for half in (first, second)]
+    fitted = first.error(halves[0]) + second.error(halves[1])
+    held_out = first.error(halves[1]) + second.error(halves[0])
+    return Fit(solve(first + second, ridges) / scale[:, None], fitted, held_out, ridges)
 
 
-def choose_ridge(first: Equations, second: Equations) -> float | None:
-    """Return lambda for the sum of two scaled halves; None where every one does harm."""
-    gains = torch.zeros(len(LAMBDAS), dtype=torch.float64)  # over V = 0, on the inputs not fitted
-    for fitted, held_out in ((first, second), (second, first)):
-        values, vectors = torch.linalg.eigh(fitted.power)
-        rotated, rotated_cross = vectors.mT @ held_out.power @ vectors, vectors.mT @ held_out.cross
-        for index, ridge in enumerate(LAMBDAS):
-            solution = (vectors.mT @ fitted.cross) / (values.clamp_min(0) + ridge / 2)[:, None]
-            gains[index] += (solution * (2 * rotated_cross - rotated @ solution)).sum()
-    best = float(gains.max())
-    if not best > 0:
+def solve(equations: Equations, ridges: Tensor) -> Tensor:
+    """Return V (q,o) of the ridge regression with a lambda for each column (q).
+
+    Rounding can make sums of products indefinite; the ridge is then made as much stronger as it takes.
+    """
+    for stronger in range(6):
+        matrix = equations.power.clone()
+        matrix.diagonal().add_(ridges.clamp_min(1e-12) * 10**stronger)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            break
+    return torch.cholesky_solve(equations.cross, factor)
+
+
+def choose_ridges(first: Equations, second: Equations, groups: Sequence[int]) -> Tensor | None:
+    """Return the lambda of each column (q) for the sum of two scaled halves; None where every one does harm.
+
+    groups: how many columns, in their order, share a lambda.
+    """
+    sizes = torch.tensor(list(groups))
+    square = first.square + second.square
+    mixed = [half._replace(cross=_mixed(half.cross)) for half in (first, second)]
+    known: dict[Exponents, float] = {}
+
+    def ridges(exponents: Exponents) -> Tensor:
+        return 10.0 ** torch.tensor(exponents, dtype=torch.float64).repeat_interleave(sizes)
+
+    def gain(exponents: Exponents) -> float:
+        if exponents not in known:
+            known[exponents] = _gain(*mixed, ridges(exponents))
+        return known[exponents]
+
+    together = range(len(sizes))
+    best = _climb(gain, (START,) * len(sizes), together)
+    if len(sizes) > 1:
+        for _ in range(ROUNDS):
+            before = best
+            for kind in together:
+                best = _climb(gain, best, (kind,))
+            if best == before:
+                break
+    found = _gain(first, second, ridges(best))
+    if not found > 0:
         return None
-    return LAMBDAS[int((gains >= GAIN_KEPT * best).nonzero().max())]
+    enough = gain(best) - TOLERANCE * max(square - found, 0) - ROUNDING * square
+    while (stronger := _moved(best, together, 1)) != best and gain(stronger) >= enough:
+        best = stronger
+    return ridges(best)
+
+
+def _gain(first: Equations, second: Equations, ridges: Tensor) -> float:
+    """Return by how much the error on the inputs not fitted is less than that of V = 0, both ways."""
+    one, other = (solve(half, ridges / 2) for half in (first, second))
+    return first.square + second.square - second.error(one) - first.error(other)
+
+
+def _climb(
+    gain: Callable[[Exponents], float], start: Exponents, moving: Sequence[int]
+) -> Exponents:
+    """Return the exponents with the largest gain that is found by moving some of them together."""
+    best = start
+    for step in (1, -1):
+        while (other := _moved(best, moving, step)) != best and gain(other) > gain(best):
+            best = other
+        if best != start:
+            break
+    return best
+
+
+def _moved(exponents: Exponents, moving: Sequence[int], step: int) -> Exponents:
+    """Return the exponents with some of them a step further, within EXPONENTS."""
+    least, most = EXPONENTS
+    return tuple(
+        min(max(each + step, least), most) if kind in moving else each for kind, each in enumerate(exponents)
+    )
+
+
+def _mixed(cross: Tensor) -> Tensor:
+    """Return random orthonormal mixtures of the targets, TARGETS at most."""
+    targets = cross.shape[1]
+    if targets <= TARGETS:
+        return cross
+    return cross @ sketch(targets, TARGETS).to(cross)
+
+
+def sketch(width: int, directions: int) -> Tensor:
+    """Return a fixed random matrix S (o,s) with E[SSᵀ] = 1 and orthogonal columns; the identity if s ≥ o."""
+    if directions >= width:
+        return torch.eye(width)
+    generator = torch.Generator().manual_seed(width)
+    columns = torch.linalg.qr(torch.randn(width, directions, generator=generator, dtype=torch.float64))[0]
+    return (columns * (width / directions) ** 0.5).float()

@@ -1,11 +1,13 @@
-"""Running statistics of an MoE layer: sums over inputs that do not grow with their number.
+"""Statistics of an MoE layer: sums over inputs that do not grow with their number.
 
 Axes: b inputs, n experts, p terms per expert, o width of the output.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,14 @@ from torch import Tensor
 
 from moeprune.calibration.results import LayerSummary, Probes
 from moeprune.calibration.selection import best_kept, drop_order
-from moeprune.calibration.sums import Contributions, halves, lost_gram, wide_dtype
+from moeprune.calibration.sums import explained, lost_gram, wide_dtype
 from moeprune.layers.experts import rank
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
+from moeprune.plan import AFFINE
+
+if TYPE_CHECKING:
+    from moeprune.calibration.walk import Stage
 
 MASS_LEVELS = (0.5, 0.9, 0.99)
 INFORMATIVE_MASS = 0.45
@@ -26,10 +32,10 @@ digits the paper's rule kept 97 % of the accuracy and more above it, 44 to 84 % 
 
 AXES = {
     "mean_mass": "n", "term_mean": "npo", "deviation": "n", "max_mass": "n", "rank_frequency": "nn",
-    "kept_mass": "n", "experts_for_mass": "l", "class_mass": "cn", "sensitivity": "",
+    "kept_mass": "n", "experts_for_mass": "l", "class_mass": "cn", "explained": "e", "sensitivity": "",
     **dict.fromkeys(("gram", "gram_renorm", "gram_mean", "gram_lstsq", "gram_affine"), "nn"),
 }  # fmt: skip
-"""The axes of each statistic of a layer; l: MASS_LEVELS, c: classes."""
+"""The axes of each statistic of a layer; l: MASS_LEVELS, c: classes, e: 3."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,12 @@ class LayerStatistics(LayerMoments):
     gram_mean: Tensor
     gram_lstsq: Tensor  # of what a regression on one half of the inputs leaves on the other
     gram_affine: Tensor  # likewise
+    explained: Tensor  # shares of the output's variance, see `sums.explained` (3)
     sensitivity: Tensor  # divergence in nats for each unit of squared error in this layer's output alone (scalar)
 
     def gram_under(self, compensation: str) -> Tensor:
-        """Return a Gram matrix (n,n) of what is lost: `affine` stands for `refit`, `mean` for `merge`."""
-        compensation = {"refit": "affine", "merge": "mean"}.get(compensation, compensation)
+        """Return a Gram matrix (n,n) of what is lost, see `gram_of`."""
+        compensation = gram_of(compensation)
         return self.gram if compensation == "none" else getattr(self, f"gram_{compensation}")
 
     def best_kept(self, k: int, compensation: str) -> tuple[int, ...]:
@@ -83,6 +90,11 @@ class LayerStatistics(LayerMoments):
         return self.mean_mass if compensation == "renorm" else None
 
 
+def gram_of(compensation: str) -> str:
+    """Return the compensation whose Gram matrix serves for choosing experts under another."""
+    return {"merge": "mean", "renorm-refit": "affine"}.get(compensation, "affine" if compensation in AFFINE else compensation)
+
+
 class MomentsAccumulator:
     """Sums up the moments of a dense layer."""
 
@@ -91,42 +103,39 @@ class MomentsAccumulator:
         self.samples = 0
         self.sums: defaultdict[str, Any] = defaultdict(int)  # tensors, once something has been added
 
-    def add(self, observation: Observation, labels: Tensor | None) -> None:
-        """Add the inputs of one forward pass, and their classes (b) if they have any."""
+    def add(self, observation: Observation) -> None:
+        """Add the inputs of one forward pass."""
         self.samples += len(observation.mass)
         self.sums["mean_mass"] += observation.mass.sum(0, dtype=self.dtype)
         for name, total in zip(("weights", "outputs", "squares"), observation.term_sums(self.dtype), strict=True):
             self.sums[name] += total
 
-    def moments(self) -> dict[str, Tensor]:
-        """Return the fields of LayerMoments."""
+    def result(self) -> LayerMoments:
+        """Return the moments of all inputs so far."""
         # A term without any weight (it underflowed) has no mean; zero is as good as any.
         weights = self.sums["weights"].clamp_min(torch.finfo(self.dtype).tiny)
         mean = self.sums["outputs"] / weights[..., None]
         spread = self.sums["squares"] - self.sums["weights"] * mean.square().sum(-1)
         deviation = (spread.sum(1).clamp_min(0) / weights.sum(1)).sqrt()
-        return {"mean_mass": self.sums["mean_mass"] / self.samples, "term_mean": mean, "deviation": deviation}
-
-    def result(self) -> LayerMoments:
-        """Return the moments of all inputs so far."""
-        return LayerMoments(**_on_cpu(self.moments()))
+        means = {"mean_mass": self.sums["mean_mass"] / self.samples, "term_mean": mean, "deviation": deviation}
+        return LayerMoments(**_on_cpu(means))
 
 
-class StatisticsAccumulator(MomentsAccumulator):
-    """Sums up all statistics of a layer."""
+class MassAccumulator:
+    """Sums up how the mass of a dense layer is spread over its experts."""
 
     def __init__(self, layer: MoELayer):
-        super().__init__(layer)
-        n = layer.config.num_experts
+        n, self.dtype = layer.config.num_experts, wide_dtype(layer.fc2_weight.device)
+        self.samples = 0
+        self.sums: defaultdict[str, Any] = defaultdict(int)
         self.max_mass = layer.fc2_weight.new_zeros(n, dtype=self.dtype)
         self.class_mass = self.max_mass.new_zeros(0, n)
         self.class_samples = self.max_mass.new_zeros(0, dtype=torch.int64)
-        self.halves = Contributions(layer, "affine"), Contributions(layer, "affine")
 
     def add(self, observation: Observation, labels: Tensor | None) -> None:
         """Add the inputs of one forward pass, and their classes (b) if they have any."""
-        super().add(observation, labels)
         mass = observation.mass.to(self.dtype)  # (b,n)
+        self.samples += len(mass)
         self.max_mass = torch.maximum(self.max_mass, mass.amax(0))
         order, n = rank(mass), mass.shape[1]
         cells = torch.arange(n, device=mass.device) * n + order
@@ -140,25 +149,31 @@ class StatisticsAccumulator(MomentsAccumulator):
             labels = labels.to(mass.device)
             self.class_mass = F.pad(self.class_mass, (0, 0, 0, new)).index_add_(0, labels, mass)
             self.class_samples = F.pad(self.class_samples, (0, new)).index_add_(0, labels, torch.ones_like(labels))
-        self.sums["gram_renorm"] += observation.renorm_gram(self.dtype)
-        members = halves(self.samples - len(mass), len(mass))
-        for contributions, index in zip(self.halves, members, strict=True):
-            contributions.add(observation.select(index.to(mass.device)))
 
-    def result(self) -> LayerStatistics:
-        """Return the statistics of all inputs so far."""
-        n = len(self.max_mass)
-        moments = self.moments()
-        mean = moments["term_mean"].to("cpu", torch.float64)
-        gram = (self.halves[0].gram + self.halves[1].gram)[:n, :n]
-        sums = {name: self.sums[name] for name in ("rank_frequency", "kept_mass", "experts_for_mass")}
-        sums |= {"gram": gram, "gram_renorm": self.sums["gram_renorm"] + gram}
-        for compensation in ("mean", "lstsq", "affine"):
-            sums[f"gram_{compensation}"] = lost_gram(*self.halves, mean, compensation)[:n, :n]
-        means = {name: total / self.samples for name, total in sums.items()}
+    def result(self) -> dict[str, Tensor]:
+        """Return the fields of LayerStatistics that are about mass."""
+        means = {name: total / self.samples for name, total in self.sums.items()}
         class_mass = self.class_mass / self.class_samples.clamp_min(1)[:, None]
-        others = {"max_mass": self.max_mass, "class_mass": class_mass, "sensitivity": torch.zeros(())}  # not known yet
-        return LayerStatistics(**_on_cpu(moments | means | others))
+        return _on_cpu(means | {"max_mass": self.max_mass, "class_mass": class_mass})
+
+
+def measure_layer(stage: Stage) -> LayerStatistics:
+    """Return the statistics of a layer that all batches have reached; its sensitivity is not known yet."""
+    layer, dtype, samples = stage.layer, wide_dtype(stage.layer.fc2_weight.device), 0
+    masses = MassAccumulator(layer)
+    grams: dict[str, Any] = defaultdict(int)
+    for (_, seen, _), halt in zip(stage.observe(), stage.halts, strict=True):
+        masses.add(seen, halt.labels)
+        grams["gram"] += seen.gram(dtype)
+        grams["gram_renorm"] += seen.renorm_gram(dtype)
+        samples += len(seen.mass)
+    n, moments, sums = layer.config.num_experts, stage.moments, stage.contributions
+    grams["gram_renorm"] = grams["gram_renorm"] + grams["gram"]
+    for compensation in ("mean", "lstsq", "affine"):
+        grams[f"gram_{compensation}"] = lost_gram(*sums, compensation)[:n, :n]
+    found = _on_cpu({name: gram / samples for name, gram in grams.items()})
+    others = {"explained": explained(*sums), "sensitivity": torch.zeros(())}
+    return LayerStatistics(**vars(moments), **masses.result(), **found, **others)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

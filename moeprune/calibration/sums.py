@@ -1,29 +1,38 @@
-"""Sums over calibration inputs of what each expert of a dense layer adds, and of what is lost of it.
+"""Sums over calibration inputs: of a regression, and of what is lost with each expert of a dense layer.
 
-Expert j adds R_j (m,o). When it is dropped, its constants w_j·mu_j take its place, and, where a regression is
-fitted, Z·V_j with the regressors Z (m,q): the weights of all terms (`lstsq`), and beside them the layer's
-input, the mean of its tokens and 1 (`affine`). The sums over inputs
+Without expert j its constants w_j·mu_j take its place, so that R_j - w_j·mu_j is lost (m,o), and where a regression
+is fitted, Z·V_j less: with the regressors Z (m,q), the weights of all terms (`lstsq`), and beside them the layer's
+input, the mean of its tokens and 1 (`affine`). For choosing experts
 
-    power ZᵀZ (q,q)      cross ZᵀR_j (n+1,q,o)      gram <R_j, R_l> (n+1,n+1)
+    power ZᵀZ (q,q)      cross ZᵀE_j (n+1,q,s)      gram <E_j, E_l> (n+1,n+1)      E_j = (R_j - w_j·mu_j)·S
 
-are all that such regressions take, for every set of experts: a set adds the sum of what its experts add. The
-last of n + 1 is the gap: what is missing whatever is dropped, such as what pruned layers before it broke.
+are all that such regressions take, for every set of experts: a set loses the sum of what its experts lose. The last
+of n + 1 is the gap: what is missing whatever is dropped, such as what pruned layers before it broke. S (o,s) projects
+outputs on a few fixed random directions, which keeps inner products on average; from TERMS on, weights are mixed too.
 
-Axes: b inputs, m tokens, d width of the input, o width of the output, n experts, p terms per expert, q
-regressors.
+Products of weights are in float64 where the device has it, others in float32; sums over batches are always wide.
+
+Axes: b inputs, m tokens, d width of the input, o width of the output, n experts, p terms per expert, q regressors,
+s directions.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moeprune.calibration.ridge import Equations, choose_ridge, column_scale
+from moeprune.calibration.ridge import Equations, choose_ridges, column_scale, sketch, solve_held_out
 from moeprune.layers.layer import MoELayer
-from moeprune.layers.observation import Observation
-from moeprune.plan import AFFINE
+from moeprune.layers.observation import Observation, mean_token
 
-CHUNK = 2**24  # numbers at most in each of the tensors that the lost parts of some outputs need
+CHUNK = 2**24  # numbers at most in each of the temporary tensors
+TERMS = 512  # weights that choosing regresses on, at most: mixtures of them, if there are more
+DIRECTIONS = 64  # of the output, that choosing looks at, at most
+CROSS = 2**27  # bytes of the sums of a half, beyond which fewer directions are looked at
+LEAST_DIRECTIONS = 8
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -45,117 +54,229 @@ def halves(first: int, count: int) -> tuple[Tensor, Tensor]:
     return (half == 0).nonzero().flatten(), (half == 1).nonzero().flatten()
 
 
-def sums_in_bytes(layer: MoELayer, compensation: str) -> int:
-    """Return the bytes that both halves of a layer's sums take."""
-    n, _, out = layer.term_shape
-    q = sum(layer.regressor_kinds(compensation))
-    return 2 * (8 * q * q + 4 * (n + 1) * q * out)
+class Columns(NamedTuple):
+    """The regressors of some inputs, by how they vary: of each token, and of each input (or window) alone."""
+
+    of_tokens: Tensor  # (b,m,q): weights first
+    weights: int  # how many of these are weights
+    of_inputs: Tensor  # (b,r): the mean token, and 1
+    count: Tensor  # tokens that are not padding (b,1)
+
+
+def columns(seen: Observation, kinds: Mapping[str, int], mixing: Tensor | None = None) -> Columns:
+    """Return the regressors of these kinds, `hidden` excepted: see `MoELayer.regressor_kinds`.
+
+    mixing: of the weights (n·p,t); None: they stay as they are.
+    """
+    tokens, mask = seen.tokens.float(), seen.mask
+    ones = tokens[:, :, :1].new_ones(()).expand(*tokens.shape[:2], 1) if mask is None else mask[:, :, None].float()
+    of_tokens, of_inputs, weights = [], [], 0
+    if "terms" in kinds:
+        of_tokens.append(seen.term_weights() if mixing is None else seen.term_weights() @ mixing)
+        weights = of_tokens[0].shape[2]
+    if "bias" in kinds:
+        of_tokens.append(seen.weights.float().sum(3))
+        weights += of_tokens[-1].shape[2]
+    if "token" in kinds:
+        of_tokens.append(tokens)
+        of_inputs = [mean_token(tokens, mask), torch.ones_like(tokens[:, 0, :1])]
+    joined = torch.cat(of_tokens, 2) if of_tokens else tokens[:, :, :0]
+    per_input = torch.cat(of_inputs, 1) if of_inputs else tokens[:, 0, :0]
+    return Columns(joined, weights, per_input, ones.sum(1))
+
+
+class RegressionSums:
+    """Sums for the regression of a gap on columns of some kinds, over some inputs."""
+
+    def __init__(self, kinds: Mapping[str, int], width: int, device: torch.device):
+        q, dtype = sum(kinds.values()), wide_dtype(device)
+        self.kinds = kinds
+        self.power = torch.zeros(q, q, device=device, dtype=dtype)
+        self.cross = torch.zeros(q, width, device=device, dtype=dtype)
+        self.square = torch.zeros((), device=device, dtype=dtype)
+
+    def add(self, seen: Observation, gap: Tensor) -> None:
+        """Add what a layer shows on some inputs, and the gap (b,m,o) between its output and what is wanted."""
+        if len(seen.mass) == 0:
+            return
+        found, start = columns(seen, self.kinds), self.kinds.get("hidden", 0)
+        gap = gap.float().reshape(*seen.tokens.shape[:2], -1)
+        add_products(found, self.power[start:, start:])
+        add_targets(found, gap, self.cross[start:], self.square)
+        if start:
+            self._add_hidden(seen, found, gap, start)
+
+    def _add_hidden(self, seen: Observation, found: Columns, gap: Tensor, size: int) -> None:
+        """Add the products of what the kept experts' last linears take, weighted, summed over terms."""
+        step = max(1, CHUNK // (size * min(seen.tokens.shape[1], seen.weights.shape[2:].numel())))
+        q, dtype = found.of_tokens.shape[2], self.power.dtype
+        others = torch.cat([found.of_tokens, gap], 2)
+        for taken, weights, some, inputs in zip(
+            *(part.split(step) for part in (*seen.taken(), others, found.of_inputs)), strict=True
+        ):
+            e, p = weights.shape[2:]
+            flat = weights.flatten(2)
+            rows = torch.linalg.qr(flat, mode="r")[1] if e * p < flat.shape[1] else flat
+            rows = torch.einsum("brjp,bjph->brjh", rows.unflatten(2, (e, p)), taken).flatten(2).flatten(0, 1)
+            self.power[:size, :size] += rows.mT @ rows
+            with_others = (flat.mT @ some).unflatten(1, (e, p))
+            of_expert = torch.einsum("bjph,bjpq->jhq", taken, with_others).flatten(0, 1)
+            of_inputs = torch.einsum("bjp,bjph->bjh", weights.sum(1), taken).flatten(1).mT @ inputs
+            self.cross[:size] += of_expert[:, q:]
+            across = torch.cat([of_expert[:, :q], of_inputs], 1).to(dtype)
+            self.power[:size, size:] += across
+            self.power[size:, :size] += across.mT
+
+    def equations(self) -> Equations:
+        """Return the equations, on the CPU in float64."""
+        power, cross = (part.to("cpu", torch.float64) for part in (self.power, self.cross))
+        return Equations(power, cross, float(self.square))
+
+
+def add_products(found: Columns, power: Tensor) -> None:
+    """Add the products of all columns with each other to `power` (q,q)."""
+    q, w, dtype = found.of_tokens.shape[2], found.weights, power.dtype
+    weights, others = found.of_tokens.split([w, q - w], 2)
+    if w:
+        wide = weights.to(dtype)
+        power[:w, :w] += _inner(wide, wide)
+        across = _inner(wide, others.to(dtype))
+        power[:w, w:q] += across
+        power[w:q, :w] += across.mT
+    power[w:q, w:q] += _inner(others, others)
+    inputs = found.of_inputs.to(dtype)
+    with_inputs = found.of_tokens.sum(1, dtype=dtype).mT @ inputs
+    power[:q, q:] += with_inputs
+    power[q:, :q] += with_inputs.mT
+    power[q:, q:] += (inputs * found.count).mT @ inputs
+
+
+def add_targets(found: Columns, targets: Tensor, cross: Tensor, square: Tensor) -> None:
+    """Add the products of all columns with targets (b,m,o) to `cross` (q,o), and their squares to `square`."""
+    q, w, dtype = found.of_tokens.shape[2], found.weights, cross.dtype
+    weights, others = found.of_tokens.split([w, q - w], 2)
+    cross[:w] += _inner(weights.to(dtype), targets.to(dtype))
+    cross[w:q] += _inner(others, targets)
+    cross[q:] += found.of_inputs.mT.to(dtype) @ targets.sum(1, dtype=dtype)
+    square += targets.square().sum(dtype=square.dtype)
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum over inputs and tokens of oneᵀ·other for (b,m,q) and (b,m,r)."""
+    return one.flatten(0, 1).mT @ other.flatten(0, 1)
 
 
 class Contributions:
-    """The sums of one layer over some inputs."""
+    """Sums for choosing among the experts of a dense layer, over some inputs.
 
-    def __init__(self, layer: MoELayer, compensation: str):
-        n, _, out = layer.term_shape
-        device = layer.fc2_weight.device
-        self.compensation = compensation
-        self.kinds = layer.regressor_kinds(compensation)
-        q, dtype = sum(self.kinds), wide_dtype(device)
+    term_mean: mu (n,p,o).
+    """
+
+    def __init__(self, layer: MoELayer, term_mean: Tensor):
+        n, p, out = layer.term_shape
+        device, dim = layer.fc2_weight.device, layer.config.dim
+        self.mean = term_mean.to(device, torch.float32)
+        self.mixing = sketch(n * p, TERMS).to(device) if n * p > TERMS else None
+        self.kinds = {"terms": min(n * p, TERMS), "token": dim, "mean": dim, "one": 1}
+        q, dtype = sum(self.kinds.values()), wide_dtype(device)
+        directions = min(DIRECTIONS, max(LEAST_DIRECTIONS, CROSS // (4 * (n + 1) * q)))
+        self.directions = sketch(out, directions).to(device)
         self.power = torch.zeros(q, q, device=device, dtype=dtype)
-        self.cross = torch.zeros(n + 1, q, out, device=device)
+        self.cross = torch.zeros(n + 1, q, self.directions.shape[1], device=device)
         self.gram = torch.zeros(n + 1, n + 1, device=device, dtype=dtype)
+        self.output_cross = torch.zeros(q, self.directions.shape[1], device=device, dtype=dtype)  # with all of Y·S
+        self.output_square = torch.zeros((), device=device, dtype=dtype)
 
-    def add(self, observation: Observation, gap: Tensor | None = None) -> None:
+    def add(self, seen: Observation, gap: Tensor | None = None) -> None:
         """Add inputs: what the dense layer computed, and the gap (b,m,o) that is missing in any case."""
-        if len(observation.mass) == 0:
+        if len(seen.mass) == 0:
             return
         n = len(self.cross) - 1
-        z = observation.regressors(self.compensation)
-        rows = z.flatten(0, 1)
-        wide = rows.to(self.power)
-        self.power += wide.mT @ wide
-        observation.add_cross(z, self.cross[:n])
-        self.gram[:n, :n] += observation.gram(self.gram.dtype)
+        found = columns(seen, self.kinds, self.mixing)
+        add_products(found, self.power)
+        add_targets(found, seen.output.float() @ self.directions, self.output_cross, self.output_square)
+        lost = (seen.term_outputs.float() - self.mean) @ self.directions
+        seen.add_cross(found.of_tokens, found.of_inputs, lost, self.cross[:n])
+        self.gram[:n, :n] += seen.gram(self.gram.dtype, lost)
         if gap is not None:
-            gap = gap.float()
-            self.cross[n] += rows.mT @ gap.flatten(0, 1)
-            with_gap = observation.products(gap, self.gram.dtype)
+            gap = gap.float().reshape(*seen.tokens.shape[:2], -1) @ self.directions
+            add_targets(found, gap, self.cross[n], self.gram[n, n])
+            with_gap = seen.products(gap, lost, self.gram.dtype)
             self.gram[:n, n] += with_gap
             self.gram[n, :n] += with_gap
-            self.gram[n, n] += gap.square().sum(dtype=self.gram.dtype)
-
-    def equations(self, dropped: Sequence[int], term_mean: Tensor) -> Equations:
-        """Return the equations, on the CPU in float64, of the regression on the gap and what dropped experts
-        add beside their means mu (n,p,o).
-        """
-        index = torch.tensor(dropped, dtype=torch.int64, device=self.cross.device)
-        n, p, out = term_mean.shape
-        cross = (self.cross[n] + self.cross[index].sum(0)).to("cpu", torch.float64)
-        power = self.power.to("cpu", torch.float64)
-        means = torch.zeros(n, p, out, dtype=torch.float64)
-        means[list(dropped)] = term_mean[list(dropped)].double()
-        return Equations(power, cross - power[:, : n * p] @ means.flatten(0, 1))
 
 
 Halves = tuple[Contributions, Contributions]
 
 
-def lost_gram(first: Contributions, second: Contributions, term_mean: Tensor, compensation: str) -> Tensor:
+def lost_gram(first: Contributions, second: Contributions, compensation: str) -> Tensor:
     """Return the Gram matrix (n+1,n+1) of what is lost of each expert's contribution under a compensation.
 
-    Args:
-        first, second: two halves of the inputs.
-        term_mean: mu (n,p,o).
-        compensation: `mean` or a fitted one, for which the regression is fitted to one half and its error
-            is measured on the other, both ways; `refit` is taken for `affine`.
-
-    Returns:
-        The sum over the inputs of both, in float64 on the CPU, the gap last; NaN where sums are not finite.
+    compensation: `mean`, `lstsq`, or `affine`; the regression is fitted to one half of the inputs and its error is
+    measured on the other, both ways. Returns the sum over the inputs of both, in float64 on the CPU, the gap last; NaN
+    where sums are not finite.
     """
-    n, p, out = term_mean.shape
-    kinds = first.kinds if compensation in AFFINE else first.kinds[:1]
-    q = sum(kinds)
+    gram = (first.gram + second.gram).to("cpu", torch.float64)
+    if compensation == "mean" or not gram.isfinite().all():
+        return gram
+    sizes = [*first.kinds.values()]
+    sizes, groups = (sizes, [sizes[0], sum(sizes[1:])]) if compensation == "affine" else (sizes[:1], sizes[:1])
+    q = sum(sizes)
     powers = [half.power[:q, :q].to("cpu", torch.float64) for half in (first, second)]
-    grams = [half.gram.to("cpu", torch.float64) for half in (first, second)]
-    if not all(part.isfinite().all() for part in powers + grams):
-        return torch.full((n + 1, n + 1), torch.nan, dtype=torch.float64)
-    scale, scaled, factors = torch.ones(q, dtype=torch.float64), powers, []
-    if compensation != "mean":
-        scale = column_scale(powers[0] + powers[1], kinds)
-        crosses = [half.equations(range(n), term_mean).cross[:q] for half in (first, second)]
-        equations = [Equations(*pair).scaled(scale) for pair in zip(powers, crosses, strict=True)]
-        scaled, ridge = [half.power for half in equations], choose_ridge(*equations)
-        if ridge is not None:
-            identity = torch.eye(q, dtype=torch.float64)
-            factors = [torch.linalg.cholesky(power + ridge / 2 * identity) for power in scaled]
-    lost = torch.zeros(n + 1, n + 1, dtype=torch.float64)
-    step = max(1, CHUNK // ((n + 1) * q))
-    for start in range(0, out, step):
-        means = term_mean[:, :, start : start + step].double()
-        crosses = []
-        for power, half in zip(powers, (first, second), strict=True):
-            own = half.cross[:, :q, start : start + step].to("cpu", torch.float64)
-            lost -= _with_means(power, own, means)
-            own[:n] -= torch.einsum("qjp,jpo->jqo", power[:, : n * p].unflatten(1, (n, p)), means)
-            crosses.append(own.div_(scale[:, None]))
-        for factor, fitted, measured, power in zip(factors, crosses, crosses[::-1], scaled[::-1], strict=False):
-            columns = fitted.transpose(0, 1).flatten(1)  # (q,(n+1)·o)
-            fit = torch.cholesky_solve(columns, factor).unflatten(1, (n + 1, -1)).transpose(0, 1)
-            of_both = torch.einsum("jqo,lqo->jl", measured, fit)
-            lost += torch.einsum("jqo,lqo->jl", fit, power @ fit) - of_both - of_both.mT
-    return lost + grams[0] + grams[1]
+    scale = column_scale(powers[0] + powers[1], sizes)
+    crosses = [half.cross[:, :q].to("cpu", torch.float64).div_(scale[:, None]) for half in (first, second)]
+    scaled = [power / (scale[:, None] * scale) for power in powers]
+    if not all(part.isfinite().all() for part in scaled + crosses):
+        return torch.full_like(gram, torch.nan)
+    both = [
+        Equations(power, cross.sum(0), float(half.gram.sum()))
+        for power, cross, half in zip(scaled, crosses, (first, second), strict=True)
+    ]
+    ridges = choose_ridges(*both, groups)
+    if ridges is None:
+        return gram
+    return gram + sum(_change(scaled[i], crosses[i], scaled[1 - i], crosses[1 - i], ridges) for i in (0, 1))
 
 
-def _with_means(power: Tensor, cross: Tensor, means: Tensor) -> Tensor:
-    """Return what subtracting C_j·mu_j from each expert's contribution takes off the Gram matrix (n+1,n+1).
-
-    power: (q,q). cross: (n+1,q,o). means: mu (n,p,o).
+def explained(first: Contributions, second: Contributions) -> Tensor:
+    """Return the shares of the output's variance over tokens, on inputs that were not fitted, that are explained by a
+    linear map of the layer's input and its mean token; by the router with a constant for each term; and by both (3).
     """
-    n, p, _ = means.shape
-    taken = torch.zeros(n + 1, n + 1, dtype=power.dtype)
-    of_means = torch.einsum("jlpo,lpo->jl", cross[:, : n * p].unflatten(1, (n, p)), means)  # <R_j, C_l·mu_l>
-    taken[:, :n] += of_means
-    taken[:n] += of_means.mT
-    overlap = power[: n * p, : n * p].view(n, p, n, p)
-    taken[:n, :n] -= torch.einsum("jplq,jpo,lqo->jl", overlap, means, means)
-    return taken
+    n_terms = first.kinds["terms"]
+    halves_of = [
+        Equations(*(part.to("cpu", torch.float64) for part in (half.power, half.output_cross)), float(half.output_square))
+        for half in (first, second)
+    ]
+    q = len(first.power)
+    dim, one = first.kinds["token"], torch.tensor([q - 1])
+    parts: list[tuple[Any, list[int]]] = [
+        (one, [1]),
+        (torch.arange(n_terms, q), [dim, dim, 1]),
+        (torch.cat([torch.arange(n_terms), one]), [n_terms, 1]),
+        (torch.arange(q), [n_terms, dim, dim, 1]),
+    ]
+    if not all(half.power.isfinite().all() and half.cross.isfinite().all() for half in halves_of):
+        return torch.full((3,), torch.nan)
+    left = []
+    for index, kinds in parts:
+        groups = [n_terms, 2 * dim + 1] if len(kinds) == 4 else [sum(kinds)]
+        left.append(solve_held_out(*(half.select(index) for half in halves_of), kinds, groups).held_out)
+    variance = max(left[0], torch.finfo(torch.float64).tiny)
+    return torch.tensor([1 - min(max(each / variance, 0.0), 1.0) for each in left[1:]])
+
+
+def _change(power: Tensor, cross: Tensor, held_power: Tensor, held_cross: Tensor, ridges: Tensor) -> Tensor:
+    """Return by how much fits to one half change the Gram matrix (n+1,n+1) of what is lost on the other."""
+    matrix = power + torch.diag(ridges / 2)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:  # by rounding
+        factor = torch.linalg.cholesky(matrix + 1e-4 * torch.eye(len(matrix), dtype=matrix.dtype))
+    change = torch.zeros(len(cross), len(cross), dtype=cross.dtype)
+    step = max(1, CHUNK // cross[:, :, 0].numel())
+    for fitted, measured in zip(cross.split(step, 2), held_cross.split(step, 2), strict=True):
+        fit = torch.cholesky_solve(fitted.transpose(0, 1).flatten(1), factor)  # (q,(n+1)·s)
+        error = (held_power @ fit).unflatten(1, (len(cross), -1)).transpose(0, 1).flatten(1)
+        fit = fit.unflatten(1, (len(cross), -1)).transpose(0, 1).flatten(1)
+        of_both = measured.flatten(1) @ fit.mT
+        change += fit @ error.mT - of_both - of_both.mT
+    return change

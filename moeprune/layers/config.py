@@ -139,6 +139,10 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
         projection = 2 * d * d * routed * p if self.dynamic_slots else 0
         return 2 * tokens * p * (d * routed + (d + out) * running) + projection
 
+    def expert_rows(self, tokens: int) -> float:
+        """One for each slot."""
+        return self.slots_per_expert
+
     def expert_flops(self, tokens: int, running: float) -> float:
         """Return the FLOPs of so many experts: their slots do not grow with the tokens."""
         weights = [shape for name, shape in self.expert_shapes(1).items() if name.endswith("weight")]

@@ -88,6 +88,10 @@ class LayerConfig:
         """Terms that an expert adds to each token's output, p: one by default, a gate."""
         return 1
 
+    def expert_rows(self, tokens: int) -> float:
+        """Return the mean number of rows that an expert computes for an input of so many tokens: by default all."""
+        return tokens
+
     @property
     def windows(self) -> int:
         """Inputs of the layer for each input of the model, folded into the batch: windows, frames or flips."""
@@ -112,10 +116,15 @@ class LayerConfig:
         d, n, p, out = self.dim, self.num_experts, self.terms_per_expert, self.output_width
         if plan is None:
             return self.router_shapes(n) | self.expert_shapes(n)
-        shapes = self.router_shapes(plan.routed_experts) | self.expert_shapes(plan.stored_experts)
-        width = plan.rank or out
+        shapes = self.expert_shapes(plan.stored_experts)
+        if plan.compensation != "linear":
+            shapes = self.router_shapes(plan.routed_experts) | shapes
+        width = plan.rank if plan.has_basis and plan.rank else out
         if plan.has_surrogate:
             shapes["surrogate"] = (plan.routed_experts, p, width)
+        if plan.is_low_rank and plan.rank:
+            mapped = n - plan.k if plan.scope == "static" else n
+            shapes |= {"low_rank_in": (mapped, d, plan.rank), "low_rank_out": (mapped, plan.rank, out)}
         if plan.has_affine:
             shapes |= {"affine_token": (d, width), "affine_mean": (d, width), "affine_bias": (width,)}
         if plan.has_basis:
@@ -128,7 +137,7 @@ class LayerConfig:
         """Return what a tensor is for: `experts`, `routing` or `compensation`."""
         if tensor in self.expert_shapes(1):
             return "experts"
-        return "compensation" if tensor.startswith(("surrogate", "basis", "affine")) else "routing"
+        return "compensation" if tensor.startswith(("surrogate", "basis", "affine", "low_rank")) else "routing"
 
     def flops(self, tokens: int, plan: LayerPlan | None = None, usage: Usage | None = None) -> Flops:
         """Return the FLOPs of the layer for one input of the model; usage: where the plan does not fix it.
@@ -136,7 +145,8 @@ class LayerConfig:
         tokens: m, of each window.
 
         Surrogates cost 2·m·w·p for each expert that has one (all of them with scope `input`, `batch` or a
-        rank), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, the basis 2·m·r·o.
+        basis), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, the basis 2·m·r·o. With
+        `low-rank` experts that are dropped are dispatched to and combined as the others are.
         """
         n, p, out, m = self.num_experts, self.terms_per_expert, self.output_width, self.padded_tokens(tokens)
         r = self.windows
@@ -144,18 +154,23 @@ class LayerConfig:
             return Flops(round(r * self.expert_flops(m, n)), round(r * self.router_flops(m, n, n)))
         k: float = n if plan.merges else plan.k
         running, applied = usage or (k, k)
-        width = plan.rank or out
-        surrogates = n - plan.k if plan.scope == "static" and not plan.has_basis else n
-        compensation = 2 * m * width * p * surrogates if plan.has_surrogate else 0
-        compensation += 2 * (m + 1) * self.dim * width if plan.has_affine else 0
+        width = plan.rank if plan.has_basis and plan.rank else out
+        others = n - plan.k if plan.scope == "static" else n
+        compensation: float = 2 * (m + 1) * self.dim * width if plan.has_affine else 0
+        if plan.is_low_rank and plan.rank:
+            applied = n if plan.scope == "static" else n + applied
+            compensation += self.expert_rows(m) * others * 2 * plan.rank * (self.dim + out)
+        elif plan.has_surrogate:
+            compensation += 2 * m * width * p * (n if plan.has_basis else others)
         compensation += 2 * m * width * out if plan.has_basis else 0
-        routing = self.router_flops(m, plan.routed_experts, applied)
-        return Flops(round(r * self.expert_flops(m, running)), round(r * routing), r * compensation)
+        routing = 0 if plan.compensation == "linear" else self.router_flops(m, plan.routed_experts, applied)
+        return Flops(round(r * self.expert_flops(m, running)), round(r * routing), round(r * compensation))
 
     def refusal(self, plan: LayerPlan) -> str | None:
         """Return why the layer cannot be pruned by a plan, None if it can."""
         if plan.scope not in self.scopes:
             return f"can be pruned with scope {' or '.join(self.scopes)} only, the plan has `{plan.scope}`"
-        if plan.rank is not None and plan.rank > self.output_width:
-            return f"has {self.output_width} directions of output, the plan has rank {plan.rank}"
+        width = min(self.output_width, self.dim) if plan.is_low_rank else self.output_width
+        if plan.rank is not None and plan.rank > width:
+            return f"has {width} directions{' of output' * (not plan.is_low_rank)}, the plan has rank {plan.rank}"
         return None

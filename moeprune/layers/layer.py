@@ -10,7 +10,7 @@ from moeprune.layers.config import FAMILIES
 from moeprune.layers.experts import choose, fewest_with_mass, is_traced
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.observation import Observation, mean_token
-from moeprune.plan import AFFINE, LayerPlan
+from moeprune.plan import REFITS, LayerPlan
 
 
 class MoELayer(nn.Module):
@@ -26,7 +26,9 @@ class MoELayer(nn.Module):
     affine_token: Tensor  # W (d,o), V (d,o) and b (o) of X·W + mean(X)·V + b
     affine_mean: Tensor
     affine_bias: Tensor
-    basis: Tensor  # (r,o), the directions that the last axis of these stands for, if there is a rank
+    basis: Tensor  # (r,o), the directions that the last axis of these stands for, if there are few
+    low_rank_in: Tensor  # (e,d,r) and (e,r,o): maps of dropped experts, with scope static of these alone
+    low_rank_out: Tensor
     score_weights: Tensor  # (n); where the signal of a routed plan is not the mass alone
 
     def __init__(self, config: LayerConfig, plan: LayerPlan | None = None):
@@ -78,7 +80,7 @@ class MoELayer(nn.Module):
                 self.observer(observation())
 
     def compensated(self, output: Tensor, x: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
-        """Return an output (b,m,o) with what compensates for dropped experts, if anything does.
+        """Return an output (b,m,o) with the constants and the affine map that compensate for dropped experts, if any.
 
         x: the layer's input (b,m,d). weights: of all terms (b,m,n,p), zero for those that ran. mask: tokens
         that are not padding (b,m); None: all.
@@ -95,19 +97,34 @@ class MoELayer(nn.Module):
         of_mean = mean_token(x, mask) @ self.affine_mean + self.affine_bias
         return x @ self.affine_token + of_mean[:, None]
 
-    def regressor_kinds(self, compensation: str) -> list[int]:
-        """Return the number of regressors of each kind, in the order of `Observation.regressors`."""
-        n, p, _ = self.term_shape
-        return [n * p, self.config.dim, self.config.dim, 1] if compensation in AFFINE else [n * p]
+    def regressor_kinds(self) -> dict[str, int]:
+        """Return the number of regressors of each kind that the compensation of a pruned layer is fitted on.
+
+        hidden: what the kept experts' last linears take, times weights. bias: the experts' weights, for the biases of
+        these linears. terms: weights of all terms. token, mean, one: the layer's input, the mean token, and 1.
+        """
+        assert self.plan is not None
+        kinds, (n, p, _), d = {}, self.term_shape, self.config.dim
+        if self.plan.compensation in REFITS and len(self.fc2_weight):
+            kinds["hidden"] = len(self.fc2_weight) * self.fc2_weight.shape[2]
+        if self.plan.compensation == "renorm-refit" and getattr(self, "fc2_bias", None) is not None:
+            kinds["bias"] = len(self.fc2_weight)
+        if self.plan.has_surrogate:
+            kinds["terms"] = n * p
+        return kinds | ({"token": d, "mean": d, "one": 1} if self.plan.has_affine else {})
+
+    def low_rank(self, rows: Tensor) -> Tensor:
+        """Return what the low-rank maps give for their experts' inputs: (e,r,d) to (e,r,o)."""
+        return rows @ self.low_rank_in @ self.low_rank_out
 
     def split_rows(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return the rows (q,…) that belong to a pruned layer's regressors as its compensation tensors."""
+        """Return the rows (q,…) of a pruned layer's surrogates and affine map as its tensors."""
         assert self.plan is not None
-        terms, *affine = rows.split(self.regressor_kinds(self.plan.compensation))
-        tensors = {"surrogate": terms.unflatten(0, self.term_shape[:2])}
-        if affine:
-            token, mean, bias = affine
-            tensors |= {"affine_token": token, "affine_mean": mean, "affine_bias": bias[0]}
+        sizes = {name: size for name, size in self.regressor_kinds().items() if name not in ("hidden", "bias")}
+        parts = dict(zip(sizes, rows.split([*sizes.values()]), strict=True))
+        tensors = {"surrogate": parts["terms"].unflatten(0, self.term_shape[:2])} if "terms" in parts else {}
+        if "token" in parts:
+            tensors |= {"affine_token": parts["token"], "affine_mean": parts["mean"], "affine_bias": parts["one"][0]}
         return tensors
 
     def rows(self) -> Tensor:

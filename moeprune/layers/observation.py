@@ -12,14 +12,12 @@ experts that ran, S = n·p terms, q regressors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from moeprune.plan import AFFINE
 
 WORKSPACE = 2**24  # numbers at most in each of the temporary matrices
 
@@ -46,27 +44,19 @@ class Observation:
             self, **{name: part.unflatten(0, (b, -1))[index].flatten(0, 1) for name, part in tensors.items()}
         )
 
-    def weighted_hidden(self) -> Tensor:
-        """Return weights × inputs of the experts' last linears, summed over terms (b,m,e·h), for `refit`."""
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """Return what the last linears of the experts that have weights take (b,e,p,h), and their weights (b,m,e,p)."""
         assert self.hidden is not None
         assert self.slot_inputs is not None
-        hidden = self.hidden(self.slot_inputs).float()
-        weights = self.weights[:, :, : hidden.shape[1]].float()
-        return torch.einsum("bmep,beph->bmeh", weights, hidden).flatten(2)
+        taken = self.hidden(self.slot_inputs).float()
+        return taken, self._of_outputs(self.weights)[:, :, : taken.shape[1]].float()
 
-    def regressors(self, compensation: str) -> Tensor:
-        """Return Z (b,m,q): the weights, zero for terms that ran for their own input; for `affine` also the
-        tokens, their mean, and 1.
-        """
+    def term_weights(self) -> Tensor:
+        """Return the weights (b,m,n·p), zero for terms that ran for their own input."""
         weights = self.weights.float()
         if self.chosen is not None:
             weights = weights * is_dropped(self.chosen, weights)
-        weights = weights.flatten(2)
-        if compensation not in AFFINE:
-            return weights
-        tokens, mask = self.tokens.float(), self.mask
-        one = torch.ones_like(tokens[:, :, :1]) if mask is None else mask[:, :, None].float()
-        return torch.cat([weights, tokens, one * mean_token(tokens, mask)[:, None], one], dim=2)
+        return weights.flatten(2)
 
     def term_sums(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums over inputs and tokens of the weights C (n,p), of C·f (n,p,o) and of C·|f|² (n,p)."""
@@ -76,60 +66,60 @@ class Observation:
         squares = (weighted * outputs).sum(-1)
         return mass.sum(0, dtype=dtype), weighted.sum(0, dtype=dtype), squares.sum(0, dtype=dtype)
 
-    def gram(self, dtype: torch.dtype) -> Tensor:
-        """Return the sum over inputs of <R_j, R_l> = Σ_pq (CᵀC)_jp,lq · <f_jp, f_lq> (n,n)."""
-        of_terms = ((c.mT @ c) * (f @ f.mT) for c, f, _ in self._chunks())
-        return self._of_experts(of_terms, dtype)
+    def gram(self, dtype: torch.dtype, outputs: Tensor | None = None) -> Tensor:
+        """Return the sum over inputs of <R_j, R_l> = Σ_pq (CᵀC)_jp,lq · <f_jp, f_lq> (n,n).
+
+        outputs: in place of f, also of another width (…,e,p,s).
+        """
+        n, p = self.weights.shape[2:]
+        total = self.weights.new_zeros(n, n, dtype=dtype)
+        outputs = self.term_outputs if outputs is None else outputs
+        step = max(1, WORKSPACE // (2 * (n * p) ** 2))
+        parts = self._of_outputs(self.weights).flatten(2), outputs.flatten(1, 2)
+        for c, f in zip(*(part.float().split(step) for part in parts), strict=True):
+            of_terms = (c.mT @ c) * (f @ f.mT)
+            total += of_terms.sum(0, dtype=dtype).view(n, p, n, p).sum((1, 3))
+        return total
 
     def renorm_gram(self, dtype: torch.dtype) -> Tensor:
         """Return the sum over inputs of <C_j·(f_j - Y), C_l·(f_l - Y)> - <R_j, R_l> (n,n).
 
         To add to the Gram matrix where kept experts' weights are made to sum to 1, before that division.
         """
+        weights, output = self._of_outputs(self.weights).float(), self._of_outputs(self.output).float()
+        along = output @ self.term_outputs.float().flatten(1, 2).mT  # <f_jp, Y> (b,m,n·p)
+        mass = weights.sum(3).flatten(0, 1)  # (b·m,n)
+        added = (along.view_as(weights) * weights).sum(3).flatten(0, 1)
+        with_output = mass.mT @ added
+        squares = (mass * output.square().sum(2).flatten()[:, None]).mT @ mass
+        return (squares - with_output - with_output.mT).to(dtype)
 
-        def of_terms() -> Iterator[Tensor]:
-            for c, f, y in self._chunks():
-                with_output = c.mT @ (c * (y @ f.mT))  # C_lᵀ·(C_j∘<f_j, Y>) (b,S,S)
-                squares = (c * y.square().sum(2, keepdim=True)).mT @ c
-                yield squares - with_output - with_output.mT
+    def add_cross(self, z: Tensor, of_inputs: Tensor, outputs: Tensor, cross: Tensor) -> None:
+        """Add the sum over inputs of ZᵀR_j to `cross` (n,q + r,s), with `outputs` (…,n,p,s) in place of f.
 
-        return self._of_experts(of_terms(), dtype)
-
-    def add_cross(self, z: Tensor, cross: Tensor) -> None:
-        """Add the sum over inputs of ZᵀR_j to `cross` (n,q,o), for Z (b,m,q)."""
+        z: regressors of each token (b,m,q). of_inputs: those that are the same for all of an input's (b,r).
+        """
         n, p = self.weights.shape[2:]
-        step = max(1, WORKSPACE // (z.shape[2] * n * p))
-        parts = self._of_outputs(z), self._of_outputs(self.weights).float(), self.term_outputs.float()
-        for some, c, f in zip(*(part.split(step) for part in parts), strict=True):
+        q = z.shape[2]
+        step = max(1, WORKSPACE // (q * n * p))
+        weights = self._of_outputs(self.weights).float()
+        for some, c, f in zip(*(part.split(step) for part in (self._of_outputs(z), weights, outputs)), strict=True):
             shared = (some.mT @ c.flatten(2)).unflatten(2, (n, p))  # ZᵀC (b,q,n,p)
             of_expert = shared.permute(2, 1, 0, 3).reshape(n, -1, len(c) * p)
-            cross.baddbmm_(of_expert, f.transpose(0, 1).reshape(n, len(c) * p, -1))
+            cross[:, :q].baddbmm_(of_expert, f.transpose(0, 1).reshape(n, len(c) * p, -1))
+        added = (weights.sum(1)[..., None] * outputs).sum(2)  # of all tokens (b,n,s); (b·m,n,s) where each has its own
+        added = added.unflatten(0, (len(of_inputs), -1)).sum(1)
+        cross[:, q:] += torch.einsum("br,bns->nrs", of_inputs, added)
 
-    def products(self, gap: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the sum over inputs of <R_j, gap> (n), for a gap (b,m,o)."""
+    def products(self, gap: Tensor, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum over inputs of <R_j, gap> (n), for a gap (b,m,s) and `outputs` (…,n,p,s) in place of f."""
         weights = self._of_outputs(self.weights).float().flatten(2)
-        along = (weights.mT @ self._of_outputs(gap)) * self.term_outputs.float().flatten(1, 2)
+        along = (weights.mT @ self._of_outputs(gap)) * outputs.flatten(1, 2)
         return along.sum((0, 2), dtype=dtype).view(self.weights.shape[2:]).sum(1)
 
     def _of_outputs(self, part: Tensor) -> Tensor:
         """Return values of the tokens (b,m,…) grouped as the outputs are."""
         return part.reshape(len(self.term_outputs), -1, *part.shape[2:])
-
-    def _chunks(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yield C (b,m,S), f (b,S,o) and Y (b,m,o) of some inputs at a time."""
-        terms = self.weights.shape[2:].numel()
-        step = max(1, WORKSPACE // (2 * terms**2))
-        weights, output = self._of_outputs(self.weights), self._of_outputs(self.output)
-        parts = weights.flatten(2), self.term_outputs.flatten(1, 2), output
-        return zip(*(part.float().split(step) for part in parts), strict=True)
-
-    def _of_experts(self, of_terms: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-        """Sum products of terms (b,S,S) over inputs and each expert's terms (n,n)."""
-        n, p = self.weights.shape[2:]
-        total = self.weights.new_zeros(n, n, dtype=dtype)
-        for some in of_terms:
-            total += some.sum(0, dtype=dtype).view(n, p, n, p).sum((1, 3))
-        return total
 
 
 def is_dropped(chosen: Tensor, weights: Tensor) -> Tensor:
@@ -143,3 +133,8 @@ def mean_token(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x.mean(1)
     return (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+def masked(part: Tensor, mask: Tensor | None) -> Tensor:
+    """Return values of tokens (b,m,…) with zeros in place of padding by a mask (b,m)."""
+    return part if mask is None else part * mask.view(*mask.shape, *[1] * (part.ndim - 2))

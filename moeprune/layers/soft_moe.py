@@ -25,7 +25,7 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.experts import Experts, combine_mass, grouped_linear, kernels_for, run_experts, slot_weights
 from moeprune.layers.layer import MoELayer
-from moeprune.layers.observation import Observation, is_dropped
+from moeprune.layers.observation import Observation, is_dropped, masked
 from moeprune.plan import LayerPlan
 
 FEW_ROWS = 128  # rows of an expert up to which the grouped kernel beats a batched product, where there is such a kernel
@@ -68,6 +68,8 @@ class SoftMoE(MoELayer):
     def reset_parameters(self, generator: torch.Generator | None = None, scale: float = 1.0) -> None:
         """Draw initial weights; `scale` is the first value of the learned scale of `l2` routing."""
         d, h = self.config.dim, self.config.expert_width
+        if self.plan is not None and self.plan.compensation == "linear":
+            return
         with torch.no_grad():
             router = self.slot_projection if self.config.dynamic_slots else self.phi
             router.normal_(std=1 / math.sqrt(d), generator=generator)
@@ -103,6 +105,8 @@ class SoftMoE(MoELayer):
             mask = torch.ones_like(x[:, :, 0], dtype=torch.bool) if mask is None else mask
             padded = F.pad(x, (0, 0, 0, lacking)), F.pad(mask, (0, lacking), value=False)
             return self._forward(*padded)[:, : x.shape[1]]
+        if self.plan is not None and self.plan.compensation == "linear":
+            return self._run_linear(x, mask)
         given, mixed = x.dtype, self.is_mixed
         if mixed:
             x = x.to(reduce(torch.promote_types, self._types, given))
@@ -129,14 +133,19 @@ class SoftMoE(MoELayer):
 
         def observation() -> Observation:
             assert mass is not None
-            parts = [combine_weights, output, x]
-            if mask is not None:
-                parts = [part * mask.view(*mask.shape, *[1] * (part.ndim - 2)) for part in parts]
-            weights, shown, taken = parts
+            weights, shown, taken = (masked(part, mask) for part in (combine_weights, output, x))
             return Observation(weights, mass, shown, taken, mask, chosen, slot_outputs, slot_inputs, self.hidden)
 
         self.observe(observation)
         return output.to(given) if mixed else output
+
+    def _run_linear(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Run the linear map that has taken the place of the layer."""
+        output = self.affine(x.to(self.affine_token.dtype), mask).to(x.dtype)
+        none = x.new_zeros(*x.shape[:2], 0, self.config.slots_per_expert)
+        mass, nothing = none.new_zeros(len(x) // self.config.windows, 0), none[:, :0].mT[..., None]
+        self.observe(lambda: Observation(none, mass, masked(output, mask), masked(x, mask), mask, None, nothing))
+        return output
 
     def _mass(self, combine_weights: Tensor, mask: Tensor | None) -> Tensor:
         """Return the mass of each expert over all windows of an input."""
@@ -188,27 +197,39 @@ class SoftMoE(MoELayer):
         self, tokens: Tensor, router_logits: Tensor, combine_weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run every expert that has weights on all inputs: output, slot outputs and slot inputs."""
-        merges = self.plan is not None and self.plan.merges
-        stored = combine_weights.shape[2] if merges else len(self.fc2_weight)
-        kernels = None if self.config.mixes_batch else kernels_for(router_logits)
-        if kernels and stored:
-            every = _every_expert(router_logits, stored)
-            dispatch, _ = kernels.slot_weights(router_logits, every, None, router_logits.dtype)
-        else:
-            wide = torch.promote_types(router_logits.dtype, torch.float32)
-            dispatch = router_logits[:, :, :stored].softmax(0 if self.config.mixes_batch else 1, dtype=wide)
-            dispatch = dispatch.flatten(2).mT.to(router_logits.dtype)
-        slot_inputs = (dispatch @ tokens).unflatten(1, (stored, self.config.slots_per_expert))
+        plan = self.plan
+        stored = combine_weights.shape[2] if plan is not None and plan.merges else len(self.fc2_weight)
+        is_low_rank = plan is not None and plan.is_low_rank
+        all_inputs = self._slot_inputs(tokens, router_logits, combine_weights.shape[2] if is_low_rank else stored)
+        slot_inputs, others = all_inputs.tensor_split([stored], dim=1)
         slot_outputs = self._run_experts(slot_inputs)
         weights = combine_weights.to(slot_outputs.dtype)
         of_stored, of_dropped = (part.flatten(2) for part in weights.tensor_split([stored], dim=2))
-        if self.plan is not None and self.plan.has_surrogate and not self.plan.has_basis:
+        if plan is not None and plan.has_surrogate and not plan.has_basis:
             kept, dropped = self.surrogate.to(slot_outputs.dtype).tensor_split([stored])
-            output = of_dropped @ dropped.flatten(0, 1)
+            dropped = self._run_low_rank(others) + dropped if is_low_rank else dropped
+            output = of_dropped @ dropped.flatten(-3, -2)
             output = torch.baddbmm(output, of_stored, (slot_outputs + kept).flatten(1, 2))
         else:
             output = of_stored @ slot_outputs.flatten(1, 2)
         return output, slot_outputs, slot_inputs
+
+    def _slot_inputs(self, tokens: Tensor, router_logits: Tensor, experts: int) -> Tensor:
+        """Return what the first experts' slots take of tokens (b,m,d): (b,experts,p,d)."""
+        kernels = None if self.config.mixes_batch else kernels_for(router_logits)
+        if kernels and experts:
+            every = _every_expert(router_logits, experts)
+            dispatch, _ = kernels.slot_weights(router_logits, every, None, router_logits.dtype)
+        else:
+            wide = torch.promote_types(router_logits.dtype, torch.float32)
+            dispatch = router_logits[:, :, :experts].softmax(0 if self.config.mixes_batch else 1, dtype=wide)
+            dispatch = dispatch.flatten(2).mT.to(router_logits.dtype)
+        return (dispatch @ tokens).unflatten(1, (experts, self.config.slots_per_expert))
+
+    def _run_low_rank(self, slot_inputs: Tensor) -> Tensor:
+        """Run the low-rank maps on the slots of their experts: (b,e,p,d) to (b,e,p,o)."""
+        rows = slot_inputs.to(self.low_rank_in.dtype).transpose(0, 1)
+        return self.low_rank(rows.flatten(1, 2)).unflatten(1, rows.shape[1:3]).transpose(0, 1).to(slot_inputs.dtype)
 
     def _run_experts(self, slot_inputs: Tensor) -> Tensor:
         """Run expert j on slots j, with `merge` on those of its group: (b,e,p,d) to (b,e,p,o)."""
@@ -239,7 +260,7 @@ class SoftMoE(MoELayer):
         assert plan is not None
         idle = None if plan.mass is None else chosen == n
         someone = chosen if idle is None else chosen.clamp_max(n - 1)  # in place of none, and not counted
-        weights = None if plan.compensation == "renorm" else combine_weights
+        weights = None if plan.cuts_router else combine_weights
         dispatch, combine = slot_weights(router_logits, weights, someone, self.config.mixes_batch, idle)
         slot_inputs = (dispatch @ tokens).unflatten(1, (chosen.shape[1], p))
         taken = slot_inputs.to(self.fc2_weight.dtype) if self.is_mixed else slot_inputs
@@ -248,9 +269,15 @@ class SoftMoE(MoELayer):
         if plan.has_basis or not plan.has_surrogate:
             return combine @ slot_outputs.flatten(1, 2), slot_outputs
         surrogate = self.surrogate.to(slot_outputs.dtype) if self.is_mixed else self.surrogate
-        # The surrogates of all slots, corrected where a slot has its real output.
-        output = combine_weights.flatten(2).to(combine.dtype) @ surrogate.flatten(0, 1)
-        corrections = (slot_outputs - surrogate[someone]).flatten(1, 2)
+        # What stands for all slots, corrected where a slot has its real output.
+        if plan.is_low_rank:
+            surrogate = self._run_low_rank(self._slot_inputs(tokens, router_logits, n)) + surrogate
+            places = someone[:, :, None, None].expand(-1, -1, *surrogate.shape[2:])
+            of_chosen = surrogate.gather(1, places)
+        else:
+            of_chosen = surrogate[someone]
+        output = combine_weights.flatten(2).to(combine.dtype) @ surrogate.flatten(-3, -2)
+        corrections = (slot_outputs - of_chosen).flatten(1, 2)
         return torch.baddbmm(output, combine, corrections), slot_outputs
 
 

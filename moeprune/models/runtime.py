@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import sys
@@ -94,11 +95,17 @@ class Runtime(Request, frozen=True):
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return the output of a model, without gradients, in the precision of this runtime."""
+        with self.precision(inputs.device):
+            return model(inputs.to(input_dtype(model)))
+
+    @contextlib.contextmanager
+    def precision(self, device: torch.device) -> Iterator[None]:
+        """Run without gradients, in the precision of this runtime."""
         import torch
 
-        precision = torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.dtype in ("bfloat16", "bf16"))
-        with torch.inference_mode(), precision:
-            return model(inputs.to(input_dtype(model)))
+        is_narrow = self.dtype in ("bfloat16", "bf16")
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=is_narrow):
+            yield
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:

@@ -1,0 +1,250 @@
+"""One walk through a model, from MoE layer to MoE layer, with all calibration data at once.
+
+Each batch runs through the full and through the pruned model once. A forward pass has a thread of its own, which
+waits at each planned layer until that layer is pruned, and then goes on; only one of them runs at a time. So any
+`nn.Module` can be stopped in its middle, and data reaches the last layer without running from the inputs again for
+each of them. Beyond HELD bytes, passes are not kept waiting but start anew for each layer, and what layers take lies
+in files.
+
+Axes: b inputs, m tokens, o width of the output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator
+from moeprune.calibration.sums import Contributions, Halves, halves
+from moeprune.data.datasets import Dataset
+from moeprune.errors import MoepruneError, StopForward
+from moeprune.layers.layer import MoELayer
+from moeprune.layers.observation import Observation
+from moeprune.models.model import Model
+from moeprune.models.runtime import Runtime
+
+WAITING = 64  # passes of a model that wait at once, at most: each has a thread
+HELD = 4 << 30  # bytes that waiting passes may hold, by estimate
+LIVE_TENSORS = 3  # of the size of a layer's input, that a waiting pass is taken to hold
+
+
+class Halt(NamedTuple):
+    """A batch at a layer.
+
+    taken: what the layer takes in the pruned model: its arguments. expected: what it gives in the full model (b,m,o);
+    padded tokens are zero. labels: (b), if there are any.
+    """
+
+    taken: tuple[tuple[Any, ...], dict[str, Any]]
+    expected: Tensor
+    labels: Tensor | None
+
+
+class Stage:
+    """One dense layer, and what all batches bring to it; it can be observed again and again."""
+
+    def __init__(self, name: str, layer: MoELayer, runtime: Runtime, halts: list[Halt]):
+        self.name, self.layer, self.runtime, self.halts = name, layer, runtime, halts
+
+    @cached_property
+    def moments(self) -> LayerMoments:
+        """The moments of the layer."""
+        moments = MomentsAccumulator(self.layer)
+        for _, seen, _ in self.observe():
+            moments.add(seen)
+        return moments.result()
+
+    @cached_property
+    def contributions(self) -> Halves:
+        """The sums for choosing among the experts, of either half of the inputs."""
+        sums = tuple(Contributions(self.layer, self.moments.term_mean) for _ in range(2))
+        for members, seen, gap in self.observe():
+            for half, index in zip(sums, members, strict=True):
+                half.add(seen.select(index), gap[index])
+        return sums[0], sums[1]
+
+    def observe(self, layer: MoELayer | None = None) -> Iterator[tuple[list[Tensor], Observation, Tensor]]:
+        """Yield for each batch the places of its inputs in either half, what the layer shows on it, and what its output
+        lacks to the full model's (b,m,o).
+
+        layer: one to observe in place of the dense one.
+        """
+        layer, count = layer or self.layer, 0
+        for (arguments, named), expected in self.halts:
+            seen = observed(layer, self.runtime, arguments, named)
+            inputs = len(seen.mass)
+            members = [half.to(expected.device) for half in halves(count, inputs)]
+            count += inputs
+            gap = expected.float() - seen.output.float()
+            yield members, seen, gap.reshape(inputs, -1, gap.shape[-1])  # the tokens of all windows
+
+
+def observed(layer: MoELayer, runtime: Runtime, arguments: tuple[Any, ...], named: dict[str, Any]) -> Observation:
+    """Run a layer and return what it shows."""
+    seen: list[Observation] = []
+    layer.observer = seen.append
+    try:
+        with runtime.precision():
+            layer(*arguments, **named)
+    finally:
+        layer.observer = None
+    return seen[0]
+
+
+class Walk:
+    """Walks all batches from layer to layer; close it at the end, as a context manager does.
+
+    full, pruned: private copies of one model on the runtime's device; `pruned` gets its pruned layers on the way. None:
+    all layers are seen as they are in the full model.
+    data: its batches are larger than the runtime's if there would be more than WAITING. keeps_batches: they are not,
+    as what is computed depends on them.
+    """
+
+    def __init__(self, full: Model, pruned: Model | None, data: Dataset, runtime: Runtime, keeps_batches: bool = False):
+        self.full, self.pruned, self.data, self.runtime = full, pruned, data, runtime
+        if not keeps_batches:
+            self.runtime = runtime.updated(batch_size=max(runtime.batch_size, math.ceil(data.samples / WAITING)))
+        self.of_full: dict[int, _Pass] = {}  # that wait, by batch
+        self.of_pruned: dict[int, _Pass] = {}
+        self.labels: dict[int, Tensor | None] = {}
+        self.is_behind_pruned = False  # before the first layer both models are the same
+        self.held = 0
+        self.files = contextlib.ExitStack()
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for waiting in (*self.of_full.values(), *self.of_pruned.values()):
+            waiting.close()
+        self.files.close()
+
+    def reach(self, name: str) -> Stage:
+        """Return the next layer, in the order of the data flow, behind the pruned ones before it.
+
+        Raises a MoepruneError if a batch does not get there.
+        """
+        self.files.close()
+        for model in filter(None, (self.full, self.pruned)):
+            _set_gate(model, name)
+        all_wait = self.of_full and len(self.of_full) == math.ceil(self.data.samples / self.runtime.batch_size)
+        batches: Iterable[Any] = [(None, None)] * len(self.of_full)
+        if not all_wait or (self.is_behind_pruned and len(self.of_pruned) < len(self.of_full)):
+            batches = self.runtime.batches(self.data, f"reach {name}")
+        halts = [self._reach(name, number, *batch) for number, batch in enumerate(batches)]
+        self.is_behind_pruned = self.pruned is not None
+        return Stage(name, self.full.moe_layers[name], self.runtime, halts)
+
+    def _reach(self, name: str, number: int, inputs: Tensor | None, labels: Tensor | None) -> Halt:
+        labels = self.labels.setdefault(number, labels)
+        full = self.of_full.get(number) or self._start(self.full, inputs)
+        taken = full.run_to(name)
+        expected = observed(self.full.moe_layers[name], self.runtime, *taken).output
+        passes = [full]
+        if self.is_behind_pruned and self.pruned is not None:
+            passes.append(self.of_pruned.get(number) or self._start(self.pruned, inputs))
+            taken = passes[1].run_to(name)
+        if number not in self.of_full:
+            tensors = [inputs, *taken[0]]
+            size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+            if self.held + size > HELD:
+                for each in passes:
+                    each.close()
+                return Halt((tuple(map(self._filed, taken[0])), taken[1]), self._filed(expected), labels)
+            self.held += size
+        for waiting, each in zip((self.of_full, self.of_pruned), passes, strict=False):
+            waiting[number] = each
+        return Halt(taken, expected, labels)
+
+    def _start(self, model: Model, inputs: Tensor | None) -> _Pass:
+        assert inputs is not None
+        return _Pass(partial(self.runtime.forward, model, inputs), inputs.device)
+
+    def _filed(self, value: Any) -> Any:
+        """Return a tensor of the CPU in a file, which is removed with the walk; anything else as it is."""
+        if not isinstance(value, Tensor) or value.device.type != "cpu":
+            return value
+        folder = self.files.enter_context(tempfile.TemporaryDirectory(prefix="moeprune-"))
+        of_file = torch.from_file(str(Path(folder) / "tensor"), True, value.numel(), dtype=value.dtype)
+        return of_file.copy_(value.flatten()).view(value.shape)
+
+
+_running = threading.local()  # `current`: the _Pass of this thread
+
+
+def _set_gate(model: Model, name: str) -> None:
+    """Make a layer wait where a pass is to run to it, and then run what has taken its place in the model."""
+    layer = model.moe_layers[name]
+
+    def gate(*arguments: Any, **named: Any) -> Any:
+        current = getattr(_running, "current", None)
+        if current is None or current.goal != name:
+            return type(layer).forward(layer, *arguments, **named)
+        current.wait(arguments, named)
+        return model.moe_layers[name](*arguments, **named)
+
+    layer.forward = gate  # type: ignore[method-assign]
+
+
+class _Pass:
+    """A forward pass in a thread, which waits where it reaches the layer that it is to run to."""
+
+    def __init__(self, forward: Callable[[], Tensor], device: torch.device):
+        self.forward, self.device = forward, device
+        self.goal: str | None = None
+        self.taken: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.error: BaseException | None = None
+        self.is_closed = False
+        self.may_go, self.has_stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def run_to(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Go on as far as a layer and return its arguments.
+
+        Raises what the pass raises, or a MoepruneError if it ends before.
+        """
+        self.goal, self.taken = name, None
+        if self.thread.ident is None:
+            self.thread.start()
+        else:
+            self.may_go.release()
+        self.has_stopped.acquire()
+        if self.error is not None:
+            raise self.error
+        if self.taken is None:
+            raise MoepruneError(f"layer `{name}` is not reached by all inputs", "leave it out, with `--plan`")
+        return self.taken
+
+    def wait(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Stop this thread, which is the pass's own, until it may go on."""
+        self.taken, self.goal = (arguments, named), None
+        self.has_stopped.release()
+        self.may_go.acquire()
+        if self.is_closed:
+            raise StopForward
+
+    def close(self) -> None:
+        """End the pass, whether it waits or runs."""
+        self.is_closed = True
+        self.may_go.release()
+        if self.thread.ident is not None:
+            self.thread.join()
+
+    def _run(self) -> None:
+        _running.current = self
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            self.forward()
+        except BaseException as error:
+            self.error = error
+        self.has_stopped.release()
