@@ -5,6 +5,7 @@ expert, h hidden width of an expert.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
@@ -154,3 +155,13 @@ def replace(config, **changes):
     if dataclasses.is_dataclass(config):
         return dataclasses.replace(config, **changes)
     return config.replace(**changes)
+
+
+def observe_layers(model, names, observe, inputs, runtime) -> None:
+    """Run a model and hand the observation of each named layer to `observe`, with its name."""
+    layers = {name: model.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        layer.observer = functools.partial(observe, name)
+    runtime.forward(model, inputs)
+    for layer in layers.values():
+        layer.observer = None

@@ -7,7 +7,6 @@ from torch import Tensor
 
 import moeprune
 from moeprune.calibration import analysis as calibration
-from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.selection import best_kept
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.demo.train import initialize
@@ -16,7 +15,7 @@ from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
-from tests.reference import replace
+from tests.reference import observe_layers, replace
 
 CPU = moeprune.Runtime(device="cpu")
 MODELS = ("single", "two_layers")

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 import moeprune
-from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.ridge import GAIN_KEPT, LAMBDAS, Equations, solve_held_out
 from moeprune.layers.experts import combine_mass
 from moeprune.layers.observation import Observation
@@ -15,7 +14,7 @@ from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning import compensation as compensation_module
 from moeprune.pruning.compensation import Stream, gather, refit_kept, regress, regress_static
-from tests.reference import replace
+from tests.reference import observe_layers, replace
 from tests.test_calibration import layer_inputs_and_outputs, two_layer_model, write_inputs
 
 CPU = moeprune.Runtime(device="cpu")

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import moeprune
-from moeprune.calibration.passes import observe_layers
 from moeprune.plan import FITTED
-from tests.reference import reference_layer, reference_mass
+from tests.reference import observe_layers, reference_layer, reference_mass
 
 CPU = moeprune.Runtime("cpu", batch_size=64)
 LAYER = "blocks.0.soft_moe"

@@ -10,14 +10,13 @@ from torch import Tensor
 
 import moeprune
 from moeprune.calibration.analysis import Analysis
-from moeprune.calibration.passes import observe_layers
 from moeprune.data.datasets import Dataset, from_tensors
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
 from tests.benchmarks import oracle
-from tests.reference import reference_combine, reference_router, reference_slot_output
+from tests.reference import observe_layers, reference_combine, reference_router, reference_slot_output
 
 CPU = moeprune.Runtime("cpu", batch_size=5)
 SAMPLES, CLASSES = 8, 3

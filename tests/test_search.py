@@ -9,13 +9,13 @@ import torch
 from scipy.stats import norm
 
 import moeprune
-from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.sums import half_of
 from moeprune.evaluation.evaluate import predict
 from moeprune.evaluation.intervals import drop_at_most, paired_difference
 from moeprune.evaluation.results import Outcomes
 from moeprune.plan import LayerPlan, Method
 from moeprune.pruning.search import DropLimit, confirming_order, interval, prune_best, prune_within_drop
+from tests.reference import observe_layers
 from tests.stock import some_slow
 
 CPU = moeprune.Runtime("cpu", batch_size=256)

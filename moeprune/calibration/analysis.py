@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from moeprune import __version__
-from moeprune.calibration.passes import changes, measure, require_finite
+from moeprune.calibration.changes import changes
 from moeprune.calibration.probes import PROBE_INPUTS, probe
 from moeprune.calibration.results import AnalysisReport, AnalyzeRequest
-from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, StatisticsAccumulator, summarize
-from moeprune.calibration.sums import sums_in_bytes
+from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, measure_layer, require_finite, summarize
+from moeprune.calibration.walk import Walk
 from moeprune.data.datasets import Data, Dataset
 from moeprune.data.leakage import warn_of_calibration_split
 from moeprune.data.spec import DataInfo
@@ -31,8 +31,7 @@ from moeprune.plan import LayerPlan
 from moeprune.records import Record, from_json, to_json
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
-WORKSPACE = 2 << 30  # bytes of sums over inputs that an analysis holds at once
+FORMAT = 2
 
 
 class Origin(Record, frozen=True, omit_defaults=False):
@@ -104,8 +103,7 @@ def analyze(
 ) -> Analysis:
     """Compute the statistics of every MoE layer of an unpruned model, in a pass over the data.
 
-    Memory does not depend on the number of samples, nor the result on the batch size, beyond rounding. If the
-    sums of all layers take more than WORKSPACE, each of several passes serves some of the layers.
+    The result does not depend on the batch size, beyond rounding.
 
     Args:
         model: of moeprune, or its file.
@@ -121,32 +119,17 @@ def analyze(
     model = private_copy(model)
     data = dataset_for(model, data, split="calibration")
     warn_of_calibration_split(data)
+    model.to(runtime.torch_device)
     statistics: dict[str, LayerStatistics] = {}
-    fingerprints = set()
-    for names in _groups({name: sums_in_bytes(layer, "affine") for name, layer in layers.items()}):
-        accumulators = measure(model, names, data, runtime, "analyze", StatisticsAccumulator)
-        statistics |= {name: accumulator.result() for name, accumulator in accumulators.items()}
-        del accumulators  # before the next sums are made
-        fingerprints.add(data.fingerprint)
-    if len(fingerprints) > 1:
-        raise MoepruneError(f"`{data.spec}` changed while it was read", "try again")
-    require_finite(statistics, data)
+    with Walk(
+        model, None, data, runtime, keeps_batches=any(layer.config.mixes_batch for layer in layers.values())
+    ) as walk:
+        for name in layers:
+            statistics[name] = measure_layer(walk.reach(name))
+            require_finite(name, statistics[name])
     for name, sensitivity in measure_sensitivity(model, statistics, data, runtime).items():
         statistics[name] = replace(statistics[name], sensitivity=sensitivity)
     return Analysis(statistics, Origin(origin, data.info, __version__, data.source.class_names), data)
-
-
-def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Split layers into groups, in their order, whose sums fit into the workspace."""
-    groups: list[list[str]] = []
-    left = 0
-    for name, size in sizes.items():
-        if not groups or size > left:
-            groups.append([])
-            left = WORKSPACE
-        groups[-1].append(name)
-        left -= size
-    return groups
 
 
 def measure_sensitivity(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from moeprune.calibration.passes import Change, changes
+from moeprune.calibration.changes import Change, changes
 from moeprune.calibration.results import Probe, Probes
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.data.datasets import Dataset

@@ -50,6 +50,9 @@ class Equations(NamedTuple):
         return self.square - float((solution * (2 * self.cross - self.power @ solution)).sum())
 
 
+Halves = tuple[Equations, Equations]
+
+
 class Fit(NamedTuple):
     """A regression on two halves of the data together.
 
@@ -70,25 +73,23 @@ def column_scale(power: Tensor, kinds: Sequence[int]) -> Tensor:
     return torch.cat([part.clamp_min(max(WEAKEST * float(part.max()), tiny)) if len(part) else part for part in parts])
 
 
-def solve_held_out(
-    first: Equations, second: Equations, kinds: Sequence[int] | None = None, groups: Sequence[int] | None = None
-) -> Fit:
+def solve_held_out(halves: Halves, kinds: Sequence[int] | None = None, groups: Sequence[int] | None = None) -> Fit:
     """Fit a ridge regression on two halves of the data together, with lambdas chosen by `choose_ridges`.
 
     Args:
-        first, second: the halves, on the CPU in float64, like the result.
+        halves: on the CPU in float64, like the result.
         kinds: how many columns of R are of each kind, in their order, for their scale; None: all of one.
         groups: likewise, of those that share a lambda; None: the kinds.
     """
-    both = first + second
+    both = halves[0] + halves[1]
     scale = column_scale(both.power, kinds or [len(both.power)])
-    first, second = first.scaled(scale), second.scaled(scale)
-    ridges = choose_ridges(first, second, groups or kinds or [len(both.power)])
+    first, second = (half.scaled(scale) for half in halves)
+    ridges = choose_ridges((first, second), groups or kinds or [len(both.power)])
     if ridges is None:
         return Fit(torch.zeros_like(both.cross), both.square, both.square, None)
-    halves = [solve(half, ridges / 2) for half in (first, second)]
-    fitted = first.error(halves[0]) + second.error(halves[1])
-    held_out = first.error(halves[1]) + second.error(halves[0])
+    one, other = (solve(half, ridges / 2) for half in (first, second))
+    fitted = first.error(one) + second.error(other)
+    held_out = first.error(other) + second.error(one)
     return Fit(solve(first + second, ridges) / scale[:, None], fitted, held_out, ridges)
 
 
@@ -106,14 +107,14 @@ def solve(equations: Equations, ridges: Tensor) -> Tensor:
     return torch.cholesky_solve(equations.cross, factor)
 
 
-def choose_ridges(first: Equations, second: Equations, groups: Sequence[int]) -> Tensor | None:
+def choose_ridges(halves: Halves, groups: Sequence[int]) -> Tensor | None:
     """Return the lambda of each column (q) for the sum of two scaled halves; None where every one does harm.
 
     groups: how many columns, in their order, share a lambda.
     """
-    sizes = torch.tensor(list(groups))
+    sizes, (first, second) = torch.tensor(list(groups)), halves
     square = first.square + second.square
-    mixed = [half._replace(cross=_mixed(half.cross)) for half in (first, second)]
+    mixed = first._replace(cross=_mixed(first.cross)), second._replace(cross=_mixed(second.cross))
     known: dict[Exponents, float] = {}
 
     def ridges(exponents: Exponents) -> Tensor:
@@ -121,7 +122,7 @@ def choose_ridges(first: Equations, second: Equations, groups: Sequence[int]) ->
 
     def gain(exponents: Exponents) -> float:
         if exponents not in known:
-            known[exponents] = _gain(*mixed, ridges(exponents))
+            known[exponents] = _gain(mixed, ridges(exponents))
         return known[exponents]
 
     together = range(len(sizes))
@@ -133,7 +134,7 @@ def choose_ridges(first: Equations, second: Equations, groups: Sequence[int]) ->
                 best = _climb(gain, best, (kind,))
             if best == before:
                 break
-    found = _gain(first, second, ridges(best))
+    found = _gain(halves, ridges(best))
     if not found > 0:
         return None
     enough = gain(best) - TOLERANCE * max(square - found, 0) - ROUNDING * square
@@ -142,15 +143,14 @@ def choose_ridges(first: Equations, second: Equations, groups: Sequence[int]) ->
     return ridges(best)
 
 
-def _gain(first: Equations, second: Equations, ridges: Tensor) -> float:
+def _gain(halves: Halves, ridges: Tensor) -> float:
     """Return by how much the error on the inputs not fitted is less than that of V = 0, both ways."""
-    one, other = (solve(half, ridges / 2) for half in (first, second))
+    first, second = halves
+    one, other = (solve(half, ridges / 2) for half in halves)
     return first.square + second.square - second.error(one) - first.error(other)
 
 
-def _climb(
-    gain: Callable[[Exponents], float], start: Exponents, moving: Sequence[int]
-) -> Exponents:
+def _climb(gain: Callable[[Exponents], float], start: Exponents, moving: Sequence[int]) -> Exponents:
     """Return the exponents with the largest gain that is found by moving some of them together."""
     best = start
     for step in (1, -1):
@@ -164,9 +164,7 @@ def _climb(
 def _moved(exponents: Exponents, moving: Sequence[int], step: int) -> Exponents:
     """Return the exponents with some of them a step further, within EXPONENTS."""
     least, most = EXPONENTS
-    return tuple(
-        min(max(each + step, least), most) if kind in moving else each for kind, each in enumerate(exponents)
-    )
+    return tuple(min(max(each + step, least), most) if kind in moving else each for kind, each in enumerate(exponents))
 
 
 def _mixed(cross: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Axes: b inputs, n experts, p terms per expert, o width of the output.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from moeprune.calibration.results import LayerSummary, Probes
 from moeprune.calibration.selection import best_kept, drop_order
 from moeprune.calibration.sums import explained, lost_gram, wide_dtype
+from moeprune.errors import MoepruneError
 from moeprune.layers.experts import rank
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
@@ -92,7 +93,9 @@ class LayerStatistics(LayerMoments):
 
 def gram_of(compensation: str) -> str:
     """Return the compensation whose Gram matrix serves for choosing experts under another."""
-    return {"merge": "mean", "renorm-refit": "affine"}.get(compensation, "affine" if compensation in AFFINE else compensation)
+    return {"merge": "mean", "renorm-refit": "affine"}.get(
+        compensation, "affine" if compensation in AFFINE else compensation
+    )
 
 
 class MomentsAccumulator:
@@ -174,6 +177,15 @@ def measure_layer(stage: Stage) -> LayerStatistics:
     found = _on_cpu({name: gram / samples for name, gram in grams.items()})
     others = {"explained": explained(*sums), "sensitivity": torch.zeros(())}
     return LayerStatistics(**vars(moments), **masses.result(), **found, **others)
+
+
+def require_finite(name: str, layer: LayerMoments) -> None:
+    """Raise a MoepruneError that names a layer with NaN or infinite statistics."""
+    if not all(getattr(layer, field.name).isfinite().all() for field in fields(layer)):
+        raise MoepruneError(
+            f"layer `{name}` computes NaN or infinite numbers on the calibration data",
+            "check the checkpoint and the scale of the inputs, or use `--dtype float32`",
+        )
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

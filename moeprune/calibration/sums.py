@@ -19,7 +19,7 @@ s directions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ def halves(first: int, count: int) -> tuple[Tensor, Tensor]:
     return (half == 0).nonzero().flatten(), (half == 1).nonzero().flatten()
 
 
-class Columns(NamedTuple):
+@dataclass(frozen=True)
+class Columns:
     """The regressors of some inputs, by how they vary: of each token, and of each input (or window) alone."""
 
     of_tokens: Tensor  # (b,m,q): weights first
@@ -205,6 +206,11 @@ class Contributions:
             self.gram[:n, n] += with_gap
             self.gram[n, :n] += with_gap
 
+    def of_output(self) -> Equations:
+        """Return the equations for the layer's output in the directions, on the CPU in float64."""
+        power, cross = (part.to("cpu", torch.float64) for part in (self.power, self.output_cross))
+        return Equations(power, cross, float(self.output_square))
+
 
 Halves = tuple[Contributions, Contributions]
 
@@ -228,11 +234,11 @@ def lost_gram(first: Contributions, second: Contributions, compensation: str) ->
     scaled = [power / (scale[:, None] * scale) for power in powers]
     if not all(part.isfinite().all() for part in scaled + crosses):
         return torch.full_like(gram, torch.nan)
-    both = [
+    one, other = (
         Equations(power, cross.sum(0), float(half.gram.sum()))
         for power, cross, half in zip(scaled, crosses, (first, second), strict=True)
-    ]
-    ridges = choose_ridges(*both, groups)
+    )
+    ridges = choose_ridges((one, other), groups)
     if ridges is None:
         return gram
     return gram + sum(_change(scaled[i], crosses[i], scaled[1 - i], crosses[1 - i], ridges) for i in (0, 1))
@@ -242,25 +248,19 @@ def explained(first: Contributions, second: Contributions) -> Tensor:
     """Return the shares of the output's variance over tokens, on inputs that were not fitted, that are explained by a
     linear map of the layer's input and its mean token; by the router with a constant for each term; and by both (3).
     """
-    n_terms = first.kinds["terms"]
-    halves_of = [
-        Equations(*(part.to("cpu", torch.float64) for part in (half.power, half.output_cross)), float(half.output_square))
-        for half in (first, second)
-    ]
-    q = len(first.power)
-    dim, one = first.kinds["token"], torch.tensor([q - 1])
-    parts: list[tuple[Any, list[int]]] = [
-        (one, [1]),
-        (torch.arange(n_terms, q), [dim, dim, 1]),
-        (torch.cat([torch.arange(n_terms), one]), [n_terms, 1]),
-        (torch.arange(q), [n_terms, dim, dim, 1]),
-    ]
-    if not all(half.power.isfinite().all() and half.cross.isfinite().all() for half in halves_of):
+    n_terms, dim, q = first.kinds["terms"], first.kinds["token"], len(first.power)
+    one, other = (half.of_output() for half in (first, second))
+    if not all(part.isfinite().all() for half in (one, other) for part in half[:2]):
         return torch.full((3,), torch.nan)
+    terms, last = torch.arange(n_terms), torch.tensor([q - 1])
     left = []
-    for index, kinds in parts:
-        groups = [n_terms, 2 * dim + 1] if len(kinds) == 4 else [sum(kinds)]
-        left.append(solve_held_out(*(half.select(index) for half in halves_of), kinds, groups).held_out)
+    for index, kinds, groups in (
+        (last, [1], [1]),
+        (torch.arange(n_terms, q), [dim, dim, 1], [2 * dim + 1]),
+        (torch.cat([terms, last]), [n_terms, 1], [n_terms + 1]),
+        (torch.arange(q), [n_terms, dim, dim, 1], [n_terms, 2 * dim + 1]),
+    ):
+        left.append(solve_held_out((one.select(index), other.select(index)), kinds, groups).held_out)
     variance = max(left[0], torch.finfo(torch.float64).tiny)
     return torch.tensor([1 - min(max(each / variance, 0.0), 1.0) for each in left[1:]])
 

@@ -12,6 +12,7 @@ Axes: b inputs, m tokens, o width of the output.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import tempfile
 import threading
@@ -23,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator
-from moeprune.calibration.sums import Contributions, Halves, halves
+from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator, gram_of
+from moeprune.calibration.sums import Contributions, Halves, halves, lost_gram
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError, StopForward
 from moeprune.layers.layer import MoELayer
@@ -64,6 +65,11 @@ class Stage:
         return moments.result()
 
     @cached_property
+    def power(self) -> float:
+        """The square of the full model's output at this layer, summed over all inputs; above 0."""
+        return max(float(sum(halt.expected.double().square().sum() for halt in self.halts)), 1e-30)
+
+    @cached_property
     def contributions(self) -> Halves:
         """The sums for choosing among the experts, of either half of the inputs."""
         sums = tuple(Contributions(self.layer, self.moments.term_mean) for _ in range(2))
@@ -72,6 +78,21 @@ class Stage:
                 half.add(seen.select(index), gap[index])
         return sums[0], sums[1]
 
+    def overlap(self) -> Tensor:
+        """Return CᵀC (n·p,n·p) of the weights of all terms, summed over all inputs."""
+        weights = (seen.weights.double().flatten(2).flatten(0, 1) for _, seen, _ in self.observe())
+        return functools.reduce(torch.add, (rows.mT @ rows for rows in weights))
+
+    def gram(self, compensation: str) -> Tensor:
+        """Return the Gram matrix of what is lost of each expert's contribution; without compensation (n,n)."""
+        if compensation not in ("none", "renorm"):
+            return lost_gram(*self.contributions, gram_of(compensation))
+        grams = (
+            seen.gram(torch.float64) + (seen.renorm_gram(torch.float64) if compensation == "renorm" else 0)
+            for _, seen, _ in self.observe()
+        )
+        return functools.reduce(torch.add, grams).cpu()
+
     def observe(self, layer: MoELayer | None = None) -> Iterator[tuple[list[Tensor], Observation, Tensor]]:
         """Yield for each batch the places of its inputs in either half, what the layer shows on it, and what its output
         lacks to the full model's (b,m,o).
@@ -79,7 +100,7 @@ class Stage:
         layer: one to observe in place of the dense one.
         """
         layer, count = layer or self.layer, 0
-        for (arguments, named), expected in self.halts:
+        for (arguments, named), expected, _ in self.halts:
             seen = observed(layer, self.runtime, arguments, named)
             inputs = len(seen.mass)
             members = [half.to(expected.device) for half in halves(count, inputs)]
@@ -93,7 +114,7 @@ def observed(layer: MoELayer, runtime: Runtime, arguments: tuple[Any, ...], name
     seen: list[Observation] = []
     layer.observer = seen.append
     try:
-        with runtime.precision():
+        with runtime.precision(layer.fc2_weight.device):
             layer(*arguments, **named)
     finally:
         layer.observer = None
@@ -192,7 +213,7 @@ def _set_gate(model: Model, name: str) -> None:
         current.wait(arguments, named)
         return model.moe_layers[name](*arguments, **named)
 
-    layer.forward = gate  # type: ignore[method-assign]
+    layer.forward = gate
 
 
 class _Pass:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from moeprune import __version__
 from moeprune.calibration.analysis import Analysis, class_names_of, require_analysis_of
-from moeprune.calibration.passes import measure, require_finite
 from moeprune.calibration.selection import best_kept
-from moeprune.calibration.statistics import LayerMoments, LayerStatistics, MomentsAccumulator, StatisticsAccumulator
-from moeprune.calibration.sums import Halves, lost_gram
+from moeprune.calibration.statistics import LayerMoments, LayerStatistics, require_finite
+from moeprune.calibration.walk import Stage, Walk
 from moeprune.data.datasets import Data, Dataset
 from moeprune.errors import MoepruneError
 from moeprune.layers.experts import random_scores, top_k
@@ -22,7 +22,7 @@ from moeprune.models.model import Model, dataset_for, fingerprint, private_copy,
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Method, Plan, parse_keep, require_fitting_plan, uniform_plan
 from moeprune.pruning import compensation
-from moeprune.pruning.compensation import Stream
+from moeprune.pruning.results import FitQuality
 from moeprune.records import to_json
 
 ALREADY_PRUNED = "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
@@ -70,72 +70,93 @@ def apply_plan(
     if dataset is not None:
         full.to(runtime.torch_device)
     pruned = private_copy(full)
-    for index, (name, layer_plan) in enumerate(plan.items()):
-        stream = Stream(pruned, full, name, dataset, runtime)
-        moments = used.layers[name] if used is not None and (index == 0 or one_shot) else None
-        _prune_layer(stream, layer_plan, moments, seed, index)
-        _require_data_of_analysis(used, dataset)
+    pruning = _Pruning(full, pruned, plan, used, one_shot, seed)
+    if dataset is None:
+        for index in range(len(plan)):
+            pruning.prune(index, None)
+    else:
+        keeps_batches = any(layer.scope == "batch" for layer in plan.values())
+        with Walk(full, pruned, dataset, runtime, keeps_batches) as walk:
+            for index, name in enumerate(plan):
+                pruning.prune(index, walk.reach(name) if pruning.needs_stage(index) else None)
+                _require_data_of_analysis(used, dataset)
     made = provenance(known, plan, used, dataset, seed, runtime)
+    made |= {"fits": to_json(pruning.fits)} if pruning.fits else {}
     names = model.details.classes or class_names_of(used) or (dataset.source.class_names if dataset is not None else ())
     pruned.details = model.details.replace(provenance=model.details.provenance | made, classes=names)
     return pruned.to(next(model.parameters()).device)
 
 
-def _prune_layer(stream: Stream, plan: LayerPlan, moments: LayerMoments | None, seed: int, index: int) -> None:
-    """Prune the dense layer of a stream; its plan may leave its experts open.
+@dataclass
+class _Pruning:
+    """Prunes the layers of a model one after the other; analysis: None if it is not used."""
 
-    moments: from the analysis; None: they are measured if the plan needs them. index: see `decide`.
-    """
-    sums = None
-    if plan.scope == "static" and plan.is_fitted:
-        moments, sums = compensation.gather(stream, plan.compensation)
-    elif moments is None and plan.is_calibrated:
-        assert stream.data is not None
-        kind = StatisticsAccumulator if plan.signal == "gram" and plan.kept is None else MomentsAccumulator
-        name, what = stream.name, f"measure {stream.name}"
-        moments = measure(stream.pruned, [name], stream.data, stream.runtime, what, kind)[name].result()
-    if moments is not None and stream.data is not None:
-        require_finite({stream.name: moments}, stream.data)
-    wanted, calibrated = decide(plan, moments, sums, seed, index)
-    plan = wanted.replace(rank=None, energy=None)
-    layer = prune_layer(stream.full.moe_layers[stream.name], plan, calibrated)
-    stream.pruned.set_submodule(stream.name, layer)
-    if plan.is_fitted and not plan.merges:
-        assert moments is not None
-        compensation.fit(stream, wanted, moments, sums)
+    full: Model
+    pruned: Model
+    plan: Plan
+    analysis: Analysis | None
+    one_shot: bool
+    seed: int
+    fits: dict[str, FitQuality] = field(default_factory=dict)
+
+    def moments(self, index: int) -> LayerStatistics | None:
+        """Return the statistics of a planned layer behind the pruned ones before it, if the analysis has them."""
+        is_known = self.analysis is not None and (index == 0 or self.one_shot)
+        return self.analysis.layers[[*self.plan][index]] if is_known and self.analysis is not None else None
+
+    def needs_stage(self, index: int) -> bool:
+        """Return True if the data must reach a layer for it to be pruned."""
+        layer = [*self.plan.values()][index]
+        return layer.is_fitted or (layer.is_calibrated and self.moments(index) is None)
+
+    def prune(self, index: int, stage: Stage | None) -> None:
+        """Prune a layer, with what the data brings to it if it is needed."""
+        name, plan = [*self.plan.items()][index]
+        moments: LayerMoments | None = self.moments(index)
+        if stage is not None:
+            moments = stage.moments if moments is None else moments
+            require_finite(name, moments)
+        plan, calibrated = decide(plan, moments, stage, self.seed, index)
+        if plan.is_fitted and not plan.merges:
+            assert stage is not None
+            layer, self.fits[name] = compensation.fit(stage, plan, calibrated, self.full.config.tokens(name))
+        else:
+            layer = prune_layer(self.full.moe_layers[name], plan, calibrated)
+        self.pruned.set_submodule(name, layer)
 
 
 def decide(
-    plan: LayerPlan, moments: LayerMoments | None, sums: Halves | None, seed: int, index: int
+    plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None, seed: int, index: int
 ) -> tuple[LayerPlan, Calibrated]:
     """Return a plan with its static set, and what is merged, chosen; and the values that pruning by it takes.
 
-    sums: for a fitted compensation, if there is one. index: the layer's among the planned ones.
+    stage: what calibration data brings to the layer, where that is measured. index: the layer's among the planned ones.
     """
     scores = random_scores(plan.num_experts, seed, index) if plan.signal == "random" else None
     if plan.scope == "static" and plan.kept is None:
-        kept = _best_experts(plan, moments, sums) if scores is None else tuple(top_k(scores, plan.k).tolist())
+        kept = _best_experts(plan, moments, stage) if scores is None else tuple(top_k(scores, plan.k).tolist())
         plan = plan.replace(kept=kept)
     if plan.merges and plan.merged_into is None:
-        assert sums is not None
+        assert stage is not None
         assert plan.kept is not None
-        plan = plan.replace(merged_into=nearest_kept(sums[0].power + sums[1].power, plan.kept, plan.num_experts))
+        plan = plan.replace(merged_into=nearest_kept(stage.overlap(), plan.kept, plan.num_experts))
     if moments is None:
         return plan, Calibrated(scores)
     scores = moments.deviation if scores is None else scores
     return plan, Calibrated(scores, moments.term_mean, moments.mean_mass)
 
 
-def _best_experts(plan: LayerPlan, moments: LayerMoments | None, sums: Halves | None) -> tuple[int, ...]:
+def _best_experts(plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None) -> tuple[int, ...]:
     """Return the experts that a static set keeps by statistics of calibration data, ascending."""
     assert moments is not None
     if plan.signal != "gram":
         scores = moments.mean_mass * (moments.deviation if plan.signal == "deviation" else 1)
         return tuple(top_k(scores, plan.k).tolist())
-    if sums is not None:
-        return best_kept(lost_gram(*sums, moments.term_mean, plan.compensation), plan.num_experts, plan.k)
-    assert isinstance(moments, LayerStatistics)
-    return moments.best_kept(plan.k, plan.compensation)
+    if isinstance(moments, LayerStatistics):
+        return moments.best_kept(plan.k, plan.compensation)
+    assert stage is not None
+    mass = moments.mean_mass if plan.compensation == "renorm" else None
+    return best_kept(stage.gram(plan.compensation), plan.num_experts, plan.k, mass)
 
 
 def needs_pass(plan: Plan, one_shot: bool) -> bool:
@@ -153,8 +174,8 @@ def require_calibration(
     """
     for name, regressors in compensation.too_large_refits(layers, plan).items():
         raise MoepruneError(
-            f"`refit` of layer `{name}` would take {regressors:,} regressors: {plan[name].k} experts of width"
-            f" {layers[name].expert_width} are kept; at most {compensation.MAX_REGRESSORS:,} are possible",
+            f"`{plan[name].compensation}` of layer `{name}` would take {regressors:,} regressors: {plan[name].k} experts"
+            f" of width {layers[name].expert_width} are kept; at most {compensation.MAX_REGRESSORS:,} are possible",
             "keep fewer experts, or give `--compensate affine`",
         )
     for name, layer in plan.items():

@@ -1,166 +1,106 @@
 """Fit what compensates for dropped experts: regressions on data, without labels.
 
-The pruned layer gives Y' = sum over kept experts of R_j + sum over dropped ones of w_j·mu_j. It lacks
-T = Y - Y', where Y is the output of the same layer in the unpruned model, so that T also holds what pruned
-layers before it broke. The regression of T on
+A pruned layer that uses means gives Y' = sum over kept experts of R_j + sum over dropped ones of w_j·mu_j. It lacks
+T = Y - Y', where Y is the output of the same layer in the unpruned model, so that T also holds what pruned layers
+before it broke. One regression of T on
 
-    lstsq    the weights of all terms, without those that ran for their own input (a static set may correct
-             kept terms too: that costs nothing)
-    affine   the same, the layer's input X, the mean of its tokens, and 1
+    lstsq          the weights of all terms, without those that ran for their own input (a static set may correct
+                   kept terms too: that costs nothing)
+    affine         the same, the layer's input X, the mean of its tokens, and 1
+    refit          the same, and what the kept experts' last linears take, times the experts' weights, which changes
+                   these linears and costs nothing at inference
+    renorm-refit   what the last linears take and their biases alone, with weights over kept experts
+    linear         X, the mean of its tokens, and 1 alone: Y' = 0
 
-is added to the surrogates; lambda → infinity leaves `mean`. Behind `affine`, `refit` regresses what is then
-still lacking on the same and on what the kept experts' last linears take, times the experts' weights: that
-changes those linears and costs nothing at inference.
+is added to what the layer has. With `low-rank` dropped experts first become affine maps of their inputs s, fitted to
+their own outputs f by reduced-rank regression (Izenman 1975) with the squares of their weights; `affine` then fits what
+is still lacking.
 
-Axes: b inputs, m tokens, d width of the input, o of the output, n experts, p terms per expert, q regressors.
+Axes: b inputs, m tokens, d width of the input, o of the output, n experts, e dropped ones, p terms per expert, q
+regressors.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from moeprune.calibration.passes import observe_layers
-from moeprune.calibration.ridge import Equations, solve_held_out
-from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator
-from moeprune.calibration.sums import Contributions, Halves, halves, wide_dtype
-from moeprune.data.datasets import Dataset
+from moeprune.calibration.ridge import Fit, solve_held_out
+from moeprune.calibration.sums import RegressionSums
+from moeprune.calibration.walk import Stage
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, layer_of_tensors
-from moeprune.layers.observation import Observation
-from moeprune.models.model import Model
-from moeprune.models.runtime import Runtime
-from moeprune.plan import LayerPlan, Plan
+from moeprune.layers.surgery import Calibrated, prune_layer
+from moeprune.plan import REFITS, LayerPlan, Plan
+from moeprune.pruning.low_rank import fit_low_rank
+from moeprune.pruning.results import FitQuality
 
-MAX_REGRESSORS = 4096  # regressors that `refit` takes at most: their Gram matrix is held in float64, and decomposed
+MAX_REGRESSORS = 4096  # regressors that a refit takes at most: their Gram matrix is held in float64, and decomposed
 
 
-@dataclass(frozen=True)
-class Stream:
-    """A layer of a model whose layers before it are pruned, seen beside the same layer of the full model.
+def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) -> tuple[MoELayer, FitQuality]:
+    """Return the pruned layer of a stage with its compensation fitted, and how well.
 
-    pruned, full: private copies, on the runtime's device. data: None if nothing is measured.
+    wanted: its plan, which may have a rank or energy. tokens: of one input.
     """
-
-    pruned: Model
-    full: Model
-    name: str
-    data: Dataset | None
-    runtime: Runtime
-
-    @property
-    def layer(self) -> MoELayer:
-        """The layer of the pruned model."""
-        return self.pruned.moe_layers[self.name]
-
-    def __iter__(self) -> Iterator[tuple[list[Tensor], Observation, Tensor]]:
-        """Yield for each batch the inputs in either half, the pruned model's observation of the layer, and
-        what its output lacks to the full model's (b,m,o).
-        """
-        assert self.data is not None
-        count = 0
-        seen: list[Observation] = []
-        for inputs, _ in self.runtime.batches(self.data, f"fit {self.name}"):
-            seen.clear()
-            for model in (self.full, self.pruned):
-                observe_layers(model, [self.name], lambda _, found: seen.append(found), inputs, self.runtime)
-            full, pruned = seen
-            members = [half.to(self.runtime.torch_device) for half in halves(count, len(inputs))]
-            count += len(inputs)
-            gap = full.output.float() - pruned.output.float()
-            yield members, pruned, gap.reshape(len(inputs), -1, gap.shape[-1])  # the tokens of all windows
+    plan = wanted if wanted.is_low_rank else wanted.replace(rank=None, energy=None)
+    layer = prune_layer(stage.layer, plan, calibrated)
+    if plan.is_low_rank:
+        fit_low_rank(stage, layer)
+    found, power = regress(stage, layer)
+    correct(layer, found.solution)
+    quality = FitQuality(
+        samples=sum(len(halt.expected) for halt in stage.halts) // stage.layer.config.windows,
+        regressors=len(power),
+        fitted_error=max(found.fitted, 0.0) / stage.power,
+        held_out_error=max(found.held_out, 0.0) / stage.power,
+    )
+    if wanted != plan:
+        layer = narrowed(layer, wanted, power, tokens)
+    return layer, quality
 
 
-def gather(stream: Stream, compensation: str) -> tuple[LayerMoments, Halves]:
-    """Return the moments of the stream's layer, which is dense, and the sums that a fitted compensation takes.
-
-    The gap of the sums is what the unpruned model's layer gives beyond this one's.
-    """
-    layer = stream.layer
-    moments = MomentsAccumulator(layer)
-    sums = Contributions(layer, compensation), Contributions(layer, compensation)
-    for members, seen, gap in stream:
-        moments.add(seen, None)
-        for half, index in zip(sums, members, strict=True):
+def regress(stage: Stage, layer: MoELayer) -> tuple[Fit, Tensor]:
+    """Fit what a pruned layer lacks; return the fit, with V (q,o), and ZᵀZ (q,q) of the regressors."""
+    kinds, width = layer.regressor_kinds(), layer.config.output_width
+    halves = [RegressionSums(kinds, width, layer.fc2_weight.device) for _ in range(2)]
+    for members, seen, gap in stage.observe(layer):
+        for half, index in zip(halves, members, strict=True):
             half.add(seen.select(index), gap[index])
-    return moments.result(), sums
+    first, second = (half.equations() for half in halves)
+    of_tokens = sum(kinds.get(name, 0) for name in ("token", "mean", "one"))
+    groups = [size for name, size in kinds.items() if name in ("hidden", "bias", "terms")]
+    found = solve_held_out((first, second), [*kinds.values()], [*groups, *([of_tokens] if of_tokens else [])])
+    return found, first.power + second.power
 
 
-def fit(stream: Stream, wanted: LayerPlan, moments: LayerMoments, sums: Halves | None) -> None:
-    """Fit the compensation of the stream's pruned layer, whose surrogates are means, in place.
-
-    wanted: its plan, with the rank or energy that it lacks so far. moments, sums: what `gather` returned, with
-    scope static.
-    """
-    layer, compensation = stream.layer, wanted.compensation
-    correction, power = regress(stream, compensation) if sums is None else regress_static(moments, sums, wanted)
-    add_correction(layer, correction)
-    if compensation == "refit" and wanted.k:
-        refit_kept(stream)
-    if wanted != layer.plan:
-        narrow = narrowed(layer, wanted, power, stream.full.config.tokens(stream.name))
-        stream.pruned.set_submodule(stream.name, narrow)
-
-
-def regress(stream: Stream, compensation: str, with_hidden: bool = False) -> tuple[Tensor, Tensor]:
-    """Fit one correction (`lstsq` or `affine`) for all subsets of experts, over those that the inputs choose.
-
-    Returns V (q,o) and ZᵀZ (q,q) of the regressors. with_hidden: the first of them are what the kept experts'
-    last linears take (k·h).
-    """
-    kinds = stream.layer.regressor_kinds(compensation)
-    k, out, width = stream.layer.fc2_weight.shape
-    if with_hidden:
-        kinds = [k * width, *kinds]
-    q, device = sum(kinds), stream.runtime.torch_device
-    sums = [[torch.zeros(q, size, device=device, dtype=wide_dtype(device)) for size in (q, out)] for _ in range(2)]
-    for members, seen, gap in stream:
-        rows = seen.regressors(compensation)
-        if with_hidden:
-            rows = torch.cat([seen.weighted_hidden(), rows], dim=2)
-        for (power, cross), index in zip(sums, members, strict=True):
-            z, t = (part.reshape(len(gap), -1, part.shape[-1])[index].flatten(0, 1).to(power) for part in (rows, gap))
-            power += z.mT @ z
-            cross += z.mT @ t
-    first, second = (Equations(*(part.to("cpu", torch.float64) for part in half)) for half in sums)
-    return solve_held_out(first, second, kinds), first.power + second.power
-
-
-def regress_static(moments: LayerMoments, sums: Halves, plan: LayerPlan) -> tuple[Tensor, Tensor]:
-    """Fit the correction of a static layer; return V (q,o) and ZᵀZ (q,q) in the order of the layer's columns."""
-    mean = moments.term_mean
-    first, second = (half.equations(plan.dropped, mean) for half in sums)
-    correction = solve_held_out(first, second, sums[0].kinds)
-    n, p, _ = mean.shape
-    rows = torch.arange(len(correction))
-    rows[: n * p] = rows[: n * p].view(n, p)[list(plan.columns)].flatten()
-    return correction[rows], (first.power + second.power)[rows][:, rows]
-
-
-def refit_kept(stream: Stream) -> None:
-    """Fit the last linears of a static layer's kept experts, in place, behind `affine`."""
-    layer = stream.layer
-    k, out, width = layer.fc2_weight.shape
-    correction, _ = regress(stream, "affine", with_hidden=True)
-    of_weights = correction[: k * width].view(k, width, out).mT
-    layer.fc2_weight = torch.nn.Parameter(layer.fc2_weight + of_weights.to(layer.fc2_weight), False)
-    add_correction(layer, correction[k * width :])
-
-
-def add_correction(layer: MoELayer, correction: Tensor) -> None:
-    """Add V (q,o) to the compensation of a pruned layer, in place."""
-    for name, rows in layer.split_rows(correction.to(layer.surrogate)).items():
+def correct(layer: MoELayer, correction: Tensor) -> None:
+    """Add V (q,o) to what a pruned layer's regressors are multiplied by, in place."""
+    kinds = layer.regressor_kinds()
+    hidden, bias, rest = correction.split(
+        [
+            kinds.get("hidden", 0),
+            kinds.get("bias", 0),
+            len(correction) - sum(kinds.get(name, 0) for name in ("hidden", "bias")),
+        ]
+    )
+    if len(hidden):
+        change = hidden.unflatten(0, (len(layer.fc2_weight), -1)).mT
+        layer.fc2_weight = torch.nn.Parameter(layer.fc2_weight + change.to(layer.fc2_weight), False)
+    if len(bias):
+        layer.fc2_bias = torch.nn.Parameter(layer.fc2_bias + bias.to(layer.fc2_weight), False)
+    for name, rows in layer.split_rows(rest.to(layer.fc2_weight)).items():
         getattr(layer, name).add_(rows)
 
 
 def too_large_refits(configs: Mapping[str, LayerConfig], plan: Plan) -> dict[str, int]:
-    """Return the number of regressors of each layer whose `refit` would take more than MAX_REGRESSORS."""
+    """Return the number of regressors of each layer whose refit would take more than MAX_REGRESSORS."""
     found = {}
     for name, layer in plan.items():
-        config = configs[name]
-        count = layer.k * config.expert_width + config.num_experts * config.terms_per_expert + 2 * config.dim + 1
-        if layer.compensation == "refit" and layer.drops and count > MAX_REGRESSORS:
+        config, count = configs[name], layer.k * configs[name].expert_width
+        if layer.compensation == "refit":
+            count += config.num_experts * config.terms_per_expert + 2 * config.dim + 1
+        if layer.compensation in REFITS and layer.drops and count > MAX_REGRESSORS:
             found[name] = count
     return found
 

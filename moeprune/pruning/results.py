@@ -40,6 +40,20 @@ class Search(Result, frozen=True):
     confirmed: Confirmation
 
 
+class FitQuality(Result, frozen=True):
+    """How well the compensation of a layer is fitted.
+
+    samples: of the calibration data. regressors: what is fitted for each output. fitted_error, held_out_error: squared
+    errors of the layer's output as shares of its square in the full model, of fits to one half of the samples: on that
+    half, and on the other. The gap between them tells whether more calibration data would help.
+    """
+
+    samples: int
+    regressors: int
+    fitted_error: float
+    held_out_error: float
+
+
 class PlanFile(Result, frozen=True, tag_field="schema_version", tag=1):
     """A file of `--plan` and `--save-plan`; see moeprune.pruning.plan_file for its defaults."""
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 import moeprune
 from moeprune.calibration.analysis import Analysis
-from moeprune.calibration.passes import observe_layers
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.data.datasets import Dataset
 from moeprune.layers.experts import top_k
@@ -34,6 +33,7 @@ from moeprune.layers.observation import Observation
 from moeprune.models.model import private_copy
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import Method, experts_to_keep, uniform_plan
+from tests.reference import observe_layers
 
 EXPERTS = (4, 8, 12)
 SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))

@@ -1,0 +1,162 @@
+"""Low-rank maps in place of dropped experts, by reduced-rank regression.
+
+Each dropped expert j becomes f(s) ≈ (s - mean s)·A·B + mean f, of rank r, which minimises the squared error of its own
+outputs over its inputs s, each with the sum over tokens of its squared weights: that is its error in the layer's output.
+The ridge solution X of f on s is projected on the r leading eigenvectors V of Xᵀ·Cov(s)·X (Izenman 1975): A = X·V,
+B = Vᵀ. One ridge, in units of the mean variance of s, serves all experts; it is chosen by the error on held-out inputs.
+
+Axes: e experts, p terms per expert, d width of the input, o of the output, r rank.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeprune.calibration.walk import Stage
+from moeprune.layers.layer import MoELayer
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+CHOOSING = 16  # experts, spread evenly, by which the ridge is chosen
+ITERATIONS = 8  # of the search for leading eigenvectors
+SPARE = 8  # directions beyond the rank that it follows
+
+
+class Moments(NamedTuple):
+    """Weighted sums over the inputs of some experts."""
+
+    weight: Tensor  # (e)
+    inputs: Tensor  # of s (e,d)
+    outputs: Tensor  # of f (e,o)
+    power: Tensor  # of s·sᵀ (e,d,d)
+    cross: Tensor  # of s·fᵀ (e,d,o)
+    square: Tensor  # of |f|² (e)
+
+    def __add__(self, more: "Moments") -> "Moments":  # type: ignore[override]
+        return Moments(*(one + other for one, other in zip(self, more, strict=True)))
+
+    def select(self, experts: Sequence[int] | Tensor) -> "Moments":
+        """Return those of some of the experts."""
+        return Moments(*(part[experts] for part in self))
+
+    def centred(self) -> "Moments":
+        """Return the sums of what is left of inputs and outputs without their means, which stand in their sums' places."""
+        weight = self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
+        inputs, outputs = self.inputs / weight[:, None], self.outputs / weight[:, None]
+        scaled = inputs * weight[:, None]
+        return Moments(
+            weight, inputs, outputs,
+            self.power - scaled[:, :, None] * inputs[:, None],
+            self.cross - scaled[:, :, None] * outputs[:, None],
+            self.square - weight * outputs.square().sum(1),
+        )  # fmt: skip
+
+
+def fit_low_rank(stage: Stage, layer: MoELayer) -> None:
+    """Fit the low-rank maps of a pruned layer, and the constants of their experts, in place."""
+    plan = layer.plan
+    assert plan is not None
+    assert plan.rank is not None
+    experts = list(plan.dropped) if plan.scope == "static" else list(range(plan.num_experts))
+    if not experts:
+        return
+    halves = measure(stage, experts)
+    ridge = choose_ridge(halves, plan.rank)
+    first, second, inputs, outputs = [], [], [], []
+    for some in torch.arange(len(experts)).split(CHOOSING):
+        moments = (halves[0].select(some) + halves[1].select(some)).centred()
+        maps = reduced_rank(moments, ridge, plan.rank)
+        first.append(maps[0])
+        second.append(maps[1])
+        inputs.append(moments.inputs)
+        outputs.append(moments.outputs)
+    into, out_of = torch.cat(first), torch.cat(second)
+    constants = torch.cat(outputs) - (torch.cat(inputs)[:, None] @ into @ out_of)[:, 0]
+    like = layer.surrogate
+    layer.low_rank_in.copy_(into.to(like))
+    layer.low_rank_out.copy_(out_of.to(like))
+    like[-len(experts) :] = constants[:, None].to(like)
+
+
+def measure(stage: Stage, experts: Sequence[int]) -> tuple[Moments, Moments]:
+    """Return the moments of some experts of the dense layer, on either half of the inputs."""
+    index = torch.tensor(experts, device=stage.layer.fc2_weight.device)
+    halves: list[Moments | None] = [None, None]
+    for members, seen, _ in stage.observe():
+        for which, places in enumerate(members):
+            if not len(places):
+                continue
+            some = seen.select(places)
+            assert some.slot_inputs is not None
+            weight = some.weights[:, :, index].float().square().sum(1).permute(1, 0, 2).flatten(1)  # (e,b·p)
+            inputs, outputs = (
+                part[:, index].float().transpose(0, 1).flatten(1, 2) for part in (some.slot_inputs, some.term_outputs)
+            )
+            weighted = inputs * weight[:, :, None]
+            found = Moments(
+                weight.sum(1), weighted.sum(1), (weight[:, None] @ outputs)[:, 0], weighted.mT @ inputs,
+                weighted.mT @ outputs, (weight * outputs.square().sum(2)).sum(1),
+            )  # fmt: skip
+            known = halves[which]
+            halves[which] = found if known is None else known + found
+    first, second = (half for half in halves)
+    if first is None or second is None:  # one input
+        first = second = first or second
+    assert first is not None
+    assert second is not None
+    return first, second
+
+
+def choose_ridge(halves: tuple[Moments, Moments], rank: int) -> float:
+    """Return the ridge whose maps, fitted to one half, have the least error on the other, both ways."""
+    count = len(halves[0].weight)
+    some = torch.linspace(0, count - 1, min(count, CHOOSING)).round().long()
+    parts = [half.select(some) for half in halves]
+    errors = []
+    for ridge in RIDGES:
+        error = 0.0
+        for fitted, held_out in (parts, parts[::-1]):
+            own = fitted.centred()
+            into, out_of = reduced_rank(own, ridge, rank)
+            error += _error(held_out, own, into @ out_of)
+        errors.append(error)
+    return RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
+
+
+def _error(held_out: Moments, fitted: Moments, maps: Tensor) -> float:
+    """Return the squared error of maps (e,d,o) around the means of `fitted`, on other inputs."""
+    dtype = torch.float64
+    constant = fitted.outputs.to(dtype) - (fitted.inputs.to(dtype)[:, None] @ maps.to(dtype))[:, 0]  # (e,o)
+    weight, inputs, outputs, power, cross, square = (part.to(dtype) for part in held_out)
+    maps = maps.to(dtype)
+    error = square - 2 * (maps * cross).sum((1, 2)) + (maps * (power @ maps)).sum((1, 2))
+    error += weight * constant.square().sum(1) - 2 * (constant * outputs).sum(1)
+    error += 2 * (constant * (inputs[:, None] @ maps)[:, 0]).sum(1)
+    return float(error.sum())
+
+
+def reduced_rank(moments: Moments, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (e,d,r) and B (e,r,o) of the best maps of a rank, from centred moments."""
+    power = moments.power.clone()
+    diagonal = power.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny ** 0.5)
+    diagonal.add_(ridge * mean)
+    factor = torch.linalg.cholesky_ex(power)[0]
+    solution = torch.cholesky_solve(moments.cross, factor)  # (e,d,o)
+    explained = solution.mT @ (moments.power @ solution)
+    directions = leading_directions(explained, rank)  # (e,o,r)
+    return solution @ directions, directions.mT.contiguous()
+
+
+def leading_directions(matrices: Tensor, rank: int) -> Tensor:
+    """Return orthonormal eigenvectors of the largest eigenvalues of positive matrices (e,o,o): (e,o,r)."""
+    width, follow = matrices.shape[2], rank + SPARE
+    if width <= 4 * follow:
+        return torch.linalg.eigh(matrices)[1][:, :, -rank:].flip(2)
+    generator = torch.Generator().manual_seed(width)
+    basis = torch.randn(width, follow, generator=generator).to(matrices).expand(len(matrices), -1, -1)
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(matrices @ basis)[0]
+    inner = torch.linalg.eigh(basis.mT @ matrices @ basis)[1][:, :, -rank:].flip(2)
+    return basis @ inner
