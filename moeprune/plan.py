@@ -17,6 +17,11 @@ Compensation = Literal[
     "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear", "merge"
 ]
 SCOPES, SIGNALS, COMPENSATIONS = get_args(Scope), get_args(Signal), get_args(Compensation)
+WantedScope = Literal["auto", "static", "input", "batch"]
+WantedSignal = Literal["auto", "combine", "deviation", "gram", "random"]
+WantedCompensation = Literal[
+    "auto", "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear", "merge"
+]
 FITTED = ("lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear")  # that a regression on data finds
 AFFINE = ("affine", "refit", "low-rank", "linear")  # with a linear map of the layer's input
 REFITS = ("refit", "renorm-refit")  # that change the kept experts' last linears
@@ -215,13 +220,53 @@ class Method(Record, frozen=True):
     compensate: Compensation = "none"
     mass: Share | None = None
     energy: Energy | None = None
+    rank: Positive | None = None
 
     def plan(self, k: int, num_experts: int, kept: tuple[int, ...] | None = None) -> LayerPlan:
-        """Return the plan of a layer that keeps k experts."""
-        return LayerPlan(self.scope, k, num_experts, self.signal, self.compensate, kept, self.mass, energy=self.energy)
+        """Return the plan of a layer that keeps k experts; `linear` keeps none."""
+        k = 0 if self.compensate == "linear" else k
+        kept = () if k == 0 and self.scope == "static" else kept
+        return LayerPlan(
+            self.scope,
+            k,
+            num_experts,
+            self.signal,
+            self.compensate,
+            kept,
+            self.mass,
+            rank=self.rank,
+            energy=self.energy,
+        )
 
     def __str__(self) -> str:
-        return f"scope {self.scope}, signal {self.signal} and compensation {self.compensate}"
+        rank = "" if self.rank is None else f" of rank {self.rank}"
+        return f"scope {self.scope}, signal {self.signal} and compensation {self.compensate}{rank}"
+
+
+class Wanted(Record, frozen=True):
+    """A method as it is asked for; `auto` leaves a choice open, see moeprune.pruning.auto."""
+
+    scope: WantedScope = "auto"
+    signal: WantedSignal = "auto"
+    compensate: WantedCompensation = "auto"
+    mass: Share | None = None
+    energy: Energy | None = None
+    rank: Positive | None = None
+
+    @property
+    def concrete_scope(self) -> Scope:
+        """The scope; `auto` is `static`, or `input` with a mass."""
+        if self.scope != "auto":
+            return self.scope
+        return "static" if self.mass is None else "input"
+
+    def signal_for(self, compensation: str, has_data: bool = True) -> str:
+        """Return the signal that goes with a compensation; has_data: calibration data can decide."""
+        if self.signal != "auto":
+            return self.signal
+        if self.concrete_scope != "static":
+            return "deviation" if has_data else "combine"
+        return "combine" if compensation in ("merge", "linear") else "gram"
 
 
 def uniform_plan(layers: Mapping[str, Any], keep: Fraction | int, method: Method, option: str = "--keep") -> Plan:

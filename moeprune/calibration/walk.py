@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator, gram_of
-from moeprune.calibration.sums import Contributions, Halves, halves, lost_gram
+from moeprune.calibration.sums import Contributions, Halves, halves, lost_gram, wide_dtype
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError, StopForward
 from moeprune.layers.layer import MoELayer
@@ -55,6 +55,7 @@ class Stage:
 
     def __init__(self, name: str, layer: MoELayer, runtime: Runtime, halts: list[Halt]):
         self.name, self.layer, self.runtime, self.halts = name, layer, runtime, halts
+        self._grams: dict[str, Tensor] = {}
 
     @cached_property
     def moments(self) -> LayerMoments:
@@ -85,11 +86,17 @@ class Stage:
 
     def gram(self, compensation: str) -> Tensor:
         """Return the Gram matrix of what is lost of each expert's contribution; without compensation (n,n)."""
-        if compensation not in ("none", "renorm"):
-            return lost_gram(*self.contributions, gram_of(compensation))
+        kind = gram_of(compensation)
+        if kind not in self._grams:
+            self._grams[kind] = self._gram(kind)
+        return self._grams[kind]
+
+    def _gram(self, kind: str) -> Tensor:
+        if kind not in ("none", "renorm"):
+            return lost_gram(*self.contributions, kind)
+        dtype = wide_dtype(self.layer.fc2_weight.device)
         grams = (
-            seen.gram(torch.float64) + (seen.renorm_gram(torch.float64) if compensation == "renorm" else 0)
-            for _, seen, _ in self.observe()
+            seen.gram(dtype) + (seen.renorm_gram(dtype) if kind == "renorm" else 0) for _, seen, _ in self.observe()
         )
         return functools.reduce(torch.add, grams).cpu()
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig, Shapes
-from moeprune.plan import SCOPES, LayerPlan, Positive
+from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Positive
 from moeprune.records import Record, from_json
 
 RouterNorm = Literal["none", "l2", "rms", "layer"]
@@ -90,6 +90,11 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     def scopes(self) -> tuple[str, ...]:
         """All but `static` with dynamic slots: with fewer experts, other tokens would be averaged."""
         return tuple(scope for scope in SCOPES if not (self.dynamic_slots and scope == "static"))
+
+    @property
+    def compensations(self) -> tuple[str, ...]:
+        """All."""
+        return COMPENSATIONS
 
     @property
     def mixes_batch(self) -> bool:

@@ -103,6 +103,11 @@ class LayerConfig:
         return SCOPES
 
     @property
+    def compensations(self) -> tuple[str, ...]:
+        """Compensations that the family can run: by default those of constants and of an affine map."""
+        return ("none", "renorm", "mean", "lstsq", "affine")
+
+    @property
     def mixes_batch(self) -> bool:
         """True if the output for one input depends on the others in the batch."""
         return False
@@ -170,6 +175,9 @@ class LayerConfig:
         """Return why the layer cannot be pruned by a plan, None if it can."""
         if plan.scope not in self.scopes:
             return f"can be pruned with scope {' or '.join(self.scopes)} only, the plan has `{plan.scope}`"
+        if plan.compensation not in self.compensations:
+            possible = ", ".join(f"`{name}`" for name in self.compensations)
+            return f"can be compensated by {possible}, the plan has `{plan.compensation}`"
         width = min(self.output_width, self.dim) if plan.is_low_rank else self.output_width
         if plan.rank is not None and plan.rank > width:
             return f"has {width} directions{' of output' * (not plan.is_low_rank)}, the plan has rank {plan.rank}"

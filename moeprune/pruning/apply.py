@@ -70,7 +70,7 @@ def apply_plan(
     if dataset is not None:
         full.to(runtime.torch_device)
     pruned = private_copy(full)
-    pruning = _Pruning(full, pruned, plan, used, one_shot, seed)
+    pruning = Pruning(full, pruned, plan, used, one_shot, seed)
     if dataset is None:
         for index in range(len(plan)):
             pruning.prune(index, None)
@@ -88,7 +88,7 @@ def apply_plan(
 
 
 @dataclass
-class _Pruning:
+class Pruning:
     """Prunes the layers of a model one after the other; analysis: None if it is not used."""
 
     full: Model
@@ -174,8 +174,9 @@ def require_calibration(
     """
     for name, regressors in compensation.too_large_refits(layers, plan).items():
         raise MoepruneError(
-            f"`{plan[name].compensation}` of layer `{name}` would take {regressors:,} regressors: {plan[name].k} experts"
-            f" of width {layers[name].expert_width} are kept; at most {compensation.MAX_REGRESSORS:,} are possible",
+            f"`{plan[name].compensation}` of layer `{name}` would take {regressors:,} regressors:"
+            f" {plan[name].k} experts of width {layers[name].expert_width} are kept; at most"
+            f" {compensation.MAX_REGRESSORS:,} are possible",
             "keep fewer experts, or give `--compensate affine`",
         )
     for name, layer in plan.items():

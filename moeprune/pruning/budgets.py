@@ -17,13 +17,16 @@ from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
 from moeprune.models.architecture import ModelConfig
 from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, parse_budget, require_fitting_plan
+from moeprune.pruning.compensation import too_large_refits
+
+EMPTY = ("low-rank", "linear")  # compensations that can do without experts
 
 
 class Costs(NamedTuple):
     """The cost of a model under every plan of one scope and compensation, in bytes or FLOPs.
 
-    full: of the unpruned model. rest: of what is in no MoE layer. layers: of each layer with k = 0…n experts, where
-    0 stands for no plan and costs infinitely much.
+    full: of the unpruned model. rest: of what is in no MoE layer. layers: of each layer with k = 0…n experts; infinite
+    for k = 0, unless the method can do without experts.
     """
 
     full: float
@@ -50,11 +53,11 @@ def costs_of(config: ModelConfig, method: Method, tensors: Mapping[str, TensorIn
             for tensor, shape in layer.shapes(plan).items()
         )
 
-    layers = {}
+    layers, least = {}, 0 if method.scope == "static" and method.compensate in EMPTY else 1
     for name, layer in config.moe_layers.items():
         n, is_static = layer.num_experts, method.scope == "static"
-        plans = (method.plan(k, n, tuple(range(k)) if is_static else None) for k in range(1, n + 1))
-        layers[name] = [math.inf, *(float(cost(name, plan)) for plan in plans)]
+        plans = (method.plan(k, n, tuple(range(k)) if is_static else None) for k in range(least, n + 1))
+        layers[name] = [*[math.inf] * least, *(float(cost(name, plan)) for plan in plans)]
     full = config.flops({}).total if tensors is None else sum(tensor.nbytes for tensor in tensors.values())
     return Costs(full, full - sum(cost(name, None) for name in layers), layers)
 
@@ -84,8 +87,8 @@ def plans_within(
     budget, is_share = parse_budget(given, unit, option)
     costs = costs_of(config, method, None if max_size is None else tensors)
     sizes = {name: layer.num_experts for name, layer in config.moe_layers.items()}
-    shares = sorted({Fraction(k, n) for n in sizes.values() for k in range(1, n + 1)})
-    uniform = [{name: experts_to_keep(part, n, name) for name, n in sizes.items()} for part in shares]
+    shares = sorted({Fraction(k, n) for n in sizes.values() for k in range(n + 1)})
+    uniform = [{name: int(experts_to_keep(part, n, name)) for name, n in sizes.items()} for part in shares]
     smallest = min(costs.of(experts) for experts in uniform)
     if method.scope == "static":
         smallest = costs.rest + math.fsum(min(layer) for layer in costs.layers.values())
@@ -102,6 +105,29 @@ def plans_within(
     plans = [{name: method.plan(k, sizes[name]) for name, k in experts.items()} for experts in chosen]
     require_fitting_plan(plans[0], config.moe_layers)
     return plans[:1] if plans[0] == plans[-1] else plans
+
+
+def plans_within_budget(
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    analysis: Analysis | None,
+    ways: Sequence[Method],
+    max_size: str | float | None = None,
+    max_flops: str | float | None = None,
+) -> list[Plan]:
+    """Return the plans of `plans_within` of each method that can meet a budget, without refits that are too large.
+
+    Raises the MoepruneError of the last method if none can.
+    """
+    plans, refused = list[Plan](), None
+    for method in ways:
+        try:
+            plans += plans_within(config, tensors, analysis, method, max_size, max_flops)
+        except MoepruneError as error:
+            refused = error
+    if not plans and refused is not None:
+        raise refused
+    return [plan for plan in plans if not too_large_refits(config.moe_layers, plan)] or plans[:1]
 
 
 def losses(analysis: Analysis, compensation: str) -> dict[str, list[float]]:
@@ -155,8 +181,8 @@ def allocate(
 
 
 def _hull(losses: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """Return the choices of k ≥ 1 on the lower convex hull of losses over costs, from the cheapest on."""
-    order = sorted(range(1, len(losses)), key=lambda k: (costs[k], losses[k]))
+    """Return the choices of k, of finite cost, on the lower convex hull of losses over costs, from the cheapest on."""
+    order = sorted((k for k in range(len(losses)) if costs[k] < math.inf), key=lambda k: (costs[k], losses[k]))
     hull: list[int] = []
     for k in order:
         if hull and losses[k] >= losses[hull[-1]]:

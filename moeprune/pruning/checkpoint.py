@@ -48,13 +48,13 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     data = None if request.data is None else open_data_for(full.model, request.data, "calibration", names)
     stated = None if request.plan is None else read_plan(request.plan, full.config.moe_layers)
     plans, analysis = plans_of(full, request, analysis, data, stated)
-    plan, search, cost = plans[0] if plans else {}, None, None
+    plan, made, cost = plans[0] if plans else {}, None, None
     if request.output is not None:
-        if full.header is not None and plans and data is None and _copies(plan, request):
+        if full.header is not None and len(plans) == 1 and data is None and _copies(plan, request):
             _prune_file(request, full, full.header, analysis, plan)
         else:
-            model, search = prune_model(full, request, analysis, data, plans)
-            save(model, request.output, request.overwrite)
+            made = prune_model(full, request, analysis, data, plans)
+            save(made.model, request.output, request.overwrite)
         written = our_header(request.output)
         assert written is not None
         _, plan, _ = read_description(written)
@@ -68,7 +68,9 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         plan=plan,
         model=cost,
         full_model=full.config.cost({}, full.tensors),
-        search=search,
+        search=made and made.search,
+        candidates=[*made.candidates] if made else [],
+        fits=made.fits if made else {},
     )
 
 

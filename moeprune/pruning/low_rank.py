@@ -1,7 +1,7 @@
 """Low-rank maps in place of dropped experts, by reduced-rank regression.
 
 Each dropped expert j becomes f(s) ≈ (s - mean s)·A·B + mean f, of rank r, which minimises the squared error of its own
-outputs over its inputs s, each with the sum over tokens of its squared weights: that is its error in the layer's output.
+outputs over its inputs s, each times the sum over tokens of its squared weights: its error in the layer's output.
 The ridge solution X of f on s is projected on the r leading eigenvectors V of Xᵀ·Cov(s)·X (Izenman 1975): A = X·V,
 B = Vᵀ. One ridge, in units of the mean variance of s, serves all experts; it is chosen by the error on held-out inputs.
 
@@ -41,7 +41,7 @@ class Moments(NamedTuple):
         return Moments(*(part[experts] for part in self))
 
     def centred(self) -> "Moments":
-        """Return the sums of what is left of inputs and outputs without their means, which stand in their sums' places."""
+        """Return the sums of inputs and outputs without their means, which `inputs` and `outputs` then are."""
         weight = self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
         inputs, outputs = self.inputs / weight[:, None], self.outputs / weight[:, None]
         scaled = inputs * weight[:, None]

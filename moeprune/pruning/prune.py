@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, get_type_hints
 
 from moeprune.calibration.analysis import Analysis, analyze, class_names_of, load_analysis, require_analysis_of
 from moeprune.data.datasets import Data, Dataset
@@ -20,13 +20,15 @@ from moeprune.models.model import Model, dataset_for, require_dense_layers
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Plan
-from moeprune.pruning.apply import ALREADY_PRUNED, full_plan, needs_pass
-from moeprune.pruning.budgets import plans_within
+from moeprune.plan import Method, Plan
+from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
+from moeprune.pruning.auto import affordable, choose, methods
+from moeprune.pruning.budgets import plans_within_budget
 from moeprune.pruning.plan_file import read_plan
 from moeprune.pruning.request import PruneRequest
-from moeprune.pruning.results import Search
-from moeprune.pruning.search import DropLimit, prune_best, prune_within_drop
+from moeprune.pruning.results import Candidate, FitQuality, Search
+from moeprune.pruning.search import DropLimit, prune_within_drop
+from moeprune.records import from_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -46,6 +48,7 @@ class PruneOptions(TypedDict, total=False):
     signal: str | None
     compensate: str | None
     energy: float | None
+    rank: int | None
     one_shot: bool
     seed: int
 
@@ -106,40 +109,67 @@ def prune(
     dataset = None if data is None else dataset_for(model, data, "calibration", class_names=class_names_of(analysis))
     full = _InMemory(model)
     plans, analysis = plans_of(full, request, analysis, dataset, plan)
-    return prune_model(full, request, analysis, dataset, plans)[0]
+    return prune_model(full, request, analysis, dataset, plans).model
+
+
+class Made(NamedTuple):
+    """A pruned model, and how it was found: by a search, or among candidates."""
+
+    model: Model
+    search: Search | None = None
+    candidates: Sequence[Candidate] = ()
+
+    @property
+    def fits(self) -> dict[str, FitQuality]:
+        """Return how well each layer's compensation is fitted."""
+        found = self.model.details.provenance.get("fits", {})
+        return {name: from_json(value, FitQuality, "fits") for name, value in found.items()}
 
 
 def prune_model(
     full: Described, request: PruneRequest, analysis: Analysis | None, data: Dataset | None, plans: Sequence[Plan]
-) -> tuple[Model, Search | None]:
-    """Return the pruned model of a request, and how it was found if it was searched; plans: as `plans_of` gives."""
+) -> Made:
+    """Return the pruned model of a request; plans: as `plans_of` gives them."""
     settings: dict[str, Any] = {"seed": request.seed, "runtime": request.runtime}
     if request.max_accuracy_drop is not None:
         assert data is not None
         limit = DropLimit(request.max_accuracy_drop, request.confidence)
-        return prune_within_drop(full.model, data, limit, analysis=analysis, method=request.method, **settings)
-    tried = plans if needs_pass(plans[0], request.one_shot) else plans[:1]
-    return prune_best(full.model, tried, analysis, data=data, one_shot=request.one_shot, **settings), None
+        return Made(*prune_within_drop(full.model, data, limit, analysis=analysis, wanted=request.wanted, **settings))
+    plan, candidates = plans[0], list[Candidate]()
+    if len(plans) > 1 and not request.one_shot:
+        calibration = data
+        if calibration is None:
+            assert analysis is not None
+            calibration = calibration_data(full.model, analysis)
+        plan, candidates = choose(full.model, plans, calibration, **settings)
+    pruned = apply_plan(full.model, plan, analysis, data=data, one_shot=request.one_shot, **settings)
+    return Made(pruned, None, candidates)
 
 
 def plans_of(
     full: Described, request: PruneRequest, analysis: Analysis | None, data: Dataset | None, plan: Plan | None
 ) -> tuple[list[Plan], Analysis | None]:
-    """Return the plan that is asked for, or what to try for a budget, or none if one is searched; and the analysis.
+    """Return what to choose from, the plan that is asked for alone, or none if one is searched; and the analysis.
 
     A budget that is split over the layers takes an analysis; if there is none, the data is analyzed.
     """
     layers = full.config.moe_layers
     if request.max_accuracy_drop is not None:
         return [], analysis
-    if request.max_size is None and request.max_flops is None:
-        return [full_plan(layers, request.keep, plan, request.method)], analysis
+    if plan is not None:
+        return [full_plan(layers, None, plan, Method())], analysis
+    has_data = data is not None or analysis is not None
+    is_budget = request.max_size is not None or request.max_flops is not None
+    ways = methods(request.wanted, layers, has_data, request.one_shot or request.output is None, is_budget)
+    if not is_budget:
+        plans = [full_plan(layers, request.keep or "1.0", None, method) for method in ways]
+        return affordable(plans, layers), analysis
     if analysis is not None:
         require_analysis_of(layers, full.fingerprint, analysis)
-    elif data is not None and request.method.scope == "static":
+    elif data is not None and request.wanted.concrete_scope == "static":
         analysis = analyze(full.model, data, request.runtime)
     budget = request.max_size, request.max_flops
-    return plans_within(full.config, full.tensors, analysis, request.method, *budget), analysis
+    return plans_within_budget(full.config, full.tensors, analysis, ways, *budget), analysis
 
 
 class _InMemory(Described):

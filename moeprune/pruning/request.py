@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -12,7 +12,20 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.request import EvalRequest
 from moeprune.models.request import Checkpoint
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Compensation, Method, Scope, Share, Signal, parse_budget, parse_keep
+from moeprune.plan import (
+    RANK,
+    Compensation,
+    Method,
+    Scope,
+    Share,
+    Signal,
+    Wanted,
+    WantedCompensation,
+    WantedScope,
+    WantedSignal,
+    parse_budget,
+    parse_keep,
+)
 from moeprune.records import Request, option
 
 AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
@@ -58,14 +71,29 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     save_plan: Annotated[Path | None, option("Write the plan as JSON; -o may be omitted.")] = None
     analysis: Annotated[Path | None, option("The file that `moeprune analyze` wrote for this checkpoint.")] = None
     scope: Annotated[
-        Scope | None,
+        WantedScope | None,
         option(
-            "static: one set of experts, the others are removed. input, batch: each chooses its own.",
-            show_default="static",
+            "static: one set of experts, the others are removed. input, batch: each chooses its own."
+            " auto is static, or input with --mass.",
+            show_default="auto",
         ),
     ] = None
-    signal: Annotated[Signal | None, option("Score that ranks the experts.", show_default="combine")] = None
-    compensate: Annotated[Compensation | None, option("Compensation for dropped experts.", show_default="none")] = None
+    signal: Annotated[
+        WantedSignal | None,
+        option("Score that ranks the experts. auto is gram with scope static, else deviation.", show_default="auto"),
+    ] = None
+    compensate: Annotated[
+        WantedCompensation | None,
+        option(
+            "Compensation for dropped experts. auto compares several on held-out calibration data; linear keeps no"
+            " expert at all.",
+            show_default="auto",
+        ),
+    ] = None
+    rank: Annotated[
+        Annotated[int, msgspec.Meta(ge=1)] | None,
+        option("With low-rank: the rank of each dropped expert's linear map.", show_default="8"),
+    ] = None
     energy: Annotated[
         float | None,
         option(
@@ -87,25 +115,32 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     runtime: Runtime = Runtime()
 
     @property
-    def method(self) -> Method:
-        """Scope, signal and compensation, with their defaults."""
-        scope = self.scope or ("static" if self.mass is None else "input")
-        return Method(scope, self.signal or "combine", self.compensate or "none", self.mass, self.energy)
+    def wanted(self) -> Wanted:
+        """Scope, signal and compensation, as far as they are given."""
+        given = {name: getattr(self, name) or "auto" for name in METHOD}
+        return Wanted(**given, mass=self.mass, energy=self.energy, rank=self.rank)  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raise a MoepruneError for fields that do not go together."""
         if self.output is None and self.save_plan is None:
             raise MoepruneError("nothing to write", "give `--output` or `--save-plan`")
         given = [f"`{name}`" for name in AMOUNTS if getattr(self, name) is not None]
-        if len(given) != 1:
+        if self.compensate == "linear" and not (given and given[0] in ("`max_accuracy_drop`", "`plan`")):
+            if given:
+                raise MoepruneError(
+                    f"{given[0]} does not go with `--compensate linear`, which keeps no expert", "leave it out"
+                )
+        elif len(given) != 1:
             options = ", ".join(f"`--{name.replace('_', '-')}`" for name in AMOUNTS)
             wrong = f"{' and '.join(given)} exclude each other" if given else "no number of experts to keep"
             raise MoepruneError(wrong, f"give one of {options}")
-        for name in (*METHOD, "energy"):
+        for name in (*METHOD, "energy", "rank"):
             if self.plan is not None and getattr(self, name) is not None:
                 raise MoepruneError(f"`{name}` does not go with `plan`", "the plan sets it for each layer")
+        if self.rank is not None and self.compensate != "low-rank":
+            raise MoepruneError("`rank` goes with `--compensate low-rank`", "add it, or leave `--rank` out")
         try:
-            self.method.plan(1, 2)
+            self._check_method()
         except MoepruneError as error:  # names options
             message = re.sub(r"\b(scope|signal|compensation)s? `(\w+)`", r"`--\1 \2`", error.message)
             raise MoepruneError(message.replace("--compensation", "--compensate"), error.hint) from None
@@ -123,6 +158,16 @@ class PruneRequest(Request, frozen=True, kw_only=True):
             raise MoepruneError("`confidence` goes with `max_accuracy_drop`", "leave it out")
         if self.max_accuracy_drop is not None and (self.data is None or self.output is None):
             raise MoepruneError("`max_accuracy_drop` searches on labelled `data`", "add `--data` and `--output`")
+
+    def _check_method(self) -> None:
+        """Raise a MoepruneError if what is given of a method does not go together."""
+        wanted = self.wanted
+        if wanted.compensate != "auto":
+            signal: Any = wanted.signal_for(wanted.compensate)
+            rank = (self.rank or RANK) if wanted.compensate == "low-rank" else None
+            Method(wanted.concrete_scope, signal, wanted.compensate, self.mass, self.energy, rank).plan(1, 2)
+        elif wanted.signal != "auto":
+            Method(wanted.concrete_scope, wanted.signal, "mean", self.mass).plan(1, 2)
 
 
 class SweepRequest(EvalRequest, frozen=True, kw_only=True):

@@ -10,6 +10,8 @@ from moeprune.records import Report, Result
 class TriedPlan(Result, frozen=True):
     """One plan of a search; k: experts by layer. size, flops: shares of the full model's."""
 
+    compensate: str
+    rank: int | None
     k: dict[str, int]
     size: float
     flops: float
@@ -60,12 +62,33 @@ class PlanFile(Result, frozen=True, tag_field="schema_version", tag=1):
     plan: dict[str, LayerPlan]
 
 
+class Candidate(Result, frozen=True):
+    """One way to prune that was compared with others, on held-out calibration inputs.
+
+    k: experts by layer. rank: of `low-rank`. size, flops: shares of the full model's. distance: of the predictions from
+    the full model's, mean total variation (0 to 1); without a head, the change of the features as a share of their
+    square. samples: held out.
+    """
+
+    scope: str
+    signal: str
+    compensate: str
+    rank: int | None
+    k: dict[str, int]
+    size: float
+    flops: float
+    distance: float
+    samples: int
+    is_chosen: bool
+
+
 class Pruned(Report, frozen=True):
     """The result of `prune`.
 
     checkpoint, saved_plan: files written, or None. keep: a share such as `1/8`, `1.0` for all experts, or a number
     such as `1`; None with a budget or a plan. model: None without a checkpoint. search: None without
-    `--max-accuracy-drop`.
+    `--max-accuracy-drop`. candidates: what was compared, if there was a choice. fits: of each layer whose
+    compensation is fitted.
     """
 
     checkpoint: str | None
@@ -75,6 +98,8 @@ class Pruned(Report, frozen=True):
     model: ModelCost | None
     full_model: ModelCost
     search: Search | None
+    candidates: list[Candidate]
+    fits: dict[str, FitQuality]
 
 
 class OnFrontier(Result, frozen=True):

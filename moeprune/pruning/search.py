@@ -1,4 +1,4 @@
-"""Choosing among plans by measured data: the closest of a few, and the smallest within an accuracy drop.
+"""Search for the smallest plan within an accuracy drop.
 
 The search for the smallest splits labelled data in halves. On the first, bisection finds the smallest plan
 within the limit; that plan and a few larger ones, of a list fixed by then (`confirming_order`), are measured
@@ -10,14 +10,13 @@ below the limit.)
 """
 
 import contextlib
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from moeprune.calibration.analysis import Analysis, analyze, class_names_of, require_analysis_of
 from moeprune.calibration.sums import halves
@@ -29,17 +28,18 @@ from moeprune.evaluation.gates import check_confidence, of_drop
 from moeprune.evaluation.intervals import paired_difference, simultaneous_quantile
 from moeprune.evaluation.results import Outcomes
 from moeprune.files.checkpoint import tensor_infos
-from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
+from moeprune.models.model import Model, dataset_for, fingerprint, require_dense_layers
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Method, Plan
+from moeprune.plan import Method, Plan, Wanted
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data
-from moeprune.pruning.budgets import allocate, costs_of, losses
+from moeprune.pruning.auto import methods
+from moeprune.pruning.budgets import EMPTY, allocate, costs_of, losses
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Confirmation, Search, TriedPlan
 
-COMPARED_INPUTS = 1000
 STEPS_OF_TWO = 2  # plans for each halving of what is kept or dropped
 LEVEL = 0.95
+ANYTHING = Wanted()
 
 
 class DropLimit(NamedTuple):
@@ -55,48 +55,13 @@ class DropLimit(NamedTuple):
         return of_drop(outcomes).bound(1 - (1 - self.confidence) / plans)
 
 
-def prune_best(
-    model: Model,
-    plans: Sequence[Plan],
-    analysis: Analysis | None,
-    *,
-    data: Dataset | str | None = None,
-    one_shot: bool = False,
-    seed: int = 0,
-    runtime: Runtime = Runtime(),
-) -> Model:
-    """Prune by each of one or more plans, and return the model that agrees with the full one on most inputs.
-
-    The other arguments are those of apply_plan.
-    """
-    if data is not None:
-        data = dataset_for(model, data, "calibration", class_names=class_names_of(analysis))
-    elif len(plans) > 1:
-        assert analysis is not None
-        data = calibration_data(model, analysis)
-    pruned = [
-        apply_plan(model, plan, analysis, data=data, one_shot=one_shot, seed=seed, runtime=runtime) for plan in plans
-    ]
-    if len(plans) == 1 or data is None:
-        return pruned[0]
-    full, *copies = (private_copy(each).to(runtime.torch_device) for each in (model, *pruned))
-    # Predictions that differ, and the squared difference. Divergences would not do: by them, a model that is too
-    # sure of the right class is far from the full one.
-    distances = torch.zeros(len(pruned), 2, dtype=torch.float64)
-    pairs = runtime.run_paired(dict(enumerate(copies)), full, data.sample(COMPARED_INPUTS), "compare plans")
-    for index, found, expected in pairs:
-        distances[index, 0] += (found.argmax(-1) != expected.argmax(-1)).sum().cpu()
-        distances[index, 1] += (found - expected).square().sum().cpu()
-    return pruned[min(range(len(pruned)), key=lambda index: distances[index].tolist())]
-
-
 def prune_within_drop(
     model: Model,
     data: Dataset | str,
     limit: DropLimit,
     *,
     analysis: Analysis | None = None,
-    method: Method = Method(),
+    wanted: Wanted = ANYTHING,
     seed: int = 0,
     runtime: Runtime = Runtime(),
 ) -> tuple[Model, Search]:
@@ -123,64 +88,95 @@ def prune_within_drop(
     searching = Reference(model, first, runtime, "full model")
     calibration = first if analysis is None else calibration_data(model, analysis)
     analysis = analysis or analyze(model, first, runtime)
-    plans = _ladder(model, analysis, method)
-    if not plans:
-        raise MoepruneError(f"no plan of {method} makes the model smaller", "give another method")
+    ways = methods(wanted, model.config.moe_layers, has_data=True, one_shot=False, is_budget=True)
+    ladders = [ladder for way in ways if (ladder := _ladder(model, analysis, way))]
+    if not ladders:
+        raise MoepruneError("no plan makes the model smaller", "give another `--compensate`")
     apply = partial(apply_plan, model, analysis=analysis, data=calibration, seed=seed, runtime=runtime)
-    search = _Search(plans, apply, limit, searching)
-    if found := search.run(lambda: Reference(model, second, runtime, "full model")):
+    search = _Search(apply, limit, searching)
+    if found := search.run(ladders, lambda: Reference(model, second, runtime, "full model")):
         return found
     bound = "" if limit.confidence is None else f" bound at confidence {limit.confidence:g}"
     raise MoepruneError(
-        f"no plan of {method} is within an accuracy drop of {limit.max_accuracy_drop:g} on both halves of"
-        f" `{data.spec}`; the least drop{bound} on the worse half among {len(search.judged)} plans was"
-        f" {min(search.judged.values()):.4g}",
-        "allow a larger drop, give more samples, or compensate (`--compensate affine`)",
+        f"no plan is within an accuracy drop of {limit.max_accuracy_drop:g} on both halves of"
+        f" `{data.spec}`; the least drop{bound} on the worse half among {len(search.tried)} plans was"
+        f" {min(each.judged for each in search.tried):.4g}",
+        "allow a larger drop, give more samples, or compensate otherwise (`--compensate`)",
     )
+
+
+class Step(NamedTuple):
+    """A plan of a ladder, and the share of the full model that it leaves."""
+
+    plan: Plan
+    cost: float
+
+
+@dataclass
+class _Tried:
+    """A plan that was measured; judged: what was compared with the limit, the larger of both halves."""
+
+    step: Step
+    figures: TriedPlan
+    judged: float
 
 
 @dataclass
 class _Search:
-    """A search among plans, from small to large, that `apply` prunes by.
+    """A search among plans that `apply` prunes by."""
 
-    judged: what was compared with the limit, for each plan that was measured; the larger of both halves.
-    """
-
-    plans: Sequence[Plan]
     apply: Callable[..., Model]
     limit: DropLimit
     first: Reference
-    tried: dict[int, TriedPlan] = field(default_factory=dict)
-    judged: dict[int, float] = field(default_factory=dict)
+    tried: list[_Tried] = field(default_factory=list)
     within: Model | None = None
 
-    def attempt(self, index: int) -> bool:
+    def attempt(self, step: Step) -> bool:
         """Return True if the model of a plan is within the limit on the first half; `within` is then that model."""
-        pruned = self.apply(plan=self.plans[index])
+        pruned = self.apply(plan=step.plan)
         _, difference = self.first.compare(pruned, f"try {len(self.tried) + 1}")
-        self.tried[index] = TriedPlan(
-            k={name: layer.k for name, layer in self.plans[index].items()},
+        first = next(iter(step.plan.values()))
+        figures = TriedPlan(
+            compensate=first.compensation,
+            rank=first.rank,
+            k={name: layer.k for name, layer in step.plan.items()},
             size=1 - difference.size_reduction,
             flops=1 - difference.flops_reduction,
             accuracy_drop=difference.accuracy_drop,
         )
-        self.judged[index] = self.limit.judged(difference.outcomes)
-        is_within = self.judged[index] <= self.limit.max_accuracy_drop
+        self.tried.append(_Tried(step, figures, self.limit.judged(difference.outcomes)))
+        is_within = self.tried[-1].judged <= self.limit.max_accuracy_drop
         self.within = pruned if is_within else self.within
         return is_within
 
-    def run(self, second_half: Callable[[], Reference]) -> tuple[Model, Search] | None:
+    def climb(self, ladders: Sequence[Sequence[Step]]) -> list[Step]:
+        """Return the smallest plan of each ladder that is within the limit on the first half, and what is larger on it.
+
+        They are sorted by cost. Ladders that can only give a larger plan than others are not climbed.
+        """
+        found: list[Step] = []
+        for ladder in ladders:
+            least = min((step.cost for step in found if len(ladder) > 1), default=math.inf)
+            cheaper = [step for step in ladder if step.cost < least]
+            place = bisect_left(cheaper, True, key=self.attempt)
+            found += ladder[place:] if place < len(cheaper) else []
+        return sorted(found, key=lambda step: step.cost)
+
+    def run(
+        self, ladders: Sequence[Sequence[Step]], second_half: Callable[[], Reference]
+    ) -> tuple[Model, Search] | None:
         """Return the smallest model within the limit on both halves, and a report."""
-        smallest = bisect_left(range(len(self.plans)), True, key=self.attempt)  # the last that is within the limit
-        if self.within is None:
+        steps = self.climb(ladders)
+        if not steps:
             return None
-        second, order = second_half(), confirming_order(smallest, len(self.plans))
+        second, order = second_half(), confirming_order(0, len(steps))
         for index in order:
-            if index != smallest and not self.attempt(index):
+            if not (self.tried[-1].step is steps[index] and self.within is not None) and not self.attempt(steps[index]):
                 continue
+            assert self.within is not None
             _, difference = second.compare(self.within, "confirm")
             judged = self.limit.judged(difference.outcomes, len(order))
-            self.judged[index] = max(self.judged[index], judged)
+            self.tried[-1].judged = max(self.tried[-1].judged, judged)
             if judged <= self.limit.max_accuracy_drop:
                 confirmed = Confirmation(
                     samples=second.data.samples,
@@ -191,9 +187,8 @@ class _Search:
                     confidence=self.limit.confidence,
                     bound=None if self.limit.confidence is None else judged,
                 )
-                tried = [self.tried[index] for index in sorted(self.tried)]
-                limit = self.limit.max_accuracy_drop
-                return self.within, Search(max_accuracy_drop=limit, tried=tried, confirmed=confirmed)
+                tried = sorted((each.figures for each in self.tried), key=lambda figures: figures.size)
+                return self.within, Search(self.limit.max_accuracy_drop, tried, confirmed)
         return None
 
 
@@ -227,23 +222,29 @@ def _require_other_data(analysis: Analysis, data: Dataset, runtime: Runtime) -> 
         )
 
 
-def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Plan]:
+def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Step]:
     """Return plans from the smallest to nearly the full model, without those whose refit is not affordable.
 
-    What is kept grows, or what is dropped shrinks, by about the same factor each time.
+    What is kept grows, or what is dropped shrinks, by about the same factor each time. Costs are bytes with scope
+    `static`, else FLOPs; plans that are no cheaper than the full model are left out.
     """
-    sizes = {name: layer.num_experts for name, layer in model.config.moe_layers.items()}
-    if is_static := method.scope == "static":
-        costs = costs_of(model.config, method, tensor_infos(model.state_dict()))
-        lost = losses(analysis, method.compensate)
-    plans: dict[tuple[int, ...], Plan] = {}
+    layers = model.config.moe_layers
+    sizes = {name: layer.num_experts for name, layer in layers.items()}
+    is_static = method.scope == "static"
+    costs = costs_of(model.config, method, tensor_infos(model.state_dict()) if is_static else None)
+    lost = losses(analysis, method.compensate) if is_static else {}
+    plans: dict[tuple[int, ...], Step] = {}
     steps = range(1, STEPS_OF_TWO * max(sizes.values()).bit_length() + 1)
     halvings = [2 ** (-step / STEPS_OF_TWO) for step in steps]
-    for share in sorted({*halvings, *(1 - part for part in halvings)}):
-        experts = {name: max(1, round(share * n)) for name, n in sizes.items()}
-        if is_static:
+    shares = [0.0] * (method.compensate in EMPTY and is_static)
+    shares += [] if method.compensate == "linear" else sorted({*halvings, *(1 - part for part in halvings)})
+    for share in shares:
+        experts = {name: max(1, round(share * n)) if share else 0 for name, n in sizes.items()}
+        if is_static and share:
             experts = allocate(lost, costs.layers, costs.of(experts) - costs.rest)
         plan = {name: method.plan(k, sizes[name]) for name, k in experts.items()}
-        if not too_large_refits(model.config.moe_layers, plan) and any(layer.drops for layer in plan.values()):
-            plans.setdefault(tuple(experts.values()), plan)
-    return list(plans.values())
+        cost = costs.of(experts) / costs.full
+        drops = any(layer.drops for layer in plan.values())
+        if drops and (cost < 1 or method.mass is not None) and not too_large_refits(layers, plan):
+            plans.setdefault(tuple(experts.values()), Step(plan, cost))
+    return sorted(plans.values(), key=lambda step: step.cost)

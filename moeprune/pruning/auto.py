@@ -1,0 +1,189 @@
+"""Choose among ways to prune by what they do to a model's predictions on held-out calibration inputs.
+
+All candidates are fitted from the same sums: one pass of the full model over three quarters of the calibration inputs,
+which waits at each layer until every candidate has pruned it. Then all of them, and the full model, predict the last
+quarter. The distance of two predictions is the total variation of their probabilities (half the sum of absolute
+differences), which bounds how often they disagree; without a head, the change of the features as a share of their
+square. Of the candidates within the noise of the nearest one (a standard error of the paired difference), the cheapest
+wins; those that cost more than the full model are left out. Labels are not used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeprune.calibration.sums import halves
+from moeprune.calibration.walk import Walk
+from moeprune.data.datasets import Dataset
+from moeprune.errors import MoepruneError
+from moeprune.layers.interface import LayerConfig
+from moeprune.models.model import Model, private_copy
+from moeprune.models.runtime import Runtime
+from moeprune.plan import NARROWED, RANK, Compensation, Method, Plan, Wanted, is_possible
+from moeprune.pruning.apply import Pruning
+from moeprune.pruning.compensation import too_large_refits
+from moeprune.pruning.results import Candidate
+
+TRIAL_INPUTS = 2048  # calibration inputs, at most, that candidates are compared on; a quarter of them held out
+FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
+NEGLIGIBLE = 1e-3  # distances that do not count
+RANKS, RANKS_OF_BUDGETS = (4, 8), (2, 4, 8, 16)
+STATIC: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank")
+ROUTED: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "low-rank")
+
+
+def methods(
+    wanted: Wanted, layers: Mapping[str, LayerConfig], has_data: bool, one_shot: bool, is_budget: bool = False
+) -> list[Method]:
+    """Return the ways to prune that `auto` stands for; one if nothing is left open.
+
+    has_data: there is calibration data, or an analysis of it. one_shot: it cannot be read again, for fits. is_budget:
+    the number of experts is open, so that `linear` and more ranks are possible.
+
+    Raises a MoepruneError if what is left open needs calibration and there is none, or nothing is possible.
+    """
+    scope = wanted.concrete_scope
+    if wanted.compensate != "auto":
+        return [_method(wanted, wanted.compensate, rank, has_data) for rank in _ranks(wanted, layers)]
+    if not has_data:
+        raise MoepruneError(
+            "choosing how to compensate (`--compensate auto`, the default) needs calibration data",
+            "add `--data`; without data only `--scope input --signal combine --compensate none` is possible",
+        )
+    found = []
+    tried: Sequence[Compensation] = ("mean",) if one_shot else STATIC if scope == "static" else ROUTED
+    for compensation in (*tried, *(("linear",) if is_budget and scope == "static" and not one_shot else ())):
+        each = wanted.replace(compensate=compensation)
+        is_allowed = all(compensation in layer.compensations for layer in layers.values())
+        if is_allowed and is_possible(scope, each.signal_for(compensation), compensation):
+            ranks = _ranks(each, layers, RANKS_OF_BUDGETS if is_budget else RANKS)
+            found += [_method(each, compensation, rank) for rank in ranks]
+    if wanted.energy is not None:
+        found = [method for method in found if method.compensate in NARROWED]
+    if not found:
+        raise MoepruneError(f"no compensation goes with signal `{wanted.signal}` here", "give `--compensate`")
+    return found
+
+
+def _method(wanted: Wanted, compensation: str, rank: int | None, has_data: bool = True) -> Method:
+    signal: Any = wanted.signal_for(compensation, has_data)
+    return Method(wanted.concrete_scope, signal, compensation, wanted.mass, wanted.energy, rank)  # type: ignore[arg-type]
+
+
+def _ranks(wanted: Wanted, layers: Mapping[str, LayerConfig], ranks: Sequence[int] = (RANK,)) -> list[int | None]:
+    """Return the ranks to try; all layers have so many directions."""
+    if wanted.compensate != "low-rank" or wanted.rank is not None:
+        return [wanted.rank]
+    most = min(min(layer.dim, layer.output_width) for layer in layers.values())
+    return [*dict.fromkeys(min(rank, most) for rank in ranks)]
+
+
+def affordable(plans: Sequence[Plan], layers: Mapping[str, LayerConfig]) -> list[Plan]:
+    """Return the plans whose refits are not too large, or the first one."""
+    return [plan for plan in plans if not too_large_refits(layers, plan)] or [*plans[:1]]
+
+
+def choose(
+    model: Model, plans: Sequence[Plan], data: Dataset, seed: int, runtime: Runtime
+) -> tuple[Plan, list[Candidate]]:
+    """Return the best of several plans, which may leave their experts open, and what was tried, as it was given.
+
+    data: calibration data. seed: of the signal `random`.
+    """
+    if len(plans) == 1:
+        return plans[0], []
+    if data.samples < FEWEST:
+        simplest = [plan for plan in plans if all(layer.compensation == "mean" for layer in plan.values())]
+        return (simplest or [*plans])[0], []
+    fitted_on, held_out = split(data)
+    full = private_copy(model).to(runtime.torch_device)
+    models = fit_all(full, plans, fitted_on, seed, runtime)
+    distances = compare(models, full, held_out, runtime)
+    costs = [_shares(each, full) for each in models]
+    is_static = all(layer.scope == "static" for layer in plans[0].values())
+    saving = [size < 1 and flops < 1 if is_static else flops < 1 for size, flops in costs]
+    best = select(distances, [sum(cost) for cost in costs], saving if any(saving) else [True] * len(plans))
+    candidates = []
+    for index, (plan, (size, flops)) in enumerate(zip(plans, costs, strict=True)):
+        first = next(iter(plan.values()))
+        candidates.append(
+            Candidate(
+                scope=first.scope,
+                signal=first.signal,
+                compensate=first.compensation,
+                rank=first.rank,
+                k={name: layer.k for name, layer in plan.items()},
+                size=size,
+                flops=flops,
+                distance=float(distances[index].mean()),
+                samples=held_out.samples,
+                is_chosen=index == best,
+            )
+        )
+    return plans[best], candidates
+
+
+def _shares(pruned: Model, full: Model) -> tuple[float, float]:
+    """Return the bytes and FLOPs of a pruned model as shares of the full one's."""
+    one, all_of = pruned.cost(), full.cost()
+    return one.bytes / all_of.bytes, one.flops_per_input.total / all_of.flops_per_input.total
+
+
+def split(data: Dataset) -> tuple[Dataset, Dataset]:
+    """Return about three quarters of the data, to fit candidates on, and the rest, to compare them on."""
+    data = data.sample(TRIAL_INPUTS)
+    _, second = halves(0, data.samples)
+    quarter = second[1::2] if len(second) > 1 else second
+    rest = sorted({*range(data.samples)} - {*quarter.tolist()})
+    return data.part(rest, "to fit candidates"), data.part(quarter.tolist(), "to compare candidates")
+
+
+def fit_all(full: Model, plans: Sequence[Plan], data: Dataset, seed: int, runtime: Runtime) -> list[Model]:
+    """Prune by each plan, with statistics of the full model, in one pass over the data."""
+    prunings = [Pruning(full, private_copy(full), plan, None, True, seed) for plan in plans]
+    keeps_batches = any(layer.scope == "batch" for plan in plans for layer in plan.values())
+    with Walk(full, None, data, runtime, keeps_batches) as walk:
+        for index, name in enumerate(plans[0]):
+            stage = walk.reach(name)
+            for pruning in prunings:
+                pruning.prune(index, stage)
+    return [pruning.pruned for pruning in prunings]
+
+
+def compare(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtime) -> list[Tensor]:
+    """Return the distance of each model's predictions from the full one's for each input (samples), in float64."""
+    distances: list[list[Tensor]] = [[] for _ in models]
+    has_head = full.input_format.classes > 0
+    for index, found, expected in runtime.run_paired(dict(enumerate(models)), full, data, "compare candidates"):
+        if has_head:
+            change = (found.softmax(-1) - expected.softmax(-1)).abs().sum(-1) / 2
+        else:
+            change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
+        distances[index].append(change.reshape(len(change), -1).mean(1).double().cpu())
+    return [torch.cat(parts) for parts in distances]
+
+
+def select(distances: Sequence[Tensor], costs: Sequence[float], is_allowed: Sequence[bool]) -> int:
+    """Return the cheapest of the allowed candidates whose mean distance is within the noise of the least one.
+
+    >>> near, nearly, far = torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.3]), torch.tensor([0.9, 0.8])
+    >>> select([near, nearly, far], [3, 2, 1], [True, True, True])
+    1
+    """
+    usable = [allowed and bool(each.isfinite().all()) for each, allowed in zip(distances, is_allowed, strict=True)]
+    means = [float(each.mean()) if use else math.inf for each, use in zip(distances, usable, strict=True)]
+    nearest = min(range(len(means)), key=means.__getitem__)
+
+    def is_as_near(index: int) -> bool:
+        if not math.isfinite(means[index]):
+            return False
+        change = distances[index] - distances[nearest]
+        noise = float(change.std(correction=0)) / math.sqrt(max(len(change) - 1, 1))
+        return means[index] - means[nearest] <= max(noise, NEGLIGIBLE)
+
+    return min(filter(is_as_near, range(len(means))), key=lambda index: (costs[index], means[index]), default=nearest)
