@@ -141,19 +141,19 @@ def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:
 def _ways(request: SweepRequest, model: Model) -> list[Variant]:
     """Return what to try; warn of what is left out."""
     layers, keeps = model.config.moe_layers, request.keeps or KEEPS
+    if not (request.scope or request.signal or request.compensate):
+        return list(methods(keeps, layers))
     possible = [scope for scope in SCOPES if all(scope in layer.scopes for layer in layers.values())]
-    if request.plot is not None and not (request.scope or request.signal or request.compensate):
-        return list(methods(keeps, possible))
     signals, compensations = request.signal or SIGNALS, request.compensate or COMPENSATIONS_TRIED
     ways = list(grid(keeps, request.scope or possible, signals, compensations, possible[0]))
-    if not any(way.signal != "random" and way.keep for way in ways) and signals != ("random",):
+    if not ways:
         raise MoepruneError(
             "no way to prune has such a scope, signal and compensation",
-            "`gram`, `refit` and `merge` need scope static, and `merge` does not go with `gram`",
+            "`gram`, refits, `linear` and `merge` need scope static, and `merge` does not go with `gram`",
         )
-    left_out = [way for way in ways if compensation.too_large_refits(layers, way.plan(layers))]
+    left_out = [way for way in ways if any(compensation.too_large_refits(layers, plan) for plan in way.plans(layers))]
     if left_out:
         shares = ", ".join(dict.fromkeys(str(way.keep) for way in left_out))
         most = compensation.MAX_REGRESSORS
-        logger.warning(f"`refit` is left out at {shares}: it would take more than {most:,} regressors")
+        logger.warning(f"refits are left out at {shares}: they would take more than {most:,} regressors")
     return [way for way in ways if way not in left_out]

@@ -14,11 +14,8 @@ from moeprune.models.request import Checkpoint
 from moeprune.models.runtime import Runtime
 from moeprune.plan import (
     RANK,
-    Compensation,
     Method,
-    Scope,
     Share,
-    Signal,
     Wanted,
     WantedCompensation,
     WantedScope,
@@ -174,17 +171,21 @@ class SweepRequest(EvalRequest, frozen=True, kw_only=True):
     """A checkpoint to evaluate; or, with shares or a plot, an unpruned one to prune in many ways first."""
 
     sweep: Annotated[
-        str | None, option("Prune in many ways and evaluate each: shares such as 1/16,1/8,1/4.", metavar="SHARES")
+        str | None,
+        option(
+            "Prune in many ways (auto, others to compare with it, and controls) and evaluate each: shares such as"
+            " 1/16,1/8,1/4.",
+            metavar="SHARES",
+        ),
     ] = None
-    scope: Annotated[tuple[Scope, ...], option("With --sweep: only this scope (repeatable).")] = ()
-    signal: Annotated[tuple[Signal, ...], option("With --sweep: only this signal (repeatable).")] = ()
-    compensate: Annotated[tuple[Compensation, ...], option("With --sweep: only this compensation (repeatable).")] = ()
+    scope: Annotated[tuple[WantedScope, ...], option("With --sweep: all ways of this scope (repeatable).")] = ()
+    signal: Annotated[tuple[WantedSignal, ...], option("With --sweep: all ways by this signal (repeatable).")] = ()
+    compensate: Annotated[
+        tuple[WantedCompensation, ...], option("With --sweep: all ways with this compensation (repeatable).")
+    ] = ()
     plot: Annotated[
         Path | None,
-        option(
-            "Draw accuracy over cost (.png or .svg) of a sweep: of a few recommended methods, unless --scope,"
-            " --signal or --compensate are given; at six shares, unless --sweep is."
-        ),
+        option("Draw accuracy over cost (.png or .svg) of a sweep, at six shares unless --sweep gives others."),
     ] = None
     seed: Seed = 0
 

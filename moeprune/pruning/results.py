@@ -110,8 +110,9 @@ class OnFrontier(Result, frozen=True):
 
 
 class SweepRow(Result, frozen=True):
-    """One way to prune and its evaluation; scope, signal and compensate are None for the full model.
+    """One way to prune and its evaluation; scope, signal, compensate and rank are None for the full model.
 
+    Of `auto` they are what was chosen.
     keep: a share such as `1/8`, `1.0` for all, or a number of experts such as `16`; `0` for none.
     accuracy, agreement: means over the draws. accuracy_sd: over the draws, None for one draw.
     retained: accuracy as a share of the full model's. model, difference, latency: of the last draw.
@@ -122,6 +123,7 @@ class SweepRow(Result, frozen=True):
     scope: str | None
     signal: str | None
     compensate: str | None
+    rank: int | None
     accuracy: float
     accuracy_sd: float | None
     retained: float | None

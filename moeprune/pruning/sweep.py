@@ -15,29 +15,33 @@ from moeprune.evaluation.results import Difference, ModelFigures
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
-from moeprune.plan import COMPENSATIONS, Method, Plan, is_possible, keep_to_text, uniform_plan
+from moeprune.plan import COMPENSATIONS, REFITS, Plan, Wanted, is_possible, keep_to_text, uniform_plan
 from moeprune.pruning.apply import apply_plan, calibration_data
+from moeprune.pruning.auto import affordable, choose
+from moeprune.pruning.auto import methods as ways_of
 from moeprune.pruning.results import OnFrontier, SweepRow
 
 RANDOM_DRAWS = 10
-COMPENSATIONS_TRIED = tuple(name for name in COMPENSATIONS if name != "merge")  # in a grid, if none is given
+CONTROLS = ("none", "affine", "linear")  # compensations without any expert
+COMPENSATIONS_TRIED = tuple(name for name in COMPENSATIONS if name not in ("linear", "merge"))  # in a grid by default
 Keeps = Sequence[Fraction | int]
 KEEPS = tuple(Fraction(1, 2**power) for power in range(6, 0, -1))
 METHODS = {
-    ("static", "gram", "affine"): "static by gram, affine",
+    ("static", "auto", "auto"): "auto",
+    ("static", "gram", "renorm-refit"): "drop-in: static, renorm-refit",
     ("static", "gram", "mean"): "static by gram, mean",
+    ("static", "gram", "affine"): "static by gram, affine",
     ("input", "deviation", "affine"): "input by deviation, affine",
-    ("input", "combine", "mean"): "input by combine, mean",
     ("input", "combine", "none"): "paper's rule: input, none",
     ("static", "combine", "none"): "static by combine, none",
-    ("static", "combine", "merge"): "static by combine, merge",
     ("static", "random", "none"): "random: static, none",
 }
-"""Methods that a plot compares, by scope, signal and compensation, and their labels."""
+"""Methods that a sweep compares by default, by scope, signal and compensation, and their labels."""
+LINEAR = "no MoE at all: linear"
 
 
 class Variant(NamedTuple):
-    """One way to prune a model; keep is a share of the experts, or 0 for none at all."""
+    """One way to prune a model, some of it perhaps `auto`; keep is a share of the experts, or 0 for none at all."""
 
     keep: Fraction | int
     scope: str
@@ -47,34 +51,45 @@ class Variant(NamedTuple):
     @property
     def label(self) -> str:
         """The name of the method in plots and tables."""
+        if self.compensate == "linear":
+            return LINEAR
         return METHODS.get(self[1:], f"{self.scope} by {self.signal}, {self.compensate}")
 
-    def plan(self, layers: Mapping[str, LayerConfig]) -> Plan:
-        """Return the plan of a model with these layers."""
-        return uniform_plan(layers, self.keep, Method(*self[1:]), "--sweep")  # type: ignore[arg-type]
+    def plans(self, layers: Mapping[str, LayerConfig]) -> list[Plan]:
+        """Return the plans of a model with these layers that it stands for."""
+        wanted = Wanted(*self[1:])  # type: ignore[arg-type]
+        ways = ways_of(wanted, layers, has_data=True, one_shot=False)
+        return affordable([uniform_plan(layers, self.keep, method, "--sweep") for method in ways], layers)
 
 
 def grid(
     keeps: Keeps, scopes: Iterable[str], signals: Iterable[str], compensations: Sequence[str], control_scope: str
 ) -> Iterator[Variant]:
     """Yield all possible combinations, and as controls (of this scope) random experts and none at all."""
-    every = product(scopes, signals, compensations)
+    every = product(scopes, signals, [each for each in compensations if each != "linear"])
     ways = [way for way in every if way[1] != "random" and is_possible(*way)]
-    controls = [c for c in compensations if is_possible(control_scope, "random", c)]
+    controls = [c for c in compensations if c not in ("auto", "linear") and is_possible(control_scope, "random", c)]
     ways += [(control_scope, "random", compensate) for compensate in controls]
     yield from (Variant(keep, *way) for keep in keeps for way in ways)
     for compensate in controls:
-        if compensate not in ("renorm", "refit", "merge"):  # these use kept experts
+        if compensate not in (*REFITS, "renorm", "merge"):  # these use kept experts
             yield Variant(0, control_scope, "combine", compensate)
+    if "linear" in compensations:
+        yield Variant(0, "static", "combine", "linear")
 
 
-def methods(keeps: Keeps, scopes: Sequence[str]) -> Iterator[Variant]:
-    """Yield each of METHODS that has one of the scopes at each share; static ones without experts too."""
+def methods(keeps: Keeps, layers: Mapping[str, LayerConfig]) -> Iterator[Variant]:
+    """Yield each of METHODS that all layers can do, at each share; and CONTROLS."""
+
+    def can(scope: str, compensate: str) -> bool:
+        return all(scope in layer.scopes and compensate in ("auto", *layer.compensations) for layer in layers.values())
+
     for scope, signal, compensate in METHODS:
-        if scope in scopes:
-            without_experts = scope == "static" and signal != "random" and compensate != "merge"
-            for keep in (0, *keeps) if without_experts else keeps:
-                yield Variant(keep, scope, signal, compensate)
+        if can(scope, compensate):
+            yield from (Variant(keep, scope, signal, compensate) for keep in keeps)
+    for compensate in CONTROLS:
+        if can("static", compensate):
+            yield Variant(0, "static", "combine", compensate)
 
 
 def sweep(
@@ -96,17 +111,24 @@ def sweep(
         seed: of the signal `random`, which is drawn RANDOM_DRAWS times with seeds from this on.
         latency_batches: batch sizes at which latency is measured; None: it is not.
     """
-    plans = [(variant, variant.plan(model.config.moe_layers)) for variant in variants]
+    plans = [(variant, variant.plans(model.config.moe_layers)) for variant in variants]
     calibration = calibration_data(model, analysis)
     reference = Reference(model, data, runtime, "full model")
     warn_of_seen_samples(data, analysis.origin.data)
 
-    def row(variant: Variant | None, results: list[tuple[ModelFigures, Difference]], pruned: Model) -> SweepRow:
+    def row(
+        variant: Variant | None, plan: Plan, results: list[tuple[ModelFigures, Difference]], pruned: Model
+    ) -> SweepRow:
         accuracies = [figures.accuracy for figures, _ in results]
         mean, of_full = statistics.fmean(accuracies), reference.figures.accuracy
         latency = None if latency_batches is None else measure_latency(pruned, data, model, latency_batches, runtime)
+        first = next(iter(plan.values()), None)
         return SweepRow(
-            **{name: getattr(variant, name, None) for name in ("label", "scope", "signal", "compensate")},
+            label=None if variant is None else variant.label,
+            scope=None if first is None else first.scope,
+            signal=None if first is None else first.signal,
+            compensate=None if first is None else first.compensation,
+            rank=None if first is None else first.rank,
             keep="1.0" if variant is None else keep_to_text(variant.keep),
             accuracy=mean,
             accuracy_sd=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
@@ -119,13 +141,13 @@ def sweep(
             on_frontier=None,
         )
 
-    yield row(None, [reference.itself], model), model
-    for variant, plan in runtime.bar("sweep", "variants", plans):
-        results = []
+    yield row(None, {}, [reference.itself], model), model
+    for variant, possible in runtime.bar("sweep", "variants", plans):
+        results, (plan, _) = [], choose(model, possible, calibration, seed, runtime)
         for draw in range(RANDOM_DRAWS if variant.signal == "random" else 1):
             pruned = apply_plan(model, plan, analysis, data=calibration, seed=seed + draw, runtime=runtime)
             results.append(reference.compare(pruned))
-        yield row(variant, results, pruned), pruned
+        yield row(variant, plan, results, pruned), pruned
 
 
 def on_frontier(rows: Sequence[SweepRow]) -> list[OnFrontier]:

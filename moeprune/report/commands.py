@@ -16,13 +16,13 @@ from moeprune.models.results import Export, Inspection, Parity
 from moeprune.pruning.results import PlanFile, Pruned, Sweep, SweepRow
 from moeprune.records import Report, Result
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table
+from moeprune.report.pruning import pruning
 from moeprune.report.sweeps import sweep
 from moeprune.report.words import (
     amount,
     checkpoint_on_data,
     ci95,
     flops_in_words,
-    keep_in_words,
     percent,
     plain,
     plan_in_words,
@@ -197,30 +197,6 @@ def _of_probes(probes: Probes) -> str:
     if (probes.best_eighth.agreement or 0) >= SAME:
         return f"{same} with the best 1/8 of each input, fewer without experts"
     return f"fewer than {same.replace(' or more', '')} even with the best 1/8 of each input: compensate, or keep more"
-
-
-def pruning(result: Pruned, with_kept: bool = False) -> Document:
-    """Return size, FLOPs, the confirmed accuracy drop, and the plan of each layer; with_kept: with its experts."""
-    facts: list[tuple[str, str]] = []
-    if result.keep is not None:
-        facts.append(("kept", f"{keep_in_words(result.keep)} in each layer"))
-    if result.model is not None:
-        full, pruned = result.full_model, result.model
-        is_adaptive = any(plan.mass is not None for plan in result.plan.values())  # FLOPs depend on the input
-        sizes = f"{amount(full.bytes, 'B')} → {amount(pruned.bytes, 'B')} ({percent(pruned.bytes / full.bytes)})"
-        most, measured = ("at most ", " (eval measures it)") if is_adaptive else ("", "")
-        flops = f"{amount(full.flops_per_input.total)} → {most}{flops_in_words(pruned.flops_per_input)}"
-        share = percent(pruned.flops_per_input.total / full.flops_per_input.total)
-        facts += [("size", sizes), ("FLOPs per input", f"{flops}, {share}{measured}")]
-    if result.search is not None:
-        found, tried = result.search.confirmed, len(result.search.tried)
-        bound = "" if found.bound is None else f"; at most {points(found.bound)} with confidence {found.confidence:g}"
-        drop = f"{points(found.accuracy_drop)} ({ci95(found.accuracy_drop_ci95)}{bound})"
-        sample = f"{found.samples} samples that were not searched ({tried} plans tried)"
-        facts.append(("accuracy drop", f"{drop} on {sample}"))
-    facts += [(name, plan_in_words(plan, with_kept)) for name, plan in result.plan.items()]
-    written = [path for path in (result.checkpoint, result.saved_plan) if path is not None]
-    return Document(f"wrote {' and '.join(written)}", [Facts(facts)])
 
 
 def evaluation(result: Evaluation) -> Document:

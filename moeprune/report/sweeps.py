@@ -19,7 +19,7 @@ def sweep(result: Sweep) -> Document:
         if before is not None and before.keep != row.keep:
             rows.append(None)
         is_full = row.scope is None
-        way = "full model" if is_full else f"{row.scope} {row.signal} {row.compensate}"
+        way = "full model" if is_full else _way(row)
         kept = {"0": "none", "1.0": "all"}.get(row.keep, row.keep)
         deviation = "" if row.accuracy_sd is None else f" ± {100 * row.accuracy_sd:.1f}"
         cells = [kept, way, f"{100 * row.accuracy:.2f}{deviation}", f"{100 * row.agreement:.1f}"]
@@ -35,6 +35,13 @@ def sweep(result: Sweep) -> Document:
     notes += [f"drawn in {result.plot}"] if result.plot is not None else []
     blocks: list[Block] = [Table(columns, rows), Lines(notes), Lines(list(_answer(result.rows)))]
     return Document(checkpoint_on_data(result.checkpoint, result.data), blocks)
+
+
+def _way(row: SweepRow) -> str:
+    """Return scope, signal and compensation; of `auto` what it has chosen."""
+    rank = "" if row.rank is None else f" {row.rank}"
+    way = f"{row.scope} {row.signal} {row.compensate}{rank}"
+    return f"auto: {row.compensate}{rank}" if row.label == "auto" else way
 
 
 def best_of(rows: Sequence[SweepRow]) -> Iterator[tuple[str, str, SweepRow | None]]:
@@ -71,6 +78,7 @@ def _answer(rows: Sequence[SweepRow]) -> Iterator[str]:
             yield f"{start} none of these ways to prune"
             continue
         how = f"--keep {best.keep} --scope {best.scope} --signal {best.signal} --compensate {best.compensate}"
+        how += "" if best.rank is None else f" --rank {best.rank}"
         yield f"{start} {percent(getattr(best, cost))} at {percent(best.accuracy, 2)} by `{how}`"
     if controls := [row.compensate or "" for row in _near(rows) if row.keep == "0"]:
         how = ", ".join(controls)

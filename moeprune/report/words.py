@@ -68,8 +68,11 @@ def plan_in_words(plan: LayerPlan, with_kept: bool = False) -> str:
     """Return the plan of one layer in words; with_kept: and the kept experts, if it has one set of them."""
     most = "" if plan.mass is None else f"mass {plan.mass:g} in at most "
     count = f"{most}{plan.k} of {plan.num_experts}"
+    if plan.compensation == "linear":
+        return f"a linear map in place of {plan.num_experts} experts and their router"
     has_rank = plan.rank is not None and plan.k < plan.num_experts
     rank = f" in {plural(plan.rank or 0, 'direction')}" if has_rank else ""
+    rank = f" of rank {plan.rank}" if has_rank and plan.is_low_rank else rank
     kept = f": {plain(plan.kept)}" if with_kept and plan.kept is not None else ""
     return f"{plan.scope}, {count} by {plan.signal}, {plan.compensation}{rank}{kept}"
 

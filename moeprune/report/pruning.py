@@ -1,0 +1,60 @@
+"""The report of a pruning: what is left, what was compared to choose it, and how well it fits."""
+
+from collections.abc import Mapping, Sequence
+
+from moeprune.pruning.results import Candidate, FitQuality, Pruned
+from moeprune.report.document import Block, Cell, Document, Facts, Table
+from moeprune.report.words import amount, ci95, flops_in_words, keep_in_words, percent, plan_in_words, plural, points
+
+
+def pruning(result: Pruned, with_kept: bool = False) -> Document:
+    """Return size, FLOPs, the confirmed accuracy drop, and the plan of each layer; with_kept: with its experts."""
+    facts: list[tuple[str, str]] = []
+    if result.keep is not None:
+        facts.append(("kept", f"{keep_in_words(result.keep)} in each layer"))
+    if result.model is not None:
+        full, pruned = result.full_model, result.model
+        is_adaptive = any(plan.mass is not None for plan in result.plan.values())  # FLOPs depend on the input
+        sizes = f"{amount(full.bytes, 'B')} → {amount(pruned.bytes, 'B')} ({percent(pruned.bytes / full.bytes)})"
+        most, measured = ("at most ", " (eval measures it)") if is_adaptive else ("", "")
+        flops = f"{amount(full.flops_per_input.total)} → {most}{flops_in_words(pruned.flops_per_input)}"
+        share = percent(pruned.flops_per_input.total / full.flops_per_input.total)
+        facts += [("size", sizes), ("FLOPs per input", f"{flops}, {share}{measured}")]
+    if result.search is not None:
+        found, tried = result.search.confirmed, len(result.search.tried)
+        bound = "" if found.bound is None else f"; at most {points(found.bound)} with confidence {found.confidence:g}"
+        drop = f"{points(found.accuracy_drop)} ({ci95(found.accuracy_drop_ci95)}{bound})"
+        sample = f"{found.samples} samples that were not searched ({tried} plans tried)"
+        facts.append(("accuracy drop", f"{drop} on {sample}"))
+    facts += [(name, plan_in_words(plan, with_kept)) for name, plan in result.plan.items()]
+    blocks: list[Block] = [Facts(facts)]
+    if result.candidates:
+        blocks.append(_candidates(result.candidates))
+    if result.fits:
+        blocks.append(_fits(result.fits))
+    written = [path for path in (result.checkpoint, result.saved_plan) if path is not None]
+    return Document(f"wrote {' and '.join(written)}", blocks)
+
+
+def _candidates(candidates: Sequence[Candidate]) -> Table:
+    """Return what was compared on held-out inputs, and what was chosen."""
+    rows: list[Sequence[Cell] | None] = []
+    for each in sorted(candidates, key=lambda each: each.distance):
+        rank = "" if each.rank is None else f" of rank {each.rank}"
+        kept = "/".join(dict.fromkeys(str(k) for k in each.k.values()))
+        figures = f"{100 * each.distance:.2f}", f"{100 * each.size:.1f}", f"{100 * each.flops:.1f}"
+        rows.append([f"{'→ ' if each.is_chosen else ''}{each.compensate}{rank}", kept, *figures])
+    what = plural(candidates[0].samples, "held-out input")
+    title = f"tried on {what}: change of the predictions (total variation); the cheapest within the noise is taken"
+    return Table(("compensation", "kept", "change\n%", "size\n%", "FLOPs\n%"), rows, title)
+
+
+def _fits(fits: Mapping[str, FitQuality]) -> Table:
+    """Return how well each layer's compensation is fitted."""
+    rows: list[Sequence[Cell] | None] = [
+        (name, f"{fit.regressors:,}", f"{100 * fit.fitted_error:.3g}", f"{100 * fit.held_out_error:.3g}")
+        for name, fit in fits.items()
+    ]
+    samples = plural(next(iter(fits.values())).samples, "sample")
+    title = f"squared error of each layer's output, % of its square, on either half of {samples}"
+    return Table(("layer", "regressors", "fitted half", "held-out half"), rows, title)
