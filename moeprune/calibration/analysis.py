@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeprune import __version__
 from moeprune.calibration.changes import changes
-from moeprune.calibration.probes import PROBE_INPUTS, probe
+from moeprune.calibration.probes import probe, probe_inputs
 from moeprune.calibration.results import AnalysisReport, AnalyzeRequest
 from moeprune.calibration.statistics import AXES, MASS_LEVELS, LayerStatistics, measure_layer, require_finite, summarize
 from moeprune.calibration.walk import Walk
@@ -138,7 +138,7 @@ def measure_sensitivity(
     """Measure how much a model's output changes for each unit of squared error in a layer's (scalars).
 
     Each layer is pruned by itself, to an eighth of its experts with `mean`, and the mean divergence of
-    PROBE_INPUTS predictions is divided by the layer's error, which the Gram matrix tells. Layers that cannot
+    predictions of some inputs is divided by the layer's error, which the Gram matrix tells. Layers that cannot
     be pruned statically are left out. The model is a private copy on the runtime's device.
     """
     probes, errors = {}, {}
@@ -152,7 +152,7 @@ def measure_sensitivity(
         errors[name] = error.clamp_min(torch.finfo(torch.float32).tiny)
         probes[name] = private_copy(model)
         probes[name].set_submodule(name, prune_layer(layer, plan, Calibrated(term_mean=statistics[name].term_mean)))
-    found = changes(probes, model, data.sample(PROBE_INPUTS), runtime, "probe layers")
+    found = changes(probes, model, data.sample(probe_inputs(model)), runtime, "probe layers")
     return {name: (change.divergence / errors[name]).float() for name, change in found.items()}
 
 

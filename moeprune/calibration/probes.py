@@ -11,18 +11,19 @@ from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
 
-PROBE_INPUTS = 256
+MOST_INPUTS, FEWEST_INPUTS = 256, 16
+PROBED_FLOPS = 5e10  # of all probes together, within these numbers of inputs
 SCOPES = ("input", "static", "batch")  # the first that a layer can be pruned in is probed
 
 
 def probe(
     model: Model, layers: Mapping[str, LayerStatistics], data: Dataset, runtime: Runtime
 ) -> tuple[Probes, dict[str, Probes]]:
-    """Prune all layers at once, and each by itself, and compare PROBE_INPUTS predictions with the full model's.
+    """Prune all layers at once, and each by itself, and compare predictions of some inputs with the full model's.
 
     layers: the statistics of all MoE layers. Returns the probes of all layers, and of each by name.
     """
-    full, data = private_copy(model).to(runtime.torch_device), data.sample(PROBE_INPUTS)
+    full, data = private_copy(model).to(runtime.torch_device), data.sample(probe_inputs(model))
     models: dict[tuple[str, bool], Model] = {}
     for with_experts in (False, True):
         together = models["", with_experts] = private_copy(full)
@@ -44,6 +45,12 @@ def probe(
         return Probes(samples=data.samples, no_experts=none, best_eighth=eighth)
 
     return probes(""), {name: probes(name) for name in layers}
+
+
+def probe_inputs(model: Model) -> int:
+    """Return on how many inputs a model is probed: fewer, the more it costs."""
+    passes = 1 + 3 * (len(model.moe_layers) + 1)
+    return round(min(MOST_INPUTS, max(FEWEST_INPUTS, PROBED_FLOPS / (passes * model.config.flops({}).total))))
 
 
 def _probe(change: Change) -> Probe:

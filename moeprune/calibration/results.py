@@ -38,6 +38,18 @@ class Probes(Result, frozen=True):
     best_eighth: Probe
 
 
+class Explained(Result, frozen=True):
+    """Shares of the variance of a layer's output over tokens, on samples that were not fitted, that regressions explain.
+
+    linear: a linear map of the layer's input and of its mean token. router: the router, with a constant for each expert
+    (and slot). both: the two together; only the experts explain the rest.
+    """
+
+    linear: float
+    router: float
+    both: float
+
+
 class LayerSummary(Result, frozen=True):
     """Distribution of one layer's combine mass over its experts.
 
@@ -46,7 +58,8 @@ class LayerSummary(Result, frozen=True):
     experts_for_mass_per_input, experts_for_mass_overall: experts that hold 50, 90 and 99 % of one input's
     mass (mean), and of the mass of all inputs. unused_experts: those that never hold a tenth of 1/n.
     informative: whether the mass is concentrated enough for the signal `combine`.
-    scopes: in which the layer can be pruned. probes: with the other layers unpruned.
+    explained: what explains the layer's output. scopes: in which the layer can be pruned. probes: with the other
+    layers unpruned.
     """
 
     experts: int
@@ -57,6 +70,7 @@ class LayerSummary(Result, frozen=True):
     experts_for_mass_overall: list[int]
     unused_experts: list[int]
     informative: bool
+    explained: Explained
     scopes: tuple[str, ...]
     probes: Probes
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeprune.calibration.results import LayerSummary, Probes
+from moeprune.calibration.results import Explained, LayerSummary, Probes
 from moeprune.calibration.selection import best_kept, drop_order
 from moeprune.calibration.sums import explained, lost_gram, wide_dtype
 from moeprune.errors import MoepruneError
@@ -209,6 +209,7 @@ def summarize(statistics: LayerStatistics, scopes: tuple[str, ...], probes: Prob
         experts_for_mass_overall=[int((overall < level * overall[-1]).sum()) + 1 for level in MASS_LEVELS],
         unused_experts=(statistics.max_mass < 0.1 / n).nonzero().flatten().tolist(),
         informative=best_eighth_mass >= max(INFORMATIVE_MASS, 2 * eighth / n),
+        explained=Explained(*map(float, statistics.explained)),
         scopes=scopes,
         probes=probes,
     )

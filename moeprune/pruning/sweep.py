@@ -84,9 +84,10 @@ def methods(keeps: Keeps, layers: Mapping[str, LayerConfig]) -> Iterator[Variant
     def can(scope: str, compensate: str) -> bool:
         return all(scope in layer.scopes and compensate in ("auto", *layer.compensations) for layer in layers.values())
 
-    for scope, signal, compensate in METHODS:
-        if can(scope, compensate):
-            yield from (Variant(keep, scope, signal, compensate) for keep in keeps)
+    for keep in keeps:
+        for scope, signal, compensate in METHODS:
+            if can(scope, compensate):
+                yield Variant(keep, scope, signal, compensate)
     for compensate in CONTROLS:
         if can("static", compensate):
             yield Variant(0, "static", "combine", compensate)

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import asdict
 
-from moeprune.calibration.results import AnalysisReport, LayerSummary, Probes
+from moeprune.calibration.results import AnalysisReport, Explained, LayerSummary, Probes
 from moeprune.demo.records import Summary
 from moeprune.errors import MoepruneError, listed
 from moeprune.evaluation.intervals import wilson
@@ -32,6 +32,7 @@ from moeprune.report.words import (
 
 WORST_CLASSES = 3
 SAME = 0.99  # share of equal predictions at or above which they are said to stay the same
+NEARLY_LINEAR = 0.95  # share of the variance
 SURE = 0.95  # if even equal predictions only show less than this share, there are too few samples
 
 
@@ -162,6 +163,7 @@ def _findings(result: AnalysisReport) -> Iterator[str]:
     samples, groups = result.probes.samples, dict[str, list[str]]()
     for name, layer in result.layers.items():
         groups.setdefault(_of_mass(layer), []).append(name)
+        groups.setdefault(_of_variance(layer.explained), []).append(name)
     surest = wilson(samples, samples)[0]
     if surest < SURE:
         few = f"{plural(samples, 'sample')} cannot tell how pruning changes the predictions"
@@ -187,6 +189,14 @@ def _of_mass(layer: LayerSummary) -> str:
     else:
         text = "the combine signal is weak: an input's mass is spread over many experts"
     return text if "static" in layer.scopes else f"{text} (scope `static` is not possible)"
+
+
+def _of_variance(explained: Explained) -> str:
+    """Return in words what explains the layer's output."""
+    text = f"of the output's variance a linear map explains {percent(explained.linear)}, the router with constants"
+    text += f" {percent(explained.router)}, both {percent(explained.both)}; only the experts explain"
+    text += f" {percent(1 - explained.both)}"
+    return f"{text} (nearly linear: try `--compensate linear`)" if explained.linear >= NEARLY_LINEAR else text
 
 
 def _of_probes(probes: Probes) -> str:

@@ -80,6 +80,9 @@ def _answer(rows: Sequence[SweepRow]) -> Iterator[str]:
         how = f"--keep {best.keep} --scope {best.scope} --signal {best.signal} --compensate {best.compensate}"
         how += "" if best.rank is None else f" --rank {best.rank}"
         yield f"{start} {percent(getattr(best, cost))} at {percent(best.accuracy, 2)} by `{how}`"
-    if controls := [row.compensate or "" for row in _near(rows) if row.keep == "0"]:
+    controls = [row.compensate or "" for row in _near(rows) if row.keep == "0"]
+    if "linear" in controls:
+        yield f"a linear map in place of each MoE layer is within {100 * NEAR:g} pt too: `--compensate linear`"
+    elif controls:
         how = ", ".join(controls)
         yield f"no expert at all ({how}) is within {100 * NEAR:g} pt too: on this data the experts hardly matter"
