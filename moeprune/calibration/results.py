@@ -39,7 +39,7 @@ class Probes(Result, frozen=True):
 
 
 class Explained(Result, frozen=True):
-    """Shares of the variance of a layer's output over tokens, on samples that were not fitted, that regressions explain.
+    """Shares of the variance of a layer's output over tokens that regressions explain on samples not fitted.
 
     linear: a linear map of the layer's input and of its mean token. router: the router, with a constant for each expert
     (and slot). both: the two together; only the experts explain the rest.

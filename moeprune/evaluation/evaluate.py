@@ -4,7 +4,7 @@ import logging
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -27,6 +27,7 @@ from moeprune.evaluation.gates import GATES, judge
 from moeprune.evaluation.intervals import mcnemar, paired_difference, simultaneous_quantile, wilson
 from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.request import BatchSizes, EvalRequest
+from moeprune.evaluation.shift import ShiftObserver
 from moeprune.layers.interface import Usage
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model, calibration_of, dataset_for, fingerprint, private_copy, unpruned_fingerprint
@@ -95,12 +96,23 @@ class _Tally:
         return Predictions(labels, predicted, int(self.in_top5) / count, float(self.loss) / count, usage)
 
 
-def predict(models: Sequence[Model], data: Dataset, runtime: Runtime, what: str = "eval") -> list[Predictions]:
-    """Return the predictions of each model, from one pass over data; raise a MoepruneError if it has no labels."""
+def predict(
+    models: Sequence[Model],
+    data: Dataset,
+    runtime: Runtime,
+    what: str = "eval",
+    watch: Callable[[Sequence[Model]], None] | None = None,
+) -> list[Predictions]:
+    """Return the predictions of each model, from one pass over data; raise a MoepruneError if it has no labels.
+
+    watch: called with the copies that are run, before they are.
+    """
     for model in models:
         _require_labelled_images(model, data)
     device = runtime.torch_device
     tallies = [_Tally(model, device) for model in models]
+    if watch is not None:
+        watch([tally.model for tally in tallies])
     labels: list[Tensor] = []
     for inputs, batch_labels in runtime.batches(data, what):
         assert batch_labels is not None
@@ -164,7 +176,13 @@ def evaluate(
     data = dataset_for(model, data, split="test")
     if baseline is not None:
         _require_baseline(baseline, model)
-    own, *full = predict([model] if baseline is None else [model, baseline], data, runtime)
+    observers = list[ShiftObserver]()
+
+    def watch(copies: Sequence[Model]) -> None:
+        if len(copies) > 1:
+            observers.append(ShiftObserver(model, *copies))
+
+    own, *full = predict([model] if baseline is None else [model, baseline], data, runtime, watch=watch)
     warn_of_seen_samples(data, calibration_of(model))
     figures, of_baseline, difference, forgotten, latency = describe(model, own), None, None, None, None
     if baseline is not None:
@@ -181,6 +199,7 @@ def evaluate(
         baseline_model=of_baseline,
         difference=difference,
         forgetting=forgotten,
+        shift=observers[0].result() if observers else {},
         latency=latency,
         gates=[],
         passed=True,

@@ -129,6 +129,22 @@ class GateResult(Result, frozen=True):
     samples_needed: int | None
 
 
+class LayerShift(Result, frozen=True):
+    """The error of one pruned layer on the evaluated data beside the one that calibration predicted.
+
+    predicted_error, error: mean squared change of the layer's output from the full model's, as a share of its square,
+    on held-out calibration data and on this data. standard_error: of their difference, by sampling. mass_moved: share
+    of the mean combine mass that lies on other experts than in calibration; None if that is not recorded. is_shifted:
+    the error is larger than sampling explains.
+    """
+
+    predicted_error: float
+    error: float
+    standard_error: float
+    mass_moved: float | None
+    is_shifted: bool
+
+
 class Environment(Result, frozen=True):
     """Versions and settings that figures may depend on."""
 
@@ -144,7 +160,7 @@ class Evaluation(Report, frozen=True):
     """A model on labelled data, alone or against a baseline.
 
     checkpoint, baseline: their files; None for models in memory. baseline_model, difference, forgetting: None
-    without a baseline. passed: whether all gates did.
+    without a baseline. shift: of each layer whose fit is recorded, with a baseline. passed: whether all gates did.
     """
 
     checkpoint: str | None
@@ -154,6 +170,7 @@ class Evaluation(Report, frozen=True):
     baseline_model: ModelFigures | None
     difference: Difference | None
     forgetting: Forgetting | None
+    shift: dict[str, LayerShift]
     latency: Latency | None
     gates: list[GateResult]
     passed: bool

@@ -81,7 +81,7 @@ def apply_plan(
                 pruning.prune(index, walk.reach(name) if pruning.needs_stage(index) else None)
                 _require_data_of_analysis(used, dataset)
     made = provenance(known, plan, used, dataset, seed, runtime)
-    made |= {"fits": to_json(pruning.fits)} if pruning.fits else {}
+    made |= {"fits": to_json(pruning.fits), "mean_mass": pruning.mean_mass} if pruning.fits else {}
     names = model.details.classes or class_names_of(used) or (dataset.source.class_names if dataset is not None else ())
     pruned.details = model.details.replace(provenance=model.details.provenance | made, classes=names)
     return pruned.to(next(model.parameters()).device)
@@ -98,6 +98,7 @@ class Pruning:
     one_shot: bool
     seed: int
     fits: dict[str, FitQuality] = field(default_factory=dict)
+    mean_mass: dict[str, list[float]] = field(default_factory=dict)
 
     def moments(self, index: int) -> LayerStatistics | None:
         """Return the statistics of a planned layer behind the pruned ones before it, if the analysis has them."""
@@ -120,6 +121,7 @@ class Pruning:
         if plan.is_fitted and not plan.merges:
             assert stage is not None
             layer, self.fits[name] = compensation.fit(stage, plan, calibrated, self.full.config.tokens(name))
+            self.mean_mass[name] = [float(f"{mass:.4g}") for mass in stage.moments.mean_mass.tolist()]
         else:
             layer = prune_layer(self.full.moe_layers[name], plan, calibrated)
         self.pruned.set_submodule(name, layer)

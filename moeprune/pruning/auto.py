@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeprune.calibration.changes import changes
 from moeprune.calibration.sums import halves
 from moeprune.calibration.walk import Walk
 from moeprune.data.datasets import Dataset
@@ -25,9 +26,9 @@ from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
 from moeprune.plan import NARROWED, RANK, Compensation, Method, Plan, Wanted, is_possible
-from moeprune.pruning.apply import Pruning
+from moeprune.pruning.apply import Pruning, apply_plan
 from moeprune.pruning.compensation import too_large_refits
-from moeprune.pruning.results import Candidate
+from moeprune.pruning.results import Candidate, Repeats
 
 TRIAL_INPUTS = 2048  # calibration inputs, at most, that candidates are compared on; a quarter of them held out
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
@@ -126,6 +127,33 @@ def choose(
             )
         )
     return plans[best], candidates
+
+
+def repeat(model: Model, plan: Plan, data: Dataset, draws: int, seed: int, runtime: Runtime) -> Repeats:
+    """Prune by one plan on random halves of the data that is fitted on, and compare predictions on the rest.
+
+    The spread over random halves, drawn without replacement, is that of estimates from all of the data (McCarthy 1969).
+
+    Raises a MoepruneError if there are fewer than FEWEST inputs.
+    """
+    if data.samples < FEWEST:
+        raise MoepruneError(f"`--repeat` needs at least {FEWEST} samples, `{data.spec}` has {data.samples}")
+    fitted_on, held_out = split(data)
+    full = private_copy(model).to(runtime.torch_device)
+    models = []
+    for draw in range(draws):
+        pruned = apply_plan(model, plan, data=half(fitted_on, seed + draw), seed=seed, runtime=runtime)
+        models.append(pruned.to(runtime.torch_device))
+    found = changes(dict(enumerate(models)), full, held_out, runtime, "compare draws").values()
+    agreement = [float(change.agreement) for change in found if change.agreement is not None]
+    distances = [float(each.mean()) for each in compare(models, full, held_out, runtime)]
+    return Repeats(half(fitted_on, seed).samples, held_out.samples, distances, agreement or None)
+
+
+def half(data: Dataset, seed: int) -> Dataset:
+    """Return a random half of the data, in its order."""
+    places = torch.randperm(data.samples, generator=torch.Generator().manual_seed(seed))[: max(1, data.samples // 2)]
+    return data.part(sorted(places.tolist()), f"half {seed}")
 
 
 def _shares(pruned: Model, full: Model) -> tuple[float, float]:

@@ -71,6 +71,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         search=made and made.search,
         candidates=[*made.candidates] if made else [],
         fits=made.fits if made else {},
+        repeats=made and made.repeats,
     )
 
 
@@ -125,7 +126,7 @@ def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:
     analysis = load_analysis(request.analysis)
     data = open_data_for(model, request.data, "test", class_names_of(analysis))
     ways = _ways(request, model)
-    results = sweep(model, ways, analysis, data, request.seed, request.runtime, request.latency_batches)
+    results = sweep(model, ways, analysis, data, request.seed, request.runtime, request.latency_batches, request.repeat)
     rows = [row for row, _ in results]
     rows = [replace(row, on_frontier=best) for row, best in zip(rows, on_frontier(rows), strict=True)]
     report = Sweep(

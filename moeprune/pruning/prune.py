@@ -22,11 +22,11 @@ from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
 from moeprune.plan import Method, Plan
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
-from moeprune.pruning.auto import affordable, choose, methods
+from moeprune.pruning.auto import affordable, choose, methods, repeat
 from moeprune.pruning.budgets import plans_within_budget
 from moeprune.pruning.plan_file import read_plan
 from moeprune.pruning.request import PruneRequest
-from moeprune.pruning.results import Candidate, FitQuality, Search
+from moeprune.pruning.results import Candidate, FitQuality, Repeats, Search
 from moeprune.pruning.search import DropLimit, prune_within_drop
 from moeprune.records import from_json
 
@@ -49,6 +49,7 @@ class PruneOptions(TypedDict, total=False):
     compensate: str | None
     energy: float | None
     rank: int | None
+    repeat: int | None
     one_shot: bool
     seed: int
 
@@ -118,6 +119,7 @@ class Made(NamedTuple):
     model: Model
     search: Search | None = None
     candidates: Sequence[Candidate] = ()
+    repeats: Repeats | None = None
 
     @property
     def fits(self) -> dict[str, FitQuality]:
@@ -135,15 +137,18 @@ def prune_model(
         assert data is not None
         limit = DropLimit(request.max_accuracy_drop, request.confidence)
         return Made(*prune_within_drop(full.model, data, limit, analysis=analysis, wanted=request.wanted, **settings))
-    plan, candidates = plans[0], list[Candidate]()
-    if len(plans) > 1 and not request.one_shot:
-        calibration = data
+    plan, candidates, repeats, calibration = plans[0], list[Candidate](), None, data
+    if (len(plans) > 1 and not request.one_shot) or request.repeat is not None:
         if calibration is None:
-            assert analysis is not None
+            if analysis is None:
+                raise MoepruneError("`--repeat` needs calibration data", "add `--data`, or `--analysis`")
             calibration = calibration_data(full.model, analysis)
         plan, candidates = choose(full.model, plans, calibration, **settings)
     pruned = apply_plan(full.model, plan, analysis, data=data, one_shot=request.one_shot, **settings)
-    return Made(pruned, None, candidates)
+    if request.repeat is not None:
+        assert calibration is not None
+        repeats = repeat(full.model, plan, calibration, request.repeat, **settings)
+    return Made(pruned, None, candidates, repeats)
 
 
 def plans_of(

@@ -107,6 +107,10 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         ),
     ] = None
     one_shot: Annotated[bool, option("Prune by the analysis alone, without another pass over data.")] = False
+    repeat: Annotated[
+        Annotated[int, msgspec.Meta(ge=2, le=100)] | None,
+        option("Fit again on this many random halves of the calibration data, and report the spread."),
+    ] = None
     seed: Seed = 0
     overwrite: bool = False
     runtime: Runtime = Runtime()
@@ -148,6 +152,9 @@ class PruneRequest(Request, frozen=True, kw_only=True):
                 parse_budget(budget, unit, f"--{name.replace('_', '-')}")
         if self.one_shot and self.data is not None:
             raise MoepruneError("`one_shot` and `data` exclude each other", "leave one of them out")
+        if self.repeat is not None and (self.one_shot or self.output is None or self.max_accuracy_drop is not None):
+            hint = "leave it out, or prune with the plan that is found (`--plan`)"
+            raise MoepruneError("`repeat` goes with `output`, and not with `one_shot` or `max_accuracy_drop`", hint)
         if self.data is not None and self.output is None:
             hint = "leave it out, or give `--output` to choose experts by it"
             raise MoepruneError("`save_plan` alone reads no `data`", hint)
@@ -187,6 +194,10 @@ class SweepRequest(EvalRequest, frozen=True, kw_only=True):
         Path | None,
         option("Draw accuracy over cost (.png or .svg) of a sweep, at six shares unless --sweep gives others."),
     ] = None
+    repeat: Annotated[
+        Annotated[int, msgspec.Meta(ge=2, le=100)] | None,
+        option("With --sweep: prune on this many random halves of the calibration data, and report mean and spread."),
+    ] = None
     seed: Seed = 0
 
     @property
@@ -207,7 +218,7 @@ class SweepRequest(EvalRequest, frozen=True, kw_only=True):
             raise MoepruneError(f"`{judging[0]}` does not go with `sweep` or `plot`", hint)
         if self.is_sweep and self.analysis is None:
             raise MoepruneError("`sweep` and `plot` need `analysis`", "write one with `moeprune analyze`")
-        if not self.is_sweep and (chosen := [name for name in METHOD if getattr(self, name)]):
+        if not self.is_sweep and (chosen := [name for name in (*METHOD, "repeat") if getattr(self, name)]):
             raise MoepruneError(f"`{chosen[0]}` goes with `sweep`", "add `--sweep 1/16,1/8,1/4`")
         self.keeps  # noqa: B018 (reads the text)
         super().check()

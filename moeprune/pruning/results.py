@@ -82,13 +82,26 @@ class Candidate(Result, frozen=True):
     is_chosen: bool
 
 
+class Repeats(Result, frozen=True):
+    """The spread of models pruned on random halves of the calibration data, as large as that of the data itself.
+
+    samples: of each half. held_out: inputs, none of them in a half, that they are compared on. distance, agreement: of
+    the predictions with the full model's, one for each draw, see Candidate; agreement None without a head.
+    """
+
+    samples: int
+    held_out: int
+    distance: list[float]
+    agreement: list[float] | None
+
+
 class Pruned(Report, frozen=True):
     """The result of `prune`.
 
     checkpoint, saved_plan: files written, or None. keep: a share such as `1/8`, `1.0` for all experts, or a number
     such as `1`; None with a budget or a plan. model: None without a checkpoint. search: None without
     `--max-accuracy-drop`. candidates: what was compared, if there was a choice. fits: of each layer whose
-    compensation is fitted.
+    compensation is fitted. repeats: None without `--repeat`.
     """
 
     checkpoint: str | None
@@ -100,6 +113,7 @@ class Pruned(Report, frozen=True):
     search: Search | None
     candidates: list[Candidate]
     fits: dict[str, FitQuality]
+    repeats: Repeats | None
 
 
 class OnFrontier(Result, frozen=True):

@@ -17,7 +17,7 @@ from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
 from moeprune.plan import COMPENSATIONS, REFITS, Plan, Wanted, is_possible, keep_to_text, uniform_plan
 from moeprune.pruning.apply import apply_plan, calibration_data
-from moeprune.pruning.auto import affordable, choose
+from moeprune.pruning.auto import affordable, choose, half
 from moeprune.pruning.auto import methods as ways_of
 from moeprune.pruning.results import OnFrontier, SweepRow
 
@@ -101,6 +101,7 @@ def sweep(
     seed: int = 0,
     runtime: Runtime = Runtime(),
     latency_batches: Sequence[int] | None = None,
+    repeat: int | None = None,
 ) -> Iterator[tuple[SweepRow, Model]]:
     """Prune the model in each way and evaluate it on labelled data, one after the other.
 
@@ -111,6 +112,7 @@ def sweep(
         analysis: of the unpruned model; its data is read again to measure layers behind pruned ones.
         seed: of the signal `random`, which is drawn RANDOM_DRAWS times with seeds from this on.
         latency_batches: batch sizes at which latency is measured; None: it is not.
+        repeat: prune each variant on so many random halves of the calibration data; None: once, on all of it.
     """
     plans = [(variant, variant.plans(model.config.moe_layers)) for variant in variants]
     calibration = calibration_data(model, analysis)
@@ -145,8 +147,10 @@ def sweep(
     yield row(None, {}, [reference.itself], model), model
     for variant, possible in runtime.bar("sweep", "variants", plans):
         results, (plan, _) = [], choose(model, possible, calibration, seed, runtime)
-        for draw in range(RANDOM_DRAWS if variant.signal == "random" else 1):
-            pruned = apply_plan(model, plan, analysis, data=calibration, seed=seed + draw, runtime=runtime)
+        for draw in range(RANDOM_DRAWS if variant.signal == "random" else repeat or 1):
+            used = calibration if repeat is None else half(calibration, seed + draw)
+            known = analysis if repeat is None else None
+            pruned = apply_plan(model, plan, known, data=used, seed=seed + draw, runtime=runtime)
             results.append(reference.compare(pruned))
         yield row(variant, plan, results, pruned), pruned
 

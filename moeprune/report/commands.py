@@ -56,7 +56,7 @@ def inspection(result: Inspection) -> Document:
         ("FLOPs per input", flops_in_words(result.flops_per_input)),
     ]
     for title, values in (("source", result.source), ("provenance", result.provenance)):
-        facts += [(f"{title}: {name}", plain(value)) for name, value in values.items()]
+        facts += [(f"{title}: {name}", plain(value)) for name, value in values.items() if name != "mean_mass"]
     if reading := result.reading:
         unused = f"{plain(_few(reading.dropped))} (the model does not use them)" if reading.dropped else ""
         removed = ", ".join(part for part in (reading.prefix, *(f"{part}." for part in reading.wrappers)) if part)
@@ -237,6 +237,9 @@ def evaluation(result: Evaluation) -> Document:
         ]
         flips += f"; classes that lost most: {', '.join(worst)}" if worst else ""
         blocks.append(Lines([line, flips]))
+    if shifted := [name for name, shift in result.shift.items() if shift.is_shifted]:
+        text = "the data is not like the calibration data: larger errors than predicted in"
+        blocks.append(Lines([f"{text} {listed(shifted)} (see the warning)"]))
     if result.latency:
         blocks.append(_latency(result.latency, result.environment.device))
     return Document(checkpoint_on_data(result.checkpoint, result.data), blocks, result.gates)

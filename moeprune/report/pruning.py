@@ -1,9 +1,10 @@
 """The report of a pruning: what is left, what was compared to choose it, and how well it fits."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 
-from moeprune.pruning.results import Candidate, FitQuality, Pruned
-from moeprune.report.document import Block, Cell, Document, Facts, Table
+from moeprune.pruning.results import Candidate, FitQuality, Pruned, Repeats
+from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table
 from moeprune.report.words import amount, ci95, flops_in_words, keep_in_words, percent, plan_in_words, plural, points
 
 
@@ -32,6 +33,8 @@ def pruning(result: Pruned, with_kept: bool = False) -> Document:
         blocks.append(_candidates(result.candidates))
     if result.fits:
         blocks.append(_fits(result.fits))
+    if result.repeats is not None:
+        blocks.append(_repeats(result.repeats))
     written = [path for path in (result.checkpoint, result.saved_plan) if path is not None]
     return Document(f"wrote {' and '.join(written)}", blocks)
 
@@ -47,6 +50,18 @@ def _candidates(candidates: Sequence[Candidate]) -> Table:
     what = plural(candidates[0].samples, "held-out input")
     title = f"tried on {what}: change of the predictions (total variation); the cheapest within the noise is taken"
     return Table(("compensation", "kept", "change\n%", "size\n%", "FLOPs\n%"), rows, title)
+
+
+def _repeats(repeats: Repeats) -> Lines:
+    """Return the spread over draws of the calibration data."""
+    parts = [("change", repeats.distance)] + ([("same", repeats.agreement)] if repeats.agreement else [])
+    spread = ", ".join(
+        f"{name} {percent(fmean(values), 2)} ± {100 * stdev(values):.2f} ({percent(min(values), 2)} to"
+        f" {percent(max(values), 2)})"
+        for name, values in parts
+    )
+    draws = f"{len(repeats.distance)} draws of {plural(repeats.samples, 'sample')}"
+    return Lines([f"predictions over {draws}, on {plural(repeats.held_out, 'held-out input')}: {spread}"])
 
 
 def _fits(fits: Mapping[str, FitQuality]) -> Table:
