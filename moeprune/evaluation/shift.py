@@ -86,8 +86,8 @@ class ShiftObserver:
             name, worst = max(shifted.items(), key=lambda each: each[1].error / max(each[1].predicted_error, 1e-30))
             logger.warning(
                 f"the data is not like the calibration data: in {len(shifted)} of {len(found)} layers the error is"
-                f" larger than calibration predicted, in `{name}` {100 * worst.error:.3g} % of the output's square instead of"
-                f" {100 * worst.predicted_error:.3g} %; calibrate on data like this"
+                f" larger than calibration predicted, in `{name}` {100 * worst.error:.3g} % of the output's square"
+                f" instead of {100 * worst.predicted_error:.3g} %; calibrate on data like this"
             )
         return found
 
