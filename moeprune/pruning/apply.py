@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +26,7 @@ from moeprune.pruning import compensation
 from moeprune.pruning.results import FitQuality
 from moeprune.records import to_json
 
+logger = logging.getLogger(__name__)
 ALREADY_PRUNED = "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
 
 
@@ -75,16 +77,35 @@ def apply_plan(
         for index in range(len(plan)):
             pruning.prune(index, None)
     else:
-        keeps_batches = any(layer.scope == "batch" for layer in plan.values())
-        with Walk(full, pruned, dataset, runtime, keeps_batches) as walk:
+        with Walk(full, pruned, dataset, runtime, keeps_batches(model.config.moe_layers, [plan])) as walk:
             for index, name in enumerate(plan):
                 pruning.prune(index, walk.reach(name) if pruning.needs_stage(index) else None)
                 _require_data_of_analysis(used, dataset)
+    _warn_of_overfitting(pruning.fits)
     made = provenance(known, plan, used, dataset, seed, runtime)
     made |= {"fits": to_json(pruning.fits), "mean_mass": pruning.mean_mass} if pruning.fits else {}
     names = model.details.classes or class_names_of(used) or (dataset.source.class_names if dataset is not None else ())
     pruned.details = model.details.replace(provenance=model.details.provenance | made, classes=names)
     return pruned.to(next(model.parameters()).device)
+
+
+def keeps_batches(layers: Mapping[str, LayerConfig], plans: Sequence[Plan]) -> bool:
+    """Return True if what layers compute, or which experts plans choose, depends on the batch."""
+    chosen = any(layer.scope == "batch" for plan in plans for layer in plan.values())
+    return chosen or any(layer.mixes_batch for layer in layers.values())
+
+
+def _warn_of_overfitting(fits: Mapping[str, FitQuality]) -> None:
+    """Log a warning if a layer's fit is much worse on samples that it was not fitted to."""
+    overfitted = {name: fit for name, fit in fits.items() if fit.is_overfitted}
+    if overfitted:
+        name, worst = max(overfitted.items(), key=lambda each: each[1].held_out_error)
+        logger.warning(
+            f"{len(overfitted)} of {len(fits)} layers have too few calibration samples for their compensation: in"
+            f" `{name}` {worst.regressors:,} regressors on {worst.samples:,} samples ({worst.rows:,} rows) leave"
+            f" {100 * worst.fitted_error:.3g} % of the output's square on the half that is fitted,"
+            f" {100 * worst.held_out_error:.3g} % on the other; give more samples, or `--compensate auto`"
+        )
 
 
 @dataclass

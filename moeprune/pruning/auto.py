@@ -26,7 +26,7 @@ from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
 from moeprune.plan import NARROWED, RANK, Compensation, Method, Plan, Wanted, is_possible
-from moeprune.pruning.apply import Pruning, apply_plan
+from moeprune.pruning.apply import Pruning, apply_plan, keeps_batches
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Candidate, Repeats
 
@@ -96,7 +96,7 @@ def choose(
 
     data: calibration data. seed: of the signal `random`.
     """
-    if len(plans) == 1:
+    if len(plans) == 1 or not any(layer.drops for plan in plans for layer in plan.values()):
         return plans[0], []
     if data.samples < FEWEST:
         simplest = [plan for plan in plans if all(layer.compensation == "mean" for layer in plan.values())]
@@ -174,8 +174,7 @@ def split(data: Dataset) -> tuple[Dataset, Dataset]:
 def fit_all(full: Model, plans: Sequence[Plan], data: Dataset, seed: int, runtime: Runtime) -> list[Model]:
     """Prune by each plan, with statistics of the full model, in one pass over the data."""
     prunings = [Pruning(full, private_copy(full), plan, None, True, seed) for plan in plans]
-    keeps_batches = any(layer.scope == "batch" for plan in plans for layer in plan.values())
-    with Walk(full, None, data, runtime, keeps_batches) as walk:
+    with Walk(full, None, data, runtime, keeps_batches(full.config.moe_layers, plans)) as walk:
         for index, name in enumerate(plans[0]):
             stage = walk.reach(name)
             for pruning in prunings:

@@ -51,12 +51,14 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
     correct(layer, found.solution)
     quality = FitQuality(
         samples=sum(len(halt.expected) for halt in stage.halts) // stage.layer.config.windows,
+        rows=sum(halt.expected.shape[:-1].numel() for halt in stage.halts),
         regressors=len(power),
         fitted_error=max(found.fitted, 0.0) / stage.power,
         held_out_error=max(found.held_out, 0.0) / stage.power,
     )
     if wanted != plan:
-        layer = narrowed(layer, wanted, power, tokens)
+        hidden = layer.regressor_kinds().get("hidden", 0)
+        layer = narrowed(layer, wanted, power[hidden:, hidden:], tokens)
     return layer, quality
 
 

@@ -42,18 +42,28 @@ class Search(Result, frozen=True):
     confirmed: Confirmation
 
 
+OVERFITTED = 2.0
+NEGLIGIBLE = 1e-3  # of the square of a layer's output
+
+
 class FitQuality(Result, frozen=True):
     """How well the compensation of a layer is fitted.
 
-    samples: of the calibration data. regressors: what is fitted for each output. fitted_error, held_out_error: squared
-    errors of the layer's output as shares of its square in the full model, of fits to one half of the samples: on that
-    half, and on the other. The gap between them tells whether more calibration data would help.
+    samples: of the calibration data. rows: their tokens. regressors: what is fitted for each output. fitted_error,
+    held_out_error: squared errors of the layer's output as shares of its square in the full model, of fits to one half
+    of the samples: on that half, and on the other. The gap between them tells whether more samples would help.
     """
 
     samples: int
+    rows: int
     regressors: int
     fitted_error: float
     held_out_error: float
+
+    @property
+    def is_overfitted(self) -> bool:
+        """True if the error on the other half is OVERFITTED times as large, and is not negligible."""
+        return self.held_out_error > max(OVERFITTED * self.fitted_error, NEGLIGIBLE)
 
 
 class PlanFile(Result, frozen=True, tag_field="schema_version", tag=1):
