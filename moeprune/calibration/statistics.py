@@ -163,20 +163,22 @@ class MassAccumulator:
 def measure_layer(stage: Stage) -> LayerStatistics:
     """Return the statistics of a layer that all batches have reached; its sensitivity is not known yet."""
     layer, dtype, samples = stage.layer, wide_dtype(stage.layer.fc2_weight.device), 0
-    masses = MassAccumulator(layer)
+    masses, moments = MassAccumulator(layer), MomentsAccumulator(layer)
     grams: dict[str, Any] = defaultdict(int)
     for (_, seen, _), halt in zip(stage.observe(), stage.halts, strict=True):
         masses.add(seen, halt.labels)
+        moments.add(seen)
         grams["gram"] += seen.gram(dtype)
         grams["gram_renorm"] += seen.renorm_gram(dtype)
         samples += len(seen.mass)
-    n, moments, sums = layer.config.num_experts, stage.moments, stage.contributions
+    stage.moments = moments.result()
+    n, sums = layer.config.num_experts, stage.contributions
     grams["gram_renorm"] = grams["gram_renorm"] + grams["gram"]
     for compensation in ("mean", "lstsq", "affine"):
         grams[f"gram_{compensation}"] = lost_gram(*sums, compensation)[:n, :n]
     found = _on_cpu({name: gram / samples for name, gram in grams.items()})
     others = {"explained": explained(*sums), "sensitivity": torch.zeros(())}
-    return LayerStatistics(**vars(moments), **masses.result(), **found, **others)
+    return LayerStatistics(**vars(stage.moments), **masses.result(), **found, **others)
 
 
 def require_finite(name: str, layer: LayerMoments) -> None:

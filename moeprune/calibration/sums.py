@@ -30,7 +30,7 @@ from moeprune.layers.observation import Observation, mean_token
 
 CHUNK = 2**24  # numbers at most in each of the temporary tensors
 TERMS = 512  # weights that choosing regresses on, at most: mixtures of them, if there are more
-DIRECTIONS = 64  # of the output, that choosing looks at, at most
+DIRECTIONS = 32  # of the output, that choosing looks at, at most
 CROSS = 2**27  # bytes of the sums of a half, beyond which fewer directions are looked at
 LEAST_DIRECTIONS = 8
 
@@ -254,13 +254,13 @@ def explained(first: Contributions, second: Contributions) -> Tensor:
         return torch.full((3,), torch.nan)
     terms, last = torch.arange(n_terms), torch.tensor([q - 1])
     left = []
-    for index, kinds, groups in (
-        (last, [1], [1]),
-        (torch.arange(n_terms, q), [dim, dim, 1], [2 * dim + 1]),
-        (torch.cat([terms, last]), [n_terms, 1], [n_terms + 1]),
-        (torch.arange(q), [n_terms, dim, dim, 1], [n_terms, 2 * dim + 1]),
+    for index, kinds in (
+        (last, [1]),
+        (torch.arange(n_terms, q), [dim, dim, 1]),
+        (torch.cat([terms, last]), [n_terms, 1]),
+        (torch.arange(q), [n_terms, dim, dim, 1]),
     ):
-        left.append(solve_held_out((one.select(index), other.select(index)), kinds, groups).held_out)
+        left.append(solve_held_out((one.select(index), other.select(index)), kinds, [len(index)]).held_out)
     variance = max(left[0], torch.finfo(torch.float64).tiny)
     return torch.tensor([1 - min(max(each / variance, 0.0), 1.0) for each in left[1:]])
 
@@ -272,11 +272,10 @@ def _change(power: Tensor, cross: Tensor, held_power: Tensor, held_cross: Tensor
     if failed:  # by rounding
         factor = torch.linalg.cholesky(matrix + 1e-4 * torch.eye(len(matrix), dtype=matrix.dtype))
     change = torch.zeros(len(cross), len(cross), dtype=cross.dtype)
+    held_power = held_power.float()
     step = max(1, CHUNK // cross[:, :, 0].numel())
     for fitted, measured in zip(cross.split(step, 2), held_cross.split(step, 2), strict=True):
-        fit = torch.cholesky_solve(fitted.transpose(0, 1).flatten(1), factor)  # (q,(n+1)·s)
-        error = (held_power @ fit).unflatten(1, (len(cross), -1)).transpose(0, 1).flatten(1)
-        fit = fit.unflatten(1, (len(cross), -1)).transpose(0, 1).flatten(1)
-        of_both = measured.flatten(1) @ fit.mT
-        change += fit @ error.mT - of_both - of_both.mT
-    return change
+        fit = torch.cholesky_solve(fitted.transpose(0, 1).flatten(1), factor).float()  # (q,(n+1)·s)
+        rest = (held_power @ fit).unflatten(1, (len(cross), -1)).transpose(0, 1) - 2 * measured
+        change += fit.unflatten(1, (len(cross), -1)).transpose(0, 1).flatten(1) @ rest.float().flatten(1).mT
+    return (change + change.mT) / 2

@@ -108,7 +108,7 @@ class Stage:
         """
         layer, count = layer or self.layer, 0
         for (arguments, named), expected, _ in self.halts:
-            seen = observed(layer, self.runtime, arguments, named)
+            seen, _ = observed(layer, self.runtime, arguments, named)
             inputs = len(seen.mass)
             members = [half.to(expected.device) for half in halves(count, inputs)]
             count += inputs
@@ -116,16 +116,18 @@ class Stage:
             yield members, seen, gap.reshape(inputs, -1, gap.shape[-1])  # the tokens of all windows
 
 
-def observed(layer: MoELayer, runtime: Runtime, arguments: tuple[Any, ...], named: dict[str, Any]) -> Observation:
-    """Run a layer and return what it shows."""
+def observed(
+    layer: MoELayer, runtime: Runtime, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Observation, Any]:
+    """Run a layer and return what it shows, and what it returns."""
     seen: list[Observation] = []
     layer.observer = seen.append
     try:
         with runtime.precision(layer.fc2_weight.device):
-            layer(*arguments, **named)
+            output = layer(*arguments, **named)
     finally:
         layer.observer = None
-    return seen[0]
+    return seen[0], output
 
 
 class Walk:
@@ -176,7 +178,8 @@ class Walk:
         labels = self.labels.setdefault(number, labels)
         full = self.of_full.get(number) or self._start(self.full, inputs)
         taken = full.run_to(name)
-        expected = observed(self.full.moe_layers[name], self.runtime, *taken).output
+        seen, full.output = observed(self.full.moe_layers[name], self.runtime, *taken)
+        expected = seen.output
         passes = [full]
         if self.is_behind_pruned and self.pruned is not None:
             passes.append(self.of_pruned.get(number) or self._start(self.pruned, inputs))
@@ -217,8 +220,8 @@ def _set_gate(model: Model, name: str) -> None:
         current = getattr(_running, "current", None)
         if current is None or current.goal != name:
             return type(layer).forward(layer, *arguments, **named)
-        current.wait(arguments, named)
-        return model.moe_layers[name](*arguments, **named)
+        known = current.wait(arguments, named)
+        return model.moe_layers[name](*arguments, **named) if known is None else known
 
     layer.forward = gate
 
@@ -230,6 +233,7 @@ class _Pass:
         self.forward, self.device = forward, device
         self.goal: str | None = None
         self.taken: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.output: Any = None  # what the layer gives for that, if it is known
         self.error: BaseException | None = None
         self.is_closed = False
         self.may_go, self.has_stopped = threading.Semaphore(0), threading.Semaphore(0)
@@ -252,13 +256,15 @@ class _Pass:
             raise MoepruneError(f"layer `{name}` is not reached by all inputs", "leave it out, with `--plan`")
         return self.taken
 
-    def wait(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Stop this thread, which is the pass's own, until it may go on."""
+    def wait(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Stop this thread, which is the pass's own, until it may go on; return the layer's output if it is known."""
         self.taken, self.goal = (arguments, named), None
         self.has_stopped.release()
         self.may_go.acquire()
         if self.is_closed:
             raise StopForward
+        output, self.output = self.output, None
+        return output
 
     def close(self) -> None:
         """End the pass, whether it waits or runs."""
