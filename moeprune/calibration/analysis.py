@@ -125,7 +125,7 @@ def analyze(
         model, None, data, runtime, keeps_batches=any(layer.config.mixes_batch for layer in layers.values())
     ) as walk:
         for name in layers:
-            statistics[name] = measure_layer(walk.reach(name))
+            statistics[name] = measure_layer(walk, name)
             require_finite(name, statistics[name])
     for name, sensitivity in measure_sensitivity(model, statistics, data, runtime).items():
         statistics[name] = replace(statistics[name], sensitivity=sensitivity)

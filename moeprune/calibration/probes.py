@@ -11,7 +11,7 @@ from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan
 
-MOST_INPUTS, FEWEST_INPUTS = 256, 16
+MOST_INPUTS, FEWEST_INPUTS = 256, 8
 PROBED_FLOPS = 5e10  # of all probes together, within these numbers of inputs
 SCOPES = ("input", "static", "batch")  # the first that a layer can be pruned in is probed
 

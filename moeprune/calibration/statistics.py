@@ -23,7 +23,7 @@ from moeprune.layers.observation import Observation
 from moeprune.plan import AFFINE
 
 if TYPE_CHECKING:
-    from moeprune.calibration.walk import Stage
+    from moeprune.calibration.walk import Walk
 
 MASS_LEVELS = (0.5, 0.9, 0.99)
 INFORMATIVE_MASS = 0.45
@@ -160,18 +160,20 @@ class MassAccumulator:
         return _on_cpu(means | {"max_mass": self.max_mass, "class_mass": class_mass})
 
 
-def measure_layer(stage: Stage) -> LayerStatistics:
-    """Return the statistics of a layer that all batches have reached; its sensitivity is not known yet."""
-    layer, dtype, samples = stage.layer, wide_dtype(stage.layer.fc2_weight.device), 0
-    masses, moments = MassAccumulator(layer), MomentsAccumulator(layer)
+def measure_layer(walk: Walk, name: str) -> LayerStatistics:
+    """Return the statistics of the layer that a walk reaches next; its sensitivity is not known yet."""
+    layer = walk.full.moe_layers[name]
+    dtype, masses, moments = wide_dtype(layer.fc2_weight.device), MassAccumulator(layer), MomentsAccumulator(layer)
     grams: dict[str, Any] = defaultdict(int)
-    for (_, seen, _), halt in zip(stage.observe(), stage.halts, strict=True):
-        masses.add(seen, halt.labels)
+
+    def see(seen: Observation, labels: Tensor | None) -> None:
+        masses.add(seen, labels)
         moments.add(seen)
         grams["gram"] += seen.gram(dtype)
         grams["gram_renorm"] += seen.renorm_gram(dtype)
-        samples += len(seen.mass)
-    stage.moments = moments.result()
+
+    stage = walk.reach(name, see)
+    stage.moments, samples = moments.result(), moments.samples
     n, sums = layer.config.num_experts, stage.contributions
     grams["gram_renorm"] = grams["gram_renorm"] + grams["gram"]
     for compensation in ("mean", "lstsq", "affine"):

@@ -53,8 +53,9 @@ class Halt(NamedTuple):
 class Stage:
     """One dense layer, and what all batches bring to it; it can be observed again and again."""
 
-    def __init__(self, name: str, layer: MoELayer, runtime: Runtime, halts: list[Halt]):
+    def __init__(self, name: str, layer: MoELayer, runtime: Runtime, halts: list[Halt], lacks: bool):
         self.name, self.layer, self.runtime, self.halts = name, layer, runtime, halts
+        self.lacks = lacks  # what reaches the layer may differ from what reaches it in the full model
         self._grams: dict[str, Tensor] = {}
 
     @cached_property
@@ -76,7 +77,7 @@ class Stage:
         sums = tuple(Contributions(self.layer, self.moments.term_mean) for _ in range(2))
         for members, seen, gap in self.observe():
             for half, index in zip(sums, members, strict=True):
-                half.add(seen.select(index), gap[index])
+                half.add(seen.select(index), gap[index] if self.lacks else None)
         return sums[0], sums[1]
 
     def overlap(self) -> Tensor:
@@ -158,8 +159,10 @@ class Walk:
             waiting.close()
         self.files.close()
 
-    def reach(self, name: str) -> Stage:
+    def reach(self, name: str, see: Callable[[Observation, Tensor | None], None] | None = None) -> Stage:
         """Return the next layer, in the order of the data flow, behind the pruned ones before it.
+
+        see: takes what the layer shows of each batch in the full model, and its labels.
 
         Raises a MoepruneError if a batch does not get there.
         """
@@ -170,16 +173,25 @@ class Walk:
         batches: Iterable[Any] = [(None, None)] * len(self.of_full)
         if not all_wait or (self.is_behind_pruned and len(self.of_pruned) < len(self.of_full)):
             batches = self.runtime.batches(self.data, f"reach {name}")
-        halts = [self._reach(name, number, *batch) for number, batch in enumerate(batches)]
-        self.is_behind_pruned = self.pruned is not None
-        return Stage(name, self.full.moe_layers[name], self.runtime, halts)
+        halts = [self._reach(name, see, number, *batch) for number, batch in enumerate(batches)]
+        lacks, self.is_behind_pruned = self.is_behind_pruned, self.pruned is not None
+        return Stage(name, self.full.moe_layers[name], self.runtime, halts, lacks)
 
-    def _reach(self, name: str, number: int, inputs: Tensor | None, labels: Tensor | None) -> Halt:
+    def _reach(
+        self,
+        name: str,
+        see: Callable[[Observation, Tensor | None], None] | None,
+        number: int,
+        inputs: Tensor | None,
+        labels: Tensor | None,
+    ) -> Halt:
         labels = self.labels.setdefault(number, labels)
         full = self.of_full.get(number) or self._start(self.full, inputs)
         taken = full.run_to(name)
         seen, full.output = observed(self.full.moe_layers[name], self.runtime, *taken)
         expected = seen.output
+        if see is not None:
+            see(seen, labels)
         passes = [full]
         if self.is_behind_pruned and self.pruned is not None:
             passes.append(self.of_pruned.get(number) or self._start(self.pruned, inputs))

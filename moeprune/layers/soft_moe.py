@@ -49,7 +49,8 @@ class SoftMoE(MoELayer):
         for name in ("fc1_weight", "fc1_bias", "fc2_bias"):
             if name not in config.expert_shapes(1):
                 self.register_parameter(name, None)
-        self.reset_parameters()
+        if not self.fc2_weight.is_meta:  # where drawing numbers would import half of PyTorch
+            self.reset_parameters()
 
     @property
     def experts(self) -> Experts:
