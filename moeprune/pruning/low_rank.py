@@ -61,7 +61,7 @@ def fit_low_rank(stage: Stage, layer: MoELayer) -> None:
     experts = list(plan.dropped) if plan.scope == "static" else list(range(plan.num_experts))
     if not experts:
         return
-    halves = measure(stage, experts)
+    halves, around = measure(stage, experts)
     ridge = choose_ridge(halves, plan.rank)
     first, second, inputs, outputs = [], [], [], []
     for some in torch.arange(len(experts)).split(CHOOSING):
@@ -69,8 +69,8 @@ def fit_low_rank(stage: Stage, layer: MoELayer) -> None:
         maps = reduced_rank(moments, ridge, plan.rank)
         first.append(maps[0])
         second.append(maps[1])
-        inputs.append(moments.inputs)
-        outputs.append(moments.outputs)
+        inputs.append(around[0][some] + moments.inputs)
+        outputs.append(around[1][some] + moments.outputs)
     into, out_of = torch.cat(first), torch.cat(second)
     constants = torch.cat(outputs) - (torch.cat(inputs)[:, None] @ into @ out_of)[:, 0]
     like = layer.surrogate
@@ -79,9 +79,15 @@ def fit_low_rank(stage: Stage, layer: MoELayer) -> None:
     like[-len(experts) :] = constants[:, None].to(like)
 
 
-def measure(stage: Stage, experts: Sequence[int]) -> tuple[Moments, Moments]:
-    """Return the moments of some experts of the dense layer, on either half of the inputs."""
+def measure(stage: Stage, experts: Sequence[int]) -> tuple[tuple[Moments, Moments], tuple[Tensor, Tensor]]:
+    """Return the moments of some experts of the dense layer, on either half of the inputs.
+
+    They are of the differences of inputs and outputs from points near their means, (e,d) and (e,o), which are returned
+    too: in float32 the sums of squares would otherwise hide variances that are small beside the means.
+    """
     index = torch.tensor(experts, device=stage.layer.fc2_weight.device)
+    near_outputs = stage.moments.term_mean.to(index.device)[index].mean(1)
+    near_inputs: Tensor | None = None
     halves: list[Moments | None] = [None, None]
     for members, seen, _ in stage.observe():
         for which, places in enumerate(members):
@@ -93,6 +99,9 @@ def measure(stage: Stage, experts: Sequence[int]) -> tuple[Moments, Moments]:
             inputs, outputs = (
                 part[:, index].float().transpose(0, 1).flatten(1, 2) for part in (some.slot_inputs, some.term_outputs)
             )
+            if near_inputs is None:
+                near_inputs = inputs.mean(1)
+            inputs, outputs = inputs - near_inputs[:, None], outputs - near_outputs[:, None]
             weighted = inputs * weight[:, :, None]
             found = Moments(
                 weight.sum(1), weighted.sum(1), (weight[:, None] @ outputs)[:, 0], weighted.mT @ inputs,
@@ -105,7 +114,8 @@ def measure(stage: Stage, experts: Sequence[int]) -> tuple[Moments, Moments]:
         first = second = first or second
     assert first is not None
     assert second is not None
-    return first, second
+    assert near_inputs is not None
+    return (first, second), (near_inputs, near_outputs)
 
 
 def choose_ridge(halves: tuple[Moments, Moments], rank: int) -> float:
@@ -142,8 +152,9 @@ def reduced_rank(moments: Moments, ridge: float, rank: int) -> tuple[Tensor, Ten
     diagonal = power.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny ** 0.5)
     diagonal.add_(ridge * mean)
-    factor = torch.linalg.cholesky_ex(power)[0]
+    factor, failed = torch.linalg.cholesky_ex(power)
     solution = torch.cholesky_solve(moments.cross, factor)  # (e,d,o)
+    solution = solution.where((failed == 0)[:, None, None], 0)  # all inputs are the same, but for rounding
     explained = solution.mT @ (moments.power @ solution)
     directions = leading_directions(explained, rank)  # (e,o,r)
     return solution @ directions, directions.mT.contiguous()
