@@ -21,6 +21,8 @@ Exponents = tuple[int, ...]
 EXPONENTS = (-6, 2)  # of ten, for the least and the largest lambda
 START = -3
 ROUNDS = 3
+LARGE = 1500  # regressors from which lambdas are searched in float32, in one round, from LEAST_IN_FLOAT32 on
+LEAST_IN_FLOAT32 = -4
 WEAKEST = 0.01
 TOLERANCE = 0.01  # of the error that is left
 ROUNDING = 1e-5  # of the targets' squares: errors that narrow floats make anyway
@@ -114,7 +116,12 @@ def choose_ridges(halves: Halves, groups: Sequence[int]) -> Tensor | None:
     """
     sizes, (first, second) = torch.tensor(list(groups)), halves
     square = first.square + second.square
-    mixed = first._replace(cross=_mixed(first.cross)), second._replace(cross=_mixed(second.cross))
+    is_large = len(first.power) > LARGE
+    dtype = torch.float32 if is_large else first.power.dtype
+    one, other = (
+        half._replace(power=half.power.to(dtype), cross=_mixed(half.cross).to(dtype)) for half in (first, second)
+    )
+    least = LEAST_IN_FLOAT32 if is_large else EXPONENTS[0]
     known: dict[Exponents, float] = {}
 
     def ridges(exponents: Exponents) -> Tensor:
@@ -122,18 +129,17 @@ def choose_ridges(halves: Halves, groups: Sequence[int]) -> Tensor | None:
 
     def gain(exponents: Exponents) -> float:
         if exponents not in known:
-            known[exponents] = _gain(mixed, ridges(exponents))
+            known[exponents] = _gain((one, other), ridges(exponents).to(dtype))
         return known[exponents]
 
     together = range(len(sizes))
-    best = _climb(gain, (START,) * len(sizes), together)
-    if len(sizes) > 1:
-        for _ in range(ROUNDS):
-            before = best
-            for kind in together:
-                best = _climb(gain, best, (kind,))
-            if best == before:
-                break
+    best = _climb(gain, (START,) * len(sizes), together, least)
+    for _ in range(1 if is_large else ROUNDS):
+        before = best
+        for kind in together:
+            best = _climb(gain, best, (kind,), least)
+        if best == before:
+            break
     found = _gain(halves, ridges(best))
     if not found > 0:
         return None
@@ -150,20 +156,20 @@ def _gain(halves: Halves, ridges: Tensor) -> float:
     return first.square + second.square - second.error(one) - first.error(other)
 
 
-def _climb(gain: Callable[[Exponents], float], start: Exponents, moving: Sequence[int]) -> Exponents:
-    """Return the exponents with the largest gain that is found by moving some of them together."""
+def _climb(gain: Callable[[Exponents], float], start: Exponents, moving: Sequence[int], least: int) -> Exponents:
+    """Return the exponents, none below the least, with the largest gain found by moving some of them together."""
     best = start
     for step in (1, -1):
-        while (other := _moved(best, moving, step)) != best and gain(other) > gain(best):
+        while (other := _moved(best, moving, step, least)) != best and gain(other) > gain(best):
             best = other
         if best != start:
             break
     return best
 
 
-def _moved(exponents: Exponents, moving: Sequence[int], step: int) -> Exponents:
-    """Return the exponents with some of them a step further, within EXPONENTS."""
-    least, most = EXPONENTS
+def _moved(exponents: Exponents, moving: Sequence[int], step: int, least: int = EXPONENTS[0]) -> Exponents:
+    """Return the exponents with some of them a step further, between the least and the largest of EXPONENTS."""
+    most = EXPONENTS[1]
     return tuple(min(max(each + step, least), most) if kind in moving else each for kind, each in enumerate(exponents))
 
 

@@ -30,7 +30,9 @@ from moeprune.pruning.apply import Pruning, apply_plan, keeps_batches
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Candidate, Repeats
 
-TRIAL_INPUTS = 2048  # calibration inputs, at most, that candidates are compared on; a quarter of them held out
+MOST_INPUTS, FEWEST_INPUTS = 2048, 256  # that candidates are compared on; a quarter of them held out
+TRIAL_FLOPS = 1e12  # of these inputs' forward pass, within these numbers
+MOST_REGRESSORS = 1500  # of `refit`, as a candidate of `auto`: `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
 NEGLIGIBLE = 1e-3  # distances that do not count
 RANKS, RANKS_OF_BUDGETS = (4, 8), (2, 4, 8, 16)
@@ -85,8 +87,9 @@ def _ranks(wanted: Wanted, layers: Mapping[str, LayerConfig], ranks: Sequence[in
 
 
 def affordable(plans: Sequence[Plan], layers: Mapping[str, LayerConfig]) -> list[Plan]:
-    """Return the plans whose refits are not too large, or the first one."""
-    return [plan for plan in plans if not too_large_refits(layers, plan)] or [*plans[:1]]
+    """Return the plans whose refits are not too large, or the first one; of several, also not too costly."""
+    most = {"refit": MOST_REGRESSORS} if len(plans) > 1 else {}
+    return [plan for plan in plans if not too_large_refits(layers, plan, most)] or [*plans[:1]]
 
 
 def choose(
@@ -101,7 +104,8 @@ def choose(
     if data.samples < FEWEST:
         simplest = [plan for plan in plans if all(layer.compensation == "mean" for layer in plan.values())]
         return (simplest or [*plans])[0], []
-    fitted_on, held_out = split(data)
+    inputs = round(min(MOST_INPUTS, max(FEWEST_INPUTS, TRIAL_FLOPS / model.config.flops({}).total)))
+    fitted_on, held_out = split(data.sample(inputs))
     full = private_copy(model).to(runtime.torch_device)
     models = fit_all(full, plans, fitted_on, seed, runtime)
     distances = compare(models, full, held_out, runtime)
@@ -164,7 +168,6 @@ def _shares(pruned: Model, full: Model) -> tuple[float, float]:
 
 def split(data: Dataset) -> tuple[Dataset, Dataset]:
     """Return about three quarters of the data, to fit candidates on, and the rest, to compare them on."""
-    data = data.sample(TRIAL_INPUTS)
     _, second = halves(0, data.samples)
     quarter = second[1::2] if len(second) > 1 else second
     rest = sorted({*range(data.samples)} - {*quarter.tolist()})

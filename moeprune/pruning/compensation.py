@@ -95,14 +95,23 @@ def correct(layer: MoELayer, correction: Tensor) -> None:
         getattr(layer, name).add_(rows)
 
 
-def too_large_refits(configs: Mapping[str, LayerConfig], plan: Plan) -> dict[str, int]:
-    """Return the number of regressors of each layer whose refit would take more than MAX_REGRESSORS."""
+def too_large_refits(
+    configs: Mapping[str, LayerConfig], plan: Plan, most: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Return the number of regressors of each layer whose refit would take more than MAX_REGRESSORS.
+
+    most: other numbers by compensation.
+    """
     found = {}
     for name, layer in plan.items():
         config, count = configs[name], layer.k * configs[name].expert_width
         if layer.compensation == "refit":
             count += config.num_experts * config.terms_per_expert + 2 * config.dim + 1
-        if layer.compensation in REFITS and layer.drops and count > MAX_REGRESSORS:
+        if (
+            layer.compensation in REFITS
+            and layer.drops
+            and count > (most or {}).get(layer.compensation, MAX_REGRESSORS)
+        ):
             found[name] = count
     return found
 
