@@ -20,7 +20,7 @@ from moeprune.files.disk import write_file
 from moeprune.models.model import Model, save
 from moeprune.models.opening import load
 from moeprune.models.runtime import Runtime
-from moeprune.pruning.sweep import Variant, sweep
+from moeprune.pruning.sweep import CONTROLS, Variant, sweep
 from moeprune.records import to_text
 
 MODELS = {
@@ -29,20 +29,18 @@ MODELS = {
 }
 """Title, data and recipe of each model."""
 METHODS = [
-    ("input", "combine", "none"), ("static", "random", "none"), ("input", "combine", "mean"),
-    ("static", "combine", "none"), ("static", "combine", "mean"), ("static", "combine", "lstsq"),
-    ("static", "gram", "affine"),
+    ("static", "auto", "auto"), ("static", "gram", "renorm-refit"), ("static", "gram", "mean"),
+    ("input", "combine", "none"), ("static", "random", "none"),
 ]  # fmt: skip
 KEEPS = (Fraction(1, 32), Fraction(1, 16), Fraction(1, 8))
 VARIANTS = [Variant(keep, *method) for method in METHODS for keep in KEEPS] + [
-    Variant(0, "static", "combine", compensate) for compensate in ("none", "mean", "lstsq", "affine")
+    Variant(0, "static", "combine", compensate) for compensate in CONTROLS
 ]
 SAVED = {
+    Variant(Fraction(1, 8), "static", "auto", "auto"),
+    Variant(Fraction(1, 8), "static", "gram", "renorm-refit"),
     Variant(Fraction(1, 8), "input", "combine", "none"),
-    Variant(Fraction(1, 16), "input", "combine", "mean"),
-    Variant(Fraction(1, 8), "static", "combine", "lstsq"),
-    Variant(Fraction(1, 16), "static", "combine", "lstsq"),
-    Variant(Fraction(1, 32), "static", "gram", "affine"),
+    Variant(0, "static", "combine", "linear"),
 }
 """Variants whose checkpoints are written."""
 CALIBRATION_INPUTS = 1000
@@ -92,7 +90,7 @@ def _run_model(name: str, directory: Path, train_anew: bool, seed: int, runtime:
         way = "full model" if variant is None else f"{variant.label}, {row.keep} kept"
         runtime.step(f"{name}: {way}: accuracy {100 * row.accuracy:.2f} %")
         if variant in SAVED:
-            path = directory / f"{row.scope}-{row.compensate}-{row.keep.replace('/', '-')}.safetensors"
+            path = directory / f"{variant.scope}-{variant.compensate}-{row.keep.replace('/', '-')}.safetensors"
             save(model, path, overwrite=True)
             _evaluate(path, full, test, runtime)
     return DemoModel(title=title, data=test.info, rows=rows)

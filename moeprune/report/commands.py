@@ -297,15 +297,20 @@ def demo(result: Summary) -> Document:
         rows: list[Sequence[Cell] | None] = []
         for label in dict.fromkeys(row.label for row in pruned):
             by_keep = {row.keep: row for row in pruned if row.label == label}
-            rows.append([label or "", *(_retained(by_keep[keep]) for keep in keeps), *_remaining(by_keep[last])])
+            way = f"auto: {_compensation(by_keep[last])} at {last}" if label == "auto" else label or ""
+            rows.append([way, *(_retained(by_keep[keep]) for keep in keeps), *_remaining(by_keep[last])])
         rows.append(None)
         for row in others:
             if row.keep == "0":
-                label = f"no experts at all: {row.compensate}"
-                rows.append([label, _retained(row), *[""] * (len(keeps) - 1), *_remaining(row)])
+                label = row.label if row.compensate == "linear" else f"no experts at all: {row.compensate}"
+                rows.append([label or "", _retained(row), *[""] * (len(keeps) - 1), *_remaining(row)])
         data = f"{model.data.spec} ({model.data.samples} samples)"
         tables.append(Table(columns, rows, f"{model.title}: full model {percent(full.accuracy, 2)} on {data}"))
     return Document(f"wrote checkpoints, analyses and evaluations into {result.directory}", tables)
+
+
+def _compensation(row: SweepRow) -> str:
+    return row.compensate or "" if row.rank is None else f"{row.compensate} {row.rank}"
 
 
 def _remaining(row: SweepRow) -> tuple[str, str]:

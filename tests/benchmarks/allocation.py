@@ -16,8 +16,9 @@ import moeprune
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import Method, uniform_plan
+from moeprune.pruning.apply import apply_plan
+from moeprune.pruning.auto import choose
 from moeprune.pruning.budgets import costs_of, plans_within
-from moeprune.pruning.search import prune_best
 
 SHARES = ("1/32", "1/16", "1/8", "1/4", "1/2")
 COMPENSATIONS = ("mean", "lstsq", "affine")
@@ -42,7 +43,8 @@ def compare(model: SoftMoEViT) -> None:
             for data, analysis in zip(draws, analyses, strict=True):
                 planned = plans_within(model.config, infos, analysis, method, budget)[0]
                 for which, plans in (("uniform", [uniform]), ("planned", [planned, uniform])):
-                    pruned = prune_best(model, plans, analysis, data=data, runtime=RUNTIME)
+                    plan, _ = choose(model, plans, data, 0, RUNTIME)
+                    pruned = apply_plan(model, plan, analysis, data=data, runtime=RUNTIME)
                     results[which].append(accuracy(pruned, test) / full)
             uniform_mean, planned_mean = (statistics.fmean(result) for result in results.values())
             cells.append(f"{uniform_mean:8.3f} → {planned_mean:.3f}  ")

@@ -30,6 +30,7 @@ KEEPS = ("1/32", "1/16", "1/8", "1/4")
 RUNTIME = moeprune.Runtime(device="auto", batch_size=200)
 PAIRS = 2000
 DIGITS = 300
+KEEPING = ("auto", "renorm", "renorm-refit", "merge")  # compensations that need a kept expert, or choose one
 
 
 def shipped(name: str) -> SoftMoEViT:
@@ -89,8 +90,8 @@ def accuracy(model: Model, data: Dataset) -> float:
     return float(found.correct.double().mean())
 
 
-Method = tuple[str, str, str] | tuple[str, str, str, float]
-"""Scope, signal, compensation, and where it is not all of it the energy that the compensation holds."""
+Method = tuple[str, str, str] | tuple[str, str, str, float | int]
+"""Scope, signal, compensation (each perhaps `auto`); with a float the energy it holds, with an int its rank."""
 
 
 def table(model: Model, methods: Iterable[Method], keeps: Sequence[str] = KEEPS) -> None:
@@ -114,19 +115,25 @@ def print_retained(
     layers = cases[0][0].config.moe_layers
     fewest = min(layer.num_experts for layer in layers.values())
     print(f"{'kept':36}", *(f"{keep:>{width}}" for keep in ("none at all", *keeps)))
-    for scope, signal, compensate, *energy in methods:
-        cells = []
-        way = Way(scope, signal, compensate, energy=energy[0] if energy else None)
+    for scope, signal, compensate, *amount in methods:
+        cells, options = [], {"scope": scope, "signal": signal, "compensate": compensate}
+        limits = {"rank" if isinstance(each, int) else "energy": each for each in amount}
         for keep in (None, *map(parse_keep, keeps)):
-            is_none = keep is None and (scope != "static" or compensate in ("renorm", "merge"))
-            if is_none or (isinstance(keep, Fraction) and keep * fewest < 1):
+            if keep is None:
+                is_possible = scope == "static" and compensate not in KEEPING
+            else:
+                is_possible = compensate != "linear" and not (isinstance(keep, Fraction) and keep * fewest < 1)
+            if not is_possible:
                 cells.append(" " * width)
                 continue
-            plan, results = uniform_plan(layers, keep or 0, way), []
+            how = {"keep": keep, **options, **limits}
+            if keep is None:
+                how = {"plan": uniform_plan(layers, 0, Way(**options, **limits))}
+            results = []
             for seed, ((model, data), whole) in enumerate(zip(cases, full, strict=True)):
-                pruned = moeprune.prune(model, plan=plan, data=data, seed=seed, runtime=RUNTIME)
+                pruned = moeprune.prune(model, data=data, seed=seed, runtime=RUNTIME, **how)
                 results.append(accuracy(pruned, test) / whole)
             spread = f" ({min(results):.3f}-{max(results):.3f})" if len(cases) > 1 else ""
             cells.append(f"{statistics.fmean(results):{width - len(spread)}.3f}{spread}")
-        name = f"{scope}, {signal}, {compensate}" + (f" {energy[0]:g}" if energy else "")
+        name = f"{scope}, {signal}, {compensate}" + "".join(f" {each:g}" for each in amount)
         print(f"{name:36}", *cells, flush=True)

@@ -26,7 +26,8 @@ def retained(num_experts: int, seed: int) -> dict[tuple[str, Fraction], float]:
     """Accuracy as a share of the full model's, by signal and share of experts kept."""
     model = train(single_layer_recipe(num_experts), seed)
     keys = [(signal, share) for signal in ("combine", "random") for share in SHARES]
-    models = [moeprune.prune(model, keep=share, scope="input", signal=signal, seed=seed) for signal, share in keys]
+    way = {"scope": "input", "compensate": "none", "seed": seed}
+    models = [moeprune.prune(model, keep=share, signal=signal, **way) for signal, share in keys]
     full, *pruned = (
         float(found.correct.double().mean()) for found in predict([model, *models], test_set(model), RUNTIME)
     )

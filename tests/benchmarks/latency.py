@@ -111,7 +111,7 @@ def measure_vit_s() -> None:
     dense = SoftMoEViT(config).eval()
     models: dict[str, nn.Module] = {
         "dense": dense,
-        "input, none": prune(dense, keep="1/8", scope="input"),
+        "input, none": prune(dense, keep="1/8", scope="input", signal="combine", compensate="none"),
         "static, renorm": prune(dense, keep="1/8", signal="random", compensate="renorm"),
     }
     models |= installed({"soft-moe": lambda: import_module("soft_moe").soft_moe_vit_small(num_classes=1000)})

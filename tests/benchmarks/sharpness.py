@@ -13,9 +13,8 @@ import dataclasses
 from fractions import Fraction
 
 import moeprune
-from moeprune.calibration.statistics import INFORMATIVE_MASS, summarize
+from moeprune.calibration.statistics import INFORMATIVE_MASS
 from moeprune.demo.train import single_layer_recipe, train
-from moeprune.plan import SCOPES
 from moeprune.pruning.sweep import Variant, sweep
 
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -35,10 +34,11 @@ def main() -> None:
             model = train(dataclasses.replace(single_layer_recipe(num_experts), scale=scale))
             data = moeprune.open_data("digits:calibration", model.input_format)
             analysis = moeprune.analyze(model, data)
-            [layer] = (summarize(statistics, SCOPES) for statistics in analysis.layers.values())
+            [layer] = analysis.layers.values()
             _, *rows = (row for row, _ in sweep(model, VARIANTS.values(), analysis, data))
-            trained, mass = float(model.get_parameter("blocks.0.soft_moe.scale")), layer.best_eighth_mass
-            cells = f"{num_experts:4} {scale:6g} {trained:8.2f} {mass:12.3f} {len(layer.unused_experts):7}"
+            trained, mass = float(model.get_parameter("blocks.0.soft_moe.scale")), layer.kept_mass[num_experts // 8 - 1]
+            unused = int((layer.max_mass < 0.1 / num_experts).sum())
+            cells = f"{num_experts:4} {scale:6g} {trained:8.2f} {mass:12.3f} {unused:7}"
             print(cells, *(f"{row.retained:17.3f}" for row in rows), flush=True)
 
 

@@ -33,9 +33,8 @@ KEEPS = ("1/8", "1/2", "1/1")
 
 
 def prune(path: Path, target: Path, keep: str) -> None:
-    prune_checkpoint(
-        PruneRequest(checkpoint=ModelSpec(path=path), output=target, keep=keep, signal="random", overwrite=True)
-    )
+    how = {"keep": keep, "signal": "random", "compensate": "none"}
+    prune_checkpoint(PruneRequest(checkpoint=ModelSpec(path=path), output=target, overwrite=True, **how))
 
 
 def seconds(call: Callable[[], object]) -> float:
