@@ -17,6 +17,7 @@ Axes: b inputs, m tokens, d width, n experts, p slots per expert, S subsets of a
 import statistics
 from collections import defaultdict
 from fractions import Fraction
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -33,7 +34,6 @@ from moeprune.layers.observation import Observation
 from moeprune.models.model import private_copy
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import Method, experts_to_keep, uniform_plan
-from tests.reference import observe_layers
 
 EXPERTS = (4, 8, 12)
 SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))
@@ -70,8 +70,7 @@ def compare_signals(
     sums = {name: defaultdict(lambda: np.zeros(len(FIGURES))) for name in rests}
     generator = torch.Generator().manual_seed(0)
     for inputs, labels in runtime.batches(data, "oracle"):
-        seen: dict[str, Observation] = {}
-        observe_layers(model, list(rests), seen.__setitem__, inputs, runtime)
+        seen = observed(model, list(rests), inputs, runtime)
         for name, rest in rests.items():
             statistics = analysis.layers[name]
             ks = sorted({experts_to_keep(share, statistics.num_experts, "") for share in SHARES})
@@ -95,12 +94,22 @@ def compare_signals(
     }
 
 
+def observed(model: nn.Module, names: list[str], inputs: Tensor, runtime: moeprune.Runtime) -> dict[str, Observation]:
+    """What named layers show on inputs."""
+    seen: dict[str, Observation] = {}
+    for name in names:
+        model.get_submodule(name).observer = partial(seen.__setitem__, name)
+    runtime.forward(model, inputs)
+    for name in names:
+        model.get_submodule(name).observer = None
+    return seen
+
+
 def scores_of(
     layer: nn.Module, seen: Observation, of: LayerStatistics, generator: torch.Generator, runtime: moeprune.Runtime
 ) -> dict[str, Tensor]:
     """The scores (b,n) by which the signals without labels choose experts for each input; `gram` has none."""
-    of_mean: dict[str, Observation] = {}
-    observe_layers(layer, [""], of_mean.__setitem__, seen.tokens.mean(1, keepdim=True), runtime)
+    of_mean = observed(layer, [""], seen.tokens.mean(1, keepdim=True), runtime)
     norms = seen.term_outputs.norm(dim=3)  # (b,n,p)
     return {
         "combine": seen.mass,
