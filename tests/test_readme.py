@@ -16,6 +16,7 @@ from torch import nn
 
 import moeprune
 from moeprune.data.datasets import digits
+from moeprune.plan import is_possible
 from tests import peers
 from tests.test_layout import LEVELS
 
@@ -81,7 +82,7 @@ def test_transcript_at_the_top_and_the_figures_of_the_guide(workplace, run):
     assert README[: README.index(transcript)].count("\n") < 20
     printed = dict(re.findall(r"^\$ moeprune (.*)\n((?:(?!\$ ).*\n)*)", transcript, flags=re.MULTILINE))
     assert "moeprune/demo/checkpoints/single.safetensors model.safetensors" in transcript
-    assert [line.split()[0] for line in printed] == ["analyze", "prune", "eval"]
+    assert [line.split()[0] for line in printed] == ["prune", "eval"]
     for line, expected in printed.items():
         result = run(*shlex.split(line))
         assert (result.code, result.stderr) == (0, "")
@@ -114,7 +115,7 @@ def test_ci_recipe(workplace, run, monkeypatch, service):
         steps = yaml.safe_load(block(GUIDE, "yaml"))["prune"]["script"]
         Path("moeprune.toml").write_text(block(GUIDE, "toml"), encoding="utf-8")
     *before, judge = [shlex.split(step)[1:] for step in steps if step.startswith("moeprune ")]
-    assert [step[0] for step in before] == ["analyze", "prune"]
+    assert [step[0] for step in before] == ["prune"]
     run_all(run, before)
     for passes in (True, False):
         if not passes:
@@ -156,8 +157,7 @@ def test_commands_for_soft_moe(workplace, run):
     run_all(run, commands(block(README, "sh", "--source-arg")))
     Path("pruned.safetensors").unlink()
     exec(block(README, "python"), {})
-    for name in ("analysis.safetensors", "pruned.safetensors"):
-        Path(name).unlink()
+    Path("pruned.safetensors").unlink()
     run_all(run, commands(block(GUIDE, "sh", "--source-arg")))
     build(2).load_state_dict(torch.load("pruned.pt", weights_only=True), strict=True)
     exec(block(GUIDE, "py"), {"moeprune": moeprune})
@@ -187,8 +187,10 @@ def test_figures_of_the_table_of_methods():
     for line in re.findall(r"^(?:static|input), .*$", table, flags=re.MULTILINE):
         method, figures = re.split(r"\s{3,}", line, maxsplit=1)
         recorded[tuple(method.split(", "))] = re.findall(r"(\d\.\d+) \(", figures)[-2]  # 1/8
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `(\w+)`.* (\d\.\d+) \|$", README, flags=re.MULTILINE)
-    assert len(rows) == 10
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `([\w-]+)`.* \|$", README, flags=re.MULTILINE)
+    assert len(rows) == 13
+    assert all(is_possible(*row) for row in rows)
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `([\w-]+)`.* (\d\.\d+) \|$", README, flags=re.MULTILINE)
     assert {tuple(method): figure for *method, figure in rows}.items() <= recorded.items()
 
 
