@@ -174,7 +174,7 @@ def test_commands_for_a_model_of_ones_own_code(workplace, run, monkeypatch):
 
     for name in ("mypackage", "mypackage.models"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(build=build))
-    monkeypatch.setenv("MOEPRUNE_ANALYZE_LIMIT", "20")
+    monkeypatch.setenv("MOEPRUNE_PRUNE_LIMIT", "20")
     monkeypatch.setenv("MOEPRUNE_EVAL_LIMIT", "20")
     torch.save({"state_dict": build(depth=4).state_dict()}, "model.pt")
     run_all(run, commands(block(GUIDE, "sh", "--model-arg")))
