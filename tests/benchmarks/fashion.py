@@ -40,6 +40,11 @@ METHODS = [
     ("input", "deviation", "affine"),
     ("static", "gram", "affine"),
     ("static", "gram", "refit"),
+    ("static", "gram", "renorm-refit"),
+    ("static", "gram", "low-rank", 4),
+    ("static", "gram", "low-rank", 8),
+    ("static", "combine", "linear"),
+    ("static", "auto", "auto"),
 ]
 KEEPS = ("1/32", "1/16", "1/8", "1/4", "1/2")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
