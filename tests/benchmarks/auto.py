@@ -47,9 +47,8 @@ def main() -> None:
     for name in chosen.cases:
         model, every, test = case(name)
         full = accuracy(model, test)
-        print(
-            f"{name}: full model {full:.4f}\n{'samples':>7} {'kept':>6} {'auto':>7}  {'chosen':24} {'best':>7}  of stated methods"
-        )
+        print(f"{name}: full model {full:.4f}")
+        print(f"{'samples':>7} {'kept':>6} {'auto':>7}  {'chosen':24} {'best':>7}  of stated methods")
         for samples in chosen.samples:
             if samples > every.samples > chosen.samples[0]:
                 continue
