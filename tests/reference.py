@@ -29,6 +29,7 @@ def reference_layer(
     static_correction: bool = False,
     affine: Mapping[str, Tensor] | None = None,
     activation: Callable[[Tensor], Tensor] = gelu,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Y (b,m,d) in float64 for tokens x (b,m,d).
 
@@ -36,12 +37,14 @@ def reference_layer(
         tensors: of the dense layer, by the names of its state dict.
         kept: the experts that run, for each input; None: all of them.
         compensation: `none` dropped experts give nothing, `renorm` the combine softmax is over the
-            kept ones alone, `mean`, `lstsq` and `affine` dropped slots give their surrogate.
+            kept ones alone, `mean`, `lstsq`, `affine` and `low-rank` dropped slots give their surrogate.
         surrogate: (n,p,d), by the experts' index in the dense layer.
         static_correction: the surrogate of a kept slot is added to its output.
         affine: `affine_token`, `affine_mean` (d,d) and `affine_bias` (d): a linear map of the input, of the
             mean of its tokens, and a constant, that are added to the output.
         activation: of the experts.
+        low_rank: A (n,d,r) and B (n,r,d) by the experts' index in the dense layer: for its own input s a dropped
+            slot gives s·A·B beside its surrogate.
     """
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     n, p = tensors["phi"].shape[1:]
@@ -58,8 +61,11 @@ def reference_layer(
                     slot = reference_slot_output(logits[:, j, q], tokens, tensors, j, activation)
                     if static_correction and surrogate is not None:
                         slot = slot + surrogate[j, q].double()
-                elif compensation in ("mean", "lstsq", "affine") and surrogate is not None:
+                elif compensation in ("mean", "lstsq", "affine", "low-rank") and surrogate is not None:
                     slot = surrogate[j, q].double()
+                    if low_rank is not None:
+                        into, out_of = (part[j].double() for part in low_rank)
+                        slot = slot + reference_slot_input(logits[:, j, q], tokens) @ into @ out_of
                 else:
                     continue
                 y = y + combine[:, j, q, None] * slot[None, :]
@@ -110,6 +116,31 @@ def reference_combine(logits: Tensor, experts: Sequence[int]) -> Tensor:
     return combine
 
 
+def reference_hidden(
+    slot_logits: Tensor,
+    tokens: Tensor,
+    tensors: Mapping[str, Tensor],
+    j: int,
+    activation: Callable[[Tensor], Tensor] = gelu,
+) -> Tensor:
+    """What the last linear of expert j takes (h), for the mean of the tokens weighted by the softmax of the logits."""
+    hidden = reference_slot_input(slot_logits, tokens)
+    if "fc1_weight" not in tensors:
+        return hidden
+    hidden = hidden @ tensors["fc1_weight"][j]
+    if "fc1_bias" in tensors:
+        hidden = hidden + tensors["fc1_bias"][j]
+    h = tensors["fc2_weight"].shape[2]
+    activated = activation(hidden[len(hidden) - h :])  # all of it, or the second half
+    return activated if len(hidden) == h else hidden[:h] * activated
+
+
+def reference_slot_input(slot_logits: Tensor, tokens: Tensor) -> Tensor:
+    """The mean (d) of the tokens (m,d) weighted by the softmax of the logits (m)."""
+    weights = (slot_logits - slot_logits.max()).exp()
+    return (weights / weights.sum()) @ tokens
+
+
 def reference_slot_output(
     slot_logits: Tensor,
     tokens: Tensor,
@@ -118,17 +149,7 @@ def reference_slot_output(
     activation: Callable[[Tensor], Tensor] = gelu,
 ) -> Tensor:
     """f (d): expert j on the mean of the tokens weighted by the softmax of the logits (m)."""
-    weights = (slot_logits - slot_logits.max()).exp()
-    slot_input = (weights / weights.sum()) @ tokens
-    hidden = slot_input
-    if "fc1_weight" in tensors:
-        hidden = hidden @ tensors["fc1_weight"][j]
-        if "fc1_bias" in tensors:
-            hidden = hidden + tensors["fc1_bias"][j]
-        h = tensors["fc2_weight"].shape[2]
-        activated = activation(hidden[len(hidden) - h :])  # all of it, or the second half
-        hidden = activated if len(hidden) == h else hidden[:h] * activated
-    output = tensors["fc2_weight"][j] @ hidden
+    output = tensors["fc2_weight"][j] @ reference_hidden(slot_logits, tokens, tensors, j, activation)
     return output + tensors["fc2_bias"][j] if "fc2_bias" in tensors else output
 
 
