@@ -105,6 +105,8 @@ def too_large_refits(
     found = {}
     for name, layer in plan.items():
         config, count = configs[name], layer.k * configs[name].expert_width
+        if layer.compensation == "renorm-refit" and "fc2_bias" in configs[name].expert_shapes(1):
+            count += layer.k
         if layer.compensation == "refit":
             count += config.num_experts * config.terms_per_expert + 2 * config.dim + 1
         if (
