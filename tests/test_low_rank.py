@@ -1,0 +1,293 @@
+"""Low-rank maps in place of dropped experts, against the formulas and reduced-rank regressions by NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import moeprune
+from moeprune.calibration.sums import half_of
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.soft_moe import SoftMoE
+from moeprune.layers.surgery import Calibrated, prune_layer
+from moeprune.models.model import private_copy
+from moeprune.plan import LayerPlan
+from moeprune.pruning import low_rank as low_rank_module
+from moeprune.pruning.low_rank import RIDGES, Moments, fit_low_rank, leading_directions, reduced_rank
+from tests.reference import reference_combine, reference_layer, reference_router, reference_slot_input, replace
+from tests.test_calibration import layer_inputs_and_outputs, two_layer_model
+from tests.test_compensation import LAST, behind_a_pruned_layer, model_and_data, output_error
+from tests.test_cost import counted
+from tests.test_soft_moe import (
+    SHAPES, D, N, adaptive_layer, affine_of, dense_layer, expected_sets, inputs, observe, pruned_layer, ragged_sets,
+    relative_error, router, surrogates, with_random_affine,
+)  # fmt: skip
+
+CPU = moeprune.Runtime("cpu")
+RANK, KEPT, DROPPED = 2, (1, 3), [0, 2, 4]
+
+
+def plan_of(scope="static", k=2, n=5, rank=RANK, **options) -> LayerPlan:
+    kept = (1, 3)[:k] if scope == "static" else None
+    return LayerPlan(scope, k, n, "combine", "low-rank", kept, rank=rank, **options)
+
+
+# --- the layer
+def random_maps(layer) -> tuple[Tensor, Tensor]:
+    """Random maps in a layer's buffers; the same by the experts' index in the dense layer."""
+    generator = torch.Generator().manual_seed(11)
+    for buffer in (layer.low_rank_in, layer.low_rank_out):
+        buffer.copy_(torch.randn(buffer.shape, generator=generator) / 2)
+    maps = []
+    for buffer in (layer.low_rank_in, layer.low_rank_out):
+        of_all = buffer.new_zeros(N, *buffer.shape[1:])
+        of_all[list(layer.plan.dropped) if layer.plan.scope == "static" else slice(None)] = buffer
+        maps.append(of_all)
+    return maps[0], maps[1]
+
+
+@pytest.mark.parametrize("scope", ["static", "input", "batch", "mass"])
+@pytest.mark.parametrize("settings", [*SHAPES, {"expert": "geglu", "out_dim": 7, "p": 2}], ids=str)
+def test_pruned_layer_equals_the_formulas(settings, scope):
+    dense = dense_layer(**settings)
+    x, u = inputs(dtype=dense.phi.dtype), surrogates(dense.phi.shape[2], dense.fc2_bias.shape[1])
+    if scope == "mass":
+        plan, kept = plan_of("input", N, mass=0.6), ragged_sets(dense, x, 0.6)
+    else:
+        chosen = expected_sets(dense, x, scope, 2)
+        plan, kept = plan_of(scope), [KEPT] * len(x) if scope == "static" else chosen
+    layer = with_random_affine(prune_layer(dense, plan, Calibrated(None, u)))
+    maps = random_maps(layer)
+    expected = reference_layer(
+        x, dense.state_dict(), *router(dense), kept, "low-rank", u, affine=affine_of(layer), low_rank=maps
+    )
+    assert relative_error(layer(x), expected) < (1e-10 if x.dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("scope", ["static", "input", "batch"])
+def test_padding_changes_nothing_for_real_tokens(scope):
+    layer = with_random_affine(prune_layer(dense_layer(), plan_of(scope), Calibrated(None, surrogates())))
+    random_maps(layer)
+    x, mask = inputs(b=2), torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    seen = observe(layer, x, mask)
+    if scope != "batch":
+        assert relative_error(layer(x, mask)[:1], layer(x[:1])) < 1e-12
+        assert relative_error(layer(x, mask)[1:, :4], layer(x[1:, :4])) < 1e-12
+    assert not seen.output[1, 4:].any()
+
+
+@pytest.mark.parametrize("scope", ["static", "input", "batch"])
+def test_bfloat16_autocast_stays_near_float32(scope):
+    layer = with_random_affine(prune_layer(dense_layer(dtype=torch.float32), plan_of(scope), Calibrated(None, surrogates())))
+    random_maps(layer)
+    x = inputs(dtype=torch.float32)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 1e-5 < relative_error(layer(x), exact) < 0.03
+
+
+CONFIGS = [
+    SoftMoEConfig(12, 5, 2, 6),
+    SoftMoEConfig(12, 5, 1, 6, expert="geglu", out_dim=7),
+    SoftMoEConfig(12, 5, 2, None, expert="linear", out_dim=9),
+]
+
+
+@pytest.mark.parametrize("scope", ["static", "input", "batch"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.expert}-{config.out_dim}")
+def test_shapes_and_flops(config, scope):
+    for k in (0, 1, 2, 5):
+        kept = tuple(range(k)) if scope == "static" else None
+        for rank in (1, 4):
+            plan = LayerPlan(scope, k, 5, "combine", "low-rank", kept, rank=rank)
+            layer = SoftMoE(config, plan)
+            assert config.shapes(plan) == {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+            assert counted(layer, torch.randn(2, 9, 12)) == 2 * config.flops(9, plan).total, plan
+    assert config.part("low_rank_in") == config.part("low_rank_out") == "compensation"
+
+
+@pytest.mark.parametrize("tokens", [13, 16])
+def test_flops_of_dynamic_slots_count_padded_tokens(tokens):
+    config = SoftMoEConfig(8, 4, 4, 6, router_norm="none", dynamic_slots=True)
+    plan = LayerPlan("input", 2, 4, "combine", "low-rank", rank=2)
+    assert counted(SoftMoE(config, plan), torch.randn(2, tokens, 8)) == 2 * config.flops(tokens, plan).total
+
+
+def test_a_rank_above_the_number_of_directions_is_refused(tmp_path):
+    full, data = model_and_data(tmp_path, samples=10)
+    with pytest.raises(moeprune.MoepruneError, match="has 12 directions, the plan has rank 13"):
+        moeprune.prune(full, keep=2, compensate="low-rank", rank=13, data=data, runtime=CPU)
+
+
+@pytest.mark.parametrize("scope", ["static", "input", "batch"])
+def test_saved_and_loaded_it_computes_the_same(scope, tmp_path):
+    full, data = model_and_data(tmp_path, samples=30)
+    pruned = moeprune.prune(full, keep=2, scope=scope, compensate="low-rank", rank=3, data=data, runtime=CPU)
+    moeprune.save(pruned, tmp_path / "pruned.safetensors")
+    loaded = moeprune.load(tmp_path / "pruned.safetensors")
+    x = next(data.batches(8))[0]
+    assert torch.equal(loaded(x), pruned(x))
+    assert loaded.plan == pruned.plan
+    for layer in loaded.moe_layers.values():
+        assert layer.plan.rank == 3
+        assert layer.low_rank_in.shape == (3 if scope == "static" else 5, 12, 3)
+
+
+# --- the fit
+def with_affine_experts(layer: SoftMoE, rank: int) -> None:
+    """Make linear experts of a rank, in place."""
+    generator = torch.Generator().manual_seed(7)
+    n, out, d = layer.fc2_weight.shape
+    parts = torch.randn(n, out, rank, generator=generator), torch.randn(n, rank, d, generator=generator)
+    layer.fc2_weight.copy_(parts[0] @ parts[1] / d**0.5)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_experts_that_are_affine_of_the_rank_are_reproduced(rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(low_rank_module, "RIDGES", (1e-9,))
+    full, data = model_and_data(tmp_path, "linear")
+    with_affine_experts(full.moe_layers[LAST], rank)
+    with behind_a_pruned_layer(full, data) as (stage, model):
+        layer = prune_layer(stage.layer, plan_of(rank=rank), Calibrated(None, torch.zeros(5, 2, 12)))
+        fit_low_rank(stage, layer)
+        x = layer_inputs_and_outputs(model, LAST, data)[0]
+        expected = stage.layer(x)
+    assert relative_error(layer(x), expected) < 1e-5
+    maps = (layer.low_rank_in @ layer.low_rank_out).double()
+    for place, j in enumerate(DROPPED):
+        dense = full.moe_layers[LAST]
+        assert relative_error(maps[place], dense.fc2_weight[j].mT) < 1e-3
+        constant = layer.surrogate[len(KEPT) + place]
+        assert relative_error(constant, dense.fc2_bias[j].expand_as(constant)) < 1e-3
+
+
+def slots_of(layer, x: Tensor, j: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs (b,p,d) of an expert's slots, and the squares of their combine weights summed over tokens (b,p)."""
+    tensors = {name: tensor.double() for name, tensor in layer.state_dict().items()}
+    taken, weights = [], []
+    for one in x.double():
+        logits, tokens = reference_router(one, tensors, *router(layer))
+        combine = reference_combine(logits, range(logits.shape[1]))
+        taken.append(torch.stack([reference_slot_input(logits[:, j, q], tokens) for q in range(logits.shape[2])]))
+        weights.append(combine[:, j].square().sum(0))
+    return torch.stack(taken).numpy(), torch.stack(weights).numpy()
+
+
+def direct_map(s: np.ndarray, f: np.ndarray, w: np.ndarray, ridge: float, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """M (d,o) of a rank and c (o) for f ≈ s·M + c: a weighted ridge, projected by the SVD of what it fits."""
+    mean_s, mean_f = w @ s / w.sum(), w @ f / w.sum()
+    root = np.sqrt(w)[:, None]
+    S, F = root * (s - mean_s), root * (f - mean_f)
+    strength = ridge * np.square(S).sum() / S.shape[1]
+    rows = np.vstack([S, np.sqrt(strength) * np.eye(S.shape[1])])
+    X = np.linalg.lstsq(rows, np.vstack([F, np.zeros((S.shape[1], F.shape[1]))]), rcond=None)[0]
+    V = np.linalg.svd(S @ X)[2][:rank].T
+    M = X @ V @ V.T
+    return M, mean_f - mean_s @ M
+
+
+@pytest.mark.parametrize("scope", ["static", "input"])
+@pytest.mark.parametrize("kind", ["mlp", "geglu"])
+def test_maps_are_weighted_reduced_rank_regressions_of_the_experts_outputs(kind, scope, tmp_path):
+    """Of all ridges the one whose maps of one half have the least error on the other is taken for all."""
+    full, data = model_and_data(tmp_path, kind, samples=60)
+    with behind_a_pruned_layer(full, data) as (stage, model):
+        layer = prune_layer(stage.layer, plan_of(scope), Calibrated(None, torch.zeros(5, 2, 12)))
+        fit_low_rank(stage, layer)
+        x = layer_inputs_and_outputs(model, LAST, data)[0]
+    dense, is_second = full.moe_layers[LAST], half_of(0, 60).numpy() == 1
+    experts = DROPPED if scope == "static" else range(5)
+    outputs = observe(dense, x).term_outputs.double().numpy()
+    slots = {j: (*slots_of(dense, x, j), outputs[:, j]) for j in experts}
+    errors = []
+    for ridge in RIDGES:
+        error = 0.0
+        for fitted in (is_second, ~is_second):
+            for s, w, f in slots.values():
+                M, c = direct_map(s[fitted].reshape(-1, 12), f[fitted].reshape(-1, 12), w[fitted].ravel(), ridge, RANK)
+                error += (w[~fitted] * np.square(f[~fitted] - s[~fitted] @ M - c).sum(-1)).sum()
+        errors.append(error)
+    ridge = RIDGES[int(np.argmin(errors))]
+    constants = layer.surrogate[-len(slots) :].double().numpy()
+    for place, (s, w, f) in enumerate(slots.values()):
+        M, c = direct_map(s.reshape(-1, 12), f.reshape(-1, 12), w.ravel(), ridge, RANK)
+        found = (layer.low_rank_in[place] @ layer.low_rank_out[place]).double().numpy()
+        np.testing.assert_allclose(s @ found + constants[place], s @ M + c, rtol=1e-3, atol=2e-4 * np.abs(f).max())
+    assert layer.low_rank_in.shape == (len(slots), 12, RANK)
+
+
+def test_no_other_map_of_the_rank_is_nearer():
+    generator = torch.Generator().manual_seed(3)
+    s, f = (torch.randn(80, size, generator=generator, dtype=torch.float64) for size in (6, 5))
+    s, f = s - s.mean(0), f + s[:, :5] - (f + s[:, :5]).mean(0)
+    ones = torch.tensor([80.0], dtype=torch.float64)
+    power, cross = s.mT @ s, s.mT @ f
+    moments = Moments(ones, s.mean(0)[None], f.mean(0)[None], power[None], cross[None], f.square().sum()[None])
+    into, out_of = reduced_rank(moments, 1e-12, 2)
+    least = float((f - s @ into[0] @ out_of[0]).square().sum())
+    for _ in range(50):
+        A, B = (part + 0.05 * torch.randn(part.shape, generator=generator).double() for part in (into[0], out_of[0]))
+        assert float((f - s @ A @ B).square().sum()) > least
+
+
+@pytest.mark.parametrize(("width", "rank"), [(20, 4), (80, 4), (200, 8)])
+def test_leading_directions_are_those_of_an_eigendecomposition(width, rank):
+    """By iteration where matrices are wide: what lies in the directions is what counts, not the vectors."""
+    generator = torch.Generator().manual_seed(width)
+    roots = torch.randn(3, width, width, generator=generator, dtype=torch.float64) * 0.8 ** torch.arange(width)
+    matrices = roots @ roots.mT
+    found = leading_directions(matrices, rank)
+    assert found.shape == (3, width, rank)
+    torch.testing.assert_close(found.mT @ found, torch.eye(rank).double().expand(3, -1, -1))
+    held = (found.mT @ matrices @ found).diagonal(dim1=1, dim2=2).sum(1)
+    best = torch.linalg.eigvalsh(matrices)[:, -rank:].sum(1)
+    torch.testing.assert_close(held, best, rtol=1e-4, atol=0)
+
+
+def test_an_expert_without_any_weight_gets_finite_maps():
+    empty = Moments(*(torch.zeros(shape, dtype=torch.float64) for shape in ((2,), (2, 4), (2, 3), (2, 4, 4), (2, 4, 3), (2,))))
+    into, out_of = reduced_rank(empty.centred(), 1e-3, 2)
+    assert into.isfinite().all()
+    assert out_of.isfinite().all()
+
+
+def test_one_input_is_fitted(tmp_path):
+    full, data = model_and_data(tmp_path, samples=1)
+    pruned = moeprune.prune(full, keep=2, compensate="low-rank", rank=2, data=data, runtime=CPU)
+    x, _ = next(data.batches(1))
+    assert pruned(x).isfinite().all()
+
+
+def test_maps_do_not_depend_on_the_number_of_experts_fitted_at_once(tmp_path, monkeypatch):
+    full, data = model_and_data(tmp_path, samples=40)
+    layers = []
+    for chunk in (16, 5, 5):
+        monkeypatch.setattr(low_rank_module, "CHOOSING", chunk)
+        choice = {"keep": 2, "scope": "input", "compensate": "low-rank", "rank": 2}
+        layers.append(moeprune.prune(full, **choice, data=data, runtime=CPU).moe_layers[LAST])
+    for name, tensor in layers[0].state_dict().items():
+        torch.testing.assert_close(layers[1].state_dict()[name], tensor)
+
+
+@pytest.mark.slow
+def test_a_higher_rank_leaves_less_error_and_beats_affine(single):
+    full = moeprune.load(single)
+    data = moeprune.open_data("digits:calibration", full.input_format, limit=400)
+    errors = []
+    for choice in ({"compensate": "affine"}, *({"compensate": "low-rank", "rank": rank} for rank in (2, 4, 8))):
+        pruned = moeprune.prune(full, keep="1/32", signal="combine", **choice, data=data, runtime=CPU)
+        errors.append(output_error(pruned, full, "blocks.0.soft_moe", data))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_two_layers_in_float64_and_no_kept_expert():
+    model = two_layer_model()
+    assert private_copy(model).double() is not None
+    dense = dense_layer()
+    layer = prune_layer(dense, plan_of(k=0), Calibrated(None, surrogates()))
+    maps = random_maps(layer)
+    x = inputs()
+    expected = reference_layer(x, dense.state_dict(), *router(dense), [()] * 4, "low-rank", surrogates(), low_rank=maps)
+    assert relative_error(layer(x), expected) < 1e-10
