@@ -20,7 +20,7 @@ from moeprune.layers.interface import Flops
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
-from moeprune.plan import COMPENSATIONS, FITTED, SCOPES, SIGNALS, LayerPlan, is_possible
+from moeprune.plan import COMPENSATIONS, NARROWED, SCOPES, SIGNALS, LayerPlan, is_possible
 from moeprune.records import to_json
 from tests.stock import some_slow
 
@@ -64,14 +64,19 @@ def layer_plan(scope: str, signal: str, compensation: str, k: int, rank: int | N
     return LayerPlan(scope, k, N, signal, compensation, kept, merged_into=merged_into, rank=rank)
 
 
+def is_plan(scope: str, signal: str, compensation: str, k: int) -> bool:
+    needs_one = compensation in ("renorm", "renorm-refit", "merge")
+    return is_possible(scope, signal, compensation) and not (k == 0 if needs_one else k and compensation == "linear")
+
+
 PLANS = [
-    layer_plan(*method, k)
-    for *method, k in product(SCOPES, SIGNALS, COMPENSATIONS, (0, 1, 4, N))
-    if is_possible(*method) and (k or method[-1] not in ("renorm", "merge"))
+    layer_plan(*choice, rank=2 if choice[2] == "low-rank" else None)
+    for choice in product(SCOPES, SIGNALS, COMPENSATIONS, (0, 1, 4, N))
+    if is_plan(*choice)
 ]
 NARROW = [
     layer_plan(scope, "combine", compensation, 4, rank=3)
-    for scope, compensation in product(SCOPES, FITTED)
+    for scope, compensation in product(SCOPES, NARROWED)
     if is_possible(scope, "combine", compensation)
 ]
 
@@ -132,9 +137,10 @@ def test_shapes_and_flops_of_dense_models(name):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_shapes_of_pruned_models(scope, router_norm):
     config = with_router(SMALL, router_norm)
-    kept = (0,) if scope == "static" else None
     for index, plan in enumerate(plan for plan in PLANS if plan.scope == scope):
-        second = plan.replace(k=1, num_experts=1, kept=kept, merged_into=None)
+        k = 0 if plan.compensation == "linear" else 1
+        kept = tuple(range(k)) if scope == "static" else None
+        second = plan.replace(k=k, num_experts=1, kept=kept, merged_into=None)
         plans = {FIRST: plan, SECOND: second} if index % 5 else {FIRST: plan}
         with torch.device("meta"):
             assert config.shapes(plans) == shapes(SoftMoEViT(config, plans)), plan

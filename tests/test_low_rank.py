@@ -10,17 +10,26 @@ from moeprune.calibration.sums import half_of
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
-from moeprune.models.model import private_copy
 from moeprune.plan import LayerPlan
 from moeprune.pruning import low_rank as low_rank_module
 from moeprune.pruning.low_rank import RIDGES, Moments, fit_low_rank, leading_directions, reduced_rank
-from tests.reference import reference_combine, reference_layer, reference_router, reference_slot_input, replace
-from tests.test_calibration import layer_inputs_and_outputs, two_layer_model
+from tests.reference import reference_combine, reference_layer, reference_router, reference_slot_input
+from tests.test_calibration import layer_inputs_and_outputs
 from tests.test_compensation import LAST, behind_a_pruned_layer, model_and_data, output_error
 from tests.test_cost import counted
 from tests.test_soft_moe import (
-    SHAPES, D, N, adaptive_layer, affine_of, dense_layer, expected_sets, inputs, observe, pruned_layer, ragged_sets,
-    relative_error, router, surrogates, with_random_affine,
+    SHAPES,
+    N,
+    affine_of,
+    dense_layer,
+    expected_sets,
+    inputs,
+    observe,
+    ragged_sets,
+    relative_error,
+    router,
+    surrogates,
+    with_random_affine,
 )  # fmt: skip
 
 CPU = moeprune.Runtime("cpu")
@@ -79,7 +88,9 @@ def test_padding_changes_nothing_for_real_tokens(scope):
 
 @pytest.mark.parametrize("scope", ["static", "input", "batch"])
 def test_bfloat16_autocast_stays_near_float32(scope):
-    layer = with_random_affine(prune_layer(dense_layer(dtype=torch.float32), plan_of(scope), Calibrated(None, surrogates())))
+    layer = with_random_affine(
+        prune_layer(dense_layer(dtype=torch.float32), plan_of(scope), Calibrated(None, surrogates()))
+    )
     random_maps(layer)
     x = inputs(dtype=torch.float32)
     exact = layer(x)
@@ -145,21 +156,23 @@ def with_affine_experts(layer: SoftMoE, rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_experts_that_are_affine_of_the_rank_are_reproduced(rank, tmp_path, monkeypatch):
-    monkeypatch.setattr(low_rank_module, "RIDGES", (1e-9,))
+    monkeypatch.setattr(low_rank_module, "RIDGES", (1e-6,))
     full, data = model_and_data(tmp_path, "linear")
     with_affine_experts(full.moe_layers[LAST], rank)
     with behind_a_pruned_layer(full, data) as (stage, model):
         layer = prune_layer(stage.layer, plan_of(rank=rank), Calibrated(None, torch.zeros(5, 2, 12)))
         fit_low_rank(stage, layer)
         x = layer_inputs_and_outputs(model, LAST, data)[0]
-        expected = stage.layer(x)
-    assert relative_error(layer(x), expected) < 1e-5
-    maps = (layer.low_rank_in @ layer.low_rank_out).double()
-    for place, j in enumerate(DROPPED):
-        dense = full.moe_layers[LAST]
-        assert relative_error(maps[place], dense.fc2_weight[j].mT) < 1e-3
-        constant = layer.surrogate[len(KEPT) + place]
-        assert relative_error(constant, dense.fc2_bias[j].expand_as(constant)) < 1e-3
+    assert relative_error(layer(x), full.moe_layers[LAST](x)) < 3e-5
+
+
+def test_where_sums_are_singular_the_ridge_is_stronger():
+    s = torch.randn(1, 50, 6, generator=torch.Generator().manual_seed(5))
+    s = torch.cat([s, s], 2) + 1e-4  # rank 6 of 12
+    moments = Moments(torch.tensor([50.0]), s.sum(1), s.sum(1), s.mT @ s, s.mT @ s, s.square().sum((1, 2))).centred()
+    moments.power[0, 0, 0] -= 1e-3  # as if by rounding
+    into, out_of = reduced_rank(moments, 1e-9, 6)
+    assert relative_error((s - s.mean(1)) @ into @ out_of, s - s.mean(1)) < 1e-2
 
 
 def slots_of(layer, x: Tensor, j: int) -> tuple[np.ndarray, np.ndarray]:
@@ -246,7 +259,9 @@ def test_leading_directions_are_those_of_an_eigendecomposition(width, rank):
 
 
 def test_an_expert_without_any_weight_gets_finite_maps():
-    empty = Moments(*(torch.zeros(shape, dtype=torch.float64) for shape in ((2,), (2, 4), (2, 3), (2, 4, 4), (2, 4, 3), (2,))))
+    empty = Moments(
+        *(torch.zeros(shape, dtype=torch.float64) for shape in ((2,), (2, 4), (2, 3), (2, 4, 4), (2, 4, 3), (2,)))
+    )
     into, out_of = reduced_rank(empty.centred(), 1e-3, 2)
     assert into.isfinite().all()
     assert out_of.isfinite().all()
@@ -275,16 +290,14 @@ def test_a_higher_rank_leaves_less_error_and_beats_affine(single):
     full = moeprune.load(single)
     data = moeprune.open_data("digits:calibration", full.input_format, limit=400)
     errors = []
-    for choice in ({"compensate": "affine"}, *({"compensate": "low-rank", "rank": rank} for rank in (2, 4, 8))):
+    for choice in ({"compensate": "affine"}, *({"compensate": "low-rank", "rank": rank} for rank in (1, 2, 4))):
         pruned = moeprune.prune(full, keep="1/32", signal="combine", **choice, data=data, runtime=CPU)
         errors.append(output_error(pruned, full, "blocks.0.soft_moe", data))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * errors[0]
 
 
-def test_two_layers_in_float64_and_no_kept_expert():
-    model = two_layer_model()
-    assert private_copy(model).double() is not None
+def test_without_kept_experts_maps_do_all():
     dense = dense_layer()
     layer = prune_layer(dense, plan_of(k=0), Calibrated(None, surrogates()))
     maps = random_maps(layer)
