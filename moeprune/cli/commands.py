@@ -97,8 +97,8 @@ def _sweep(reporter: Reporter, request: SweepRequest, report: Path | None) -> in
 def export(reporter: Reporter, request: ExportRequest) -> None:
     """Write a checkpoint for the library or the code that it came from.
 
-    Takes unpruned models, and those pruned with scope static and compensation renorm. Verifies on random
-    images that the library's model computes the same, if it is installed.
+    Takes unpruned models, and those pruned with scope static and compensation renorm or renorm-refit. Verifies on
+    random images that the library's model computes the same, if it is installed.
     """
     reporter.check_outputs(output=request.output)
     from moeprune.models.export import export

@@ -27,7 +27,7 @@ def export(model: Model | str | os.PathLike[str], output: str | Path, to: str, o
     """Write a model as a checkpoint that another library, or the user's own code, loads.
 
     Args:
-        model: unpruned, or pruned statically with `renorm`; or its file.
+        model: unpruned, or pruned statically with `renorm` or `renorm-refit`; or its file.
         output: the file to write; with a suffix .pt, .pth or .bin by torch.save, else as safetensors.
         to: the library; in a model of the user's own code, that of its layers.
         overwrite: replace an output that exists.
@@ -38,7 +38,8 @@ def export(model: Model | str | os.PathLike[str], output: str | Path, to: str, o
     """
     model = opened(model)
     known, refused = model.config.libraries or tuple(MODELS), _not_dense(model.plan)
-    hint = "it takes unpruned models, and those pruned with `--scope static --compensate renorm`" if refused else None
+    possible = "`--scope static` and `--compensate renorm` or `renorm-refit`"
+    hint = f"it takes unpruned models, and those pruned with {possible}" if refused else None
     if to not in known:
         raise MoepruneError(f"the model cannot be exported to `{to}`", f"give one of {', '.join(known)}")
     config = model.config
@@ -128,7 +129,7 @@ def _of_kept_experts(layer: MoELayer) -> Any:
 
 
 def as_dense(config: ViTConfig, plan: Plan) -> ViTConfig:
-    """Return the dense architecture that computes the same as one pruned statically with `renorm`."""
+    """Return the dense architecture that computes the same as one whose routers know kept experts alone."""
     blocks = list(config.blocks)
     for index, block in enumerate(blocks):
         layer = plan.get(f"blocks.{index}.soft_moe")
@@ -143,7 +144,9 @@ def _not_dense(plan: Plan) -> list[str]:
     for name, layer in plan.items():
         if layer.scope != "static":
             reasons.append(f"layer `{name}` chooses its experts anew for each {layer.scope} (scope {layer.scope})")
-        elif not layer.k or (layer.compensation != "renorm" and layer.k < layer.num_experts):
+        elif layer.compensation == "linear":
+            reasons.append(f"layer `{name}` is a linear map, without experts")
+        elif not layer.k or (layer.drops and not layer.cuts_router):
             reasons.append(
                 f"layer `{name}` has compensation {layer.compensation}, under which the router still weighs"
                 " the dropped experts; a layer of the kept ones alone computes another function"
