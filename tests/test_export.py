@@ -16,6 +16,7 @@ from moeprune.layers.config import layer_from_json
 from moeprune.layers.layer import new_layer
 from moeprune.models.model import Model
 from moeprune.models.results import Export
+from moeprune.plan import LayerPlan
 from tests import peers
 
 SHAPE, D, N, KEPT = (3, 8, 8), 12, 4, 2
@@ -78,22 +79,26 @@ CASES = {
 def exported(tmp_path, monkeypatch):
     """Prune a model of a factory to KEPT experts and export it: the pruned model and its file."""
 
-    def exported(library: str, factory: Callable[[], nn.Module]) -> tuple[Model, Path, Export]:
+    def exported(library: str, factory: Callable[[], nn.Module], **choice) -> tuple[Model, Path, Export]:
         if library != "moeprune" and not peers.has(library.replace("-", "_")):
             pytest.skip(f"{library} is not installed")
         torch.manual_seed(0)
         monkeypatch.setitem(sys.modules, "user_nets", SimpleNamespace(build=factory))
         model = moeprune.adopt(factory(), SHAPE, "user_nets:build")
-        pruned = moeprune.prune(model, keep=KEPT, signal="random", compensate="renorm")
+        choice = {"signal": "random", "compensate": "renorm"} | choice
+        pruned = moeprune.prune(model, keep=KEPT, **choice)
         return pruned, tmp_path / "small.pt", moeprune.export(pruned, tmp_path / "small.pt", library)
 
     return exported
 
 
+@pytest.mark.parametrize("refitted", [False, True], ids=["renorm", "renorm-refit"])
 @pytest.mark.parametrize("case", CASES)
-def test_printed_arguments_rebuild_the_layers(case, exported):
+def test_printed_arguments_rebuild_the_layers(case, refitted, exported):
     library, factory, expected = CASES[case]
-    pruned, file, found = exported(library, factory)
+    data = torch.randn(30, *SHAPE, generator=torch.Generator().manual_seed(2))
+    choice = {"compensate": "renorm-refit", "data": data} if refitted else {}
+    pruned, file, found = exported(library, factory, **choice)
     assert found.parity.max_relative_difference < 1e-9
     assert found.arguments == {}
     smaller = factory()
@@ -105,6 +110,15 @@ def test_printed_arguments_rebuild_the_layers(case, exported):
     smaller.load_state_dict(torch.load(file), strict=True)
     x = torch.randn(4, *SHAPE)
     torch.testing.assert_close(smaller.eval()(x), pruned(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_became_a_linear_map_is_not_exported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "user_nets", SimpleNamespace(build=ours))
+    model = moeprune.adopt(ours(), SHAPE, "user_nets:build")
+    plan = {name: LayerPlan("static", 0, N, "combine", "linear") for name in model.moe_layers}
+    pruned = moeprune.prune(model, plan=plan, data=torch.randn(10, *SHAPE))
+    with pytest.raises(moeprune.MoepruneError, match=r"layer `module\.layers\.0` is a linear map, without experts"):
+        moeprune.export(pruned, tmp_path / "small.pt", "moeprune")
 
 
 def rebuilt(layer: nn.Module, arguments: dict) -> nn.Module:

@@ -171,13 +171,14 @@ def test_every_option_comes_in_and_goes_back(options, write, tmp_path):
         assert found.parity.max_relative_difference < 1e-12
         check_equal(torch.load(back) if back.suffix == ".pt" else load_file(back), state)
 
-    pruned = moeprune.prune(ours, keep=2, signal="random", compensate="renorm")
-    found = moeprune.export(pruned, tmp_path / "sliced.pth", "soft-moe")
-    assert found.arguments["num_experts"] == 2
-    smaller = library_model(**options | {"num_experts": 2})
-    smaller.load_state_dict(torch.load(tmp_path / "sliced.pth"), strict=True)
-    assert largest_difference(pruned, smaller, torch.float64) < 1e-9
-    assert largest_difference(pruned, theirs, torch.float64) > 1e-6
+    for choice in ({"compensate": "renorm"}, {"compensate": "renorm-refit", "data": images(ours, 12).float()}):
+        pruned = moeprune.prune(ours, keep=2, signal="random", **choice)
+        found = moeprune.export(pruned, tmp_path / "sliced.pth", "soft-moe", overwrite=True)
+        assert found.arguments["num_experts"] == 2
+        smaller = library_model(**options | {"num_experts": 2})
+        smaller.load_state_dict(torch.load(tmp_path / "sliced.pth"), strict=True)
+        assert largest_difference(pruned, smaller, torch.float64) < 1e-9
+        assert largest_difference(pruned, theirs, torch.float64) > 1e-6
 
 
 @needs_library
@@ -565,6 +566,7 @@ def test_a_checkpoint_of_ours_needs_nothing_said(said, single):
         ("static", "none", "compensation none, under which the router still weighs the dropped experts"),
         ("static", "mean", "compensation mean"),
         ("static", "lstsq", "compensation lstsq"),
+        ("static", "low-rank", "compensation low-rank"),
         ("input", "renorm", "chooses its experts anew for each input"),
         ("batch", "none", "chooses its experts anew for each batch"),
     ],
