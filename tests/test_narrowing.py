@@ -40,7 +40,7 @@ def added(layer) -> torch.Tensor:
 
 
 def regressors(seen, has_affine: bool) -> torch.Tensor:
-    """What the rows of `added` are multiplied by: weights of terms that did not run for their input, tokens, …"""
+    """What is multiplied by the rows of `added`; terms that ran for their input have no weights."""
     weights = seen.weights.clone()
     for of_input, experts in zip(weights, () if seen.chosen is None else seen.chosen.tolist(), strict=False):
         of_input[:, experts] = 0
