@@ -126,13 +126,12 @@ def narrowed(layer: MoELayer, wanted: LayerPlan, power: Tensor, tokens: int) -> 
     directions. V·Bᵀ (q,r) and B (r,o) are stored. With an energy, r is the least that holds it; where that is
     no cheaper, the layer is returned as it is.
 
-    layer: pruned, with a fitted compensation in full. power: the products of all regressors over calibration data, of
-    which the last are ZᵀZ (q,q). tokens: of one input.
+    layer: pruned, with a fitted compensation in full. power: ZᵀZ (q,q) over calibration data, in the order of the
+    layer's columns. tokens: of one input.
     """
     assert layer.plan is not None
     added = layer.rows()
-    power = power[-len(added) :, -len(added) :].to("cpu", torch.float64)
-    energies, directions = torch.linalg.eigh(added.mT @ power @ added)
+    energies, directions = torch.linalg.eigh(added.mT @ power.to("cpu", torch.float64) @ added)
     rank = wanted.rank
     if rank is None:
         assert wanted.energy is not None
