@@ -272,10 +272,10 @@ def _change(power: Tensor, cross: Tensor, held_power: Tensor, held_cross: Tensor
     if failed:  # by rounding
         factor = torch.linalg.cholesky(matrix + 1e-4 * torch.eye(len(matrix), dtype=matrix.dtype))
     change = torch.zeros(len(cross), len(cross), dtype=cross.dtype)
-    held_power = held_power.float()
     step = max(1, CHUNK // cross[:, :, 0].numel())
     for fitted, measured in zip(cross.split(step, 2), held_cross.split(step, 2), strict=True):
-        fit = torch.cholesky_solve(fitted.transpose(0, 1).flatten(1), factor).float()  # (q,(n+1)·s)
+        fit = torch.cholesky_solve(fitted.transpose(0, 1).flatten(1), factor)  # (q,(n+1)·s)
         rest = (held_power @ fit).unflatten(1, (len(cross), -1)).transpose(0, 1) - 2 * measured
-        change += fit.unflatten(1, (len(cross), -1)).transpose(0, 1).flatten(1) @ rest.float().flatten(1).mT
+        fit = fit.unflatten(1, (len(cross), -1)).transpose(0, 1).float()
+        change += fit.flatten(1) @ rest.float().flatten(1).mT  # the largest product
     return (change + change.mT) / 2
