@@ -186,26 +186,27 @@ class Walk:
         labels: Tensor | None,
     ) -> Halt:
         labels = self.labels.setdefault(number, labels)
-        full = self.of_full.get(number) or self._start(self.full, inputs)
-        taken = full.run_to(name)
-        seen, full.output = observed(self.full.moe_layers[name], self.runtime, *taken)
-        expected = seen.output
-        if see is not None:
-            see(seen, labels)
-        passes = [full]
-        if self.is_behind_pruned and self.pruned is not None:
-            passes.append(self.of_pruned.get(number) or self._start(self.pruned, inputs))
-            taken = passes[1].run_to(name)
-        if number not in self.of_full:
-            tensors = [inputs, *taken[0]]
-            size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-            if self.held + size > HELD:
-                for each in passes:
-                    each.close()
-                return Halt((tuple(map(self._filed, taken[0])), taken[1]), self._filed(expected), labels)
-            self.held += size
-        for waiting, each in zip((self.of_full, self.of_pruned), passes, strict=False):
-            waiting[number] = each
+        with contextlib.ExitStack() as ended:  # passes that do not wait in the end, also where one of them fails
+            passes = [self.of_full.get(number) or self._start(self.full, inputs)]
+            ended.callback(passes[0].close)
+            taken = passes[0].run_to(name)
+            seen, passes[0].output = observed(self.full.moe_layers[name], self.runtime, *taken)
+            expected = seen.output
+            if see is not None:
+                see(seen, labels)
+            if self.is_behind_pruned and self.pruned is not None:
+                passes.append(self.of_pruned.get(number) or self._start(self.pruned, inputs))
+                ended.callback(passes[1].close)
+                taken = passes[1].run_to(name)
+            if number not in self.of_full:
+                tensors = [inputs, *taken[0]]
+                size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+                if self.held + size > HELD:
+                    return Halt((tuple(map(self._filed, taken[0])), taken[1]), self._filed(expected), labels)
+                self.held += size
+            for waiting, each in zip((self.of_full, self.of_pruned), passes, strict=False):
+                waiting[number] = each
+            ended.pop_all()
         return Halt(taken, expected, labels)
 
     def _start(self, model: Model, inputs: Tensor | None) -> _Pass:
@@ -230,10 +231,12 @@ def _set_gate(model: Model, name: str) -> None:
 
     def gate(*arguments: Any, **named: Any) -> Any:
         current = getattr(_running, "current", None)
-        if current is None or current.goal != name:
-            return type(layer).forward(layer, *arguments, **named)
-        known = current.wait(arguments, named)
-        return model.moe_layers[name](*arguments, **named) if known is None else known
+        if current is not None and current.goal == name:
+            known = current.wait(arguments, named)
+            if known is not None:
+                return known
+        now = model.get_submodule(name)
+        return type(layer).forward(layer, *arguments, **named) if now is layer else now(*arguments, **named)
 
     layer.forward = gate
 
