@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import moeprune
+from moeprune.calibration import sums
+from moeprune.calibration.sums import CROSS, Contributions, RegressionSums
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
@@ -118,6 +120,32 @@ def test_activations_of_a_pruned_layer_are_no_more_than_the_dense_layers(compens
     for scope, kept in (("input", None), ("batch", None), ("static", tuple(range(16)))):
         plan = LayerPlan(scope, 16, 128, "combine", compensation, kept)
         assert peak_bytes(prune_layer(dense, plan, Calibrated(None, torch.zeros(128, 1, 384))), x) <= full
+
+
+def test_sums_for_choosing_grow_neither_with_the_width_of_the_output_nor_without_bound_with_experts():
+    def nbytes(n: int, out: int) -> int:
+        layer = SoftMoE(SoftMoEConfig(64, n, 1, 2, out_dim=out))
+        return Contributions(layer, torch.zeros(n, 1, out)).cross.nbytes
+
+    assert nbytes(16, 512) == nbytes(16, 1024) < nbytes(16, 16) * 512 / 16
+    assert nbytes(1024, 512) <= CROSS
+
+
+def test_a_refit_never_holds_hidden_units_of_all_tokens(monkeypatch):
+    """Their products are summed up a few inputs at a time."""
+    monkeypatch.setattr(sums, "CHUNK", 2**14)
+    b, m, k, h = 64, 64, 8, 32
+    config = SoftMoEConfig(16, 12, 1, h)
+    plan = LayerPlan("static", k, 12, "combine", "refit", tuple(range(k)))
+    layer = prune_layer(SoftMoE(config).eval(), plan, Calibrated(None, torch.zeros(12, 1, 16)))
+    seen = []
+    layer.observer = seen.append
+    with torch.no_grad():
+        layer(torch.randn(b, m, 16))
+    regression = RegressionSums(layer.regressor_kinds(), 16, torch.device("cpu"))
+    with torch.no_grad(), PeakBytes() as peak:
+        regression.add(seen[0], torch.zeros(b, m, 16))
+    assert peak.peak < 4 * b * m * k * h
 
 
 @pytest.mark.skipif(not has("soft_moe"), reason="soft-moe is not installed")

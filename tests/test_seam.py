@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import moeprune
+from moeprune.calibration.sums import Contributions, half_of, lost_gram
 from moeprune.layers.config import register
 from moeprune.layers.interface import LayerConfig, Shapes
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
 from moeprune.plan import Positive
 from moeprune.records import Record
+from tests.test_contributions import chosen_ridges, held_out_error, regressors
+from tests.test_ridge import scale_of_kinds
 
 D, N, CLASSES = 6, 8, 3
 FACTORY = "tests.test_seam:build"
@@ -117,8 +120,41 @@ def test_statistics_are_those_of_the_formulas(folder):
         "term_mean": (added.sum((0, 1)) / gates.sum((0, 1))[:, None])[:, None],
         "gram": torch.einsum("bmjo,bmlo->jl", added, added) / len(x),
     }
+    beside = gates[..., None] * (outputs - expected["term_mean"][:, 0])
+    expected["gram_mean"] = torch.einsum("bmjo,bmlo->jl", beside, beside) / len(x)
     for name, tensor in expected.items():
         torch.testing.assert_close(getattr(statistics, name).double(), tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compensation", ["lstsq", "affine"])
+def test_errors_of_regressions_are_those_on_the_rows_of_the_other_half(compensation):
+    """Each token has outputs of its own."""
+    layer = build().double().moe[0].requires_grad_(False)
+    b, m = 50, 4
+    generator = torch.Generator().manual_seed(2)
+    x, gap = torch.randn(2, b, m, D, generator=generator, dtype=torch.float64)
+    seen, gap = observe(layer, x), 0.1 * gap
+    mean = seen.term_outputs.mean(0) / 2
+    halves = Contributions(layer, mean), Contributions(layer, mean)
+    for which, half in enumerate(halves):
+        members = (half_of(0, b) == which).nonzero().flatten()
+        half.add(seen.select(members), gap[members])
+    gram = lost_gram(*halves, compensation)
+    beside = (seen.term_outputs - mean).view(b, m, N, D)
+    parts = torch.cat([(seen.weights * beside).movedim(2, 0), gap[None]]).numpy()
+    rows, kinds, groups = regressors(seen, compensation)
+    ridges, scale = chosen_ridges(rows, kinds, groups, parts.sum(0)), scale_of_kinds(rows.reshape(b * m, -1), kinds)
+    for dropped in ([0, N], [1, 3, 5, N], [*range(N + 1)]):
+        expected = held_out_error(rows, parts[dropped].sum(0), ridges, scale)
+        assert float(gram[dropped][:, dropped].sum()) == pytest.approx(expected, rel=1e-4)
+
+
+def observe(layer, x: Tensor) -> Observation:
+    seen: list[Observation] = []
+    layer.observer = seen.append
+    layer(x)
+    layer.observer = None
+    return seen[0]
 
 
 def test_every_compensation_goes_through_analyze_prune_save_load_eval(folder, run_json):
@@ -156,3 +192,15 @@ def test_what_the_family_cannot_do_is_refused(folder):
     model = moeprune.load(folder / "full.safetensors", FACTORY)
     with pytest.raises(moeprune.MoepruneError, match="scope"):
         moeprune.prune(model, keep=2, scope="input")
+    data = str(folder / "calibration.npz")
+    for compensate in ("refit", "renorm-refit", "low-rank", "merge"):
+        possible = "can be compensated by `none`, `renorm`, `mean`, `lstsq`, `affine`, the plan has"
+        with pytest.raises(moeprune.MoepruneError, match=f"{possible} `{compensate}`"):
+            moeprune.prune(model, keep=2, compensate=compensate, data=data, runtime=CPU)
+
+
+def test_auto_tries_what_the_family_can_do(folder, run_json):
+    full, path = folder / "full.safetensors", folder / "auto.safetensors"
+    found = run_json(f"prune {full} --data {folder}/calibration.npz --keep 1/2 -o {path} --model {FACTORY}")
+    assert {each["compensate"] for each in found["candidates"]} == {"mean", "lstsq", "affine"}
+    assert sum(each["is_chosen"] for each in found["candidates"]) == 1
