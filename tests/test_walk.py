@@ -310,6 +310,31 @@ def test_code_that_catches_all_exceptions_does_not_keep_a_pass():
     moeprune.prune(model, keep=2, compensate="affine", data=net_data(), runtime=CPU)
 
 
+@pytest.mark.parametrize("held", [4 << 30, 0], ids=["kept", "anew"])
+@pytest.mark.parametrize("compensate", ["affine", "refit", "low-rank"])
+def test_padding_that_layers_are_told_of_changes_nothing(compensate, held, monkeypatch):
+    """Whatever padded tokens hold, fits are those of the real ones."""
+
+    class Masked(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.embed(x.flatten(1).unflatten(1, (-1, 4)))
+            mask = torch.ones_like(tokens[..., 0], dtype=torch.bool)
+            mask[:, 3:] = False
+            tokens = torch.where(mask[..., None], tokens, self.padding)
+            for layer in self.layers:
+                tokens = tokens + layer(tokens, mask=mask) * mask[..., None]
+            return self.head(tokens[:, :3].mean(1))
+
+    monkeypatch.setattr(walk_module, "HELD", held)
+    found = []
+    for padding in (0.0, 7.0):
+        module = Masked()
+        module.padding = padding
+        model = moeprune.adopt(module, (1, 4, 4))
+        found.append(moeprune.prune(model, keep=2, compensate=compensate, data=net_data(), runtime=CPU))
+    assert_equal_models(*found, 1e-5)
+
+
 def test_a_layer_that_some_inputs_do_not_reach_is_an_error():
     class Leaving(Net):
         def forward(self, x: Tensor) -> Tensor:
