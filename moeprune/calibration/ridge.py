@@ -24,7 +24,7 @@ ROUNDS = 3
 LARGE = 1500  # regressors from which lambdas are searched in float32, in one round, from LEAST_IN_FLOAT32 on
 LEAST_IN_FLOAT32 = -4
 WEAKEST = 0.01
-TOLERANCE = 0.01  # of the error that is left
+TOLERANCE = 0.01  # of the error that is left, or of what is gained if that is less
 ROUNDING = 1e-5  # of the targets' squares: errors that narrow floats make anyway
 TARGETS = 64  # random mixtures of the targets by which lambdas are chosen, if there are more
 
@@ -143,7 +143,7 @@ def choose_ridges(halves: Halves, groups: Sequence[int]) -> Tensor | None:
     found = _gain(halves, ridges(best))
     if not found > 0:
         return None
-    enough = gain(best) - TOLERANCE * max(square - found, 0) - ROUNDING * square
+    enough = gain(best) - TOLERANCE * min(max(square - found, 0), found) - ROUNDING * square
     while (stronger := _moved(best, together, 1)) != best and gain(stronger) >= enough:
         best = stronger
     return ridges(best)
