@@ -147,6 +147,7 @@ class Walk:
         self.of_full: dict[int, _Pass] = {}  # that wait, by batch
         self.of_pruned: dict[int, _Pass] = {}
         self.labels: dict[int, Tensor | None] = {}
+        self.counts: dict[int, int] = {}  # inputs of each batch
         self.is_behind_pruned = False  # before the first layer both models are the same
         self.held = 0
         self.files = contextlib.ExitStack()
@@ -192,6 +193,9 @@ class Walk:
             taken = passes[0].run_to(name)
             seen, passes[0].output = observed(self.full.moe_layers[name], self.runtime, *taken)
             expected = seen.output
+            count = self.counts.setdefault(number, 0 if inputs is None else len(inputs))
+            if len(seen.mass) != count:
+                raise MoepruneError(f"layer `{name}` sees {len(seen.mass)} inputs where the model has {count}")
             if see is not None:
                 see(seen, labels)
             if self.is_behind_pruned and self.pruned is not None:
