@@ -194,14 +194,15 @@ def test_flops_are_split_by_what_they_are_for(plan, expected):
     assert MOE.flops(9, plan) == expected
 
 
-@pytest.mark.parametrize("compensate", ["none", "renorm", "affine"])
+@pytest.mark.parametrize("compensate", ["none", "renorm", "affine", "low-rank"])
 @pytest.mark.parametrize("batch_size", [1, 3, 12])
 def test_flops_of_a_mass_are_those_of_what_runs_in_batches_of_any_size(batch_size, compensate):
     """Experts run for the inputs that need them, dispatch and combine for as many as any input needs."""
     model = random_model(SMALL.replace(blocks=SMALL.blocks[:2]))
     x, labels = drawn(12, *SMALL.input_shape), torch.arange(12) % 7
     data = from_tensors("drawn", x, labels, 7)
-    plan = {FIRST: LayerPlan("input", N, N, "combine", compensate, mass=0.6)}
+    rank = 2 if compensate == "low-rank" else None
+    plan = {FIRST: LayerPlan("input", N, N, "combine", compensate, mass=0.6, rank=rank)}
     pruned = moeprune.prune(model, plan=plan, data=data, runtime=moeprune.Runtime("cpu"))
     [predictions] = predict([pruned], data, moeprune.Runtime("cpu", batch_size=batch_size))
     cost = pruned.cost(predictions.usage).flops_per_input

@@ -92,10 +92,11 @@ def test_the_strength_is_the_strongest_that_costs_little(noise):
     R, T = problem(rows=80, columns=30, targets=4, noise=noise)
     scale = column_scale(R)
     errors = [errors_of(R, T, ridge, scale)[1] for ridge in LAMBDAS]
-    enough = min(errors) * (1 + TOLERANCE) + ROUNDING * np.square(T).sum()
+    square, least = np.square(T).sum(), min(errors)
+    enough = least + TOLERANCE * min(least, square - least) + ROUNDING * square
     strongest = max(ridge for ridge, error in zip(LAMBDAS, errors, strict=True) if error <= enough)
     assert LAMBDAS[0] < strongest < LAMBDAS[-1]
-    assert min(errors) < np.square(T).sum()
+    assert least < square
     found = solve_held_out(halves(R, T))
     assert found.ridges.tolist() == pytest.approx([strongest] * 30)
 
