@@ -166,13 +166,15 @@ def test_experts_that_are_affine_of_the_rank_are_reproduced(rank, tmp_path, monk
     assert relative_error(layer(x), full.moe_layers[LAST](x)) < 3e-5
 
 
-def test_where_sums_are_singular_the_ridge_is_stronger():
-    s = torch.randn(1, 50, 6, generator=torch.Generator().manual_seed(5))
-    s = torch.cat([s, s], 2) + 1e-4  # rank 6 of 12
-    moments = Moments(torch.tensor([50.0]), s.sum(1), s.sum(1), s.mT @ s, s.mT @ s, s.square().sum((1, 2))).centred()
-    moments.power[0, 0, 0] -= 1e-3  # as if by rounding
-    into, out_of = reduced_rank(moments, 1e-9, 6)
-    assert relative_error((s - s.mean(1)) @ into @ out_of, s - s.mean(1)) < 1e-2
+def test_where_rounding_makes_sums_indefinite_the_map_is_left_out():
+    s = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(5))
+    square = s.square().sum((1, 2))
+    moments = Moments(torch.full((2,), 50.0), s.sum(1), s.sum(1), s.mT @ s, s.mT @ s, square).centred()
+    moments.power[0, 0, 0] = -1.0
+    into, out_of = reduced_rank(moments, 1e-6, 6)
+    maps = into @ out_of
+    assert not maps[0].any()
+    assert relative_error(maps[1], torch.eye(6)) < 1e-4
 
 
 def slots_of(layer, x: Tensor, j: int) -> tuple[np.ndarray, np.ndarray]:
