@@ -118,7 +118,7 @@ def adopt(
         path = f"module.{name}".rstrip(".")
         for alias in names_of(parent, path):
             parent.set_submodule(alias, ours)
-        layers[path] = AdoptedLayer(ours.config, library.name, first[name].tokens)
+        layers[path] = AdoptedLayer(ours.config, library.name, first[name].tokens, len(layers))
     module = parent["module"]
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
         see(module, first, x[:1], built_by)  # fails if the code has kept a layer that was replaced

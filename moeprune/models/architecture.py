@@ -260,11 +260,15 @@ class ViTConfig(ModelConfig, frozen=True, tag="vit"):
 
 
 class AdoptedLayer(Record, frozen=True):
-    """A layer that took the place of one of another library; tokens: m, of one input."""
+    """A layer that took the place of one of another library.
+
+    tokens: m, of one input. place: among the layers, in the order of the data flow, which JSON objects do not keep.
+    """
 
     layer: LayerConfig
     library: str
     tokens: Positive
+    place: Total = 0
 
 
 class ModuleConfig(ModelConfig, frozen=True, tag="module"):
@@ -312,4 +316,7 @@ def architecture_from_json(value: Any) -> ModelConfig:
             for name, layer in layers.items()
         }
         value = {**value, "layers": read}
-    return from_json(value, ViTConfig | ModuleConfig, "architecture")
+    config = from_json(value, ViTConfig | ModuleConfig, "architecture")
+    if isinstance(config, ModuleConfig):
+        config = config.replace(layers=dict(sorted(config.layers.items(), key=lambda each: each[1].place)))
+    return config
