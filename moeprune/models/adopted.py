@@ -107,7 +107,8 @@ def adopt(
     releases = parse_source(source)
     for stated in set(releases) - set(names):
         raise MoepruneError(f"the layers of the model are from {', '.join(names)}, not from `{stated}`")
-    layers, parent = {}, nn.ModuleDict({"module": module})  # with the names of an AdoptedModel
+    layers = dict[str, AdoptedLayer]()
+    parent = nn.ModuleDict({"module": module})  # with the names of an AdoptedModel
     built_by = name_of(factory)
     x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
     x = x.to(next(module.parameters()).device, input_dtype(module))

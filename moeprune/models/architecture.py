@@ -316,7 +316,7 @@ def architecture_from_json(value: Any) -> ModelConfig:
             for name, layer in layers.items()
         }
         value = {**value, "layers": read}
-    config = from_json(value, ViTConfig | ModuleConfig, "architecture")
+    config: ModelConfig = from_json(value, ViTConfig | ModuleConfig, "architecture")
     if isinstance(config, ModuleConfig):
         config = config.replace(layers=dict(sorted(config.layers.items(), key=lambda each: each[1].place)))
     return config
