@@ -57,6 +57,7 @@ class Stage:
         self.name, self.layer, self.runtime, self.halts = name, layer, runtime, halts
         self.lacks = lacks  # what reaches the layer may differ from what reaches it in the full model
         self._grams: dict[str, Tensor] = {}
+        self.shared: dict[Any, Any] = {}  # what fits of several candidates have in common
 
     @cached_property
     def moments(self) -> LayerMoments:

@@ -104,7 +104,7 @@ def _warn_of_overfitting(fits: Mapping[str, FitQuality]) -> None:
             f"{len(overfitted)} of {len(fits)} layers have too few calibration samples for their compensation: in"
             f" `{name}` {worst.regressors:,} regressors on {worst.samples:,} samples ({worst.rows:,} rows) leave"
             f" {100 * worst.fitted_error:.3g} % of the output's square on the half that is fitted,"
-            f" {100 * worst.held_out_error:.3g} % on the other; give more samples, or `--compensate auto`"
+            f" {100 * worst.held_out_error:.3g} % on the other: more samples would help"
         )
 
 

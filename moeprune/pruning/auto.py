@@ -35,7 +35,8 @@ TRIAL_FLOPS = 1e12  # of these inputs' forward pass, within these numbers
 MOST_REGRESSORS = 1500  # of `refit`, as a candidate of `auto`: `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
 NEGLIGIBLE = 5e-3  # distances that do not count
-RANKS, RANKS_OF_BUDGETS = (4, 8), (2, 4, 8, 16)
+RANKS, MOST_RANKS = (1, 2, 4, 8), 2  # of `low-rank` with a stated number of experts: the largest of these that pay
+RANKS_OF_BUDGETS = (1, 2, 4, 8, 16)
 STATIC: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank")
 ROUTED: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "low-rank")
 
@@ -65,6 +66,7 @@ def methods(
         is_allowed = all(compensation in layer.compensations for layer in layers.values())
         if is_allowed and is_possible(scope, each.signal_for(compensation), compensation):
             ranks = _ranks(each, layers, RANKS_OF_BUDGETS if is_budget else RANKS)
+            ranks = ranks if is_budget else ranks[-MOST_RANKS:]
             found += [_method(each, compensation, rank) for rank in ranks]
     if wanted.energy is not None:
         found = [method for method in found if method.compensate in NARROWED]
@@ -79,10 +81,10 @@ def _method(wanted: Wanted, compensation: str, rank: int | None, has_data: bool 
 
 
 def _ranks(wanted: Wanted, layers: Mapping[str, LayerConfig], ranks: Sequence[int] = (RANK,)) -> list[int | None]:
-    """Return the ranks to try; all layers have so many directions."""
+    """Return the ranks to try: at most half the width of an expert, with as many weights as half of an expert."""
     if wanted.compensate != "low-rank" or wanted.rank is not None:
         return [wanted.rank]
-    most = min(min(layer.dim, layer.output_width) for layer in layers.values())
+    most = max(1, min(min(layer.dim, layer.output_width, layer.expert_width // 2) for layer in layers.values()))
     return [*dict.fromkeys(min(rank, most) for rank in ranks)]
 
 

@@ -61,7 +61,10 @@ def fit_low_rank(stage: Stage, layer: MoELayer) -> None:
     experts = list(plan.dropped) if plan.scope == "static" else list(range(plan.num_experts))
     if not experts:
         return
-    halves, around = measure(stage, experts)
+    key = ("moments of inputs and outputs", *experts)
+    if key not in stage.shared:
+        stage.shared[key] = measure(stage, experts)
+    halves, around = stage.shared[key]
     ridge = choose_ridge(halves, plan.rank)
     first, second, inputs, outputs = [], [], [], []
     for some in torch.arange(len(experts)).split(CHOOSING):
