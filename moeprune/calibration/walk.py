@@ -12,6 +12,7 @@ Axes: b inputs, m tokens, o width of the output.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import tempfile
@@ -176,6 +177,7 @@ class Walk:
         if not all_wait or (self.is_behind_pruned and len(self.of_pruned) < len(self.of_full)):
             batches = self.runtime.batches(self.data, f"reach {name}")
         halts = [self._reach(name, see, number, *batch) for number, batch in enumerate(batches)]
+        _give_memory_back()
         lacks, self.is_behind_pruned = self.is_behind_pruned, self.pruned is not None
         return Stage(name, self.full.moe_layers[name], self.runtime, halts, lacks)
 
@@ -204,6 +206,7 @@ class Walk:
                 ended.callback(passes[1].close)
                 taken = passes[1].run_to(name)
             if number not in self.of_full:
+                _give_memory_back()
                 tensors = [inputs, *taken[0]]
                 size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
                 if self.held + size > HELD:
@@ -225,6 +228,12 @@ class Walk:
         folder = self.files.enter_context(tempfile.TemporaryDirectory(prefix="moeprune-"))
         of_file = torch.from_file(str(Path(folder) / "tensor"), True, value.numel(), dtype=value.dtype)
         return of_file.copy_(value.flatten()).view(value.shape)
+
+
+def _give_memory_back() -> None:
+    """Return what threads have freed to the system: glibc keeps it for each of them, a hundred megabytes and more."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _running = threading.local()  # `current`: the _Pass of this thread

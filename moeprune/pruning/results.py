@@ -42,8 +42,8 @@ class Search(Result, frozen=True):
     confirmed: Confirmation
 
 
-OVERFITTED = 2.0
-NEGLIGIBLE = 1e-3  # of the square of a layer's output
+OVERFITTED = 3.0
+NEGLIGIBLE = 0.01  # of the square of a layer's output
 
 
 class FitQuality(Result, frozen=True):
