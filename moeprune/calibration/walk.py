@@ -4,7 +4,7 @@ Each batch runs through the full and through the pruned model once. A forward pa
 waits at each planned layer until that layer is pruned, and then goes on; only one of them runs at a time. So any
 `nn.Module` can be stopped in its middle, and data reaches the last layer without running from the inputs again for
 each of them. Beyond HELD bytes, passes are not kept waiting but start anew for each layer, and what layers take lies
-in files.
+in files. They start anew, too, where one cannot run while another waits, as with a lock around the forward pass.
 
 Axes: b inputs, m tokens, o width of the output.
 """
@@ -14,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import math
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +38,7 @@ from moeprune.models.runtime import Runtime
 
 WAITING = 64  # passes of a model that wait at once, at most: each has a thread
 HELD = 4 << 30  # bytes that waiting passes may hold, by estimate
+STUCK_SECONDS = 1.0  # without any work, twice in a row, after which a pass is taken to wait for another
 LIVE_TENSORS = 3  # of the size of a layer's input, that a waiting pass is taken to hold
 
 
@@ -152,15 +155,34 @@ class Walk:
         self.counts: dict[int, int] = {}  # inputs of each batch
         self.is_behind_pruned = False  # before the first layer both models are the same
         self.held = 0
+        self.lets_wait = True
+        self.waiting: list[_Pass] = []  # of the batch at hand
         self.files = contextlib.ExitStack()
 
     def __enter__(self) -> Walk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for waiting in (*self.of_full.values(), *self.of_pruned.values()):
-            waiting.close()
+        self._end_waiting()
         self.files.close()
+
+    def _end_waiting(self) -> None:
+        """End all passes that wait."""
+        for waiting in (*self.of_full.values(), *self.of_pruned.values(), *self.waiting):
+            waiting.close()
+        self.of_full, self.of_pruned, self.waiting = {}, {}, []
+
+    def _run_to(self, name: str, running: _Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let a pass run as far as a layer; if it waits for one of the others, end these."""
+        running.go_to(name)
+        while not running.has_arrived():
+            if self.lets_wait and running.is_stuck():
+                self.lets_wait = False
+                for each in (self.of_full, self.of_pruned):
+                    for number in [number for number, waiting in each.items() if waiting is running]:
+                        del each[number]
+                self._end_waiting()
+        return running.arguments(name)
 
     def reach(self, name: str, see: Callable[[Observation, Tensor | None], None] | None = None) -> Stage:
         """Return the next layer, in the order of the data flow, behind the pruned ones before it.
@@ -191,9 +213,9 @@ class Walk:
     ) -> Halt:
         labels = self.labels.setdefault(number, labels)
         with contextlib.ExitStack() as ended:  # passes that do not wait in the end, also where one of them fails
-            passes = [self.of_full.get(number) or self._start(self.full, inputs)]
+            passes = [self.of_full.get(number) or self._start(self.full, number, inputs)]
             ended.callback(passes[0].close)
-            taken = passes[0].run_to(name)
+            taken = self._run_to(name, passes[0])
             seen, passes[0].output = observed(self.full.moe_layers[name], self.runtime, *taken)
             expected = seen.output
             count = self.counts.setdefault(number, 0 if inputs is None else len(inputs))
@@ -202,14 +224,17 @@ class Walk:
             if see is not None:
                 see(seen, labels)
             if self.is_behind_pruned and self.pruned is not None:
-                passes.append(self.of_pruned.get(number) or self._start(self.pruned, inputs))
+                if not self.lets_wait:
+                    passes[0].close()
+                self.waiting = [passes[0]]
+                passes.append(self.of_pruned.get(number) or self._start(self.pruned, number, inputs))
                 ended.callback(passes[1].close)
-                taken = passes[1].run_to(name)
+                taken = self._run_to(name, passes[1])
             if number not in self.of_full:
                 _give_memory_back()
                 tensors = [inputs, *taken[0]]
                 size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-                if self.held + size > HELD:
+                if not self.lets_wait or self.held + size > HELD:
                     return Halt((tuple(map(self._filed, taken[0])), taken[1]), self._filed(expected), labels)
                 self.held += size
             for waiting, each in zip((self.of_full, self.of_pruned), passes, strict=False):
@@ -217,8 +242,10 @@ class Walk:
             ended.pop_all()
         return Halt(taken, expected, labels)
 
-    def _start(self, model: Model, inputs: Tensor | None) -> _Pass:
-        assert inputs is not None
+    def _start(self, model: Model, number: int, inputs: Tensor | None) -> _Pass:
+        if inputs is None:  # its passes waited until one of them was stuck
+            batches = self.runtime.batches(self.data, f"read batch {number} again")
+            inputs = next(itertools.islice((each for each, _ in batches), number, None))
         return _Pass(partial(self.runtime.forward, model, inputs), inputs.device)
 
     def _filed(self, value: Any) -> Any:
@@ -265,20 +292,34 @@ class _Pass:
         self.output: Any = None  # what the layer gives for that, if it is known
         self.error: BaseException | None = None
         self.is_closed = False
+        self.used = -1.0  # seconds of the processor, when they were last looked at
         self.may_go, self.has_stopped = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run, daemon=True)
 
-    def run_to(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Go on as far as a layer and return its arguments.
-
-        Raises what the pass raises, or a MoepruneError if it ends before.
-        """
-        self.goal, self.taken = name, None
+    def go_to(self, name: str) -> None:
+        """Go on as far as a layer."""
+        self.goal, self.taken, self.used = name, None, -1.0
         if self.thread.ident is None:
             self.thread.start()
         else:
             self.may_go.release()
-        self.has_stopped.acquire()
+
+    def has_arrived(self) -> bool:
+        """Wait for some seconds, and return True if the pass has arrived, or has ended."""
+        return self.has_stopped.acquire(timeout=STUCK_SECONDS)
+
+    def is_stuck(self) -> bool:
+        """Return True if the thread has used no time of the processor since this was asked before."""
+        before = self.used
+        with contextlib.suppress(AttributeError, OSError):  # on some systems nobody knows
+            self.used = time.clock_gettime(time.pthread_getcpuclockid(self.thread.ident or 0))
+        return self.used == before != -1.0
+
+    def arguments(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the layer at which the pass has arrived.
+
+        Raises what the pass raises, or a MoepruneError if it has ended before.
+        """
         if self.error is not None:
             raise self.error
         if self.taken is None:
