@@ -121,9 +121,7 @@ def analyze(
     warn_of_calibration_split(data)
     model.to(runtime.torch_device)
     statistics: dict[str, LayerStatistics] = {}
-    with Walk(
-        model, None, data, runtime, keeps_batches=any(layer.config.mixes_batch for layer in layers.values())
-    ) as walk:
+    with Walk(model, None, data, runtime) as walk:
         for name in layers:
             statistics[name] = measure_layer(walk, name)
             require_finite(name, statistics[name])

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import logging
 import math
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator, gram_of
 from moeprune.calibration.sums import Contributions, Halves, halves, lost_gram, wide_dtype
@@ -36,7 +38,8 @@ from moeprune.layers.observation import Observation
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime
 
-WAITING = 64  # passes of a model that wait at once, at most: each has a thread
+logger = logging.getLogger(__name__)
+WAITING, FEWEST_WAITING = 64, 8  # passes of a model that wait at once, at most: each has a thread
 HELD = 4 << 30  # bytes that waiting passes may hold, by estimate
 STUCK_SECONDS = 1.0  # without any work, twice in a row, after which a pass is taken to wait for another
 LIVE_TENSORS = 3  # of the size of a layer's input, that a waiting pass is taken to hold
@@ -46,12 +49,11 @@ class Halt(NamedTuple):
     """A batch at a layer.
 
     taken: what the layer takes in the pruned model: its arguments. expected: what it gives in the full model (b,m,o);
-    padded tokens are zero. labels: (b), if there are any.
+    padded tokens are zero.
     """
 
     taken: tuple[tuple[Any, ...], dict[str, Any]]
     expected: Tensor
-    labels: Tensor | None
 
 
 class Stage:
@@ -74,7 +76,8 @@ class Stage:
     @cached_property
     def power(self) -> float:
         """The square of the full model's output at this layer, summed over all inputs; above 0."""
-        return max(float(sum(halt.expected.double().square().sum() for halt in self.halts)), 1e-30)
+        wide = wide_dtype(self.layer.fc2_weight.device)
+        return max(sum(float(halt.expected.square().sum(dtype=wide)) for halt in self.halts), 1e-30)
 
     @cached_property
     def contributions(self) -> Halves:
@@ -87,7 +90,8 @@ class Stage:
 
     def overlap(self) -> Tensor:
         """Return CᵀC (n·p,n·p) of the weights of all terms, summed over all inputs."""
-        weights = (seen.weights.double().flatten(2).flatten(0, 1) for _, seen, _ in self.observe())
+        wide = wide_dtype(self.layer.fc2_weight.device)
+        weights = (seen.weights.to(wide).flatten(2).flatten(0, 1) for _, seen, _ in self.observe())
         return functools.reduce(torch.add, (rows.mT @ rows for rows in weights))
 
     def gram(self, compensation: str) -> Tensor:
@@ -113,7 +117,11 @@ class Stage:
         layer: one to observe in place of the dense one.
         """
         layer, count = layer or self.layer, 0
-        for (arguments, named), expected, _ in self.halts:
+        device = layer.fc2_weight.device
+        for (arguments, named), expected in self.halts:
+            arguments, named, expected = tree_map_only(
+                Tensor, lambda each: each.to(device), (arguments, named, expected)
+            )
             seen, _ = observed(layer, self.runtime, arguments, named)
             inputs = len(seen.mass)
             members = [half.to(expected.device) for half in halves(count, inputs)]
@@ -141,19 +149,15 @@ class Walk:
 
     full, pruned: private copies of one model on the runtime's device; `pruned` gets its pruned layers on the way. None:
     all layers are seen as they are in the full model.
-    data: its batches are larger than the runtime's if there would be more than WAITING. keeps_batches: they are not,
-    as what is computed depends on them.
     """
 
-    def __init__(self, full: Model, pruned: Model | None, data: Dataset, runtime: Runtime, keeps_batches: bool = False):
+    def __init__(self, full: Model, pruned: Model | None, data: Dataset, runtime: Runtime):
         self.full, self.pruned, self.data, self.runtime = full, pruned, data, runtime
-        if not keeps_batches:
-            self.runtime = runtime.updated(batch_size=max(runtime.batch_size, math.ceil(data.samples / WAITING)))
+        self.gated: list[MoELayer] = []
         self.of_full: dict[int, _Pass] = {}  # that wait, by batch
         self.of_pruned: dict[int, _Pass] = {}
         self.labels: dict[int, Tensor | None] = {}
         self.counts: dict[int, int] = {}  # inputs of each batch
-        self.is_behind_pruned = False  # before the first layer both models are the same
         self.held = 0
         self.lets_wait = True
         self.waiting: list[_Pass] = []  # of the batch at hand
@@ -164,7 +168,14 @@ class Walk:
 
     def __exit__(self, *_: object) -> None:
         self._end_waiting()
+        for layer in self.gated:
+            del layer.forward  # the gate
         self.files.close()
+
+    @property
+    def is_behind_pruned(self) -> bool:
+        """True once a layer is pruned: before that both models are the same."""
+        return self.pruned is not None and bool(self.pruned.plan)
 
     def _end_waiting(self) -> None:
         """End all passes that wait."""
@@ -177,6 +188,7 @@ class Walk:
         running.go_to(name)
         while not running.has_arrived():
             if self.lets_wait and running.is_stuck():
+                logger.info("a forward pass waits for another: passes start anew for each layer")
                 self.lets_wait = False
                 for each in (self.of_full, self.of_pruned):
                     for number in [number for number, waiting in each.items() if waiting is running]:
@@ -193,15 +205,14 @@ class Walk:
         """
         self.files.close()
         for model in filter(None, (self.full, self.pruned)):
-            _set_gate(model, name)
+            self.gated.append(_set_gate(model, name))
         all_wait = self.of_full and len(self.of_full) == math.ceil(self.data.samples / self.runtime.batch_size)
         batches: Iterable[Any] = [(None, None)] * len(self.of_full)
         if not all_wait or (self.is_behind_pruned and len(self.of_pruned) < len(self.of_full)):
             batches = self.runtime.batches(self.data, f"reach {name}")
         halts = [self._reach(name, see, number, *batch) for number, batch in enumerate(batches)]
-        _give_memory_back()
-        lacks, self.is_behind_pruned = self.is_behind_pruned, self.pruned is not None
-        return Stage(name, self.full.moe_layers[name], self.runtime, halts, lacks)
+        _trim_memory()
+        return Stage(name, self.full.moe_layers[name], self.runtime, halts, self.is_behind_pruned)
 
     def _reach(
         self,
@@ -231,16 +242,16 @@ class Walk:
                 ended.callback(passes[1].close)
                 taken = self._run_to(name, passes[1])
             if number not in self.of_full:
-                _give_memory_back()
-                tensors = [inputs, *taken[0]]
-                size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-                if not self.lets_wait or self.held + size > HELD:
-                    return Halt((tuple(map(self._filed, taken[0])), taken[1]), self._filed(expected), labels)
+                _trim_memory()
+                tensors = [each for each in tree_leaves([inputs, taken]) if isinstance(each, Tensor)]
+                size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors)
+                if not self.lets_wait or self.held + size > HELD or len(self.of_full) >= most_waiting(expected.device):
+                    return Halt(*tree_map_only(Tensor, self._filed, (taken, expected)))
                 self.held += size
             for waiting, each in zip((self.of_full, self.of_pruned), passes, strict=False):
                 waiting[number] = each
             ended.pop_all()
-        return Halt(taken, expected, labels)
+        return Halt(taken, expected)
 
     def _start(self, model: Model, number: int, inputs: Tensor | None) -> _Pass:
         if inputs is None:  # its passes waited until one of them was stuck
@@ -248,16 +259,14 @@ class Walk:
             inputs = next(itertools.islice((each for each, _ in batches), number, None))
         return _Pass(partial(self.runtime.forward, model, inputs), inputs.device)
 
-    def _filed(self, value: Any) -> Any:
-        """Return a tensor of the CPU in a file, which is removed with the walk; anything else as it is."""
-        if not isinstance(value, Tensor) or value.device.type != "cpu":
-            return value
+    def _filed(self, value: Tensor) -> Tensor:
+        """Return a tensor in a file, on the CPU; the file is removed when the next layer is reached."""
         folder = self.files.enter_context(tempfile.TemporaryDirectory(prefix="moeprune-"))
         of_file = torch.from_file(str(Path(folder) / "tensor"), True, value.numel(), dtype=value.dtype)
         return of_file.copy_(value.flatten()).view(value.shape)
 
 
-def _give_memory_back() -> None:
+def _trim_memory() -> None:
     """Return what threads have freed to the system: glibc keeps it for each of them, a hundred megabytes and more."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
@@ -266,8 +275,13 @@ def _give_memory_back() -> None:
 _running = threading.local()  # `current`: the _Pass of this thread
 
 
-def _set_gate(model: Model, name: str) -> None:
-    """Make a layer wait where a pass is to run to it, and then run what has taken its place in the model."""
+def most_waiting(device: torch.device) -> int:
+    """Return how many passes of a model wait at once: on the CPU each has threads of its own for its products."""
+    return WAITING if device.type != "cpu" else max(FEWEST_WAITING, WAITING // max(1, torch.get_num_threads() // 8))
+
+
+def _set_gate(model: Model, name: str) -> MoELayer:
+    """Make a layer wait where a pass is to run to it, and then run what has taken its place in the model; return it."""
     layer = model.moe_layers[name]
 
     def gate(*arguments: Any, **named: Any) -> Any:
@@ -280,13 +294,15 @@ def _set_gate(model: Model, name: str) -> None:
         return type(layer).forward(layer, *arguments, **named) if now is layer else now(*arguments, **named)
 
     layer.forward = gate
+    return layer
 
 
 class _Pass:
     """A forward pass in a thread, which waits where it reaches the layer that it is to run to."""
 
     def __init__(self, forward: Callable[[], Tensor], device: torch.device):
-        self.forward, self.device = forward, device
+        self.forward: Callable[[], Tensor] | None = forward
+        self.device = device
         self.goal: str | None = None
         self.taken: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.output: Any = None  # what the layer gives for that, if it is known
@@ -320,8 +336,9 @@ class _Pass:
 
         Raises what the pass raises, or a MoepruneError if it has ended before.
         """
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
         if self.taken is None:
             raise MoepruneError(f"layer `{name}` is not reached by all inputs", "leave it out, with `--plan`")
         return self.taken
@@ -348,7 +365,11 @@ class _Pass:
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
+            assert self.forward is not None
             self.forward()
+        except StopForward:
+            pass
         except BaseException as error:
             self.error = error
+        self.forward = None  # which holds the inputs
         self.has_stopped.release()

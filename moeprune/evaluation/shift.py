@@ -46,7 +46,7 @@ class ShiftObserver:
         self.predicted = predicted_errors(model)
         recorded = model.details.provenance.get("mean_mass")
         self.recorded: Mapping[str, Any] = recorded if isinstance(recorded, dict) else {}
-        self.outputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, list[Tensor]] = {name: [] for name in self.predicted}  # of a layer's runs in a pass
         self.errors: dict[str, list[Tensor]] = {name: [] for name in self.predicted}
         self.squares: dict[str, list[Tensor]] = {name: [] for name in self.predicted}
         self.mass: dict[str, Tensor] = {}
@@ -57,16 +57,16 @@ class ShiftObserver:
 
     def see_pruned(self, name: str, seen: Observation) -> None:
         """Keep what a pruned layer gives."""
-        self.outputs[name] = seen.output
+        self.outputs[name].append(seen.output)
 
     def see_full(self, name: str, seen: Observation) -> None:
         """Compare it with what the full layer gives."""
         expected = seen.output.float()
-        change = self.outputs.pop(name).float() - expected
+        change = self.outputs[name].pop(0).float() - expected
         inputs = len(seen.mass)
-        self.errors[name].append(change.square().reshape(inputs, -1).sum(1).double().cpu())
-        self.squares[name].append(expected.square().reshape(inputs, -1).sum(1).double().cpu())
-        self.mass[name] = self.mass.get(name, 0) + seen.mass.double().sum(0).cpu()
+        self.errors[name].append(change.square().reshape(inputs, -1).sum(1).cpu().double())
+        self.squares[name].append(expected.square().reshape(inputs, -1).sum(1).cpu().double())
+        self.mass[name] = self.mass.get(name, 0) + seen.mass.cpu().double().sum(0)
 
     def result(self) -> dict[str, LayerShift]:
         """Return the comparison for each layer; log a warning if the data is not like the calibration data."""

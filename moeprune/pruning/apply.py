@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -77,7 +77,7 @@ def apply_plan(
         for index in range(len(plan)):
             pruning.prune(index, None)
     else:
-        with Walk(full, pruned, dataset, runtime, keeps_batches(model.config.moe_layers, [plan])) as walk:
+        with Walk(full, pruned, dataset, runtime) as walk:
             for index, name in enumerate(plan):
                 pruning.prune(index, walk.reach(name) if pruning.needs_stage(index) else None)
                 _require_data_of_analysis(used, dataset)
@@ -87,12 +87,6 @@ def apply_plan(
     names = model.details.classes or class_names_of(used) or (dataset.source.class_names if dataset is not None else ())
     pruned.details = model.details.replace(provenance=model.details.provenance | made, classes=names)
     return pruned.to(next(model.parameters()).device)
-
-
-def keeps_batches(layers: Mapping[str, LayerConfig], plans: Sequence[Plan]) -> bool:
-    """Return True if what layers compute, or which experts plans choose, depends on the batch."""
-    chosen = any(layer.scope == "batch" for plan in plans for layer in plan.values())
-    return chosen or any(layer.mixes_batch for layer in layers.values())
 
 
 def _warn_of_overfitting(fits: Mapping[str, FitQuality]) -> None:
@@ -142,7 +136,8 @@ class Pruning:
         if plan.is_fitted and not plan.merges:
             assert stage is not None
             layer, self.fits[name] = compensation.fit(stage, plan, calibrated, self.full.config.tokens(name))
-            self.mean_mass[name] = [float(f"{mass:.4g}") for mass in stage.moments.mean_mass.tolist()]
+            assert moments is not None
+            self.mean_mass[name] = [float(f"{mass:.4g}") for mass in moments.mean_mass.tolist()]
         else:
             layer = prune_layer(self.full.moe_layers[name], plan, calibrated)
         self.pruned.set_submodule(name, layer)

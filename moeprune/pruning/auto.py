@@ -25,8 +25,8 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
-from moeprune.plan import NARROWED, RANK, Compensation, Method, Plan, Wanted, is_possible
-from moeprune.pruning.apply import Pruning, apply_plan, keeps_batches
+from moeprune.plan import NARROWED, RANK, Compensation, Method, Plan, Scope, Wanted, is_possible
+from moeprune.pruning.apply import Pruning, apply_plan
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Candidate, Repeats
 
@@ -34,11 +34,11 @@ MOST_INPUTS, FEWEST_INPUTS = 2048, 256  # that candidates are compared on; a qua
 TRIAL_FLOPS = 1e12  # of these inputs' forward pass, within these numbers
 MOST_REGRESSORS = 1500  # of `refit`, as a candidate of `auto`: `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
-NEGLIGIBLE = 5e-3  # distances that do not count
+SAME = 5e-3  # distances that do not count
 RANKS, MOST_RANKS = (1, 2, 4, 8), 2  # of `low-rank` with a stated number of experts: the largest of these that pay
 RANKS_OF_BUDGETS = (1, 2, 4, 8, 16)
-STATIC: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank")
-ROUTED: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "low-rank")
+TRIED_STATIC: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank")
+TRIED_ROUTED: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "low-rank")
 
 
 def methods(
@@ -51,16 +51,19 @@ def methods(
 
     Raises a MoepruneError if what is left open needs calibration and there is none, or nothing is possible.
     """
+    if wanted.scope == "auto":
+        wanted = wanted.replace(scope=possible_scope(wanted, layers))
     scope = wanted.concrete_scope
     if wanted.compensate != "auto":
         return [_method(wanted, wanted.compensate, rank, has_data) for rank in _ranks(wanted, layers)]
     if not has_data:
         raise MoepruneError(
             "choosing how to compensate (`--compensate auto`, the default) needs calibration data",
-            "add `--data`; without data only `--scope input --signal combine --compensate none` is possible",
+            "add `--data`, or `--analysis` where no data is read; without data only `--compensate none` is possible, with"
+            " `--scope input --signal combine` (the paper's rule) or `--signal random`",
         )
     found = []
-    tried: Sequence[Compensation] = ("mean",) if one_shot else STATIC if scope == "static" else ROUTED
+    tried: Sequence[Compensation] = ("mean",) if one_shot else TRIED_STATIC if scope == "static" else TRIED_ROUTED
     for compensation in (*tried, *(("linear",) if is_budget and scope == "static" and not one_shot else ())):
         each = wanted.replace(compensate=compensation)
         is_allowed = all(compensation in layer.compensations for layer in layers.values())
@@ -70,9 +73,17 @@ def methods(
             found += [_method(each, compensation, rank) for rank in ranks]
     if wanted.energy is not None:
         found = [method for method in found if method.compensate in NARROWED]
+    if not found and wanted.energy is not None:
+        raise MoepruneError("`--energy` needs a fit, and data to fit to", "leave it out")
     if not found:
         raise MoepruneError(f"no compensation goes with signal `{wanted.signal}` here", "give `--compensate`")
     return found
+
+
+def possible_scope(wanted: Wanted, layers: Mapping[str, LayerConfig]) -> Scope:
+    """Return the scope that `auto` stands for: `input` where layers cannot be pruned statically."""
+    scope = wanted.concrete_scope
+    return scope if all(scope in layer.scopes for layer in layers.values()) else "input"
 
 
 def _method(wanted: Wanted, compensation: str, rank: int | None, has_data: bool = True) -> Method:
@@ -146,13 +157,13 @@ def repeat(model: Model, plan: Plan, data: Dataset, draws: int, seed: int, runti
         raise MoepruneError(f"`--repeat` needs at least {FEWEST} samples, `{data.spec}` has {data.samples}")
     fitted_on, held_out = split(data)
     full = private_copy(model).to(runtime.torch_device)
-    models = []
+    distances, agreements = [], []
     for draw in range(draws):
         pruned = apply_plan(model, plan, data=half(fitted_on, seed + draw), seed=seed, runtime=runtime)
-        models.append(pruned.to(runtime.torch_device))
-    found = changes(dict(enumerate(models)), full, held_out, runtime, "compare draws").values()
-    agreement = [float(change.agreement) for change in found if change.agreement is not None]
-    distances = [float(each.mean()) for each in compare(models, full, held_out, runtime)]
+        models = {0: pruned.to(runtime.torch_device)}
+        distances.append(float(compare([models[0]], full, held_out, runtime)[0].mean()))
+        agreements.append(changes(models, full, held_out, runtime, "compare draws")[0].agreement)
+    agreement = [float(each) for each in agreements if each is not None]
     return Repeats(half(fitted_on, seed).samples, held_out.samples, distances, agreement or None)
 
 
@@ -179,11 +190,12 @@ def split(data: Dataset) -> tuple[Dataset, Dataset]:
 def fit_all(full: Model, plans: Sequence[Plan], data: Dataset, seed: int, runtime: Runtime) -> list[Model]:
     """Prune by each plan, with statistics of the full model, in one pass over the data."""
     prunings = [Pruning(full, private_copy(full), plan, None, True, seed) for plan in plans]
-    with Walk(full, None, data, runtime, keeps_batches(full.config.moe_layers, plans)) as walk:
+    with Walk(full, None, data, runtime) as walk:
         for index, name in enumerate(plans[0]):
             stage = walk.reach(name)
             for pruning in prunings:
                 pruning.prune(index, stage)
+            del stage  # before the next one is made
     return [pruning.pruned for pruning in prunings]
 
 
@@ -196,7 +208,7 @@ def compare(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtim
             change = (found.softmax(-1) - expected.softmax(-1)).abs().sum(-1) / 2
         else:
             change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
-        distances[index].append(change.reshape(len(change), -1).mean(1).double().cpu())
+        distances[index].append(change.reshape(len(change), -1).mean(1).cpu().double())
     return [torch.cat(parts) for parts in distances]
 
 
@@ -216,6 +228,6 @@ def select(distances: Sequence[Tensor], costs: Sequence[float], is_allowed: Sequ
             return False
         change = distances[index] - distances[nearest]
         noise = float(change.std(correction=0)) / math.sqrt(max(len(change) - 1, 1))
-        return means[index] - means[nearest] <= max(noise, NEGLIGIBLE)
+        return means[index] - means[nearest] <= max(noise, SAME)
 
     return min(filter(is_as_near, range(len(means))), key=lambda index: (costs[index], means[index]), default=nearest)

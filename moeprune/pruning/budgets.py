@@ -22,6 +22,14 @@ from moeprune.pruning.compensation import too_large_refits
 EMPTY = ("low-rank", "linear")  # compensations that can do without experts
 
 
+class TooSmall(MoepruneError):
+    """No plan of a method is within a budget; smallest: what the least one takes, in bytes or FLOPs."""
+
+    def __init__(self, message: str, hint: str, smallest: float):
+        super().__init__(message, hint)
+        self.smallest = smallest
+
+
 class Costs(NamedTuple):
     """The cost of a model under every plan of one scope and compensation, in bytes or FLOPs.
 
@@ -96,7 +104,8 @@ def plans_within(
         budget *= costs.full
     if smallest > budget:
         least = f"{math.ceil(smallest / costs.full * 1e4) / 1e4:g}" if is_share else f"{math.ceil(smallest)}{unit}"
-        raise MoepruneError(f"`{option} {given}` is less than any plan with {method} takes", f"give at least {least}")
+        what = f"`{option} {given}` is less than any plan with {method} takes"
+        raise TooSmall(what, f"give at least {least}", smallest)
     chosen = [experts for experts in uniform if costs.of(experts) <= budget][-1:]
     if method.scope == "static":
         if analysis is None:
@@ -117,16 +126,16 @@ def plans_within_budget(
 ) -> list[Plan]:
     """Return the plans of `plans_within` of each method that can meet a budget, without refits that are too large.
 
-    Raises the MoepruneError of the last method if none can.
+    Raises the MoepruneError of the method that takes least if none can.
     """
-    plans, refused = list[Plan](), None
+    plans, refused = list[Plan](), list[TooSmall]()
     for method in ways:
         try:
             plans += plans_within(config, tensors, analysis, method, max_size, max_flops)
-        except MoepruneError as error:
-            refused = error
-    if not plans and refused is not None:
-        raise refused
+        except TooSmall as error:
+            refused.append(error)
+    if not plans:
+        raise min(refused, key=lambda error: error.smallest)
     return [plan for plan in plans if not too_large_refits(config.moe_layers, plan)] or plans[:1]
 
 

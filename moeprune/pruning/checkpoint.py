@@ -19,9 +19,10 @@ from moeprune.models.description import our_header, read_description
 from moeprune.models.inspection import Described
 from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
-from moeprune.plan import SCOPES, SIGNALS, Plan, keep_to_text, parse_keep
+from moeprune.plan import SCOPES, SIGNALS, Plan, Wanted, keep_to_text, parse_keep
 from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, needs_pass, provenance, require_calibration
+from moeprune.pruning.auto import possible_scope
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.prune import plans_of, prune_model
 from moeprune.pruning.request import PruneRequest, SweepRequest
@@ -78,7 +79,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
 def _copies(plan: Plan, request: PruneRequest) -> bool:
     """Return True if the pruned checkpoint is written from file to file."""
     assert request.output is not None
-    is_static = all(layer.scope == "static" for layer in plan.values())
+    is_static = all(layer.scope == "static" for layer in plan.values()) and request.repeat is None
     return is_static and not needs_pass(plan, request.one_shot) and request.output.suffix not in TORCH_SUFFIXES
 
 
@@ -146,7 +147,10 @@ def _ways(request: SweepRequest, model: Model) -> list[Variant]:
         return list(methods(keeps, layers))
     possible = [scope for scope in SCOPES if all(scope in layer.scopes for layer in layers.values())]
     signals, compensations = request.signal or SIGNALS, request.compensate or COMPENSATIONS_TRIED
-    ways = list(grid(keeps, request.scope or possible, signals, compensations, possible[0]))
+    scopes = [possible_scope(Wanted(scope), layers) for scope in request.scope] or possible
+    able = [name for name in compensations if all(name in ("auto", *each.compensations) for each in layers.values())]
+    able = [name for name in able if name != "linear" or "static" in possible]
+    ways = list(grid(keeps, scopes, signals, able, possible[0]))
     if not ways:
         raise MoepruneError(
             "no way to prune has such a scope, signal and compensation",

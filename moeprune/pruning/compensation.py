@@ -45,20 +45,20 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
     """
     plan = wanted if wanted.is_low_rank else wanted.replace(rank=None, energy=None)
     layer = prune_layer(stage.layer, plan, calibrated)
-    if plan.is_low_rank:
-        fit_low_rank(stage, layer)
+    beside = fit_low_rank(stage, layer) if plan.is_low_rank else 0.0
     found, power = regress(stage, layer)
     correct(layer, found.solution)
+    left_out = 0.0
+    if wanted != plan:
+        hidden = layer.regressor_kinds().get("hidden", 0)
+        layer, left_out = narrowed(layer, wanted, power[hidden:, hidden:], tokens)
     quality = FitQuality(
         samples=sum(len(halt.expected) for halt in stage.halts) // stage.layer.config.windows,
         rows=sum(halt.expected.shape[:-1].numel() for halt in stage.halts),
         regressors=len(power),
-        fitted_error=max(found.fitted, 0.0) / stage.power,
-        held_out_error=max(found.held_out, 0.0) / stage.power,
+        fitted_error=(max(found.fitted, 0.0) + left_out) / stage.power,
+        held_out_error=(max(found.held_out, 0.0) + left_out + beside) / stage.power,
     )
-    if wanted != plan:
-        hidden = layer.regressor_kinds().get("hidden", 0)
-        layer = narrowed(layer, wanted, power[hidden:, hidden:], tokens)
     return layer, quality
 
 
@@ -118,8 +118,9 @@ def too_large_refits(
     return found
 
 
-def narrowed(layer: MoELayer, wanted: LayerPlan, power: Tensor, tokens: int) -> MoELayer:
-    """Return the layer with its compensation in the output directions that a plan's rank or energy asks for.
+def narrowed(layer: MoELayer, wanted: LayerPlan, power: Tensor, tokens: int) -> tuple[MoELayer, float]:
+    """Return the layer with its compensation in the output directions that a plan's rank or energy asks for, and the
+    energy of the others.
 
     Of all matrices of rank r the nearest to the Z·V that a compensation adds is Z·V·Bᵀ·B, where the rows of B
     are the first r eigenvectors of VᵀZᵀZ·V (Eckart and Young 1936); the eigenvalues are the energies of the
@@ -140,8 +141,9 @@ def narrowed(layer: MoELayer, wanted: LayerPlan, power: Tensor, tokens: int) -> 
     plan = layer.plan.replace(rank=rank)
     cost, in_full = (layer.config.flops(tokens, each).compensation for each in (plan, layer.plan))
     if wanted.rank is None and cost >= in_full:
-        return layer
+        return layer, 0.0
     basis = directions[:, -rank:].flip(1).mT  # (r,o)
     narrow = {**layer.split_rows(added @ basis.mT), "basis": basis}
     tensors = {name: tensor.to(layer.surrogate).contiguous() for name, tensor in narrow.items()}
-    return layer_of_tensors(layer.config, plan, {**layer.state_dict(), **tensors})
+    left_out = float(energies[: len(energies) - rank].clamp_min(0).sum())
+    return layer_of_tensors(layer.config, plan, {**layer.state_dict(), **tensors}), left_out

@@ -8,16 +8,18 @@ B = Vᵀ. One ridge, in units of the mean variance of s, serves all experts; it 
 Axes: e experts, p terms per expert, d width of the input, o of the output, r rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moeprune.calibration.sums import wide_dtype
 from moeprune.calibration.walk import Stage
 from moeprune.layers.layer import MoELayer
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+HELD = 512 << 20  # bytes of moments at once
 CHOOSING = 16  # experts, spread evenly, by which the ridge is chosen
 ITERATIONS = 8  # of the search for leading eigenvectors
 SPARE = 8  # directions beyond the rank that it follows
@@ -53,33 +55,53 @@ class Moments(NamedTuple):
         )  # fmt: skip
 
 
-def fit_low_rank(stage: Stage, layer: MoELayer) -> None:
-    """Fit the low-rank maps of a pruned layer, and the constants of their experts, in place."""
+def fit_low_rank(stage: Stage, layer: MoELayer) -> float:
+    """Fit the low-rank maps of a pruned layer, and the constants of their experts, in place.
+
+    Returns by how much the squared error of maps fitted to one half is larger on the other half, summed over experts.
+    """
     plan = layer.plan
     assert plan is not None
     assert plan.rank is not None
     experts = list(plan.dropped) if plan.scope == "static" else list(range(plan.num_experts))
-    if not experts:
+    gap, like, first = 0.0, layer.surrogate, len(layer.surrogate) - len(experts)
+    for start, count, halves, around in _moments_of(stage, experts):
+        ridge, more = choose_ridge(halves, plan.rank)
+        gap += more
+        for some in torch.arange(count).split(CHOOSING):
+            moments = (halves[0].select(some) + halves[1].select(some)).centred()
+            into, out_of = reduced_rank(moments, ridge, plan.rank)
+            inputs, outputs = around[0][some] + moments.inputs, around[1][some] + moments.outputs
+            places = start + some
+            layer.low_rank_in[places] = into.to(like)
+            layer.low_rank_out[places] = out_of.to(like)
+            like[first + places] = (outputs - (inputs[:, None] @ into @ out_of)[:, 0])[:, None].to(like)
+    return gap
+
+
+def _moments_of(
+    stage: Stage, experts: Sequence[int]
+) -> Iterator[tuple[int, int, tuple["Moments", "Moments"], tuple[Tensor, Tensor]]]:
+    """Yield the first place, the number, and the moments of some of the experts at a time.
+
+    Those of all experts of a layer are measured once if they take no more than HELD bytes.
+    """
+    config, n = stage.layer.config, stage.layer.config.num_experts
+    of_one = 2 * 4 * (config.dim + 1) * (config.dim + config.output_width)
+    if n * of_one <= HELD:
+        if "moments" not in stage.shared:
+            stage.shared["moments"] = measure(stage, range(n))
+        halves, around = stage.shared["moments"]
+        index = torch.tensor(experts, dtype=torch.int64)
+        if len(experts):
+            yield (
+                0, len(experts), (halves[0].select(index), halves[1].select(index)), (around[0][index], around[1][index])
+            )  # fmt: skip
         return
-    key = ("moments of inputs and outputs", *experts)
-    if key not in stage.shared:
-        stage.shared[key] = measure(stage, experts)
-    halves, around = stage.shared[key]
-    ridge = choose_ridge(halves, plan.rank)
-    first, second, inputs, outputs = [], [], [], []
-    for some in torch.arange(len(experts)).split(CHOOSING):
-        moments = (halves[0].select(some) + halves[1].select(some)).centred()
-        maps = reduced_rank(moments, ridge, plan.rank)
-        first.append(maps[0])
-        second.append(maps[1])
-        inputs.append(around[0][some] + moments.inputs)
-        outputs.append(around[1][some] + moments.outputs)
-    into, out_of = torch.cat(first), torch.cat(second)
-    constants = torch.cat(outputs) - (torch.cat(inputs)[:, None] @ into @ out_of)[:, 0]
-    like = layer.surrogate
-    layer.low_rank_in.copy_(into.to(like))
-    layer.low_rank_out.copy_(out_of.to(like))
-    like[-len(experts) :] = constants[:, None].to(like)
+    step = max(1, HELD // of_one)
+    for start in range(0, len(experts), step):
+        some = experts[start : start + step]
+        yield start, len(some), *measure(stage, some)
 
 
 def measure(stage: Stage, experts: Sequence[int]) -> tuple[tuple[Moments, Moments], tuple[Tensor, Tensor]]:
@@ -111,7 +133,11 @@ def measure(stage: Stage, experts: Sequence[int]) -> tuple[tuple[Moments, Moment
                 weighted.mT @ outputs, (weight * outputs.square().sum(2)).sum(1),
             )  # fmt: skip
             known = halves[which]
-            halves[which] = found if known is None else known + found
+            if known is None:
+                halves[which] = found
+            else:
+                for total, part in zip(known, found, strict=True):
+                    total += part
     first, second = (half for half in halves)
     if first is None or second is None:  # one input
         first = second = first or second
@@ -121,25 +147,29 @@ def measure(stage: Stage, experts: Sequence[int]) -> tuple[tuple[Moments, Moment
     return (first, second), (near_inputs, near_outputs)
 
 
-def choose_ridge(halves: tuple[Moments, Moments], rank: int) -> float:
-    """Return the ridge whose maps, fitted to one half, have the least error on the other, both ways."""
+def choose_ridge(halves: tuple[Moments, Moments], rank: int) -> tuple[float, float]:
+    """Return the ridge whose maps, fitted to one half, have the least error on the other, both ways; and by how much
+    that is more than their error on the half that they are fitted to, for all experts.
+    """
     count = len(halves[0].weight)
     some = torch.linspace(0, count - 1, min(count, CHOOSING)).round().long()
     parts = [half.select(some) for half in halves]
     errors = []
     for ridge in RIDGES:
-        error = 0.0
+        error, of_fitted = 0.0, 0.0
         for fitted, held_out in (parts, parts[::-1]):
             own = fitted.centred()
-            into, out_of = reduced_rank(own, ridge, rank)
-            error += _error(held_out, own, into @ out_of)
-        errors.append(error)
-    return RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
+            maps = torch.bmm(*reduced_rank(own, ridge, rank))
+            error += _error(held_out, own, maps)
+            of_fitted += _error(fitted, own, maps)
+        errors.append((error, ridge, max(error - of_fitted, 0.0)))
+    _, ridge, gap = min(errors)
+    return ridge, gap * count / len(some)
 
 
 def _error(held_out: Moments, fitted: Moments, maps: Tensor) -> float:
     """Return the squared error of maps (e,d,o) around the means of `fitted`, on other inputs."""
-    dtype = torch.float64
+    dtype = wide_dtype(maps.device)
     constant = fitted.outputs.to(dtype) - (fitted.inputs.to(dtype)[:, None] @ maps.to(dtype))[:, 0]  # (e,o)
     weight, inputs, outputs, power, cross, square = (part.to(dtype) for part in held_out)
     maps = maps.to(dtype)

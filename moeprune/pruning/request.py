@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -166,12 +166,12 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     def _check_method(self) -> None:
         """Raise a MoepruneError if what is given of a method does not go together."""
         wanted = self.wanted
+        signal: Any = wanted.signal_for("mean" if wanted.compensate == "auto" else wanted.compensate)
         if wanted.compensate != "auto":
-            signal: Any = wanted.signal_for(wanted.compensate)
             rank = (self.rank or RANK) if wanted.compensate == "low-rank" else None
             Method(wanted.concrete_scope, signal, wanted.compensate, self.mass, self.energy, rank).plan(1, 2)
-        elif wanted.signal != "auto":
-            Method(wanted.concrete_scope, wanted.signal, "mean", self.mass).plan(1, 2)
+        else:
+            Method(wanted.concrete_scope, signal, "mean", self.mass).plan(1, 2)
 
 
 class SweepRequest(EvalRequest, frozen=True, kw_only=True):

@@ -94,6 +94,7 @@ def prune_within_drop(
         raise MoepruneError("no plan makes the model smaller", "give another `--compensate`")
     apply = partial(apply_plan, model, analysis=analysis, data=calibration, seed=seed, runtime=runtime)
     search = _Search(apply, limit, searching)
+    ladders.sort(key=lambda ladder: ladder[0].cost)
     if found := search.run(ladders, lambda: Reference(model, second, runtime, "full model")):
         return found
     bound = "" if limit.confidence is None else f" bound at confidence {limit.confidence:g}"
@@ -133,6 +134,7 @@ class _Search:
 
     def attempt(self, step: Step) -> bool:
         """Return True if the model of a plan is within the limit on the first half; `within` is then that model."""
+        self.tried = [each for each in self.tried if each.step is not step]  # measured again, to be confirmed
         pruned = self.apply(plan=step.plan)
         _, difference = self.first.compare(pruned, f"try {len(self.tried) + 1}")
         first = next(iter(step.plan.values()))

@@ -147,7 +147,7 @@ def sweep(
     yield row(None, {}, [reference.itself], model), model
     for variant, possible in runtime.bar("sweep", "variants", plans):
         results, (plan, _) = [], choose(model, possible, calibration, seed, runtime)
-        for draw in range(RANDOM_DRAWS if variant.signal == "random" else repeat or 1):
+        for draw in range(repeat or (RANDOM_DRAWS if variant.signal == "random" else 1)):
             used = calibration if repeat is None else half(calibration, seed + draw)
             known = analysis if repeat is None else None
             pruned = apply_plan(model, plan, known, data=used, seed=seed + draw, runtime=runtime)
