@@ -59,8 +59,8 @@ def methods(
     if not has_data:
         raise MoepruneError(
             "choosing how to compensate (`--compensate auto`, the default) needs calibration data",
-            "add `--data`, or `--analysis` where no data is read; without data only `--compensate none` is possible, with"
-            " `--scope input --signal combine` (the paper's rule) or `--signal random`",
+            "add `--data`, or `--analysis` where no data is read; without data only `--compensate none` is possible,"
+            " with `--scope input --signal combine` (the paper's rule) or `--signal random`",
         )
     found = []
     tried: Sequence[Compensation] = ("mean",) if one_shot else TRIED_STATIC if scope == "static" else TRIED_ROUTED

@@ -94,9 +94,8 @@ def _moments_of(
         halves, around = stage.shared["moments"]
         index = torch.tensor(experts, dtype=torch.int64)
         if len(experts):
-            yield (
-                0, len(experts), (halves[0].select(index), halves[1].select(index)), (around[0][index], around[1][index])
-            )  # fmt: skip
+            of_experts = halves[0].select(index), halves[1].select(index)
+            yield 0, len(experts), of_experts, (around[0][index], around[1][index])
         return
     step = max(1, HELD // of_one)
     for start in range(0, len(experts), step):
