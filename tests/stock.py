@@ -33,11 +33,15 @@ SAMPLES = 12
 SOURCE_ARGS = "--source-arg num_heads=2 --source-arg global_pool=avg"
 """What the foreign files do not tell."""
 DENSE, DATA = "@dense.safetensors", "--data @data.npz"
+PAPER = "--scope input --signal combine --compensate none"
+"""The paper's rule, which needs no data."""
+STATIC = "--signal combine --compensate none"
+"""What needs an analysis alone, no pass over data."""
 READERS = {
     "inspect": (".safetensors", "inspect PATH"),
     "analyze": (".safetensors", f"analyze PATH {DATA} -o NEW"),
-    "prune": (".safetensors", "prune PATH --keep 2 --scope input -o NEW"),
-    "prune --analysis": (".safetensors", f"prune {DENSE} --keep 2 --analysis PATH -o NEW"),
+    "prune": (".safetensors", f"prune PATH --keep 2 {PAPER} -o NEW"),
+    "prune --analysis": (".safetensors", f"prune {DENSE} --keep 2 {STATIC} --analysis PATH -o NEW"),
     "prune --plan": (".json", f"prune {DENSE} --plan PATH -o NEW"),
     "prune --plan of a checkpoint": (".safetensors", f"prune {DENSE} --plan PATH -o NEW"),
     "eval": (".safetensors", f"eval PATH {DATA}"),
@@ -56,14 +60,14 @@ WRITERS = {
     "inspect report": (".json", f"inspect {DENSE} --output-file PATH"),
     "analyze": (".safetensors", f"analyze {DENSE} {DATA} -o PATH"),
     "analyze report": (".txt", f"analyze {DENSE} {DATA} -o OLD --output-file PATH"),
-    "prune from file to file": (".safetensors", f"prune {DENSE} --keep 2 --signal random -o PATH"),
-    "prune in memory": (".safetensors", f"prune {DENSE} --keep 2 --scope input -o PATH"),
+    "prune from file to file": (".safetensors", f"prune {DENSE} --keep 2 --signal random --compensate none -o PATH"),
+    "prune in memory": (".safetensors", f"prune {DENSE} --keep 2 {PAPER} -o PATH"),
     "prune with a fit": (".safetensors", f"prune {DENSE} {DATA} --keep 2 --compensate lstsq -o PATH"),
     "prune within a drop": (
-        ".safetensors", f"prune {DENSE} --data digits --limit 60 --max-accuracy-drop 0.99 --compensate mean -o PATH",
+        ".safetensors", f"prune {DENSE} --data digits --limit 60 --max-accuracy-drop 0.99 --signal combine --compensate mean -o PATH",
     ),
-    "save a plan": (".json", f"prune {DENSE} --keep 2 --scope input --save-plan PATH"),
-    "prune foreign": (".safetensors", f"prune @foreign.safetensors {SOURCE_ARGS} --keep 2 --signal random -o PATH"),
+    "save a plan": (".json", f"prune {DENSE} --keep 2 {PAPER} --save-plan PATH"),
+    "prune foreign": (".safetensors", f"prune @foreign.safetensors {SOURCE_ARGS} --keep 2 --signal random --compensate none -o PATH"),
     "export": (".safetensors", f"export {DENSE} --to soft-moe -o PATH"),
     "export to a torch file": (".pt", f"export {DENSE} --to soft-moe -o PATH"),
     "eval report": (".json", f"eval {DENSE} {DATA} --output-file PATH"),
@@ -159,12 +163,12 @@ def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
     save_arrays(arrays, stock.path("data.safetensors"))
     stock.make("analyze", dense, "--data", stock.path("data.npz"), "-o", analysis)
     for name, *ways in (
-        ("static", "--compensate", "affine"),
+        ("static", "--signal", "combine", "--compensate", "affine"),
         ("routed", "--scope", "input", "--signal", "deviation", "--compensate", "mean"),
     ):
         output = stock.path(f"{name}.safetensors")
         stock.make("prune", dense, "--analysis", analysis, "--keep", 2, *ways, "-o", output)
-    words = "prune", dense, "--analysis", analysis, "--keep", 2, "--compensate", "mean"
+    words = "prune", dense, "--analysis", analysis, "--keep", 2, "--signal", "combine", "--compensate", "mean"
     stock.make(*words, "--save-plan", stock.path("plan.json"), "-o", stock.path("mean.safetensors"))
     stock.make(*words[:-1], "merge", "--save-plan", stock.path("merge.json"), "-o", stock.path("merged.safetensors"))
     layer = {"k": 2, "compensation": "affine", "rank": 2}
