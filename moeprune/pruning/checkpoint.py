@@ -151,7 +151,8 @@ def _ways(request: SweepRequest, model: Model) -> list[Variant]:
     able = [name for name in compensations if all(name in ("auto", *each.compensations) for each in layers.values())]
     able = [name for name in able if name != "linear" or "static" in possible]
     ways = list(grid(keeps, scopes, signals, able, possible[0]))
-    if not ways:
+    wanted = [way for way in ways if way.compensate == "linear" or (way.keep and way.signal != "random")]
+    if not wanted and signals != ("random",):  # there are controls alone
         raise MoepruneError(
             "no way to prune has such a scope, signal and compensation",
             "`gram`, refits, `linear` and `merge` need scope static, and `merge` does not go with `gram`",

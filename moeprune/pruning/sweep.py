@@ -13,10 +13,10 @@ from moeprune.evaluation.evaluate import Reference
 from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.results import Difference, ModelFigures
 from moeprune.layers.interface import LayerConfig
-from moeprune.models.model import Model
+from moeprune.models.model import Model, require_dense_layers
 from moeprune.models.runtime import Runtime
 from moeprune.plan import COMPENSATIONS, REFITS, Plan, Wanted, is_possible, keep_to_text, uniform_plan
-from moeprune.pruning.apply import apply_plan, calibration_data
+from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data
 from moeprune.pruning.auto import affordable, choose, half
 from moeprune.pruning.auto import methods as ways_of
 from moeprune.pruning.results import OnFrontier, SweepRow
@@ -114,6 +114,7 @@ def sweep(
         latency_batches: batch sizes at which latency is measured; None: it is not.
         repeat: prune each variant on so many random halves of the calibration data; None: once, on all of it.
     """
+    require_dense_layers(model, ALREADY_PRUNED)
     plans = [(variant, variant.plans(model.config.moe_layers)) for variant in variants]
     calibration = calibration_data(model, analysis)
     reference = Reference(model, data, runtime, "full model")
