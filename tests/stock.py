@@ -64,10 +64,13 @@ WRITERS = {
     "prune in memory": (".safetensors", f"prune {DENSE} --keep 2 {PAPER} -o PATH"),
     "prune with a fit": (".safetensors", f"prune {DENSE} {DATA} --keep 2 --compensate lstsq -o PATH"),
     "prune within a drop": (
-        ".safetensors", f"prune {DENSE} --data digits --limit 60 --max-accuracy-drop 0.99 --signal combine --compensate mean -o PATH",
+        ".safetensors",
+        f"prune {DENSE} --data digits --limit 60 --max-accuracy-drop 0.99 --signal combine --compensate mean -o PATH",
     ),
     "save a plan": (".json", f"prune {DENSE} --keep 2 {PAPER} --save-plan PATH"),
-    "prune foreign": (".safetensors", f"prune @foreign.safetensors {SOURCE_ARGS} --keep 2 --signal random --compensate none -o PATH"),
+    "prune foreign": (
+        ".safetensors", f"prune @foreign.safetensors {SOURCE_ARGS} --keep 2 --signal random --compensate none -o PATH",
+    ),
     "export": (".safetensors", f"export {DENSE} --to soft-moe -o PATH"),
     "export to a torch file": (".pt", f"export {DENSE} --to soft-moe -o PATH"),
     "eval report": (".json", f"eval {DENSE} {DATA} --output-file PATH"),

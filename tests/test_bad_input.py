@@ -207,7 +207,8 @@ def workshop(tmp_path, single, small_analysis, vit, vit_analysis, run):
 
 # --- checkpoints
 EVAL = "eval SINGLE --data digits"
-ROUTED = "prune SINGLE --keep 1/8 --scope input"
+PAPER = "--scope input --signal combine --compensate none"
+ROUTED = f"prune SINGLE --keep 1/8 {PAPER}"
 PRUNE = "prune SINGLE --keep 1/8 -o NEW"
 Make = Callable[[Workshop], object]
 UNREADABLE: dict[str, tuple[Make, str]] = {
@@ -223,7 +224,7 @@ UNREADABLE: dict[str, tuple[Make, str]] = {
 COMMANDS_ON = {
     "inspect": "inspect PATH",
     "analyze": "analyze PATH --data digits -o NEW",
-    "prune": "prune PATH --keep 1/8 --scope input -o NEW",
+    "prune": f"prune PATH --keep 1/8 {PAPER} -o NEW",
     "prune with it as analysis": f"{PRUNE} --analysis PATH",
     "eval": "eval PATH --data digits",
     "eval with it as baseline": f"{EVAL} --baseline PATH",
@@ -358,7 +359,8 @@ def test_finite_weights_that_overflow(workshop, command, name, fragment):
 
 # --- analyses
 OF_ANALYSIS: dict[str, tuple[dict[str, object], str]] = {
-    "a newer format": ({"format": 2}, "format 2"),
+    "an older format": ({"format": 1}, "format 1"),
+    "a newer format": ({"format": 3}, "format 3"),
     "no layers": ({"layers": []}, LAYER),
     "an unknown layer": ({"layers": ["x"]}, "x.mean_mass"),
     "layers is a number": ({"layers": 3}, "made1.safetensors"),
@@ -540,14 +542,15 @@ OPTIONS = {
     f"{EVAL} --scope static": ("--scope", "--sweep"),
     f"{EVAL} --signal combine": ("--signal", "--sweep"),
     f"{EVAL} --compensate mean": ("--compensate", "--sweep"),
-    PRUNE: ("--analysis", "--data"),
-    f"{PRUNE} --scope input --signal deviation": ("deviation", "--analysis"),
+    PRUNE: ("`--compensate auto`, the default", "--data", "`--scope input --signal combine --compensate none`"),
+    f"{PRUNE} --compensate none": ("--analysis", "--data"),
+    f"{PRUNE} --scope input --signal deviation --compensate none": ("deviation", "--analysis"),
     f"{PRUNE} --scope batch --compensate mean": ("mean",),
     f"{PRUNE} --scope input --compensate lstsq": ("lstsq", "--analysis", "--data"),
     f"{PRUNE} --analysis ANALYSIS --data digits:train": ("digits:train", "not the data of the analysis"),
     f"{PRUNE} --analysis ANALYSIS --limit 9": ("--limit",),
     "prune OTHER --keep 1/2 -o NEW --analysis ANALYSIS": ("analysis", "another checkpoint"),
-    "prune PRUNED --keep 1/2 --scope input -o NEW": (f"layers `{LAYER}` are already pruned",),
+    f"prune PRUNED --keep 1/2 {PAPER} -o NEW": (f"layers `{LAYER}` are already pruned",),
     "prune SINGLE --keep 8 --data digits --save-plan NEW": ("`--save-plan` alone reads no `--data`",),
     "eval SINGLE --data digits:train --split test": ("--split test", "digits"),
     "eval SINGLE --data NPZ --split test": ("--split test",),
@@ -562,21 +565,27 @@ OPTIONS = {
     f"{VIT_PRUNE} -o NEW": ("no number of experts to keep",),
     f"{VIT_PRUNE} --keep 4 --max-size 0.5 -o NEW": ("`--keep` and `--max-size` exclude each other",),
     f"{VIT_PRUNE} --max-size 0.05 -o NEW": ("give at least 0.2",),
-    f"{VIT_PRUNE} --max-flops 0.1 -o NEW": ("give at least 0.6",),
-    f"{VIT_PRUNE} --max-size 0.9 --scope input -o NEW": ("give at least 1\n",),
+    f"{VIT_PRUNE} --max-flops 0.1 -o NEW": ("give at least 0.5655",),
+    f"{VIT_PRUNE} --max-flops 0.1 --compensate none -o NEW": ("give at least 0.6",),
+    f"{VIT_PRUNE} --max-size 0.9 --scope input --signal combine --compensate none -o NEW": (
+        "give at least 1\n",
+    ),
     f"{VIT_PRUNE} --max-accuracy-drop 0.1 -o NEW": ("`--max-accuracy-drop` searches on labelled `--data`",),
     f"{VIT_PRUNE} --keep 4 --save-plan NEW -o NEW": ("`--save-plan` and another output are both",),
     f"{VIT_PRUNE} --plan plan.json --scope static -o NEW": ("`--scope` does not go with `--plan`",),
     f"{VIT_PRUNE} --plan missing.json -o NEW": ("no file `missing.json`",),
     f"{VIT_PRUNE} --keep 4 --scope input --signal gram -o NEW": ("`--signal gram` needs one set",),
-    "prune VIT --max-size 0.5 -o NEW": ("`--max-size` with scope static needs an analysis",),
+    "prune VIT --max-size 0.5 -o NEW": ("needs calibration data",),
+    "prune VIT --max-size 0.5 --signal random --compensate none -o NEW": (
+        "`--max-size` with scope static needs an analysis",
+    ),
     # compensations
     f"{MERGE} --one-shot": ("is fitted to data, not in one shot",),
     f"{MERGE} --scope input": ("needs one set of experts for all inputs, `--scope static`",),
     f"{MERGE} --signal gram": ("`--compensate merge` does not go with `--signal gram`",),
     f"{ENERGY} 0.9 --compensate mean": ("`--energy`",),
     f"{ENERGY} 1 --compensate affine": ("`--energy`",),
-    f"{ENERGY} 0.9": ("`--energy`",),
+    f"{ENERGY} 0.9 --compensate low-rank": ("`--energy`",),
     f"{ONE_SHOT} --analysis OF_VIT --compensate lstsq": ("`lstsq` of layer `blocks.1.soft_moe` is fitted to data",),
     f"{ONE_SHOT} --analysis OF_VIT --compensate lstsq --scope input": ("`lstsq` of layer `blocks.1.soft_moe` is",),
     f"{ONE_SHOT} --analysis OF_VIT --data pairs": ("`--one-shot` and `--data` exclude each other",),
