@@ -567,9 +567,7 @@ OPTIONS = {
     f"{VIT_PRUNE} --max-size 0.05 -o NEW": ("give at least 0.2",),
     f"{VIT_PRUNE} --max-flops 0.1 -o NEW": ("give at least 0.5655",),
     f"{VIT_PRUNE} --max-flops 0.1 --compensate none -o NEW": ("give at least 0.6",),
-    f"{VIT_PRUNE} --max-size 0.9 --scope input --signal combine --compensate none -o NEW": (
-        "give at least 1\n",
-    ),
+    f"{VIT_PRUNE} --max-size 0.9 --scope input --signal combine --compensate none -o NEW": ("give at least 1\n",),
     f"{VIT_PRUNE} --max-accuracy-drop 0.1 -o NEW": ("`--max-accuracy-drop` searches on labelled `--data`",),
     f"{VIT_PRUNE} --keep 4 --save-plan NEW -o NEW": ("`--save-plan` and another output are both",),
     f"{VIT_PRUNE} --plan plan.json --scope static -o NEW": ("`--scope` does not go with `--plan`",),
