@@ -42,7 +42,7 @@ def evaluation(right: int, lost: int, samples: int = 100) -> Evaluation:
         checkpoint=None, baseline=None, data=DataInfo(spec="data", samples=samples, fingerprint="f"),
         model=figures(right / samples), baseline_model=figures((right + lost) / samples),
         difference=difference(Outcomes(both=right, lost=lost, won=0, neither=samples - right - lost)),
-        forgetting=None, latency=None, gates=[], passed=True, environment=ENVIRONMENT,
+        forgetting=None, shift={}, latency=None, gates=[], passed=True, environment=ENVIRONMENT,
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def row(
     changes = difference(Outcomes(both=1, lost=0, won=0, neither=0), size, flops)
     scope = None if label is None else "static"
     return SweepRow(
-        label=label, keep=keep, scope=scope, signal=scope and "combine", compensate=scope and "mean",
+        label=label, keep=keep, scope=scope, signal=scope and "combine", compensate=scope and "mean", rank=None,
         accuracy=accuracy, accuracy_sd=None, retained=accuracy, agreement=1, draws=1,
         model=figures(accuracy), difference=changes, latency=None, on_frontier=None,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from tests.damage import metadata_of, parts_of, with_header, with_metadata
 from tests.endings import PATIENCE, on_a_terminal, refusal, time_limit
 from tests.results import cost, evaluation
 from tests.schemas import complaints
-from tests.stock import SOURCE_ARGS
+from tests.stock import PAPER, SOURCE_ARGS, STATIC
 from tests.test_readme import GUIDE, block, without_numbers
 
 SCOPES = ("static", "input", "batch")
@@ -71,7 +71,7 @@ def keys_of(rows: list[dict]) -> list[tuple]:
 @pytest.fixture(scope="module")
 def pruned(single, single_analysis, made):
     """`single` pruned to 1/8 without compensation: a file with a clear loss of accuracy."""
-    return made(f"prune {single} --analysis {single_analysis} --keep 1/8")
+    return made(f"prune {single} --analysis {single_analysis} --keep 1/8 {STATIC}")
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_analyze_json_summarizes_each_layer(vit, run_json, tmp_path):
         assert 1 <= few < many < most <= 64
         assert layer["informative"] is (layer["best_eighth_mass"] >= 0.45)
     written = details(path)
-    assert (written["kind"], written["format"]) == ("analysis", 1)
+    assert (written["kind"], written["format"]) == ("analysis", 2)
     assert list(written["layers"]) == list(found["layers"])
     assert written["origin"]["data"] == found["data"]
 
@@ -222,7 +222,7 @@ def test_layers_of_a_deep_model_are_pruned_one_after_the_other(vit, vit_analysis
 
 
 def test_routed_scopes_need_no_calibration_without_compensation(single, prune):
-    path, made = prune("--keep 16 --scope input --preprocess mean=0.5", analysis=None)
+    path, made = prune(f"--keep 16 {PAPER} --preprocess mean=0.5", analysis=None)
     assert tensor_bytes(path) == tensor_bytes(single)
     assert made["model"]["flops_per_input"]["experts"] * 8 == made["full_model"]["flops_per_input"]["experts"]
     assert "calibration" not in details(path)["provenance"]
@@ -232,7 +232,7 @@ def test_routed_scopes_need_no_calibration_without_compensation(single, prune):
 def test_prune_text_gives_sizes_and_kept_experts(single, small_analysis, run, tmp_path):
     path = tmp_path / "pruned.safetensors"
     shown, listed = (
-        run(f"prune {single} --analysis {small_analysis} --keep 1/64 -o {path} --force {more}").stdout
+        run(f"prune {single} --analysis {small_analysis} --keep 1/64 {STATIC} -o {path} --force {more}").stdout
         for more in ("", "--verbose")
     )
     first, second = details(path)["plan"][LAYER]["kept"]
@@ -369,7 +369,7 @@ def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis
     words = "--sweep 1/2,1/16 --scope static --signal combine --compensate refit --compensate mean --output-format json"
     found = run(f"eval {single} --data digits --limit 20 --analysis {small_analysis} {words}")
     assert found.code == 0
-    assert "`refit` is left out at 1/2: it would take more than 300 regressors" in found.stderr
+    assert "refits are left out at 1/2: they would take more than 300 regressors" in found.stderr
     rows = {(row["keep"], row["compensate"]) for row in json.loads(found.stdout)["rows"]}
     assert rows == {("1.0", None), ("0", "mean"), ("1/2", "mean"), ("1/16", "mean"), ("1/16", "refit")}
 
@@ -421,7 +421,7 @@ def test_sweep_is_restricted_by_options_and_keeps_its_controls(single, small_ana
 def test_a_sweep_row_equals_prune_and_eval(single, small_analysis, prune, run_json):
     ways = "--sweep 1/8 --scope static --signal combine --compensate lstsq"
     sweep = run_json(f"eval {single} --data digits --limit 60 --analysis {small_analysis} {ways}")
-    path, _ = prune("--keep 1/8 --compensate lstsq")
+    path, _ = prune("--keep 1/8 --signal combine --compensate lstsq")
     alone = run_json("eval", path, "--data", "digits", "--limit", 60, "--baseline", single)
     [row] = [row for row in sweep["rows"] if row["keep"] == "1/8" and row["signal"] == "combine"]
     assert row["model"] == alone["model"]
@@ -444,7 +444,7 @@ def test_force_replaces_outputs(single, run, tmp_path):
     pruned.write_text("old")
     report.write_text("old")
     report_to = f"--output-file {report} --output-format json"
-    assert run(f"prune {single} --keep 1/8 --scope input -o {pruned} --force {report_to}") == (0, "", "")
+    assert run(f"prune {single} --keep 1/8 {PAPER} -o {pruned} --force {report_to}") == (0, "", "")
     assert json.loads(report.read_text())["checkpoint"] == str(pruned)
     assert details(pruned)["plan"][LAYER]["scope"] == "input"
     assert {entry.name for entry in tmp_path.iterdir()} == {"pruned.safetensors", "report.json"}
@@ -465,7 +465,7 @@ def test_equal_prunings_give_equal_bytes(prune, scope, compensate):
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_random_experts_depend_on_the_seed_alone(vit, prune, scope):
-    options = f"--keep 1/8 --scope {scope} --signal random --seed"
+    options = f"--keep 1/8 --scope {scope} --signal random --compensate none --seed"
     files = [prune(f"{options} {seed}", vit, None)[0] for seed in (3, 3, 4)]
     first, again, other = (path.read_bytes() for path in files)
     assert first == again
@@ -501,7 +501,7 @@ def test_a_checkpoint_of_another_precision_runs_and_is_pruned_in_it(single, prun
 
 @pytest.mark.parametrize("charset", ["ascii", "latin-1", "cp1252"])
 def test_stdout_that_is_not_utf8_gets_text_all_the_same(single, tmp_path, charset):
-    call = f"prune {single} --keep 1/8 --scope input -o {tmp_path}/pruned.safetensors"
+    call = f"prune {single} --keep 1/8 {PAPER} -o {tmp_path}/pruned.safetensors"
     result = CliRunner(charset=charset).invoke(app, call, catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     assert "blocks.0.soft_moe" in result.stdout
@@ -737,7 +737,8 @@ KEPT = {"0.1": 13, "16": 16, "1/1000": 1, "1": 1, 16: 16, 0.125: 16, "0.125": 16
 
 @pytest.mark.parametrize(("keep", "k"), [*KEPT.items(), (1.0, 128), (Fraction(1), 128), (1, 1)])
 def test_shares_are_rounded_to_the_nearest_number_of_experts(single, keep, k):
-    [layer] = moeprune.prune(moeprune.load(single), keep=keep, scope="input").moe_layers.values()
+    way = {"scope": "input", "signal": "combine", "compensate": "none"}
+    [layer] = moeprune.prune(moeprune.load(single), keep=keep, **way).moe_layers.values()
     assert layer.plan.k == k
 
 
