@@ -24,6 +24,8 @@ from moeprune.evaluation.evaluate import Predictions, compare
 from moeprune.evaluation.gates import judge
 from moeprune.models.architecture import architecture_from_json
 from moeprune.plan import LayerPlan
+from moeprune.pruning.auto import STATIC as STATIC_CHOICES
+from moeprune.pruning.sweep import METHODS
 from moeprune.records import to_text
 from tests.damage import metadata_of, parts_of, with_header, with_metadata
 from tests.endings import PATIENCE, on_a_terminal, refusal, time_limit
@@ -374,18 +376,38 @@ def test_a_refit_that_is_too_large_is_left_out_of_a_sweep(single, small_analysis
     assert rows == {("1.0", None), ("0", "mean"), ("1/2", "mean"), ("1/16", "mean"), ("1/16", "refit")}
 
 
+def test_a_sweep_compares_methods_and_controls(single, small_analysis, run_json):
+    words = "--limit 40 --sweep 1/8 --analysis"
+    rows = run_json("eval", single, "--data", "digits", *words.split(), small_analysis)["rows"]
+    [auto] = [row for row in rows if row["label"] == "auto"]
+    methods = [("1/8", *method) for method in METHODS if "auto" not in method]
+    controls = [("0", "static", "combine", compensate) for compensate in ("none", "affine", "linear")]
+    chosen = ("1/8", auto["scope"], auto["signal"], auto["compensate"])
+    assert keys_of(rows) == [("1.0", None, None, None), chosen, *methods, *controls]
+    assert auto["compensate"] in STATIC_CHOICES
+    assert [row["rank"] for row in rows if row is not auto] == [None] * (len(rows) - 1)
+    assert (auto["rank"] is not None) == (auto["compensate"] == "low-rank")
+    of = dict(zip(keys_of(rows), rows, strict=True))
+    assert of["0", "static", "combine", "linear"]["label"] == "no MoE at all: linear"
+    assert of["0", "static", "combine", "linear"]["model"]["flops_per_input"]["routing"] == 0
+
+
 @pytest.mark.slow
 def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, run_json):
-    found = run_json("eval", single, "--data", "digits", "--limit", 40, "--sweep", "1/8", "--analysis", small_analysis)
+    scopes = [word for scope in SCOPES for word in ("--scope", scope)]
+    words = ("--data", "digits", "--limit", 40, "--sweep", "1/8", "--analysis", small_analysis, *scopes)
+    found = run_json("eval", single, *words)
     rows = found["rows"]
     keys = keys_of(rows)
     every_way = [
         *product(["1/8"], SCOPES, ["combine", "deviation"], COMPENSATIONS),
         *product(["1/8"], ["static"], ["gram"], COMPENSATIONS),
-        *product(["1/8"], ["static"], ["combine", "deviation", "gram", "random"], ["refit"]),
+        *product(["1/8"], ["static"], ["combine", "deviation", "gram", "random"], ["refit", "renorm-refit"]),
+        *product(["1/8"], SCOPES, ["combine", "deviation"], ["low-rank"]),
+        *product(["1/8"], ["static"], ["gram", "random"], ["low-rank"]),
     ]
     random = [("1/8", "static", "random", compensate) for compensate in COMPENSATIONS]
-    no_experts = [("0", "static", "combine", c) for c in COMPENSATIONS if c != "renorm"]
+    no_experts = [("0", "static", "combine", c) for c in (*COMPENSATIONS, "low-rank") if c != "renorm"]
     assert keys[0] == ("1.0", None, None, None)
     assert len(keys) == len(set(keys))
     assert set(keys[1:]) == {*every_way, *random, *no_experts}
