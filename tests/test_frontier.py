@@ -13,7 +13,7 @@ from moeprune.cli.reporter import check_drawing
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.latency import summarize_latency
 from moeprune.evaluation.results import Latency
-from moeprune.plan import SCOPES
+from moeprune.layers.config import SoftMoEConfig
 from moeprune.pruning.sweep import KEEPS, METHODS, methods, on_frontier
 from moeprune.report.sweeps import best_of
 from moeprune.report.trade_off import plot_trade_off
@@ -32,14 +32,22 @@ def test_a_point_is_on_the_frontier_where_no_other_is_better():
             assert getattr(found, which) == (not better)
 
 
-def test_every_method_is_measured_at_every_share_and_static_ones_without_experts():
-    found = list(methods(KEEPS, SCOPES))
-    for (scope, signal, compensate), label in METHODS.items():
-        keeps = [variant.keep for variant in found if variant.label == label]
-        has_none = scope == "static" and signal != "random" and compensate != "merge"
-        assert keeps == ([0, *KEEPS] if has_none else list(KEEPS))
-    routed = {variant.label for variant in methods(KEEPS, ("input", "batch"))}
-    assert routed == {label for (scope, _, _), label in METHODS.items() if scope == "input"}
+class Routed(SoftMoEConfig, frozen=True):
+    """Layers that are only routed, and have no linear map."""
+
+    scopes = ("input", "batch")
+    compensations = ("none", "mean")
+
+
+def test_every_method_is_measured_at_every_share_and_controls_once():
+    layers = {"a": SoftMoEConfig(8, 4, 1, 8), "b": SoftMoEConfig(8, 6, 1, 8)}
+    found = list(methods(KEEPS, layers))
+    for label in METHODS.values():
+        assert [variant.keep for variant in found if variant.label == label and variant.keep] == list(KEEPS)
+    controls = [(variant.scope, variant.compensate) for variant in found if variant.keep == 0]
+    assert controls == [("static", compensate) for compensate in ("none", "affine", "linear")]
+    routed = {variant.label for variant in methods(KEEPS, layers | {"c": Routed(8, 4, 1, 8)})}
+    assert routed == {"paper's rule: input, none"}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import moeprune
 from moeprune.evaluation import latency
 from moeprune.evaluation.latency import interleaved, ready_batches, seconds_of_call, summarize_latency
 from moeprune.records import to_json
+from tests.stock import PAPER
 
 CPU = torch.device("cpu")
 
@@ -149,7 +150,7 @@ def test_inputs_are_those_of_the_data_in_order_and_from_the_first_again(single, 
 @pytest.fixture(scope="module")
 def routed(single, made):
     """`single` where each input runs 1/8 of the experts."""
-    return made(f"prune {single} --keep 1/8 --scope input")
+    return made(f"prune {single} --keep 1/8 {PAPER}")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ OPTIONS = [
 GOOD = {
     "inspect": "CKPT @single",
     "analyze": "CKPT @single --data digits --limit 9 --output @new",
-    "prune": "CKPT @single --keep 1/8 --scope input --data digits --limit 9 --output @new",
+    "prune": "CKPT @single --keep 1/8 --scope input --compensate none --data digits --limit 9 --output @new",
     "eval": "CKPT @single --data digits --limit 9",
     "export": "CKPT @vit --to soft-moe --output @new",
     "schema": "CKPT eval",
@@ -35,10 +35,11 @@ NEEDS: dict[str, dict[str, str | None]] = {
     call: needed
     for calls, needed in (
         ("prune --mass, prune --max-size, prune --max-flops, prune --max-accuracy-drop", {"--keep": None}),
-        ("prune --plan", {"--keep": None, "--scope": None}),
+        ("prune --plan", {"--keep": None, "--scope": None, "--compensate": None}),
         ("prune --energy", {"--scope": None, "--compensate": "affine"}),
+        ("prune --rank", {"--scope": None, "--compensate": "low-rank"}),
         ("eval --confidence", {"--min-accuracy": "0.5"}),
-        ("eval --scope, eval --signal, eval --compensate, eval --analysis, eval --plot", SWEEP),
+        ("eval --scope, eval --signal, eval --compensate, eval --analysis, eval --plot, eval --repeat", SWEEP),
         ("eval --sweep", {"--analysis": "@analysis", "--scope": "static", "--compensate": "none"}),
         ("eval --latency-batch", {"--latency": ""}),
         ("eval --min-speedup", {"--latency": "", "--baseline": "@single"}),
@@ -67,7 +68,8 @@ WRONG: dict[str, tuple[str, ...]] = {
         ("--baseline --analysis --plan --classes", NO_FILE),
         ("--model", ("package", "no.such.package:build", "os:nothing", ":", "")),
         ("--preprocess", ("crop=3", "mean=x", "std=0", "resize=0", "resize=1000000", "mean", "")),
-        ("--limit --batch-size --latency-batch", COUNTS),
+        ("--limit --batch-size --latency-batch --rank", COUNTS),
+        ("--repeat", (*COUNTS, "1", "101")),
         ("--energy", (*SHARES, "0", "1")),
         ("--confidence", (*SHARES, "0", "0.4", "1")),
         ("--device", ("gpu", "cuda:97", "")),

@@ -1,6 +1,7 @@
 """Budgets split over layers, against brute force; plans as files."""
 
 import json
+import math
 from fractions import Fraction
 from itertools import pairwise, product
 
@@ -58,7 +59,8 @@ def test_a_split_is_within_the_budget_and_nearly_the_best_of_all(share):
 
 def test_experts_go_where_they_matter():
     lost = {"a": [90.0, 80, 70, 60, 50], "b": [4.0, 3, 2, 1, 0], "c": [0.0] * 5}
-    assert allocate(lost, {name: [0.0, 1, 2, 3, 4] for name in lost}, 8.0) == {"a": 4, "b": 3, "c": 1}
+    assert allocate(lost, {name: [math.inf, 1, 2, 3, 4] for name in lost}, 8.0) == {"a": 4, "b": 3, "c": 1}
+    assert allocate(lost, {name: [0.0, 1, 2, 3, 4] for name in lost}, 8.0) == {"a": 4, "b": 4, "c": 0}
 
 
 def test_a_full_layer_that_is_cheaper_than_one_with_surrogates_is_found():
@@ -86,7 +88,8 @@ def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):
         pytest.skip("they do not go together")
     model = three_layers()
     data = moeprune.open_data(seven_classes(tmp_path), model.input_format)
-    method = Method(scope, "combine" if scope == "static" else "deviation", compensation)
+    rank = 2 if compensation == "low-rank" else None
+    method = Method(scope, "combine" if scope == "static" else "deviation", compensation, rank=rank)
     sizes = costs_of(model.config, method, tensor_infos(model.state_dict()))
     flops = costs_of(model.config, method, None)
     full = model.cost()
@@ -111,14 +114,14 @@ def analyzed(tmp_path_factory):
 def test_plans_within_a_budget(budget, compensation, analyzed):
     model, data, analysis = analyzed
     signal = "gram" if is_possible("static", "gram", compensation) else "combine"
-    method = Method("static", signal, compensation)
+    method = Method("static", signal, compensation, rank=2 if compensation == "low-rank" else None)
     infos = tensor_infos(model.state_dict())
     costs = costs_of(model.config, method, infos)
     budget = max(budget, costs.of(dict.fromkeys(costs.layers, 1)) / costs.full)
     plan = plans_within(model.config, infos, analysis, method, budget)[0]
     assert moeprune.prune(model, analysis, plan=plan, data=data, runtime=CPU).cost().bytes <= budget * costs.full
     assert {layer.signal for layer in plan.values()} == {signal}
-    assert all(layer.kept is None for layer in plan.values())
+    assert all(layer.kept is None if layer.k else layer.kept == () for layer in plan.values())
 
 
 @pytest.mark.parametrize("scope", ["input", "batch"])
