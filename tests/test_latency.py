@@ -278,11 +278,11 @@ def test_a_batch_size_below_1_is_refused_in_python_too(single):
         moeprune.evaluate(moeprune.load(single), "digits", latency_batches=(1, 0))
 
 
-def no_memory(*_):
+def no_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("measure", [lambda *_: torch.empty(2**50), no_memory], ids=["CPU", "CUDA"])
+@pytest.mark.parametrize("measure", [lambda *_, **__: torch.empty(2**50), no_memory], ids=["CPU", "CUDA"])
 def test_out_of_memory_asks_for_smaller_batches(call, run, monkeypatch, measure):
     for target, line, hint in (
         ("latency.interleaved", call, "give a smaller `--batch-size` or `--latency-batch`"),

@@ -13,10 +13,10 @@ from moeprune.calibration.sums import half_of
 from moeprune.evaluation.evaluate import predict
 from moeprune.evaluation.intervals import drop_at_most, paired_difference
 from moeprune.evaluation.results import Outcomes
-from moeprune.plan import LayerPlan, Method
-from moeprune.pruning.search import DropLimit, confirming_order, interval, prune_best, prune_within_drop
+from moeprune.plan import LayerPlan, Wanted
+from moeprune.pruning.search import DropLimit, confirming_order, interval, prune_within_drop
 from tests.reference import observe_layers
-from tests.stock import some_slow
+from tests.stock import PAPER, STATIC, some_slow
 
 CPU = moeprune.Runtime("cpu", batch_size=256)
 LAYER = "blocks.0.soft_moe"
@@ -29,8 +29,8 @@ def full(single):
 
 def search(full, data, limit, scope="static", signal="combine", compensate="none", **options):
     """The k of the model that a search finds, the model itself, and the report."""
-    method = Method(scope, signal, compensate)
-    model, report = prune_within_drop(full, data, limit, method=method, runtime=CPU, **options)
+    wanted = Wanted(scope, signal, compensate)
+    model, report = prune_within_drop(full, data, limit, wanted=wanted, runtime=CPU, **options)
     return model.get_submodule(LAYER).plan.k, model, report
 
 
@@ -158,25 +158,33 @@ def test_a_part_of_a_data_set_has_its_samples_in_any_batch_size(full):
         assert torch.equal(torch.cat([inputs for inputs, _ in part.batches(size)]), whole[places])
 
 
-def test_of_several_plans_the_one_nearest_to_the_full_model_is_kept(vit):
-    model = moeprune.load(vit)
-    data = moeprune.open_data("pairs:calibration", model.input_format, limit=60)
-    names = list(model.config.moe_layers)
-    plans = [
-        {name: LayerPlan("static", k, 64, "combine", "none") for name, k in zip(names, ks, strict=True)}
-        for ks in ((0, 0, 40), (14, 14, 14))
-    ]
-    analysis = moeprune.analyze(model, data, CPU)
-    inputs = torch.cat([inputs for inputs, _ in data.batches(100)])
-    full, changed = model(inputs).argmax(1), []
-    for plan in plans:
-        pruned = moeprune.prune(model, plan=plan, data=data, analysis=analysis, runtime=CPU)
-        changed.append(int((pruned(inputs).argmax(1) != full).sum()))
-    assert changed[0] != changed[1]
-    nearest = changed.index(min(changed))
-    for ordered, given in ((plans, None), (plans[::-1], analysis)):
-        ks = [layer.plan.k for layer in prune_best(model, ordered, given, data=data, runtime=CPU).moe_layers.values()]
-        assert ks == [plan.k for plan in plans[nearest].values()]
+@pytest.mark.slow
+def test_budgets_take_the_best_of_several_ways(vit, vit_analysis, run_json, tmp_path):
+    for option in ("--max-size", "--max-flops"):
+        found = run_json(f"prune {vit} --analysis {vit_analysis} {option} 0.7 -o {tmp_path}/a.safetensors --force")
+        share = "size" if option == "--max-size" else "flops"
+        tried = found["candidates"]
+        assert all(one[share] <= 0.7 for one in tried)
+        assert {"linear", "affine", "low-rank"} <= {one["compensate"] for one in tried}
+        [chosen] = [one for one in tried if one["is_chosen"]]
+        assert chosen["distance"] <= 1.1 * min(one["distance"] for one in tried) + 1e-3
+        assert {layer["k"] for layer in found["plan"].values()} == set(chosen["k"].values())
+        costs = {"size": lambda cost: cost["bytes"], "flops": lambda cost: cost["flops_per_input"]["total"]}
+        assert costs[share](found["model"]) <= 0.7 * costs[share](found["full_model"])
+
+
+@pytest.mark.slow
+def test_a_search_without_other_options_finds_a_small_model(single, run_json, tmp_path):
+    found = run_json(f"prune {single} --data digits --max-accuracy-drop 0.01 -o {tmp_path}/a.safetensors")
+    assert found["plan"][LAYER]["k"] <= 8
+    search = found["search"]
+    assert search["confirmed"]["accuracy_drop"] <= 0.01
+    assert len({(tried["compensate"], tried["rank"]) for tried in search["tried"]}) > 3
+    sizes = [tried["size"] for tried in search["tried"]]
+    assert sizes == sorted(sizes)
+    own = found["model"]["bytes"] / found["full_model"]["bytes"]
+    [chosen] = [tried for tried in search["tried"] if tried["size"] == pytest.approx(own)]
+    assert chosen["k"] == {LAYER: found["plan"][LAYER]["k"]}
 
 
 def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_path):
@@ -196,10 +204,10 @@ def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_
         path = tmp_path / f"from-{plan}.safetensors"
         run_json(f"{chosen} --plan {tmp_path / plan} -o {path}")
         assert path.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
-    run_json(f"{chosen} --keep 8 -o {tmp_path}/c.safetensors --save-plan {tmp_path}/c.json")
+    run_json(f"{chosen} --keep 8 {STATIC} -o {tmp_path}/c.safetensors --save-plan {tmp_path}/c.json")
     run_json(f"{chosen} --plan {tmp_path}/c.json -o {tmp_path}/d.safetensors")
     assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
-    cheap = run_json("prune", vit, "--max-flops", 0.92, "--scope", "input", "-o", tmp_path / "b.safetensors")
+    cheap = run_json("prune", vit, "--max-flops", 0.92, *PAPER.split(), "-o", tmp_path / "b.safetensors")
     flops, full_flops = (cheap[which]["flops_per_input"]["total"] for which in ("model", "full_model"))
     assert flops <= 0.92 * full_flops
 
@@ -218,10 +226,8 @@ def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_
 )
 def test_spellings_of_how_many_experts(option, spellings, ks, vit, vit_analysis, run_json, tmp_path):
     """A whole number is a number of experts, anything with a point, a slash or a percent sign a share."""
-    found = [
-        run_json("prune", vit, "--analysis", vit_analysis, option, text, "--save-plan", tmp_path / "p.json", "--force")
-        for text in spellings
-    ]
+    words = *STATIC.split(), "--save-plan", tmp_path / "p.json", "--force"
+    found = [run_json("prune", vit, "--analysis", vit_analysis, option, text, *words) for text in spellings]
     plans = [report["plan"] for report in found]
     assert plans == [plans[0]] * len(plans)
     assert ks in (None, {layer["k"] for layer in plans[0].values()})
@@ -247,7 +253,7 @@ def test_a_search_on_the_command_line(single, run, run_json, tmp_path):
 @pytest.mark.parametrize("compensate", ["none", "affine"])
 def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path):
     path = tmp_path / "adaptive.safetensors"
-    call = f"prune {single} --mass 0.8 --compensate {compensate} --data digits"
+    call = f"prune {single} --mass 0.8 --signal combine --compensate {compensate} --data digits"
     found = run_json(f"{call} -o {path}")
     assert found["plan"][LAYER] == {
         "scope": "input", "k": 128, "num_experts": 128, "signal": "combine", "compensation": compensate,
@@ -277,7 +283,7 @@ def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path)
 def test_a_budget_of_everything_keeps_everything(vit, vit_analysis, run_json, tmp_path):
     call = f"prune {vit} --analysis {vit_analysis} --max-size 1 -o {tmp_path}/o.safetensors --force"
     for scope, compensate in (("static", "none"), ("static", "affine"), ("input", "affine")):
-        found = run_json(f"{call} --scope {scope} --compensate {compensate}")
+        found = run_json(f"{call} --scope {scope} --signal combine --compensate {compensate}")
         assert {layer["k"] for layer in found["plan"].values()} == {64}
         assert found["model"]["bytes"] == found["full_model"]["bytes"]
 

@@ -20,7 +20,7 @@ from moeprune.models.request import ModelSpec
 from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.checkpoint import prune_checkpoint
 from moeprune.pruning.request import PruneRequest
-from tests.stock import some_slow
+from tests.stock import STATIC, some_slow
 
 CHOICES = list(product(("combine", "deviation", "random"), ("none", "renorm", "mean"), ("1", "1/8", "1/1")))
 
@@ -55,8 +55,8 @@ def test_other_types(dtype, single, single_analysis, tmp_path):
 
 def test_command_in_one_shot_needs_no_data(printed, vit, vit_analysis, tmp_path):
     expected, found, measured = (tmp_path / f"{name}.safetensors" for name in ("expected", "found", "measured"))
-    prune_file(vit, expected, analysis=vit_analysis, keep="1/8")
-    call = f"prune {vit} --analysis {vit_analysis} --keep 1/8"
+    prune_file(vit, expected, analysis=vit_analysis, keep="1/8", signal="combine", compensate="none")
+    call = f"prune {vit} --analysis {vit_analysis} --keep 1/8 {STATIC}"
     printed(f"{call} --one-shot -o {found}")
     assert found.read_bytes() == expected.read_bytes()
     printed(f"{call} -o {measured}")
@@ -71,7 +71,8 @@ def test_tensors_edited_since_the_analysis_are_not_pruned(run, single, single_an
     tensors["blocks.0.soft_moe.fc1_weight"].view(-1)[-1] += 1
     checkpoint.write(path, tensors, header.metadata | {"fingerprint": fingerprint(moeprune.load(single))})
     for streamed in (["--one-shot"], []):
-        result = run("prune", path, "--analysis", single_analysis, "--keep", "1/8", "-o", target, *streamed)
+        words = "--keep", "1/8", *STATIC.split(), "-o", target, *streamed
+        result = run("prune", path, "--analysis", single_analysis, *words)
         assert result.code == 2
         assert "the analysis was made for another checkpoint" in result.stderr
         assert not target.exists()
@@ -84,7 +85,7 @@ def test_values_that_are_not_finite_leave_no_file(single, tmp_path):
     whole[offset : offset + 4] = b"\xff" * 4
     path.write_bytes(whole)
     with pytest.raises(moeprune.MoepruneError, match=r"NaN or infinite values in `blocks\.0\.soft_moe\.fc1_weight`"):
-        prune_file(path, target, keep="1/1", signal="random")
+        prune_file(path, target, keep="1/1", signal="random", compensate="none")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
 
 
@@ -99,7 +100,7 @@ def test_a_file_that_changes_while_it_is_pruned(monkeypatch, single, tmp_path):
 
     monkeypatch.setattr(checkpoint, "_encode", encode)
     with pytest.raises(moeprune.MoepruneError, match="was replaced while it was read"):
-        prune_file(path, target, keep="4", signal="random")
+        prune_file(path, target, keep="4", signal="random", compensate="none")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
 
 
@@ -108,7 +109,7 @@ def test_tensors_of_many_blocks(monkeypatch, single, single_analysis, tmp_path):
     for block in (checkpoint.BLOCK, 64):
         monkeypatch.setattr(checkpoint, "BLOCK", block)
         path = tmp_path / f"{block}.safetensors"
-        prune_file(single, path, analysis=single_analysis, keep="1/8")
+        prune_file(single, path, analysis=single_analysis, keep="1/8", signal="combine", compensate="none")
         written.append(path.read_bytes())
     assert written[0] == written[1]
 
