@@ -542,7 +542,12 @@ OPTIONS = {
     f"{EVAL} --scope static": ("--scope", "--sweep"),
     f"{EVAL} --signal combine": ("--signal", "--sweep"),
     f"{EVAL} --compensate mean": ("--compensate", "--sweep"),
-    PRUNE: ("`--compensate auto`, the default", "--data", "`--scope input --signal combine --compensate none`"),
+    PRUNE: (
+        "`--compensate auto`, the default",
+        "--data",
+        "`--compensate none` is possible",
+        "`--scope input --signal combine`",
+    ),
     f"{PRUNE} --compensate none": ("--analysis", "--data"),
     f"{PRUNE} --scope input --signal deviation --compensate none": ("deviation", "--analysis"),
     f"{PRUNE} --scope batch --compensate mean": ("mean",),
