@@ -42,7 +42,7 @@ class Explained(Result, frozen=True):
     """Shares of the variance of a layer's output over tokens that regressions explain on samples not fitted.
 
     linear: a linear map of the layer's input and of its mean token. router: the router, with a constant for each expert
-    (and slot). both: the two together; only the experts explain the rest.
+    (and slot; of more than 512 of them, 512 mixtures). both: the two together; only the experts explain the rest.
     """
 
     linear: float

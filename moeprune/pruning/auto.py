@@ -25,14 +25,14 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
-from moeprune.plan import NARROWED, RANK, Compensation, Method, Plan, Scope, Wanted, is_possible
+from moeprune.plan import NARROWED, RANK, REFITS, Compensation, Method, Plan, Scope, Wanted, is_possible
 from moeprune.pruning.apply import Pruning, apply_plan
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Candidate, Repeats
 
-MOST_INPUTS, FEWEST_INPUTS = 2048, 256  # that candidates are compared on; a quarter of them held out
+MOST_INPUTS, FEWEST_INPUTS = 2048, 192  # that candidates are compared on; a quarter of them held out
 TRIAL_FLOPS = 1e12  # of these inputs' forward pass, within these numbers
-MOST_REGRESSORS = 1500  # of `refit`, as a candidate of `auto`: `low-rank` does better at less cost
+MOST_REGRESSORS = 1500  # of refits that `auto` tries: beyond, `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
 SAME = 5e-3  # distances that do not count
 RANKS, MOST_RANKS = (1, 2, 4, 8), 2  # of `low-rank` with a stated number of experts: the largest of these that pay
@@ -101,7 +101,7 @@ def _ranks(wanted: Wanted, layers: Mapping[str, LayerConfig], ranks: Sequence[in
 
 def affordable(plans: Sequence[Plan], layers: Mapping[str, LayerConfig]) -> list[Plan]:
     """Return the plans whose refits are not too large, or the first one; of several, also not too costly."""
-    most = {"refit": MOST_REGRESSORS} if len(plans) > 1 else {}
+    most = dict.fromkeys(REFITS, MOST_REGRESSORS) if len(plans) > 1 else {}
     return [plan for plan in plans if not too_large_refits(layers, plan, most)] or [*plans[:1]]
 
 

@@ -20,7 +20,7 @@ from moeprune.layers.layer import MoELayer
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD = 512 << 20  # bytes of moments at once
-CHOOSING = 16  # experts, spread evenly, by which the ridge is chosen
+CHOOSING = 8  # experts, spread evenly, by which the ridge is chosen
 ITERATIONS = 8  # of the search for leading eigenvectors
 SPARE = 8  # directions beyond the rank that it follows
 
