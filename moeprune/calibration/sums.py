@@ -10,7 +10,8 @@ are all that such regressions take, for every set of experts: a set loses the su
 of n + 1 is the gap: what is missing whatever is dropped, such as what pruned layers before it broke. S (o,s) projects
 outputs on a few fixed random directions, which keeps inner products on average; from TERMS on, weights are mixed too.
 
-Products of weights are in float64 where the device has it, others in float32, as is the sum `cross`; other sums are wide.
+Products of weights are in float64 where the device has it, others in float32, as is the sum `cross`; all other sums are
+wide.
 
 Axes: b inputs, m tokens, d width of the input, o width of the output, n experts, p terms per expert, q regressors,
 s directions.
