@@ -24,7 +24,7 @@ from moeprune.evaluation.evaluate import Predictions, compare
 from moeprune.evaluation.gates import judge
 from moeprune.models.architecture import architecture_from_json
 from moeprune.plan import LayerPlan
-from moeprune.pruning.auto import STATIC as STATIC_CHOICES
+from moeprune.pruning.auto import TRIED_STATIC
 from moeprune.pruning.sweep import METHODS
 from moeprune.records import to_text
 from tests.damage import metadata_of, parts_of, with_header, with_metadata
@@ -384,7 +384,7 @@ def test_a_sweep_compares_methods_and_controls(single, small_analysis, run_json)
     controls = [("0", "static", "combine", compensate) for compensate in ("none", "affine", "linear")]
     chosen = ("1/8", auto["scope"], auto["signal"], auto["compensate"])
     assert keys_of(rows) == [("1.0", None, None, None), chosen, *methods, *controls]
-    assert auto["compensate"] in STATIC_CHOICES
+    assert auto["compensate"] in TRIED_STATIC
     assert [row["rank"] for row in rows if row is not auto] == [None] * (len(rows) - 1)
     assert (auto["rank"] is not None) == (auto["compensate"] == "low-rank")
     of = dict(zip(keys_of(rows), rows, strict=True))

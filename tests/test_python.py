@@ -232,7 +232,7 @@ CALLS = {
     "`keep=.True.` is neither a share nor a number": {"keep": True},
     "no number of experts to keep\n\nhint: give one of `keep`, `mass`, `max_size`": {},
     "`max_accuracy_drop` searches on labelled `data`": {"max_accuracy_drop": 0.1},
-    "needs calibration data\n\nhint: add `data`; or `analysis` where": {"keep": 2},
+    "needs calibration data\n\nhint: add `data`, or `analysis` where": {"keep": 2},
     "needs calibration\n\nhint: give an analysis \\(`analysis`\\) or calibration data \\(`data`\\)": {
         "keep": 2,
         "compensate": "none",

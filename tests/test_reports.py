@@ -307,7 +307,7 @@ def test_verbose_says_what_is_read_where_it_runs_and_how_long_it_takes(single, r
     read = (f"read `{single}`: 42,539 parameters, 1 MoE layer", "read `digits:calibration`: 50 samples")
     for fragment in (*read, "runs on ", f"wrote `{path}` ({path.stat().st_size} bytes)"):
         assert fragment in said.stderr
-    assert re.search(r"analyze: 50 samples in \d+\.\d\d s, \d+ samples/s", said.stderr)
+    assert re.search(r"reach blocks\.0\.soft_moe: 50 samples in \d+\.\d\d s, \d+ samples/s", said.stderr)
     assert run(f"{call} --force").stderr == ""
 
 
