@@ -94,7 +94,8 @@ def test_frontier_on_the_command_line(single, small_analysis, run, run_json, tmp
     found = run_json(f"{call} --latency --latency-batch 2")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert found["plot"] == str(plot)
-    assert {row["label"] for row in found["rows"]} == {None, *METHODS.values()}
+    controls = {"static by combine, affine", "no MoE at all: linear"}
+    assert {row["label"] for row in found["rows"]} == {None, *METHODS.values(), *controls}
     assert all(row["latency"]["batches"][0]["batch_size"] == 2 for row in found["rows"])
     assert {row["keep"] for row in found["rows"]} == {"1.0", "0", "1/16", "1/4"}
     best = max(row["accuracy"] for row in found["rows"])
