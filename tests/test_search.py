@@ -129,7 +129,7 @@ def test_plans_beyond_the_limit_are_confirmed_no_more_often_than_the_confidence_
     limit = DropLimit(0.02, confidence)
     _, halves = drawn_halves(0.02, 0.0, seed=1)
     for smallest in (0, 20, 25):
-        order = confirming_order(smallest, 26)
+        order = [smallest + place for place in confirming_order([1.04**step for step in range(26 - smallest)])]
         rate = np.mean([first_within(limit, run, order, len(order)) is not None for run in halves])
         assert rate < 1.2 * (1 - confidence) + 0.01
 
@@ -137,7 +137,7 @@ def test_plans_beyond_the_limit_are_confirmed_no_more_often_than_the_confidence_
 @pytest.mark.parametrize("excess", [0.0, 1.0, 2.0, 2.5])
 def test_reported_intervals_cover_the_drop_though_the_plan_is_chosen_by_it(excess):
     drop, halves = drawn_halves(0.02, excess, seed=2)
-    limit, order = DropLimit(0.02), confirming_order(0, 26)
+    limit, order = DropLimit(0.02), confirming_order([1.04**step for step in range(26)])
     missed = 0
     for run in halves:
         chosen = first_within(limit, run, order, len(order))

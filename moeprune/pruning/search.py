@@ -38,6 +38,8 @@ from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Confirmation, Search, TriedPlan
 
 STEPS_OF_TWO = 2  # plans for each halving of what is kept or dropped
+FIRST_GROWTH = 0.02
+RIVALS = 1.5  # times the cost of the smallest plan that is found: others up to that may be confirmed in its place
 LEVEL = 0.95
 ANYTHING = Wanted()
 
@@ -154,12 +156,12 @@ class _Search:
     def climb(self, ladders: Sequence[Sequence[Step]]) -> list[Step]:
         """Return the smallest plan of each ladder that is within the limit on the first half, and what is larger on it.
 
-        They are sorted by cost. Ladders that can only give a larger plan than others are not climbed.
+        They are sorted by cost. Plans that cost RIVALS times as much as one of another ladder are not tried.
         """
         found: list[Step] = []
         for ladder in ladders:
             least = min((step.cost for step in found if len(ladder) > 1), default=math.inf)
-            cheaper = [step for step in ladder if step.cost < least]
+            cheaper = [step for step in ladder if step.cost < RIVALS * least]
             place = bisect_left(cheaper, True, key=self.attempt)
             found += ladder[place:] if place < len(cheaper) else []
         return sorted(found, key=lambda step: step.cost)
@@ -171,7 +173,7 @@ class _Search:
         steps = self.climb(ladders)
         if not steps:
             return None
-        second, order = second_half(), confirming_order(0, len(steps))
+        second, order = second_half(), confirming_order([step.cost for step in steps])
         for index in order:
             if not (self.tried[-1].step is steps[index] and self.within is not None) and not self.attempt(steps[index]):
                 continue
@@ -194,14 +196,21 @@ class _Search:
         return None
 
 
-def confirming_order(smallest: int, plans: int) -> list[int]:
-    """Return the plans to confirm: the smallest, those 1, 2, 4, … steps larger, and the largest.
+def confirming_order(costs: Sequence[float]) -> list[int]:
+    """Return which of several plans, from small to large by cost, to confirm.
 
-    >>> confirming_order(5, 20)
-    [5, 6, 7, 9, 13, 19]
+    The smallest, the first that costs 2 % more, of the rest the first that costs 4 % more than that, then 8 %, and so
+    on; and the largest.
+
+    >>> confirming_order([1.0, 1.01, 1.03, 1.05, 1.08, 1.5, 1.9])
+    [0, 2, 4, 5, 6]
     """
-    larger = (smallest + 2**power for power in range(plans.bit_length()))
-    return sorted({smallest, plans - 1, *(plan for plan in larger if plan < plans)})
+    order, growth = [0], FIRST_GROWTH
+    for index, cost in enumerate(costs):
+        if cost >= costs[order[-1]] * (1 + growth):
+            order.append(index)
+            growth *= 2
+    return sorted({*order, len(costs) - 1})
 
 
 def interval(outcomes: Outcomes, plans: int) -> tuple[float, float]:
