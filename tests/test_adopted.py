@@ -358,7 +358,7 @@ def test_a_model_of_a_release_that_is_not_installed(package):
 def test_static_pruning_of_dynamic_slots_is_refused_with_the_reason():
     model = adopt(randomized(dynamic()), SHAPE)
     with pytest.raises(MoepruneError, match="makes its slots anew from each input's tokens") as caught:
-        prune(model, keep=2, signal="random", compensate="renorm")
+        prune(model, keep=2, scope="static", signal="random", compensate="renorm")
     assert "with scope input or batch only" in caught.value.message
 
 

@@ -539,14 +539,16 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
     assert result.code == 0
     assert without_numbers(result.stdout) == without_numbers(block(GUIDE, "text"))
     steps = result.stderr.splitlines()
-    assert len(steps) == 2 * 26
-    assert [step.split(":")[0] for step in steps] == ["single"] * 26 + ["vit"] * 26
-    names = ["input-none-1-8", "input-mean-1-16", "static-lstsq-1-8", "static-lstsq-1-16", "static-affine-1-32"]
+    assert [step.split(":")[0] for step in steps] == ["single"] * 19 + ["vit"] * 19
+    saved = {
+        "static-auto-1-8": ("1/8", "auto"), "static-renorm-refit-1-8": ("1/8", "drop-in: static, renorm-refit"),
+        "input-none-1-8": ("1/8", "paper's rule: input, none"), "static-linear-0": ("0", "no MoE at all: linear"),
+    }  # fmt: skip
     files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     expected = {"summary.json"}
     for model in ("single", "vit"):
         expected |= {f"{model}/full.safetensors", f"{model}/full.json", f"{model}/analysis.safetensors"}
-        expected |= {f"{model}/{name}.{suffix}" for name in names for suffix in ("safetensors", "json")}
+        expected |= {f"{model}/{name}.{suffix}" for name in saved for suffix in ("safetensors", "json")}
     assert files == expected
     summary = json.loads((output / "summary.json").read_text())
     assert set(summary) == {"schema_version", "warnings", "directory", "models", "environment"}
@@ -555,27 +557,21 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
     for name, shipped in (("single", single), ("vit", vit)):
         assert (output / name / "full.safetensors").read_bytes() == shipped.read_bytes()
         rows = summary["models"][name]["rows"]
-        keys = keys_of(rows)
-        methods = [
-            ("input", "combine", "none"), ("static", "random", "none"), ("input", "combine", "mean"),
-            ("static", "combine", "none"), ("static", "combine", "mean"), ("static", "combine", "lstsq"),
-            ("static", "gram", "affine"),
-        ]  # fmt: skip
-        assert keys[0] == ("1.0", None, None, None)
-        assert set(keys[1:]) == {
-            *((keep, *method) for keep in ("1/32", "1/16", "1/8") for method in methods),
-            *(("0", "static", "combine", compensate) for compensate in ("none", "mean", "lstsq", "affine")),
-        }
-        assert len(keys) == len(set(keys))
-        of = dict(zip(keys, rows, strict=True))
-        for file in names:
+        of = {(row["keep"], row["label"]): row for row in rows}
+        ways = {
+            "auto", "drop-in: static, renorm-refit", "static by gram, mean", "paper's rule: input, none",
+            "random: static, none",
+        }  # fmt: skip
+        assert len(rows) == len(of)
+        assert set(of) == {("1.0", None), ("0", "static by combine, affine"), ("0", "static by combine, none")} | {
+            ("0", "no MoE at all: linear"), *((keep, way) for keep in ("1/32", "1/16", "1/8") for way in ways)
+        }  # fmt: skip
+        for file, key in saved.items():
             found = json.loads((output / name / f"{file}.json").read_text())
             assert complaints("eval", found) == []
-            scope, compensate, share = file.split("-", 2)
-            signal = "gram" if compensate == "affine" else "combine"
-            assert found["model"] == of[share.replace("-", "/"), scope, signal, compensate]["model"]
+            assert found["model"] == of[key]["model"]
             assert found["model"]["bytes"] == tensor_bytes(output / name / f"{file}.safetensors")
-        assert of["1/8", "static", "random", "none"]["draws"] == 10
+        assert of["1/8", "random: static, none"]["draws"] == 10
         check_what_is_promised(name, of)
     again = run("demo")
     assert again.code == 2
@@ -597,18 +593,16 @@ def test_a_demo_that_fails_leaves_everything_as_it_was(error, code, run, tmp_pat
 
 def check_what_is_promised(model, of):
     """The figures that the shipped checkpoints must reach on the test split."""
-    full = of["1.0", None, None, None]["accuracy"]
+    full = of["1.0", None]["accuracy"]
+    assert all(of[keep, "auto"]["retained"] >= 0.98 for keep in ("1/32", "1/16", "1/8"))
     if model == "vit":
         assert full >= 0.93
-        assert min(full - of["1/8", "static", "combine", c]["accuracy"] for c in ("mean", "lstsq")) <= 0.01
+        assert full - of["1/8", "static by gram, mean"]["accuracy"] <= 0.01
         return
     assert full >= 0.96
-    assert of["1/8", "input", "combine", "none"]["retained"] >= 0.97
-    assert of["1/8", "static", "random", "none"]["retained"] <= 0.5
-    assert of["1/8", "static", "combine", "lstsq"]["retained"] >= 0.99
-    assert of["1/16", "static", "combine", "lstsq"]["retained"] >= 0.965
-    assert of["1/16", "input", "combine", "mean"]["retained"] >= 0.97
-    assert of["1/16", "static", "gram", "affine"]["retained"] >= 0.98
+    assert of["1/8", "paper's rule: input, none"]["retained"] >= 0.97
+    assert of["1/8", "random: static, none"]["retained"] <= 0.5
+    assert of["1/8", "drop-in: static, renorm-refit"]["retained"] >= 0.93
 
 
 # --- checkpoints of other programs

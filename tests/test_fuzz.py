@@ -96,7 +96,7 @@ CASES = 60
 """Damaged files of each kind."""
 
 ANALYSIS = "--analysis @analysis.safetensors -o OLD --force"
-RANDOM = "--signal random --keep 2 -o OLD --force"
+RANDOM = "--signal random --compensate none --keep 2 -o OLD --force"
 PRUNED = ("static", "routed", "merged", "narrowed")
 KINDS = {
     "dense.safetensors": (

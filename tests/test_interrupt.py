@@ -180,8 +180,11 @@ def large(tmp_path_factory) -> Path:
 
 
 WRITING = {
-    "from file to file": ("x.safetensors", ["prune", "--keep", "120", "--signal", "random"]),
-    "in memory": ("x.safetensors", ["prune", "--keep", "2", "--scope", "input"]),
+    "from file to file": ("x.safetensors", ["prune", "--keep", "120", *["--signal", "random", "--compensate", "none"]]),
+    "in memory": (
+        "x.safetensors",
+        ["prune", "--keep", "2", *["--scope", "input", "--signal", "combine", "--compensate", "none"]],
+    ),
     "to another library": ("x.safetensors", ["export", "--to", "soft-moe"]),
     "to a torch file": ("x.pt", ["export", "--to", "soft-moe"]),
 }

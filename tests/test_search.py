@@ -96,15 +96,15 @@ def test_the_interval_and_the_bound_hold_for_all_plans_that_could_have_been_meas
     data = moeprune.open_data("digits:test", full.input_format)
     ks = []
     for confidence in (None, 0.9):
-        k, model, report = search(full, data, DropLimit(0.02, confidence), compensate="mean")
+        k, model, report = search(full, data, DropLimit(0.03, confidence), compensate="mean")
         cells, confirmed = confirmed_on(full, model, data), report.confirmed
-        assert 2 < confirmed.plans < 8
+        assert 2 < confirmed.plans < 10
         quantile = norm.isf(0.025 / confirmed.plans)
         assert confirmed.accuracy_drop_ci95 == pytest.approx(paired_difference(*cells, quantile))
         assert confirmed.confidence == confidence
         ks.append(k)
     assert confirmed.bound == pytest.approx(drop_at_most(*cells, 1 - 0.1 / confirmed.plans))
-    assert confirmed.accuracy_drop < confirmed.bound <= 0.02
+    assert confirmed.accuracy_drop < confirmed.bound <= 0.03
     assert ks[1] > ks[0]
 
 

@@ -144,7 +144,8 @@ class SoftMoE(MoELayer):
         """Run the linear map that has taken the place of the layer."""
         output = self.affine(x.to(self.affine_token.dtype), mask).to(x.dtype)
         none = x.new_zeros(*x.shape[:2], 0, self.config.slots_per_expert)
-        mass, nothing = none.new_zeros(len(x) // self.config.windows, 0), none[:, :0].mT[..., None]
+        mass = none.new_zeros(len(x) // self.config.windows, 0)
+        nothing = none.new_zeros(len(x), 0, self.config.slots_per_expert, self.config.output_width)
         self.observe(lambda: Observation(none, mass, masked(output, mask), masked(x, mask), mask, None, nothing))
         return output
 

@@ -26,7 +26,7 @@ from moeprune.pruning.auto import possible_scope
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.prune import plans_of, prune_model
 from moeprune.pruning.request import PruneRequest, SweepRequest
-from moeprune.pruning.results import Pruned, Sweep
+from moeprune.pruning.results import FitQuality, Pruned, Sweep
 from moeprune.pruning.sweep import COMPENSATIONS_TRIED, KEEPS, Variant, grid, methods, on_frontier, sweep
 from moeprune.records import to_json
 
@@ -49,12 +49,13 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     data = None if request.data is None else open_data_for(full.model, request.data, "calibration", names)
     stated = None if request.plan is None else read_plan(request.plan, full.config.moe_layers)
     plans, analysis = plans_of(full, request, analysis, data, stated)
-    plan, made, cost = plans[0] if plans else {}, None, None
+    plan, made, cost, fits = plans[0] if plans else {}, None, None, dict[str, FitQuality]()
     if request.output is not None:
         if full.header is not None and len(plans) == 1 and data is None and _copies(plan, request):
             _prune_file(request, full, full.header, analysis, plan)
         else:
             made = prune_model(full, request, analysis, data, plans)
+            fits = made.fits  # before anything is written
             save(made.model, request.output, request.overwrite)
         written = our_header(request.output)
         assert written is not None
@@ -71,7 +72,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         full_model=full.config.cost({}, full.tensors),
         search=made and made.search,
         candidates=[*made.candidates] if made else [],
-        fits=made.fits if made else {},
+        fits=fits,
         repeats=made and made.repeats,
     )
 

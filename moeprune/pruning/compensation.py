@@ -20,6 +20,7 @@ Axes: b inputs, m tokens, d width of the input, o of the output, n experts, e dr
 regressors.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from moeprune.calibration.ridge import Fit, solve_held_out
 from moeprune.calibration.sums import RegressionSums
 from moeprune.calibration.walk import Stage
+from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, layer_of_tensors
 from moeprune.layers.surgery import Calibrated, prune_layer
@@ -47,6 +49,11 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
     layer = prune_layer(stage.layer, plan, calibrated)
     beside = fit_low_rank(stage, layer) if plan.is_low_rank else 0.0
     found, power = regress(stage, layer)
+    if not (math.isfinite(found.held_out) and found.solution.isfinite().all()):
+        raise MoepruneError(
+            f"the compensation of layer `{stage.name}` cannot be fitted: numbers are NaN or infinite",
+            "check the analysis and the checkpoint, or use `--dtype float32`",
+        )
     correct(layer, found.solution)
     left_out = 0.0
     if wanted != plan:

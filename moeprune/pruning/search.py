@@ -191,7 +191,7 @@ class _Search:
                     confidence=self.limit.confidence,
                     bound=None if self.limit.confidence is None else judged,
                 )
-                tried = sorted((each.figures for each in self.tried), key=lambda figures: figures.size)
+                tried = [each.figures for each in sorted(self.tried, key=lambda each: each.step.cost)]
                 return self.within, Search(self.limit.max_accuracy_drop, tried, confirmed)
         return None
 
