@@ -96,17 +96,22 @@ def solve_held_out(halves: Halves, kinds: Sequence[int] | None = None, groups: S
 
 
 def solve(equations: Equations, ridges: Tensor) -> Tensor:
-    """Return V (q,o) of the ridge regression with a lambda for each column (q).
+    """Return V (q,o) of the ridge regression with a lambda for each column (q)."""
+    return torch.cholesky_solve(equations.cross, factorized(equations.power, ridges))
+
+
+def factorized(power: Tensor, ridges: Tensor) -> Tensor:
+    """Return the Cholesky factor (q,q) of RᵀR with a lambda added for each column (q).
 
     Rounding can make sums of products indefinite; the ridge is then made as much stronger as it takes.
     """
     for stronger in range(6):
-        matrix = equations.power.clone()
+        matrix = power.clone()
         matrix.diagonal().add_(ridges.clamp_min(1e-12) * 10**stronger)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             break
-    return torch.cholesky_solve(equations.cross, factor)
+    return factor
 
 
 def choose_ridges(halves: Halves, groups: Sequence[int]) -> Tensor | None:

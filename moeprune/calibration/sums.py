@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeprune.calibration.ridge import Equations, choose_ridges, column_scale, sketch, solve_held_out
+from moeprune.calibration.ridge import Equations, choose_ridges, column_scale, factorized, sketch, solve_held_out
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation, mean_token
 
@@ -268,10 +268,7 @@ def explained(first: Contributions, second: Contributions) -> Tensor:
 
 def _change(power: Tensor, cross: Tensor, held_power: Tensor, held_cross: Tensor, ridges: Tensor) -> Tensor:
     """Return by how much fits to one half change the Gram matrix (n+1,n+1) of what is lost on the other."""
-    matrix = power + torch.diag(ridges / 2)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:  # by rounding
-        factor = torch.linalg.cholesky(matrix + 1e-4 * torch.eye(len(matrix), dtype=matrix.dtype))
+    factor = factorized(power, ridges / 2)
     change = torch.zeros(len(cross), len(cross), dtype=cross.dtype)
     step = max(1, CHUNK // cross[:, :, 0].numel())
     for fitted, measured in zip(cross.split(step, 2), held_cross.split(step, 2), strict=True):

@@ -177,10 +177,11 @@ class Walk:
         """True once a layer is pruned: before that both models are the same."""
         return self.pruned is not None and bool(self.pruned.plan)
 
-    def _end_waiting(self) -> None:
-        """End all passes that wait."""
+    def _end_waiting(self, running: _Pass | None = None) -> None:
+        """End all passes that wait; running: one that does not."""
         for waiting in (*self.of_full.values(), *self.of_pruned.values(), *self.waiting):
-            waiting.close()
+            if waiting is not running:
+                waiting.close()
         self.of_full, self.of_pruned, self.waiting = {}, {}, []
 
     def _run_to(self, name: str, running: _Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -190,10 +191,7 @@ class Walk:
             if self.lets_wait and running.is_stuck():
                 logger.info("a forward pass waits for another: passes start anew for each layer")
                 self.lets_wait = False
-                for each in (self.of_full, self.of_pruned):
-                    for number in [number for number, waiting in each.items() if waiting is running]:
-                        del each[number]
-                self._end_waiting()
+                self._end_waiting(running)
         return running.arguments(name)
 
     def reach(self, name: str, see: Callable[[Observation, Tensor | None], None] | None = None) -> Stage:

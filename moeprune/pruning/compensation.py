@@ -86,13 +86,8 @@ def regress(stage: Stage, layer: MoELayer) -> tuple[Fit, Tensor]:
 def correct(layer: MoELayer, correction: Tensor) -> None:
     """Add V (q,o) to what a pruned layer's regressors are multiplied by, in place."""
     kinds = layer.regressor_kinds()
-    hidden, bias, rest = correction.split(
-        [
-            kinds.get("hidden", 0),
-            kinds.get("bias", 0),
-            len(correction) - sum(kinds.get(name, 0) for name in ("hidden", "bias")),
-        ]
-    )
+    own = [kinds.get("hidden", 0), kinds.get("bias", 0)]
+    hidden, bias, rest = correction.split([*own, len(correction) - sum(own)])
     if len(hidden):
         change = hidden.unflatten(0, (len(layer.fc2_weight), -1)).mT
         layer.fc2_weight = torch.nn.Parameter(layer.fc2_weight + change.to(layer.fc2_weight), False)
