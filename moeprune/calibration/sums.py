@@ -88,12 +88,15 @@ def columns(seen: Observation, kinds: Mapping[str, int], mixing: Tensor | None =
 
 
 class RegressionSums:
-    """Sums for the regression of a gap on columns of some kinds, over some inputs."""
+    """Sums for the regression of a gap on columns of some kinds, over some inputs.
 
-    def __init__(self, kinds: Mapping[str, int], width: int, device: torch.device):
+    power: the products of these columns with each other (q,q), if they are known.
+    """
+
+    def __init__(self, kinds: Mapping[str, int], width: int, device: torch.device, power: Tensor | None = None):
         q, dtype = sum(kinds.values()), wide_dtype(device)
-        self.kinds = kinds
-        self.power = torch.zeros(q, q, device=device, dtype=dtype)
+        self.kinds, self.knows_power = kinds, power is not None
+        self.power = torch.zeros(q, q, device=device, dtype=dtype) if power is None else power
         self.cross = torch.zeros(q, width, device=device, dtype=dtype)
         self.square = torch.zeros((), device=device, dtype=dtype)
 
@@ -103,7 +106,8 @@ class RegressionSums:
             return
         found, start = columns(seen, self.kinds), self.kinds.get("hidden", 0)
         gap = gap.float().reshape(*seen.tokens.shape[:2], -1)
-        add_products(found, self.power[start:, start:])
+        if not self.knows_power:
+            add_products(found, self.power[start:, start:])
         add_targets(found, gap, self.cross[start:], self.square)
         if start:
             self._add_hidden(seen, found, gap, start)
@@ -132,7 +136,7 @@ class RegressionSums:
     def equations(self) -> Equations:
         """Return the equations, on the CPU in float64."""
         power, cross = (part.to("cpu", torch.float64) for part in (self.power, self.cross))
-        return Equations(power, cross, float(self.square))
+        return Equations((power + power.mT) / 2, cross, float(self.square))  # rounding need not be symmetric
 
 
 def add_products(found: Columns, power: Tensor) -> None:

@@ -70,7 +70,7 @@ def methods(
         if is_allowed and is_possible(scope, each.signal_for(compensation), compensation):
             ranks = _ranks(each, layers, RANKS_OF_BUDGETS if is_budget else RANKS)
             ranks = ranks if is_budget else ranks[-MOST_RANKS:]
-            found += [_method(each, compensation, rank) for rank in ranks]
+            found += [_method(each, compensation, rank) for rank in ranks[::-1]]  # lower ones take their maps from it
     if wanted.energy is not None:
         found = [method for method in found if method.compensate in NARROWED]
     if not found and wanted.energy is not None:

@@ -71,11 +71,17 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
 
 def regress(stage: Stage, layer: MoELayer) -> tuple[Fit, Tensor]:
     """Fit what a pruned layer lacks; return the fit, with V (q,o), and ZᵀZ (q,q) of the regressors."""
-    kinds, width = layer.regressor_kinds(), layer.config.output_width
-    halves = [RegressionSums(kinds, width, layer.fc2_weight.device) for _ in range(2)]
+    kinds, width, plan = layer.regressor_kinds(), layer.config.output_width, layer.plan
+    assert plan is not None
+    columns = *kinds.items(), plan.scope, plan.kept if plan.scope == "static" else plan  # that decide the regressors
+    is_shared = "hidden" not in kinds and "bias" not in kinds
+    known = stage.shared.get(("power", columns)) if is_shared else None
+    halves = [RegressionSums(kinds, width, layer.fc2_weight.device, known and known[half]) for half in range(2)]
     for members, seen, gap in stage.observe(layer):
         for half, index in zip(halves, members, strict=True):
             half.add(seen.select(index), gap[index])
+    if is_shared:
+        stage.shared["power", columns] = [half.power for half in halves]
     first, second = (half.equations() for half in halves)
     of_tokens = sum(kinds.get(name, 0) for name in ("token", "mean", "one"))
     groups = [size for name, size in kinds.items() if name in ("hidden", "bias", "terms")]

@@ -9,7 +9,7 @@ Axes: e experts, p terms per expert, d width of the input, o of the output, r ra
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,12 +65,13 @@ def fit_low_rank(stage: Stage, layer: MoELayer) -> float:
     assert plan.rank is not None
     experts = list(plan.dropped) if plan.scope == "static" else list(range(plan.num_experts))
     gap, like, first = 0.0, layer.surrogate, len(layer.surrogate) - len(experts)
+    known = stage.shared.setdefault(("maps", *experts), {})
     for start, count, halves, around in _moments_of(stage, experts):
-        ridge, more = choose_ridge(halves, plan.rank)
+        ridge, more = choose_ridge(halves, plan.rank, known.setdefault(start, {}))
         gap += more
         for some in torch.arange(count).split(CHOOSING):
             moments = (halves[0].select(some) + halves[1].select(some)).centred()
-            into, out_of = reduced_rank(moments, ridge, plan.rank)
+            into, out_of = _shared(known, (start + int(some[0]), ridge), moments, ridge, plan.rank)
             inputs, outputs = around[0][some] + moments.inputs, around[1][some] + moments.outputs
             places = start + some
             layer.low_rank_in[places] = into.to(like)
@@ -146,9 +147,19 @@ def measure(stage: Stage, experts: Sequence[int]) -> tuple[tuple[Moments, Moment
     return (first, second), (near_inputs, near_outputs)
 
 
-def choose_ridge(halves: tuple[Moments, Moments], rank: int) -> tuple[float, float]:
+def _shared(known: dict[Any, tuple[Tensor, Tensor]], key: Any, moments: Moments, ridge: float, rank: int) -> Any:
+    """Return A (e,d,r) and B (e,r,o) of `reduced_rank`; those of a lower rank are the first of a higher one's."""
+    if key not in known or known[key][0].shape[2] < rank:
+        known[key] = reduced_rank(moments, ridge, rank)
+    into, out_of = known[key]
+    return into[:, :, :rank], out_of[:, :rank]
+
+
+def choose_ridge(halves: tuple[Moments, Moments], rank: int, known: dict[Any, Any]) -> tuple[float, float]:
     """Return the ridge whose maps, fitted to one half, have the least error on the other, both ways; and by how much
     that is more than their error on the half that they are fitted to, for all experts.
+
+    known: maps of the same experts, fitted before.
     """
     count = len(halves[0].weight)
     some = torch.linspace(0, count - 1, min(count, CHOOSING)).round().long()
@@ -156,25 +167,27 @@ def choose_ridge(halves: tuple[Moments, Moments], rank: int) -> tuple[float, flo
     errors = []
     for ridge in RIDGES:
         error, of_fitted = 0.0, 0.0
-        for fitted, held_out in (parts, parts[::-1]):
+        for which, (fitted, held_out) in enumerate((parts, parts[::-1])):
             own = fitted.centred()
-            maps = torch.bmm(*reduced_rank(own, ridge, rank))
-            error += _error(held_out, own, maps)
-            of_fitted += _error(fitted, own, maps)
+            maps = _shared(known, (which, ridge), own, ridge, rank)
+            error += _error(held_out, own, *maps)
+            of_fitted += _error(fitted, own, *maps)
         errors.append((error, ridge, max(error - of_fitted, 0.0)))
     _, ridge, gap = min(errors)
     return ridge, gap * count / len(some)
 
 
-def _error(held_out: Moments, fitted: Moments, maps: Tensor) -> float:
-    """Return the squared error of maps (e,d,o) around the means of `fitted`, on other inputs."""
-    dtype = wide_dtype(maps.device)
-    constant = fitted.outputs.to(dtype) - (fitted.inputs.to(dtype)[:, None] @ maps.to(dtype))[:, 0]  # (e,o)
+def _error(held_out: Moments, fitted: Moments, into: Tensor, out_of: Tensor) -> float:
+    """Return the squared error of maps A (e,d,r) and B (e,r,o), of orthonormal rows, around the means of `fitted`, on
+    other inputs.
+    """
+    dtype = wide_dtype(into.device)
     weight, inputs, outputs, power, cross, square = (part.to(dtype) for part in held_out)
-    maps = maps.to(dtype)
-    error = square - 2 * (maps * cross).sum((1, 2)) + (maps * (power @ maps)).sum((1, 2))
+    into, out_of = into.to(dtype), out_of.to(dtype)
+    constant = fitted.outputs.to(dtype) - (fitted.inputs.to(dtype)[:, None] @ into @ out_of)[:, 0]  # (e,o)
+    error = square - 2 * (into * (cross @ out_of.mT)).sum((1, 2)) + (into * (power @ into)).sum((1, 2))
     error += weight * constant.square().sum(1) - 2 * (constant * outputs).sum(1)
-    error += 2 * (constant * (inputs[:, None] @ maps)[:, 0]).sum(1)
+    error += 2 * (constant * (inputs[:, None] @ into @ out_of)[:, 0]).sum(1)
     return float(error.sum())
 
 
