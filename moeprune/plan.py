@@ -26,6 +26,7 @@ FITTED = ("lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear")  # t
 AFFINE = ("affine", "refit", "low-rank", "linear")  # with a linear map of the layer's input
 REFITS = ("refit", "renorm-refit")  # that change the kept experts' last linears
 NARROWED = ("lstsq", "affine", "refit")  # that can be given in few directions of the output
+RANKED = (*NARROWED, "low-rank")  # that have a rank, or an energy that decides it
 STATIC = (*REFITS, "linear", "merge")  # that need one set of experts for all inputs
 RANK = 8  # of `low-rank`, unless it is stated
 
@@ -76,7 +77,8 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
             until data has decided.
         rank: with `low-rank`, that of each dropped expert's map. With `lstsq`, `affine` and `refit` the number of
             output directions that they use; None: all.
-        energy: with these three, the share of their energy that decides the rank, if a lower rank is cheaper.
+        energy: with these four, the share of their energy that decides the rank. The last three take all directions
+            if that is cheaper.
     """
 
     scope: Scope
@@ -104,7 +106,8 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         yield k == 0 and needs_one, f"compensation `{compensation}` needs at least one kept expert"
         keeps = compensation == "linear" and k > 0
         yield keeps, f"compensation `linear` keeps no expert, `k` is {k}"
-        yield compensation == "low-rank" and self.rank is None, "compensation `low-rank` needs a `rank`"
+        is_open = compensation == "low-rank" and self.rank is None and self.energy is None
+        yield is_open, "compensation `low-rank` needs a `rank` or an `energy`"
         reason = impossible(self.scope, self.signal, compensation)
         yield reason is not None, reason or ""
         is_adaptive = self.mass is not None
@@ -121,9 +124,9 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
             wrong = len(merged) != n - k or not set(merged) <= set(kept or ())  # the dropped may be too many to list
             expected = f"expected a kept expert for each of the {n - k} dropped ones"
             yield wrong, f"`merged_into` is {list(merged)}, {expected}"
-        for name, allowed in (("rank", (*NARROWED, "low-rank")), ("energy", NARROWED)):
-            of_none = getattr(self, name) is not None and compensation not in allowed
-            yield of_none, f"`{name}` goes with the compensations {', '.join(allowed)}"
+        for name in ("rank", "energy"):
+            of_none = getattr(self, name) is not None and compensation not in RANKED
+            yield of_none, f"`{name}` goes with the compensations {', '.join(RANKED)}"
         both = self.rank is not None and self.energy is not None
         yield both, "`rank` and `energy` do not go together: the energy decides the rank"
 

@@ -12,6 +12,7 @@ from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.plan import LayerPlan
 from moeprune.pruning import low_rank as low_rank_module
+from moeprune.pruning.compensation import fit
 from moeprune.pruning.low_rank import RIDGES, Moments, fit_low_rank, leading_directions, reduced_rank
 from tests.reference import reference_combine, reference_layer, reference_router, reference_slot_input
 from tests.test_calibration import layer_inputs_and_outputs
@@ -230,6 +231,26 @@ def test_maps_are_weighted_reduced_rank_regressions_of_the_experts_outputs(kind,
         found = (layer.low_rank_in[place] @ layer.low_rank_out[place]).double().numpy()
         np.testing.assert_allclose(s @ found + constants[place], s @ M + c, rtol=1e-3, atol=2e-4 * np.abs(f).max())
     assert layer.low_rank_in.shape == (len(slots), 12, RANK)
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.6, 0.8])
+def test_the_energy_decides_the_rank(energy, tmp_path, monkeypatch):
+    """The least that holds this share of the squares of all maps' outputs, by the SVD of what maps of full rank fit."""
+    monkeypatch.setattr(low_rank_module, "choose_ridge", lambda *_: (1e-2, 0.0))
+    full, data = model_and_data(tmp_path, samples=60)
+    plan = plan_of(rank=None, energy=energy)
+    with behind_a_pruned_layer(full, data) as (stage, model):
+        layer, _ = fit(stage, plan, Calibrated(None, torch.zeros(5, 2, 12)), 4)
+        x = layer_inputs_and_outputs(model, LAST, data)[0]
+    squares, outputs = np.zeros(12), observe(full.moe_layers[LAST], x).term_outputs.double().numpy()
+    for j in DROPPED:
+        s, w = slots_of(full.moe_layers[LAST], x, j)
+        M, _ = direct_map(s.reshape(-1, 12), outputs[:, j].reshape(-1, 12), w.ravel(), 1e-2, 12)
+        centred = s.reshape(-1, 12) - w.ravel() @ s.reshape(-1, 12) / w.sum()
+        squares += np.square(np.linalg.svd(np.sqrt(w.ravel())[:, None] * centred @ M)[1])
+    held = squares.cumsum() / squares.sum()
+    assert layer.plan.rank == np.argmax(held >= energy) + 1
+    assert layer.plan.energy is None
 
 
 def test_no_other_map_of_the_rank_is_nearer():

@@ -25,7 +25,7 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
-from moeprune.plan import NARROWED, RANK, REFITS, Compensation, Method, Plan, Scope, Wanted, is_possible
+from moeprune.plan import RANK, RANKED, REFITS, Compensation, Method, Plan, Scope, Wanted, is_possible
 from moeprune.pruning.apply import Pruning, apply_plan
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Candidate, Repeats
@@ -54,6 +54,9 @@ def methods(
     if wanted.scope == "auto":
         wanted = wanted.replace(scope=possible_scope(wanted, layers))
     scope = wanted.concrete_scope
+    if wanted.energy is not None and wanted.compensate == "low-rank" and is_budget:
+        hint = "give `--rank`, or `--keep` in place of the budget"
+        raise MoepruneError("`--energy` with `--compensate low-rank` leaves open what a plan costs", hint)
     if wanted.compensate != "auto":
         return [_method(wanted, wanted.compensate, rank, has_data) for rank in _ranks(wanted, layers)]
     if not has_data:
@@ -72,7 +75,7 @@ def methods(
             ranks = ranks if is_budget else ranks[-MOST_RANKS:]
             found += [_method(each, compensation, rank) for rank in ranks[::-1]]  # lower ones take their maps from it
     if wanted.energy is not None:
-        found = [method for method in found if method.compensate in NARROWED]
+        found = [method for method in found if method.compensate in RANKED]
     if not found and wanted.energy is not None:
         raise MoepruneError("`--energy` needs a fit, and data to fit to", "leave it out")
     if not found:
@@ -93,7 +96,7 @@ def _method(wanted: Wanted, compensation: str, rank: int | None, has_data: bool 
 
 def _ranks(wanted: Wanted, layers: Mapping[str, LayerConfig], ranks: Sequence[int] = (RANK,)) -> list[int | None]:
     """Return the ranks to try: at most half the width of an expert, with as many weights as half of an expert."""
-    if wanted.compensate != "low-rank" or wanted.rank is not None:
+    if wanted.compensate != "low-rank" or wanted.rank is not None or wanted.energy is not None:
         return [wanted.rank]
     most = max(1, min(min(layer.dim, layer.output_width, layer.expert_width // 2) for layer in layers.values()))
     return [*dict.fromkeys(min(rank, most) for rank in ranks)]

@@ -34,7 +34,7 @@ from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, layer_of_tensors
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.plan import REFITS, LayerPlan, Plan
-from moeprune.pruning.low_rank import fit_low_rank
+from moeprune.pruning.low_rank import fit_low_rank, rank_of_energy
 from moeprune.pruning.results import FitQuality
 
 MAX_REGRESSORS = 4096  # regressors that a refit takes at most: their Gram matrix is held in float64, and decomposed
@@ -45,6 +45,8 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
 
     wanted: its plan, which may have a rank or energy. tokens: of one input.
     """
+    if wanted.is_low_rank and wanted.rank is None:
+        wanted = wanted.replace(rank=rank_of_energy(stage, wanted), energy=None)
     plan = wanted if wanted.is_low_rank else wanted.replace(rank=None, energy=None)
     layer = prune_layer(stage.layer, plan, calibrated)
     beside = fit_low_rank(stage, layer) if plan.is_low_rank else 0.0

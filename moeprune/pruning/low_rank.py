@@ -17,6 +17,7 @@ from torch import Tensor
 from moeprune.calibration.sums import wide_dtype
 from moeprune.calibration.walk import Stage
 from moeprune.layers.layer import MoELayer
+from moeprune.plan import LayerPlan
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD = 512 << 20  # bytes of moments at once
@@ -63,7 +64,7 @@ def fit_low_rank(stage: Stage, layer: MoELayer) -> float:
     plan = layer.plan
     assert plan is not None
     assert plan.rank is not None
-    experts = list(plan.dropped) if plan.scope == "static" else list(range(plan.num_experts))
+    experts = _mapped(plan)
     gap, like, first = 0.0, layer.surrogate, len(layer.surrogate) - len(experts)
     known = stage.shared.setdefault(("maps", *experts), {})
     for start, count, halves, around in _moments_of(stage, experts):
@@ -78,6 +79,28 @@ def fit_low_rank(stage: Stage, layer: MoELayer) -> float:
             layer.low_rank_out[places] = out_of.to(like)
             like[first + places] = (outputs - (inputs[:, None] @ into @ out_of)[:, 0])[:, None].to(like)
     return gap
+
+
+def _mapped(plan: LayerPlan) -> list[int]:
+    """Return the experts that have a map: with routed scopes, all."""
+    return list(plan.dropped) if plan.scope == "static" else list(range(plan.num_experts))
+
+
+def rank_of_energy(stage: Stage, plan: LayerPlan) -> int:
+    """Return the least rank, up to half an expert's width, whose maps hold a plan's share of the energy that maps of
+    full rank have: of the squares of their outputs around the mean, summed over the dropped experts.
+    """
+    assert plan.energy is not None
+    config = stage.layer.config
+    most = max(1, min(config.dim, config.output_width, config.expert_width // 2))
+    energies = torch.zeros(config.output_width, dtype=torch.float64)
+    for _, count, halves, _ in _moments_of(stage, _mapped(plan)):
+        ridge, _ = choose_ridge(halves, most, {})
+        for some in torch.arange(count).split(CHOOSING):
+            moments = (halves[0].select(some) + halves[1].select(some)).centred()
+            energies += torch.linalg.eigvalsh(_solved(moments, ridge)[1]).double().sum(0).flip(0).cpu()
+    held = energies.clamp_min(0).cumsum(0)
+    return min(most, int((held < plan.energy * held[-1]).sum()) + 1)
 
 
 def _moments_of(
@@ -193,6 +216,13 @@ def _error(held_out: Moments, fitted: Moments, into: Tensor, out_of: Tensor) -> 
 
 def reduced_rank(moments: Moments, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (e,d,r) and B (e,r,o) of the best maps of a rank, from centred moments."""
+    solution, explained = _solved(moments, ridge)
+    directions = leading_directions(explained, rank)  # (e,o,r)
+    return solution @ directions, directions.mT.contiguous()
+
+
+def _solved(moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return the maps X (e,d,o) of full rank, and the energies XᵀCov(s)X (e,o,o) of the directions of their outputs."""
     power = moments.power.clone()
     diagonal = power.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny ** 0.5)
@@ -200,9 +230,7 @@ def reduced_rank(moments: Moments, ridge: float, rank: int) -> tuple[Tensor, Ten
     factor, failed = torch.linalg.cholesky_ex(power)
     solution = torch.cholesky_solve(moments.cross, factor)  # (e,d,o)
     solution = solution.where((failed == 0)[:, None, None], 0)  # all inputs are the same, but for rounding
-    explained = solution.mT @ (moments.power @ solution)
-    directions = leading_directions(explained, rank)  # (e,o,r)
-    return solution @ directions, directions.mT.contiguous()
+    return solution, solution.mT @ (moments.power @ solution)
 
 
 def leading_directions(matrices: Tensor, rank: int) -> Tensor:

@@ -95,7 +95,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         float | None,
         option(
             "With lstsq, affine or refit: use the fewest output directions that hold this share of the"
-            " compensation, such as 0.99, if that is cheaper.",
+            " compensation, such as 0.99, if that is cheaper. With low-rank: use the least rank that does.",
             show_default="all directions",
         ),
     ] = None
@@ -168,7 +168,8 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         wanted = self.wanted
         signal: Any = wanted.signal_for("mean" if wanted.compensate == "auto" else wanted.compensate)
         if wanted.compensate != "auto":
-            rank = (self.rank or RANK) if wanted.compensate == "low-rank" else None
+            is_open = wanted.compensate == "low-rank" and self.energy is None
+            rank = self.rank or (RANK if is_open else None)
             Method(wanted.concrete_scope, signal, wanted.compensate, self.mass, self.energy, rank).plan(1, 2)
         else:
             Method(wanted.concrete_scope, signal, "mean", self.mass).plan(1, 2)
