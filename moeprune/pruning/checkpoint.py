@@ -16,6 +16,7 @@ from moeprune.files.checkpoint import TORCH_SUFFIXES
 from moeprune.files.header import Header
 from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import our_header, read_description
+from moeprune.models.folders.layout import is_model_folder
 from moeprune.models.inspection import Described
 from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
@@ -23,6 +24,7 @@ from moeprune.plan import SCOPES, SIGNALS, Plan, Wanted, keep_to_text, parse_kee
 from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, needs_pass, provenance, require_calibration
 from moeprune.pruning.auto import possible_scope
+from moeprune.pruning.folder import prune_folder
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.prune import plans_of, prune_model
 from moeprune.pruning.request import PruneRequest, SweepRequest
@@ -42,6 +44,8 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     output cannot be written.
     """
     request.runtime.require_device()
+    if is_model_folder(request.checkpoint.path):
+        return prune_folder(request)
     full = Described(request.checkpoint)
     require_unpruned(full.plan, ALREADY_PRUNED)
     analysis = None if request.analysis is None else load_analysis(request.analysis)
