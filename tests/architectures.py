@@ -78,7 +78,8 @@ def load(folder: Path) -> nn.Module:
     """What transformers loads in float64, all keys used and none missing."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float64, experts_implementation="eager")
+    how: dict[str, Any] = {"dtype": torch.float64, "experts_implementation": "eager"}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
     assert not any(info.values()), info
     return model.eval()
 

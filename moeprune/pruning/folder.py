@@ -174,9 +174,7 @@ def pruned_config(folder: ModelFolder, k: int) -> dict[str, Any]:
     if (groups := next(iter(folder.layers.values())).groups) > 1:
         size = k // groups
         if size < FEWEST_IN_GROUP or size * int(language.get("topk_group") or groups) < folder.top_k:
-            logger.warning(
-                f"{size} experts in each of {groups} groups are too few to choose groups: there is one group"
-            )
+            logger.warning(f"groups of {size} experts are too few to choose among: the {groups} groups become one")
             language |= {"n_group": 1, "topk_group": 1}
     for key, value in language.items() if folder.dropped else ():
         if re.search(r"mtp|nextn", key) and isinstance(value, int):
@@ -225,18 +223,18 @@ def _entries(folder: ModelFolder, plan: Plan, header: Header) -> Iterator[tuple[
     for name, info in header.tensors.items():
         if drops and folder.is_dropped(name):
             continue
-        role, cut = folder.place(name, info)
-        kept = plan[role.layer].kept if role is not None else None
-        if role is None or kept is None:
+        role = folder.role(name, info)
+        if role is None:
             yield name, Copied(header, name)
-        elif role.expert is not None:
-            if role.expert in kept:
-                yield renumbered(name, kept.index(role.expert)), Copied(header, name)
-        elif cut is None:
-            yield name, Copied(header, name)
-        else:
-            others = range(folder.num_experts, cut.parts)  # rows of the router for what is no expert
-            yield name, Copied(header, name, (*kept, *others), cut.axis, cut.parts)
+            continue
+        kept = plan[role.layer].kept
+        assert kept is not None
+        if role.expert is None:
+            cut = folder.cut(name, role, info)
+            others = range(folder.num_experts, cut.parts) if cut else ()  # rows of the router for what is no expert
+            yield name, Copied(header, name, (*kept, *others), *cut) if cut else Copied(header, name)
+        elif role.expert in kept:
+            yield renumbered(name, kept.index(role.expert)), Copied(header, name)
 
 
 def _copy_others(folder: ModelFolder, target: Path) -> None:

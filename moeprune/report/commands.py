@@ -38,19 +38,8 @@ SURE = 0.95  # if even equal predictions only show less than this share, there a
 
 def inspection(result: Inspection) -> Document:
     """Return contents, layers and kept experts of a checkpoint."""
-    architecture = result.architecture
-    if architecture["type"] == "module":
-        kind = plain(f"{architecture['factory']}({_assignments(architecture['arguments'])})")
-        shape = architecture["input_shape"]
-    else:
-        kind = f"{architecture['type']}, {plural(len(architecture['blocks']), 'block')}, d = {architecture['dim']}"
-        shape = [architecture["in_channels"], *architecture["image_size"]]
-    preprocessing = ", ".join(f"{key} {plain(value)}" for key, value in result.preprocessing.items())
-    preprocessing += "" if result.states_normalisation else " (mean and std are a guess: the file does not state them)"
     facts = [
-        ("model", f"{kind}, {architecture['num_classes']} classes"),
-        ("input", f"{' × '.join(map(str, shape))} (channels × height × width)"),
-        ("preprocessing", preprocessing),
+        *(_of_text(result) if result.architecture["type"] == "language" else _of_images(result)),
         *_unless_empty(("class names", listed(result.class_names, 10))),
         ("parameters", f"{amount(result.parameters)} ({amount(result.bytes, 'B')})"),
         ("FLOPs per input", flops_in_words(result.flops_per_input)),
@@ -79,6 +68,30 @@ def inspection(result: Inspection) -> Document:
         facts.append(("layers" if len(kinds) == 1 else ", ".join(names), settings))
     layers = Table(("layer", "experts", "parameters", "plan"), rows)
     return Document(result.checkpoint, [Facts(facts), layers, *([Facts(kept)] if kept else [])])
+
+
+def _of_images(result: Inspection) -> list[tuple[str, str]]:
+    architecture = result.architecture
+    if architecture["type"] == "module":
+        kind = plain(f"{architecture['factory']}({_assignments(architecture['arguments'])})")
+        shape = architecture["input_shape"]
+    else:
+        kind = f"{architecture['type']}, {plural(len(architecture['blocks']), 'block')}, d = {architecture['dim']}"
+        shape = [architecture["in_channels"], *architecture["image_size"]]
+    preprocessing = ", ".join(f"{key} {plain(value)}" for key, value in result.preprocessing.items())
+    preprocessing += "" if result.states_normalisation else " (mean and std are a guess: the file does not state them)"
+    return [
+        ("model", f"{kind}, {architecture['num_classes']} classes"),
+        ("input", f"{' × '.join(map(str, shape))} (channels × height × width)"),
+        ("preprocessing", preprocessing),
+    ]
+
+
+def _of_text(result: Inspection) -> list[tuple[str, str]]:
+    its = result.architecture
+    kind = f"{its['model_type']}, {its['num_hidden_layers']} blocks, d = {its['hidden_size']}"
+    share = percent(result.bytes_by_part.experts / result.bytes)
+    return [("model", kind), ("input", f"a token, one of {its['vocab_size']}"), ("experts", f"{share} of the bytes")]
 
 
 def export(result: Export) -> Document:

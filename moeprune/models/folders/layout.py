@@ -39,18 +39,35 @@ COMPENSATIONS = ("renorm", "renorm-refit")
 class FolderLayer:
     """One MoE layer: experts, how many of them a token takes, and in how many groups it chooses them.
 
-    masks: the numbers of experts that have a tensor of their own, as bits, by its key. bytes, values: of experts.
+    masks: the numbers of experts that have a tensor of their own, as bits, by its key. whole: other tensors of experts
+    and the router. bytes, weights: of experts. parameters: of the router too.
     """
 
     name: str
     num_experts: int
     top_k: int
-    groups: int = 1
-    masks: dict[str, int] = field(default_factory=Counter)
-    routers: int = 0
-    stacks: int = 0
+    groups: int
+    masks: Counter[str] = field(default_factory=Counter)
+    whole: dict[str, tuple[Role, TensorInfo]] = field(default_factory=dict)
     bytes: int = 0
-    values: int = 0
+    weights: int = 0
+    parameters: int = 0
+
+    @property
+    def has_experts(self) -> bool:
+        """False for something else with a gate, such as attention."""
+        return bool(self.masks) or any(role.part == "stack" for role, _ in self.whole.values())
+
+    def add(self, name: str, role: Role, info: TensorInfo) -> None:
+        """Count a tensor of the layer."""
+        self.parameters += info.numel
+        if role.part != "router":
+            self.bytes += info.nbytes
+            self.weights += info.numel * (len(info.shape) > 1)
+        if role.expert is None:
+            self.whole[name] = role, info
+        else:
+            self.masks[role.key] |= 1 << role.expert
 
     def refusal(self, plan: LayerPlan) -> str | None:
         """Return why the folder cannot hold the layer pruned by a plan, None if it can."""
@@ -59,11 +76,11 @@ class FolderLayer:
             return f"can be pruned with {only}; the plan has `{plan.scope}` and `{plan.compensation}`"
         if plan.k < self.top_k:
             return f"runs {self.top_k} experts for each token, the plan keeps {plan.k}"
-        if plan.k % self.groups:
-            return f"chooses among {self.groups} groups of experts of one size, the plan keeps {plan.k} experts"
-        counts = Counter(j * self.groups // self.num_experts for j in plan.kept or ())
-        if plan.kept is not None and len({*counts.values()}) > 1:
-            return f"chooses among {self.groups} groups of experts of one size, the plan keeps {[*counts.values()]}"
+        size = self.num_experts // self.groups
+        counts = [sum(j // size == group for j in plan.kept or ()) for group in range(self.groups)]
+        if plan.k % self.groups or len({*counts}) > 1:
+            kept = f"{plan.k} experts" if plan.kept is None else f"{', '.join(map(str, counts))} experts of them"
+            return f"chooses among {self.groups} groups of experts, which stay equal in size; the plan keeps {kept}"
         return None
 
 
@@ -72,7 +89,8 @@ class ModelFolder:
     """A folder that holds a model with MoE layers, as it is on disk.
 
     config: of the whole model. language: the part of it that has the number of experts. layers: by name, in order.
-    dropped: how names begin in parts that predict further tokens with experts of their own.
+    dropped: how names begin in parts that predict further tokens with experts of their own. parts: bytes of experts,
+    routers and the rest. flops: for one token, of routers and the rest.
     """
 
     path: Path
@@ -82,8 +100,8 @@ class ModelFolder:
     layers: dict[str, FolderLayer] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     parts: Counter[str] = field(default_factory=Counter)
-    parameters: int = 0
     flops: Counter[str] = field(default_factory=Counter)
+    parameters: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -91,9 +109,18 @@ class ModelFolder:
         return next(iter(self.layers.values())).num_experts
 
     @property
+    def gates(self) -> str:
+        """The function that makes gates of router logits, `softmax` or `sigmoid`, as far as it can be seen."""
+        stated = self.language.get("scoring_func") or self.language.get("score_function")
+        keys = {role.key for layer in self.layers.values() for role, _ in layer.whole.values()}
+        has_bias = any(re.fullmatch(r"(gate\.)?(e_score_correction|expert)_bias", key) for key in keys)
+        is_sigmoid = has_bias or str(self.language.get("model_type")).startswith("llama4")
+        return str(stated or ("sigmoid" if is_sigmoid else "softmax"))
+
+    @property
     def top_k(self) -> int:
         """The most experts that a token takes in a layer."""
-        return _top_k(self.language)
+        return next(iter(self.layers.values())).top_k
 
     def headers(self) -> Iterator[Header]:
         """Yield the header of each shard, checked against the index."""
@@ -104,26 +131,26 @@ class ModelFolder:
                 raise MoepruneError(message, "index and shards are of different models or damaged; fetch both again")
             yield header
 
-    def place(self, name: str, info: TensorInfo) -> tuple[Role | None, Cut | None]:
-        """Return the role of a tensor in an MoE layer, and where experts have their places in it, None if nowhere."""
+    def role(self, name: str, info: TensorInfo) -> Role | None:
+        """Return what a tensor is in an MoE layer, None for all others."""
         role = role_of(name, info.shape)
-        if role is None or role.layer not in self.layers:
-            return None, None
-        if role.part == "expert":
-            return role, None
+        return role if role is not None and role.layer in self.layers else None
+
+    def cut(self, name: str, role: Role, info: TensorInfo) -> Cut | None:
+        """Return where a tensor of all experts, or of the router, has their places; None if they share it."""
         try:
-            return role, cut_of(role, info.shape, self.num_experts, self.language.get("zero_expert_num") or 0)
+            return cut_of(role, info.shape, self.num_experts, self.language.get("zero_expert_num") or 0)
         except ValueError:
             found = f"`{name}` of shape {list(info.shape)}"
             raise _unknown(self.path, f"{found} has no place for each of {self.num_experts} experts") from None
 
     def is_dropped(self, name: str) -> bool:
-        """Return True for a tensor of a part that predicts further tokens."""
+        """Return True for a tensor of a part that predicts further tokens, if that has experts."""
         return name.startswith(self.dropped)
 
     def cost(self) -> ModelCost:
         """Return parameters, bytes, and FLOPs for one token: 2 for each weight; attention over others is left out."""
-        experts = sum(2 * layer.values * layer.top_k // layer.num_experts for layer in self.layers.values())
+        experts = sum(2 * layer.weights * layer.top_k // layer.num_experts for layer in self.layers.values())
         flops = {"experts": experts, "routing": self.flops["routing"], "other": self.flops["other"], "compensation": 0}
         parts = {name: self.parts[name] for name in ("experts", "routing", "other")}
         return ModelCost(
@@ -157,71 +184,59 @@ def read_folder(path: Path) -> ModelFolder:
     config = read_json(path / CONFIG, "the config of a model")
     shards = _shards(path)
     found = [part for part in _parts(config) if any(type(part.get(key)) is int for key in COUNTS)]
-    folder = ModelFolder(path, config, found[0] if found else config, shards)
-    layers = _layers_of(folder)
-    if not layers:
-        raise MoepruneError(f"no MoE layers in `{path}`", f"known are layers with {KNOWN}")
-    if len(found) != 1:
-        where = "no number of experts" if not found else "several numbers of experts"
-        raise _unknown(path, f"`{CONFIG}` has {where} ({', '.join(f'`{key}`' for key in COUNTS)})")
-    num_layers = next((folder.language[key] for key in LAYERS if type(folder.language.get(key)) is int), None)
-    ahead = {name: further(name, num_layers) for name in layers}
-    folder.dropped = tuple(sorted({prefix for prefix in ahead.values() if prefix is not None}))
-    n, groups = _count(folder), _groups(folder.language)
-    names = sorted((name for name, prefix in ahead.items() if prefix is None), key=natural)
-    folder.layers = {name: FolderLayer(name, n, folder.top_k, groups) for name in names}
+    language = found[0] if found else {}
+    counts = {language[key] for key in COUNTS if key in language}
+    settings = max(counts, default=1), _top_k(language), _groups(language)
+    num_layers = next((language[key] for key in LAYERS if type(language.get(key)) is int), None)
+    folder = ModelFolder(path, config, language, shards)
+    layers: dict[str, FolderLayer] = {}
     for header in folder.headers():
         for name, info in header.tensors.items():
-            _add(folder, name, info)
-    for layer in folder.layers.values():
-        _require_complete(folder, layer)
+            folder.parameters += info.numel
+            if role := role_of(name, info.shape):
+                layers.setdefault(role.layer, FolderLayer(role.layer, *settings)).add(name, role, info)
+            else:
+                _add_other(folder, name, info, further(name, num_layers) is None)
+    ahead = {name: further(name, num_layers) for name, layer in layers.items() if layer.has_experts}
+    if not ahead:
+        raise MoepruneError(f"no MoE layers in `{path}`", f"known are layers with {KNOWN}")
+    if len(found) != 1 or len(counts) != 1 or not settings[0] > 0:
+        where = f"several numbers of experts: {sorted(counts)}" if counts else "no number of experts"
+        raise _unknown(path, f"`{CONFIG}` has {where} ({', '.join(f'`{key}`' for key in COUNTS)})")
+    folder.dropped = tuple(sorted({prefix for prefix in ahead.values() if prefix is not None}))
+    folder.layers = {name: layers[name] for name in sorted(ahead, key=natural) if ahead[name] is None}
+    for layer in layers.values():
+        if layer.name in folder.layers:
+            _require_complete(folder, layer)
+            folder.parts["experts"] += layer.bytes
+        for name, (role, info) in layer.whole.items():
+            if layer.name in folder.layers and role.part == "router":
+                _add_other(folder, name, info, True, "routing")
+            elif layer.name not in folder.layers:
+                _add_other(folder, name, info, layer.name not in ahead)
+        folder.parts["other"] += layer.bytes if layer.name in ahead and layer.name not in folder.layers else 0
     return folder
 
 
-def _layers_of(folder: ModelFolder) -> set[str]:
-    """Return the names of the layers that hold experts."""
-    layers = set()
-    for header in folder.headers():
-        for name, info in header.tensors.items():
-            if (role := role_of(name, info.shape)) and role.part != "router":
-                layers.add(role.layer)
-    return layers
-
-
-def _add(folder: ModelFolder, name: str, info: TensorInfo) -> None:
-    """Count a tensor of a folder."""
-    role, cut = folder.place(name, info)
-    folder.parameters += info.numel
-    part = "other" if role is None else "routing" if role.part == "router" else "experts"
+def _add_other(folder: ModelFolder, name: str, info: TensorInfo, runs: bool, part: str = "other") -> None:
+    """Count a tensor that is none of an expert; runs: for each token."""
     folder.parts[part] += info.nbytes
-    if role is None or role.part == "router":
-        is_weight = len(info.shape) > 1 and not re.search(r"embed|wte|wpe", name) and not folder.is_dropped(name)
-        folder.flops[part] += 2 * info.numel * is_weight
-        if role is not None and cut is not None:
-            folder.layers[role.layer].routers += 1
-        return
-    layer = folder.layers[role.layer]
-    layer.bytes += info.nbytes
-    layer.values += info.numel * (len(info.shape) > 1)
-    if role.expert is None:
-        layer.stacks += 1
-    else:
-        layer.masks[role.key] |= 1 << role.expert
+    is_weight = len(info.shape) > 1 and not re.search(r"embed|wte|wpe", name)
+    folder.flops[part] += 2 * info.numel * (is_weight and runs)
 
 
 def _require_complete(folder: ModelFolder, layer: FolderLayer) -> None:
-    """Raise a MoepruneError if experts lack tensors, or the router is not known."""
+    """Raise a MoepruneError if experts lack tensors, or their layout is not known."""
     n = layer.num_experts
     for key, mask in layer.masks.items():
-        most = mask.bit_length()
-        if most > n:
+        if (most := mask.bit_length()) > n:
             message = f"`{folder.path}`: layer `{layer.name}` has {most} experts, `{CONFIG}` says {n}"
             raise MoepruneError(message, "config and tensors are of different models; fetch both again")
-        if missing := [
-            f"{layer.name}.{key.replace('experts', f'experts.{j}', 1)}" for j in range(n) if not mask >> j & 1
-        ]:
+        absent = [j for j in range(n) if not mask >> j & 1]
+        if missing := [f"{layer.name}.experts.{j}{key.removeprefix('experts')}" for j in absent]:
             raise MoepruneError(f"`{folder.path}` lacks {listed(missing, 3)}", "fetch all of its shards again")
-    if not layer.routers:
+    cuts = [(role.part, folder.cut(name, role, info)) for name, (role, info) in layer.whole.items()]
+    if not any(part == "router" and cut is not None for part, cut in cuts):
         raise _unknown(folder.path, f"layer `{layer.name}` has experts and no router")
 
 
@@ -232,13 +247,6 @@ def _parts(config: Any) -> Iterator[dict[str, Any]]:
         for key, value in config.items():
             if key != "quantization_config":
                 yield from _parts(value)
-
-
-def _count(folder: ModelFolder) -> int:
-    counts = {folder.language[key] for key in COUNTS if key in folder.language}
-    if len(counts) > 1 or not min(counts) > 0:
-        raise _unknown(folder.path, f"`{CONFIG}` has several numbers of experts: {sorted(counts)}")
-    return int(counts.pop())
 
 
 def _top_k(language: Mapping[str, Any]) -> int:
