@@ -130,7 +130,8 @@ class GatedMoE(MoELayer):
 
     def _is_blind(self, routing: Routing) -> bool:
         """Return True if rows are computed without asking which experts are chosen."""
-        if is_traced() or kernels_for(*(tensor for _, experts in self._parts for tensor in experts.tensors)):
+        weights = (tensor for _, experts in self._parts for tensor in experts.tensors)
+        if is_traced() or kernels_for(self.router_weight, *weights):
             return True
         bytes_of_one = sum(tensor[0].nbytes for tensor in self.experts.tensors) if len(self.fc2_weight) else 0
         return routing.chosen.numel() * bytes_of_one <= GATHERED and len(self.fc2_weight) == self.term_shape[0]

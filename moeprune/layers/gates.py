@@ -65,8 +65,8 @@ def _within_groups(scores: Tensor, config: GatedMoEConfig, order: Order | None) 
     in_groups = (scores if order is None else scores[:, order.rows]).unflatten(1, (config.groups, -1))
     of_groups = in_groups.amax(2) if config.group_score == "max" else in_groups.topk(2, dim=2).values.sum(2)
     best = of_groups.topk(config.groups_kept, dim=1, sorted=False).indices
-    is_left_out = torch.ones_like(of_groups, dtype=torch.bool).scatter_(1, best, False)
-    limited = in_groups.masked_fill(is_left_out[:, :, None], -torch.inf).flatten(1)
+    is_left_out = torch.ones_like(of_groups).scatter(1, best, 0)[:, :, None] > 0
+    limited = in_groups.masked_fill(is_left_out, -torch.inf).flatten(1)
     return limited if order is None else limited[:, order.experts]
 
 

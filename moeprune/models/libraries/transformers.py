@@ -85,7 +85,8 @@ def describe_block(block: Any, name: str) -> tuple[GatedMoEConfig, dict[str, Ten
     tensors: dict[str, Tensor] = {"router_weight": weight}
     if _has(router, "bias"):
         tensors["router_bias"] = router.bias
-    for owner in (router, block, getattr(router, "moe_statics", None)):
+    owners: list[Any] = [router, block, getattr(router, "moe_statics", None)]
+    for owner in owners:
         if _has(owner, "e_score_correction_bias"):
             tensors["selection_bias"] = owner.e_score_correction_bias.flatten()
     fields, of_experts = _experts(experts, name)
