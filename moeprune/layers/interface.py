@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from moeprune.plan import SCOPES, LayerPlan
+
+Activation = Literal[
+    "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "elu", "selu", "silu", "hardswish",
+    "mish", "softplus", "tanh", "sigmoid", "identity",
+]  # fmt: skip
+"""Elementwise; the functions are in moeprune.layers.activations."""
 
 Shapes = dict[str, tuple[int, ...]]  # the shape of each tensor by name
 
@@ -108,6 +114,11 @@ class LayerConfig:
         return ("none", "renorm", "mean", "lstsq", "affine")
 
     @property
+    def uses_mean_token(self) -> bool:
+        """True if the affine map takes the mean of an input's tokens too, as layers may whose tokens mix."""
+        return True
+
+    @property
     def mixes_batch(self) -> bool:
         """True if the output for one input depends on the others in the batch."""
         return False
@@ -131,7 +142,8 @@ class LayerConfig:
             mapped = n - plan.k if plan.scope == "static" else n
             shapes |= {"low_rank_in": (mapped, d, plan.rank), "low_rank_out": (mapped, plan.rank, out)}
         if plan.has_affine:
-            shapes |= {"affine_token": (d, width), "affine_mean": (d, width), "affine_bias": (width,)}
+            of_mean = {"affine_mean": (d, width)} if self.uses_mean_token else {}
+            shapes |= {"affine_token": (d, width), **of_mean, "affine_bias": (width,)}
         if plan.has_basis:
             shapes["basis"] = (width, out)
         if plan.scope != "static" and plan.signal != "combine":
@@ -150,8 +162,9 @@ class LayerConfig:
         tokens: m, of each window.
 
         Surrogates cost 2·m·w·p for each expert that has one (all of them with scope `input`, `batch` or a
-        basis), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, the basis 2·m·r·o. With
-        `low-rank` experts that are dropped are dispatched to and combined as the others are.
+        basis), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, without the mean token
+        2·m·d·w; the basis 2·m·r·o. With `low-rank` experts that are dropped are dispatched to and combined as
+        the others are.
         """
         n, p, out, m = self.num_experts, self.terms_per_expert, self.output_width, self.padded_tokens(tokens)
         r = self.windows
@@ -161,7 +174,8 @@ class LayerConfig:
         running, applied = usage or (k, k)
         width = plan.rank if plan.has_basis and plan.rank else out
         others = n - plan.k if plan.scope == "static" else n
-        compensation: float = 2 * (m + 1) * self.dim * width if plan.has_affine else 0
+        rows = m + 1 if self.uses_mean_token else m
+        compensation: float = 2 * rows * self.dim * width if plan.has_affine else 0
         if plan.is_low_rank and plan.rank:
             applied = n if plan.scope == "static" else n + applied
             compensation += self.expert_rows(m) * others * 2 * plan.rank * (self.dim + out)
