@@ -17,9 +17,9 @@ class Source:
     """Samples that can be read in batches.
 
     labels: of all samples, int64; None for a model without classes. read: yields the inputs of each batch, (b,c,H,W) in
-    float32. files: that the samples are read from. is_pixels: inputs are normalised pixels. class_names: of folders, in
-    the order of the labels. split: that the samples are, if the data has splits. better: the spec of the samples to
-    calibrate on in place of these, if there is one.
+    float32 or token ids (b,s) in int64. files: that the samples are read from. is_pixels: inputs are normalised pixels.
+    class_names: of folders, in the order of the labels. split: that the samples are, if the data has splits. better:
+    the spec of the samples to calibrate on in place of these, if there is one.
     """
 
     samples: int

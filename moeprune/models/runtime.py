@@ -96,7 +96,7 @@ class Runtime(Request, frozen=True):
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return the output of a model, without gradients, in the precision of this runtime."""
         with self.precision(inputs.device):
-            return model(inputs.to(input_dtype(model)))
+            return model(inputs.to(input_dtype(model)) if inputs.is_floating_point() else inputs)
 
     @contextlib.contextmanager
     def precision(self, device: torch.device) -> Iterator[None]:
