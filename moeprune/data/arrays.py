@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moeprune.data.sources import Batches, Source
-from moeprune.data.tokens import AnyFormat, TokenFormat
+from moeprune.data.tokens import TOKENIZER_HINT, AnyFormat, TokenFormat
 from moeprune.errors import MoepruneError
 
 DAMAGES = (
@@ -23,7 +23,6 @@ DAMAGES = (
     ValueError, zlib.error,
 )  # fmt: skip
 """Errors of libraries for damaged, encrypted or unusual arrays."""
-TOKENIZER_HINT = "tokenise the text with the model's own tokenizer"
 
 
 def open_safetensors(path: Path, input_format: AnyFormat) -> Source:
@@ -143,6 +142,9 @@ def converter(path: Path | str, shape: tuple[int, ...], form: AnyFormat) -> Call
 
 
 def _of_ids(path: Path | str, shape: tuple[int, ...], form: TokenFormat) -> Callable[[Tensor], Tensor]:
+    if form.by is not None or form.sequence_length is not None:
+        option = "--sequence-length" if form.by is None else "--by"
+        raise MoepruneError(f"`{option}` does not go with the token ids of `{path}`", "give a file of text")
     if len(shape) != 2 or not 2 <= shape[1] <= form.longest:
         raise form.misfit(str(path), shape)
 
@@ -150,7 +152,8 @@ def _of_ids(path: Path | str, shape: tuple[int, ...], form: TokenFormat) -> Call
         if array.is_floating_point() or array.is_complex() or array.dtype == torch.bool:
             raise MoepruneError(f"`input_ids` of `{path}` are {array.dtype}, expected integers")
         ids = array.to(torch.int64)
-        if len(ids) and not (0 <= (low := int(ids.min())) <= (high := int(ids.max())) < form.vocabulary):
+        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+        if low < 0 or high >= form.vocabulary:
             expected = f"expected 0 to {form.vocabulary - 1}: the model's vocabulary has {form.vocabulary} tokens"
             raise MoepruneError(f"`input_ids` of `{path}` go from {low} to {high}, {expected}", TOKENIZER_HINT)
         return ids

@@ -44,6 +44,7 @@ from moeprune.data.preprocessing import InputFormat
 from moeprune.data.samples import Samples, open_samples
 from moeprune.data.sources import Batches, Source, one_ahead
 from moeprune.data.spec import BUILT_IN, IDX_IMAGES, SPECS_HINT, TEXTS_HINT, DataInfo, split_spec
+from moeprune.data.text import KINDS, open_text
 from moeprune.data.tokens import AnyFormat, TokenFormat
 from moeprune.errors import MoepruneError
 from moeprune.files.disk import require_file, version_of
@@ -155,16 +156,26 @@ Data: TypeAlias = "Dataset | str | os.PathLike[str] | Samples"
 """A data set, its spec, or the samples themselves."""
 
 
-def open_data(spec: Data, input_format: AnyFormat, split: str | None = None, limit: int | None = None) -> Dataset:
+def open_data(
+    spec: Data,
+    input_format: AnyFormat,
+    split: str | None = None,
+    limit: int | None = None,
+    sequence_length: int | None = None,
+    by: str | None = None,
+) -> Dataset:
     """Open the data set that a spec names, or raise a MoepruneError if it is unknown, damaged or does not fit.
 
     Args:
         spec: as at the top of this module, or samples: see moeprune.data.samples.
         split: the split of data that has splits, where the spec names none; `test` if this is None too.
         limit: take at most this many samples, drawn with a fixed seed.
+        sequence_length: tokens of each sequence that text is packed into; None: the model's longest, at most 2048.
+        by: the field of documents that names the group of each.
     """
     if isinstance(spec, Dataset):
         return spec if limit is None else spec.sample(limit)
+    input_format = input_format.prepared(sequence_length, by)
     if not isinstance(spec, str | os.PathLike):
         spec, source = open_samples(spec, input_format)
         _warn_of_guess(spec, input_format, source.is_pixels)
@@ -233,9 +244,15 @@ def _open_path(spec: str, input_format: InputFormat) -> Source:
 def _open_tokens(spec: str, form: TokenFormat) -> Source:
     path = _existing(spec, TEXTS_HINT)
     require_file(path, "a file of text or token ids")
-    if path.suffix.lower() not in ARRAYS:
-        raise MoepruneError(f"`{spec}` is not a known kind of text", TEXTS_HINT)
-    return ARRAYS[path.suffix.lower()](path, form)
+    if (kind := path.suffix.lower()) not in ARRAYS:
+        if kind not in (".txt", *KINDS):
+            raise MoepruneError(f"`{spec}` is not a known kind of text", TEXTS_HINT)
+        return open_text(path, form)
+    source = ARRAYS[kind](path, form)
+    parts = (range(at, min(at + 256, source.samples)) for at in range(0, source.samples, 256))
+    for _ in source.read(parts):  # which raises an error for ids outside the vocabulary, before any pass
+        pass
+    return source
 
 
 def _existing(spec: str, hint: str) -> Path:

@@ -105,12 +105,12 @@ class InputFormat:
         names = self.class_names or other.class_names, other.class_names or self.class_names
         return names[0] == names[1] and replace(self, class_names=()) == replace(other, class_names=())
 
-    def prepared(self, class_names: tuple[str, ...], sequence_length: int | None, by: str | None) -> InputFormat:
-        """Return the format with the names of classes, if it has none; refuse options of text."""
+    def prepared(self, sequence_length: int | None, by: str | None) -> InputFormat:
+        """Return the format as it is, or raise a MoepruneError for options of text."""
         for option, value in (("--sequence-length", sequence_length), ("--by", by)):
             if value is not None:
                 raise MoepruneError(f"`{option} {value}` is for models that take text", "leave it out")
-        return replace(self, class_names=self.class_names or class_names)
+        return self
 
     def misfit(self, spec: str, shape: tuple[int, ...]) -> MoepruneError:
         """Return the error that says that inputs of a data set have another shape."""

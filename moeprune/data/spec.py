@@ -19,7 +19,8 @@ IDX_SPLITS = {"train": "train", "calibration": "train", "test": "t10k"}
 SPECS_HINT = (
     "give `digits`, `pairs` (each with `:train`, `:calibration` or `:test`), a `.npz` or"
     " `.safetensors` file with `inputs` and `labels`, a folder of class folders of images, or a folder in the format of"
-    " MNIST (`:train` or `:test`) or one of its files, such as `train-images-idx3-ubyte.gz`"
+    " MNIST (`:train` or `:test`) or one of its files, such as `train-images-idx3-ubyte.gz`; for a language model, text"
+    " (`.txt`, `.jsonl` or `.parquet`)"
 )
 
 TEXTS_HINT = "give text (`.txt`, `.jsonl` or `.parquet`), or token ids `input_ids` in a `.npz` or `.safetensors` file"

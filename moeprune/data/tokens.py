@@ -8,8 +8,10 @@ from typing import TypeAlias
 
 from moeprune.data.preprocessing import InputFormat
 from moeprune.errors import MoepruneError
+from moeprune.files.disk import read_json
 
 MOST_TOKENS = 2048  # of a sequence, unless `--sequence-length` states it
+TOKENIZER_HINT = "tokenise the text with the model's own tokenizer"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class TokenFormat:
     has_head = True
 
     @property
+    def has_chat_template(self) -> bool:
+        """True if the folder of the tokenizer has a template that makes text of conversations."""
+        if self.tokenizer is None:
+            return False
+        settings, template = self.tokenizer / "tokenizer_config.json", self.tokenizer / "chat_template.jinja"
+        return template.is_file() or (settings.is_file() and "chat_template" in read_json(settings, "settings"))
+
+    @property
     def length(self) -> int:
         """Tokens of each sequence that text is packed into."""
         return self.sequence_length or min(MOST_TOKENS, self.longest)
@@ -47,8 +57,8 @@ class TokenFormat:
         """Return True if the ids of both mean the same, as far as that is known."""
         return isinstance(other, TokenFormat) and self.vocabulary == other.vocabulary
 
-    def prepared(self, class_names: tuple[str, ...], sequence_length: int | None, by: str | None) -> TokenFormat:
-        """Return the format with the options that a user gives for the data, checked; class_names: of no use."""
+    def prepared(self, sequence_length: int | None, by: str | None) -> TokenFormat:
+        """Return the format with the options of text that a user gives, checked."""
         if sequence_length is not None and not 2 <= sequence_length <= self.longest:
             raise MoepruneError(
                 f"`--sequence-length {sequence_length}` does not fit the model, which takes {self.in_words}",

@@ -22,7 +22,12 @@ class EvalRequest(Request, frozen=True, kw_only=True):
     """A checkpoint to evaluate on labelled data, alone or against the full model."""
 
     checkpoint: Checkpoint
-    data: Annotated[DataSpec, option("Labelled data: digits, pairs, a .npz, a .safetensors, or a folder.")]
+    data: Annotated[
+        DataSpec,
+        option(
+            "Labelled data: digits, pairs, a .npz, a .safetensors, or a folder; or text: a .txt, .jsonl or .parquet."
+        ),
+    ]
     baseline: Annotated[ModelSpec | None, option("The full model to compare with.")] = None
     max_accuracy_drop: Annotated[Gate, option("Gate: accuracy lost to the baseline.")] = None
     min_accuracy: Annotated[Gate, option("Gate: accuracy.")] = None

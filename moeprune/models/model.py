@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -133,9 +134,12 @@ def dataset_for(
     """Return data as a data set for a model, see `open_data`.
 
     split: if a spec of a built-in set has none. class_names: of an analysis, if the model does not state them.
-    sequence_length, by: of text, see TokenFormat.
+    sequence_length, by: see `open_data`.
     """
-    return open_data(data, model.input_format.prepared(class_names, sequence_length, by), split, limit)
+    form = model.input_format
+    if isinstance(form, InputFormat) and not form.class_names:
+        form = replace(form, class_names=class_names)
+    return open_data(data, form, split, limit, sequence_length, by)
 
 
 def fingerprint(model: Model) -> str:
