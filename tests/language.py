@@ -1,5 +1,7 @@
-"""A tiny language model of the tests' own: a causal mean of embeddings, two layers of dense gates, a head."""
+"""A tiny language model of the tests' own: a causal mean of embeddings, two layers of dense gates, a head; and text."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from moeprune.models.model import Model
 from tests.test_seam import Gates, GatesConfig
 
 V, D, N, LONGEST = 300, 6, 8, 64
+BOS, EOS = 0, 1
 
 
 class TinyLanguageModel(Model):
@@ -40,3 +43,39 @@ class TinyLanguageModel(Model):
 
 def ids(count: int, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(V, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def spoken(model: Model, count: int, length: int = 12, seed: int = 0) -> Tensor:
+    """Token ids that a model says by itself, so that no other predicts them better."""
+    generator = torch.Generator().manual_seed(seed)
+    found = ids(count, 1, seed)
+    for _ in range(length - 1):
+        found = torch.cat([found, torch.multinomial(model(found)[:, -1].softmax(-1), 1, generator=generator)], 1)
+    return found
+
+
+def make_tokenizer(folder: Path, texts: Iterable[str]) -> Path:
+    """A tokenizer of bytes and some merges, which puts BOS before a text and would cut it after two tokens."""
+    import tokenizers
+
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=V, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    core.train_from_iterator(texts, trainer)
+    core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    core.enable_truncation(2)
+    core.save(str(folder / "tokenizer.json"))
+    template = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_lines(path: Path, documents: Iterable[object]) -> Path:
+    """A document on each line, with blank lines between them."""
+    path.write_text("".join(json.dumps(document) + "\n\n" for document in documents))
+    return path

@@ -13,6 +13,7 @@ import moeprune
 from moeprune.data import text
 from moeprune.data.preprocessing import InputFormat
 from moeprune.data.tokens import TokenFormat
+from tests.language import BOS, EOS, make_tokenizer, write_lines
 
 tokenizers = pytest.importorskip("tokenizers")
 DOCUMENTS = [
@@ -22,28 +23,11 @@ DOCUMENTS = [
     {"text": "a " * 40, "kind": "long", "n": 4},
     {"text": "The last of them: short.", "kind": "short", "n": 5},
 ]
-BOS, EOS = 0, 1
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tokenizer of bytes and some merges, which puts BOS before a text and would cut it after two tokens."""
-    path = tmp_path_factory.mktemp("tokenizer")
-    core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    core.train_from_iterator([document["text"] for document in DOCUMENTS], trainer)
-    core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    core.enable_truncation(2)
-    core.save(str(path / "tokenizer.json"))
-    template = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": template}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return path
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), [document["text"] for document in DOCUMENTS])
 
 
 @pytest.fixture
@@ -55,11 +39,6 @@ def core(folder):
 
 def form(folder, length=8, by=None, vocabulary=300):
     return TokenFormat(vocabulary, 64, folder, length, by)
-
-
-def write(path, documents):
-    path.write_text("".join(json.dumps(document) + "\n\n" for document in documents))
-    return path
 
 
 def ids_of(core, texts):
@@ -76,7 +55,7 @@ def packed(ids, length=8):
 
 
 def test_documents_follow_each_other_between_bos_and_eos(folder, core, tmp_path):
-    data = moeprune.open_data(write(tmp_path / "a.jsonl", DOCUMENTS), form(folder))
+    data = moeprune.open_data(write_lines(tmp_path / "a.jsonl", DOCUMENTS), form(folder))
     expected = packed(ids_of(core, [document["text"] for document in DOCUMENTS]))
     assert sequences(data).tolist() == expected.tolist()
     assert not data.has_labels
@@ -84,7 +63,7 @@ def test_documents_follow_each_other_between_bos_and_eos(folder, core, tmp_path)
 
 def test_bytes_are_those_behind_the_first_token(folder, core, tmp_path):
     ascii_only = [document for document in DOCUMENTS if document["text"].isascii()]
-    data = moeprune.open_data(write(tmp_path / "a.jsonl", ascii_only), form(folder))
+    data = moeprune.open_data(write_lines(tmp_path / "a.jsonl", ascii_only), form(folder))
     lengths = [
         [0 if i in (BOS, EOS) else len(core.id_to_token(i)) for i in row[1:]] for row in sequences(data).tolist()
     ]
@@ -94,7 +73,7 @@ def test_bytes_are_those_behind_the_first_token(folder, core, tmp_path):
 def test_bytes_of_characters_that_are_cut_count_once(folder, core, tmp_path):
     content = DOCUMENTS[1]["text"] * 3
     ids = ids_of(core, [content])
-    data = moeprune.open_data(write(tmp_path / "a.jsonl", [{"text": content}]), form(folder, len(ids)))
+    data = moeprune.open_data(write_lines(tmp_path / "a.jsonl", [{"text": content}]), form(folder, len(ids)))
     assert data.source.texts.bytes.tolist() == [len(content.encode())]
 
 
@@ -120,7 +99,7 @@ def test_a_document_without_lines_is_cut_somewhere(folder, tmp_path, monkeypatch
 
 
 def test_documents_of_a_group_have_sequences_of_their_own(folder, core, tmp_path, caplog):
-    path = write(tmp_path / "a.jsonl", DOCUMENTS)
+    path = write_lines(tmp_path / "a.jsonl", DOCUMENTS)
     data = moeprune.open_data(path, form(folder, by="kind"))
     found, texts = sequences(data), data.source.texts
     assert texts.groups == ("long", "short")
@@ -135,9 +114,9 @@ def test_conversations_become_text_by_the_chat_template(folder, core, tmp_path):
     pytest.importorskip("tests.peers")
     pytest.importorskip("transformers")
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "the documents"}]
-    data = moeprune.open_data(write(tmp_path / "a.jsonl", [{"messages": messages}]), form(folder))
+    data = moeprune.open_data(write_lines(tmp_path / "a.jsonl", [{"messages": messages}]), form(folder))
     assert sequences(data).tolist() == packed(ids_of(core, ["[user]Hello[assistant]the documents"])).tolist()
-    bad = write(tmp_path / "b.jsonl", [{"messages": [{"role": "user"}]}, {"messages": 3}])
+    bad = write_lines(tmp_path / "b.jsonl", [{"messages": [{"role": "user"}]}, {"messages": 3}])
     with pytest.raises(moeprune.MoepruneError, match=r"line 3 of `.*b.jsonl`: the chat template .* refuses"):
         moeprune.open_data(bad, form(folder))
 
@@ -148,7 +127,7 @@ def test_a_tokenizer_without_its_json_is_made_by_transformers(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}')
-    write(tmp_path / "a.jsonl", [{"text": "abba"}])
+    write_lines(tmp_path / "a.jsonl", [{"text": "abba"}])
     data = moeprune.open_data(tmp_path / "a.jsonl", form(tmp_path, 4))
     assert sequences(data).tolist() == [[4, 3, 2, 1]]
 
@@ -158,7 +137,7 @@ def test_rows_of_parquet_are_documents(folder, core, tmp_path):
     table = pytest.importorskip("pyarrow").Table.from_pylist(DOCUMENTS)
     parquet.write_table(table, tmp_path / "a.parquet")
     found = moeprune.open_data(tmp_path / "a.parquet", form(folder, by="kind"))
-    expected = moeprune.open_data(write(tmp_path / "a.jsonl", DOCUMENTS), form(folder, by="kind"))
+    expected = moeprune.open_data(write_lines(tmp_path / "a.jsonl", DOCUMENTS), form(folder, by="kind"))
     assert sequences(found).tolist() == sequences(expected).tolist()
     with pytest.raises(moeprune.MoepruneError, match=r"row 0 of `.*` has no field `kinds`"):
         moeprune.open_data(tmp_path / "a.parquet", form(folder, by="kinds"))
@@ -168,7 +147,7 @@ def test_rows_of_parquet_are_documents(folder, core, tmp_path):
 
 
 def test_a_limit_draws_sequences_and_the_batch_size_leaves_no_trace(folder, tmp_path):
-    data = moeprune.open_data(write(tmp_path / "a.jsonl", DOCUMENTS), form(folder))
+    data = moeprune.open_data(write_lines(tmp_path / "a.jsonl", DOCUMENTS), form(folder))
     drawn = moeprune.open_data(tmp_path / "a.jsonl", form(folder), limit=4)
     places = sorted(random.Random(0).sample(range(data.samples), 4))
     assert sequences(drawn).tolist() == sequences(data)[places].tolist()
@@ -261,7 +240,7 @@ def test_a_missing_or_damaged_tokenizer_is_refused(tmp_path, message):
 
 def test_messages_without_a_template_are_refused(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
-    path = write(tmp_path / "a.jsonl", [{"messages": []}])
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": []}])
     with pytest.raises(moeprune.MoepruneError, match=r"line 1 of .* the model has no chat template"):
         moeprune.open_data(path, form(tmp_path))
 

@@ -309,7 +309,7 @@ COMMANDS: dict[str, tuple[type[Result], Callable[[Any], Document] | None]] = {
     "prune": (Pruned, pruning),
     "sweep": (Sweep, sweep),
 }
-"""`eval-language` and `sweep` are what `eval` reports of language models and of sweeps, `plan` is what `prune` reads."""
+"""`eval-language` and `sweep` are what `eval` reports of language models and of sweeps, `plan` what `prune` reads."""
 TYPES = {command: kind for command, (kind, _) in COMMANDS.items()}
 
 
