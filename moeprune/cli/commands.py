@@ -21,7 +21,10 @@ Report = Annotated[
     Path | None,
     typer.Option(help="Write a page with figures too: one HTML file that loads nothing.", show_envvar=False),
 ]
-SCHEMAS = "analyze, demo, eval, export, inspect, prune, sweep (of eval --sweep), or plan (a plan file)."
+SCHEMAS = (
+    "analyze, demo, eval, eval-language (of eval of a language model), export, inspect, prune, sweep (of eval --sweep),"
+    " or plan (a plan file)."
+)
 
 
 @command

@@ -202,7 +202,7 @@ def fit_all(full: Model, plans: Sequence[Plan], data: Dataset, seed: int, runtim
 def compare(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtime) -> list[Tensor]:
     """Return the distance of each model's predictions from the full one's for each input (samples), in float64."""
     distances: list[list[Tensor]] = [[] for _ in models]
-    has_head = full.input_format.classes > 0
+    has_head = full.input_format.has_head
     for index, found, expected in runtime.run_paired(dict(enumerate(models)), full, data, "compare candidates"):
         if has_head:
             change = (found.softmax(-1) - expected.softmax(-1)).abs().sum(-1) / 2
