@@ -68,10 +68,17 @@ class Experts(NamedTuple):
 
     def copies(self, chosen: Tensor) -> "Experts":
         """Return the weights of experts by their indices (r)."""
+        return self._select(chosen)
+
+    def one(self, expert: int) -> "Experts":
+        """Return the weights of one expert, where they lie."""
+        return self._select(slice(expert, expert + 1))
+
+    def _select(self, index: Tensor | slice) -> "Experts":
         fc1_weight, fc1_bias, fc2_bias = (
-            None if tensor is None else tensor[chosen] for tensor in (self.fc1_weight, self.fc1_bias, self.fc2_bias)
+            None if tensor is None else tensor[index] for tensor in (self.fc1_weight, self.fc1_bias, self.fc2_bias)
         )
-        return Experts(fc1_weight, fc1_bias, self.fc2_weight[chosen], fc2_bias, *self[4:])
+        return Experts(fc1_weight, fc1_bias, self.fc2_weight[index], fc2_bias, *self[4:])
 
     def activate(self, hidden: Tensor) -> Tensor:
         """Return the input of the second linear (…,h), from the output of the first."""

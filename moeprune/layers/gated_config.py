@@ -7,7 +7,7 @@ import msgspec
 
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import Activation, Flops, LayerConfig, Shapes, Usage
-from moeprune.plan import LayerPlan, Positive
+from moeprune.plan import SIGNALS, LayerPlan, Positive
 from moeprune.records import Record
 
 Gates = Literal["softmax", "sigmoid", "sparsemixer"]
@@ -95,6 +95,11 @@ class GatedMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="
     def scopes(self) -> tuple[str, ...]:
         """One set of experts for all inputs: each token chooses among them anyway."""
         return ("static",)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """All."""
+        return SIGNALS
 
     @property
     def compensations(self) -> tuple[str, ...]:

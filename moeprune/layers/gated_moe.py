@@ -164,9 +164,9 @@ class GatedMoE(MoELayer):
             outputs = found if first == 0 else outputs
         return output, (shown, outputs)
 
-    def hidden(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Return what the last linears take (r,h) of rows (r,d) sorted by expert, so many of each."""
-        return self.experts.hidden(rows, functools.partial(grouped_linear, counts))
+    def hidden(self, rows: Tensor, expert: int) -> Tensor:
+        """Return what the last linear of an expert takes (r,h) of rows (r,d)."""
+        return self.experts.one(expert).hidden(rows.to(self.fc2_weight.dtype)[None])[0]
 
     def _observation(
         self, x: Tensor, routing: Routing, output: Tensor, mask: Tensor | None, found: tuple[Rows, Tensor] | None

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from moeprune.plan import SCOPES, LayerPlan
+from moeprune.plan import SCOPES, SIGNALS, LayerPlan
 
 Activation = Literal[
     "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "elu", "selu", "silu", "hardswish",
@@ -109,6 +109,11 @@ class LayerConfig:
         return SCOPES
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        """Signals that rank the experts: by default those that do not tell which tokens run an expert."""
+        return tuple(signal for signal in SIGNALS if signal not in ("frequency", "reap"))
+
+    @property
     def compensations(self) -> tuple[str, ...]:
         """Compensations that the family can run: by default those of constants and of an affine map."""
         return ("none", "renorm", "mean", "lstsq", "affine")
@@ -185,10 +190,16 @@ class LayerConfig:
         routing = 0 if plan.compensation == "linear" else self.router_flops(m, plan.routed_experts, applied)
         return Flops(round(r * self.expert_flops(m, running)), round(r * routing), round(r * compensation))
 
+    def equal_groups(self, plan: LayerPlan) -> int:
+        """Return the number of groups of consecutive experts of which a plan must keep equally many: 1 by default."""
+        return 1
+
     def refusal(self, plan: LayerPlan) -> str | None:
         """Return why the layer cannot be pruned by a plan, None if it can."""
         if plan.scope not in self.scopes:
             return f"can be pruned with scope {' or '.join(self.scopes)} only, the plan has `{plan.scope}`"
+        if plan.signal not in self.signals:
+            return f"can be pruned by signal {' or '.join(self.signals)} only, the plan has `{plan.signal}`"
         if plan.compensation not in self.compensations:
             possible = ", ".join(f"`{name}`" for name in self.compensations)
             return f"can be compensated by {possible}, the plan has `{plan.compensation}`"

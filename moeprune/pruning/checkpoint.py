@@ -100,7 +100,8 @@ def _prune_file(request: PruneRequest, full: Described, header: Header, analysis
     decided = {}
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]
-        decided[name], calibrated = decide(layer_plan, moments, None, request.seed, index)
+        groups = layers[name].equal_groups(layer_plan)
+        decided[name], calibrated = decide(layer_plan, moments, None, request.seed, index, groups)
         take = partial(_take, header, tensors, name)
         pruned = prune_tensors(layers[name], decided[name], take, tensors[f"{name}.fc2_weight"], calibrated)
         entries |= {f"{name}.{key}": tensor for key, tensor in pruned.items()}
@@ -151,7 +152,8 @@ def _ways(request: SweepRequest, model: Model) -> list[Variant]:
     if not (request.scope or request.signal or request.compensate):
         return list(methods(keeps, layers))
     possible = [scope for scope in SCOPES if all(scope in layer.scopes for layer in layers.values())]
-    signals, compensations = request.signal or SIGNALS, request.compensate or COMPENSATIONS_TRIED
+    known = [signal for signal in SIGNALS if all(signal in layer.signals for layer in layers.values())]
+    signals, compensations = request.signal or known, request.compensate or COMPENSATIONS_TRIED
     scopes = [possible_scope(Wanted(scope), layers) for scope in request.scope] or possible
     able = [name for name in compensations if all(name in ("auto", *each.compensations) for each in layers.values())]
     able = [name for name in able if name != "linear" or "static" in possible]
