@@ -11,7 +11,6 @@ from moeprune.cli.command import command
 from moeprune.cli.reporter import Reporter
 from moeprune.demo.records import DemoRequest
 from moeprune.files.disk import check_output_folder
-from moeprune.models.folders.layout import is_model_folder
 from moeprune.models.request import ExportRequest, InspectRequest
 from moeprune.models.runtime import Runtime
 from moeprune.pruning.request import PruneRequest, SweepRequest
@@ -59,7 +58,7 @@ def prune(reporter: Reporter, request: PruneRequest) -> None:
 
     How many is set by one of --keep, --mass, --max-size, --max-flops, --max-accuracy-drop and --plan.
     """
-    is_folder = is_model_folder(request.checkpoint.path)
+    is_folder = request.checkpoint.is_model_folder
     if is_folder and request.output is not None:
         check_output_folder(request.output, reporter.output.force, request.checkpoint.path)
     reporter.check_outputs(output=None if is_folder else request.output, save_plan=request.save_plan)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import asdict
 
 from moeprune.models.description import our_header, read_description, with_options
-from moeprune.models.folders.layout import is_model_folder, read_folder
+from moeprune.models.folders.layout import read_folder
 from moeprune.models.request import ModelSpec
 from moeprune.models.results import InspectedLayer, Inspection
 from moeprune.records import to_json
@@ -53,7 +53,7 @@ class Described:
 
 def inspect_checkpoint(spec: ModelSpec) -> Inspection:
     """Return the contents of a checkpoint: from headers if moeprune or transformers wrote it, else from the model."""
-    if is_model_folder(spec.path):
+    if spec.is_model_folder:
         return _inspect_folder(spec.path)
     found = Described(spec)
     reading = found.model.reading if found.header is None or spec.model is not None else None

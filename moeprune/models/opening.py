@@ -23,6 +23,7 @@ from moeprune.files.names import View, views
 from moeprune.models.adopted import Factory, adopt, build, name_of, parse_source, skeleton
 from moeprune.models.architecture import ModelConfig, ModuleConfig, ViTConfig
 from moeprune.models.description import Details, our_header, read_description, with_options
+from moeprune.models.language import open_language
 from moeprune.models.libraries import is_anchor, library_of_file
 from moeprune.models.libraries.layers import installed_version
 from moeprune.models.libraries.soft_moe import Layout, SoftMoEViTs
@@ -108,6 +109,8 @@ def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header |
                 "leave it out: the checkpoint contains it",
             )
         model = _open_ours(header, factory)
+    elif factory is None and spec.is_model_folder:
+        model = open_language(spec.path)
     elif factory is None:
         model = _open_library(spec)
     else:

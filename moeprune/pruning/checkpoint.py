@@ -16,7 +16,6 @@ from moeprune.files.checkpoint import TORCH_SUFFIXES
 from moeprune.files.header import Header
 from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import our_header, read_description
-from moeprune.models.folders.layout import is_model_folder
 from moeprune.models.inspection import Described
 from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
@@ -44,7 +43,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     output cannot be written.
     """
     request.runtime.require_device()
-    if is_model_folder(request.checkpoint.path):
+    if request.checkpoint.is_model_folder:
         return prune_folder(request)
     full = Described(request.checkpoint)
     require_unpruned(full.plan, ALREADY_PRUNED)

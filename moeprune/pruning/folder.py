@@ -18,10 +18,10 @@ from moeprune.files.checkpoint import Copied, check_finite, tensor_infos, write_
 from moeprune.files.disk import check_output_folder, refused, replacing_folder, write_file
 from moeprune.files.header import Header
 from moeprune.layers.experts import random_scores, top_k
-from moeprune.models.folders.layout import CONFIG, COUNTS, INDEX, SINGLE, FolderLayer, ModelFolder, read_folder
+from moeprune.models.folders.layout import CONFIG, COUNTS, INDEX, PLAN, SINGLE, FolderLayer, ModelFolder, read_folder
 from moeprune.models.folders.names import renumbered
 from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, keep_to_text, parse_keep, require_fitting_plan
-from moeprune.pruning.plan_file import IN_FOLDER, read_plan, write_plan
+from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Pruned
 
@@ -151,7 +151,7 @@ def write_folder(
         _write_shards(folder, plan, target, replaced)
         write_file(target / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if k < folder.num_experts:
-            write_plan(plan, target / IN_FOLDER)
+            write_plan(plan, target / PLAN)
             card = folder.path / CARD
             text = card.read_text("utf-8", "replace").rstrip() + "\n\n" if card.is_file() else ""
             write_file(target / CARD, text + _section(folder, plan, made_from))
@@ -239,7 +239,7 @@ def _entries(folder: ModelFolder, plan: Plan, header: Header) -> Iterator[tuple[
 
 def _copy_others(folder: ModelFolder, target: Path) -> None:
     """Copy tokenizer, generation config and all else that holds no weights; links become what they lead to."""
-    written, left_out = {CONFIG, INDEX, CARD, IN_FOLDER}, []
+    written, left_out = {CONFIG, INDEX, CARD, PLAN}, []
     for root, folders, files in os.walk(folder.path):
         inside = Path(root).relative_to(folder.path)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -270,5 +270,5 @@ def _section(folder: ModelFolder, plan: Plan, made_from: str) -> str:
     return (
         f"## Pruned with moeprune {__version__}\n\n"
         f"Made from `{Path(os.path.realpath(folder.path)).name}`. {what}, chosen by {chosen}; the routers have no rows"
-        f" for the others.{refitted}{' ' + made_from if made_from else ''} `{IN_FOLDER}` lists the kept experts.\n"
+        f" for the others.{refitted}{' ' + made_from if made_from else ''} `{PLAN}` lists the kept experts.\n"
     )

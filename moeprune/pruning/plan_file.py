@@ -17,11 +17,11 @@ from moeprune.files.disk import read_json, write_file
 from moeprune.files.header import read_header
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.description import our_header
+from moeprune.models.folders.layout import PLAN
 from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 from moeprune.records import to_json
 
 SCHEMA_VERSION = 1
-IN_FOLDER = "moeprune.json"  # the plan of a pruned folder of transformers, in that folder
 DEFAULTS = {"scope": "static", "signal": "combine", "compensation": "none"}
 
 
@@ -35,8 +35,8 @@ def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
 def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
     """Read the plan of a JSON file or a pruned checkpoint, or raise a MoepruneError if it does not fit the layers."""
     path = Path(path)
-    if (path / IN_FOLDER).is_file():
-        path /= IN_FOLDER
+    if (path / PLAN).is_file():
+        path /= PLAN
     if path.suffix in (".safetensors", *TORCH_SUFFIXES):
         header = read_header(path) if path.suffix == ".safetensors" else our_header(path)
         value = ((header and header.metadata) or {}).get("plan")

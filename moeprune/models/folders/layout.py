@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from moeprune.data.tokens import MOST_TOKENS
 from moeprune.errors import MoepruneError, listed
 from moeprune.files.disk import read_json
 from moeprune.files.header import Header, TensorInfo, read_header
@@ -22,6 +23,7 @@ from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
 from moeprune.plan import LayerPlan
 from moeprune.records import from_json
 
+PLAN = "moeprune.json"  # the plan of a pruned folder, and how it was made
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of the number of experts."""
@@ -30,6 +32,8 @@ TOP_K = (
     "top_k_experts",
 )  # fmt: skip
 """Keys of the number of experts that run for a token, or of a list of it by layer."""
+HEADS, LONGEST = ("num_attention_heads", "n_heads"), ("max_position_embeddings", "max_seq_len", "n_positions")
+NO_WEIGHTS = re.compile(r"(bias|scales?|scale_inv)$")
 LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 KNOWN = "experts under `experts.0`, stacked in `experts.gate_up_proj` or `input_linear`, and a `gate` or a `router`"
 COMPENSATIONS = ("renorm", "renorm-refit")
@@ -63,7 +67,7 @@ class FolderLayer:
         self.parameters += info.numel
         if role.part != "router":
             self.bytes += info.nbytes
-            self.weights += info.numel * (len(info.shape) > 1)
+            self.weights += _weights(role.key, info)
         if role.expert is None:
             self.whole[name] = role, info
         else:
@@ -90,7 +94,7 @@ class ModelFolder:
 
     config: of the whole model. language: the part of it that has the number of experts. layers: by name, in order.
     dropped: how names begin in parts that predict further tokens with experts of their own. parts: bytes of experts,
-    routers and the rest. flops: for one token, of routers and the rest.
+    routers and the rest. flops: of products with weights for one token, of routers and the rest.
     """
 
     path: Path
@@ -102,6 +106,7 @@ class ModelFolder:
     parts: Counter[str] = field(default_factory=Counter)
     flops: Counter[str] = field(default_factory=Counter)
     parameters: int = 0
+    has_head: bool = False  # of its own, not the table of embeddings
 
     @property
     def num_experts(self) -> int:
@@ -148,10 +153,23 @@ class ModelFolder:
         """Return True for a tensor of a part that predicts further tokens, if that has experts."""
         return name.startswith(self.dropped)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence; what is not stated is not short."""
+        return next((self.language[key] for key in LONGEST if type(self.language.get(key)) is int), MOST_TOKENS)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the vocabulary."""
+        return int(self.language.get("vocab_size") or self.config.get("vocab_size") or 1)
+
     def cost(self) -> ModelCost:
-        """Return parameters, bytes, and FLOPs for one token: 2 for each weight; attention over others is left out."""
+        """Return parameters, bytes, and the FLOPs of a sequence: products with weights, and those of full attention."""
+        s = min(MOST_TOKENS, self.longest)
         experts = sum(2 * layer.weights * layer.top_k // layer.num_experts for layer in self.layers.values())
-        flops = {"experts": experts, "routing": self.flops["routing"], "other": self.flops["other"], "compensation": 0}
+        per_token = self.flops["other"] + (0 if self.has_head else self.flops["tables"])
+        other = s * per_token + _attention(self.language, s)
+        flops = {"experts": s * experts, "routing": s * self.flops["routing"], "other": other, "compensation": 0}
         parts = {name: self.parts[name] for name in ("experts", "routing", "other")}
         return ModelCost(
             parameters=self.parameters,
@@ -221,8 +239,17 @@ def read_folder(path: Path) -> ModelFolder:
 def _add_other(folder: ModelFolder, name: str, info: TensorInfo, runs: bool, part: str = "other") -> None:
     """Count a tensor that is none of an expert; runs: for each token."""
     folder.parts[part] += info.nbytes
-    is_weight = len(info.shape) > 1 and not re.search(r"embed|wte|wpe", name)
-    folder.flops[part] += 2 * info.numel * (is_weight and runs)
+    is_table = re.search(r"embed|wte|wpe", name) is not None
+    if runs:
+        folder.flops["tables" if is_table else part] += 2 * _weights(name, info)
+        folder.has_head |= name.endswith("head.weight")
+
+
+def _weights(name: str, info: TensorInfo) -> int:
+    """Return how many factors of a matrix product a tensor holds; MXFP4 has two in a byte."""
+    if len(info.shape) < 2 or NO_WEIGHTS.search(name):
+        return 0
+    return info.numel * (2 if name.endswith("_blocks") else 1)
 
 
 def _require_complete(folder: ModelFolder, layer: FolderLayer) -> None:
@@ -247,6 +274,14 @@ def _parts(config: Any) -> Iterator[dict[str, Any]]:
         for key, value in config.items():
             if key != "quantization_config":
                 yield from _parts(value)
+
+
+def _attention(language: Mapping[str, Any], tokens: int) -> int:
+    """Return the FLOPs of the products of queries and keys, and of weights and values, in all blocks."""
+    heads, layers = (next((language[key] for key in keys if language.get(key)), 0) for keys in (HEADS, LAYERS))
+    width = language.get("head_dim") or (language.get("hidden_size") or 0) // max(1, heads)
+    keys = (language.get("qk_nope_head_dim") or width) + (language.get("qk_rope_head_dim") or 0)
+    return int(2 * tokens * tokens * layers * heads * (keys + (language.get("v_head_dim") or width)))
 
 
 def _top_k(language: Mapping[str, Any]) -> int:
