@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from moeprune.data.tokenizer import EXTRA
 from moeprune.data.tokens import TokenFormat
 from moeprune.errors import MoepruneError, listed, user_code
 from moeprune.files.disk import read_json
+from moeprune.layers.interface import Usage
 from moeprune.layers.layer import layer_of_tensors
 from moeprune.models.description import Details
 from moeprune.models.folders.layout import PLAN, ModelFolder, read_folder
@@ -22,6 +23,7 @@ from moeprune.models.folders.names import natural
 from moeprune.models.language_config import LanguageConfig
 from moeprune.models.libraries.transformers import RoutedBlock, describe_block, is_block
 from moeprune.models.model import Model
+from moeprune.models.results import ModelCost
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HALF = (torch.float16, torch.bfloat16)
@@ -47,6 +49,10 @@ class LanguageModel(Model):
         path = self.folder.path
         has_tokenizer = any((path / name).is_file() for name in TOKENIZERS)
         return TokenFormat(self.config.vocabulary, self.config.longest, path if has_tokenizer else None)
+
+    def cost(self, usage: Mapping[str, Usage] | None = None) -> ModelCost:
+        """Return size and cost; a model that is not pruned has the bytes of its folder, whatever its types are here."""
+        return super().cost(usage) if self.plan else self.folder.cost()
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (b,s) in, logits (b,s,V) out."""

@@ -18,7 +18,17 @@ from moeprune.files.checkpoint import Copied, check_finite, tensor_infos, write_
 from moeprune.files.disk import check_output_folder, refused, replacing_folder, write_file
 from moeprune.files.header import Header
 from moeprune.layers.experts import random_scores, top_k
-from moeprune.models.folders.layout import CONFIG, COUNTS, INDEX, PLAN, SINGLE, FolderLayer, ModelFolder, read_folder
+from moeprune.models.folders.layout import (
+    COMPENSATIONS,
+    CONFIG,
+    COUNTS,
+    INDEX,
+    PLAN,
+    SINGLE,
+    FolderLayer,
+    ModelFolder,
+    read_folder,
+)
 from moeprune.models.folders.names import renumbered
 from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, keep_to_text, parse_keep, require_fitting_plan
 from moeprune.pruning.plan_file import read_plan, write_plan
@@ -44,7 +54,7 @@ def prune_folder(request: PruneRequest) -> Pruned:
     plan = decided(folder, plan_of(folder, request), request.seed)
     cost = None
     if request.output is not None:
-        write_folder(folder, plan, request.output, request.overwrite)
+        write_folder(folder, plan, request.output, request.overwrite, {"moeprune": __version__, "seed": request.seed})
         cost = read_folder(request.output).cost()
     if request.save_plan is not None:
         write_plan(plan, request.save_plan, request.overwrite)
@@ -70,6 +80,22 @@ def _require_supported(request: PruneRequest) -> None:
         raise MoepruneError(f"`{option}` does not go with a folder of transformers", "give `--keep` or `--plan`")
 
 
+def drop_in(request: PruneRequest) -> PruneRequest:
+    """Return the request of a pruning by data with a compensation that leaves a model of the same architecture.
+
+    Raises a MoepruneError for one that does not, and for options that a folder does not take.
+    """
+    _require_supported(request)
+    if request.plan is not None:
+        return request
+    if request.compensate in (None, "auto"):
+        return request.replace(compensate="renorm" if request.one_shot else "renorm-refit")
+    if request.compensate not in COMPENSATIONS:
+        message = f"`--compensate {request.compensate}` needs more than fewer experts, which is all a folder can hold"
+        raise MoepruneError(message, "give `--compensate renorm-refit`, the default, or `renorm`")
+    return request
+
+
 def plan_of(folder: ModelFolder, request: PruneRequest) -> Plan:
     """Return the plan of a request, with the same number of experts in each layer.
 
@@ -85,15 +111,18 @@ def plan_of(folder: ModelFolder, request: PruneRequest) -> Plan:
         signal: Any = wanted.signal_for(compensate)
         method = Method(wanted.concrete_scope, signal, compensate, None, wanted.energy, wanted.rank)
         plan = {name: method.plan(experts_to_keep(keep, n, name), n) for name, n in _sizes(layers)}
-    require_fitting_plan(plan, layers)
-    counts = {layer.k for layer in plan.values()}
-    if lacking := [name for name in layers if name not in plan]:
-        hint = f"`{CONFIG}` has one number of experts for all layers: plan them all"
-        raise MoepruneError(f"the plan leaves out layers {listed(lacking, 3)}", hint)
-    if len(counts) > 1:
-        hint = f"`{CONFIG}` has one number of experts for all layers"
-        raise MoepruneError(f"the plan keeps {min(counts)} to {max(counts)} experts", hint)
+    require_fitting(folder, plan)
     return {name: plan[name] for name in layers}
+
+
+def require_fitting(folder: ModelFolder, plan: Plan) -> None:
+    """Raise a MoepruneError if a folder cannot hold the layers that a plan makes, as many experts in each."""
+    require_fitting_plan(plan, folder.layers)
+    counts, hint = {layer.k for layer in plan.values()}, f"`{CONFIG}` has one number of experts for all layers"
+    if lacking := [name for name in folder.layers if name not in plan]:
+        raise MoepruneError(f"the plan leaves out layers {listed(lacking, 3)}", f"{hint}: plan them all")
+    if len(counts) > 1:
+        raise MoepruneError(f"the plan keeps {min(counts)} to {max(counts)} experts", hint)
 
 
 def _sizes(layers: Mapping[str, FolderLayer]) -> Iterator[tuple[str, int]]:
@@ -127,16 +156,16 @@ def write_folder(
     folder: ModelFolder,
     plan: Plan,
     output: Path,
-    overwrite: bool = False,
+    overwrite: bool,
+    provenance: Mapping[str, Any],
     replaced: Mapping[str, Tensor] | None = None,
-    made_from: str = "",
 ) -> None:
     """Write a folder with the kept experts alone; it appears when it is complete.
 
     Args:
         plan: of every layer, decided.
+        provenance: how the plan was made.
         replaced: tensors to write in place of those of the same name in the output, in their types and shapes.
-        made_from: a sentence about the data for the model card.
     """
     check_output_folder(output, overwrite, folder.path)
     k = next(iter(plan.values())).k
@@ -151,10 +180,10 @@ def write_folder(
         _write_shards(folder, plan, target, replaced)
         write_file(target / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if k < folder.num_experts:
-            write_plan(plan, target / PLAN)
+            write_plan(plan, target / PLAN, provenance=provenance)
             card = folder.path / CARD
             text = card.read_text("utf-8", "replace").rstrip() + "\n\n" if card.is_file() else ""
-            write_file(target / CARD, text + _section(folder, plan, made_from))
+            write_file(target / CARD, text + _section(folder, plan, provenance))
 
 
 def pruned_config(folder: ModelFolder, k: int) -> dict[str, Any]:
@@ -261,14 +290,15 @@ def _copy_others(folder: ModelFolder, target: Path) -> None:
         logger.warning(f"left out, as they may hold weights of the full model: {listed(sorted(left_out))}")
 
 
-def _section(folder: ModelFolder, plan: Plan, made_from: str) -> str:
+def _section(folder: ModelFolder, plan: Plan, provenance: Mapping[str, Any]) -> str:
     """Return the section of the model card that says how the folder was made."""
-    first = next(iter(plan.values()))
+    first, data = next(iter(plan.values())), provenance.get("calibration")
     what = f"Each of its {len(plan)} MoE layers keeps {first.k} of {folder.num_experts} experts"
-    refitted = " The down projections of kept experts were refitted." if first.compensation == "renorm-refit" else ""
-    chosen = f"signal `{first.signal}`" if first.signal == "random" or made_from else "a stated plan"
+    chosen = f"chosen by signal `{first.signal}`" if data or first.signal == "random" else "chosen by a plan"
+    refitted = " and the last linears of kept experts are refitted" if first.compensation == "renorm-refit" else ""
+    calibrated = f" Calibration data: `{data['spec']}`, {data['samples']} sequences." if data else ""
     return (
         f"## Pruned with moeprune {__version__}\n\n"
-        f"Made from `{Path(os.path.realpath(folder.path)).name}`. {what}, chosen by {chosen}; the routers have no rows"
-        f" for the others.{refitted}{' ' + made_from if made_from else ''} `{PLAN}` lists the kept experts.\n"
+        f"Made from `{Path(os.path.realpath(folder.path)).name}`. {what}, {chosen}; the routers know no others"
+        f"{refitted}.{calibrated} `{PLAN}` lists the kept experts.\n"
     )
