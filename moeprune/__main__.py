@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from typing import Any
@@ -29,8 +30,11 @@ def main() -> None:
 def _exit_at_once(signal_number: int, _: Any) -> None:
     """Libraries swallow a KeyboardInterrupt while they are imported, or make an ImportError of it."""
     for path in tuple(getattr(sys.modules.get("moeprune.files.disk"), "temporaries", ())):
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
     os._exit(128 + signal_number)
 
 

@@ -12,13 +12,13 @@ from moeprune.errors import MoepruneError
 from moeprune.records import Record, from_json
 
 Scope = Literal["static", "input", "batch"]
-Signal = Literal["combine", "deviation", "gram", "random"]
+Signal = Literal["combine", "deviation", "gram", "random", "frequency", "reap"]
 Compensation = Literal[
     "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear", "merge"
 ]
 SCOPES, SIGNALS, COMPENSATIONS = get_args(Scope), get_args(Signal), get_args(Compensation)
 WantedScope = Literal["auto", "static", "input", "batch"]
-WantedSignal = Literal["auto", "combine", "deviation", "gram", "random"]
+WantedSignal = Literal["auto", "combine", "deviation", "gram", "random", "frequency", "reap"]
 WantedCompensation = Literal[
     "auto", "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear", "merge"
 ]
@@ -26,8 +26,9 @@ FITTED = ("lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear")  # t
 AFFINE = ("affine", "refit", "low-rank", "linear")  # with a linear map of the layer's input
 REFITS = ("refit", "renorm-refit")  # that change the kept experts' last linears
 NARROWED = ("lstsq", "affine", "refit")  # that can be given in few directions of the output
-RANKED = (*NARROWED, "low-rank")  # that have a rank, or an energy that decides it
-STATIC = (*REFITS, "linear", "merge")  # that need one set of experts for all inputs
+WITH_RANK = (*NARROWED, "low-rank")  # that have a rank, or an energy that decides it
+RANKING = ("gram", "frequency", "reap")  # signals by statistics of calibration data, for one set of experts
+STATIC = (*REFITS, "linear", "merge", *RANKING)  # that need one set of experts for all inputs
 RANK = 8  # of `low-rank`, unless it is stated
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -41,7 +42,7 @@ def impossible(scope: str, signal: str, compensation: str) -> str | None:
     if compensation == "merge" and signal == "gram":  # the loss by merging is not a sum over pairs of experts
         return "compensation `merge` does not go with signal `gram`"
     for option, value in (("compensation", compensation), ("signal", signal)):
-        if scope != "static" and value in (*STATIC, "gram"):
+        if scope != "static" and value in STATIC:
             return f"{option} `{value}` needs one set of experts for all inputs, scope `static`"
     return None
 
@@ -60,7 +61,9 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
             each batch (Algorithm 2).
         k: experts that run; with a mass, the most that run.
         num_experts: experts of the unpruned layer (n).
-        signal: the score that ranks the experts; `gram` (scope `static` only) scores sets of experts.
+        signal: the score that ranks the experts; `gram` (scope `static` only) scores sets of experts. Also for this
+            scope only, in layers whose tokens choose experts: `frequency`, how many choose one; `reap`, the mean norm
+            of what it adds to these (REAP, Lasby et al. 2025, arXiv 2510.13999).
         compensation: what a dropped expert gives: nothing (`none`); nothing, with weights normalised over
             the kept experts (`renorm`); its mean output (`mean`); the outputs that fit the unpruned layer
             best (`lstsq`), also with a linear map of the layer's input (`affine`), and with the kept experts'
@@ -125,8 +128,8 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
             expected = f"expected a kept expert for each of the {n - k} dropped ones"
             yield wrong, f"`merged_into` is {list(merged)}, {expected}"
         for name in ("rank", "energy"):
-            of_none = getattr(self, name) is not None and compensation not in RANKED
-            yield of_none, f"`{name}` goes with the compensations {', '.join(RANKED)}"
+            of_none = getattr(self, name) is not None and compensation not in WITH_RANK
+            yield of_none, f"`{name}` goes with the compensations {', '.join(WITH_RANK)}"
         both = self.rank is not None and self.energy is not None
         yield both, "`rank` and `energy` do not go together: the energy decides the rank"
 
@@ -143,7 +146,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     @property
     def is_ranked(self) -> bool:
         """True if the signal ranks the experts by statistics of calibration data."""
-        return self.signal in ("deviation", "gram") or (self.scope == "static" and self.signal == "combine")
+        return self.signal in ("deviation", *RANKING) or (self.scope == "static" and self.signal == "combine")
 
     @property
     def is_fitted(self) -> bool:

@@ -18,7 +18,8 @@ def validator(name: str) -> Draft202012Validator:
 def schema_of(words: Iterable[str], report: dict[str, Any]) -> str:
     """The schema of what a command line reports."""
     command = next((word for word in words if word in commands.TYPES), "")
-    return "sweep" if command == "eval" and "rows" in report else command
+    kinds = {"rows": "sweep", "sequence_length": "eval-language"}  # of what `eval` reports
+    return next((kind for key, kind in kinds.items() if command == "eval" and key in report), command)
 
 
 def complaints(name: str, report: Any) -> list[str]:

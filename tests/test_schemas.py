@@ -5,12 +5,16 @@ import json
 
 import pytest
 from jsonschema import Draft202012Validator
+from msgspec.structs import replace
 
 import moeprune
+from moeprune.evaluation.language_results import LanguageGroup
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
+from moeprune.records import to_text
 from moeprune.report.commands import TYPES, schema_of
+from tests.language import TinyLanguageModel, ids
 from tests.schemas import complaints, validator
 
 OPEN = {"arguments", "defaults", "provenance", "source", "architecture", "preprocessing", "settings"}
@@ -37,7 +41,20 @@ def reports(single, small_analysis, run_json, tmp_path_factory):
         "sweep": run_json(f"eval {single} {digits} --analysis {small_analysis} --sweep 1/8 --compensate mean"),
         "export": run_json(f"export {folder}/vit.safetensors -o {folder}/vit.pt --to soft-moe"),
         "plan": json.loads((folder / "plan.json").read_text()),
+        "eval-language": json.loads(to_text(language_evaluation())),
     }
+
+
+def language_evaluation():
+    """A pruned language model beside the full one, with every part that a report may have."""
+    full, runtime = TinyLanguageModel(), moeprune.Runtime("cpu")
+    pruned = moeprune.prune(full, data=ids(16), keep=4, compensate="mean", runtime=runtime)
+    gates = {"max_kl": 9}
+    found = moeprune.evaluate(pruned, ids(16), full, runtime, (1,), gates=gates, confidence=0.5)
+    names = LanguageGroup.__struct_fields__
+    group = {name: getattr(found.difference, name, getattr(found.model, name, None)) for name in names}
+    group |= {"name": "some", "samples": 16, "baseline_loss": found.baseline_model.loss}
+    return replace(found, groups=[LanguageGroup(**group)])
 
 
 @pytest.mark.parametrize("name", TYPES)

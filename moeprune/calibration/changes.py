@@ -35,7 +35,7 @@ def changes(models: Mapping[K, Model], full: Model, data: Dataset, runtime: Runt
     """
     wide = wide_dtype(runtime.torch_device)  # else rounding makes small divergences negative
     totals = {key: torch.zeros(2, dtype=torch.float64) for key in models}
-    has_head = full.input_format.classes > 0
+    has_head = full.input_format.has_head
     for key, found, expected in runtime.run_paired(models, full, data, what):
         same = found.argmax(-1) == expected.argmax(-1)
         if has_head:

@@ -13,7 +13,10 @@ class AnalyzeRequest(Request, frozen=True, kw_only=True):
     """An unpruned checkpoint, calibration data, and the file of the analysis."""
 
     checkpoint: Checkpoint
-    data: Annotated[DataSpec, option("Calibration data: digits, pairs, a .npz, a .safetensors, or a folder.")]
+    data: Annotated[
+        DataSpec,
+        option("Calibration data: digits, pairs, a .npz, a .safetensors, a folder, a .txt, .jsonl or .parquet."),
+    ]
     output: Annotated[Path, option("The analysis to write (.safetensors).", short=("-o",))]
     overwrite: bool = False
     runtime: Runtime = Runtime()

@@ -10,13 +10,24 @@ the mass that they had, for which its mean over inputs and tokens serves.
 import torch
 from torch import Tensor
 
+from moeprune.layers.experts import top_k
 
-def drop_order(gram: Tensor, num_experts: int, mass: Tensor | None = None) -> tuple[list[int], list[float]]:
-    """Drop the expert that adds least error, again and again.
+
+def best_by_score(scores: Tensor, k: int, groups: int = 1) -> tuple[int, ...]:
+    """Return the k experts of the highest scores (n), ascending; groups: see `best_kept`."""
+    in_groups = top_k(scores.view(groups, -1), k // groups)
+    first = torch.arange(groups)[:, None] * (len(scores) // groups)
+    return tuple((in_groups.cpu() + first).flatten().tolist())
+
+
+def drop_order(
+    gram: Tensor, num_experts: int, mass: Tensor | None = None, keep: int = 0, groups: int = 1
+) -> tuple[list[int], list[float]]:
+    """Drop the expert that adds least error, again and again, until so many are left to keep.
 
     gram: G (r,r), whose first n rows are of the experts. mass: with `renorm` the mean combine mass of each (n).
-    Returns the experts in the order in which they are dropped (n), and the error with the first 0, 1, … n of
-    them dropped (n + 1).
+    groups: see `best_kept`. Returns the experts in the order in which they are dropped (n - keep), and the error with
+    the first 0, 1, … of them dropped (n - keep + 1).
     """
     n, gram, mass = num_experts, gram.double(), _mass_or_zeros(mass, num_experts)
     always = torch.ones(len(gram) - n, dtype=gram.dtype)
@@ -24,7 +35,8 @@ def drop_order(gram: Tensor, num_experts: int, mass: Tensor | None = None) -> tu
     lost, left = always @ gram[n:, n:] @ always, torch.ones((), dtype=gram.dtype)
     order: list[int] = []
     errors = [float(lost)]
-    for _ in range(n):
+    size, counts = n // groups, [n // groups] * groups
+    for _ in range(n - keep):
         after = _divided(lost + added, left - mass)
         j = int(after.argmin())
         order.append(j)
@@ -32,18 +44,23 @@ def drop_order(gram: Tensor, num_experts: int, mass: Tensor | None = None) -> tu
         lost, left = lost + added[j], left - mass[j]
         added = added + 2 * gram[:n, j]
         added[j] = torch.inf
+        counts[j // size] -= 1
+        if counts[j // size] == keep // groups:
+            added[j // size * size : (j // size + 1) * size] = torch.inf
     return order, errors
 
 
-def best_kept(gram: Tensor, num_experts: int, k: int, mass: Tensor | None = None) -> tuple[int, ...]:
+def best_kept(gram: Tensor, num_experts: int, k: int, mass: Tensor | None = None, groups: int = 1) -> tuple[int, ...]:
     """Return the k experts to keep, ascending, of all sets that no exchange of two experts betters.
 
-    Starts with `drop_order`, then exchanges the two whose exchange gains most while one gains; k is 0 to n.
+    Starts with `drop_order`, then exchanges the two whose exchange gains most while one gains; k is 0 to n. groups: of
+    so many groups of consecutive experts equally many are kept; k is a multiple of it.
     """
     n, gram, mass = num_experts, gram.double(), _mass_or_zeros(mass, num_experts)
-    order, _ = drop_order(gram, n, mass)
+    order, _ = drop_order(gram, n, mass, k, groups)
     is_dropped = torch.zeros(n, dtype=torch.bool)
-    is_dropped[order[: n - k]] = True
+    is_dropped[order] = True
+    group = torch.arange(n) // (n // groups)
     rounding = 1e-9 * float(gram.diagonal().sum())
     diagonal = gram.diagonal()[:n]
     while 0 < k < n:
@@ -53,6 +70,7 @@ def best_kept(gram: Tensor, num_experts: int, k: int, mass: Tensor | None = None
         added = by_dropping[:, None] + by_keeping - 2 * gram[:n, :n]  # drop the row's, keep the column's
         added[is_dropped] = torch.inf
         added[:, ~is_dropped] = torch.inf
+        added[group[:, None] != group] = torch.inf
         left = 1 - mass[is_dropped].sum()
         total = lost @ gram @ lost
         after = _divided(total + added, left - mass[:, None] + mass)

@@ -32,7 +32,7 @@ digits the paper's rule kept 97 % of the accuracy and more above it, 44 to 84 % 
 (tests/benchmarks/sharpness.py)."""
 
 AXES = {
-    "mean_mass": "n", "term_mean": "npo", "deviation": "n", "max_mass": "n", "rank_frequency": "nn",
+    "mean_mass": "n", "term_mean": "npo", "deviation": "n", "frequency": "n", "reap": "n", "max_mass": "n", "rank_frequency": "nn",
     "kept_mass": "n", "experts_for_mass": "l", "class_mass": "cn", "explained": "e", "sensitivity": "",
     **dict.fromkeys(("gram", "gram_renorm", "gram_mean", "gram_lstsq", "gram_affine"), "nn"),
 }  # fmt: skip
@@ -46,11 +46,19 @@ class LayerMoments:
     mean_mass: Tensor  # mean mass of each expert (n)
     term_mean: Tensor  # mu, the mean output of each term, weighted by its weights (n,p,o)
     deviation: Tensor  # sigma, the root mean square of |f - mu| with the same weights (n)
+    frequency: Tensor  # share of the tokens that run each expert (n)
+    reap: Tensor  # mean norm of what it adds to these (n)
 
     @property
     def num_experts(self) -> int:
         """The number of experts, n."""
         return len(self.mean_mass)
+
+    def scores(self, signal: str) -> Tensor:
+        """Return the scores (n) of a signal that ranks experts one by one."""
+        if signal == "deviation":
+            return self.mean_mass * self.deviation
+        return {"combine": self.mean_mass, "frequency": self.frequency, "reap": self.reap}[signal]
 
 
 @dataclass(frozen=True)
@@ -79,16 +87,16 @@ class LayerStatistics(LayerMoments):
         compensation = gram_of(compensation)
         return self.gram if compensation == "none" else getattr(self, f"gram_{compensation}")
 
-    def best_kept(self, k: int, compensation: str) -> tuple[int, ...]:
-        """Return the k experts to keep for all inputs, by the error that they leave."""
-        return best_kept(self.gram_under(compensation), self.num_experts, k, self._mass(compensation))
+    def best_kept(self, k: int, compensation: str, groups: int = 1) -> tuple[int, ...]:
+        """Return the k experts to keep for all inputs, by the error that they leave; groups: see `best_kept`."""
+        return best_kept(self.gram_under(compensation), self.num_experts, k, self._mass(compensation), groups)
 
     def errors(self, compensation: str) -> list[float]:
         """Return the least error of the layer's output found with n, n-1, … 0 experts kept (n + 1)."""
         return drop_order(self.gram_under(compensation), self.num_experts, self._mass(compensation))[1]
 
     def _mass(self, compensation: str) -> Tensor | None:
-        return self.mean_mass if compensation == "renorm" else None
+        return self.mean_mass / self.mean_mass.sum() if compensation == "renorm" else None
 
 
 def gram_of(compensation: str) -> str:
@@ -112,6 +120,10 @@ class MomentsAccumulator:
         self.sums["mean_mass"] += observation.mass.sum(0, dtype=self.dtype)
         for name, total in zip(("weights", "outputs", "squares"), observation.term_sums(self.dtype), strict=True):
             self.sums[name] += total
+        tokens = observation.weights.shape[:2].numel() if observation.mask is None else observation.mask.sum()
+        for name, total in zip(("runs", "norms"), observation.run_sums(self.dtype), strict=True):
+            self.sums[name] += total
+        self.sums["tokens"] += tokens
 
     def result(self) -> LayerMoments:
         """Return the moments of all inputs so far."""
@@ -121,7 +133,9 @@ class MomentsAccumulator:
         spread = self.sums["squares"] - self.sums["weights"] * mean.square().sum(-1)
         deviation = (spread.sum(1).clamp_min(0) / weights.sum(1)).sqrt()
         means = {"mean_mass": self.sums["mean_mass"] / self.samples, "term_mean": mean, "deviation": deviation}
-        return LayerMoments(**_on_cpu(means))
+        runs = self.sums["runs"]
+        of_runs = {"frequency": runs / self.sums["tokens"], "reap": self.sums["norms"] / runs.clamp_min(1)}
+        return LayerMoments(**_on_cpu(means | of_runs))
 
 
 class MassAccumulator:

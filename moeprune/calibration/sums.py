@@ -61,7 +61,7 @@ class Columns:
 
     of_tokens: Tensor  # (b,m,q): weights first
     weights: int  # how many of these are weights
-    of_inputs: Tensor  # (b,r): the mean token, and 1
+    of_inputs: Tensor  # (b,r): the mean token, if it is used, and 1
     count: Tensor  # tokens that are not padding (b,1)
 
 
@@ -81,7 +81,8 @@ def columns(seen: Observation, kinds: Mapping[str, int], mixing: Tensor | None =
         weights += of_tokens[-1].shape[2]
     if "token" in kinds:
         of_tokens.append(tokens)
-        of_inputs = [mean_token(tokens, mask), torch.ones_like(tokens[:, 0, :1])]
+        of_inputs = [mean_token(tokens, mask)] if "mean" in kinds else []
+        of_inputs.append(torch.ones_like(tokens[:, 0, :1]))
     joined = torch.cat(of_tokens, 2) if of_tokens else tokens[:, :, :0]
     per_input = torch.cat(of_inputs, 1) if of_inputs else tokens[:, 0, :0]
     return Columns(joined, weights, per_input, ones.sum(1))
@@ -114,22 +115,12 @@ class RegressionSums:
 
     def _add_hidden(self, seen: Observation, found: Columns, gap: Tensor, size: int) -> None:
         """Add the products of what the kept experts' last linears take, weighted, summed over terms."""
-        step = max(1, CHUNK // (size * min(seen.tokens.shape[1], seen.weights.shape[2:].numel())))
         q, dtype = found.of_tokens.shape[2], self.power.dtype
         others = torch.cat([found.of_tokens, gap], 2)
-        for taken, weights, some, inputs in zip(
-            *(part.split(step) for part in (*seen.taken(), others, found.of_inputs)), strict=True
-        ):
-            e, p = weights.shape[2:]
-            flat = weights.flatten(2)
-            rows = torch.linalg.qr(flat, mode="r")[1] if e * p < flat.shape[1] else flat
-            rows = torch.einsum("brjp,bjph->brjh", rows.unflatten(2, (e, p)), taken).flatten(2).flatten(0, 1)
+        for rows, with_others, with_inputs in seen.hidden_products(others, found.of_inputs, CHUNK):
             self.power[:size, :size] += rows.mT @ rows
-            with_others = (flat.mT @ some).unflatten(1, (e, p))
-            of_expert = torch.einsum("bjph,bjpq->jhq", taken, with_others).flatten(0, 1)
-            of_inputs = torch.einsum("bjp,bjph->bjh", weights.sum(1), taken).flatten(1).mT @ inputs
-            self.cross[:size] += of_expert[:, q:]
-            across = torch.cat([of_expert[:, :q], of_inputs], 1).to(dtype)
+            self.cross[:size] += with_others[:, q:]
+            across = torch.cat([with_others[:, :q], with_inputs], 1).to(dtype)
             self.power[:size, size:] += across
             self.power[size:, :size] += across.mT
 
@@ -183,7 +174,8 @@ class Contributions:
         device, dim = layer.fc2_weight.device, layer.config.dim
         self.mean = term_mean.to(device, torch.float32)
         self.mixing = sketch(n * p, TERMS).to(device) if n * p > TERMS else None
-        self.kinds = {"terms": min(n * p, TERMS), "token": dim, "mean": dim, "one": 1}
+        of_mean = {"mean": dim} if layer.config.uses_mean_token else {}
+        self.kinds = {"terms": min(n * p, TERMS), "token": dim, **of_mean, "one": 1}
         q, dtype = sum(self.kinds.values()), wide_dtype(device)
         directions = min(DIRECTIONS, max(LEAST_DIRECTIONS, CROSS // (4 * (n + 1) * q)))
         self.directions = sketch(out, directions).to(device)
@@ -201,7 +193,7 @@ class Contributions:
         found = columns(seen, self.kinds, self.mixing)
         add_products(found, self.power)
         add_targets(found, seen.output.float() @ self.directions, self.output_cross, self.output_square)
-        lost = (seen.term_outputs.float() - self.mean) @ self.directions
+        lost = seen.lost(self.mean, self.directions)
         seen.add_cross(found.of_tokens, found.of_inputs, lost, self.cross[:n])
         self.gram[:n, :n] += seen.gram(self.gram.dtype, lost)
         if gap is not None:
@@ -253,7 +245,7 @@ def explained(first: Contributions, second: Contributions) -> Tensor:
     """Return the shares of the output's variance over tokens, on inputs that were not fitted, that are explained by a
     linear map of the layer's input and its mean token; by the router with a constant for each term; and by both (3).
     """
-    n_terms, dim, q = first.kinds["terms"], first.kinds["token"], len(first.power)
+    (n_terms, *of_tokens), q = first.kinds.values(), len(first.power)
     one, other = (half.of_output() for half in (first, second))
     if not all(part.isfinite().all() for half in (one, other) for part in half[:2]):
         return torch.full((3,), torch.nan)
@@ -261,9 +253,9 @@ def explained(first: Contributions, second: Contributions) -> Tensor:
     left = []
     for index, kinds in (
         (last, [1]),
-        (torch.arange(n_terms, q), [dim, dim, 1]),
+        (torch.arange(n_terms, q), of_tokens),
         (torch.cat([terms, last]), [n_terms, 1]),
-        (torch.arange(q), [n_terms, dim, dim, 1]),
+        (torch.arange(q), [n_terms, *of_tokens]),
     ):
         left.append(solve_held_out((one.select(index), other.select(index)), kinds, [len(index)]).held_out)
     variance = max(left[0], torch.finfo(torch.float64).tiny)

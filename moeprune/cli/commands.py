@@ -10,6 +10,7 @@ from moeprune.calibration.results import AnalyzeRequest
 from moeprune.cli.command import command
 from moeprune.cli.reporter import Reporter
 from moeprune.demo.records import DemoRequest
+from moeprune.files.disk import check_output_folder
 from moeprune.models.request import ExportRequest, InspectRequest
 from moeprune.models.runtime import Runtime
 from moeprune.pruning.request import PruneRequest, SweepRequest
@@ -19,7 +20,10 @@ Report = Annotated[
     Path | None,
     typer.Option(help="Write a page with figures too: one HTML file that loads nothing.", show_envvar=False),
 ]
-SCHEMAS = "analyze, demo, eval, export, inspect, prune, sweep (of eval --sweep), or plan (a plan file)."
+SCHEMAS = (
+    "analyze, demo, eval, eval-language (of eval of a language model), export, inspect, prune, sweep (of eval --sweep),"
+    " or plan (a plan file)."
+)
 
 
 @command
@@ -54,7 +58,10 @@ def prune(reporter: Reporter, request: PruneRequest) -> None:
 
     How many is set by one of --keep, --mass, --max-size, --max-flops, --max-accuracy-drop and --plan.
     """
-    reporter.check_outputs(output=request.output, save_plan=request.save_plan)
+    is_folder = request.checkpoint.is_model_folder
+    if is_folder and request.output is not None:
+        check_output_folder(request.output, reporter.output.force, request.checkpoint.path)
+    reporter.check_outputs(output=None if is_folder else request.output, save_plan=request.save_plan)
     from moeprune.pruning.checkpoint import prune_checkpoint
 
     reporter.show(prune_checkpoint(request))

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moeprune.data.preprocessing import InputFormat
 from moeprune.data.sources import Batches, Source
+from moeprune.data.tokens import TOKENIZER_HINT, AnyFormat, TokenFormat
 from moeprune.errors import MoepruneError
 
 DAMAGES = (
@@ -25,13 +25,13 @@ DAMAGES = (
 """Errors of libraries for damaged, encrypted or unusual arrays."""
 
 
-def open_safetensors(path: Path, input_format: InputFormat) -> Source:
+def open_safetensors(path: Path, input_format: AnyFormat) -> Source:
     """Open the arrays of a safetensors file, or raise a MoepruneError if they do not fit the model."""
     with _damage_as_error(f"`{path}` is not a safetensors file"):
         file = safe_open(path, framework="pt")
     names = set(file.keys())
-    _require_inputs(path, names)
-    inputs = file.get_slice("inputs")
+    _require_inputs(path, names, input_format)
+    inputs = file.get_slice(input_format.array)
     shape = tuple(inputs.get_shape())
     to_inputs = converter(path, shape, input_format)
     labels = None
@@ -45,23 +45,23 @@ def open_safetensors(path: Path, input_format: InputFormat) -> Source:
     return Source(shape[0], labels, read, [path], inputs.get_dtype() == "U8")
 
 
-def open_npz(path: Path, input_format: InputFormat) -> Source:
+def open_npz(path: Path, input_format: AnyFormat) -> Source:
     """Open the arrays of a `.npz` file, compressed or not, or raise a MoepruneError if they do not fit the model."""
     labels = None
     with _damage_as_error(f"`{path}` is not a readable .npz file"), ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
-        _require_inputs(path, names)
-        shape, dtype, start = _npy_header(archive, "inputs", path)
+        _require_inputs(path, names, input_format)
+        shape, dtype, start = _npy_header(archive, input_format.array, path)
         to_inputs = converter(path, shape, input_format)
         if "labels" in names and input_format.classes:
             labels_shape, labels_dtype, labels_start = _npy_header(archive, "labels", path)
             array = np.frombuffer(archive.read("labels.npy"), labels_dtype, offset=labels_start)
             native = array.reshape(labels_shape).astype(labels_dtype.newbyteorder("="))
             labels = checked_labels(path, torch.from_numpy(native), shape[0])
-    sample_bytes = dtype.itemsize * math.prod(shape[1:])
+    member_name, sample_bytes = f"{input_format.array}.npy", dtype.itemsize * math.prod(shape[1:])
 
     def read(batches: Batches) -> Iterator[Tensor]:
-        with _damage_as_error(f"`{path}` is damaged"), ZipFile(path) as archive, archive.open("inputs.npy") as member:
+        with _damage_as_error(f"`{path}` is damaged"), ZipFile(path) as archive, archive.open(member_name) as member:
             for indices in batches:
                 buffer = bytearray()
                 for index in indices:
@@ -99,10 +99,11 @@ def _damage_as_error(message: str) -> Iterator[None]:
         raise MoepruneError(f"{message} ({error})") from None
 
 
-def _require_inputs(path: Path, names: Iterable[str]) -> None:
-    if "inputs" not in names:
-        hint = "name the array of inputs `inputs`, and that of labels `labels`"
-        raise MoepruneError(f"no array `inputs` in `{path}`, found {sorted(names)}", hint)
+def _require_inputs(path: Path, names: Iterable[str], form: AnyFormat) -> None:
+    if form.array not in names:
+        of_labels = "" if isinstance(form, TokenFormat) else ", and that of labels `labels`"
+        hint = f"name the array of inputs `{form.array}`{of_labels}"
+        raise MoepruneError(f"no array `{form.array}` in `{path}`, found {sorted(names)}", hint)
 
 
 def checked_labels(path: Path | str, labels: Tensor, samples: int) -> Tensor:
@@ -116,8 +117,13 @@ def checked_labels(path: Path | str, labels: Tensor, samples: int) -> Tensor:
     return labels.to(torch.int64)
 
 
-def converter(path: Path | str, shape: tuple[int, ...], form: InputFormat) -> Callable[[Tensor], Tensor]:
-    """Return the function that turns arrays (n,c,H,W), (n,H,W,c) or, for one channel, (n,H,W) into float32 inputs."""
+def converter(path: Path | str, shape: tuple[int, ...], form: AnyFormat) -> Callable[[Tensor], Tensor]:
+    """Return the function that turns arrays (n,c,H,W), (n,H,W,c) or, for one channel, (n,H,W) into float32 inputs.
+
+    For a model that takes token ids, it turns arrays (n,s) of any integers into int64.
+    """
+    if isinstance(form, TokenFormat):
+        return _of_ids(path, shape, form)
     channels, height, width = form.shape
     grey = (height, width) if channels == 1 else form.shape
     if shape[1:] not in {form.shape, (height, width, channels), grey}:
@@ -133,3 +139,23 @@ def converter(path: Path | str, shape: tuple[int, ...], form: InputFormat) -> Ca
         raise MoepruneError(f"inputs of `{path}` are {array.dtype}, expected uint8 pixels or floats")
 
     return to_inputs
+
+
+def _of_ids(path: Path | str, shape: tuple[int, ...], form: TokenFormat) -> Callable[[Tensor], Tensor]:
+    if form.by is not None or form.sequence_length is not None:
+        option = "--sequence-length" if form.by is None else "--by"
+        raise MoepruneError(f"`{option}` does not go with the token ids of `{path}`", "give a file of text")
+    if len(shape) != 2 or not 2 <= shape[1] <= form.longest:
+        raise form.misfit(str(path), shape)
+
+    def to_ids(array: Tensor) -> Tensor:
+        if array.is_floating_point() or array.is_complex() or array.dtype == torch.bool:
+            raise MoepruneError(f"`input_ids` of `{path}` are {array.dtype}, expected integers")
+        ids = array.to(torch.int64)
+        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+        if low < 0 or high >= form.vocabulary:
+            expected = f"expected 0 to {form.vocabulary - 1}: the model's vocabulary has {form.vocabulary} tokens"
+            raise MoepruneError(f"`input_ids` of `{path}` go from {low} to {high}, {expected}", TOKENIZER_HINT)
+        return ids
+
+    return to_ids

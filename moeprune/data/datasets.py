@@ -10,6 +10,11 @@ A spec is one of
     DIRECTORY, DIRECTORY:train, DIRECTORY:test                files in the format of MNIST
     train-images-idx3-ubyte, train-images-idx3-ubyte.gz, …    one of them, and its labels beside it
 
+or, for a model that takes token ids,
+
+    FILE.txt, FILE.jsonl, FILE.parquet                        documents, see moeprune.data.text
+    FILE.npz, FILE.safetensors                                an array `input_ids` (n,s), without padding
+
 Pixels (the built-in sets, images, files in the format of MNIST, and arrays of uint8) are scaled to 0…1 and then
 normalised as the checkpoint's preprocessing says. Arrays of floats are used unchanged.
 """
@@ -38,15 +43,17 @@ from moeprune.data.images import open_folder
 from moeprune.data.preprocessing import InputFormat
 from moeprune.data.samples import Samples, open_samples
 from moeprune.data.sources import Batches, Source, one_ahead
-from moeprune.data.spec import BUILT_IN, IDX_IMAGES, SPECS_HINT, DataInfo, split_spec
+from moeprune.data.spec import BUILT_IN, IDX_IMAGES, SPECS_HINT, TEXTS_HINT, DataInfo, split_spec
+from moeprune.data.text import KINDS, open_text
+from moeprune.data.tokens import AnyFormat, TokenFormat
 from moeprune.errors import MoepruneError
 from moeprune.files.disk import require_file, version_of
 
 logger = logging.getLogger(__name__)
-Batch = tuple[Tensor, Tensor | None]  # inputs (b,c,H,W) in float32 and labels (b,) in int64, or None
+Batch = tuple[Tensor, Tensor | None]  # inputs as in Source, and labels (b,) in int64, or None
 SPLITS = {"train": (0, 5), "calibration": (5, 7), "test": (7, 10)}
 """The places from and to, of every ten images of a class in the order of the data set."""
-FILE_KINDS = {".npz": open_npz, ".safetensors": open_safetensors}
+ARRAYS = {".npz": open_npz, ".safetensors": open_safetensors}
 
 
 @dataclass
@@ -149,16 +156,26 @@ Data: TypeAlias = "Dataset | str | os.PathLike[str] | Samples"
 """A data set, its spec, or the samples themselves."""
 
 
-def open_data(spec: Data, input_format: InputFormat, split: str | None = None, limit: int | None = None) -> Dataset:
+def open_data(
+    spec: Data,
+    input_format: AnyFormat,
+    split: str | None = None,
+    limit: int | None = None,
+    sequence_length: int | None = None,
+    by: str | None = None,
+) -> Dataset:
     """Open the data set that a spec names, or raise a MoepruneError if it is unknown, damaged or does not fit.
 
     Args:
         spec: as at the top of this module, or samples: see moeprune.data.samples.
         split: the split of data that has splits, where the spec names none; `test` if this is None too.
         limit: take at most this many samples, drawn with a fixed seed.
+        sequence_length: tokens of each sequence that text is packed into; None: the model's longest, at most 2048.
+        by: the field of documents that names the group of each.
     """
     if isinstance(spec, Dataset):
         return spec if limit is None else spec.sample(limit)
+    input_format = input_format.prepared(sequence_length, by)
     if not isinstance(spec, str | os.PathLike):
         spec, source = open_samples(spec, input_format)
         _warn_of_guess(spec, input_format, source.is_pixels)
@@ -168,7 +185,9 @@ def open_data(spec: Data, input_format: InputFormat, split: str | None = None, l
     hint = f"splits are {', '.join(SPLITS)}"
     if split is not None and split not in SPLITS:
         raise MoepruneError(f"`--split {split}` is unknown", hint)
-    if (named := split_spec(spec)) is None:
+    if isinstance(input_format, TokenFormat):
+        source = _open_tokens(spec, input_format)
+    elif (named := split_spec(spec)) is None:
         source = _open_path(spec, input_format)
     else:
         name, own_split = named
@@ -193,8 +212,8 @@ def _open_built_in(name: str, split: str, form: InputFormat) -> tuple[str, Sourc
     return spec, replace(source, is_pixels=True, split=split, better=better)
 
 
-def _warn_of_guess(spec: str, input_format: InputFormat, is_pixels: bool) -> None:
-    if is_pixels and not input_format.preprocessing.states_normalisation:
+def _warn_of_guess(spec: str, input_format: AnyFormat, is_pixels: bool) -> None:
+    if is_pixels and isinstance(input_format, InputFormat) and not input_format.preprocessing.states_normalisation:
         logger.warning(
             f"pixels of `{spec}` are not normalised, as the checkpoint does not state its preprocessing: give that of"
             " its training, such as `--preprocess mean=0.5 --preprocess std=0.5`, or `mean=0` if there was none"
@@ -211,17 +230,35 @@ def from_tensors(spec: str, inputs: Tensor, labels: Tensor | None, classes: int)
 
 
 def _open_path(spec: str, input_format: InputFormat) -> Source:
-    path = Path(spec)
-    if not spec or not os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long)
-        raise MoepruneError(f"no data `{spec}`", SPECS_HINT)
+    path = _existing(spec, SPECS_HINT)
     if path.is_dir():
         return open_folder(path, input_format)
     require_file(path, "an array file or a folder of images")
     if IDX_IMAGES.fullmatch(path.name):
         return open_idx(path, input_format)
-    if path.suffix.lower() not in FILE_KINDS:
+    if path.suffix.lower() not in ARRAYS:
         raise MoepruneError(f"`{spec}` is not a known kind of data", SPECS_HINT)
-    return FILE_KINDS[path.suffix.lower()](path, input_format)
+    return ARRAYS[path.suffix.lower()](path, input_format)
+
+
+def _open_tokens(spec: str, form: TokenFormat) -> Source:
+    path = _existing(spec, TEXTS_HINT)
+    require_file(path, "a file of text or token ids")
+    if (kind := path.suffix.lower()) not in ARRAYS:
+        if kind not in (".txt", *KINDS):
+            raise MoepruneError(f"`{spec}` is not a known kind of text", TEXTS_HINT)
+        return open_text(path, form)
+    source = ARRAYS[kind](path, form)
+    parts = (range(at, min(at + 256, source.samples)) for at in range(0, source.samples, 256))
+    for _ in source.read(parts):  # which raises an error for ids outside the vocabulary, before any pass
+        pass
+    return source
+
+
+def _existing(spec: str, hint: str) -> Path:
+    if not spec or not os.path.exists(spec):  # noqa: PTH110 (Path.exists raises where a name is too long)
+        raise MoepruneError(f"no data `{spec}`", hint)
+    return Path(spec)
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from moeprune.records import Record, from_json, to_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moeprune.data.tokens import AnyFormat
+
 MAX_SIDE = 16384
 """Pixels of the longest side that an image is resized to; larger ones are a mistake and fill the memory."""
 HINT = (
@@ -74,6 +76,14 @@ class InputFormat:
     preprocessing: Preprocessing = Preprocessing()
     class_names: tuple[str, ...] = ()
 
+    array = "inputs"
+    """The name of the array of inputs in a file."""
+
+    @property
+    def has_head(self) -> bool:
+        """False if the model gives features, not logits."""
+        return self.classes > 0
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of one input: (c,H,W)."""
@@ -88,10 +98,19 @@ class InputFormat:
         classes = f"{self.classes} classes{f' ({listed(self.class_names)})' if self.class_names else ''}"
         return f"{size} in {classes}, normalised with mean {mean} and std {std}"
 
-    def agrees_with(self, other: InputFormat) -> bool:
+    def agrees_with(self, other: AnyFormat) -> bool:
         """Return True if both are the same, where the names of classes are known."""
+        if not isinstance(other, InputFormat):
+            return False
         names = self.class_names or other.class_names, other.class_names or self.class_names
         return names[0] == names[1] and replace(self, class_names=()) == replace(other, class_names=())
+
+    def prepared(self, sequence_length: int | None, by: str | None) -> InputFormat:
+        """Return the format as it is, or raise a MoepruneError for options of text."""
+        for option, value in (("--sequence-length", sequence_length), ("--by", by)):
+            if value is not None:
+                raise MoepruneError(f"`{option} {value}` is for models that take text", "leave it out")
+        return self
 
     def misfit(self, spec: str, shape: tuple[int, ...]) -> MoepruneError:
         """Return the error that says that inputs of a data set have another shape."""

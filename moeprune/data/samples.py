@@ -13,20 +13,20 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from moeprune.data.arrays import checked_labels, converter
-from moeprune.data.preprocessing import InputFormat
 from moeprune.data.sources import Batches, Source
+from moeprune.data.tokens import AnyFormat
 from moeprune.errors import MoepruneError, user_code
 
 Array: TypeAlias = "Tensor | np.ndarray"
 Samples: TypeAlias = "Array | tuple[Array, Array] | TorchDataset | DataLoader"
 """Inputs; inputs and labels; or a data set of torch, or a loader, of either."""
 HINT = (
-    "give inputs (n, channels, height, width), or a pair of inputs and labels: tensors, arrays, or a data set or"
-    " DataLoader of torch that gives them"
+    "give inputs (n, channels, height, width), or a pair of inputs and labels, or token ids (n, s): tensors, arrays, or"
+    " a data set or DataLoader of torch that gives them"
 )
 
 
-def open_samples(samples: Samples, form: InputFormat) -> tuple[str, Source]:
+def open_samples(samples: Samples, form: AnyFormat) -> tuple[str, Source]:
     """Return a name such as `<DataLoader of CIFAR10>`, which no file has, and the source of samples.
 
     A data set is read in the order of its indices, in batches of moeprune's own. Of a loader that are the samples that
@@ -57,7 +57,7 @@ def open_samples(samples: Samples, form: InputFormat) -> tuple[str, Source]:
     return name, _of_arrays(name, torch.cat([inputs for inputs, _ in batches]), labels, form)
 
 
-def _of_arrays(name: str, inputs: Tensor, labels: Tensor | None, form: InputFormat) -> Source:
+def _of_arrays(name: str, inputs: Tensor, labels: Tensor | None, form: AnyFormat) -> Source:
     to_inputs = converter(name, tuple(inputs.shape), form)
 
     def read(batches: Batches) -> Iterator[Tensor]:
@@ -67,7 +67,7 @@ def _of_arrays(name: str, inputs: Tensor, labels: Tensor | None, form: InputForm
     return Source(len(inputs), labels, read, is_pixels=inputs.dtype == torch.uint8)
 
 
-def _of_dataset(name: str, loader: DataLoader, indices: Sequence[int], form: InputFormat) -> Source:
+def _of_dataset(name: str, loader: DataLoader, indices: Sequence[int], form: AnyFormat) -> Source:
     if not indices:
         raise MoepruneError(f"no samples in `{name}`", HINT)
 

@@ -19,8 +19,11 @@ IDX_SPLITS = {"train": "train", "calibration": "train", "test": "t10k"}
 SPECS_HINT = (
     "give `digits`, `pairs` (each with `:train`, `:calibration` or `:test`), a `.npz` or"
     " `.safetensors` file with `inputs` and `labels`, a folder of class folders of images, or a folder in the format of"
-    " MNIST (`:train` or `:test`) or one of its files, such as `train-images-idx3-ubyte.gz`"
+    " MNIST (`:train` or `:test`) or one of its files, such as `train-images-idx3-ubyte.gz`; for a language model, text"
+    " (`.txt`, `.jsonl` or `.parquet`)"
 )
+
+TEXTS_HINT = "give text (`.txt`, `.jsonl` or `.parquet`), or token ids `input_ids` in a `.npz` or `.safetensors` file"
 
 
 class DataSpec(Request, frozen=True, kw_only=True):
@@ -31,6 +34,10 @@ class DataSpec(Request, frozen=True, kw_only=True):
 
     spec: str
     split: Annotated[str | None, option("Split of data that has splits: train, calibration or test.")] = None
+    sequence_length: Annotated[
+        Positive | None,
+        option("Tokens of each sequence that text is packed into.", show_default="the model's longest, at most 2048"),
+    ] = None
     limit: Annotated[Positive | None, option("Take only so many samples, drawn with a fixed seed.")] = None
 
     def check(self) -> None:

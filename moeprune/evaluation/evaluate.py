@@ -3,10 +3,8 @@
 import logging
 import os
 import platform
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,17 @@ from moeprune.calibration.sums import wide_dtype
 from moeprune.data.datasets import Data, Dataset
 from moeprune.data.leakage import warn_of_seen_samples
 from moeprune.data.spec import DataSpec
+from moeprune.data.tokens import TokenFormat
 from moeprune.errors import MoepruneError
-from moeprune.evaluation import results
-from moeprune.evaluation.gates import GATES, judge
+from moeprune.evaluation import language, results
+from moeprune.evaluation.gates import GATES, check_kind, judge
 from moeprune.evaluation.intervals import mcnemar, paired_difference, simultaneous_quantile, wilson
+from moeprune.evaluation.language_results import LanguageEvaluation
 from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.request import BatchSizes, EvalRequest
 from moeprune.evaluation.shift import ShiftObserver
+from moeprune.evaluation.usage import UsageObserver
 from moeprune.layers.interface import Usage
-from moeprune.layers.observation import Observation
 from moeprune.models.model import Model, calibration_of, dataset_for, fingerprint, private_copy, unpruned_fingerprint
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
@@ -70,16 +70,7 @@ class _Tally:
         self.loss = torch.zeros((), device=device, dtype=wide_dtype(device))
         self.in_top5 = torch.zeros((), device=device, dtype=torch.int64)
         self.predicted: list[Tensor] = []
-        self.experts = defaultdict[str, list[tuple[Tensor, int]]](list)  # that run, and that are computed
-        for name, layer in self.model.moe_layers.items():
-            if layer.plan is not None and layer.plan.mass is not None:
-                layer.observer = partial(self.observe, name)
-
-    def observe(self, name: str, observation: Observation) -> None:
-        chosen = observation.chosen  # as many columns as the batch needs, or all
-        assert chosen is not None
-        chosen = chosen[:: len(chosen) // len(observation.mass)]  # the same for all windows of an input
-        self.experts[name].append(((chosen < observation.mass.shape[1]).sum(), chosen.numel()))
+        self.usage = UsageObserver(self.model)
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         self.predicted.append(logits.argmax(1))
@@ -88,11 +79,8 @@ class _Tally:
         self.loss += F.cross_entropy(logits, targets, reduction="sum")
 
     def result(self, labels: Tensor) -> Predictions:
-        count, usage = len(labels), {}
-        for name, parts in self.experts.items():
-            running, computed = map(sum, zip(*parts, strict=True))
-            usage[name] = Usage(float(running) / count, computed / count)
-        predicted = torch.cat(self.predicted).cpu()
+        count, predicted = len(labels), torch.cat(self.predicted).cpu()
+        usage = self.usage.result(count)
         return Predictions(labels, predicted, int(self.in_top5) / count, float(self.loss) / count, usage)
 
 
@@ -108,7 +96,7 @@ def predict(
     watch: called with the copies that are run, before they are.
     """
     for model in models:
-        _require_labelled_images(model, data)
+        _require_labelled(model, data)
     device = runtime.torch_device
     tallies = [_Tally(model, device) for model in models]
     if watch is not None:
@@ -155,14 +143,14 @@ def evaluate(
     confidence: float | None = None,
     device: str | None = None,
     batch_size: int | None = None,
-) -> results.Evaluation:
-    """Evaluate a model on labelled data, and compare it with a baseline on the same inputs, as `moeprune eval` does.
+) -> results.Evaluation | LanguageEvaluation:
+    """Evaluate a model on labelled data or text, and compare it with a baseline on it, as `moeprune eval` does.
 
     Raises a MoepruneError if the data does not fit or has no labels, the baseline is pruned, or gates cannot be judged.
 
     Args:
         model, baseline: models of moeprune, or their files; the baseline is the full model.
-        data: see moeprune.data.datasets and moeprune.data.samples.
+        data: see moeprune.data.datasets and moeprune.data.samples; to group text, `open_data(…, by="field")`.
         latency_batches: batch sizes to measure latency at; None: latency is not measured.
         gates: limits by name, such as `{"max_accuracy_drop": 0.01}`; see EvalRequest.
         confidence: gates judge one-sided bounds at this level; None: values.
@@ -173,42 +161,54 @@ def evaluate(
     runtime = runtime.updated(device, batch_size)
     paths = [os.fspath(each) if isinstance(each, str | os.PathLike) else None for each in (model, baseline)]
     model, baseline = opened(model), None if baseline is None else opened(baseline)
-    data = dataset_for(model, data, split="test")
+    is_language = isinstance(model.input_format, TokenFormat)
+    check_kind(request.limits, is_language)
     if baseline is not None:
         _require_baseline(baseline, model)
+    data = dataset_for(model, data, split="test")
+    if is_language and confidence is not None and data.samples < 2:
+        raise MoepruneError(f"`{data.spec}` has one sequence, `--confidence` needs at least two", "give more text")
     observers = list[ShiftObserver]()
 
     def watch(copies: Sequence[Model]) -> None:
         if len(copies) > 1:
             observers.append(ShiftObserver(model, *copies))
 
-    own, *full = predict([model] if baseline is None else [model, baseline], data, runtime, watch=watch)
+    measure = language.measure if is_language else _measure_classes
+    kind, fields, evidence = measure(model, baseline, data, runtime, watch)
     warn_of_seen_samples(data, calibration_of(model))
-    figures, of_baseline, difference, forgotten, latency = describe(model, own), None, None, None, None
-    if baseline is not None:
-        of_baseline = describe(baseline, full[0])
-        difference = compare(figures, of_baseline, own, full[0])
-        forgotten = forgetting(own.labels, own.predicted, full[0].predicted, data.indices)
+    latency = None
     if latency_batches is not None:
         latency = measure_latency(model, data, baseline, latency_batches, runtime)
-    found = results.Evaluation(
+    found = kind(
         checkpoint=paths[0],
         baseline=paths[1],
         data=data.info,
-        model=figures,
-        baseline_model=of_baseline,
-        difference=difference,
-        forgetting=forgotten,
         shift=observers[0].result() if observers else {},
         latency=latency,
         gates=[],
         passed=True,
         environment=environment(runtime),
+        **fields,
     )
-    if baseline is not None:
+    if isinstance(found, results.Evaluation) and baseline is not None:
         _warn_of_collapsed(found)
-    judged = judge(found, request.limits, request.confidence)
+    judged = judge(found, request.limits, request.confidence, evidence)
     return msgspec.structs.replace(found, gates=judged, passed=all(gate.passed for gate in judged))
+
+
+def _measure_classes(
+    model: Model, baseline: Model | None, data: Dataset, runtime: Runtime, watch: Callable[[Sequence[Model]], None]
+) -> tuple[type[results.Evaluation], dict[str, Any], None]:
+    """Return the type of the result and the fields about predictions."""
+    own, *full = predict([model] if baseline is None else [model, baseline], data, runtime, watch=watch)
+    figures, of_baseline, difference, forgotten = describe(model, own), None, None, None
+    if baseline is not None:
+        of_baseline = describe(baseline, full[0])
+        difference = compare(figures, of_baseline, own, full[0])
+        forgotten = forgetting(own.labels, own.predicted, full[0].predicted, data.indices)
+    fields = {"model": figures, "baseline_model": of_baseline, "difference": difference, "forgetting": forgotten}
+    return results.Evaluation, fields, None
 
 
 def _require_baseline(baseline: Model, model: Model) -> None:
@@ -254,12 +254,20 @@ def describe(model: Model, predictions: Predictions) -> results.ModelFigures:
     )
 
 
-def _require_labelled_images(model: Model, data: Dataset) -> None:
+def require_classes(model: Model) -> None:
+    """Raise a MoepruneError if a model is no classifier of whole inputs."""
+    if isinstance(model.input_format, TokenFormat):
+        hint = "prune with `--keep` or `--max-size`, then judge it with `moeprune eval --max-loss-increase`"
+        raise MoepruneError("language models have no accuracy of classes to go by", hint)
     if model.config.num_classes == 0:
         raise MoepruneError("the model has no head: it gives features, not logits", "there is nothing to evaluate")
     if (tokens := model.config.outputs_per_input) > 1:
         message = f"the model gives logits for each of its {tokens} tokens, not for an image (`pooling` none)"
         raise MoepruneError(message, "analyze and prune work on it; eval needs a model that pools")
+
+
+def _require_labelled(model: Model, data: Dataset) -> None:
+    require_classes(model)
     if not data.has_labels:
         hint = "add an array `labels` with each sample's class, or the file of labels beside that of images"
         raise MoepruneError(f"`{data.spec}` has no labels, eval needs them", hint)

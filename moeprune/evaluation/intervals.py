@@ -90,6 +90,19 @@ def drop_at_most(both: float, lost: float, won: float, neither: float, confidenc
     return bound
 
 
+def mean_at_most(samples: int, mean: float, deviation: float, confidence: float) -> float:
+    """Return Student's one-sided upper bound of a mean of at least two independent samples (Student 1908).
+
+    deviation: their standard deviation, with n - 1.
+
+    >>> round(mean_at_most(10, 5.0, 2.0, 0.975), 4)
+    6.4307
+    """
+    from scipy.special import stdtrit
+
+    return mean + float(stdtrit(samples - 1, confidence)) * deviation / math.sqrt(samples)
+
+
 def median_at_least(values: Sequence[float], confidence: float) -> float:
     """Return the one-sided lower bound of the median of what positive values are drawn from (Thompson 1936).
 

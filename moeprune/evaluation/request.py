@@ -8,12 +8,13 @@ import msgspec
 
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
-from moeprune.evaluation.gates import GATES, check_confidence
+from moeprune.evaluation.gates import GATES, OF_LANGUAGE, check_confidence
 from moeprune.models.request import Checkpoint, ModelSpec
 from moeprune.models.runtime import Runtime
 from moeprune.records import Request, from_json, option
 
 BATCH_SIZES = (1, 8, 32)  # batch sizes that latency is measured at, unless others are given
+RATIOS = {"min_speedup": "a speed-up such as 1.5", "max_perplexity_ratio": "a ratio such as 1.05"}
 Gate = float | None
 BatchSizes = tuple[Annotated[int, msgspec.Meta(ge=1, le=1_000_000)], ...]
 
@@ -22,13 +23,27 @@ class EvalRequest(Request, frozen=True, kw_only=True):
     """A checkpoint to evaluate on labelled data, alone or against the full model."""
 
     checkpoint: Checkpoint
-    data: Annotated[DataSpec, option("Labelled data: digits, pairs, a .npz, a .safetensors, or a folder.")]
+    data: Annotated[
+        DataSpec,
+        option(
+            "Labelled data: digits, pairs, a .npz, a .safetensors, or a folder; or text: a .txt, .jsonl or .parquet."
+        ),
+    ]
     baseline: Annotated[ModelSpec | None, option("The full model to compare with.")] = None
     max_accuracy_drop: Annotated[Gate, option("Gate: accuracy lost to the baseline.")] = None
     min_accuracy: Annotated[Gate, option("Gate: accuracy.")] = None
+    max_loss_increase: Annotated[
+        Gate, option("Gate for language models: nats per token that the loss is above the baseline's.")
+    ] = None
+    max_perplexity_ratio: Annotated[
+        Gate, option("Gate for language models: perplexity over the baseline's, such as 1.05.")
+    ] = None
+    max_kl: Annotated[
+        Gate, option("Gate for language models: mean KL divergence to the baseline's predictions, in nats per token.")
+    ] = None
     min_flops_reduction: Annotated[Gate, option("Gate: share of FLOPs saved.")] = None
     min_size_reduction: Annotated[Gate, option("Gate: share of bytes saved.")] = None
-    min_agreement: Annotated[Gate, option("Gate: share of inputs with the baseline's prediction.")] = None
+    min_agreement: Annotated[Gate, option("Gate: share of inputs, or tokens, with the baseline's prediction.")] = None
     min_speedup: Annotated[
         Gate, option("Gate, with --latency: speed-up over the baseline, the worst of all batch sizes.")
     ] = None
@@ -42,6 +57,10 @@ class EvalRequest(Request, frozen=True, kw_only=True):
         tuple[int, ...],
         option("With --latency: inputs of a forward pass (repeatable).", metavar="N", show_default="1, 8, 32"),
     ] = ()
+    by: Annotated[
+        str | None,
+        option("Report results of each group too: the field of the text's documents that names it.", metavar="FIELD"),
+    ] = None
     analysis: Annotated[
         Path | None, option("The file that `moeprune analyze` wrote; for --sweep, --plot and --report.")
     ] = None
@@ -66,14 +85,18 @@ class EvalRequest(Request, frozen=True, kw_only=True):
         if self.confidence is not None and not self.limits:
             raise MoepruneError("`confidence` goes with a gate", "add one, such as `--max-accuracy-drop 0.01`")
         for name, limit in self.limits.items():
-            is_ratio, given = GATES[name] == "latency", f"`--{name.replace('_', '-')} {limit}`"
-            if is_ratio and not 0 < limit < math.inf:
-                raise MoepruneError(f"{given} is not a ratio above 0", "give a speed-up such as 1.5")
-            if not is_ratio and not 0 <= limit <= 1:
+            is_timed, given = GATES[name] == "latency", f"`--{name.replace('_', '-')} {limit}`"
+            if name in RATIOS:
+                if not 0 < limit < math.inf:
+                    raise MoepruneError(f"{given} is not a ratio above 0", f"give {RATIOS[name]}")
+            elif name in OF_LANGUAGE:
+                if not 0 <= limit < math.inf:
+                    raise MoepruneError(f"{given} is not a number from 0", "give nats per token, such as 0.05")
+            elif not 0 <= limit <= 1:
                 raise MoepruneError(f"{given} is outside 0…1", "give a fraction: one percent is 0.01")
             if name == "max_accuracy_drop" and limit == 1:
                 raise MoepruneError(f"{given} allows any loss", "give a fraction: one percent is 0.01")
-            if is_ratio and not self.latency:
+            if is_timed and not self.latency:
                 raise MoepruneError(f"`{name}` judges measured times", "give it with `--latency`")
             if GATES[name] != "model" and self.baseline is None:
                 raise MoepruneError(f"`{name}` compares with the full model", "give it with `--baseline`")

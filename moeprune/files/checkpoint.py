@@ -35,11 +35,16 @@ EXPONENTS = {
 
 @dataclass(frozen=True)
 class Copied:
-    """A tensor of a file, to read or to copy into another: all of it, or some rows of its first axis."""
+    """A tensor of a file, to read or to copy into another: all of it, or some rows of an axis.
+
+    axis: all axes before it have the size 1. parts: the axis is as many equal rows; None: one for each place.
+    """
 
     header: Header
     name: str
     rows: Sequence[int] | None = None
+    axis: int = 0
+    parts: int | None = None
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
@@ -107,9 +112,15 @@ def write(
         metadata: for the key `moeprune`; None for a file that is not one of moeprune's own.
     """
     check_finite({name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}, path)
-    sources = {id(entry.header): entry.header for entry in entries.values() if isinstance(entry, Copied)}
-    for header in sources.values():
+    for header in _sources(entries):
         scan(header)
+    write_unscanned(path, entries, metadata, overwrite)
+
+
+def write_unscanned(
+    path: str | Path, entries: Mapping[str, Tensor | Copied], metadata: Mapping[str, Any] | None, overwrite: bool = True
+) -> None:
+    """Write a safetensors file as `write` does, values as they are; bytes that are not copied are not read."""
     infos = tensor_infos(entries)
     names = {name_in_torch: (name, itemsize) for name, (name_in_torch, itemsize) in DTYPES.items()}
     if odd := [f"`{name}` is {info.dtype}" for name, info in infos.items() if info.dtype not in names]:
@@ -119,8 +130,13 @@ def write(
         file.write(_encode({n: (names[infos[n].dtype][0], infos[n]) for n in order}, metadata))
         for name in order:
             file.writelines(_blocks(entries[name]))
-        for header in sources.values():
+        for header in _sources(entries):
             require_unchanged(header)
+
+
+def _sources(entries: Mapping[str, Tensor | Copied]) -> list[Header]:
+    """Return the headers of the files that entries are copied from."""
+    return [*{id(entry.header): entry.header for entry in entries.values() if isinstance(entry, Copied)}.values()]
 
 
 def write_state_dict(path: str | Path, state: Mapping[str, Any], overwrite: bool = True) -> None:
@@ -164,18 +180,31 @@ def file_blocks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
 def _blocks(entry: Tensor | Copied) -> Iterator[memoryview]:
     if isinstance(entry, Copied) and entry.header.values is not None:
         values = entry.header.values[entry.name]
-        entry = values if entry.rows is None else values[list(entry.rows)]
+        assert entry.parts is None
+        entry = values if entry.rows is None else values.index_select(entry.axis, torch.tensor(entry.rows))
     if isinstance(entry, Tensor):
         data = entry.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         yield from (data[start : start + BLOCK] for start in range(0, len(data), BLOCK))
         return
     info, offset = entry.header.tensors[entry.name], entry.header.offsets[entry.name]
-    row_bytes = info.nbytes if entry.rows is None else info.nbytes // info.shape[0]
     try:
-        for row in (0,) if entry.rows is None else entry.rows:
-            yield from file_blocks(entry.header.path, offset + row * row_bytes, row_bytes)
+        if entry.rows is None:
+            yield from file_blocks(entry.header.path, offset, info.nbytes)
+            return
+        row_bytes = info.nbytes // (entry.parts or info.shape[entry.axis])
+        for first, count in _runs(entry.rows):
+            yield from file_blocks(entry.header.path, offset + first * row_bytes, count * row_bytes)
     except OSError as error:
         raise unreadable(entry.header.path, error) from None
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first of consecutive rows and their number."""
+    first = 0
+    for place in range(1, len(rows) + 1):
+        if place == len(rows) or rows[place] != rows[place - 1] + 1:
+            yield rows[first], place - first
+            first = place
 
 
 def _scan(entry: Tensor | Copied) -> tuple[str, bool]:
@@ -207,8 +236,10 @@ def _info(entry: Tensor | Copied) -> TensorInfo:
     info = entry.header.tensors[entry.name]
     if entry.rows is None:
         return info
-    count = len(entry.rows)
-    return TensorInfo(info.dtype, (count, *info.shape[1:]), info.nbytes // info.shape[0] * count)
+    axis, whole = entry.axis, info.shape[entry.axis]
+    parts = entry.parts or whole
+    shape = (*info.shape[:axis], whole // parts * len(entry.rows), *info.shape[axis + 1 :])
+    return TensorInfo(info.dtype, shape, info.nbytes // parts * len(entry.rows))
 
 
 def _encode(infos: Mapping[str, tuple[str, TensorInfo]], metadata: Mapping[str, Any] | None) -> bytes:

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from moeprune.errors import MoepruneError
 logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 100_000_000  # bytes of the longest JSON that is read, as in the header of a safetensors file
-temporaries: set[Path] = set()  # files that are being written; Ctrl-C removes them
+temporaries: set[Path] = set()  # files and folders that are being written; Ctrl-C removes them
 
 
 def require_file(path: Path, expected: str) -> None:
@@ -101,6 +102,60 @@ def replacing(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         temporaries.discard(temporary)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """Yield a temporary folder beside a folder, which becomes that folder if nothing fails.
+
+    Raises a MoepruneError if the folder cannot be written, or exists and may not be replaced.
+    """
+    target = check_output_folder(path, overwrite)
+    temporary, old = (target.parent / f".{target.name[:48]}.{secrets.token_hex(8)}.{kind}" for kind in ("part", "old"))
+    temporaries.add(temporary)
+    try:
+        temporary.mkdir()
+        yield temporary
+        if os.path.lexists(target):
+            target.rename(old)
+        temporary.rename(target)
+        logger.info(f"wrote `{path}`")
+    except OSError as error:
+        if old.exists() and not os.path.lexists(target):
+            old.rename(target)
+        raise refused("write", path, error) from None
+    finally:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        temporaries.discard(temporary)
+
+
+def check_output_folder(path: Path, overwrite: bool, source: Path | None = None) -> Path:
+    """Return the folder that a path leads to; raise a MoepruneError if it cannot or may not be written.
+
+    Only a folder that is empty or has a `config.json` is ever replaced. source: a folder that is read, which the other
+    may not hold or be in.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        read = None if source is None else Path(os.path.realpath(source))
+        if read is not None and (target == read or target in read.parents or read in target.parents):
+            raise MoepruneError(f"`{path}` and `{source}`, which is read, overlap", "give another path")
+        if os.path.lexists(target):
+            if not target.is_dir():
+                raise MoepruneError(f"`{path}` is a file, expected a folder to write")
+            if not overwrite:
+                raise _exists(path)
+            if any(target.iterdir()) and not (target / "config.json").is_file():
+                raise MoepruneError(f"`{path}` is not the folder of a model, and is not replaced", "give another path")
+        if not target.parent.is_dir():
+            raise MoepruneError(f"no directory `{target.parent}` for `{path}`", "create it first")
+    except (OSError, ValueError) as error:
+        raise refused("write", path, error) from None
+    if not os.access(target.parent, os.W_OK):
+        hint = "check its permissions, and whether its file system is read-only"
+        raise MoepruneError(f"cannot write into `{target.parent}`", hint)
+    return target
 
 
 def check_output(path: str | Path, overwrite: bool) -> Path:

@@ -1,21 +1,17 @@
-"""The families of layers and their configurations: for now, Soft MoE; no torch."""
+"""The families of layers, and the configuration of Soft MoE; no torch."""
 
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from moeprune.errors import MoepruneError
-from moeprune.layers.interface import LayerConfig, Shapes
+from moeprune.layers.gated_config import GatedMoEConfig
+from moeprune.layers.interface import Activation, LayerConfig, Shapes
 from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Positive
 from moeprune.records import Record, from_json
 
 RouterNorm = Literal["none", "l2", "rms", "layer"]
 Expert = Literal["mlp", "glu", "geglu", "linear"]
-Activation = Literal[
-    "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "elu", "selu", "silu", "hardswish",
-    "mish", "softplus", "tanh", "sigmoid", "identity",
-]  # fmt: skip
-"""Elementwise; the functions are in moeprune.layers.activations."""
 
 
 class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="soft_moe"):
@@ -154,7 +150,10 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
         return 2 * running * self.slots_per_expert * sum(map(math.prod, weights))
 
 
-FAMILIES: dict[str, tuple[Any, str]] = {"soft_moe": (SoftMoEConfig, "moeprune.layers.soft_moe:SoftMoE")}
+FAMILIES: dict[str, tuple[Any, str]] = {
+    "soft_moe": (SoftMoEConfig, "moeprune.layers.soft_moe:SoftMoE"),
+    "gated_moe": (GatedMoEConfig, "moeprune.layers.gated_moe:GatedMoE"),
+}
 """By the `family` in JSON: the configuration, and the place of the module, imported late for torch."""
 
 

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeprune.layers.activations import ACTIVATIONS
-from moeprune.layers.config import Activation
+from moeprune.layers.gated_config import GateColumns
+from moeprune.layers.interface import Activation
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -42,7 +43,8 @@ def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Experts(NamedTuple):
     """The stacked weights of all experts, h contiguous in both.
 
-    activation: of the output of the first linear, or of its second half, the gate.
+    activation: of the output of the first linear, or of its columns that are a gate: the `last` half, the `first`, or
+        every `even` one. limit: of these values, see GatedMoEConfig.
     linear, in its methods: a product of rows, weight and bias that takes each row by its own expert.
     """
 
@@ -51,6 +53,8 @@ class Experts(NamedTuple):
     fc2_weight: Tensor  # (n,o,h)
     fc2_bias: Tensor | None  # (n,o)
     activation: Activation = "gelu"
+    gate_columns: GateColumns = "last"
+    limit: float | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -64,17 +68,29 @@ class Experts(NamedTuple):
 
     def copies(self, chosen: Tensor) -> "Experts":
         """Return the weights of experts by their indices (r)."""
+        return self._select(chosen)
+
+    def one(self, expert: int) -> "Experts":
+        """Return the weights of one expert, where they lie."""
+        return self._select(slice(expert, expert + 1))
+
+    def _select(self, index: Tensor | slice) -> "Experts":
         fc1_weight, fc1_bias, fc2_bias = (
-            None if tensor is None else tensor[chosen] for tensor in (self.fc1_weight, self.fc1_bias, self.fc2_bias)
+            None if tensor is None else tensor[index] for tensor in (self.fc1_weight, self.fc1_bias, self.fc2_bias)
         )
-        return Experts(fc1_weight, fc1_bias, self.fc2_weight[chosen], fc2_bias, self.activation)
+        return Experts(fc1_weight, fc1_bias, self.fc2_weight[index], fc2_bias, *self[4:])
 
     def activate(self, hidden: Tensor) -> Tensor:
         """Return the input of the second linear (…,h), from the output of the first."""
         activation = ACTIVATIONS[self.activation]
         if not self.is_gated:
             return activation(hidden)
-        values, gate = hidden.chunk(2, dim=-1)
+        if self.gate_columns == "even":
+            gate, values = hidden[..., ::2], hidden[..., 1::2]
+        else:
+            gate, values = hidden.chunk(2, dim=-1)[:: 1 if self.gate_columns == "first" else -1]
+        if self.limit is not None:
+            gate, values = gate.clamp(max=self.limit), values.clamp(-self.limit, self.limit) + 1
         return values * activation(gate)
 
     def hidden(self, rows: Tensor, linear: Linear = batched_linear) -> Tensor:

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from moeprune.plan import SCOPES, LayerPlan
+from moeprune.plan import SCOPES, SIGNALS, LayerPlan
+
+Activation = Literal[
+    "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "elu", "selu", "silu", "hardswish",
+    "mish", "softplus", "tanh", "sigmoid", "identity",
+]  # fmt: skip
+"""Elementwise; the functions are in moeprune.layers.activations."""
 
 Shapes = dict[str, tuple[int, ...]]  # the shape of each tensor by name
 
@@ -103,9 +109,19 @@ class LayerConfig:
         return SCOPES
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        """Signals that rank the experts: by default those that do not tell which tokens run an expert."""
+        return tuple(signal for signal in SIGNALS if signal not in ("frequency", "reap"))
+
+    @property
     def compensations(self) -> tuple[str, ...]:
         """Compensations that the family can run: by default those of constants and of an affine map."""
         return ("none", "renorm", "mean", "lstsq", "affine")
+
+    @property
+    def uses_mean_token(self) -> bool:
+        """True if the affine map takes the mean of an input's tokens too, as layers may whose tokens mix."""
+        return True
 
     @property
     def mixes_batch(self) -> bool:
@@ -131,7 +147,8 @@ class LayerConfig:
             mapped = n - plan.k if plan.scope == "static" else n
             shapes |= {"low_rank_in": (mapped, d, plan.rank), "low_rank_out": (mapped, plan.rank, out)}
         if plan.has_affine:
-            shapes |= {"affine_token": (d, width), "affine_mean": (d, width), "affine_bias": (width,)}
+            of_mean = {"affine_mean": (d, width)} if self.uses_mean_token else {}
+            shapes |= {"affine_token": (d, width), **of_mean, "affine_bias": (width,)}
         if plan.has_basis:
             shapes["basis"] = (width, out)
         if plan.scope != "static" and plan.signal != "combine":
@@ -150,8 +167,9 @@ class LayerConfig:
         tokens: m, of each window.
 
         Surrogates cost 2·m·w·p for each expert that has one (all of them with scope `input`, `batch` or a
-        basis), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, the basis 2·m·r·o. With
-        `low-rank` experts that are dropped are dispatched to and combined as the others are.
+        basis), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, without the mean token
+        2·m·d·w; the basis 2·m·r·o. With `low-rank` experts that are dropped are dispatched to and combined as
+        the others are.
         """
         n, p, out, m = self.num_experts, self.terms_per_expert, self.output_width, self.padded_tokens(tokens)
         r = self.windows
@@ -161,7 +179,8 @@ class LayerConfig:
         running, applied = usage or (k, k)
         width = plan.rank if plan.has_basis and plan.rank else out
         others = n - plan.k if plan.scope == "static" else n
-        compensation: float = 2 * (m + 1) * self.dim * width if plan.has_affine else 0
+        rows = m + 1 if self.uses_mean_token else m
+        compensation: float = 2 * rows * self.dim * width if plan.has_affine else 0
         if plan.is_low_rank and plan.rank:
             applied = n if plan.scope == "static" else n + applied
             compensation += self.expert_rows(m) * others * 2 * plan.rank * (self.dim + out)
@@ -171,10 +190,16 @@ class LayerConfig:
         routing = 0 if plan.compensation == "linear" else self.router_flops(m, plan.routed_experts, applied)
         return Flops(round(r * self.expert_flops(m, running)), round(r * routing), round(r * compensation))
 
+    def equal_groups(self, plan: LayerPlan) -> int:
+        """Return the number of groups of consecutive experts of which a plan must keep equally many: 1 by default."""
+        return 1
+
     def refusal(self, plan: LayerPlan) -> str | None:
         """Return why the layer cannot be pruned by a plan, None if it can."""
         if plan.scope not in self.scopes:
             return f"can be pruned with scope {' or '.join(self.scopes)} only, the plan has `{plan.scope}`"
+        if plan.signal not in self.signals:
+            return f"can be pruned by signal {' or '.join(self.signals)} only, the plan has `{plan.signal}`"
         if plan.compensation not in self.compensations:
             possible = ", ".join(f"`{name}`" for name in self.compensations)
             return f"can be compensated by {possible}, the plan has `{plan.compensation}`"

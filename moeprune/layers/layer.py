@@ -93,7 +93,9 @@ class MoELayer(nn.Module):
         return output + (added @ self.basis if self.plan.has_basis else added)
 
     def affine(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return X·W + mean(X)·V + b (b,m,o or r) of the layer's input."""
+        """Return X·W + mean(X)·V + b (b,m,o or r) of the layer's input, or X·W + b."""
+        if not self.config.uses_mean_token:
+            return x @ self.affine_token + self.affine_bias
         of_mean = mean_token(x, mask) @ self.affine_mean + self.affine_bias
         return x @ self.affine_token + of_mean[:, None]
 
@@ -111,7 +113,8 @@ class MoELayer(nn.Module):
             kinds["bias"] = len(self.fc2_weight)
         if self.plan.has_surrogate:
             kinds["terms"] = n * p
-        return kinds | ({"token": d, "mean": d, "one": 1} if self.plan.has_affine else {})
+        of_tokens = {"token": d, "mean": d, "one": 1} if self.config.uses_mean_token else {"token": d, "one": 1}
+        return kinds | (of_tokens if self.plan.has_affine else {})
 
     def low_rank(self, rows: Tensor) -> Tensor:
         """Return what the low-rank maps give for their experts' inputs: (e,r,d) to (e,r,o)."""
@@ -124,14 +127,17 @@ class MoELayer(nn.Module):
         parts = dict(zip(sizes, rows.split([*sizes.values()]), strict=True))
         tensors = {"surrogate": parts["terms"].unflatten(0, self.term_shape[:2])} if "terms" in parts else {}
         if "token" in parts:
-            tensors |= {"affine_token": parts["token"], "affine_mean": parts["mean"], "affine_bias": parts["one"][0]}
+            tensors |= {"affine_token": parts["token"], "affine_bias": parts["one"][0]}
+        if "mean" in parts:
+            tensors["affine_mean"] = parts["mean"]
         return tensors
 
     def rows(self) -> Tensor:
         """Return the compensation tensors of a pruned layer as rows (q,o), in float64 on the CPU."""
         parts = [self.surrogate.flatten(0, 1)]
         if self.plan is not None and self.plan.has_affine:
-            parts += [self.affine_token, self.affine_mean, self.affine_bias[None]]
+            of_mean = [self.affine_mean] if self.config.uses_mean_token else []
+            parts += [self.affine_token, *of_mean, self.affine_bias[None]]
         return torch.cat(parts).to("cpu", torch.float64)
 
 

@@ -12,7 +12,7 @@ experts that ran, S = n·p terms, q regressors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,12 +44,32 @@ class Observation:
             self, **{name: part.unflatten(0, (b, -1))[index].flatten(0, 1) for name, part in tensors.items()}
         )
 
-    def taken(self) -> tuple[Tensor, Tensor]:
-        """Return what the last linears of the experts that have weights take (b,e,p,h), and their weights (b,m,e,p)."""
+    def hidden_products(
+        self, others: Tensor, of_inputs: Tensor, workspace: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield rows H (·,e·h), and their products with values of tokens (e·h,q) and of inputs (e·h,r).
+
+        H holds what the last linears of the experts that have weights take, times weights, summed over terms; rows of
+        an input may be fewer than its tokens, with the same products. Some inputs at a time, within a workspace.
+
+        others: values of tokens (b,m,q). of_inputs: those that are the same for all of an input's (b,r).
+        """
         assert self.hidden is not None
         assert self.slot_inputs is not None
         taken = self.hidden(self.slot_inputs).float()
-        return taken, self._of_outputs(self.weights)[:, :, : taken.shape[1]].float()
+        e, p, h = taken.shape[1:]
+        of_tokens = self._of_outputs(self.weights)[:, :, :e].float()
+        step = max(1, workspace // (e * h * min(self.tokens.shape[1], self.weights.shape[2:].numel())))
+        for some, weights, values, inputs in zip(
+            *(part.split(step) for part in (taken, of_tokens, others, of_inputs)), strict=True
+        ):
+            flat = weights.flatten(2)
+            rows = torch.linalg.qr(flat, mode="r")[1] if e * p < flat.shape[1] else flat
+            rows = torch.einsum("brjp,bjph->brjh", rows.unflatten(2, (e, p)), some).flatten(2).flatten(0, 1)
+            with_values = (flat.mT @ values).unflatten(1, (e, p))
+            of_expert = torch.einsum("bjph,bjpq->jhq", some, with_values).flatten(0, 1)
+            of_expert_inputs = torch.einsum("bjp,bjph->bjh", weights.sum(1), some).flatten(1).mT @ inputs
+            yield rows, of_expert, of_expert_inputs
 
     def term_weights(self) -> Tensor:
         """Return the weights (b,m,n·p), zero for terms that ran for their own input."""
@@ -65,6 +85,13 @@ class Observation:
         weighted = mass[..., None] * outputs  # (b,n,p,o)
         squares = (weighted * outputs).sum(-1)
         return mass.sum(0, dtype=dtype), weighted.sum(0, dtype=dtype), squares.sum(0, dtype=dtype)
+
+    def run_sums(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return how many tokens run each expert (n), and the sum over these of the norm of C·f, over terms (n)."""
+        norms = self._of_outputs(self.weights).sum(1, dtype=torch.float32) * self.term_outputs.float().norm(dim=-1)
+        tokens = self.mass.new_tensor(self.weights[:, :, 0, 0].numel()) if self.mask is None else self.mask.sum()
+        found = norms.sum((0, 2), dtype=dtype)
+        return tokens.to(dtype).expand_as(found), found
 
     def gram(self, dtype: torch.dtype, outputs: Tensor | None = None) -> Tensor:
         """Return the sum over inputs of <R_j, R_l> = Σ_pq (CᵀC)_jp,lq · <f_jp, f_lq> (n,n).
@@ -94,6 +121,10 @@ class Observation:
         squares = (mass * output.square().sum(2).flatten()[:, None]).mT @ mass
         return (squares - with_output - with_output.mT).to(dtype)
 
+    def lost(self, mean: Tensor, directions: Tensor) -> Tensor:
+        """Return what outputs differ from mean ones (n,p,o), in some directions (o,s): (…,n,p,s)."""
+        return (self.term_outputs.float() - mean) @ directions
+
     def add_cross(self, z: Tensor, of_inputs: Tensor, outputs: Tensor, cross: Tensor) -> None:
         """Add the sum over inputs of ZᵀR_j to `cross` (n,q + r,s), with `outputs` (…,n,p,s) in place of f.
 
@@ -117,6 +148,23 @@ class Observation:
         along = (weights.mT @ self._of_outputs(gap)) * outputs.flatten(1, 2)
         return along.sum((0, 2), dtype=dtype).view(self.weights.shape[2:]).sum(1)
 
+    def moments(
+        self, experts: Sequence[int], near_inputs: Tensor | None, near_outputs: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return `weighted_moments` of some experts' inputs and outputs, with the sums of squared weights over tokens.
+
+        Both are taken as differences from points near their means, (e,d) and (e,o); near_inputs: None for the means
+        of these inputs. Returns near_inputs, too.
+        """
+        assert self.slot_inputs is not None
+        index = torch.tensor(experts, device=self.tokens.device)
+        weight = self.weights[:, :, index].float().square().sum(1).permute(1, 0, 2).flatten(1)  # (e,b·p)
+        inputs, outputs = (
+            part[:, index].float().transpose(0, 1).flatten(1, 2) for part in (self.slot_inputs, self.term_outputs)
+        )
+        near_inputs = inputs.mean(1) if near_inputs is None else near_inputs
+        return near_inputs, weighted_moments(weight, inputs - near_inputs[:, None], outputs - near_outputs[:, None])
+
     def _of_outputs(self, part: Tensor) -> Tensor:
         """Return values of the tokens (b,m,…) grouped as the outputs are."""
         return part.reshape(len(self.term_outputs), -1, *part.shape[2:])
@@ -126,6 +174,16 @@ def is_dropped(chosen: Tensor, weights: Tensor) -> Tensor:
     """Return 1 for experts that are not chosen (b,e), n for none, else 0: (b,1,n,1), for weights (b,m,n,p)."""
     dropped = torch.ones_like(weights[:, 0, :, 0])
     return F.pad(dropped, (0, 1)).scatter_(1, chosen, 0)[:, None, :-1, None]
+
+
+def weighted_moments(weight: Tensor, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, ...]:
+    """Return sums over rows with weights (e,r), of inputs s (e,r,d) and outputs f (e,r,o).
+
+    Of weights (e), s (e,d), f (e,o), s·sᵀ (e,d,d), s·fᵀ (e,d,o) and |f|² (e).
+    """
+    weighted = inputs * weight[:, :, None]
+    of_outputs = (weight[:, None] @ outputs)[:, 0], weighted.mT @ inputs, weighted.mT @ outputs
+    return weight.sum(1), weighted.sum(1), *of_outputs, (weight * outputs.square().sum(2)).sum(1)
 
 
 def mean_token(x: Tensor, mask: Tensor | None) -> Tensor:

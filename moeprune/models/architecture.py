@@ -13,8 +13,8 @@ from msgspec import Meta
 
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
-from moeprune.layers.config import Activation, SoftMoEConfig, layer_from_json
-from moeprune.layers.interface import Flops, LayerConfig, Shapes, Usage
+from moeprune.layers.config import SoftMoEConfig, layer_from_json
+from moeprune.layers.interface import Activation, Flops, LayerConfig, Shapes, Usage
 from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
 from moeprune.plan import Count, Plan, Positive
 from moeprune.records import Record, from_json, to_json, unpack

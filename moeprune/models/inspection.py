@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec.structs import asdict
 
 from moeprune.models.description import our_header, read_description, with_options
+from moeprune.models.folders.layout import read_folder
 from moeprune.models.request import ModelSpec
 from moeprune.models.results import InspectedLayer, Inspection
 from moeprune.records import to_json
@@ -50,7 +52,9 @@ class Described:
 
 
 def inspect_checkpoint(spec: ModelSpec) -> Inspection:
-    """Return the contents of a checkpoint: from the header of one that moeprune wrote, else from the model."""
+    """Return the contents of a checkpoint: from headers if moeprune or transformers wrote it, else from the model."""
+    if spec.is_model_folder:
+        return _inspect_folder(spec.path)
     found = Described(spec)
     reading = found.model.reading if found.header is None or spec.model is not None else None
     layers = {
@@ -74,4 +78,32 @@ def inspect_checkpoint(spec: ModelSpec) -> Inspection:
         provenance=found.details.provenance,
         reading=reading,
         **asdict(found.config.cost(found.plan, found.tensors)),
+    )
+
+
+def _inspect_folder(path: Path) -> Inspection:
+    """Return what a folder of transformers holds, from its config and headers."""
+    folder = read_folder(path)
+    sizes = {key: folder.language.get(key) for key in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")}
+    layers = {
+        name: InspectedLayer(
+            family="gated_moe",
+            experts=layer.num_experts,
+            settings={"gates": folder.gates, "top_k": layer.top_k, "groups": layer.groups},
+            parameters=layer.parameters,
+            plan=None,
+        )
+        for name, layer in folder.layers.items()
+    }
+    return Inspection(
+        checkpoint=str(path),
+        architecture={"type": "language", **sizes},
+        preprocessing={},
+        states_normalisation=True,
+        class_names=[],
+        layers=layers,
+        source={"library": "transformers", "version": folder.config.get("transformers_version", "unknown")},
+        provenance={},
+        reading=None,
+        **asdict(folder.cost()),
     )

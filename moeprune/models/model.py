@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moeprune.data.datasets import Data, Dataset, open_data
 from moeprune.data.preprocessing import InputFormat
 from moeprune.data.spec import DataInfo
+from moeprune.data.tokens import AnyFormat
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.header import METADATA_KEY
@@ -27,7 +28,7 @@ from moeprune.records import from_json, to_json
 
 
 class Model(nn.Module):
-    """A model that holds MoE layers: inputs (b,c,H,W) in, logits (b,classes) out.
+    """A model that holds MoE layers: inputs (b,c,H,W) in, logits (b,classes) out; or token ids (b,s), logits (b,s,V).
 
     config: of the unpruned model. reading: of a model from a file that moeprune did not write.
     """
@@ -57,8 +58,8 @@ class Model(nn.Module):
         return self.config.cost(self.plan, checkpoint.tensor_infos(self.state_dict()), usage)
 
     @property
-    def input_format(self) -> InputFormat:
-        """Shape of the inputs, number of classes, and how pixels become inputs."""
+    def input_format(self) -> AnyFormat:
+        """The inputs, and how pixels or text become inputs."""
         shape, details = self.config.input_shape, self.details
         return InputFormat(*shape, self.config.num_classes, details.preprocessing, details.classes)
 
@@ -122,14 +123,23 @@ def _uncopyable(model: nn.Module, memory: Mapping[int, Any]) -> dict[int, Any]:
 
 
 def dataset_for(
-    model: Model, data: Data, split: str, limit: int | None = None, class_names: tuple[str, ...] = ()
+    model: Model,
+    data: Data,
+    split: str,
+    limit: int | None = None,
+    class_names: tuple[str, ...] = (),
+    sequence_length: int | None = None,
+    by: str | None = None,
 ) -> Dataset:
     """Return data as a data set for a model, see `open_data`.
 
     split: if a spec of a built-in set has none. class_names: of an analysis, if the model does not state them.
+    sequence_length, by: see `open_data`.
     """
     form = model.input_format
-    return open_data(data, replace(form, class_names=form.class_names or class_names), split, limit)
+    if isinstance(form, InputFormat) and not form.class_names:
+        form = replace(form, class_names=class_names)
+    return open_data(data, form, split, limit, sequence_length, by)
 
 
 def fingerprint(model: Model) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from moeprune.data.classes import require_names
 from moeprune.data.datasets import Dataset
 from moeprune.data.spec import DataSpec
+from moeprune.data.tokens import TokenFormat
 from moeprune.errors import MoepruneError
 from moeprune.files import checkpoint
 from moeprune.files.foreign import StateDict, read_state_dict
@@ -22,6 +23,7 @@ from moeprune.files.names import View, views
 from moeprune.models.adopted import Factory, adopt, build, name_of, parse_source, skeleton
 from moeprune.models.architecture import ModelConfig, ModuleConfig, ViTConfig
 from moeprune.models.description import Details, our_header, read_description, with_options
+from moeprune.models.language import open_language
 from moeprune.models.libraries import is_anchor, library_of_file
 from moeprune.models.libraries.layers import installed_version
 from moeprune.models.libraries.soft_moe import Layout, SoftMoEViTs
@@ -107,6 +109,8 @@ def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header |
                 "leave it out: the checkpoint contains it",
             )
         model = _open_ours(header, factory)
+    elif factory is None and spec.is_model_folder:
+        model = open_language(spec.path)
     elif factory is None:
         model = _open_library(spec)
     else:
@@ -123,14 +127,18 @@ def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header |
     return model.requires_grad_(False).eval()
 
 
-def open_data_for(model: Model, spec: DataSpec, default_split: str, class_names: tuple[str, ...] = ()) -> Dataset:
+def open_data_for(
+    model: Model, spec: DataSpec, default_split: str, class_names: tuple[str, ...] = (), by: str | None = None
+) -> Dataset:
     """Open data for a model.
 
     default_split: of a built-in data set whose split is not given. class_names: of an analysis, see `dataset_for`.
+    by: the field that names the group of a text.
     """
     split = default_split if spec.split is None else spec.split
-    data = dataset_for(model, spec.spec, split, spec.limit, class_names)
-    logger.info(f"read `{data.spec}`: {data.samples} samples{'' if data.has_labels else ' without labels'}")
+    data = dataset_for(model, spec.spec, split, spec.limit, class_names, spec.sequence_length, by)
+    labels = "" if data.has_labels or isinstance(model.input_format, TokenFormat) else " without labels"
+    logger.info(f"read `{data.spec}`: {data.samples} samples{labels}")
     return data
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import msgspec
 
 from moeprune.errors import MoepruneError
+from moeprune.models.folders.layout import is_model_folder
 from moeprune.plan import Positive
 from moeprune.records import Request, option
 
@@ -74,6 +75,11 @@ class ModelSpec(Request, frozen=True, kw_only=True):
             raise MoepruneError(f"`source` is {self.source!r}, expected one of {', '.join(LIBRARIES)}")
         if self.input_shape is not None and math.prod(self.input_shape) > MAX_ELEMENTS:
             raise MoepruneError(f"`input_shape` is {list(self.input_shape)}, expected at most {MAX_ELEMENTS} values")
+
+    @property
+    def is_model_folder(self) -> bool:
+        """True for a folder that transformers reads, unless the user's own code does."""
+        return self.model is None and is_model_folder(self.path)
 
     @property
     def foreign_only(self) -> list[str]:

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from moeprune.errors import MoepruneError
 from moeprune.plan import Positive
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moeprune.data.datasets import Batch, Dataset
 
 logger = logging.getLogger(__name__)
+MOST_LOGITS = 1 << 27  # of a forward pass whose outputs are compared
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -87,16 +88,17 @@ class Runtime(Request, frozen=True):
     def run_paired(
         self, models: Mapping[K, nn.Module], full: nn.Module, data: Dataset, what: str
     ) -> Iterator[tuple[K, Tensor, Tensor]]:
-        """Yield for each batch and model its key, its output and the full model's output, in float32."""
-        for inputs, _ in self.batches(data, what):
-            expected = self.forward(full, inputs).float()
-            for key, model in models.items():
-                yield key, self.forward(model, inputs).float(), expected
+        """Yield for each batch, or part of one, and model its key, its output and the full model's, in float32."""
+        for batch, _ in self.batches(data, what):
+            for inputs in fitting(batch, full):
+                expected = self.forward(full, inputs).float()
+                for key, model in models.items():
+                    yield key, self.forward(model, inputs).float(), expected
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return the output of a model, without gradients, in the precision of this runtime."""
         with self.precision(inputs.device):
-            return model(inputs.to(input_dtype(model)))
+            return model(inputs.to(input_dtype(model)) if inputs.is_floating_point() else inputs)
 
     @contextlib.contextmanager
     def precision(self, device: torch.device) -> Iterator[None]:
@@ -106,6 +108,13 @@ class Runtime(Request, frozen=True):
         is_narrow = self.dtype in ("bfloat16", "bf16")
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=is_narrow):
             yield
+
+
+def fitting(inputs: Tensor, model: nn.Module) -> Sequence[Tensor]:
+    """Return a batch in parts whose outputs fit into memory: token ids (b,s) of a model of a large vocabulary."""
+    form: Any = getattr(model, "input_format", None)
+    vocabulary = 0 if inputs.is_floating_point() else form.vocabulary
+    return inputs.split(max(1, MOST_LOGITS // (inputs[0].numel() * vocabulary))) if vocabulary else [inputs]
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:

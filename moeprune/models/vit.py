@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeprune.layers.activations import ACTIVATIONS
-from moeprune.layers.config import Activation
+from moeprune.layers.interface import Activation
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.description import Details

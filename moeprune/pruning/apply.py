@@ -11,12 +11,12 @@ from typing import Any
 
 from moeprune import __version__
 from moeprune.calibration.analysis import Analysis, class_names_of, require_analysis_of
-from moeprune.calibration.selection import best_kept
+from moeprune.calibration.selection import best_by_score, best_kept
 from moeprune.calibration.statistics import LayerMoments, LayerStatistics, require_finite
 from moeprune.calibration.walk import Stage, Walk
 from moeprune.data.datasets import Data, Dataset
 from moeprune.errors import MoepruneError
-from moeprune.layers.experts import random_scores, top_k
+from moeprune.layers.experts import random_scores
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.surgery import Calibrated, nearest_kept, prune_layer
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
@@ -132,7 +132,8 @@ class Pruning:
         if stage is not None:
             moments = stage.moments if moments is None else moments
             require_finite(name, moments)
-        plan, calibrated = decide(plan, moments, stage, self.seed, index)
+        groups = self.full.config.moe_layers[name].equal_groups(plan)
+        plan, calibrated = decide(plan, moments, stage, self.seed, index, groups)
         if plan.is_fitted and not plan.merges:
             assert stage is not None
             layer, self.fits[name] = compensation.fit(stage, plan, calibrated, self.full.config.tokens(name))
@@ -144,15 +145,16 @@ class Pruning:
 
 
 def decide(
-    plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None, seed: int, index: int
+    plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None, seed: int, index: int, groups: int
 ) -> tuple[LayerPlan, Calibrated]:
     """Return a plan with its static set, and what is merged, chosen; and the values that pruning by it takes.
 
     stage: what calibration data brings to the layer, where that is measured. index: the layer's among the planned ones.
+    groups: of experts of which equally many are kept.
     """
     scores = random_scores(plan.num_experts, seed, index) if plan.signal == "random" else None
     if plan.scope == "static" and plan.kept is None:
-        kept = _best_experts(plan, moments, stage) if scores is None else tuple(top_k(scores, plan.k).tolist())
+        kept = _best_experts(plan, moments, stage, groups) if scores is None else best_by_score(scores, plan.k, groups)
         plan = plan.replace(kept=kept)
     if plan.merges and plan.merged_into is None:
         assert stage is not None
@@ -164,17 +166,16 @@ def decide(
     return plan, Calibrated(scores, moments.term_mean, moments.mean_mass)
 
 
-def _best_experts(plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None) -> tuple[int, ...]:
+def _best_experts(plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None, groups: int) -> tuple[int, ...]:
     """Return the experts that a static set keeps by statistics of calibration data, ascending."""
     assert moments is not None
     if plan.signal != "gram":
-        scores = moments.mean_mass * (moments.deviation if plan.signal == "deviation" else 1)
-        return tuple(top_k(scores, plan.k).tolist())
+        return best_by_score(moments.scores(plan.signal), plan.k, groups)
     if isinstance(moments, LayerStatistics):
-        return moments.best_kept(plan.k, plan.compensation)
+        return moments.best_kept(plan.k, plan.compensation, groups)
     assert stage is not None
-    mass = moments.mean_mass if plan.compensation == "renorm" else None
-    return best_kept(stage.gram(plan.compensation), plan.num_experts, plan.k, mass)
+    mass = moments.mean_mass / moments.mean_mass.sum() if plan.compensation == "renorm" else None
+    return best_kept(stage.gram(plan.compensation), plan.num_experts, plan.k, mass, groups)
 
 
 def needs_pass(plan: Plan, one_shot: bool) -> bool:

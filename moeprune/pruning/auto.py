@@ -25,7 +25,7 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime
-from moeprune.plan import RANK, RANKED, REFITS, Compensation, Method, Plan, Scope, Wanted, is_possible
+from moeprune.plan import RANK, REFITS, WITH_RANK, Compensation, Method, Plan, Scope, Wanted, is_possible
 from moeprune.pruning.apply import Pruning, apply_plan
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Candidate, Repeats
@@ -75,7 +75,7 @@ def methods(
             ranks = ranks if is_budget else ranks[-MOST_RANKS:]
             found += [_method(each, compensation, rank) for rank in ranks[::-1]]  # lower ones take their maps from it
     if wanted.energy is not None:
-        found = [method for method in found if method.compensate in RANKED]
+        found = [method for method in found if method.compensate in WITH_RANK]
     if not found and wanted.energy is not None:
         raise MoepruneError("`--energy` needs a fit, and data to fit to", "leave it out")
     if not found:
@@ -205,7 +205,7 @@ def fit_all(full: Model, plans: Sequence[Plan], data: Dataset, seed: int, runtim
 def compare(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtime) -> list[Tensor]:
     """Return the distance of each model's predictions from the full one's for each input (samples), in float64."""
     distances: list[list[Tensor]] = [[] for _ in models]
-    has_head = full.input_format.classes > 0
+    has_head = full.input_format.has_head
     for index, found, expected in runtime.run_paired(dict(enumerate(models)), full, data, "compare candidates"):
         if has_head:
             change = (found.softmax(-1) - expected.softmax(-1)).abs().sum(-1) / 2

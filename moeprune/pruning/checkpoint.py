@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from msgspec.structs import replace
@@ -17,14 +18,18 @@ from moeprune.files.header import Header
 from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import our_header, read_description
 from moeprune.models.inspection import Described
+from moeprune.models.language import LanguageModel
 from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
+from moeprune.models.results import ModelCost
 from moeprune.plan import SCOPES, SIGNALS, Plan, Wanted, keep_to_text, parse_keep
 from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, needs_pass, provenance, require_calibration
 from moeprune.pruning.auto import possible_scope
+from moeprune.pruning.folder import drop_in, prune_folder, require_fitting
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.prune import plans_of, prune_model
+from moeprune.pruning.refitted import write_pruned
 from moeprune.pruning.request import PruneRequest, SweepRequest
 from moeprune.pruning.results import FitQuality, Pruned, Sweep
 from moeprune.pruning.sweep import COMPENSATIONS_TRIED, KEEPS, Variant, grid, methods, on_frontier, sweep
@@ -42,6 +47,11 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     output cannot be written.
     """
     request.runtime.require_device()
+    is_folder = request.checkpoint.is_model_folder
+    if is_folder and request.data is None and request.analysis is None:
+        return prune_folder(request)
+    if is_folder:
+        request = drop_in(request)
     full = Described(request.checkpoint)
     require_unpruned(full.plan, ALREADY_PRUNED)
     analysis = None if request.analysis is None else load_analysis(request.analysis)
@@ -49,6 +59,8 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     data = None if request.data is None else open_data_for(full.model, request.data, "calibration", names)
     stated = None if request.plan is None else read_plan(request.plan, full.config.moe_layers)
     plans, analysis = plans_of(full, request, analysis, data, stated)
+    if is_folder and isinstance(full.model, LanguageModel):
+        require_fitting(full.model.folder, plans[0])
     plan, made, cost, fits = plans[0] if plans else {}, None, None, dict[str, FitQuality]()
     if request.output is not None:
         if full.header is not None and len(plans) == 1 and data is None and _copies(plan, request):
@@ -56,11 +68,11 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         else:
             made = prune_model(full, request, analysis, data, plans)
             fits = made.fits  # before anything is written
-            save(made.model, request.output, request.overwrite)
-        written = our_header(request.output)
-        assert written is not None
-        _, plan, _ = read_description(written)
-        cost = full.config.cost(plan, written.tensors)
+            if is_folder and isinstance(full.model, LanguageModel):
+                cost = write_pruned(full.model, made.model, request.output, request.overwrite)
+            else:
+                save(made.model, request.output, request.overwrite)
+        plan, cost = (made.model.plan, cost) if made and cost else _read_back(full, request.output)
     if request.save_plan is not None:
         write_plan(plan, request.save_plan, request.overwrite)
     return Pruned(
@@ -69,12 +81,20 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         keep=None if request.keep is None else keep_to_text(parse_keep(request.keep)),
         plan=plan,
         model=cost,
-        full_model=full.config.cost({}, full.tensors),
+        full_model=full.model.cost() if is_folder else full.config.cost({}, full.tensors),
         search=made and made.search,
         candidates=[*made.candidates] if made else [],
         fits=fits,
         repeats=made and made.repeats,
     )
+
+
+def _read_back(full: Described, path: Path) -> tuple[Plan, ModelCost]:
+    """Return the plan and the cost of the checkpoint that was written."""
+    written = our_header(path)
+    assert written is not None
+    _, plan, _ = read_description(written)
+    return plan, full.config.cost(plan, written.tensors)
 
 
 def _copies(plan: Plan, request: PruneRequest) -> bool:
@@ -96,7 +116,8 @@ def _prune_file(request: PruneRequest, full: Described, header: Header, analysis
     decided = {}
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]
-        decided[name], calibrated = decide(layer_plan, moments, None, request.seed, index)
+        groups = layers[name].equal_groups(layer_plan)
+        decided[name], calibrated = decide(layer_plan, moments, None, request.seed, index, groups)
         take = partial(_take, header, tensors, name)
         pruned = prune_tensors(layers[name], decided[name], take, tensors[f"{name}.fc2_weight"], calibrated)
         entries |= {f"{name}.{key}": tensor for key, tensor in pruned.items()}
@@ -147,7 +168,8 @@ def _ways(request: SweepRequest, model: Model) -> list[Variant]:
     if not (request.scope or request.signal or request.compensate):
         return list(methods(keeps, layers))
     possible = [scope for scope in SCOPES if all(scope in layer.scopes for layer in layers.values())]
-    signals, compensations = request.signal or SIGNALS, request.compensate or COMPENSATIONS_TRIED
+    known = [signal for signal in SIGNALS if all(signal in layer.signals for layer in layers.values())]
+    signals, compensations = request.signal or known, request.compensate or COMPENSATIONS_TRIED
     scopes = [possible_scope(Wanted(scope), layers) for scope in request.scope] or possible
     able = [name for name in compensations if all(name in ("auto", *each.compensations) for each in layers.values())]
     able = [name for name in able if name != "linear" or "static" in possible]

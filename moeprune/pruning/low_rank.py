@@ -141,23 +141,10 @@ def measure(stage: Stage, experts: Sequence[int]) -> tuple[tuple[Moments, Moment
         for which, places in enumerate(members):
             if not len(places):
                 continue
-            some = seen.select(places)
-            assert some.slot_inputs is not None
-            weight = some.weights[:, :, index].float().square().sum(1).permute(1, 0, 2).flatten(1)  # (e,b·p)
-            inputs, outputs = (
-                part[:, index].float().transpose(0, 1).flatten(1, 2) for part in (some.slot_inputs, some.term_outputs)
-            )
-            if near_inputs is None:
-                near_inputs = inputs.mean(1)
-            inputs, outputs = inputs - near_inputs[:, None], outputs - near_outputs[:, None]
-            weighted = inputs * weight[:, :, None]
-            found = Moments(
-                weight.sum(1), weighted.sum(1), (weight[:, None] @ outputs)[:, 0], weighted.mT @ inputs,
-                weighted.mT @ outputs, (weight * outputs.square().sum(2)).sum(1),
-            )  # fmt: skip
+            near_inputs, found = seen.select(places).moments(experts, near_inputs, near_outputs)
             known = halves[which]
             if known is None:
-                halves[which] = found
+                halves[which] = Moments(*found)
             else:
                 for total, part in zip(known, found, strict=True):
                     total += part

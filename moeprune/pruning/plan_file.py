@@ -17,6 +17,7 @@ from moeprune.files.disk import read_json, write_file
 from moeprune.files.header import read_header
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.description import our_header
+from moeprune.models.folders.layout import PLAN
 from moeprune.plan import Plan, plan_from_json, require_fitting_plan
 from moeprune.records import to_json
 
@@ -24,16 +25,25 @@ SCHEMA_VERSION = 1
 DEFAULTS = {"scope": "static", "signal": "combine", "compensation": "none"}
 
 
-def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
-    """Write a plan as JSON, a line for each layer: equal plans give equal bytes."""
+def write_plan(
+    plan: Plan, path: str | Path, overwrite: bool = True, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Write a plan as JSON, a line for each layer: equal plans give equal bytes.
+
+    provenance: of what was pruned by the plan, written beside it.
+    """
     layers = [f"    {json.dumps(name)}: {json.dumps(layer)}" for name, layer in to_json(plan).items()]
     lines = ["{", f'  "schema_version": {SCHEMA_VERSION},', '  "plan": {', ",\n".join(layers), "  }", "}"]
+    if provenance is not None:
+        lines[-2:] = ["  },", f'  "provenance": {json.dumps(provenance, sort_keys=True)}', "}"]
     write_file(Path(path), "\n".join(lines) + "\n", overwrite)
 
 
 def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
     """Read the plan of a JSON file or a pruned checkpoint, or raise a MoepruneError if it does not fit the layers."""
     path = Path(path)
+    if (path / PLAN).is_file():
+        path /= PLAN
     if path.suffix in (".safetensors", *TORCH_SUFFIXES):
         header = read_header(path) if path.suffix == ".safetensors" else our_header(path)
         value = ((header and header.metadata) or {}).get("plan")
@@ -47,7 +57,7 @@ def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
                 f"`{path}`: `schema_version` is {version!r}, expected {SCHEMA_VERSION}",
                 'a plan is {"schema_version": 1, "plan": {"LAYER": {"k": 8, ...}}}',
             )
-        if unknown := [key for key in found if key not in ("schema_version", "plan")]:
+        if unknown := [key for key in found if key not in ("schema_version", "plan", "provenance")]:
             raise MoepruneError(f"`{path}`: unknown key `{unknown[0]}`", "the keys are `schema_version` and `plan`")
         value = found.get("plan")
     if not isinstance(value, Mapping) or not value:

@@ -213,7 +213,7 @@ class SweepRequest(EvalRequest, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raise a MoepruneError for fields that do not go together."""
-        judging = [name for name in ("baseline", "confidence", *self.limits) if getattr(self, name) is not None]
+        judging = [name for name in ("baseline", "confidence", "by", *self.limits) if getattr(self, name) is not None]
         if self.is_sweep and judging:
             hint = "give it to an eval of the checkpoint that you choose"
             raise MoepruneError(f"`{judging[0]}` does not go with `sweep` or `plot`", hint)

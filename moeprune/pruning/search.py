@@ -23,7 +23,7 @@ from moeprune.calibration.sums import halves
 from moeprune.data.datasets import Dataset
 from moeprune.data.leakage import warn_of_seen_samples
 from moeprune.errors import MoepruneError
-from moeprune.evaluation.evaluate import Reference
+from moeprune.evaluation.evaluate import Reference, require_classes
 from moeprune.evaluation.gates import check_confidence, of_drop
 from moeprune.evaluation.intervals import paired_difference, simultaneous_quantile
 from moeprune.evaluation.results import Outcomes
@@ -78,6 +78,7 @@ def prune_within_drop(
     """
     check_confidence(limit.confidence)
     require_dense_layers(model, ALREADY_PRUNED)
+    require_classes(model)
     data = dataset_for(model, data, "calibration", class_names=class_names_of(analysis))
     warn_of_seen_samples(data, None)
     if data.samples < 2:

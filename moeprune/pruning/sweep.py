@@ -9,7 +9,7 @@ from typing import NamedTuple
 from moeprune.calibration.analysis import Analysis
 from moeprune.data.datasets import Dataset
 from moeprune.data.leakage import warn_of_seen_samples
-from moeprune.evaluation.evaluate import Reference
+from moeprune.evaluation.evaluate import Reference, require_classes
 from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.results import Difference, ModelFigures
 from moeprune.layers.interface import LayerConfig
@@ -115,6 +115,7 @@ def sweep(
         repeat: prune each variant on so many random halves of the calibration data; None: once, on all of it.
     """
     require_dense_layers(model, ALREADY_PRUNED)
+    require_classes(model)
     plans = [(variant, variant.plans(model.config.moe_layers)) for variant in variants]
     calibration = calibration_data(model, analysis)
     reference = Reference(model, data, runtime, "full model")

@@ -5,17 +5,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from msgspec.structs import asdict
 
 from moeprune.calibration.results import AnalysisReport, Explained, LayerSummary, Probes
 from moeprune.demo.records import Summary
 from moeprune.errors import MoepruneError, listed
 from moeprune.evaluation.intervals import wilson
-from moeprune.evaluation.results import Evaluation, Latency, ModelFigures
+from moeprune.evaluation.language_results import LanguageEvaluation
+from moeprune.evaluation.results import Evaluation, ModelFigures
 from moeprune.models.results import Export, Inspection, Parity
 from moeprune.pruning.results import PlanFile, Pruned, Sweep, SweepRow
 from moeprune.records import Report, Result
+from moeprune.report.costs import cost_changes, cost_rows, latency_table
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table
+from moeprune.report.language import language
 from moeprune.report.pruning import pruning
 from moeprune.report.sweeps import sweep
 from moeprune.report.words import (
@@ -38,19 +40,8 @@ SURE = 0.95  # if even equal predictions only show less than this share, there a
 
 def inspection(result: Inspection) -> Document:
     """Return contents, layers and kept experts of a checkpoint."""
-    architecture = result.architecture
-    if architecture["type"] == "module":
-        kind = plain(f"{architecture['factory']}({_assignments(architecture['arguments'])})")
-        shape = architecture["input_shape"]
-    else:
-        kind = f"{architecture['type']}, {plural(len(architecture['blocks']), 'block')}, d = {architecture['dim']}"
-        shape = [architecture["in_channels"], *architecture["image_size"]]
-    preprocessing = ", ".join(f"{key} {plain(value)}" for key, value in result.preprocessing.items())
-    preprocessing += "" if result.states_normalisation else " (mean and std are a guess: the file does not state them)"
     facts = [
-        ("model", f"{kind}, {architecture['num_classes']} classes"),
-        ("input", f"{' × '.join(map(str, shape))} (channels × height × width)"),
-        ("preprocessing", preprocessing),
+        *(_of_text(result) if result.architecture["type"] == "language" else _of_images(result)),
         *_unless_empty(("class names", listed(result.class_names, 10))),
         ("parameters", f"{amount(result.parameters)} ({amount(result.bytes, 'B')})"),
         ("FLOPs per input", flops_in_words(result.flops_per_input)),
@@ -79,6 +70,30 @@ def inspection(result: Inspection) -> Document:
         facts.append(("layers" if len(kinds) == 1 else ", ".join(names), settings))
     layers = Table(("layer", "experts", "parameters", "plan"), rows)
     return Document(result.checkpoint, [Facts(facts), layers, *([Facts(kept)] if kept else [])])
+
+
+def _of_images(result: Inspection) -> list[tuple[str, str]]:
+    architecture = result.architecture
+    if architecture["type"] == "module":
+        kind = plain(f"{architecture['factory']}({_assignments(architecture['arguments'])})")
+        shape = architecture["input_shape"]
+    else:
+        kind = f"{architecture['type']}, {plural(len(architecture['blocks']), 'block')}, d = {architecture['dim']}"
+        shape = [architecture["in_channels"], *architecture["image_size"]]
+    preprocessing = ", ".join(f"{key} {plain(value)}" for key, value in result.preprocessing.items())
+    preprocessing += "" if result.states_normalisation else " (mean and std are a guess: the file does not state them)"
+    return [
+        ("model", f"{kind}, {architecture['num_classes']} classes"),
+        ("input", f"{' × '.join(map(str, shape))} (channels × height × width)"),
+        ("preprocessing", preprocessing),
+    ]
+
+
+def _of_text(result: Inspection) -> list[tuple[str, str]]:
+    its = result.architecture
+    kind = f"{its['model_type']}, {its['num_hidden_layers']} blocks, d = {its['hidden_size']}"
+    share = percent(result.bytes_by_part.experts / result.bytes)
+    return [("model", kind), ("input", f"a token, one of {its['vocab_size']}"), ("experts", f"{share} of the bytes")]
 
 
 def export(result: Export) -> Document:
@@ -218,8 +233,7 @@ def evaluation(result: Evaluation) -> Document:
         changes = {
             "accuracy": points(-difference.accuracy_drop),
             "top-5 accuracy": points(result.model.top5_accuracy - full.top5_accuracy),
-            "size": f"{-100 * difference.size_reduction + 0.0:+.1f} %",
-            "FLOPs per input": f"{-100 * difference.flops_reduction + 0.0:+.1f} %",
+            **cost_changes(difference.size_reduction, difference.flops_reduction),
         }
         columns["full model"] = tuple(text for _, text in _figures(full))
         columns["difference"] = tuple(changes.get(label, "") for label in labels)
@@ -241,47 +255,19 @@ def evaluation(result: Evaluation) -> Document:
         text = "the data is not like the calibration data: larger errors than predicted in"
         blocks.append(Lines([f"{text} {listed(shifted)} (see the warning)"]))
     if result.latency:
-        blocks.append(_latency(result.latency, result.environment.device))
+        blocks.append(latency_table(result.latency, result.environment.device))
     return Document(checkpoint_on_data(result.checkpoint, result.data), blocks, result.gates)
 
 
 def _figures(model: ModelFigures) -> list[tuple[str, str]]:
-    """Return labels and values; parts of the figure above them are indented."""
+    """Return labels and values."""
     low, high = model.accuracy_ci95
-    total, *flops = asdict(model.flops_per_input).items()
     return [
         ("accuracy", f"{percent(model.accuracy, 2)} ({100 * low:.1f} to {100 * high:.1f})"),
         ("top-5 accuracy", percent(model.top5_accuracy, 2)),
         ("loss", f"{model.loss:.4f}"),
-        ("experts per input", f"{model.experts_per_input:.4g}"),
-        ("parameters", amount(model.parameters)),
-        ("size", amount(model.bytes, "B")),
-        *((f"  {part}", amount(size, "B")) for part, size in asdict(model.bytes_by_part).items()),
-        ("FLOPs per input", amount(total[1])),
-        *((f"  {part}", amount(count)) for part, count in flops),
+        *cost_rows(model),
     ]
-
-
-def _latency(latency: Latency, device: str) -> Table:
-    where = device if device != "cpu" else f"cpu with {plural(latency.threads, 'thread')}"
-    rows = []
-    for batch in latency.batches:
-        row = {"batch": str(batch.batch_size)}
-        model = {"model": _seconds(batch.model_seconds, batch.model_seconds_iqr)}
-        if batch.speedup and batch.speedup_iqr and batch.baseline_seconds and batch.baseline_seconds_iqr:
-            low, high = batch.speedup_iqr
-            row["speed-up"] = f"{batch.speedup:.2f}× ({low:.2f} to {high:.2f})"
-            model["full model"] = _seconds(batch.baseline_seconds, batch.baseline_seconds_iqr)
-        rows.append(row | model | {"runs": str(batch.repetitions)})
-    title = f"latency on {where}: median (middle half) of the runs"
-    return Table(tuple(rows[0]), [tuple(row.values()) for row in rows], title)
-
-
-def _seconds(median: float, quartiles: Sequence[float]) -> str:
-    """Return all three in the unit of the median: `1.23 ms (1.2 to 1.31)`."""
-    scale, unit = (1.0, "s") if median >= 0.9995 else (1e-3, "ms") if median >= 0.9995e-3 else (1e-6, "µs")
-    middle, low, high = (f"{float(f'{value / scale:.3g}'):g}" for value in (median, *quartiles))
-    return f"{middle} {unit} ({low} to {high})"
 
 
 def demo(result: Summary) -> Document:
@@ -329,13 +315,14 @@ COMMANDS: dict[str, tuple[type[Result], Callable[[Any], Document] | None]] = {
     "analyze": (AnalysisReport, analysis),
     "demo": (Summary, demo),
     "eval": (Evaluation, evaluation),
+    "eval-language": (LanguageEvaluation, language),
     "export": (Export, export),
     "inspect": (Inspection, inspection),
     "plan": (PlanFile, None),
     "prune": (Pruned, pruning),
     "sweep": (Sweep, sweep),
 }
-"""`sweep` is what `eval --sweep` reports, `plan` what `prune --plan` reads."""
+"""`eval-language` and `sweep` are what `eval` reports of language models and of sweeps, `plan` what `prune` reads."""
 TYPES = {command: kind for command, (kind, _) in COMMANDS.items()}
 
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from msgspec.structs import asdict
 
 from moeprune.calibration.analysis import Analysis
 from moeprune.calibration.results import AnalysisReport
+from moeprune.evaluation.language_results import LanguageEvaluation
 from moeprune.evaluation.results import Environment, Evaluation, Forgetting
 from moeprune.models.model import Model
 from moeprune.pruning.results import Sweep
 from moeprune.report import document as doc
+from moeprune.report import language
 from moeprune.report.commands import document_of
 from moeprune.report.experts import experts_of
 from moeprune.report.figures import panel, stacks
@@ -19,13 +21,12 @@ from moeprune.report.sweeps import highlights
 from moeprune.report.trade_off import trade_off
 from moeprune.report.words import amount, ci95, percent, plain, plan_in_words, points
 
+Reported: TypeAlias = "Evaluation | LanguageEvaluation | Sweep | AnalysisReport"
 CLASSES_SHOWN = 20
 MOST_CLASSES = 1000  # classes that a table lists
 
 
-def page_of(
-    result: Evaluation | Sweep | AnalysisReport, model: Model, analysis: Analysis | None, environment: Environment
-) -> doc.Document:
+def page_of(result: Reported, model: Model, analysis: Analysis | None, environment: Environment) -> doc.Document:
     """Return the page of `eval`, `eval --sweep` or `analyze`.
 
     analysis: of the full model; None: nothing about masses.
@@ -33,7 +34,9 @@ def page_of(
     document = doc.with_warnings(document_of(result), result.warnings)
     blocks: list[doc.Block] = []
     if isinstance(result, Evaluation):
-        blocks += _summary(result)
+        blocks += [doc.Highlights(list(_highlights(result))), *_summary(result)]
+    elif isinstance(result, LanguageEvaluation):
+        blocks += [doc.Highlights(list(language.highlights(result))), doc.Heading("Size and FLOPs"), _costs(result)]
     elif isinstance(result, Sweep):
         blocks.append(doc.Highlights(list(highlights(result.rows))))
         blocks += [doc.Heading("Accuracy over size and FLOPs"), trade_off(result.rows)]
@@ -47,12 +50,15 @@ def page_of(
 
 
 def _summary(result: Evaluation) -> Iterator[doc.Block]:
-    """Yield the most important figures, and size and FLOPs of the models by part."""
-    yield doc.Highlights(list(_highlights(result)))
+    """Yield the classes that collapsed, and size and FLOPs of the models by part."""
     if result.forgetting is not None and result.forgetting.collapsed:
         collapsed = ", ".join(map(str, result.forgetting.collapsed))
         yield doc.Lines([f"Classes that collapsed, hidden by the average: {collapsed}."])
     yield doc.Heading("Accuracy, size and FLOPs")
+    yield _costs(result)
+
+
+def _costs(result: Evaluation | LanguageEvaluation) -> doc.Figure:
     models = {"model": result.model, "full model": result.baseline_model}
     panels, said = [], []
     for title, figure, unit in (("size", "bytes_by_part", "B"), ("FLOPs per input", "flops_per_input", "")):
@@ -65,7 +71,7 @@ def _summary(result: Evaluation) -> Iterator[doc.Block]:
                 each = ", ".join(f"{part} {amount(value, unit)}" for part, value in parts.items())
                 said.append(f"{title} of the {name}: {total} ({each})")
         panels.append(panel(partial(stacks, rows=rows), title, height=0.7 + 0.4 * len(rows)))
-    yield doc.Figure(panels, "; ".join(said))
+    return doc.Figure(panels, "; ".join(said))
 
 
 def _highlights(result: Evaluation) -> Iterator[tuple[str, str, str]]:
@@ -112,11 +118,11 @@ def _classes(forgetting: Forgetting) -> Iterator[doc.Block]:
 
 
 def _origins(
-    result: Evaluation | Sweep | AnalysisReport, model: Model, analysis: Analysis | None, environment: Environment
+    result: Reported, model: Model, analysis: Analysis | None, environment: Environment
 ) -> list[tuple[str, str]]:
     """Return checkpoints, data, plans and environment."""
     facts: dict[str, Any] = {"checkpoint": result.checkpoint}
-    if isinstance(result, Evaluation) and result.baseline is not None:
+    if isinstance(result, Evaluation | LanguageEvaluation) and result.baseline is not None:
         facts["full model"] = result.baseline
     facts["data"] = f"{result.data.spec}, {result.data.samples} samples"
     facts["data, SHA-256"] = result.data.fingerprint

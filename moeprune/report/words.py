@@ -84,6 +84,6 @@ def keep_in_words(keep: str) -> str:
     )
 
 
-def checkpoint_on_data(checkpoint: str | None, data: DataInfo) -> str:
-    """Return a title that names both."""
-    return f"{checkpoint or 'a model'} on {data.spec} ({data.samples} samples)"
+def checkpoint_on_data(checkpoint: str | None, data: DataInfo, of: str = "") -> str:
+    """Return a title that names both; of: what a sample is, such as ` of 8 tokens`."""
+    return f"{checkpoint or 'a model'} on {data.spec} ({data.samples} samples{of})"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError, user_code
 from moeprune.layers.activations import ACTIVATIONS
-from moeprune.layers.config import Activation
 from moeprune.layers.experts import Experts
+from moeprune.layers.interface import Activation
 
 M = TypeVar("M", bound=nn.Module)
 ROWS = 16  # on which experts are compared

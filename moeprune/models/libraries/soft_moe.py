@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import asdict, astuple
 
-from moeprune.layers.config import Activation, SoftMoEConfig
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.interface import Activation
 from moeprune.models.architecture import ViTConfig
 from moeprune.models.description import require_tensors
 from moeprune.models.libraries.soft_moe_config import ACTIVATIONS, LAYER, POOLINGS, Tensors, complete, draft_config, or_

@@ -9,7 +9,8 @@ from msgspec import Meta
 
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
-from moeprune.layers.config import Activation, SoftMoEConfig
+from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.interface import Activation
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.records import Record, from_json
 

@@ -1,0 +1,180 @@
+"""The configuration of a layer whose router gates experts for each token; no torch."""
+
+import math
+from typing import Annotated, Literal
+
+import msgspec
+
+from moeprune.errors import MoepruneError
+from moeprune.layers.interface import Activation, Flops, LayerConfig, Shapes, Usage
+from moeprune.plan import SIGNALS, LayerPlan, Positive
+from moeprune.records import Record
+
+Gates = Literal["softmax", "sigmoid", "sparsemixer"]
+GatedExpert = Literal["mlp", "glu", "linear"]
+GateColumns = Literal["first", "last", "even"]
+
+
+class GatedMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="gated_moe"):
+    """One layer of token-gated experts (Shazeer et al. 2017, arXiv 1701.06538, section 2).
+
+    Attributes:
+        hidden_dim: hidden width of an expert, h; None for `linear` experts.
+        experts_per_token: experts that run for each token; None: all.
+        gates: `softmax` or `sigmoid` of the router logits; `sparsemixer` (Liu et al. 2024, arXiv 2409.12136) is a
+            softmax over the logits within twice the `jitter` of the best, first of all, then without the best one.
+        normalized: the gates of the chosen experts are divided by their sum; a softmax over their logits.
+        gate_scale: factor of all gates.
+        selection_bias: numbers added to the gates of experts for the choice alone (Wang et al. 2024, arXiv 2408.15664).
+        groups, groups_kept, group_score: experts are chosen within the best groups of consecutive ones, by their best
+            gate (`max`) or by the sum of their best two (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+        weigh: gates multiply the `outputs` of experts, or their `inputs`.
+        float32_router: logits are computed in float32 whatever the types of tokens and router are.
+        expert: an `mlp` (linear, activation, linear); a `glu`, whose first linear has twice the hidden width: its
+            gate_columns go through the activation and multiply the others; or one `linear`.
+        gate_columns: of a `glu`; `even`: columns of gate and values alternate.
+        limit: of a `glu`: the gate is at most this, values are clamped to it on both sides, and 1 is added to them
+            (gpt-oss, arXiv 2508.10925).
+        bias: the linears of the experts have biases.
+    """
+
+    dim: Positive
+    num_experts: Positive
+    hidden_dim: Positive | None
+    experts_per_token: Positive | None
+    gates: Gates = "softmax"
+    normalized: bool = False
+    gate_scale: float = 1.0
+    selection_bias: bool = False
+    groups: Positive = 1
+    groups_kept: Positive = 1
+    group_score: Literal["max", "best_two"] = "max"
+    jitter: Annotated[float, msgspec.Meta(ge=0)] = 0.01
+    weigh: Literal["outputs", "inputs"] = "outputs"
+    router_bias: bool = False
+    float32_router: bool = False
+    expert: GatedExpert = "glu"
+    activation: Activation = "silu"
+    gate_columns: GateColumns = "first"
+    limit: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.expert == "linear") != (self.hidden_dim is None):
+            expected = "null" if self.expert == "linear" else "a whole number of at least 1"
+            found = f"`hidden_dim` is {self.hidden_dim!r}"
+            raise MoepruneError(f"{found}, expected {expected} for an expert `{self.expert}`")
+        n, groups = self.num_experts, self.groups
+        if self.top_k > n:
+            raise MoepruneError(f"`experts_per_token` is {self.top_k}, expected 1 to {n}")
+        if n % groups or self.groups_kept > groups or n // groups * self.groups_kept < self.top_k:
+            raise MoepruneError(
+                f"{self.top_k} of {n} experts cannot be chosen within {self.groups_kept} of {groups} groups",
+                "give groups of equal size, and as many of them as it takes",
+            )
+        if self.gates == "sparsemixer" and self.top_k != 2:
+            raise MoepruneError(f"`experts_per_token` is {self.top_k}, expected 2 with gates `sparsemixer`")
+
+    @property
+    def top_k(self) -> int:
+        """Experts that run for each token."""
+        return self.experts_per_token or self.num_experts
+
+    @property
+    def output_width(self) -> int:
+        """Width of the output: that of the input."""
+        return self.dim
+
+    @property
+    def expert_width(self) -> int:
+        """Width of the input of an expert's last linear."""
+        return self.hidden_dim or self.dim
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """One set of experts for all inputs: each token chooses among them anyway."""
+        return ("static",)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """All."""
+        return SIGNALS
+
+    @property
+    def compensations(self) -> tuple[str, ...]:
+        """All but `refit`, for which `renorm-refit` serves, and `merge`."""
+        return ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", "low-rank", "linear")
+
+    @property
+    def uses_mean_token(self) -> bool:
+        """False: the output for a token must not depend on others, which may come after it."""
+        return False
+
+    def router_shapes(self, num_experts: int) -> Shapes:
+        """Return the tensors of the router if it has rows for so many experts."""
+        shapes: Shapes = {"router_weight": (num_experts, self.dim)}
+        if self.router_bias:
+            shapes["router_bias"] = (num_experts,)
+        if self.selection_bias:
+            shapes["selection_bias"] = (num_experts,)
+        return shapes
+
+    def expert_shapes(self, num_experts: int) -> Shapes:
+        """Return the tensors of so many experts."""
+        n, h = num_experts, self.expert_width
+        first = 2 * h if self.expert == "glu" else h
+        shapes: Shapes = {"fc1_weight": (n, self.dim, first), "fc1_bias": (n, first)}
+        if self.expert == "linear":
+            shapes = {}
+        shapes |= {"fc2_weight": (n, self.dim, h), "fc2_bias": (n, self.dim)}
+        return {name: shape for name, shape in shapes.items() if self.bias or not name.endswith("bias")}
+
+    def router_axis(self, tensor: str) -> int | None:
+        """Return 0: each of the router's tensors has a row for each expert."""
+        return 0
+
+    def router_flops(self, tokens: int, routed: int, running: float) -> float:
+        """Logits take 2·m·d an expert; no matrix product applies gates."""
+        return 2 * tokens * self.dim * routed
+
+    def expert_rows(self, tokens: int) -> float:
+        """Return the tokens that choose an expert, if all are chosen equally often."""
+        return tokens * self.top_k / self.num_experts
+
+    def expert_flops(self, tokens: int, running: float) -> float:
+        """Return the FLOPs of so many experts on the tokens that choose them."""
+        weights = [shape for name, shape in self.expert_shapes(1).items() if name.endswith("weight")]
+        return 2 * running * self.expert_rows(tokens) * sum(map(math.prod, weights))
+
+    def flops(self, tokens: int, plan: LayerPlan | None = None, usage: Usage | None = None) -> Flops:
+        """Return the FLOPs of the layer for one input of the model, see `LayerConfig.flops`.
+
+        Dropped experts leave a token fewer to run, but if the router is cut, tokens choose others in their place.
+        """
+        if plan is not None and plan.cuts_router:
+            usage = Usage(min(self.top_k, plan.k) * self.num_experts / self.top_k, plan.k)
+        return super().flops(tokens, plan, usage)
+
+    def equal_groups(self, plan: LayerPlan) -> int:
+        """Return the groups of which a plan must keep equally many experts: those that a cut router chooses within."""
+        return self.groups if plan.cuts_router and plan.k and self.groups_kept < self.groups else 1
+
+    def refusal(self, plan: LayerPlan) -> str | None:
+        """Return why the layer cannot be pruned by a plan, None if it can."""
+        if (reason := super().refusal(plan)) or not plan.cuts_router or plan.compensation == "linear":
+            return reason
+        alone = f"with compensation `{plan.compensation}` its router knows the {plan.k} kept ones alone"
+        if self.experts_per_token and plan.k < self.experts_per_token:
+            return f"runs {self.experts_per_token} experts for each token, and {alone}: keep more, or let it know all"
+        groups, size = self.equal_groups(plan), self.num_experts // self.groups
+        if groups == 1:
+            return None
+        counts = {sum(j // size == group for j in plan.kept or ()) for group in range(groups)}
+        if plan.k % groups or (plan.kept is not None and len(counts) > 1):
+            return f"chooses among {groups} groups of experts, and {alone}: keep equally many of each group"
+        least = 2 if self.group_score == "best_two" else 1
+        if plan.k // groups < least or plan.k // groups * self.groups_kept < self.top_k:
+            within = f"{self.top_k} experts for each token within {self.groups_kept} of {groups} groups"
+            return f"chooses {within}, and {alone}: keep more"
+        return None

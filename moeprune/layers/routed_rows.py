@@ -1,0 +1,215 @@
+"""Values of one forward pass of a layer whose tokens choose experts: only rows of a token and one of its experts.
+
+Row i adds w_i·f_i to the output of its token: R_j of an expert j is the sum over its rows.
+
+Axes: b inputs, m tokens, t = b·m, d width of the input, h hidden width of an expert, o width of the output, n experts,
+r rows, sorted by expert, q regressors, s directions of the output.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeprune.layers.observation import WORKSPACE, Observation, weighted_moments
+
+
+class Rows(NamedTuple):
+    """Tokens and one of their experts each, sorted by expert."""
+
+    tokens: Tensor  # of t (r)
+    pairs: Tensor  # of all choices of all tokens (r)
+    counts: list[int]  # rows of each expert
+
+    @classmethod
+    def sorted(cls, chosen: Tensor, num_experts: int) -> Rows:
+        """Return the rows of chosen experts (t,k)."""
+        flat = chosen.flatten()
+        pairs = flat.argsort(stable=True)
+        counts = flat.bincount(minlength=num_experts).tolist()
+        return cls(pairs // max(1, chosen.shape[1]), pairs, counts)
+
+    def of_experts(self, first: int, count: int) -> Rows:
+        """Return the rows of some consecutive experts."""
+        counts = self.counts[first : first + count]
+        start = sum(self.counts[:first])
+        rows = slice(start, start + sum(counts))
+        return Rows(self.tokens[rows], self.pairs[rows], counts)
+
+    def where(self, is_kept: Tensor) -> Rows:
+        """Return some of the rows, by a mask (r)."""
+        counts = self.experts[is_kept].bincount(minlength=len(self.counts)).tolist()
+        return Rows(self.tokens[is_kept], self.pairs[is_kept], counts)
+
+    @property
+    def experts(self) -> Tensor:
+        """The expert of each row (r)."""
+        counts = torch.tensor(self.counts, device=self.tokens.device)
+        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(self.tokens))
+
+    @property
+    def slices(self) -> list[slice]:
+        """The rows of each expert."""
+        found, start = [], 0
+        for count in self.counts:
+            found.append(slice(start, start + count))
+            start += count
+        return found
+
+
+@dataclass(frozen=True)
+class RoutedRows(Observation):
+    """One forward pass; `term_outputs` are of rows (r,o)."""
+
+    rows: Rows = field(kw_only=True)  # of experts that have weights
+    row_weights: Tensor = field(kw_only=True)  # w (r)
+    row_gates: Tensor | None = field(kw_only=True)  # that multiply what experts take (r); None: 1
+    row_hidden: Callable[[Tensor, int], Tensor] = field(
+        kw_only=True
+    )  # what an expert's last linear takes (r,h) of rows
+
+    @property
+    def weighted(self) -> Tensor:
+        """w·f of each row (r,o), in float32."""
+        return self._weighted(self.term_outputs)
+
+    def _weighted(self, outputs: Tensor) -> Tensor:
+        return outputs.float() * self.row_weights.float()[:, None]
+
+    def select(self, index: Tensor) -> RoutedRows:
+        """Return the observation of some of the inputs."""
+        b, m = self.tokens.shape[:2]
+        place = torch.full((b,), -1, device=index.device).index_put((index,), torch.arange(len(index)).to(index))
+        of_rows = place[self.rows.tokens // m]
+        is_kept = of_rows >= 0
+        rows = self.rows.where(is_kept)
+        parts = {name: getattr(self, name)[index] for name in ("weights", "mass", "output", "tokens")}
+        return replace(
+            self, **parts, mask=None if self.mask is None else self.mask[index],
+            term_outputs=self.term_outputs[is_kept], row_weights=self.row_weights[is_kept],
+            row_gates=None if self.row_gates is None else self.row_gates[is_kept],
+            rows=rows._replace(tokens=of_rows[is_kept] * m + rows.tokens % m),
+        )  # fmt: skip
+
+    def taken_by(self, expert: int) -> Tensor:
+        """Return what an expert's last linear takes of its rows, times their weights (r,h)."""
+        rows = self.rows.slices[expert]
+        return self.row_hidden(self._inputs(rows), expert).float() * self.row_weights[rows, None].float()
+
+    def _inputs(self, rows: slice) -> Tensor:
+        """Return what experts take of some rows (r,d)."""
+        inputs = self.tokens.flatten(0, 1)[self.rows.tokens[rows]]
+        return inputs if self.row_gates is None else (inputs * self.row_gates[rows, None]).to(inputs.dtype)
+
+    def hidden_products(
+        self, others: Tensor, of_inputs: Tensor, workspace: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield what all last linears take, and its products with other values, see Observation."""
+        (b, m, _), e = others.shape, len(self.rows.counts)
+        taken = [self.taken_by(expert) for expert in range(e)]
+        h = taken[0].shape[1]
+        rows = torch.cat(taken)
+        step = max(1, workspace // (e * h * m)) * m
+        order = self.rows.tokens.argsort(stable=True)
+        tokens, experts, others = self.rows.tokens[order], self.rows.experts[order], others.flatten(0, 1)
+        bounds = torch.searchsorted(tokens, torch.arange(0, b * m + step, step, device=tokens.device)).tolist()
+        for chunk, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            some, first = order[start:stop], chunk * step
+            here = others[first : first + step]
+            filled = rows.new_zeros(len(here), e, h)
+            filled[tokens[start:stop] - first, experts[start:stop]] = rows[some]
+            flat = filled.flatten(1)
+            of_tokens = of_inputs[torch.arange(first, first + len(here), device=tokens.device) // m]
+            yield flat, flat.mT @ here, flat.mT @ of_tokens
+
+    def term_sums(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums over rows of w (n,1), of w·f (n,1,o) and of w·|f|² (n,1)."""
+        weighted = self.weighted
+        squares = (weighted * self.term_outputs.float()).sum(1)
+        sums = [
+            torch.stack([part[rows].sum(0, dtype=dtype) for rows in self.rows.slices])
+            for part in (self.row_weights.float(), weighted, squares)
+        ]
+        return sums[0][:, None], sums[1][:, None], sums[2][:, None]
+
+    def run_sums(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return how many tokens run each expert (n), and the sum over these of |w·f| (n)."""
+        norms = self.weighted.norm(dim=1)
+        found = torch.stack([norms[rows].sum(dtype=dtype) for rows in self.rows.slices])
+        return torch.tensor(self.rows.counts, dtype=dtype, device=found.device), found
+
+    def gram(self, dtype: torch.dtype, outputs: Tensor | None = None) -> Tensor:
+        """Return the sum over tokens of <R_j, R_l> (n,n), with `outputs` (r,s) in place of f if given."""
+        n, t = len(self.rows.counts), self.tokens.shape[:2].numel()
+        added = self._weighted(self.term_outputs if outputs is None else outputs)
+        order = self.rows.tokens.argsort(stable=True)
+        tokens, experts = self.rows.tokens[order], self.rows.experts[order]
+        each = tokens.bincount(minlength=t)
+        first = each.cumsum(0) - each
+        most = int(each.max()) if len(tokens) else 0
+        place = torch.arange(len(tokens), device=tokens.device) - first[tokens]  # among the rows of its token
+        total = added.new_zeros(n * n, dtype=dtype)
+        step = max(1, WORKSPACE // max(1, most * (added.shape[1] + most)))
+        bounds = torch.searchsorted(tokens, torch.arange(0, t + step, step, device=tokens.device)).tolist()
+        for chunk, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            where = tokens[start:stop] - chunk * step, place[start:stop]
+            filled = added.new_zeros(step, most, added.shape[1])
+            filled[where] = added[order[start:stop]]
+            owner = experts.new_zeros(step, most)
+            owner[where] = experts[start:stop]
+            cells = owner[:, :, None] * n + owner[:, None]
+            total.index_add_(0, cells.flatten(), (filled @ filled.mT).flatten().to(dtype))
+        return total.view(n, n)
+
+    def renorm_gram(self, dtype: torch.dtype) -> Tensor:
+        """Return the sum over tokens of <E_j, E_l> - <R_j, R_l> (n,n), with E_j = R_j - c_j·Y.
+
+        c are the weights of a token's experts divided by their sum. To add to the Gram matrix where what is left of Y
+        is divided by the share of the kept experts, before that division.
+        """
+        weights, output = self.weights.float().flatten(0, 1)[:, :, 0], self.output.float().flatten(0, 1)
+        share = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)  # (t,n)
+        along = torch.zeros_like(share)  # <R_j, Y>
+        along[self.rows.tokens, self.rows.experts] = (self.weighted * output[self.rows.tokens]).sum(1)
+        with_output = share.mT @ along
+        squares = (share * output.square().sum(1, keepdim=True)).mT @ share
+        return (squares - with_output - with_output.mT).to(dtype)
+
+    def lost(self, mean: Tensor, directions: Tensor) -> Tensor:
+        """Return what each row's output differs from its expert's mean (n,1,o), in some directions (o,s): (r,s)."""
+        projected = self.term_outputs.float() @ directions
+        return projected - (mean[:, 0] @ directions)[self.rows.experts]
+
+    def add_cross(self, z: Tensor, of_inputs: Tensor, outputs: Tensor, cross: Tensor) -> None:
+        """Add the sum over inputs of ZᵀR_j to `cross`, with `outputs` (r,s) in place of f, see Observation."""
+        q, m = z.shape[2], z.shape[1]
+        added, z = self._weighted(outputs), z.flatten(0, 1)
+        for j, rows in enumerate(self.rows.slices):
+            tokens = self.rows.tokens[rows]
+            cross[j, :q].addmm_(z[tokens].mT, added[rows])
+            cross[j, q:].addmm_(of_inputs[tokens // m].mT, added[rows])
+
+    def products(self, gap: Tensor, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum over rows of <w·f, gap> (n), for a gap (b,m,s) and `outputs` (r,s) in place of f."""
+        along = (self._weighted(outputs) * gap.flatten(0, 1)[self.rows.tokens]).sum(1)
+        return torch.stack([along[rows].sum(dtype=dtype) for rows in self.rows.slices])
+
+    def moments(
+        self, experts: Sequence[int], near_inputs: Tensor | None, near_outputs: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return sums over the rows of some experts, see Observation."""
+        slices, found = self.rows.slices, []
+        near = [] if near_inputs is None else [*near_inputs]
+        for place, j in enumerate(experts):
+            inputs, outputs = self._inputs(slices[j]).float(), self.term_outputs[slices[j]].float()
+            if near_inputs is None:
+                near.append(inputs.mean(0) if len(inputs) else inputs.new_zeros(inputs.shape[1]))
+            weight = self.row_weights[slices[j]].float().square()
+            around = inputs - near[place], outputs - near_outputs[place]
+            found.append(weighted_moments(weight[None], around[0][None], around[1][None]))
+        return torch.stack(near), tuple(torch.cat(parts) for parts in zip(*found, strict=True))

@@ -1,0 +1,319 @@
+"""A folder of transformers: `config.json`, safetensors shards, and the MoE layers in them, read from headers; no torch.
+
+Headers are read one shard at a time and are not kept: a model may have a hundred thousand tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from moeprune.data.tokens import MOST_TOKENS
+from moeprune.errors import MoepruneError, listed
+from moeprune.files.disk import read_json
+from moeprune.files.header import Header, TensorInfo, read_header
+from moeprune.models.folders.names import Cut, Role, cut_of, further, natural, role_of
+from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
+from moeprune.plan import LayerPlan
+from moeprune.records import from_json
+
+PLAN = "moeprune.json"  # the plan of a pruned folder, and how it was made
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of the number of experts."""
+TOP_K = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k",
+    "top_k_experts",
+)  # fmt: skip
+"""Keys of the number of experts that run for a token, or of a list of it by layer."""
+HEADS, LONGEST = ("num_attention_heads", "n_heads"), ("max_position_embeddings", "max_seq_len", "n_positions")
+NO_WEIGHTS = re.compile(r"(bias|scales?|scale_inv)$")
+LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
+KNOWN = "experts under `experts.0`, stacked in `experts.gate_up_proj` or `input_linear`, and a `gate` or a `router`"
+COMPENSATIONS = ("renorm", "renorm-refit")
+
+
+@dataclass
+class FolderLayer:
+    """One MoE layer: experts, how many of them a token takes, and in how many groups it chooses them.
+
+    masks: the numbers of experts that have a tensor of their own, as bits, by its key. whole: other tensors of experts
+    and the router. bytes, weights: of experts. parameters: of the router too.
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    groups: int
+    masks: Counter[str] = field(default_factory=Counter)
+    whole: dict[str, tuple[Role, TensorInfo]] = field(default_factory=dict)
+    bytes: int = 0
+    weights: int = 0
+    parameters: int = 0
+
+    @property
+    def has_experts(self) -> bool:
+        """False for something else with a gate, such as attention."""
+        return bool(self.masks) or any(role.part == "stack" for role, _ in self.whole.values())
+
+    def add(self, name: str, role: Role, info: TensorInfo) -> None:
+        """Count a tensor of the layer."""
+        self.parameters += info.numel
+        if role.part != "router":
+            self.bytes += info.nbytes
+            self.weights += _weights(role.key, info)
+        if role.expert is None:
+            self.whole[name] = role, info
+        else:
+            self.masks[role.key] |= 1 << role.expert
+
+    def refusal(self, plan: LayerPlan) -> str | None:
+        """Return why the folder cannot hold the layer pruned by a plan, None if it can."""
+        if plan.scope != "static" or (plan.compensation not in COMPENSATIONS and plan.drops):
+            only = "scope `static` and compensation `renorm` or `renorm-refit`: a folder of transformers holds no other"
+            return f"can be pruned with {only}; the plan has `{plan.scope}` and `{plan.compensation}`"
+        if plan.k < self.top_k:
+            return f"runs {self.top_k} experts for each token, the plan keeps {plan.k}"
+        size = self.num_experts // self.groups
+        counts = [sum(j // size == group for j in plan.kept or ()) for group in range(self.groups)]
+        if plan.k % self.groups or len({*counts}) > 1:
+            kept = f"{plan.k} experts" if plan.kept is None else f"{', '.join(map(str, counts))} experts of them"
+            return f"chooses among {self.groups} groups of experts, which stay equal in size; the plan keeps {kept}"
+        return None
+
+
+@dataclass
+class ModelFolder:
+    """A folder that holds a model with MoE layers, as it is on disk.
+
+    config: of the whole model. language: the part of it that has the number of experts. layers: by name, in order.
+    dropped: how names begin in parts that predict further tokens with experts of their own. parts: bytes of experts,
+    routers and the rest. flops: of products with weights for one token, of routers and the rest.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    language: dict[str, Any]
+    shards: dict[str, set[str] | None]  # names of files, and of their tensors, if an index has them
+    layers: dict[str, FolderLayer] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    parts: Counter[str] = field(default_factory=Counter)
+    flops: Counter[str] = field(default_factory=Counter)
+    parameters: int = 0
+    has_head: bool = False  # of its own, not the table of embeddings
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of each layer."""
+        return next(iter(self.layers.values())).num_experts
+
+    @property
+    def gates(self) -> str:
+        """The function that makes gates of router logits, `softmax` or `sigmoid`, as far as it can be seen."""
+        stated = self.language.get("scoring_func") or self.language.get("score_function")
+        keys = {role.key for layer in self.layers.values() for role, _ in layer.whole.values()}
+        has_bias = any(re.fullmatch(r"(gate\.)?(e_score_correction|expert)_bias", key) for key in keys)
+        is_sigmoid = has_bias or str(self.language.get("model_type")).startswith("llama4")
+        return str(stated or ("sigmoid" if is_sigmoid else "softmax"))
+
+    @property
+    def top_k(self) -> int:
+        """The most experts that a token takes in a layer."""
+        return next(iter(self.layers.values())).top_k
+
+    def headers(self) -> Iterator[Header]:
+        """Yield the header of each shard, checked against the index."""
+        for name, expected in self.shards.items():
+            header = read_header(self.path / name)
+            if expected is not None and (wrong := sorted(expected ^ header.tensors.keys())):
+                message = f"`{self.path / name}` does not fit `{INDEX}`: only one of them has {listed(wrong, 3)}"
+                raise MoepruneError(message, "index and shards are of different models or damaged; fetch both again")
+            yield header
+
+    def role(self, name: str, info: TensorInfo) -> Role | None:
+        """Return what a tensor is in an MoE layer, None for all others."""
+        role = role_of(name, info.shape)
+        return role if role is not None and role.layer in self.layers else None
+
+    def cut(self, name: str, role: Role, info: TensorInfo) -> Cut | None:
+        """Return where a tensor of all experts, or of the router, has their places; None if they share it."""
+        try:
+            return cut_of(role, info.shape, self.num_experts, self.language.get("zero_expert_num") or 0)
+        except ValueError:
+            found = f"`{name}` of shape {list(info.shape)}"
+            raise _unknown(self.path, f"{found} has no place for each of {self.num_experts} experts") from None
+
+    def is_dropped(self, name: str) -> bool:
+        """Return True for a tensor of a part that predicts further tokens, if that has experts."""
+        return name.startswith(self.dropped)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence; what is not stated is not short."""
+        return next((self.language[key] for key in LONGEST if type(self.language.get(key)) is int), MOST_TOKENS)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the vocabulary."""
+        return int(self.language.get("vocab_size") or self.config.get("vocab_size") or 1)
+
+    def cost(self) -> ModelCost:
+        """Return parameters, bytes, and the FLOPs of a sequence: products with weights, and those of full attention."""
+        s = min(MOST_TOKENS, self.longest)
+        experts = sum(2 * layer.weights * layer.top_k // layer.num_experts for layer in self.layers.values())
+        per_token = self.flops["other"] + (0 if self.has_head else self.flops["tables"])
+        other = s * per_token + _attention(self.language, s)
+        flops = {"experts": s * experts, "routing": s * self.flops["routing"], "other": other, "compensation": 0}
+        parts = {name: self.parts[name] for name in ("experts", "routing", "other")}
+        return ModelCost(
+            parameters=self.parameters,
+            bytes=sum(parts.values()),
+            bytes_by_part=BytesByPart(compensation=0, **parts),
+            flops_per_input=FlopsByPart(total=sum(flops.values()), **flops),
+            experts_per_input=float(sum(layer.top_k for layer in self.layers.values())),
+        )
+
+
+class _Index(msgspec.Struct):
+    weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+    metadata: dict[str, Any] | None = None
+
+
+def is_model_folder(path: Path) -> bool:
+    """Return True for a folder with a `config.json` that names a `model_type`: one that transformers reads."""
+    try:
+        return path.is_dir() and (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG, "a config")
+    except (OSError, ValueError, TypeError, MoepruneError):
+        return False
+
+
+def read_folder(path: Path) -> ModelFolder:
+    """Read what a folder holds, and check that nothing is missing.
+
+    Raises a MoepruneError if a shard is missing or damaged, there are no MoE layers, their layout is unknown, or
+    `config.json` contradicts the tensors.
+    """
+    config = read_json(path / CONFIG, "the config of a model")
+    shards = _shards(path)
+    found = [part for part in _parts(config) if any(type(part.get(key)) is int for key in COUNTS)]
+    language = found[0] if found else {}
+    counts = {language[key] for key in COUNTS if key in language}
+    settings = max(counts, default=1), _top_k(language), _groups(language)
+    num_layers = next((language[key] for key in LAYERS if type(language.get(key)) is int), None)
+    folder = ModelFolder(path, config, language, shards)
+    layers: dict[str, FolderLayer] = {}
+    for header in folder.headers():
+        for name, info in header.tensors.items():
+            folder.parameters += info.numel
+            if role := role_of(name, info.shape):
+                layers.setdefault(role.layer, FolderLayer(role.layer, *settings)).add(name, role, info)
+            else:
+                _add_other(folder, name, info, further(name, num_layers) is None)
+    ahead = {name: further(name, num_layers) for name, layer in layers.items() if layer.has_experts}
+    if not ahead:
+        raise MoepruneError(f"no MoE layers in `{path}`", f"known are layers with {KNOWN}")
+    if len(found) != 1 or len(counts) != 1 or not settings[0] > 0:
+        where = f"several numbers of experts: {sorted(counts)}" if counts else "no number of experts"
+        raise _unknown(path, f"`{CONFIG}` has {where} ({', '.join(f'`{key}`' for key in COUNTS)})")
+    folder.dropped = tuple(sorted({prefix for prefix in ahead.values() if prefix is not None}))
+    folder.layers = {name: layers[name] for name in sorted(ahead, key=natural) if ahead[name] is None}
+    for layer in layers.values():
+        if layer.name in folder.layers:
+            _require_complete(folder, layer)
+            folder.parts["experts"] += layer.bytes
+        for name, (role, info) in layer.whole.items():
+            if layer.name in folder.layers and role.part == "router":
+                _add_other(folder, name, info, True, "routing")
+            elif layer.name not in folder.layers:
+                _add_other(folder, name, info, layer.name not in ahead)
+        folder.parts["other"] += layer.bytes if layer.name in ahead and layer.name not in folder.layers else 0
+    return folder
+
+
+def _add_other(folder: ModelFolder, name: str, info: TensorInfo, runs: bool, part: str = "other") -> None:
+    """Count a tensor that is none of an expert; runs: for each token."""
+    folder.parts[part] += info.nbytes
+    is_table = re.search(r"embed|wte|wpe", name) is not None
+    if runs:
+        folder.flops["tables" if is_table else part] += 2 * _weights(name, info)
+        folder.has_head |= name.endswith("head.weight")
+
+
+def _weights(name: str, info: TensorInfo) -> int:
+    """Return how many factors of a matrix product a tensor holds; MXFP4 has two in a byte."""
+    if len(info.shape) < 2 or NO_WEIGHTS.search(name):
+        return 0
+    return info.numel * (2 if name.endswith("_blocks") else 1)
+
+
+def _require_complete(folder: ModelFolder, layer: FolderLayer) -> None:
+    """Raise a MoepruneError if experts lack tensors, or their layout is not known."""
+    n = layer.num_experts
+    for key, mask in layer.masks.items():
+        if (most := mask.bit_length()) > n:
+            message = f"`{folder.path}`: layer `{layer.name}` has {most} experts, `{CONFIG}` says {n}"
+            raise MoepruneError(message, "config and tensors are of different models; fetch both again")
+        absent = [j for j in range(n) if not mask >> j & 1]
+        if missing := [f"{layer.name}.experts.{j}{key.removeprefix('experts')}" for j in absent]:
+            raise MoepruneError(f"`{folder.path}` lacks {listed(missing, 3)}", "fetch all of its shards again")
+    cuts = [(role.part, folder.cut(name, role, info)) for name, (role, info) in layer.whole.items()]
+    if not any(part == "router" and cut is not None for part, cut in cuts):
+        raise _unknown(folder.path, f"layer `{layer.name}` has experts and no router")
+
+
+def _parts(config: Any) -> Iterator[dict[str, Any]]:
+    """Yield a config and all configs within it."""
+    if isinstance(config, dict):
+        yield config
+        for key, value in config.items():
+            if key != "quantization_config":
+                yield from _parts(value)
+
+
+def _attention(language: Mapping[str, Any], tokens: int) -> int:
+    """Return the FLOPs of the products of queries and keys, and of weights and values, in all blocks."""
+    heads, layers = (next((language[key] for key in keys if language.get(key)), 0) for keys in (HEADS, LAYERS))
+    width = language.get("head_dim") or (language.get("hidden_size") or 0) // max(1, heads)
+    keys = (language.get("qk_nope_head_dim") or width) + (language.get("qk_rope_head_dim") or 0)
+    return int(2 * tokens * tokens * layers * heads * (keys + (language.get("v_head_dim") or width)))
+
+
+def _top_k(language: Mapping[str, Any]) -> int:
+    values = [language[key] for key in TOP_K if language.get(key) is not None]
+    return max((max(each) if isinstance(each, list) else int(each) for each in values), default=1)
+
+
+def _groups(language: Mapping[str, Any]) -> int:
+    """Return the number of groups that the choice of experts is limited by, 1 for none."""
+    return 1 if language.get("topk_method") == "greedy" else int(language.get("n_group") or 1)
+
+
+def _shards(path: Path) -> dict[str, set[str] | None]:
+    """Return the files that hold the tensors, in their order, with the names that an index gives them."""
+    if (path / INDEX).exists():
+        index: _Index = from_json(read_json(path / INDEX, "an index"), _Index, f"index `{path / INDEX}`")
+        shards: dict[str, set[str] | None] = {name: set() for name in sorted(set(index.weight_map.values()))}
+        for name, shard in index.weight_map.items():
+            shards[shard].add(name)  # type: ignore[union-attr]
+        if outside := [name for name in shards if Path(name).name != name]:
+            raise MoepruneError(f"`{path / INDEX}` names shards that are not in its folder: {listed(outside)}")
+        if missing := [name for name in shards if not (path / name).is_file()]:
+            raise MoepruneError(f"`{path}` lacks shards that its index names: {listed(missing)}", "fetch them too")
+        return shards
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if SINGLE in found or len(found) == 1:
+        return {SINGLE if SINGLE in found else found[0]: None}
+    if found:
+        raise MoepruneError(f"`{path}` has {len(found)} safetensors files and no `{INDEX}`", "fetch the index too")
+    hint = "save it as safetensors: `model.save_pretrained(folder)` of transformers does so"
+    raise MoepruneError(f"`{path}` has no safetensors files", hint)
+
+
+def _unknown(path: Path, reason: str) -> MoepruneError:
+    return MoepruneError(f"`{path}`: the layout of its MoE layers is unknown: {reason}", f"known are {KNOWN}")

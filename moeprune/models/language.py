@@ -1,0 +1,144 @@
+"""Folders of transformers opened as models: transformers builds all but the MoE layers, which are ours."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeprune.data.tokenizer import EXTRA
+from moeprune.data.tokens import TokenFormat
+from moeprune.errors import MoepruneError, listed, user_code
+from moeprune.files.disk import read_json
+from moeprune.layers.interface import Usage
+from moeprune.layers.layer import layer_of_tensors
+from moeprune.models.description import Details
+from moeprune.models.folders.layout import PLAN, ModelFolder, read_folder
+from moeprune.models.folders.names import natural
+from moeprune.models.language_config import LanguageConfig
+from moeprune.models.libraries.transformers import RoutedBlock, describe_block, is_block
+from moeprune.models.model import Model
+from moeprune.models.results import ModelCost
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+HALF = (torch.float16, torch.bfloat16)
+
+
+class LanguageModel(Model):
+    """A language model whose MoE layers are ours: token ids (b,s) in, logits (b,s,V) out.
+
+    folder: that it is from. module: as transformers builds it. places: of the layers in the model, by their names in
+    the folder.
+    """
+
+    config: LanguageConfig
+
+    def __init__(self, folder: ModelFolder, module: nn.Module, config: LanguageConfig, places: dict[str, str]):
+        super().__init__(config, Details(source={"library": "transformers", "version": _transformers().__version__}))
+        self.folder, self.places = folder, places
+        self.module = module
+
+    @property
+    def input_format(self) -> TokenFormat:
+        """Token ids, and the folder's tokenizer if it has one."""
+        path = self.folder.path
+        has_tokenizer = any((path / name).is_file() for name in TOKENIZERS)
+        return TokenFormat(self.config.vocabulary, self.config.longest, path if has_tokenizer else None)
+
+    def cost(self, usage: Mapping[str, Usage] | None = None) -> ModelCost:
+        """Return size and cost; a model that is not pruned has the bytes of its folder, whatever its types are here."""
+        return super().cost(usage) if self.plan else self.folder.cost()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (b,s) in, logits (b,s,V) out."""
+        return self.module(input_ids=ids, use_cache=False).logits
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return a part of the model; an MoE layer by its name in the folder, too."""
+        return super().get_submodule(self.places.get(target, target))
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return all tensors, those of MoE layers under the names of these in the folder; tied ones once."""
+        names = {f"{place}.": f"{name}." for name, place in self.places.items()}
+        found, seen = dict[str, Any](), set[tuple[int, torch.Size]]()
+        for name, tensor in super().state_dict(*arguments, **options).items():
+            if (key := (tensor.data_ptr(), tensor.shape)) not in seen or not tensor.numel():
+                layer = next((place for place in names if name.startswith(place)), "")
+                found[names.get(layer, "") + name.removeprefix(layer)] = tensor
+                seen.add(key)
+        return found
+
+
+def open_language(path: Path) -> LanguageModel:
+    """Open a folder of transformers on the CPU; code in the folder is not run.
+
+    Weights of 16 bits are converted to float32 unless there is a GPU.
+
+    Raises a MoepruneError if transformers is missing or cannot build the model, tensors are missing, the weights are
+    quantised, or a layer of experts is not known.
+    """
+    folder, transformers = read_folder(path), _transformers()
+    if folder.config.get("quantization_config"):
+        hint = "dequantise them first; `--signal random` and `--plan` with compensation `renorm` need no model"
+        raise MoepruneError(f"the weights of `{path}` are quantised, which calibration cannot read", hint)
+    how = {"output_loading_info": True, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    hint = "see whether `transformers.AutoModelForCausalLM.from_pretrained` loads it; another release may know it"
+    with _quiet(transformers), user_code(f"transformers cannot build `{path}`", hint):
+        module, info = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", **how)
+    if missing := sorted(info["missing_keys"]):
+        raise MoepruneError(f"`{path}` lacks tensors that transformers expects: {listed(missing, 3)}", hint)
+    if not torch.cuda.is_available() and any(tensor.dtype in HALF for tensor in module.parameters()):
+        module.float()
+    return _with_our_layers(folder, module.requires_grad_(False).eval())
+
+
+def _with_our_layers(folder: ModelFolder, module: nn.Module) -> LanguageModel:
+    """Return the model with our layers in place of router and experts of each block, of the same memory."""
+    blocks = sorted((name for name, part in module.named_modules() if is_block(part)), key=natural)
+    if len(blocks) != len(folder.layers):
+        found = f"{len(blocks)} blocks of experts that moeprune knows, the folder {len(folder.layers)} layers"
+        raise MoepruneError(f"`{folder.path}`: transformers builds {found}", "prune it without `--data`")
+    layers, places = {}, {}
+    for name, path in zip(folder.layers, blocks, strict=True):
+        block = module.get_submodule(path)
+        layers[name], tensors = describe_block(block, path)
+        module.set_submodule(path, RoutedBlock(block, layer_of_tensors(layers[name], None, tensors)), strict=True)
+        places[name] = f"module.{path}.routed"
+    cost = folder.cost().flops_per_input
+    config = LanguageConfig(str(folder.language.get("model_type", folder.config["model_type"])), folder.vocabulary,
+                            folder.longest, layers, int(cost.other))  # fmt: skip
+    model = LanguageModel(folder, module, config, places).requires_grad_(False).eval()
+    if (folder.path / PLAN).is_file():
+        recorded = read_json(folder.path / PLAN, "the plan of a pruned folder").get("provenance", {})
+        model.details = model.details.replace(provenance=recorded)
+    return model
+
+
+@functools.cache
+def _transformers() -> Any:
+    """Return the library, or raise a MoepruneError if it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        raise MoepruneError("a folder of a language model needs the package transformers", EXTRA) from None
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Let transformers show no progress and no warnings."""
+    logs = transformers.utils.logging
+    level, shows = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(level)
+        if shows:
+            logs.enable_progress_bar()
