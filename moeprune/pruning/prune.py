@@ -20,7 +20,7 @@ from moeprune.models.model import Model, dataset_for, require_dense_layers
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Method, Plan
+from moeprune.plan import Method, Plan, parse_keep
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, repeat
 from moeprune.pruning.budgets import plans_within_budget
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 
 
 class PruneOptions(TypedDict, total=False):
-    """How many experts to keep (one of the first six) and which: fields of PruneRequest, which explains them."""
+    """How many experts, or hidden units, to keep and which: fields of PruneRequest, which explains them."""
 
     keep: str | float | Fraction | None
     mass: float | None
+    width: str | float | Fraction | None
     max_size: str | float | None
     max_flops: str | float | None
     max_accuracy_drop: float | None
@@ -165,7 +166,10 @@ def plans_of(
         return [full_plan(layers, None, plan, Method())], analysis
     has_data = data is not None or analysis is not None
     is_budget = request.max_size is not None or request.max_flops is not None
-    ways = methods(request.wanted, layers, has_data, request.one_shot or request.output is None, is_budget)
+    wanted = request.wanted
+    if request.width is not None and not is_budget and parse_keep(request.keep or "1.0") == 1.0:
+        wanted = wanted.replace(compensate="none") if wanted.compensate == "auto" else wanted  # no expert is dropped
+    ways = methods(wanted, layers, has_data, request.one_shot or request.output is None, is_budget)
     if not is_budget:
         plans = [full_plan(layers, request.keep or "1.0", None, method) for method in ways]
         return affordable(plans, layers), analysis
