@@ -236,9 +236,10 @@ class Method(Record, frozen=True):
     def plan(
         self, k: int, num_experts: int, kept: tuple[int, ...] | None = None, width: int | None = None
     ) -> LayerPlan:
-        """Return the plan of a layer that keeps k experts, of `units` hidden units; `linear` keeps none."""
+        """Return the plan of a layer that keeps k experts, of `width` hidden units; `linear` keeps none."""
         k = 0 if self.compensate == "linear" else k
-        kept = tuple(range(k)) if k in (0, num_experts) and self.scope == "static" else kept
+        is_known = self.scope == "static" and (k == 0 or (k == num_experts and width is not None))
+        kept = tuple(range(k)) if is_known else kept
         return LayerPlan(
             self.scope, k, num_experts, self.signal, self.compensate, kept, self.mass,
             rank=self.rank, energy=self.energy, width=width,

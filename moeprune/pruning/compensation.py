@@ -12,9 +12,9 @@ before it broke. One regression of T on
     renorm-refit   what the last linears take and their biases alone, with weights over kept experts
     linear         X, the mean of its tokens, and 1 alone: Y' = 0
 
-is added to what the layer has; kept experts may have lost hidden units before (moeprune.pruning.width). With `low-rank` dropped experts first become affine maps of their inputs s, fitted to
-their own outputs f by reduced-rank regression (Izenman 1975) with the squares of their weights; `affine` then fits what
-is still lacking.
+is added to what the layer has, whose experts may have lost hidden units before (moeprune.pruning.width). With
+`low-rank` dropped experts first become affine maps of their inputs s, fitted to their own outputs f by reduced-rank
+regression (Izenman 1975) with the squares of their weights; `affine` then fits what is still lacking.
 
 Axes: b inputs, m tokens, d width of the input, o of the output, n experts, e dropped ones, p terms per expert, q
 regressors.

@@ -20,7 +20,7 @@ from moeprune.models.model import Model, dataset_for, require_dense_layers
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Method, Plan, parse_keep
+from moeprune.plan import Method, Plan, experts_to_keep, parse_keep
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, repeat
 from moeprune.pruning.budgets import plans_within_budget
@@ -166,12 +166,13 @@ def plans_of(
         return [full_plan(layers, None, plan, Method())], analysis
     has_data = data is not None or analysis is not None
     is_budget = request.max_size is not None or request.max_flops is not None
-    wanted = request.wanted
-    if request.width is not None and not is_budget and parse_keep(request.keep or "1.0") == 1.0:
-        wanted = wanted.replace(compensate="none") if wanted.compensate == "auto" else wanted  # no expert is dropped
+    wanted, keep = request.wanted, parse_keep(request.keep or "1.0")
+    drops = any(experts_to_keep(keep, layer.num_experts, name) < layer.num_experts for name, layer in layers.items())
+    if wanted.width is not None and wanted.compensate == "auto" and not drops and not is_budget:
+        wanted = wanted.replace(compensate="none")
     ways = methods(wanted, layers, has_data, request.one_shot or request.output is None, is_budget)
     if not is_budget:
-        plans = [full_plan(layers, request.keep or "1.0", None, method) for method in ways]
+        plans = [full_plan(layers, keep, None, method) for method in ways]
         return affordable(plans, layers), analysis
     if analysis is not None:
         require_analysis_of(layers, full.fingerprint, analysis)

@@ -49,7 +49,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     width: Annotated[
         str | None,
         option(
-            "Hidden units to keep in each kept expert: a number, or a share (1/2, 50%). Without --keep, of all experts.",
+            "Hidden units to keep in each kept expert: a number, or a share (1/2, 50%). Without --keep all are kept.",
             metavar="H",
         ),
     ] = None
@@ -179,9 +179,10 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         width = None if self.width is None else 1
         if wanted.compensate != "auto":
             rank = (self.rank or RANK) if wanted.compensate == "low-rank" else None
-            Method(wanted.concrete_scope, signal, wanted.compensate, self.mass, self.energy, rank).plan(1, 2, None, width)
+            method = Method(wanted.concrete_scope, signal, wanted.compensate, self.mass, self.energy, rank)
         else:
-            Method(wanted.concrete_scope, signal, "mean", self.mass).plan(1, 2, None, width)
+            method = Method(wanted.concrete_scope, signal, "mean", self.mass)
+        method.plan(1, 2, None, width)
 
 
 class SweepRequest(EvalRequest, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ from moeprune.calibration.units import UnitMoments, measure_units
 from moeprune.calibration.walk import Stage
 from moeprune.layers.experts import Experts
 from moeprune.layers.surgery import FewerUnits, prune_layer
-from moeprune.plan import LayerPlan
+from moeprune.plan import Compensation, LayerPlan
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HELD = 512 << 20  # bytes of moments at once
@@ -47,7 +47,7 @@ def _fewer_units(stage: Stage, plan: LayerPlan) -> FewerUnits:
     assert plan.width is not None
     layer = stage.layer
     if plan.drops:
-        router = "renorm" if plan.cuts_router else "none"
+        router: Compensation = "renorm" if plan.cuts_router else "none"
         layer = prune_layer(layer, LayerPlan("static", plan.k, plan.num_experts, plan.signal, router, plan.kept))
     dense = {name: tensor.detach() for name, tensor in layer.named_parameters() if name in Experts._fields}
     parts: dict[str, list[Tensor]] = {name: [] for name in dense}
@@ -106,9 +106,7 @@ def _centre(moments: UnitMoments, has_bias: bool) -> Tensor:
     return moments.mean if has_bias else torch.zeros_like(moments.sums)
 
 
-def fit_units(
-    moments: UnitMoments, weight: Tensor, width: int, ridge: float, has_bias: bool
-) -> tuple[Tensor, Tensor]:
+def fit_units(moments: UnitMoments, weight: Tensor, width: int, ridge: float, has_bias: bool) -> tuple[Tensor, Tensor]:
     """Return the hidden units that are left of each expert, ascending (e,u), and their refitted weights (e,o,u).
 
     weight: W (e,o,h), of the moments' type.

@@ -1,0 +1,58 @@
+"""What narrower experts keep of the accuracy, against fewer experts at the same bytes.
+
+    python tests/benchmarks/width.py [single] [vit]
+
+Drops hidden units of all experts of the two demo checkpoints (moeprune.pruning.width), and prints what is left of the
+accuracy on the test split, mean and range over draws of the calibration data. The models with fewer experts have the
+bytes of the narrower one, or less, as budgets. Takes about 15 minutes on two cores.
+"""
+
+import statistics
+import sys
+from typing import Any
+
+from common import RUNTIME, SEEDS, accuracy, calibration, shipped, test_set
+
+import moeprune
+
+WIDTHS = ("1/2", "1/4", "1/8")
+NARROW: list[dict[str, Any]] = [{}, {"compensate": "renorm-refit"}, {"compensate": "affine"}]
+FEWER = ("auto", "mean", "affine", "renorm-refit", "low-rank")
+
+
+def retained(name: str) -> None:
+    """Print what a demo checkpoint keeps of its accuracy in each way, for each width."""
+    full = shipped(name)
+    test = test_set(full)
+    of_full, drawn = accuracy(full, test), [calibration(full, seed) for seed in SEEDS]
+    print(f"{name}: full model {of_full:.4f}")
+    units = min(layer.hidden_units or 0 for layer in full.config.moe_layers.values())
+    for width in (width for width in WIDTHS if units >= int(width[2:])):
+        sizes = {}
+        ways = [{"width": width, **how} for how in NARROW] + [{"compensate": compensate} for compensate in FEWER]
+        for way in ways:
+            results = []
+            for seed, data in enumerate(drawn):
+                budget = {} if "width" in way else {"max_size": f"{sizes[seed]}B"}
+                try:
+                    pruned = moeprune.prune(full, data=data, seed=seed, runtime=RUNTIME, **way, **budget)
+                except moeprune.MoepruneError as error:
+                    print(error)
+                    continue
+                cost = pruned.cost()
+                sizes.setdefault(seed, cost.bytes)
+                results.append((accuracy(pruned, test) / of_full, cost.bytes, cost.flops_per_input.total))
+            if results:
+                kept, size, flops = zip(*results, strict=True)
+                what = ", ".join(str(value) for value in way.values()) + ("" if "width" in way else ", fewer experts")
+                print(
+                    f"{'width ' * ('width' in way) + what:32} {statistics.fmean(kept):.3f}"
+                    f" ({min(kept):.3f}-{max(kept):.3f})  size {statistics.fmean(size) / full.cost().bytes:.3f}"
+                    f"  FLOPs {statistics.fmean(flops) / full.cost().flops_per_input.total:.3f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    for model in sys.argv[1:] or ("single", "vit"):
+        retained(model)
