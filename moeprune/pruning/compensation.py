@@ -45,7 +45,7 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
 
     wanted: its plan, which may have a rank or energy. tokens: of one input.
     """
-    plan = wanted if wanted.is_low_rank else wanted.replace(rank=None, energy=None)
+    plan = wanted if wanted.compensation == "low-rank" else wanted.replace(rank=None, energy=None)
     layer = prune_layer(stage.layer, plan, calibrated)
     beside = fit_low_rank(stage, layer) if plan.is_low_rank else 0.0
     beside += calibrated.fewer_units.overfitting if calibrated.fewer_units is not None else 0.0
