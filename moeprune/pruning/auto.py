@@ -137,6 +137,7 @@ def choose(
                 compensate=first.compensation,
                 rank=first.rank,
                 k={name: layer.k for name, layer in plan.items()},
+                width={name: layer.width for name, layer in plan.items() if layer.width is not None} or None,
                 size=size,
                 flops=flops,
                 distance=float(distances[index].mean()),

@@ -20,10 +20,10 @@ from moeprune.models.model import Model, dataset_for, require_dense_layers
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Method, Plan, experts_to_keep, parse_keep
+from moeprune.plan import Method, Plan, Wanted, experts_to_keep, parse_keep
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, repeat
-from moeprune.pruning.budgets import plans_within_budget
+from moeprune.pruning.budgets import narrowest, plans_within_budget
 from moeprune.pruning.plan_file import read_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Candidate, FitQuality, Repeats, Search
@@ -179,7 +179,11 @@ def plans_of(
     elif data is not None and request.wanted.concrete_scope == "static":
         analysis = analyze(full.model, data, request.runtime)
     budget = request.max_size, request.max_flops
-    return plans_within_budget(full.config, full.tensors, analysis, ways, *budget), analysis
+    plans = plans_within_budget(full.config, full.tensors, analysis, ways, *budget)
+    if len(ways) > 1 and wanted == Wanted() and not request.one_shot:
+        narrower = narrowest(full.config, full.tensors, *budget)
+        plans += [narrower] if narrower is not None else []
+    return plans, analysis
 
 
 class _InMemory(Described):

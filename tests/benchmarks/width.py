@@ -3,9 +3,9 @@
     python tests/benchmarks/width.py [single] [vit] [DRAWS]
 
 Drops hidden units of all experts of the two demo checkpoints (moeprune.pruning.width), and prints what is left of the
-accuracy on the test split, mean and range over DRAWS of the calibration data (3). The models with fewer experts have
-the bytes of the narrower one as a budget, and choose among the experts of each layer within it. Takes about half an
-hour on two cores.
+accuracy on the test split, mean and range over DRAWS of the calibration data (3), and by how much the predictions
+change (mean total variation). The models with fewer experts have the bytes of the narrower one as a budget, which is
+split over the layers. Takes about half an hour on two cores.
 """
 
 import statistics
@@ -15,6 +15,7 @@ from typing import Any
 from common import RUNTIME, SEEDS, accuracy, calibration, shipped, test_set
 
 import moeprune
+from moeprune.pruning.auto import compare
 
 WIDTHS = ("1/2", "1/4", "1/8")
 NARROW: list[dict[str, Any]] = [{}, {"compensate": "renorm-refit"}]
@@ -42,14 +43,16 @@ def retained(name: str, draws: int) -> None:
                     continue
                 cost = pruned.cost()
                 sizes.setdefault(seed, cost.bytes)
-                results.append((accuracy(pruned, test) / of_full, cost.bytes, cost.flops_per_input.total))
+                change = float(compare([pruned], full, test, RUNTIME)[0].mean())
+                results.append((accuracy(pruned, test) / of_full, change, cost.bytes, cost.flops_per_input.total))
             if results:
-                kept, size, flops = zip(*results, strict=True)
+                kept, *figures = zip(*results, strict=True)
+                change, size, flops = map(statistics.fmean, figures)
                 what = ", ".join(str(value) for value in way.values()) + ("" if "width" in way else ", fewer experts")
                 print(
                     f"{'width ' * ('width' in way) + what:32} {statistics.fmean(kept):.3f}"
-                    f" ({min(kept):.3f}-{max(kept):.3f})  size {statistics.fmean(size) / full.cost().bytes:.3f}"
-                    f"  FLOPs {statistics.fmean(flops) / full.cost().flops_per_input.total:.3f}",
+                    f" ({min(kept):.3f}-{max(kept):.3f})  change {change:.4f}  size {size / full.cost().bytes:.3f}"
+                    f"  FLOPs {flops / full.cost().flops_per_input.total:.3f}",
                     flush=True,
                 )
 
