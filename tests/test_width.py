@@ -1,29 +1,36 @@
 """Hidden units dropped by optimal brain surgeon, against brute force and least squares by NumPy."""
 
 import json
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import moeprune
 from moeprune.calibration.sums import half_of
 from moeprune.calibration.units import UnitMoments
 from moeprune.demo.train import initialize
-from moeprune.layers.config import SoftMoEConfig
+from moeprune.files.checkpoint import tensor_infos
+from moeprune.layers.config import SoftMoEConfig, layer_from_json
+from moeprune.layers.layer import new_layer
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
+from moeprune.models.libraries.experts import resized
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning import width as width_module
+from moeprune.pruning.budgets import narrowest
 from moeprune.pruning.width import RIDGES, fewer_units, fit_units, units_left
 from tests.reference import replace
 from tests.test_calibration import layer_inputs_and_outputs, two_layer_model, write_inputs
 from tests.test_compensation import FIRST, LAST, behind_a_pruned_layer, output_error
 from tests.test_cost import counted
+from tests.test_export import SHAPE, ours
 from tests.test_sums import rows_of
 
 CPU = moeprune.Runtime(device="cpu")
@@ -317,6 +324,29 @@ def test_a_budget_counts_narrower_experts(budget, data):
     assert sizes[0] < sizes[1]
 
 
+def test_under_a_budget_auto_tries_all_experts_with_the_most_units_within_it(data):
+    """They are taken where nothing else is as near: experts that nothing can replace, with units that copy others."""
+    full = model_of()
+    for layer in full.moe_layers.values():
+        for tensor in (layer.fc1_weight, layer.fc1_bias):
+            tensor[..., 4:] = tensor[..., :2]
+    config, tensors = full.config, tensor_infos(full.state_dict())
+    sizes = {}
+    for width in range(1, 7):
+        plan = {name: LayerPlan("static", N, N, "gram", "none", (0, 1, 2, 3, 4), width=width) for name in (FIRST, LAST)}
+        infos = {name: tensor for name, tensor in tensors.items() if ".soft_moe." not in name}
+        layers = sum(4 * np.prod(shape) for name, shape in config.shapes(plan).items() if ".soft_moe." in name)
+        sizes[width] = int(sum(tensor.nbytes for tensor in infos.values()) + layers)
+    for width in range(1, 6):
+        for more in (0, 1, sizes[width + 1] - sizes[width] - 1):
+            found = narrowest(config, tensors, f"{sizes[width] + more}B")
+            assert {layer.width for layer in found.values()} == {width}
+    assert narrowest(config, tensors, f"{sizes[1] - 1}B") is None
+    pruned = moeprune.prune(full, data=data, max_size=f"{sizes[4]}B", runtime=CPU)
+    assert {(layer.k, layer.width, layer.compensation) for layer in pruned.plan.values()} == {(5, 4, "none")}
+    assert pruned.cost().bytes == sizes[4]
+
+
 # --- the command line
 def test_pruned_evaluated_and_loaded_it_computes_the_same(tmp_path, run, run_json):
     full, data = files(tmp_path, "geglu")
@@ -404,3 +434,47 @@ def test_a_narrower_model_is_exported(tmp_path, run, run_json):
     result = run("export", tmp_path / "affine.safetensors", "-o", tmp_path / "affine.pt", "--to", "soft-moe")
     assert result.code == 2
     assert "layer `blocks.0.soft_moe` has compensation affine beside its experts" in result.stderr
+
+
+def test_a_narrower_layer_of_the_users_own_model_is_exported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "user_nets", SimpleNamespace(build=ours))
+    torch.manual_seed(0)
+    model = moeprune.adopt(ours(), SHAPE, "user_nets:build")
+    pruned = moeprune.prune(model, data=torch.randn(30, *SHAPE), width=3)
+    found = moeprune.export(pruned, tmp_path / "small.pt", "moeprune")
+    assert found.parity.max_relative_difference < 1e-6
+    smaller = ours()
+    for index in range(2):
+        config = found.layers[f"layers.{index}"].arguments["config"]
+        assert config["hidden_dim"] == 3
+        smaller.layers[index] = new_layer(layer_from_json(config, ""))
+    smaller.load_state_dict(torch.load(tmp_path / "small.pt"), strict=True)
+    x = torch.randn(4, *SHAPE)
+    torch.testing.assert_close(smaller.eval()(x), pruned(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["mlp", "glu", "linear"])
+def test_an_expert_is_rebuilt_with_fewer_hidden_units(form):
+    experts = {"mlp": Mlp(), "glu": Glu(), "linear": nn.Sequential(nn.Dropout(), nn.Linear(12, 4))}
+    smaller = resized(experts[form], 3)
+    linears = [tuple(linear.weight.shape) for linear in smaller.modules() if isinstance(linear, nn.Linear)]
+    assert linears == {"mlp": [(3, 12), (4, 3)], "glu": [(3, 12), (3, 12), (4, 3)], "linear": [(4, 12)]}[form]
+    assert smaller(torch.randn(5, 12)).shape == (5, 4)
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+class Glu(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.values, self.gate, self.last = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.values(x) * nn.functional.silu(self.gate(x)))
