@@ -125,16 +125,15 @@ def unstack_experts(tensors: Mapping[str, Tensor], layer: nn.Module) -> dict[str
 
 
 def resized(expert: M, width: int) -> M:
-    """Return a copy of an expert with so many hidden units; weights of a linear that changes are drawn anew."""
+    """Return a copy of an expert with so many hidden units; the weights of linears that change are to be loaded."""
     form, copied = form_of(expert, "0"), copy.deepcopy(expert)
     linears = parts_of(copied, nn.Linear)
     hidden = linears[form.last].in_features
     for path in (*form.first, form.last) if form.first and width != hidden else ():
-        old = linears[path]
-        sizes = (
-            (width, old.out_features) if path == form.last else (old.in_features, old.out_features * width // hidden)
-        )
-        copied.set_submodule(path, nn.Linear(*sizes, old.bias is not None).to(old.weight))
+        old, is_last = linears[path], path == form.last
+        taken, given = (width, old.out_features) if is_last else (old.in_features, old.out_features * width // hidden)
+        smaller = nn.utils.skip_init(nn.Linear, taken, given, bias=old.bias is not None, dtype=old.weight.dtype)
+        copied.set_submodule(path, smaller)
     return copied
 
 
