@@ -249,6 +249,15 @@ def test_outputs_do_not_depend_on_the_batch_size(data):
     assert float((outputs[1] - outputs[2]).norm() / outputs[2].norm()) < 1e-3
 
 
+def test_units_that_are_too_large_for_squares_are_an_error(data):
+    full = model_of()
+    full.moe_layers[FIRST].fc1_weight *= 1e25
+    full.moe_layers[FIRST].fc2_weight *= 1e-25
+    message = r"hidden units of layer `blocks\.0\.soft_moe` cannot be chosen: numbers are NaN or infinite"
+    with pytest.raises(moeprune.MoepruneError, match=message):
+        moeprune.prune(full, data=data, width=3, runtime=CPU)
+
+
 # --- beside other ways
 @pytest.mark.parametrize("keep", [2, 5])
 def test_fits_make_up_for_what_narrower_experts_lose(keep, data):

@@ -34,6 +34,11 @@ class UnitMoments(NamedTuple):
         """Return those of some of the experts."""
         return UnitMoments(*(part[experts] for part in self))
 
+    def in_float64(self) -> UnitMoments:
+        """Return them in float64, on the CPU where the device has none."""
+        device = self.power.device if self.power.dtype == torch.float64 else "cpu"
+        return UnitMoments(*(part.to(device, torch.float64) for part in self))
+
     @property
     def mean(self) -> Tensor:
         """The mean of z that a bias can make up for (e,h)."""
@@ -52,7 +57,7 @@ def measure_units(
 
     layer: observed in place of the stage's. near_means: they are of the differences of z from points near their means:
     in float32 variances that are small beside the means would otherwise be lost. Returns these points, too (e,h);
-    zeros without.
+    zeros without. All in float64.
     """
     near: Tensor | None = None
     found: list[UnitMoments | None] = [None, None]
@@ -72,7 +77,8 @@ def measure_units(
     assert first is not None
     assert second is not None
     assert near is not None
-    return (first, second), near.to(first.power.dtype)
+    halves = first.in_float64(), second.in_float64()
+    return halves, near.to(halves[0].sums)
 
 
 def _moments(taken: Tensor, weights: Tensor) -> UnitMoments:

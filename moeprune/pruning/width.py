@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moeprune.calibration.units import UnitMoments, measure_units
 from moeprune.calibration.walk import Stage
+from moeprune.errors import MoepruneError
 from moeprune.layers.experts import Experts
 from moeprune.layers.surgery import FewerUnits, prune_layer
 from moeprune.plan import Compensation, LayerPlan
@@ -56,6 +57,11 @@ def _fewer_units(stage: Stage, plan: LayerPlan) -> FewerUnits:
     for start in range(0, plan.k, step):
         some = slice(start, start + step)
         halves, near = measure_units(stage, layer, some, near_means=has_bias)
+        if not all(part.isfinite().all() for half in halves for part in half):
+            raise MoepruneError(
+                f"hidden units of layer `{stage.name}` cannot be chosen: numbers are NaN or infinite",
+                "check the checkpoint, or use `--dtype float32`",
+            )
         own = {name: tensor[some] for name, tensor in dense.items()}
         weight = own["fc2_weight"].to(near)
         ridge, more = choose_ridge(halves, weight, plan.width, has_bias)
@@ -75,6 +81,7 @@ def _fewer_units(stage: Stage, plan: LayerPlan) -> FewerUnits:
 def _units_of(tensor: Tensor, left: Tensor, hidden: int) -> Tensor:
     """Return a tensor of first linears (e,…,h), or (e,…,2·h) with a gate, for the units (e,u) alone."""
     places = torch.cat([left, left + hidden], 1) if tensor.shape[-1] == 2 * hidden else left
+    places = places.to(tensor.device)
     return tensor.gather(-1, places if tensor.ndim == 2 else places[:, None].expand(-1, tensor.shape[1], -1))
 
 
@@ -91,7 +98,7 @@ def choose_ridge(
         error, of_fitted = 0.0, 0.0
         for fitted, held_out in (parts, parts[::-1]):
             left, refitted = fit_units(fitted, weight, width, ridge, has_bias)
-            change = weight.scatter_add(2, left[:, None].expand_as(refitted), -refitted)
+            change = weight - torch.zeros_like(weight).scatter_(2, left[:, None].expand_as(refitted), refitted)
             centre = _centre(fitted, has_bias)
             for moments, is_held_out in ((held_out, True), (fitted, False)):
                 found = float(((change @ moments.around(centre)) * change).sum())
@@ -147,9 +154,8 @@ def units_left(power: Tensor, weight: Tensor, width: int, ridge: float) -> Tenso
         column, products = inverse[every, :, unit], gram[every, :, unit]  # (e,h)
         share = column / pivots[every, unit][:, None]
         own = products[every, unit][:, None]
-        # W - W_q·share: of the products of its columns, (W - W_q·share)ᵀ(W - W_q·share)
-        across = share[:, :, None] * (products - own * share / 2)[:, None]
-        gram = gram - across - across.mT
-        inverse = inverse - column[:, :, None] * share[:, None]
+        across = (products - own * share / 2)[:, :, None]  # (W - W_q·share)ᵀ(W - W_q·share) is the next Gram matrix
+        gram.baddbmm_(across, share[:, None], alpha=-1).baddbmm_(share[:, :, None], across.mT, alpha=-1)
+        inverse.baddbmm_(column[:, :, None], share[:, None], alpha=-1)
         is_dropped[every, unit] = True
     return (~is_dropped).nonzero()[:, 1].view(len(power), width)
