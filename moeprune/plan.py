@@ -200,7 +200,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
 
     @property
     def has_surrogate(self) -> bool:
-        """True if constants take the place of the outputs of dropped experts."""
+        """True if constants take the place of the outputs of dropped experts, or correct those of others."""
         return self.compensation in ("mean", "lstsq", "affine", "refit", "low-rank") and self.compensates
 
     @property

@@ -24,7 +24,7 @@ from moeprune.models.libraries.experts import resized
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning import width as width_module
-from moeprune.pruning.budgets import narrowest
+from moeprune.pruning.budgets import narrower_within
 from moeprune.pruning.width import RIDGES, fewer_units, fit_units, units_left
 from tests.reference import replace
 from tests.test_calibration import layer_inputs_and_outputs, two_layer_model, write_inputs
@@ -348,9 +348,9 @@ def test_under_a_budget_auto_tries_all_experts_with_the_most_units_within_it(dat
         sizes[width] = int(sum(tensor.nbytes for tensor in infos.values()) + layers)
     for width in range(1, 6):
         for more in (0, 1, sizes[width + 1] - sizes[width] - 1):
-            found = narrowest(config, tensors, f"{sizes[width] + more}B")
+            found = narrower_within(config, tensors, f"{sizes[width] + more}B")
             assert {layer.width for layer in found.values()} == {width}
-    assert narrowest(config, tensors, f"{sizes[1] - 1}B") is None
+    assert narrower_within(config, tensors, f"{sizes[1] - 1}B") is None
     pruned = moeprune.prune(full, data=data, max_size=f"{sizes[4]}B", runtime=CPU)
     assert {(layer.k, layer.width, layer.compensation) for layer in pruned.plan.values()} == {(5, 4, "none")}
     assert pruned.cost().bytes == sizes[4]

@@ -161,11 +161,11 @@ def decide(
         plan = plan.replace(merged_into=nearest_kept(stage.overlap(), plan.kept, plan.num_experts))
     if moments is None:
         return plan, Calibrated(scores)
-    scores, narrow = moments.deviation if scores is None else scores, None
+    scores, units = moments.deviation if scores is None else scores, None
     if plan.width is not None:
         assert stage is not None
-        narrow = fewer_units(stage, plan)
-    return plan, Calibrated(scores, moments.term_mean, moments.mean_mass, narrow)
+        units = fewer_units(stage, plan)
+    return plan, Calibrated(scores, moments.term_mean, moments.mean_mass, units)
 
 
 def _best_experts(plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None) -> tuple[int, ...]:

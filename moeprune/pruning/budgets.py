@@ -73,7 +73,7 @@ def _cost(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, name: s
     )
 
 
-def narrowest(
+def narrower_within(
     config: ModelConfig,
     tensors: Mapping[str, TensorInfo],
     max_size: str | float | None = None,

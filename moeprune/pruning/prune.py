@@ -23,7 +23,7 @@ from moeprune.models.runtime import Runtime
 from moeprune.plan import Method, Plan, Wanted, experts_to_keep, parse_keep
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, repeat
-from moeprune.pruning.budgets import narrowest, plans_within_budget
+from moeprune.pruning.budgets import narrower_within, plans_within_budget
 from moeprune.pruning.plan_file import read_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Candidate, FitQuality, Repeats, Search
@@ -181,7 +181,7 @@ def plans_of(
     budget = request.max_size, request.max_flops
     plans = plans_within_budget(full.config, full.tensors, analysis, ways, *budget)
     if len(ways) > 1 and wanted == Wanted() and not request.one_shot:
-        narrower = narrowest(full.config, full.tensors, *budget)
+        narrower = narrower_within(full.config, full.tensors, *budget)
         plans += [narrower] if narrower is not None else []
     return plans, analysis
 
