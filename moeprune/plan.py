@@ -245,12 +245,12 @@ class Method(Record, frozen=True):
             rank=self.rank, energy=self.energy, width=width,
         )  # fmt: skip
 
-    def units(self, layer: Any) -> int | None:
-        """Return the hidden units that the width leaves of each expert of a layer (LayerConfig); None for all."""
-        if self.width is None:
-            return None
-        width = parse_keep(self.width, "--width", "hidden units")
-        return width if isinstance(width, int) else max(1, int(width * layer.expert_width + Fraction(1, 2)))
+    def plan_of(self, layer: Any, name: str, k: int, kept: tuple[int, ...] | None = None) -> LayerPlan:
+        """Return the plan of a layer (LayerConfig) of a name that keeps k experts, with the width in hidden units."""
+        what = "--width", "hidden units"
+        share = None if self.width is None else parse_keep(self.width, *what)
+        width = None if share is None else experts_to_keep(share, layer.expert_width, name, *what)
+        return self.plan(k, layer.num_experts, kept, width)
 
     def __str__(self) -> str:
         rank = "" if self.rank is None else f" of rank {self.rank}"
@@ -289,11 +289,8 @@ def uniform_plan(layers: Mapping[str, Any], keep: Fraction | int, method: Method
 
     option: the name of keep in errors, see experts_to_keep.
     """
-    plan = {}
-    for name, layer in layers.items():
-        k = experts_to_keep(keep, layer.num_experts, name, option)
-        plan[name] = method.plan(k, layer.num_experts, width=method.units(layer))
-    return plan
+    counts = {name: experts_to_keep(keep, layer.num_experts, name, option) for name, layer in layers.items()}
+    return {name: method.plan_of(layer, name, counts[name]) for name, layer in layers.items()}
 
 
 def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
@@ -382,7 +379,9 @@ def parse_budget(budget: str | float, unit: str, option: str) -> tuple[float, bo
     return value, True
 
 
-def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str, option: str = "--keep") -> int:
+def experts_to_keep(
+    keep: Fraction | int, num_experts: int, layer: str, option: str = "--keep", what: str = "experts"
+) -> int:
     """Return k for a layer: a share above 0 is rounded to the nearest number, at least 1.
 
     A MoepruneError if it has fewer experts than are asked for.
@@ -394,7 +393,7 @@ def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str, option: 
         return max(1, int(keep * num_experts + Fraction(1, 2)))
     if keep > num_experts:
         raise MoepruneError(
-            f"`{option} {keep}` is more than the {num_experts} experts of layer `{layer}`",
+            f"`{option} {keep}` is more than the {num_experts} {what} of layer `{layer}`",
             f"give at most {num_experts}, or a share such as 1/8",
         )
     return int(keep)

@@ -390,7 +390,7 @@ def test_a_plan_may_give_each_layer_a_width_of_its_own(tmp_path, run_json):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--width 7", r"has experts of 6 hidden units, the plan has `width` 7"),
+        ("--width 7", r"`--width 7` is more than the 6 hidden units of layer `blocks.0.soft_moe`"),
         ("--width 0", r"`--width 0` keeps no hidden unit"),
         ("--width 2.5", r"`--width 2.5` is more than all hidden units"),
         ("--width half", r"`--width half` is neither a share nor a number"),

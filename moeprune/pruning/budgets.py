@@ -53,8 +53,8 @@ def costs_of(config: ModelConfig, method: Method, tensors: Mapping[str, TensorIn
     method, cost = method.replace(mass=None, energy=None), partial(_cost, config, tensors)
     layers, least = {}, 0 if method.scope == "static" and method.compensate in EMPTY and method.width is None else 1
     for name, layer in config.moe_layers.items():
-        n, is_static, width = layer.num_experts, method.scope == "static", method.units(layer)
-        plans = (method.plan(k, n, tuple(range(k)) if is_static else None, width) for k in range(least, n + 1))
+        is_static, counts = method.scope == "static", range(least, layer.num_experts + 1)
+        plans = (method.plan_of(layer, name, k, tuple(range(k)) if is_static else None) for k in counts)
         layers[name] = [*[math.inf] * least, *(float(cost(name, plan)) for plan in plans)]
     full = config.flops({}).total if tensors is None else sum(tensor.nbytes for tensor in tensors.values())
     return Costs(full, full - sum(cost(name, None) for name in layers), layers)
@@ -144,8 +144,7 @@ def plans_within(
         if analysis is None:
             raise MoepruneError(f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`")
         chosen.insert(0, allocate(losses(analysis, method.compensate), costs.layers, budget - costs.rest))
-    widths = {name: method.units(layer) for name, layer in config.moe_layers.items()}
-    plans = [{name: method.plan(k, sizes[name], None, widths[name]) for name, k in each.items()} for each in chosen]
+    plans = [{name: method.plan_of(config.moe_layers[name], name, k) for name, k in each.items()} for each in chosen]
     require_fitting_plan(plans[0], config.moe_layers)
     return plans[:1] if plans[0] == plans[-1] else plans
 

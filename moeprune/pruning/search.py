@@ -253,7 +253,7 @@ def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Step]:
         experts = {name: max(1, round(share * n)) if share else 0 for name, n in sizes.items()}
         if is_static and share:
             experts = allocate(lost, costs.layers, costs.of(experts) - costs.rest)
-        plan = {name: method.plan(k, sizes[name], None, method.units(layers[name])) for name, k in experts.items()}
+        plan = {name: method.plan_of(layers[name], name, k) for name, k in experts.items()}
         cost = costs.of(experts) / costs.full
         drops = any(layer.drops or layer.width for layer in plan.values())
         if drops and (cost < 1 or method.mass is not None) and not too_large_refits(layers, plan):
