@@ -82,6 +82,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
             output directions that they use; None: all.
         energy: with these four, the share of their energy that decides the rank. The last three take all directions
             if that is cheaper.
+        width: with scope `static`, the hidden units that are left of each kept expert; None: all.
     """
 
     scope: Scope
@@ -94,6 +95,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     merged_into: tuple[int, ...] | None = None
     rank: Positive | None = None
     energy: Energy | None = None
+    width: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,11 +134,19 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
             yield of_none, f"`{name}` goes with the compensations {', '.join(WITH_RANK)}"
         both = self.rank is not None and self.energy is not None
         yield both, "`rank` and `energy` do not go together: the energy decides the rank"
+        whole = self.scope != "static" or k == 0 or compensation in ("merge", "linear")
+        expected = "scope `static`, at least one expert, and any compensation but `merge` and `linear`"
+        yield self.width is not None and whole, f"`width` goes with {expected}"
 
     @property
     def drops(self) -> bool:
         """True if an expert may not run."""
         return self.k < self.num_experts or self.mass is not None
+
+    @property
+    def compensates(self) -> bool:
+        """True if something is left out that the compensation makes up for: experts, or hidden units of all of them."""
+        return self.drops or (self.width is not None and self.compensation not in ("mean", "low-rank"))
 
     @property
     def is_calibrated(self) -> bool:
@@ -150,8 +160,8 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
 
     @property
     def is_fitted(self) -> bool:
-        """True if the compensation needs a pass over data."""
-        return (self.compensation in FITTED and self.drops) or self.merges
+        """True if the compensation, or the experts that lose hidden units, need a pass over data."""
+        return (self.compensation in FITTED and self.drops) or self.merges or self.width is not None
 
     @property
     def merges(self) -> bool:
@@ -196,8 +206,8 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
 
     @property
     def has_surrogate(self) -> bool:
-        """True if constants take the place of the outputs of dropped experts."""
-        return self.compensation in ("mean", "lstsq", "affine", "refit", "low-rank") and self.drops
+        """True if constants take the place of the outputs of dropped experts, or correct those of others."""
+        return self.compensation in ("mean", "lstsq", "affine", "refit", "low-rank") and self.compensates
 
     @property
     def is_low_rank(self) -> bool:
@@ -212,7 +222,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     @property
     def has_affine(self) -> bool:
         """True if a linear map of the layer's input is added to its output."""
-        return self.compensation in AFFINE and self.drops
+        return self.compensation in AFFINE and self.compensates
 
 
 Plan = dict[str, LayerPlan]  # the plans of a model's layers by layer name, in the order of the data flow
@@ -227,22 +237,26 @@ class Method(Record, frozen=True):
     mass: Share | None = None
     energy: Energy | None = None
     rank: Positive | None = None
+    width: str | None = None
 
-    def plan(self, k: int, num_experts: int, kept: tuple[int, ...] | None = None) -> LayerPlan:
-        """Return the plan of a layer that keeps k experts; `linear` keeps none."""
+    def plan(
+        self, k: int, num_experts: int, kept: tuple[int, ...] | None = None, width: int | None = None
+    ) -> LayerPlan:
+        """Return the plan of a layer that keeps k experts, of `width` hidden units; `linear` keeps none."""
         k = 0 if self.compensate == "linear" else k
-        kept = () if k == 0 and self.scope == "static" else kept
+        is_known = self.scope == "static" and (k == 0 or (k == num_experts and width is not None))
+        kept = tuple(range(k)) if is_known else kept
         return LayerPlan(
-            self.scope,
-            k,
-            num_experts,
-            self.signal,
-            self.compensate,
-            kept,
-            self.mass,
-            rank=self.rank,
-            energy=self.energy,
-        )
+            self.scope, k, num_experts, self.signal, self.compensate, kept, self.mass,
+            rank=self.rank, energy=self.energy, width=width,
+        )  # fmt: skip
+
+    def plan_of(self, layer: Any, name: str, k: int, kept: tuple[int, ...] | None = None) -> LayerPlan:
+        """Return the plan of a layer (LayerConfig) of a name that keeps k experts, with the width in hidden units."""
+        what = "--width", "hidden units"
+        share = None if self.width is None else parse_keep(self.width, *what)
+        width = None if share is None else experts_to_keep(share, layer.expert_width, name, *what)
+        return self.plan(k, layer.num_experts, kept, width)
 
     def __str__(self) -> str:
         rank = "" if self.rank is None else f" of rank {self.rank}"
@@ -258,6 +272,7 @@ class Wanted(Record, frozen=True):
     mass: Share | None = None
     energy: Energy | None = None
     rank: Positive | None = None
+    width: str | None = None
 
     @property
     def concrete_scope(self) -> Scope:
@@ -280,8 +295,8 @@ def uniform_plan(layers: Mapping[str, Any], keep: Fraction | int, method: Method
 
     option: the name of keep in errors, see experts_to_keep.
     """
-    sizes = {name: layer.num_experts for name, layer in layers.items()}
-    return {name: method.plan(experts_to_keep(keep, n, name, option), n) for name, n in sizes.items()}
+    counts = {name: experts_to_keep(keep, layer.num_experts, name, option) for name, layer in layers.items()}
+    return {name: method.plan_of(layer, name, counts[name]) for name, layer in layers.items()}
 
 
 def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
@@ -309,7 +324,7 @@ def plan_from_json(value: Any) -> Plan:
     return plan
 
 
-def parse_keep(keep: str | float, option: str = "--keep") -> Fraction | int:
+def parse_keep(keep: str | float, option: str = "--keep", what: str = "experts") -> Fraction | int:
     """Read how many experts to keep: a number of experts such as `16`, or a share such as `1/8`, `0.125` or `12.5%`.
 
     A whole number is a number of experts; with a point, a slash or a percent sign it is a share, as all floats are.
@@ -318,10 +333,7 @@ def parse_keep(keep: str | float, option: str = "--keep") -> Fraction | int:
     >>> parse_keep("1/8"), parse_keep("12.5%"), parse_keep("1.0"), parse_keep("1")
     (Fraction(1, 8), Fraction(1, 8), Fraction(1, 1), 1)
     """
-    text, hint = (
-        str(keep).strip(),
-        "give a share of the experts such as 1/8 or 0.125, or a number of experts such as 16",
-    )
+    text, hint = str(keep).strip(), f"give a share of the {what} such as 1/8 or 0.125, or a number of {what} such as 16"
     number = text.removesuffix("%").rstrip()
     try:
         if "e" in number.lower() and not 1e-9 < abs(float(number)) < 1e9:
@@ -330,13 +342,13 @@ def parse_keep(keep: str | float, option: str = "--keep") -> Fraction | int:
     except (ValueError, ZeroDivisionError):
         raise MoepruneError(f"`{option} {text}` is neither a share nor a number", hint) from None
     if value <= 0:
-        hint = "give at least 1; a sweep (`moeprune eval --sweep`) measures the model without experts"
-        raise MoepruneError(f"`{option} {text}` keeps no expert", hint)
+        others = "; a sweep (`moeprune eval --sweep`) measures the model without experts" * (what == "experts")
+        raise MoepruneError(f"`{option} {text}` keeps no {what.removesuffix('s')}", f"give at least 1{others}")
     if text.isdigit():
         return int(text)
     if value > 1:
-        hint = f"a number of experts has no point: {value}" if value.denominator == 1 and "%" not in text else hint
-        raise MoepruneError(f"`{option} {text}` is more than all experts", hint)
+        hint = f"a number of {what} has no point: {value}" if value.denominator == 1 and "%" not in text else hint
+        raise MoepruneError(f"`{option} {text}` is more than all {what}", hint)
     return value
 
 
@@ -373,7 +385,9 @@ def parse_budget(budget: str | float, unit: str, option: str) -> tuple[float, bo
     return value, True
 
 
-def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str, option: str = "--keep") -> int:
+def experts_to_keep(
+    keep: Fraction | int, num_experts: int, layer: str, option: str = "--keep", what: str = "experts"
+) -> int:
     """Return k for a layer: a share above 0 is rounded to the nearest number, at least 1.
 
     A MoepruneError if it has fewer experts than are asked for.
@@ -385,7 +399,7 @@ def experts_to_keep(keep: Fraction | int, num_experts: int, layer: str, option: 
         return max(1, int(keep * num_experts + Fraction(1, 2)))
     if keep > num_experts:
         raise MoepruneError(
-            f"`{option} {keep}` is more than the {num_experts} experts of layer `{layer}`",
+            f"`{option} {keep}` is more than the {num_experts} {what} of layer `{layer}`",
             f"give at most {num_experts}, or a share such as 1/8",
         )
     return int(keep)

@@ -78,6 +78,15 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
         return self.hidden_dim or self.dim
 
     @property
+    def hidden_units(self) -> int | None:
+        """Hidden units of an expert; None for one linear."""
+        return self.hidden_dim
+
+    def with_width(self, width: int | None) -> LayerConfig:
+        """Return the configuration whose experts have so many hidden units; None: as many as they have."""
+        return self if width is None else self.replace(hidden_dim=width)
+
+    @property
     def terms_per_expert(self) -> int:
         """One for each slot."""
         return self.slots_per_expert

@@ -92,6 +92,20 @@ class GatedMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="
         return self.hidden_dim or self.dim
 
     @property
+    def hidden_units(self) -> int | None:
+        """Hidden units of an expert; None for one linear."""
+        return self.hidden_dim
+
+    @property
+    def alternates_gates(self) -> bool:
+        """True if they do."""
+        return self.expert == "glu" and self.gate_columns == "even"
+
+    def with_width(self, width: int | None) -> LayerConfig:
+        """Return the configuration whose experts have so many hidden units; None: as many as they have."""
+        return self if width is None else self.replace(hidden_dim=width)
+
+    @property
     def scopes(self) -> tuple[str, ...]:
         """One set of experts for all inputs: each token chooses among them anyway."""
         return ("static",)

@@ -90,6 +90,20 @@ class LayerConfig:
         """Return the FLOPs of so many experts on one input of so many tokens."""
 
     @property
+    def hidden_units(self) -> int | None:
+        """Hidden units of an expert, of which some can be dropped; None, as by default, if none can."""
+        return None
+
+    @property
+    def alternates_gates(self) -> bool:
+        """True if the columns of gates and values of an expert's first linear alternate, and are not in two halves."""
+        return False
+
+    def with_width(self, width: int | None) -> LayerConfig:
+        """Return the configuration whose experts have so many hidden units; None: as many as they have."""
+        return self
+
+    @property
     def terms_per_expert(self) -> int:
         """Terms that an expert adds to each token's output, p: one by default, a gate."""
         return 1
@@ -137,7 +151,7 @@ class LayerConfig:
         d, n, p, out = self.dim, self.num_experts, self.terms_per_expert, self.output_width
         if plan is None:
             return self.router_shapes(n) | self.expert_shapes(n)
-        shapes = self.expert_shapes(plan.stored_experts)
+        shapes = self.with_width(plan.width).expert_shapes(plan.stored_experts)
         if plan.compensation != "linear":
             shapes = self.router_shapes(plan.routed_experts) | shapes
         width = plan.rank if plan.has_basis and plan.rank else out
@@ -188,7 +202,8 @@ class LayerConfig:
             compensation += 2 * m * width * p * (n if plan.has_basis else others)
         compensation += 2 * m * width * out if plan.has_basis else 0
         routing = 0 if plan.compensation == "linear" else self.router_flops(m, plan.routed_experts, applied)
-        return Flops(round(r * self.expert_flops(m, running)), round(r * routing), round(r * compensation))
+        of_experts = self.with_width(plan.width).expert_flops(m, running)
+        return Flops(round(r * of_experts), round(r * routing), round(r * compensation))
 
     def equal_groups(self, plan: LayerPlan) -> int:
         """Return the number of groups of consecutive experts of which a plan must keep equally many: 1 by default."""
@@ -203,6 +218,10 @@ class LayerConfig:
         if plan.compensation not in self.compensations:
             possible = ", ".join(f"`{name}`" for name in self.compensations)
             return f"can be compensated by {possible}, the plan has `{plan.compensation}`"
+        if plan.width is not None and self.hidden_units is None:
+            return "has experts without hidden units that could be dropped, the plan has a `width`"
+        if plan.width is not None and plan.width > (self.hidden_units or 0):
+            return f"has experts of {self.hidden_units} hidden units, the plan has `width` {plan.width}"
         width = min(self.output_width, self.dim) if plan.is_low_rank else self.output_width
         if plan.rank is not None and plan.rank > width:
             return f"has {width} directions{' of output' * (not plan.is_low_rank)}, the plan has rank {plan.rank}"

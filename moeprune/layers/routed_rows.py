@@ -127,6 +127,19 @@ class RoutedRows(Observation):
             of_tokens = of_inputs[torch.arange(first, first + len(here), device=tokens.device) // m]
             yield flat, flat.mT @ here, flat.mT @ of_tokens
 
+    def hidden_moments(self, experts: slice, near: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return sums over the rows of some experts, see Observation."""
+        found, points = [], []
+        for place, j in enumerate(range(len(self.rows.counts))[experts]):
+            rows = self.rows.slices[j]
+            taken, weight = self.row_hidden(self._inputs(rows), j).float(), self.row_weights[rows].float().square()
+            empty = taken.new_zeros(taken.shape[1])
+            points.append(near[place] if near is not None else taken.mean(0) if len(taken) else empty)
+            around = taken - points[-1]
+            weighted = around * weight[:, None]
+            found.append((weighted.mT @ around, weighted.sum(0), weight.sum()))
+        return torch.stack(points), tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+
     def term_sums(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums over rows of w (n,1), of w·f (n,1,o) and of w·|f|² (n,1)."""
         weighted = self.weighted

@@ -23,12 +23,24 @@ from moeprune.plan import LayerPlan
 T = TypeVar("T")
 
 
+class FewerUnits(NamedTuple):
+    """Kept experts that have lost hidden units.
+
+    tensors: of the experts, by name. overfitting: by how much the squared error of what is fitted to one half of the
+    inputs is larger on the other half, summed over experts.
+    """
+
+    tensors: dict[str, Tensor]
+    overfitting: float
+
+
 class Calibrated(NamedTuple):
     """Calibrated values of a layer; None if the plan does not need them."""
 
     score_weights: Tensor | None = None  # of a routed plan: factors of each mass, or scores (`random`) (n)
     term_mean: Tensor | None = None  # mean output of each term (n,p,o)
     mean_mass: Tensor | None = None  # of each expert (n)
+    fewer_units: FewerUnits | None = None  # with a width
 
 
 def prune_tensors(
@@ -79,6 +91,9 @@ def prune_layer(layer: MoELayer, plan: LayerPlan, calibrated: Calibrated = Calib
     if plan.merges:
         assert calibrated.mean_mass is not None
         tensors |= merged_experts(dense, plan, calibrated.mean_mass)
+    if plan.width is not None:
+        assert calibrated.fewer_units is not None
+        tensors |= calibrated.fewer_units.tensors
     return layer_of_tensors(layer.config, plan, tensors)
 
 

@@ -125,7 +125,7 @@ def _original_layers(model: Model, original: nn.Module) -> dict[str, tuple[Layer
 def _of_kept_experts(layer: MoELayer) -> Any:
     """Return the config of a dense layer of the experts that a layer keeps."""
     config: Any = layer.config  # a Record, too
-    return config.replace(num_experts=layer.plan.k) if layer.plan else config
+    return config.with_width(layer.plan.width).replace(num_experts=layer.plan.k) if layer.plan else config
 
 
 def as_dense(config: ViTConfig, plan: Plan) -> ViTConfig:
@@ -134,7 +134,8 @@ def as_dense(config: ViTConfig, plan: Plan) -> ViTConfig:
     for index, block in enumerate(blocks):
         layer = plan.get(f"blocks.{index}.soft_moe")
         if block.soft_moe is not None and layer is not None and layer.k:
-            blocks[index] = block.replace(soft_moe=block.soft_moe.replace(num_experts=layer.k))
+            smaller = block.soft_moe.replace(num_experts=layer.k, hidden_dim=layer.width or block.soft_moe.hidden_dim)
+            blocks[index] = block.replace(soft_moe=smaller)
     return config.replace(blocks=tuple(blocks))
 
 
@@ -146,6 +147,8 @@ def _not_dense(plan: Plan) -> list[str]:
             reasons.append(f"layer `{name}` chooses its experts anew for each {layer.scope} (scope {layer.scope})")
         elif layer.compensation == "linear":
             reasons.append(f"layer `{name}` is a linear map, without experts")
+        elif layer.k == layer.num_experts and layer.has_surrogate:
+            reasons.append(f"layer `{name}` has compensation {layer.compensation} beside its experts")
         elif not layer.k or (layer.drops and not layer.cuts_router):
             reasons.append(
                 f"layer `{name}` has compensation {layer.compensation}, under which the router still weighs"

@@ -24,6 +24,7 @@ from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Method, Plan, parse_keep, require_fitting_plan, uniform_plan
 from moeprune.pruning import compensation
 from moeprune.pruning.results import FitQuality
+from moeprune.pruning.width import fewer_units
 from moeprune.records import to_json
 
 logger = logging.getLogger(__name__)
@@ -162,8 +163,11 @@ def decide(
         plan = plan.replace(merged_into=nearest_kept(stage.overlap(), plan.kept, plan.num_experts))
     if moments is None:
         return plan, Calibrated(scores)
-    scores = moments.deviation if scores is None else scores
-    return plan, Calibrated(scores, moments.term_mean, moments.mean_mass)
+    scores, units = moments.deviation if scores is None else scores, None
+    if plan.width is not None:
+        assert stage is not None
+        units = fewer_units(stage, plan)
+    return plan, Calibrated(scores, moments.term_mean, moments.mean_mass, units)
 
 
 def _best_experts(plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None, groups: int) -> tuple[int, ...]:
@@ -200,16 +204,20 @@ def require_calibration(
         )
     for name, layer in plan.items():
         if layer.is_calibrated and analysis is None and not has_data:
+            if layer.width is not None:
+                raise MoepruneError(
+                    "dropping hidden units (`--width`) needs calibration data", "give it by `--data`, or `--analysis`"
+                )
             raise MoepruneError(
                 f"scope {layer.scope} with signal {layer.signal} and compensation {layer.compensation} needs"
                 " calibration",
                 "give an analysis (`--analysis`) or calibration data (`--data`)",
             )
         if layer.is_fitted and one_shot:
-            raise MoepruneError(
-                f"`{layer.compensation}` of layer `{name}` is fitted to data, not in one shot",
-                "give another `--compensate`",
-            )
+            what, hint = f"`{layer.compensation}`", "give another `--compensate`"
+            if layer.width is not None:
+                what, hint = "`width`", "leave `--one-shot` out"
+            raise MoepruneError(f"{what} of layer `{name}` is fitted to data, not in one shot", hint)
     return analysis if any(layer.is_calibrated or layer.is_ranked for layer in plan.values()) else None
 
 

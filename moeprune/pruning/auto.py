@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ def possible_scope(wanted: Wanted, layers: Mapping[str, LayerConfig]) -> Scope:
 
 def _method(wanted: Wanted, compensation: str, rank: int | None, has_data: bool = True) -> Method:
     signal: Any = wanted.signal_for(compensation, has_data)
-    return Method(wanted.concrete_scope, signal, compensation, wanted.mass, wanted.energy, rank)  # type: ignore[arg-type]
+    scope, compensate = wanted.concrete_scope, cast("Compensation", compensation)
+    return Method(scope, signal, compensate, wanted.mass, wanted.energy, rank, wanted.width)
 
 
 def _ranks(wanted: Wanted, layers: Mapping[str, LayerConfig], ranks: Sequence[int] = (RANK,)) -> list[int | None]:
@@ -115,7 +116,7 @@ def choose(
 
     data: calibration data. seed: of the signal `random`.
     """
-    if len(plans) == 1 or not any(layer.drops for plan in plans for layer in plan.values()):
+    if len(plans) == 1 or not any(layer.drops or layer.width for plan in plans for layer in plan.values()):
         return plans[0], []
     if data.samples < FEWEST:
         simplest = [plan for plan in plans if all(layer.compensation == "mean" for layer in plan.values())]
@@ -139,6 +140,7 @@ def choose(
                 compensate=first.compensation,
                 rank=first.rank,
                 k={name: layer.k for name, layer in plan.items()},
+                width={name: layer.width for name, layer in plan.items() if layer.width is not None} or None,
                 size=size,
                 flops=flops,
                 distance=float(distances[index].mean()),

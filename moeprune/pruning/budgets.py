@@ -7,8 +7,10 @@ bytes or FLOPs; the budget is split so that the sum of the losses is least.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from moeprune.calibration.analysis import Analysis
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
 from moeprune.models.architecture import ModelConfig
-from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, parse_budget, require_fitting_plan
+from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, parse_budget, require_fitting_plan, uniform_plan
 from moeprune.pruning.compensation import too_large_refits
 
 EMPTY = ("low-rank", "linear")  # compensations that can do without experts
@@ -48,26 +50,57 @@ class Costs(NamedTuple):
 
 def costs_of(config: ModelConfig, method: Method, tensors: Mapping[str, TensorInfo] | None) -> Costs:
     """Return the costs of an unpruned model: in bytes, with the tensors of its checkpoint, else in FLOPs per input."""
-    method = method.replace(mass=None, energy=None)
-
-    def cost(name: str, plan: LayerPlan | None) -> float:
-        layer = config.moe_layers[name]
-        if tensors is None:
-            return layer.flops(config.tokens(name), plan).total
-        weight = tensors[f"{name}.fc2_weight"]
-        item = weight.nbytes / weight.numel
-        return sum(
-            math.prod(shape) * (4 if tensor == "score_weights" else item)  # those are float32 always
-            for tensor, shape in layer.shapes(plan).items()
-        )
-
-    layers, least = {}, 0 if method.scope == "static" and method.compensate in EMPTY else 1
+    method, cost = method.replace(mass=None, energy=None), partial(_cost, config, tensors)
+    layers, least = {}, 0 if method.scope == "static" and method.compensate in EMPTY and method.width is None else 1
     for name, layer in config.moe_layers.items():
-        n, is_static = layer.num_experts, method.scope == "static"
-        plans = (method.plan(k, n, tuple(range(k)) if is_static else None) for k in range(least, n + 1))
+        is_static, counts = method.scope == "static", range(least, layer.num_experts + 1)
+        plans = (method.plan_of(layer, name, k, tuple(range(k)) if is_static else None) for k in counts)
         layers[name] = [*[math.inf] * least, *(float(cost(name, plan)) for plan in plans)]
     full = config.flops({}).total if tensors is None else sum(tensor.nbytes for tensor in tensors.values())
     return Costs(full, full - sum(cost(name, None) for name in layers), layers)
+
+
+def _cost(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, name: str, plan: LayerPlan | None) -> float:
+    """Return what a layer costs, see `costs_of`."""
+    layer = config.moe_layers[name]
+    if tensors is None:
+        return layer.flops(config.tokens(name), plan).total
+    weight = tensors[f"{name}.fc2_weight"]
+    item = weight.nbytes / weight.numel
+    return sum(
+        math.prod(shape) * (4 if tensor == "score_weights" else item)  # those are float32 always
+        for tensor, shape in layer.shapes(plan).items()
+    )
+
+
+def narrower_within(
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    max_size: str | float | None = None,
+    max_flops: str | float | None = None,
+) -> Plan | None:
+    """Return the plan that keeps all experts, each with the largest share of its hidden units that a budget allows.
+
+    None if one unit is too many, or a layer has none that could be dropped. See `plans_within` for the arguments.
+    """
+    layers, given = config.moe_layers, max_flops if max_size is None else max_size
+    most = max((layer.hidden_units or 0 for layer in layers.values()), default=0)
+    if not all(layer.hidden_units and "static" in layer.scopes for layer in layers.values()) or given is None:
+        return None
+
+    in_bytes = None if max_size is None else tensors
+    costs = costs_of(config, Method(), in_bytes)
+    budget, is_share = parse_budget(given, "FLOPs" if max_size is None else "B", "budget")
+    budget *= costs.full if is_share else 1
+
+    def plan(units: int) -> Plan:
+        return uniform_plan(layers, Fraction(1), Method("static", "gram", width=f"{units}/{most}"))
+
+    def is_too_large(units: int) -> bool:
+        return costs.rest + math.fsum(_cost(config, in_bytes, *each) for each in plan(units).items()) > budget
+
+    units = bisect_left(range(1, most), True, key=is_too_large)
+    return plan(units) if units else None
 
 
 def plans_within(
@@ -111,7 +144,7 @@ def plans_within(
         if analysis is None:
             raise MoepruneError(f"`{option}` with scope static needs an analysis", "write one with `moeprune analyze`")
         chosen.insert(0, allocate(losses(analysis, method.compensate), costs.layers, budget - costs.rest))
-    plans = [{name: method.plan(k, sizes[name]) for name, k in experts.items()} for experts in chosen]
+    plans = [{name: method.plan_of(config.moe_layers[name], name, k) for name, k in each.items()} for each in chosen]
     require_fitting_plan(plans[0], config.moe_layers)
     return plans[:1] if plans[0] == plans[-1] else plans
 

@@ -12,9 +12,9 @@ before it broke. One regression of T on
     renorm-refit   what the last linears take and their biases alone, with weights over kept experts
     linear         X, the mean of its tokens, and 1 alone: Y' = 0
 
-is added to what the layer has. With `low-rank` dropped experts first become affine maps of their inputs s, fitted to
-their own outputs f by reduced-rank regression (Izenman 1975) with the squares of their weights; `affine` then fits what
-is still lacking.
+is added to what the layer has, whose experts may have lost hidden units before (moeprune.pruning.width). With
+`low-rank` dropped experts first become affine maps of their inputs s, fitted to their own outputs f by reduced-rank
+regression (Izenman 1975) with the squares of their weights; `affine` then fits what is still lacking.
 
 Axes: b inputs, m tokens, d width of the input, o of the output, n experts, e dropped ones, p terms per expert, q
 regressors.
@@ -33,7 +33,7 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, layer_of_tensors
 from moeprune.layers.surgery import Calibrated, prune_layer
-from moeprune.plan import REFITS, LayerPlan, Plan
+from moeprune.plan import FITTED, REFITS, LayerPlan, Plan
 from moeprune.pruning.low_rank import fit_low_rank, rank_of_energy
 from moeprune.pruning.results import FitQuality
 
@@ -47,16 +47,19 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
     """
     if wanted.is_low_rank and wanted.rank is None:
         wanted = wanted.replace(rank=rank_of_energy(stage, wanted), energy=None)
-    plan = wanted if wanted.is_low_rank else wanted.replace(rank=None, energy=None)
+    plan = wanted if wanted.compensation == "low-rank" else wanted.replace(rank=None, energy=None)
     layer = prune_layer(stage.layer, plan, calibrated)
     beside = fit_low_rank(stage, layer) if plan.is_low_rank else 0.0
-    found, power = regress(stage, layer)
+    beside += calibrated.fewer_units.overfitting if calibrated.fewer_units is not None else 0.0
+    is_regressed = plan.compensation in FITTED
+    found, power = regress(stage, layer, None if is_regressed else {})
     if not (math.isfinite(found.held_out) and found.solution.isfinite().all()):
         raise MoepruneError(
             f"the compensation of layer `{stage.name}` cannot be fitted: numbers are NaN or infinite",
             "check the analysis and the checkpoint, or use `--dtype float32`",
         )
-    correct(layer, found.solution)
+    if is_regressed:
+        correct(layer, found.solution)
     left_out = 0.0
     if wanted != plan:
         hidden = layer.regressor_kinds().get("hidden", 0)
@@ -64,16 +67,19 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
     quality = FitQuality(
         samples=sum(len(halt.expected) for halt in stage.halts) // stage.layer.config.windows,
         rows=sum(halt.expected.shape[:-1].numel() for halt in stage.halts),
-        regressors=len(power),
+        regressors=len(power) + (plan.k * plan.width if plan.width is not None else 0),
         fitted_error=(max(found.fitted, 0.0) + left_out) / stage.power,
         held_out_error=(max(found.held_out, 0.0) + left_out + beside) / stage.power,
     )
     return layer, quality
 
 
-def regress(stage: Stage, layer: MoELayer) -> tuple[Fit, Tensor]:
-    """Fit what a pruned layer lacks; return the fit, with V (q,o), and ZᵀZ (q,q) of the regressors."""
-    kinds, width, plan = layer.regressor_kinds(), layer.config.output_width, layer.plan
+def regress(stage: Stage, layer: MoELayer, kinds: Mapping[str, int] | None = None) -> tuple[Fit, Tensor]:
+    """Fit what a pruned layer lacks; return the fit, with V (q,o), and ZᵀZ (q,q) of the regressors.
+
+    kinds: numbers of the regressors; None: those of its compensation.
+    """
+    kinds, width, plan = layer.regressor_kinds() if kinds is None else kinds, layer.config.output_width, layer.plan
     assert plan is not None
     columns = *kinds.items(), plan.scope, plan.kept if plan.scope == "static" else plan  # that decide the regressors
     is_shared = "hidden" not in kinds and "bias" not in kinds
@@ -114,14 +120,14 @@ def too_large_refits(
     """
     found = {}
     for name, layer in plan.items():
-        config, count = configs[name], layer.k * configs[name].expert_width
+        config, count = configs[name], layer.k * (layer.width or configs[name].expert_width)
         if layer.compensation == "renorm-refit" and "fc2_bias" in configs[name].expert_shapes(1):
             count += layer.k
         if layer.compensation == "refit":
             count += config.num_experts * config.terms_per_expert + 2 * config.dim + 1
         if (
             layer.compensation in REFITS
-            and layer.drops
+            and layer.compensates
             and count > (most or {}).get(layer.compensation, MAX_REGRESSORS)
         ):
             found[name] = count

@@ -20,10 +20,10 @@ from moeprune.models.model import Model, dataset_for, require_dense_layers
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Method, Plan
+from moeprune.plan import Method, Plan, Wanted, experts_to_keep, parse_keep
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, repeat
-from moeprune.pruning.budgets import plans_within_budget
+from moeprune.pruning.budgets import narrower_within, plans_within_budget
 from moeprune.pruning.plan_file import read_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Candidate, FitQuality, Repeats, Search
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 
 
 class PruneOptions(TypedDict, total=False):
-    """How many experts to keep (one of the first six) and which: fields of PruneRequest, which explains them."""
+    """How many experts, or hidden units, to keep and which: fields of PruneRequest, which explains them."""
 
     keep: str | float | Fraction | None
     mass: float | None
+    width: str | float | Fraction | None
     max_size: str | float | None
     max_flops: str | float | None
     max_accuracy_drop: float | None
@@ -165,16 +166,24 @@ def plans_of(
         return [full_plan(layers, None, plan, Method())], analysis
     has_data = data is not None or analysis is not None
     is_budget = request.max_size is not None or request.max_flops is not None
-    ways = methods(request.wanted, layers, has_data, request.one_shot or request.output is None, is_budget)
+    wanted, keep = request.wanted, parse_keep(request.keep or "1.0")
+    drops = any(experts_to_keep(keep, layer.num_experts, name) < layer.num_experts for name, layer in layers.items())
+    if wanted.width is not None and wanted.compensate == "auto" and not drops and not is_budget:
+        wanted = wanted.replace(compensate="none")
+    ways = methods(wanted, layers, has_data, request.one_shot or request.output is None, is_budget)
     if not is_budget:
-        plans = [full_plan(layers, request.keep or "1.0", None, method) for method in ways]
+        plans = [full_plan(layers, keep, None, method) for method in ways]
         return affordable(plans, layers), analysis
     if analysis is not None:
         require_analysis_of(layers, full.fingerprint, analysis)
     elif data is not None and request.wanted.concrete_scope == "static":
         analysis = analyze(full.model, data, request.runtime)
     budget = request.max_size, request.max_flops
-    return plans_within_budget(full.config, full.tensors, analysis, ways, *budget), analysis
+    plans = plans_within_budget(full.config, full.tensors, analysis, ways, *budget)
+    if len(ways) > 1 and wanted == Wanted() and not request.one_shot:
+        narrower = narrower_within(full.config, full.tensors, *budget)
+        plans += [narrower] if narrower is not None else []
+    return plans, analysis
 
 
 class _InMemory(Described):

@@ -46,6 +46,13 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     mass: Annotated[
         Share | None, option("With scope input: the fewest experts that hold this share of an input's mass.")
     ] = None
+    width: Annotated[
+        str | None,
+        option(
+            "Hidden units to keep in each kept expert: a number, or a share (1/2, 50%). Without --keep all are kept.",
+            metavar="H",
+        ),
+    ] = None
     max_size: Annotated[
         str | None, option("Budget: most bytes (1.5MB), or share of the full model's (40%, 0.4).", metavar="SIZE")
     ] = None
@@ -119,7 +126,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     def wanted(self) -> Wanted:
         """Scope, signal and compensation, as far as they are given."""
         given = {name: getattr(self, name) or "auto" for name in METHOD}
-        return Wanted(**given, mass=self.mass, energy=self.energy, rank=self.rank)  # type: ignore[arg-type]
+        return Wanted(**given, mass=self.mass, energy=self.energy, rank=self.rank, width=self.width)  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raise a MoepruneError for fields that do not go together."""
@@ -131,11 +138,11 @@ class PruneRequest(Request, frozen=True, kw_only=True):
                 raise MoepruneError(
                     f"{given[0]} does not go with `--compensate linear`, which keeps no expert", "leave it out"
                 )
-        elif len(given) != 1:
+        elif len(given) != 1 and (given or self.width is None):
             options = ", ".join(f"`--{name.replace('_', '-')}`" for name in AMOUNTS)
             wrong = f"{' and '.join(given)} exclude each other" if given else "no number of experts to keep"
-            raise MoepruneError(wrong, f"give one of {options}")
-        for name in (*METHOD, "energy", "rank"):
+            raise MoepruneError(wrong, f"give one of {options}" + ", or `--width`" * (not given))
+        for name in (*METHOD, "energy", "rank", "width"):
             if self.plan is not None and getattr(self, name) is not None:
                 raise MoepruneError(f"`{name}` does not go with `plan`", "the plan sets it for each layer")
         if self.rank is not None and self.compensate != "low-rank":
@@ -147,6 +154,8 @@ class PruneRequest(Request, frozen=True, kw_only=True):
             raise MoepruneError(message.replace("--compensation", "--compensate"), error.hint) from None
         if self.keep is not None:
             parse_keep(self.keep)
+        if self.width is not None:
+            parse_keep(self.width, "--width", "hidden units")
         for name, unit in BUDGETS.items():
             if (budget := getattr(self, name)) is not None:
                 parse_budget(budget, unit, f"--{name.replace('_', '-')}")
@@ -167,12 +176,14 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         """Raise a MoepruneError if what is given of a method does not go together."""
         wanted = self.wanted
         signal: Any = wanted.signal_for("mean" if wanted.compensate == "auto" else wanted.compensate)
+        width = None if self.width is None else 1
         if wanted.compensate != "auto":
             is_open = wanted.compensate == "low-rank" and self.energy is None
             rank = self.rank or (RANK if is_open else None)
-            Method(wanted.concrete_scope, signal, wanted.compensate, self.mass, self.energy, rank).plan(1, 2)
+            method = Method(wanted.concrete_scope, signal, wanted.compensate, self.mass, self.energy, rank)
         else:
-            Method(wanted.concrete_scope, signal, "mean", self.mass).plan(1, 2)
+            method = Method(wanted.concrete_scope, signal, "mean", self.mass)
+        method.plan(1, 2, None, width)
 
 
 class SweepRequest(EvalRequest, frozen=True, kw_only=True):

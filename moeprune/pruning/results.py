@@ -75,9 +75,9 @@ class PlanFile(Result, frozen=True, tag_field="schema_version", tag=1):
 class Candidate(Result, frozen=True):
     """One way to prune that was compared with others, on held-out calibration inputs.
 
-    k: experts by layer. rank: of `low-rank`. size, flops: shares of the full model's. distance: of the predictions from
-    the full model's, mean total variation (0 to 1); without a head, the change of the features as a share of their
-    square. samples: held out.
+    k: experts by layer. rank: of `low-rank`. width: hidden units of each expert by layer; None for all. size, flops:
+    shares of the full model's. distance: of the predictions from the full model's, mean total variation (0 to 1);
+    without a head, the change of the features as a share of their square. samples: held out.
     """
 
     scope: str
@@ -85,6 +85,7 @@ class Candidate(Result, frozen=True):
     compensate: str
     rank: int | None
     k: dict[str, int]
+    width: dict[str, int] | None
     size: float
     flops: float
     distance: float

@@ -248,15 +248,15 @@ def _ladder(model: Model, analysis: Analysis, method: Method) -> list[Step]:
     plans: dict[tuple[int, ...], Step] = {}
     steps = range(1, STEPS_OF_TWO * max(sizes.values()).bit_length() + 1)
     halvings = [2 ** (-step / STEPS_OF_TWO) for step in steps]
-    shares = [0.0] * (method.compensate in EMPTY and is_static)
+    shares = [0.0] * (method.compensate in EMPTY and is_static and method.width is None)
     shares += [] if method.compensate == "linear" else sorted({*halvings, *(1 - part for part in halvings)})
     for share in shares:
         experts = {name: max(1, round(share * n)) if share else 0 for name, n in sizes.items()}
         if is_static and share:
             experts = allocate(lost, costs.layers, costs.of(experts) - costs.rest)
-        plan = {name: method.plan(k, sizes[name]) for name, k in experts.items()}
+        plan = {name: method.plan_of(layers[name], name, k) for name, k in experts.items()}
         cost = costs.of(experts) / costs.full
-        drops = any(layer.drops for layer in plan.values())
+        drops = any(layer.drops or layer.width for layer in plan.values())
         if drops and (cost < 1 or method.mass is not None) and not too_large_refits(layers, plan):
             plans.setdefault(tuple(experts.values()), Step(plan, cost))
     return sorted(plans.values(), key=lambda step: step.cost)

@@ -45,6 +45,8 @@ def _candidates(candidates: Sequence[Candidate]) -> Table:
     for each in sorted(candidates, key=lambda each: each.distance):
         rank = "" if each.rank is None else f" of rank {each.rank}"
         kept = "/".join(dict.fromkeys(str(k) for k in each.k.values()))
+        if each.width is not None:
+            kept += f" of width {'/'.join(dict.fromkeys(map(str, each.width.values())))}"
         figures = f"{100 * each.distance:.2f}", f"{100 * each.size:.1f}", f"{100 * each.flops:.1f}"
         rows.append([f"{'→ ' if each.is_chosen else ''}{each.compensate}{rank}", kept, *figures])
     what = plural(candidates[0].samples, "held-out input")

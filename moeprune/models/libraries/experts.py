@@ -124,6 +124,19 @@ def unstack_experts(tensors: Mapping[str, Tensor], layer: nn.Module) -> dict[str
     return unstacked
 
 
+def resized(expert: M, width: int) -> M:
+    """Return a copy of an expert with so many hidden units; the weights of linears that change are to be loaded."""
+    form, copied = form_of(expert, "0"), copy.deepcopy(expert)
+    linears = parts_of(copied, nn.Linear)
+    hidden = linears[form.last].in_features
+    for path in (*form.first, form.last) if form.first and width != hidden else ():
+        old, is_last = linears[path], path == form.last
+        taken, given = (width, old.out_features) if is_last else (old.in_features, old.out_features * width // hidden)
+        smaller = nn.utils.skip_init(nn.Linear, taken, given, bias=old.bias is not None, dtype=old.weight.dtype)
+        copied.set_submodule(path, smaller)
+    return copied
+
+
 def parts_of(module: nn.Module, kind: type[M]) -> dict[str, M]:
     """Return the parts of a kind by their path in the module, in the order of the data flow."""
     return {path: part for path, part in module.named_modules() if isinstance(part, kind)}

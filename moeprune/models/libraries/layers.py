@@ -21,7 +21,7 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.config import RouterNorm, SoftMoEConfig
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, new_layer
-from moeprune.models.libraries.experts import parts_of, stack_experts, unstack_experts
+from moeprune.models.libraries.experts import parts_of, resized, stack_experts, unstack_experts
 from moeprune.records import to_json
 
 Tensors = Mapping[str, Tensor]
@@ -103,7 +103,7 @@ class _SoftMoE(LayerLibrary):
         return sizes | {"normalize": config.router_norm == "l2"}  # and `layer` with its own arguments
 
     def rebuild(self, module: nn.Module, config: LayerConfig) -> nn.Module:
-        expert = module.get_submodule("experts.0")
+        expert = resized(module.get_submodule("experts.0"), config.expert_width)
         return type(module)(**self.arguments(module, config), layer=lambda: copy.deepcopy(expert))
 
 
