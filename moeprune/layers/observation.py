@@ -79,8 +79,9 @@ class Observation:
         """
         assert self.hidden is not None
         assert self.slot_inputs is not None
-        taken = self.hidden(self.slot_inputs).float()[:, experts]
-        weights = self._of_outputs(self.weights)[:, :, experts].float()  # (b,m,e,p)
+        taken = self.hidden(self.slot_inputs).float()
+        weights = self._of_outputs(self.weights)[:, :, : taken.shape[1]].float()  # (b,m,e,p)
+        taken, weights = taken[:, experts], weights[:, :, experts]
         near = taken.mean((0, 2)) if near is None else near
         taken = taken - near[:, None]
         pairs = torch.einsum("bmep,bmeq->bepq", weights, weights)
