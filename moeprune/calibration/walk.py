@@ -239,8 +239,8 @@ class Walk:
                 passes.append(self.of_pruned.get(number) or self._start(self.pruned, number, inputs))
                 ended.callback(passes[1].close)
                 taken = self._run_to(name, passes[1])
+            _trim_memory()
             if number not in self.of_full:
-                _trim_memory()
                 tensors = [each for each in tree_leaves([inputs, taken]) if isinstance(each, Tensor)]
                 size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors)
                 if not self.lets_wait or self.held + size > HELD or len(self.of_full) >= most_waiting(expected.device):
