@@ -378,6 +378,21 @@ def test_pruned_evaluated_and_loaded_it_computes_the_same(tmp_path, run, run_jso
     assert again.read_bytes() == pruned.read_bytes()
 
 
+def test_budgets_are_met_with_narrower_experts_too(tmp_path, run, run_json):
+    full, data = files(tmp_path)
+    call = f"prune {full} --data {data} --max-size 70% -o {tmp_path}/pruned.safetensors --force"
+    found = run_json(call)["candidates"]
+    assert {(each["compensate"], *set(each["width"].values())) for each in found if each["width"]} == {
+        ("renorm-refit", 3), ("renorm-refit", 2), ("none", 2),
+    }  # fmt: skip
+    assert all(each["size"] <= 0.7 for each in found)
+    assert "5 of width 2" in run(call).stdout
+    for more in ("--signal random", "--compensate mean", "--width 1/2"):  # which say what to do
+        report = run_json(f"{call} {more}")
+        widths = {layer["width"] for layer in report["plan"].values()}
+        assert widths == ({3} if "width" in more else {None})
+
+
 def test_a_plan_may_give_each_layer_a_width_of_its_own(tmp_path, run_json):
     full, data = files(tmp_path)
     layers = {FIRST: {"k": 5, "width": 4}, LAST: {"kept": [0, 4], "width": 1, "compensation": "affine"}}

@@ -22,7 +22,7 @@ from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
 from moeprune.plan import Method, Plan, Wanted, experts_to_keep, parse_keep
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
-from moeprune.pruning.auto import affordable, choose, methods, repeat
+from moeprune.pruning.auto import affordable, choose, methods, narrower, repeat
 from moeprune.pruning.budgets import narrower_within, plans_within_budget
 from moeprune.pruning.plan_file import read_plan
 from moeprune.pruning.request import PruneRequest
@@ -179,11 +179,11 @@ def plans_of(
     elif data is not None and request.wanted.concrete_scope == "static":
         analysis = analyze(full.model, data, request.runtime)
     budget = request.max_size, request.max_flops
-    plans = plans_within_budget(full.config, full.tensors, analysis, ways, *budget)
-    if len(ways) > 1 and wanted == Wanted() and not request.one_shot:
-        narrower = narrower_within(full.config, full.tensors, *budget)
-        plans += [narrower] if narrower is not None else []
-    return plans, analysis
+    if wanted != Wanted() or request.one_shot or len(ways) == 1:
+        return plans_within_budget(full.config, full.tensors, analysis, ways, *budget), analysis
+    plans = plans_within_budget(full.config, full.tensors, analysis, [*ways, *narrower(layers)], *budget)
+    all_experts = narrower_within(full.config, full.tensors, *budget)
+    return [*plans, *([] if all_experts is None else [all_experts])], analysis
 
 
 class _InMemory(Described):
