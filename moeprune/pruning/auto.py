@@ -65,7 +65,8 @@ def methods(
         )
     found = []
     tried: Sequence[Compensation] = ("mean",) if one_shot else TRIED_STATIC if scope == "static" else TRIED_ROUTED
-    for compensation in (*tried, *(("linear",) if is_budget and scope == "static" and not one_shot else ())):
+    has_linear = is_budget and scope == "static" and not one_shot and wanted.width is None
+    for compensation in (*tried, *(("linear",) if has_linear else ())):
         each = wanted.replace(compensate=compensation)
         is_allowed = all(compensation in layer.compensations for layer in layers.values())
         if is_allowed and is_possible(scope, each.signal_for(compensation), compensation):
@@ -79,6 +80,13 @@ def methods(
     if not found:
         raise MoepruneError(f"no compensation goes with signal `{wanted.signal}` here", "give `--compensate`")
     return found
+
+
+def without_dropping(wanted: Wanted, layers: Mapping[str, LayerConfig], is_fitted: bool) -> list[Method]:
+    """Return the ways to drop hidden units of all experts, if no expert is dropped; is_fitted: data can be read."""
+    tried = ["none", *(["renorm-refit"] if is_fitted else [])]
+    possible = [name for name in tried if all(name in layer.compensations for layer in layers.values())]
+    return [_method(wanted, name, None) for name in possible]
 
 
 def narrower(layers: Mapping[str, LayerConfig]) -> list[Method]:
