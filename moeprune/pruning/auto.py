@@ -37,6 +37,7 @@ FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their me
 SAME = 0.015  # distances that do not count
 RANKS, MOST_RANKS = (1, 2, 4, 8), 2  # of `low-rank` with a stated number of experts: the largest of these that pay
 RANKS_OF_BUDGETS = (1, 2, 4, 8, 16)
+WIDTHS_OF_BUDGETS = ("1/2", "1/4")  # shares of the hidden units that more experts can be had for
 TRIED_STATIC: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank")
 TRIED_ROUTED: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "low-rank")
 
@@ -67,7 +68,8 @@ def methods(
         )
     found = []
     tried: Sequence[Compensation] = ("mean",) if one_shot else TRIED_STATIC if scope == "static" else TRIED_ROUTED
-    for compensation in (*tried, *(("linear",) if is_budget and scope == "static" and not one_shot else ())):
+    has_linear = is_budget and scope == "static" and not one_shot and wanted.width is None
+    for compensation in (*tried, *(("linear",) if has_linear else ())):
         each = wanted.replace(compensate=compensation)
         is_allowed = all(compensation in layer.compensations for layer in layers.values())
         if is_allowed and is_possible(scope, each.signal_for(compensation), compensation):
@@ -81,6 +83,21 @@ def methods(
     if not found:
         raise MoepruneError(f"no compensation goes with signal `{wanted.signal}` here", "give `--compensate`")
     return found
+
+
+def without_dropping(wanted: Wanted, layers: Mapping[str, LayerConfig], is_fitted: bool) -> list[Method]:
+    """Return the ways to drop hidden units of all experts, if no expert is dropped; is_fitted: data can be read."""
+    tried = ["none", *(["renorm-refit"] if is_fitted else [])]
+    possible = [name for name in tried if all(name in layer.compensations for layer in layers.values())]
+    return [_method(wanted, name, None) for name in possible]
+
+
+def narrower(layers: Mapping[str, LayerConfig]) -> list[Method]:
+    """Return ways to meet a budget with more, but narrower experts, if all layers have such."""
+    for layer in layers.values():
+        if "static" not in layer.scopes or not layer.hidden_units or "renorm-refit" not in layer.compensations:
+            return []
+    return [Method("static", "gram", "renorm-refit", width=width) for width in WIDTHS_OF_BUDGETS]
 
 
 def possible_scope(wanted: Wanted, layers: Mapping[str, LayerConfig]) -> Scope:

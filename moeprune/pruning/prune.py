@@ -22,7 +22,7 @@ from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
 from moeprune.plan import Method, Plan, Wanted, experts_to_keep, parse_keep
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
-from moeprune.pruning.auto import affordable, choose, methods, repeat
+from moeprune.pruning.auto import affordable, choose, methods, narrower, repeat, without_dropping
 from moeprune.pruning.budgets import narrower_within, plans_within_budget
 from moeprune.pruning.plan_file import read_plan
 from moeprune.pruning.request import PruneRequest
@@ -168,9 +168,11 @@ def plans_of(
     is_budget = request.max_size is not None or request.max_flops is not None
     wanted, keep = request.wanted, parse_keep(request.keep or "1.0")
     drops = any(experts_to_keep(keep, layer.num_experts, name) < layer.num_experts for name, layer in layers.items())
+    one_shot = request.one_shot or request.output is None
     if wanted.width is not None and wanted.compensate == "auto" and not drops and not is_budget:
-        wanted = wanted.replace(compensate="none")
-    ways = methods(wanted, layers, has_data, request.one_shot or request.output is None, is_budget)
+        ways = without_dropping(wanted, layers, has_data and not one_shot)
+    else:
+        ways = methods(wanted, layers, has_data, one_shot, is_budget)
     if not is_budget:
         plans = [full_plan(layers, keep, None, method) for method in ways]
         return affordable(plans, layers), analysis
@@ -179,11 +181,11 @@ def plans_of(
     elif data is not None and request.wanted.concrete_scope == "static":
         analysis = analyze(full.model, data, request.runtime)
     budget = request.max_size, request.max_flops
-    plans = plans_within_budget(full.config, full.tensors, analysis, ways, *budget)
-    if len(ways) > 1 and wanted == Wanted() and not request.one_shot:
-        narrower = narrower_within(full.config, full.tensors, *budget)
-        plans += [narrower] if narrower is not None else []
-    return plans, analysis
+    if wanted != Wanted() or one_shot or len(ways) == 1:
+        return plans_within_budget(full.config, full.tensors, analysis, ways, *budget), analysis
+    plans = plans_within_budget(full.config, full.tensors, analysis, [*ways, *narrower(layers)], *budget)
+    all_experts = narrower_within(full.config, full.tensors, *budget)
+    return [*plans, *([] if all_experts is None else [all_experts])], analysis
 
 
 class _InMemory(Described):
