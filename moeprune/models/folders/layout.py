@@ -176,7 +176,7 @@ class ModelFolder:
             bytes=sum(parts.values()),
             bytes_by_part=BytesByPart(compensation=0, **parts),
             flops_per_input=FlopsByPart(total=sum(flops.values()), **flops),
-            experts_per_input=float(sum(layer.top_k for layer in self.layers.values())),
+            experts_per_input=float(sum(layer.num_experts for layer in self.layers.values())),
         )
 
 
