@@ -257,5 +257,5 @@ def test_options_of_text_are_for_text():
         [name] = option
         with pytest.raises(moeprune.MoepruneError, match=f"`{name}` does not go with the token ids"):
             moeprune.open_data(torch.zeros(1, 4, dtype=int), TokenFormat(300, 64), **option)
-        with pytest.raises(moeprune.MoepruneError, match=f"`{name}=.*` is for models that take text"):
+        with pytest.raises(moeprune.MoepruneError, match=f"`{name}` is for models that take text"):
             moeprune.open_data("digits", InputFormat(1, 8, 8, 10), **option)
