@@ -108,6 +108,9 @@ class ModelFolder:
     parameters: int = 0
     has_head: bool = False  # of its own, not the table of embeddings
 
+    def __deepcopy__(self, _: Any) -> ModelFolder:
+        return self  # nothing changes it
+
     @property
     def num_experts(self) -> int:
         """Experts of each layer."""
