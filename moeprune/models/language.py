@@ -103,9 +103,14 @@ def open_language(path: Path) -> LanguageModel:
         hint = "dequantise them first; `--signal random` and `--plan` with compensation `renorm` need no model"
         raise MoepruneError(f"the weights of `{path}` are quantised, which calibration cannot read", hint)
     how = {"output_loading_info": True, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    hint = "see whether `transformers.AutoModelForCausalLM.from_pretrained` loads it; another release may know it"
+    hint = "see whether transformers loads it (`from_pretrained`): another release of it may"
     with _quiet(transformers), user_code(f"transformers cannot build `{path}`", hint):
-        module, info = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", **how)
+        try:
+            module, info = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", **how)
+        except ValueError:
+            if "text_config" not in folder.config:
+                raise
+            module, info = transformers.AutoModelForImageTextToText.from_pretrained(str(path), dtype="auto", **how)
     if missing := sorted(info["missing_keys"]):
         raise MoepruneError(f"`{path}` lacks tensors that transformers expects: {listed(missing, 3)}", hint)
     if not torch.cuda.is_available() and any(tensor.dtype in HALF for tensor in module.parameters()):

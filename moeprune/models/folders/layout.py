@@ -33,6 +33,7 @@ TOP_K = (
 )  # fmt: skip
 """Keys of the number of experts that run for a token, or of a list of it by layer."""
 HEADS, LONGEST = ("num_attention_heads", "n_heads"), ("max_position_embeddings", "max_seq_len", "n_positions")
+OTHER_INPUTS = re.compile(r"(^|\.)(visual|vision|audio|multi_modal)\w*\.")  # parts that tokens of text do not pass
 NO_WEIGHTS = re.compile(r"(bias|scales?|scale_inv)$")
 LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 KNOWN = "experts under `experts.0`, stacked in `experts.gate_up_proj` or `input_linear`, and a `gate` or a `router`"
@@ -147,7 +148,7 @@ class ModelFolder:
     def cut(self, name: str, role: Role, info: TensorInfo) -> Cut | None:
         """Return where a tensor of all experts, or of the router, has their places; None if they share it."""
         try:
-            return cut_of(role, info.shape, self.num_experts, self.language.get("zero_expert_num") or 0)
+            return cut_of(role, info.shape, self.num_experts)
         except ValueError:
             found = f"`{name}` of shape {list(info.shape)}"
             raise _unknown(self.path, f"{found} has no place for each of {self.num_experts} experts") from None
@@ -243,7 +244,7 @@ def _add_other(folder: ModelFolder, name: str, info: TensorInfo, runs: bool, par
     """Count a tensor that is none of an expert; runs: for each token."""
     folder.parts[part] += info.nbytes
     is_table = re.search(r"embed|wte|wpe", name) is not None
-    if runs:
+    if runs and not OTHER_INPUTS.search(name):
         folder.flops["tables" if is_table else part] += 2 * _weights(name, info)
         folder.has_head |= name.endswith("head.weight")
 

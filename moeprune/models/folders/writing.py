@@ -152,8 +152,7 @@ def _entries(folder: ModelFolder, plan: Plan, header: Header) -> Iterator[tuple[
         assert kept is not None
         if role.expert is None:
             cut = folder.cut(name, role, info)
-            others = range(folder.num_experts, cut.parts) if cut else ()  # rows of the router for what is no expert
-            yield name, Copied(header, name, (*kept, *others), *cut) if cut else Copied(header, name)
+            yield name, Copied(header, name) if cut is None else Copied(header, name, kept, *cut)
         elif role.expert in kept:
             yield renumbered(name, kept.index(role.expert)), Copied(header, name)
 
