@@ -36,8 +36,8 @@ from moeprune.errors import MoepruneError, listed
 from moeprune.files.disk import MAX_LENGTH, refused
 
 logger = logging.getLogger(__name__)
-PIECE = 1 << 18  # characters of a text that are tokenised at once, and of all texts of a batch
-MOST = 8 * PIECE  # after which a text is cut anywhere
+PIECE, MOST = 1 << 13, 1 << 16  # characters after which a text is cut where a line begins, and anywhere
+BATCH = 1 << 18  # characters that are tokenised at once, by several threads
 CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S\r\n)(?=\S)")
 MUCH = 0.1  # share of tokens left out that is warned of
 FIELDS_HINT = 'give objects such as {"text": "…"}'
@@ -144,7 +144,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     for piece in pieces:
         batch.append(piece)
         size += len(piece.text)
-        if size >= PIECE:
+        if size >= BATCH:
             yield batch
             batch, size = [], 0
     yield batch
@@ -154,14 +154,15 @@ def _cut(parts: Iterable[str], group: str, where: str) -> Iterator[Piece]:
     """Yield a document, given in parts, in pieces that are tokenised as the whole would be: lines begin anew."""
     held, is_first = "", True
     for part in parts:
-        held += part
-        while len(held) > PIECE:
-            cut = CUT.search(held, PIECE // 2)
-            if cut is None and len(held) < MOST:
+        held, start = held + part, 0
+        while len(held) - start > PIECE:
+            cut = CUT.search(held, start + PIECE // 2, start + MOST)
+            if cut is None and len(held) - start < MOST:
                 break
-            at = len(held) if cut is None else cut.start()
-            yield Piece(held[:at], is_first, False, group, where)
-            held, is_first = held[at:], False
+            end = start + MOST if cut is None else cut.start()
+            yield Piece(held[start:end], is_first, False, group, where)
+            start, is_first = end, False
+        held = held[start:]
     if held or not is_first:
         yield Piece(held, is_first, True, group, where)
 
@@ -169,7 +170,7 @@ def _cut(parts: Iterable[str], group: str, where: str) -> Iterator[Piece]:
 def _of_plain(path: Path) -> Iterator[Piece]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from _cut(iter(lambda: file.read(PIECE), ""), "", f"`{path}`")
+            yield from _cut(iter(lambda: file.read(BATCH), ""), "", f"`{path}`")
     except UnicodeDecodeError:
         raise MoepruneError(f"`{path}` is not text in UTF-8", "convert it to UTF-8") from None
 
