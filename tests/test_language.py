@@ -11,9 +11,11 @@ import scipy.stats
 import torch
 
 import moeprune
+from moeprune.calibration.changes import changes
 from moeprune.evaluation import checkpoint, language
 from moeprune.evaluation.language_results import LanguageEvaluation
 from moeprune.models import runtime
+from moeprune.pruning import auto
 from tests.language import LONGEST, TinyLanguageModel, V, ids, make_tokenizer, spoken, write_lines
 from tests.schemas import complaints
 
@@ -84,6 +86,18 @@ def test_batches_and_chunks_leave_no_trace(pruned, full, monkeypatch):
     assert parts.difference.kl == near(whole.difference.kl)
     assert parts.model.loss == near(whole.model.loss)
     assert parts.data.fingerprint == whole.data.fingerprint
+
+
+def test_comparisons_of_predictions_are_means_over_tokens_however_they_are_split(pruned, full, monkeypatch):
+    data = moeprune.open_data(spoken(full, 9), full.input_format)
+    expected = oracle(pruned, full, spoken(full, 9)[:, [*range(12), 0]])  # also of what follows the last token
+    [whole] = auto.compare([pruned], full, data, CPU)
+    monkeypatch.setattr(runtime, "CHUNK", 5 * V)
+    monkeypatch.setattr(runtime, "MOST_LOGITS", 2 * 12 * V)
+    found = changes({"": pruned}, full, data, CPU, "compare")[""]
+    assert float(found.divergence) == near(float(expected["kl"].mean()))
+    assert float(found.agreement) == near(float(expected["agreement"].mean()))
+    assert auto.compare([pruned], full, data, CPU)[0].tolist() == near(whole.tolist())
 
 
 def test_a_model_beside_itself_differs_in_nothing(full):

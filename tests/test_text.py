@@ -121,6 +121,12 @@ def test_conversations_become_text_by_the_chat_template(folder, core, tmp_path):
         moeprune.open_data(bad, form(folder))
 
 
+def test_a_text_that_has_bos_and_eos_gets_no_others(folder, core, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "<s>The lines</s>"}, {"text": "The lines"}])
+    ids = sequences(moeprune.open_data(path, form(folder, 4))).flatten().tolist()
+    assert ids == packed(2 * ids_of(core, ["The lines"]), 4).flatten().tolist()
+
+
 def test_a_tokenizer_without_its_json_is_made_by_transformers(tmp_path):
     pytest.importorskip("tests.peers")
     pytest.importorskip("transformers")
@@ -257,5 +263,5 @@ def test_options_of_text_are_for_text():
         [name] = option
         with pytest.raises(moeprune.MoepruneError, match=f"`{name}` does not go with the token ids"):
             moeprune.open_data(torch.zeros(1, 4, dtype=int), TokenFormat(300, 64), **option)
-        with pytest.raises(moeprune.MoepruneError, match=f"`{name}=.*` is for models that take text"):
+        with pytest.raises(moeprune.MoepruneError, match=f"`{name}` is for models that take text"):
             moeprune.open_data("digits", InputFormat(1, 8, 8, 10), **option)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moeprune.calibration.sums import wide_dtype
 from moeprune.data.datasets import Dataset
 from moeprune.models.model import Model
-from moeprune.models.runtime import Runtime
+from moeprune.models.runtime import Runtime, by_rows
 
 K = TypeVar("K")
 
@@ -28,6 +28,12 @@ class Change(NamedTuple):
     agreement: Tensor | None
 
 
+def divergence(found: Tensor, expected: Tensor) -> Tensor:
+    """Return KL(expected ‖ found), in nats (…), of log-probabilities (…,c); what both exclude makes no difference."""
+    gap = torch.where(expected.isneginf(), 0.0, expected - found)
+    return (expected.exp() * gap).sum(-1).clamp_min(0)
+
+
 def changes(models: Mapping[K, Model], full: Model, data: Dataset, runtime: Runtime, what: str) -> dict[K, Change]:
     """Return the mean change of each model's predictions from the full one's.
 
@@ -36,15 +42,18 @@ def changes(models: Mapping[K, Model], full: Model, data: Dataset, runtime: Runt
     wide = wide_dtype(runtime.torch_device)  # else rounding makes small divergences negative
     totals = {key: torch.zeros(2, dtype=torch.float64) for key in models}
     has_head = full.input_format.has_head
-    for key, found, expected in runtime.run_paired(models, full, data, what):
+
+    def compare(found: Tensor, expected: Tensor) -> Tensor:
         same = found.argmax(-1) == expected.argmax(-1)
         if has_head:
             found, expected = found.log_softmax(-1, dtype=wide), expected.log_softmax(-1, dtype=wide)
-            change = (expected.exp() * (expected - found)).sum(-1).clamp_min(0)
+            change = divergence(found, expected)
         else:
             change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
-        for place, values in enumerate((change, same)):
-            totals[key][place] += values.reshape(len(values), -1).to(change.dtype).mean(1).sum().cpu()
+        return torch.stack([change, same.to(change.dtype)], -1)
+
+    for key, found, expected in runtime.run_paired(models, full, data, what):
+        totals[key] += by_rows(compare, found, expected).reshape(len(found), -1, 2).mean(1).sum(0).cpu()
     return {
         key: Change(total[0] / data.samples, total[1] / data.samples if has_head else None)
         for key, total in totals.items()

@@ -109,7 +109,7 @@ class InputFormat:
         """Return the format as it is, or raise a MoepruneError for options of text."""
         for option, value in (("--sequence-length", sequence_length), ("--by", by)):
             if value is not None:
-                raise MoepruneError(f"`{option} {value}` is for models that take text", "leave it out")
+                raise MoepruneError(f"`{option}` is for models that take text, this one takes images", "leave it out")
         return self
 
     def misfit(self, spec: str, shape: tuple[int, ...]) -> MoepruneError:

@@ -36,8 +36,8 @@ from moeprune.errors import MoepruneError, listed
 from moeprune.files.disk import MAX_LENGTH, refused
 
 logger = logging.getLogger(__name__)
-PIECE = 1 << 18  # characters of a text that are tokenised at once, and of all texts of a batch
-MOST = 8 * PIECE  # after which a text is cut anywhere
+PIECE, MOST = 1 << 13, 1 << 16  # characters after which a text is cut where a line begins, and anywhere
+BATCH = 1 << 18  # characters that are tokenised at once, by several threads
 CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S\r\n)(?=\S)")
 MUCH = 0.1  # share of tokens left out that is warned of
 FIELDS_HINT = 'give objects such as {"text": "…"}'
@@ -70,12 +70,21 @@ def open_text(path: Path, form: TokenFormat) -> Source:
             packer = Packer(file, form.length)
             for batch in _batches(pieces):
                 for piece, found in zip(batch, tokenizer.encode([piece.text for piece in batch]), strict=True):
-                    _require_in_vocabulary(found, piece, form)
-                    start, end = tokenizer.first if piece.is_first else [], tokenizer.end if piece.is_last else []
-                    packer.add(piece.group, start, found, end)
+                    whole = _with_ends(piece, found, tokenizer)
+                    _require_in_vocabulary(whole, piece, form)
+                    packer.add(piece.group, whole)
             return packer.source(path)
     except OSError as error:
         raise refused("read", path, error) from None
+
+
+def _with_ends(piece: Piece, found: Encoded, tokenizer: Tokenizer) -> Encoded:
+    """Return the tokens of a piece with BOS and EOS, unless the text has these itself, as chat templates write them."""
+    first, end = tokenizer.first, tokenizer.end
+    before = first if piece.is_first and found.ids[: len(first)].tolist() != first else []
+    after = end if piece.is_last and found.ids[-len(end) :].tolist() != end else []
+    ids = np.concatenate([before, found.ids, after]).astype(np.int32)
+    return Encoded(ids, np.pad(found.bytes, (len(before), len(after))))
 
 
 def _require_in_vocabulary(found: Encoded, piece: Piece, form: TokenFormat) -> None:
@@ -91,23 +100,22 @@ class Packer:
 
     def __init__(self, file: IO[bytes], length: int):
         self.file, self.length = file, length
-        self.open: dict[str, list[tuple[NDArray, NDArray]]] = defaultdict(list)  # that fill no sequence yet
+        self.open: dict[str, list[Encoded]] = defaultdict(list)  # that fill no sequence yet
         self.held: dict[str, int] = defaultdict(int)  # tokens of these
         self.bytes: list[NDArray] = []
         self.groups: list[NDArray] = []
 
-    def add(self, group: str, start: list[int], found: Encoded, end: list[int]) -> None:
-        """Add a part of a document, with the special tokens before and after it."""
-        ids = np.concatenate([start, found.ids, end]).astype(np.int32)
-        self.open[group].append((ids, np.pad(found.bytes, (len(start), len(end)))))
-        self.held[group] += len(ids)
+    def add(self, group: str, found: Encoded) -> None:
+        """Add a part of a document."""
+        self.open[group].append(found)
+        self.held[group] += len(found.ids)
         if self.held[group] >= self.length:
             ids, lengths = map(np.concatenate, zip(*self.open[group], strict=True))
             whole = len(ids) - len(ids) % self.length
             self.file.write(ids[:whole].tobytes())
             self.bytes.append(lengths[:whole].reshape(-1, self.length)[:, 1:].sum(1))
             self.groups.append(np.full(whole // self.length, [*self.open].index(group)))
-            self.open[group], self.held[group] = [(ids[whole:], lengths[whole:])], len(ids) - whole
+            self.open[group], self.held[group] = [Encoded(ids[whole:], lengths[whole:])], len(ids) - whole
 
     def source(self, path: Path) -> Source:
         """Return the sequences, mapped into memory, or raise a MoepruneError if the text fills none."""
@@ -144,7 +152,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     for piece in pieces:
         batch.append(piece)
         size += len(piece.text)
-        if size >= PIECE:
+        if size >= BATCH:
             yield batch
             batch, size = [], 0
     yield batch
@@ -154,14 +162,15 @@ def _cut(parts: Iterable[str], group: str, where: str) -> Iterator[Piece]:
     """Yield a document, given in parts, in pieces that are tokenised as the whole would be: lines begin anew."""
     held, is_first = "", True
     for part in parts:
-        held += part
-        while len(held) > PIECE:
-            cut = CUT.search(held, PIECE // 2)
-            if cut is None and len(held) < MOST:
+        held, start = held + part, 0
+        while len(held) - start > PIECE:
+            cut = CUT.search(held, start + PIECE // 2, start + MOST)
+            if cut is None and len(held) - start < MOST:
                 break
-            at = len(held) if cut is None else cut.start()
-            yield Piece(held[:at], is_first, False, group, where)
-            held, is_first = held[at:], False
+            end = start + MOST if cut is None else cut.start()
+            yield Piece(held[start:end], is_first, False, group, where)
+            start, is_first = end, False
+        held = held[start:]
     if held or not is_first:
         yield Piece(held, is_first, True, group, where)
 
@@ -169,7 +178,7 @@ def _cut(parts: Iterable[str], group: str, where: str) -> Iterator[Piece]:
 def _of_plain(path: Path) -> Iterator[Piece]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from _cut(iter(lambda: file.read(PIECE), ""), "", f"`{path}`")
+            yield from _cut(iter(lambda: file.read(BATCH), ""), "", f"`{path}`")
     except UnicodeDecodeError:
         raise MoepruneError(f"`{path}` is not text in UTF-8", "convert it to UTF-8") from None
 

@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 class Encoded(NamedTuple):
     """The token ids of a text (t,), and how many UTF-8 bytes of it each of them stands for (t,)."""
 
-    ids: Ints
+    ids: NDArray[np.int32]
     bytes: Ints
 
 
@@ -105,4 +105,4 @@ def _encoded(text: str, found: Any) -> Encoded:
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     ends = np.concatenate([[0], 1 + np.digitize(points, (0x80, 0x800, 0x10000))]).cumsum()  # of characters, in bytes
     offsets = np.array([end for _, end in found.offsets], np.int64)
-    return Encoded(np.array(found.ids, np.int64), np.diff(ends[np.maximum.accumulate(offsets)], prepend=0))
+    return Encoded(np.array(found.ids, np.int32), np.diff(ends[np.maximum.accumulate(offsets)], prepend=0))

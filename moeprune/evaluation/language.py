@@ -12,6 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from moeprune.calibration.changes import divergence
 from moeprune.calibration.sums import wide_dtype
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
@@ -23,9 +24,8 @@ from moeprune.evaluation.usage import UsageObserver
 from moeprune.layers.interface import Usage
 from moeprune.models.model import Model, private_copy
 from moeprune.models.results import ModelCost
-from moeprune.models.runtime import Runtime, fitting
+from moeprune.models.runtime import CHUNK, Runtime, fitting
 
-CHUNK = 1 << 24  # logits that are compared at once
 LARGEST = 700.0  # exponent that a float holds
 SIDE = 0.975  # confidence of either side of an interval of 95 %
 FIGURES = ("loss", "accuracy", "agreement", "kl")
@@ -91,13 +91,12 @@ def _sums(logits: Sequence[Tensor], ids: Tensor) -> list[Tensor]:
         best = expected.argmax(-1)
         for place, each in enumerate(logits):
             found = expected if each is logits[-1] else each[:, at:end].log_softmax(-1, dtype=wide)
-            gap = torch.where(expected.isneginf(), 0.0, expected - found)  # what both exclude makes no difference
             predicted = found.argmax(-1)
             of_tokens = [
                 -found.gather(-1, targets[..., None])[..., 0],
                 predicted == targets,
                 predicted == best,
-                (expected.exp() * gap).sum(-1).clamp_min(0),
+                divergence(found, expected),
             ]
             totals[place] = totals[place] + torch.stack([values.sum(1, dtype=wide) for values in of_tokens])
     return totals

@@ -20,10 +20,13 @@ from moeprune.layers.layer import layer_of_tensors
 from moeprune.models.description import Details
 from moeprune.models.folders.layout import PLAN, ModelFolder, read_folder
 from moeprune.models.folders.names import natural
+from moeprune.models.folders.refits import refitted_tensors
+from moeprune.models.folders.writing import require_fitting, write_folder
 from moeprune.models.language_config import LanguageConfig
 from moeprune.models.libraries.transformers import RoutedBlock, describe_block, is_block
 from moeprune.models.model import Model
 from moeprune.models.results import ModelCost
+from moeprune.plan import LayerPlan
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HALF = (torch.float16, torch.bfloat16)
@@ -58,6 +61,19 @@ class LanguageModel(Model):
         """Token ids (b,s) in, logits (b,s,V) out."""
         return self.module(input_ids=ids, use_cache=False).logits
 
+    def write(self, path: Path, overwrite: bool) -> None:
+        """Write the folder of the model, which may be pruned to fewer experts: other tensors are those of its folder.
+
+        Raises a MoepruneError if the plan is not one that a folder can hold, or the folder cannot be written.
+        """
+        n = self.folder.num_experts
+        whole = dict.fromkeys(self.folder.layers, LayerPlan("static", n, n, "random", "renorm", tuple(range(n))))
+        replaced, plan = dict[str, Tensor](), whole | self.plan
+        require_fitting(self.folder, plan)
+        if any(layer.compensation == "renorm-refit" and layer.drops for layer in plan.values()):
+            replaced = dict(refitted_tensors(self.folder, self.moe_layers))
+        write_folder(self.folder, plan, path, overwrite, self.details.provenance, replaced)
+
     def get_submodule(self, target: str) -> nn.Module:
         """Return a part of the model; an MoE layer by its name in the folder, too."""
         return super().get_submodule(self.places.get(target, target))
@@ -87,9 +103,14 @@ def open_language(path: Path) -> LanguageModel:
         hint = "dequantise them first; `--signal random` and `--plan` with compensation `renorm` need no model"
         raise MoepruneError(f"the weights of `{path}` are quantised, which calibration cannot read", hint)
     how = {"output_loading_info": True, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    hint = "see whether `transformers.AutoModelForCausalLM.from_pretrained` loads it; another release may know it"
+    hint = "see whether transformers loads it (`from_pretrained`): another release of it may"
     with _quiet(transformers), user_code(f"transformers cannot build `{path}`", hint):
-        module, info = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", **how)
+        try:
+            module, info = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", **how)
+        except ValueError:
+            if "text_config" not in folder.config:
+                raise
+            module, info = transformers.AutoModelForImageTextToText.from_pretrained(str(path), dtype="auto", **how)
     if missing := sorted(info["missing_keys"]):
         raise MoepruneError(f"`{path}` lacks tensors that transformers expects: {listed(missing, 3)}", hint)
     if not torch.cuda.is_available() and any(tensor.dtype in HALF for tensor in module.parameters()):

@@ -63,6 +63,28 @@ class Model(nn.Module):
         shape, details = self.config.input_shape, self.details
         return InputFormat(*shape, self.config.num_classes, details.preprocessing, details.classes)
 
+    def write(self, path: Path, overwrite: bool) -> None:
+        """Write the model, see `save`."""
+        tensors = self.state_dict()
+        known = self.config.known(checkpoint.tensor_infos(tensors))  # the user's own part may have any types
+        require_few_types(known, self.config, path)
+        metadata = {
+            "format": FORMAT,
+            "kind": "checkpoint",
+            "architecture": self.config.to_json(),
+            "preprocessing": to_json(self.details.preprocessing),
+            "source": self.details.source,
+            "plan": to_json(self.plan),
+            "provenance": self.details.provenance,
+        }
+        metadata |= {"classes": self.details.classes} if self.details.classes else {}
+        if path.suffix in checkpoint.TORCH_SUFFIXES:
+            checkpoint.check_finite(tensors, path)
+            content = {METADATA_KEY: json.dumps(metadata, sort_keys=True), "state_dict": tensors}
+            checkpoint.write_torch(path, content, overwrite)
+        else:
+            checkpoint.write(path, tensors, metadata, overwrite)
+
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -200,29 +222,11 @@ def save(model: Model, path: str | Path, overwrite: bool = False) -> None:
 
     Args:
         path: the file; with a suffix .pt, .pth or .bin `torch.load` reads it (its tensors are under `state_dict`), else
-            it is a safetensors file.
+            it is a safetensors file. Of a language model, the folder.
         overwrite: replace a file that exists.
 
     Raises:
         MoepruneError: the path cannot be written, or exists and may not be replaced; weights are NaN,
             infinite or of several types.
     """
-    tensors = model.state_dict()
-    known = model.config.known(checkpoint.tensor_infos(tensors))  # the user's own part may have any types
-    require_few_types(known, model.config, path)
-    metadata = {
-        "format": FORMAT,
-        "kind": "checkpoint",
-        "architecture": model.config.to_json(),
-        "preprocessing": to_json(model.details.preprocessing),
-        "source": model.details.source,
-        "plan": to_json(model.plan),
-        "provenance": model.details.provenance,
-    }
-    metadata |= {"classes": model.details.classes} if model.details.classes else {}
-    if Path(path).suffix in checkpoint.TORCH_SUFFIXES:
-        checkpoint.check_finite(tensors, path)
-        content = {METADATA_KEY: json.dumps(metadata, sort_keys=True), "state_dict": tensors}
-        checkpoint.write_torch(path, content, overwrite)
-    else:
-        checkpoint.write(path, tensors, metadata, overwrite)
+    model.write(Path(path), overwrite)

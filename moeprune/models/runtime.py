@@ -7,7 +7,7 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from moeprune.errors import MoepruneError
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from moeprune.data.datasets import Batch, Dataset
 
 logger = logging.getLogger(__name__)
-MOST_LOGITS = 1 << 27  # of a forward pass whose outputs are compared
+MOST_LOGITS = 1 << 26  # of a forward pass whose outputs are compared
+CHUNK = 1 << 24  # logits that are compared at once
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -115,6 +116,15 @@ def fitting(inputs: Tensor, model: nn.Module) -> Sequence[Tensor]:
     form: Any = getattr(model, "input_format", None)
     vocabulary = 0 if inputs.is_floating_point() else form.vocabulary
     return inputs.split(max(1, MOST_LOGITS // (inputs[0].numel() * vocabulary))) if vocabulary else [inputs]
+
+
+def by_rows(compare: Callable[[Tensor, Tensor], Tensor], found: Tensor, expected: Tensor) -> Tensor:
+    """Compare outputs (…,c) by a function of some of their rows (r,c) that gives (r) or (r,k); return (…) or (…,k)."""
+    import torch
+
+    step = max(1, CHUNK // found.shape[-1])
+    rows = zip(found.flatten(0, -2).split(step), expected.flatten(0, -2).split(step), strict=True)
+    return torch.cat([compare(*both) for both in rows]).unflatten(0, found.shape[:-1])
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:

@@ -262,7 +262,7 @@ def _require_data_of_analysis(analysis: Analysis | None, data: Dataset | None) -
         raise MoepruneError(
             f"`{data.spec}` ({data.samples} samples) is not the data of the analysis"
             f" (`{made_from.spec}`, {made_from.samples} samples), or has changed since",
-            "give the same data with the same `--limit`, or run `moeprune analyze` again",
+            "give the same data with the same `--limit` and `--sequence-length`, or run `moeprune analyze` again",
         )
 
 

@@ -24,7 +24,7 @@ from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, private_copy
-from moeprune.models.runtime import Runtime
+from moeprune.models.runtime import Runtime, by_rows
 from moeprune.plan import RANK, REFITS, WITH_RANK, Compensation, Method, Plan, Scope, Wanted, is_possible
 from moeprune.pruning.apply import Pruning, apply_plan
 from moeprune.pruning.compensation import too_large_refits
@@ -225,11 +225,14 @@ def compare(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtim
     """Return the distance of each model's predictions from the full one's for each input (samples), in float64."""
     distances: list[list[Tensor]] = [[] for _ in models]
     has_head = full.input_format.has_head
-    for index, found, expected in runtime.run_paired(dict(enumerate(models)), full, data, "compare candidates"):
+
+    def distance(found: Tensor, expected: Tensor) -> Tensor:
         if has_head:
-            change = (found.softmax(-1) - expected.softmax(-1)).abs().sum(-1) / 2
-        else:
-            change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
+            return (found.softmax(-1) - expected.softmax(-1)).abs().sum(-1) / 2
+        return (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
+
+    for index, found, expected in runtime.run_paired(dict(enumerate(models)), full, data, "compare candidates"):
+        change = by_rows(distance, found, expected)
         distances[index].append(change.reshape(len(change), -1).mean(1).cpu().double())
     return [torch.cat(parts) for parts in distances]
 

@@ -17,6 +17,8 @@ from moeprune.files.checkpoint import TORCH_SUFFIXES
 from moeprune.files.header import Header
 from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import our_header, read_description
+from moeprune.models.folders.layout import read_folder
+from moeprune.models.folders.writing import require_fitting
 from moeprune.models.inspection import Described
 from moeprune.models.language import LanguageModel
 from moeprune.models.model import Model, require_unpruned, save
@@ -26,10 +28,9 @@ from moeprune.plan import SCOPES, SIGNALS, Plan, Wanted, keep_to_text, parse_kee
 from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, needs_pass, provenance, require_calibration
 from moeprune.pruning.auto import possible_scope
-from moeprune.pruning.folder import drop_in, prune_folder, require_fitting
+from moeprune.pruning.folder import drop_in, prune_folder
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.prune import plans_of, prune_model
-from moeprune.pruning.refitted import write_pruned
 from moeprune.pruning.request import PruneRequest, SweepRequest
 from moeprune.pruning.results import FitQuality, Pruned, Sweep
 from moeprune.pruning.sweep import COMPENSATIONS_TRIED, KEEPS, Variant, grid, methods, on_frontier, sweep
@@ -68,11 +69,12 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         else:
             made = prune_model(full, request, analysis, data, plans)
             fits = made.fits  # before anything is written
-            if is_folder and isinstance(full.model, LanguageModel):
-                cost = write_pruned(full.model, made.model, request.output, request.overwrite)
-            else:
-                save(made.model, request.output, request.overwrite)
-        plan, cost = (made.model.plan, cost) if made and cost else _read_back(full, request.output)
+            save(made.model, request.output, request.overwrite)
+        plan, cost = (
+            (made.model.plan, read_folder(request.output).cost())
+            if is_folder and made
+            else _read_back(full, request.output)
+        )
     if request.save_plan is not None:
         write_plan(plan, request.save_plan, request.overwrite)
     return Pruned(

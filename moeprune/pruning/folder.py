@@ -1,46 +1,17 @@
 """From a folder of transformers to one with fewer experts, tensor by tensor: no model is built."""
 
-import copy
-import json
-import logging
-import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from moeprune import __version__
-from moeprune.errors import MoepruneError, listed
-from moeprune.files.checkpoint import Copied, check_finite, tensor_infos, write_unscanned
-from moeprune.files.disk import check_output_folder, refused, replacing_folder, write_file
-from moeprune.files.header import Header
+from moeprune.errors import MoepruneError
 from moeprune.layers.experts import random_scores, top_k
-from moeprune.models.folders.layout import (
-    COMPENSATIONS,
-    CONFIG,
-    COUNTS,
-    INDEX,
-    PLAN,
-    SINGLE,
-    FolderLayer,
-    ModelFolder,
-    read_folder,
-)
-from moeprune.models.folders.names import renumbered
-from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, keep_to_text, parse_keep, require_fitting_plan
+from moeprune.models.folders.layout import COMPENSATIONS, FolderLayer, ModelFolder, read_folder
+from moeprune.models.folders.writing import require_fitting, write_folder
+from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, keep_to_text, parse_keep
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Pruned
-
-logger = logging.getLogger(__name__)
-
-CARD = "README.md"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
-"""Suffixes of files that may hold weights: those of the full model are not copied."""
-FEWEST_IN_GROUP = 2  # experts, by whose scores DeepSeek-V3 ranks a group
 
 
 def prune_folder(request: PruneRequest) -> Pruned:
@@ -115,16 +86,6 @@ def plan_of(folder: ModelFolder, request: PruneRequest) -> Plan:
     return {name: plan[name] for name in layers}
 
 
-def require_fitting(folder: ModelFolder, plan: Plan) -> None:
-    """Raise a MoepruneError if a folder cannot hold the layers that a plan makes, as many experts in each."""
-    require_fitting_plan(plan, folder.layers)
-    counts, hint = {layer.k for layer in plan.values()}, f"`{CONFIG}` has one number of experts for all layers"
-    if lacking := [name for name in folder.layers if name not in plan]:
-        raise MoepruneError(f"the plan leaves out layers {listed(lacking, 3)}", f"{hint}: plan them all")
-    if len(counts) > 1:
-        raise MoepruneError(f"the plan keeps {min(counts)} to {max(counts)} experts", hint)
-
-
 def _sizes(layers: Mapping[str, FolderLayer]) -> Iterator[tuple[str, int]]:
     return ((name, layer.num_experts) for name, layer in layers.items())
 
@@ -150,155 +111,3 @@ def _at_random(layer: LayerPlan, groups: int, seed: int, index: int) -> LayerPla
     for group, scores in enumerate(of_groups):
         kept += (group * size + top_k(scores, layer.k // groups)).tolist()
     return layer.replace(kept=tuple(kept))
-
-
-def write_folder(
-    folder: ModelFolder,
-    plan: Plan,
-    output: Path,
-    overwrite: bool,
-    provenance: Mapping[str, Any],
-    replaced: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a folder with the kept experts alone; it appears when it is complete.
-
-    Args:
-        plan: of every layer, decided.
-        provenance: how the plan was made.
-        replaced: tensors to write in place of those of the same name in the output, in their types and shapes.
-    """
-    check_output_folder(output, overwrite, folder.path)
-    k = next(iter(plan.values())).k
-    config, replaced = pruned_config(folder, k), replaced or {}
-    if k < folder.num_experts and folder.dropped:
-        logger.warning(
-            f"{listed(folder.dropped)}: layers that predict further tokens are left out: no data reaches them"
-        )
-    check_finite(replaced, output)
-    with replacing_folder(output, overwrite) as target:
-        _copy_others(folder, target)
-        _write_shards(folder, plan, target, replaced)
-        write_file(target / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        if k < folder.num_experts:
-            write_plan(plan, target / PLAN, provenance=provenance)
-            card = folder.path / CARD
-            text = card.read_text("utf-8", "replace").rstrip() + "\n\n" if card.is_file() else ""
-            write_file(target / CARD, text + _section(folder, plan, provenance))
-
-
-def pruned_config(folder: ModelFolder, k: int) -> dict[str, Any]:
-    """Return the content of `config.json` for k experts in each layer.
-
-    Raises a MoepruneError if it names single experts, whose numbers change.
-    """
-    config = copy.deepcopy(folder.config)
-    if k == folder.num_experts:
-        return config
-    if re.search(r"experts\.\d", json.dumps(config.get("quantization_config"))):
-        raise MoepruneError(
-            f"`{folder.path / CONFIG}`: `quantization_config` names single experts", "quantise it later"
-        )
-    language = next(_same(config, folder.config, folder.language))
-    language |= {key: k for key in COUNTS if key in language}
-    if (groups := next(iter(folder.layers.values())).groups) > 1:
-        size = k // groups
-        if size < FEWEST_IN_GROUP or size * int(language.get("topk_group") or groups) < folder.top_k:
-            logger.warning(f"groups of {size} experts are too few to choose among: the {groups} groups become one")
-            language |= {"n_group": 1, "topk_group": 1}
-    for key, value in language.items() if folder.dropped else ():
-        if re.search(r"mtp|nextn", key) and isinstance(value, int):
-            language[key] = type(value)(0)
-    return config
-
-
-def _same(copied: dict[str, Any], of: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the place in a copied config of a part of the original."""
-    if of is part:
-        yield copied
-    for key, value in of.items():
-        if isinstance(value, dict):
-            yield from _same(copied[key], value, part)
-
-
-def _write_shards(folder: ModelFolder, plan: Plan, target: Path, replaced: Mapping[str, Tensor]) -> None:
-    """Write the shards of a folder, without those that hold no tensor any more, and their index."""
-    written: list[list[str]] = []
-    total_size = 0
-    for header in folder.headers():
-        entries: dict[str, Tensor | Copied] = dict(_entries(folder, plan, header))
-        infos = tensor_infos(entries)
-        for name in replaced.keys() & entries.keys():
-            new, old = tensor_infos({name: replaced[name]})[name], infos[name]
-            assert (new.dtype, new.shape) == (old.dtype, old.shape), name
-            entries[name] = replaced[name]
-        if entries:
-            write_unscanned(target / f"{len(written)}.safetensors", entries, None)
-            written.append(list(entries))
-            total_size += sum(info.nbytes for info in infos.values())
-    if len(written) == 1:
-        (target / "0.safetensors").rename(target / SINGLE)
-        return
-    names = [f"model-{index + 1:05}-of-{len(written):05}.safetensors" for index in range(len(written))]
-    for index, name in enumerate(names):
-        (target / f"{index}.safetensors").rename(target / name)
-    weight_map = {tensor: name for name, tensors in zip(names, written, strict=True) for tensor in tensors}
-    content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    write_file(target / INDEX, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _entries(folder: ModelFolder, plan: Plan, header: Header) -> Iterator[tuple[str, Copied]]:
-    """Yield the tensors of a shard that stay, by their new names."""
-    drops = any(layer.drops for layer in plan.values())
-    for name, info in header.tensors.items():
-        if drops and folder.is_dropped(name):
-            continue
-        role = folder.role(name, info)
-        if role is None:
-            yield name, Copied(header, name)
-            continue
-        kept = plan[role.layer].kept
-        assert kept is not None
-        if role.expert is None:
-            cut = folder.cut(name, role, info)
-            others = range(folder.num_experts, cut.parts) if cut else ()  # rows of the router for what is no expert
-            yield name, Copied(header, name, (*kept, *others), *cut) if cut else Copied(header, name)
-        elif role.expert in kept:
-            yield renumbered(name, kept.index(role.expert)), Copied(header, name)
-
-
-def _copy_others(folder: ModelFolder, target: Path) -> None:
-    """Copy tokenizer, generation config and all else that holds no weights; links become what they lead to."""
-    written, left_out = {CONFIG, INDEX, CARD, PLAN}, []
-    for root, folders, files in os.walk(folder.path):
-        inside = Path(root).relative_to(folder.path)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        weights = [name for name in files if name.endswith(WEIGHTS) or name.endswith(".index.json")]
-        if inside.parts and weights:  # another copy of the model, with files of its own
-            left_out.append(str(inside))
-            folders.clear()
-            continue
-        left_out += [name for name in weights if name not in folder.shards and name not in written]
-        for name in sorted({*files} - {*weights}):
-            if (inside / name).as_posix() in written or not (Path(root) / name).is_file():
-                continue
-            (target / inside).mkdir(parents=True, exist_ok=True)
-            try:
-                shutil.copyfile(Path(root) / name, target / inside / name)
-            except OSError as error:
-                raise refused("read", Path(root) / name, error) from None
-    if left_out:
-        logger.warning(f"left out, as they may hold weights of the full model: {listed(sorted(left_out))}")
-
-
-def _section(folder: ModelFolder, plan: Plan, provenance: Mapping[str, Any]) -> str:
-    """Return the section of the model card that says how the folder was made."""
-    first, data = next(iter(plan.values())), provenance.get("calibration")
-    what = f"Each of its {len(plan)} MoE layers keeps {first.k} of {folder.num_experts} experts"
-    chosen = f"chosen by signal `{first.signal}`" if data or first.signal == "random" else "chosen by a plan"
-    refitted = " and the last linears of kept experts are refitted" if first.compensation == "renorm-refit" else ""
-    calibrated = f" Calibration data: `{data['spec']}`, {data['samples']} sequences." if data else ""
-    return (
-        f"## Pruned with moeprune {__version__}\n\n"
-        f"Made from `{Path(os.path.realpath(folder.path)).name}`. {what}, {chosen}; the routers know no others"
-        f"{refitted}.{calibrated} `{PLAN}` lists the kept experts.\n"
-    )

@@ -25,17 +25,10 @@ SCHEMA_VERSION = 1
 DEFAULTS = {"scope": "static", "signal": "combine", "compensation": "none"}
 
 
-def write_plan(
-    plan: Plan, path: str | Path, overwrite: bool = True, provenance: Mapping[str, Any] | None = None
-) -> None:
-    """Write a plan as JSON, a line for each layer: equal plans give equal bytes.
-
-    provenance: of what was pruned by the plan, written beside it.
-    """
+def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
+    """Write a plan as JSON, a line for each layer: equal plans give equal bytes."""
     layers = [f"    {json.dumps(name)}: {json.dumps(layer)}" for name, layer in to_json(plan).items()]
     lines = ["{", f'  "schema_version": {SCHEMA_VERSION},', '  "plan": {', ",\n".join(layers), "  }", "}"]
-    if provenance is not None:
-        lines[-2:] = ["  },", f'  "provenance": {json.dumps(provenance, sort_keys=True)}', "}"]
     write_file(Path(path), "\n".join(lines) + "\n", overwrite)
 
 

@@ -33,6 +33,7 @@ TOP_K = (
 )  # fmt: skip
 """Keys of the number of experts that run for a token, or of a list of it by layer."""
 HEADS, LONGEST = ("num_attention_heads", "n_heads"), ("max_position_embeddings", "max_seq_len", "n_positions")
+OTHER_INPUTS = re.compile(r"(^|\.)(visual|vision|audio|multi_modal)\w*\.")  # parts that tokens of text do not pass
 NO_WEIGHTS = re.compile(r"(bias|scales?|scale_inv)$")
 LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 KNOWN = "experts under `experts.0`, stacked in `experts.gate_up_proj` or `input_linear`, and a `gate` or a `router`"
@@ -108,6 +109,9 @@ class ModelFolder:
     parameters: int = 0
     has_head: bool = False  # of its own, not the table of embeddings
 
+    def __deepcopy__(self, _: Any) -> ModelFolder:
+        return self  # nothing changes it
+
     @property
     def num_experts(self) -> int:
         """Experts of each layer."""
@@ -144,7 +148,7 @@ class ModelFolder:
     def cut(self, name: str, role: Role, info: TensorInfo) -> Cut | None:
         """Return where a tensor of all experts, or of the router, has their places; None if they share it."""
         try:
-            return cut_of(role, info.shape, self.num_experts, self.language.get("zero_expert_num") or 0)
+            return cut_of(role, info.shape, self.num_experts)
         except ValueError:
             found = f"`{name}` of shape {list(info.shape)}"
             raise _unknown(self.path, f"{found} has no place for each of {self.num_experts} experts") from None
@@ -176,7 +180,7 @@ class ModelFolder:
             bytes=sum(parts.values()),
             bytes_by_part=BytesByPart(compensation=0, **parts),
             flops_per_input=FlopsByPart(total=sum(flops.values()), **flops),
-            experts_per_input=float(sum(layer.top_k for layer in self.layers.values())),
+            experts_per_input=float(sum(layer.num_experts for layer in self.layers.values())),
         )
 
 
@@ -240,7 +244,7 @@ def _add_other(folder: ModelFolder, name: str, info: TensorInfo, runs: bool, par
     """Count a tensor that is none of an expert; runs: for each token."""
     folder.parts[part] += info.nbytes
     is_table = re.search(r"embed|wte|wpe", name) is not None
-    if runs:
+    if runs and not OTHER_INPUTS.search(name):
         folder.flops["tables" if is_table else part] += 2 * _weights(name, info)
         folder.has_head |= name.endswith("head.weight")
 

@@ -69,10 +69,9 @@ def renumbered(name: str, expert: int) -> str:
     return f"{found['layer']}.experts.{expert}.{found['rest']}"
 
 
-def cut_of(role: Role, shape: Sequence[int], num_experts: int, others: int = 0) -> Cut | None:
+def cut_of(role: Role, shape: Sequence[int], num_experts: int) -> Cut | None:
     """Return where a stacked tensor or one of the router is cut, None if all experts share it.
 
-    others: rows of the router, behind those of the experts, for what is no expert (LongCat's zero experts).
     Raises a ValueError if the layout is unknown.
     """
     n = num_experts
@@ -81,16 +80,16 @@ def cut_of(role: Role, shape: Sequence[int], num_experts: int, others: int = 0) 
             return None
         if FLATTENED.fullmatch(role.key) and len(shape) == 2 and shape[0] % n == 0:
             return Cut(0, n)
-        axis, size = 0, n
+        axis = 0
     else:
         if SHARED.fullmatch(role.key):
             return None
-        axis, size = (0 if role.key.endswith("weight") else len(shape) - 1), n + others
+        axis = 0 if role.key.endswith("weight") else len(shape) - 1
         if not ROWS.fullmatch(role.key) or axis < 0 or any(size != 1 for size in shape[:axis]):
             raise ValueError
-    if not shape or shape[axis] != size:
+    if not shape or shape[axis] != n:
         raise ValueError
-    return Cut(axis, size)
+    return Cut(axis, n)
 
 
 def further(layer: str, num_layers: int | None) -> str | None:
