@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tests.peers  # noqa: F401 (makes transformers importable)
@@ -82,6 +83,14 @@ def load(folder: Path) -> nn.Module:
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
     assert not any(info.values()), info
     return model.eval()
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, whatever their shards."""
+    found: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
 
 
 @torch.no_grad()

@@ -38,13 +38,14 @@ class Origin(Record, frozen=True, omit_defaults=False):
     """The origin of an analysis.
 
     checkpoint: fingerprint of the unpruned model. moeprune: version. classes: names of class folders, in the order of
-    the labels; empty for other data.
+    the labels; empty for other data. sequence_length: tokens of each sequence that text was packed into.
     """
 
     checkpoint: str
     data: DataInfo
     moeprune: str
     classes: tuple[str, ...] = ()
+    sequence_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def analyze(
             require_finite(name, statistics[name])
     for name, sensitivity in measure_sensitivity(model, statistics, data, runtime).items():
         statistics[name] = replace(statistics[name], sensitivity=sensitivity)
-    return Analysis(statistics, Origin(origin, data.info, __version__, data.source.class_names), data)
+    length = None if data.source.texts is None else data.source.texts.length
+    return Analysis(statistics, Origin(origin, data.info, __version__, data.source.class_names, length), data)
 
 
 def measure_sensitivity(

@@ -19,12 +19,13 @@ class Texts:
     """What sequences of token ids are made of.
 
     bytes: UTF-8 bytes of the text of each sequence (n,), behind its first token, which no model predicts. groups: their
-    names, if documents have groups. group: the place of each sequence's among these (n,).
+    names, if documents have groups. group: the place of each sequence's among these (n,). length: tokens of a sequence.
     """
 
     bytes: NDArray[np.int64]
     groups: tuple[str, ...]
     group: NDArray[np.int64]
+    length: int
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class Packer:
         def read(batches: Batches) -> Iterator[Tensor]:
             return (torch.from_numpy(ids[list(indices)].astype(np.int64)) for indices in batches)
 
-        texts = Texts(np.concatenate(self.bytes), tuple(names) if names != [""] else (), groups)
+        texts = Texts(np.concatenate(self.bytes), tuple(names) if names != [""] else (), groups, self.length)
         return Source(sequences, None, read, [path], texts=texts)
 
 

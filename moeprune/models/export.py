@@ -13,6 +13,7 @@ from moeprune.layers.layer import MoELayer
 from moeprune.models.adopted import AdoptedModel
 from moeprune.models.architecture import ModuleConfig, ViTConfig
 from moeprune.models.extra import decode_extra
+from moeprune.models.language import LanguageModel
 from moeprune.models.libraries import MODELS
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, installed_version
 from moeprune.models.loading import load_strictly
@@ -37,6 +38,8 @@ def export(model: Model | str | os.PathLike[str], output: str | Path, to: str, o
             cannot be written.
     """
     model = opened(model)
+    if isinstance(model, LanguageModel):
+        raise MoepruneError("the model is a folder of transformers already", "`moeprune prune` writes such folders")
     known, refused = model.config.libraries or tuple(MODELS), _not_dense(model.plan)
     possible = "`--scope static` and `--compensate renorm` or `renorm-refit`"
     hint = f"it takes unpruned models, and those pruned with {possible}" if refused else None

@@ -84,7 +84,12 @@ def inspect_checkpoint(spec: ModelSpec) -> Inspection:
 def _inspect_folder(path: Path) -> Inspection:
     """Return what a folder of transformers holds, from its config and headers."""
     folder = read_folder(path)
-    sizes = {key: folder.language.get(key) for key in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")}
+    sizes = {
+        "model_type": folder.language.get("model_type", folder.config["model_type"]),
+        "blocks": folder.num_layers,
+        "vocabulary": folder.vocabulary,
+        "longest": folder.longest,
+    }
     layers = {
         name: InspectedLayer(
             family="gated_moe",

@@ -78,8 +78,8 @@ class ModelSpec(Request, frozen=True, kw_only=True):
 
     @property
     def is_model_folder(self) -> bool:
-        """True for a folder that transformers reads, unless the user's own code does."""
-        return self.model is None and is_model_folder(self.path)
+        """True for a folder that transformers reads, unless options say that other code does."""
+        return self.model is None and not self.foreign_only and is_model_folder(self.path)
 
     @property
     def foreign_only(self) -> list[str]:

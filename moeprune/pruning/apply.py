@@ -245,7 +245,8 @@ def calibration_data(model: Model, analysis: Analysis) -> Dataset:
         places = (Path(spec), analysis.folder / spec, analysis.folder / Path(spec).name)
         spec = next((str(place) for place in places if place.exists()), spec)
     try:
-        return dataset_for(model, spec, "calibration", made_from.samples, class_names_of(analysis))
+        length = analysis.origin.sequence_length
+        return dataset_for(model, spec, "calibration", made_from.samples, class_names_of(analysis), length)
     except MoepruneError as error:
         raise MoepruneError(
             f"cannot read the analysis's own data again: {error.message}",

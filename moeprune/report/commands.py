@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from moeprune.calibration.results import AnalysisReport, Explained, LayerSummary, Probes
+from moeprune.data.tokens import MOST_TOKENS
 from moeprune.demo.records import Summary
 from moeprune.errors import MoepruneError, listed
 from moeprune.evaluation.intervals import wilson
@@ -90,10 +91,13 @@ def _of_images(result: Inspection) -> list[tuple[str, str]]:
 
 
 def _of_text(result: Inspection) -> list[tuple[str, str]]:
-    its = result.architecture
-    kind = f"{its['model_type']}, {its['num_hidden_layers']} blocks, d = {its['hidden_size']}"
-    share = percent(result.bytes_by_part.experts / result.bytes)
-    return [("model", kind), ("input", f"a token, one of {its['vocab_size']}"), ("experts", f"{share} of the bytes")]
+    its, share = result.architecture, percent(result.bytes_by_part.experts / result.bytes)
+    tokens = f"{min(MOST_TOKENS, its['longest'])} tokens (at most {its['longest']})"
+    return [
+        ("model", f"{its['model_type']}, {its['blocks']} blocks"),
+        ("input", f"{tokens} of a vocabulary of {its['vocabulary']}"),
+        ("experts", f"{share} of the bytes"),
+    ]
 
 
 def export(result: Export) -> Document:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,7 +160,12 @@ class ModelFolder:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence; what is not stated is not short."""
-        return next((self.language[key] for key in LONGEST if type(self.language.get(key)) is int), MOST_TOKENS)
+        return _stated(self.language, LONGEST) or MOST_TOKENS
+
+    @property
+    def num_layers(self) -> int | None:
+        """Blocks of the model, with MoE layers or without, if the config states it."""
+        return _stated(self.language, LAYERS)
 
     @property
     def vocabulary(self) -> int:
@@ -209,7 +214,7 @@ def read_folder(path: Path) -> ModelFolder:
     language = found[0] if found else {}
     counts = {language[key] for key in COUNTS if key in language}
     settings = max(counts, default=1), _top_k(language), _groups(language)
-    num_layers = next((language[key] for key in LAYERS if type(language.get(key)) is int), None)
+    num_layers = _stated(language, LAYERS)
     folder = ModelFolder(path, config, language, shards)
     layers: dict[str, FolderLayer] = {}
     for header in folder.headers():
@@ -282,10 +287,15 @@ def _parts(config: Any) -> Iterator[dict[str, Any]]:
 
 def _attention(language: Mapping[str, Any], tokens: int) -> int:
     """Return the FLOPs of the products of queries and keys, and of weights and values, in all blocks."""
-    heads, layers = (next((language[key] for key in keys if language.get(key)), 0) for keys in (HEADS, LAYERS))
+    heads, layers = _stated(language, HEADS) or 0, _stated(language, LAYERS) or 0
     width = language.get("head_dim") or (language.get("hidden_size") or 0) // max(1, heads)
     keys = (language.get("qk_nope_head_dim") or width) + (language.get("qk_rope_head_dim") or 0)
     return int(2 * tokens * tokens * layers * heads * (keys + (language.get("v_head_dim") or width)))
+
+
+def _stated(language: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    """Return the first of some keys that is a whole number."""
+    return next((language[key] for key in keys if type(language.get(key)) is int), None)
 
 
 def _top_k(language: Mapping[str, Any]) -> int:
