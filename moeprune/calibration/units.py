@@ -51,7 +51,7 @@ class UnitMoments(NamedTuple):
 
 
 def measure_units(
-    stage: Stage, layer: MoELayer, experts: slice, near_means: bool
+    stage: Stage, layer: MoELayer, experts: range, near_means: bool
 ) -> tuple[tuple[UnitMoments, UnitMoments], Tensor]:
     """Return the moments of some of a layer's experts on either half of the inputs.
 
@@ -59,17 +59,15 @@ def measure_units(
     in float32 variances that are small beside the means would otherwise be lost. Returns these points, too (e,h);
     zeros without. All in float64.
     """
-    near: Tensor | None = None
+    weight = layer.fc2_weight
+    near = None if near_means else weight.new_zeros(len(experts), weight.shape[2], dtype=torch.float32)
     found: list[UnitMoments | None] = [None, None]
     for members, seen, _ in stage.observe(layer):
         for which, places in enumerate(members):
             if not len(places):
                 continue
-            taken, weights = seen.select(places).taken()
-            taken, weights = taken[:, experts], weights[:, :, experts]
-            if near is None:
-                near = taken.mean((0, 2)) if near_means else torch.zeros_like(taken[0, :, 0])
-            moments, known = _moments(taken - near[:, None], weights), found[which]
+            near, sums = seen.select(places).hidden_moments(experts, near)
+            moments, known = UnitMoments(*(part.to(wide_dtype(weight.device)) for part in sums)), found[which]
             found[which] = moments if known is None else known + moments
     first, second = found
     if first is None or second is None:  # one input
@@ -79,16 +77,3 @@ def measure_units(
     assert near is not None
     halves = first.in_float64(), second.in_float64()
     return halves, near.to(halves[0].sums)
-
-
-def _moments(taken: Tensor, weights: Tensor) -> UnitMoments:
-    """Return the moments over some inputs, from z (b,e,p,h) and weights (b,m,e,p)."""
-    dtype = wide_dtype(taken.device)
-    pairs = torch.einsum("bmep,bmeq->bepq", weights, weights)  # Σ w_p·w_q over tokens
-    of_terms = pairs.sum(3)
-    rows, weighted = (part.transpose(0, 1).flatten(1, 2) for part in (taken, pairs @ taken))  # (e,b·p,h)
-    return UnitMoments(
-        (rows.mT @ weighted).to(dtype),
-        torch.einsum("bep,beph->eh", of_terms, taken).to(dtype),
-        of_terms.sum((0, 2)).to(dtype),
-    )
