@@ -260,7 +260,8 @@ class Method(Record, frozen=True):
 
     def __str__(self) -> str:
         rank = "" if self.rank is None else f" of rank {self.rank}"
-        return f"scope {self.scope}, signal {self.signal} and compensation {self.compensate}{rank}"
+        width = "" if self.width is None else f" with {self.width} of the hidden units"
+        return f"scope {self.scope}, signal {self.signal} and compensation {self.compensate}{rank}{width}"
 
 
 class Wanted(Record, frozen=True):

@@ -51,7 +51,7 @@ class UnitMoments(NamedTuple):
 
 
 def measure_units(
-    stage: Stage, layer: MoELayer, experts: slice, near_means: bool
+    stage: Stage, layer: MoELayer, experts: range, near_means: bool
 ) -> tuple[tuple[UnitMoments, UnitMoments], Tensor]:
     """Return the moments of some of a layer's experts on either half of the inputs.
 
@@ -59,16 +59,16 @@ def measure_units(
     in float32 variances that are small beside the means would otherwise be lost. Returns these points, too (e,h);
     zeros without. All in float64.
     """
-    width = layer.fc2_weight.shape[2]
-    near = None if near_means else layer.fc2_weight.new_zeros(layer.fc2_weight[experts].shape[0], width).float()
+    weight = layer.fc2_weight
+    near = None if near_means else weight.new_zeros(len(experts), weight.shape[2], dtype=torch.float32)
     found: list[UnitMoments | None] = [None, None]
     for members, seen, _ in stage.observe(layer):
         for which, places in enumerate(members):
-            if len(places):
-                near, sums = seen.select(places).hidden_moments(experts, near)
-                moments = UnitMoments(*(part.to(wide_dtype(part.device)) for part in sums))
-                known = found[which]
-                found[which] = moments if known is None else known + moments
+            if not len(places):
+                continue
+            near, sums = seen.select(places).hidden_moments(experts, near)
+            moments, known = UnitMoments(*(part.to(wide_dtype(weight.device)) for part in sums)), found[which]
+            found[which] = moments if known is None else known + moments
     first, second = found
     if first is None or second is None:  # one input
         first = second = first or second

@@ -71,24 +71,6 @@ class Observation:
             of_expert_inputs = torch.einsum("bjp,bjph->bjh", weights.sum(1), some).flatten(1).mT @ inputs
             yield rows, of_expert, of_expert_inputs
 
-    def hidden_moments(self, experts: slice, near: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return sums over tokens of what some experts' last linears take: Σ r·rᵀ (e,h,h), Σ s·r (e,h) and Σ s² (e).
-
-        r is the sum over an expert's terms of weight × z, s that of the weights. z are taken as differences from
-        points near their means (e,h); near: None for the means of these inputs. Returns near, too.
-        """
-        assert self.hidden is not None
-        assert self.slot_inputs is not None
-        taken = self.hidden(self.slot_inputs).float()
-        weights = self._of_outputs(self.weights)[:, :, : taken.shape[1]].float()  # (b,m,e,p)
-        taken, weights = taken[:, experts], weights[:, :, experts]
-        near = taken.mean((0, 2)) if near is None else near
-        taken = taken - near[:, None]
-        pairs = torch.einsum("bmep,bmeq->bepq", weights, weights)
-        of_terms = pairs.sum(3)
-        rows, weighted = (part.transpose(0, 1).flatten(1, 2) for part in (taken, pairs @ taken))  # (e,b·p,h)
-        return near, (rows.mT @ weighted, torch.einsum("bep,beph->eh", of_terms, taken), of_terms.sum((0, 2)))
-
     def term_weights(self) -> Tensor:
         """Return the weights (b,m,n·p), zero for terms that ran for their own input."""
         weights = self.weights.float()

@@ -127,10 +127,10 @@ class RoutedRows(Observation):
             of_tokens = of_inputs[torch.arange(first, first + len(here), device=tokens.device) // m]
             yield flat, flat.mT @ here, flat.mT @ of_tokens
 
-    def hidden_moments(self, experts: slice, near: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def hidden_moments(self, experts: range, near: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Return sums over the rows of some experts, see Observation."""
         found, points = [], []
-        for place, j in enumerate(range(len(self.rows.counts))[experts]):
+        for place, j in enumerate(experts):
             rows = self.rows.slices[j]
             taken, weight = self.row_hidden(self._inputs(rows), j).float(), self.row_weights[rows].float().square()
             empty = taken.new_zeros(taken.shape[1])
@@ -138,7 +138,8 @@ class RoutedRows(Observation):
             around = taken - points[-1]
             weighted = around * weight[:, None]
             found.append((weighted.mT @ around, weighted.sum(0), weight.sum()))
-        return torch.stack(points), tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+        power, sums, weights = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return torch.stack(points), (power, sums, weights)
 
     def term_sums(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums over rows of w (n,1), of w·f (n,1,o) and of w·|f|² (n,1)."""

@@ -55,14 +55,14 @@ def _fewer_units(stage: Stage, plan: LayerPlan) -> FewerUnits:
     has_bias, overfitting = "fc2_bias" in dense, 0.0
     step = max(1, HELD // (2 * 8 * layer.fc2_weight.shape[2] ** 2))
     for start in range(0, plan.k, step):
-        some = slice(start, start + step)
+        some = range(start, min(start + step, plan.k))
         halves, near = measure_units(stage, layer, some, near_means=has_bias)
         if not all(part.isfinite().all() for half in halves for part in half):
             raise MoepruneError(
                 f"hidden units of layer `{stage.name}` cannot be chosen: numbers are NaN or infinite",
                 "check the checkpoint, or use `--dtype float32`",
             )
-        own = {name: tensor[some] for name, tensor in dense.items()}
+        own = {name: tensor[some.start : some.stop] for name, tensor in dense.items()}
         weight = own["fc2_weight"].to(near)
         ridge, more = choose_ridge(halves, weight, plan.width, has_bias)
         overfitting += more
