@@ -71,6 +71,26 @@ class Observation:
             of_expert_inputs = torch.einsum("bjp,bjph->bjh", weights.sum(1), some).flatten(1).mT @ inputs
             yield rows, of_expert, of_expert_inputs
 
+    def hidden_moments(self, experts: range, near: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Return sums over tokens of what the last linears of some of the experts that have weights take.
+
+        Of r·rᵀ (e,h,h), s·r (e,h) and s² (e), where r is the sum over terms of weight × hidden units, these as the
+        difference from a point (e,h) near their mean, and s the sum of weights. near: None for the mean of these
+        inputs. Returns near, too.
+        """
+        assert self.hidden is not None
+        assert self.slot_inputs is not None
+        some = slice(experts.start, experts.stop)
+        taken = self.hidden(self.slot_inputs)[:, some].float()  # (b,e,p,h)
+        weights = self._of_outputs(self.weights)[:, :, some].float()
+        near = taken.mean((0, 2)) if near is None else near
+        taken = taken - near[:, None]
+        pairs = torch.einsum("bmep,bmeq->bepq", weights, weights)
+        of_terms = pairs.sum(3)
+        rows, weighted = (part.transpose(0, 1).flatten(1, 2) for part in (taken, pairs @ taken))  # (e,b·p,h)
+        sums = torch.einsum("bep,beph->eh", of_terms, taken)
+        return near, (rows.mT @ weighted, sums, of_terms.sum((0, 2)))
+
     def term_weights(self) -> Tensor:
         """Return the weights (b,m,n·p), zero for terms that ran for their own input."""
         weights = self.weights.float()
