@@ -32,8 +32,9 @@ digits the paper's rule kept 97 % of the accuracy and more above it, 44 to 84 % 
 (tests/benchmarks/sharpness.py)."""
 
 AXES = {
-    "mean_mass": "n", "term_mean": "npo", "deviation": "n", "frequency": "n", "reap": "n", "max_mass": "n", "rank_frequency": "nn",
-    "kept_mass": "n", "experts_for_mass": "l", "class_mass": "cn", "explained": "e", "sensitivity": "",
+    "mean_mass": "n", "term_mean": "npo", "deviation": "n", "frequency": "n", "reap": "n", "max_mass": "n",
+    "rank_frequency": "nn", "kept_mass": "n", "experts_for_mass": "l", "class_mass": "cn", "explained": "e",
+    "sensitivity": "",
     **dict.fromkeys(("gram", "gram_renorm", "gram_mean", "gram_lstsq", "gram_affine"), "nn"),
 }  # fmt: skip
 """The axes of each statistic of a layer; l: MASS_LEVELS, c: classes, e: 3."""

@@ -111,6 +111,11 @@ class GatedMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="
         """False: the output for a token must not depend on others, which may come after it."""
         return False
 
+    @property
+    def refits_by_expert(self) -> bool:
+        """True: a token's output is the sum of rows of its experts."""
+        return True
+
     def router_shapes(self, num_experts: int) -> Shapes:
         """Return the tensors of the router if it has rows for so many experts."""
         shapes: Shapes = {"router_weight": (num_experts, self.dim)}

@@ -124,6 +124,11 @@ class LayerConfig:
         return True
 
     @property
+    def refits_by_expert(self) -> bool:
+        """True if `renorm-refit` can refit experts one after the other, so that any number is possible."""
+        return False
+
+    @property
     def mixes_batch(self) -> bool:
         """True if the output for one input depends on the others in the batch."""
         return False

@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     @property
     def experts(self) -> Tensor:
         """The expert of each row (r)."""
-        counts = torch.tensor(self.counts, device=self.tokens.device)
+        counts = torch.tensor(self.counts, dtype=torch.int64, device=self.tokens.device)
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(self.tokens))
 
     @property
@@ -154,7 +154,7 @@ class RoutedRows(Observation):
         most = int(each.max()) if len(tokens) else 0
         place = torch.arange(len(tokens), device=tokens.device) - first[tokens]  # among the rows of its token
         total = added.new_zeros(n * n, dtype=dtype)
-        step = max(1, WORKSPACE // max(1, most * (added.shape[1] + most)))
+        step = max(1, min(t, WORKSPACE // max(1, most * (added.shape[1] + most))))
         bounds = torch.searchsorted(tokens, torch.arange(0, t + step, step, device=tokens.device)).tolist()
         for chunk, (start, stop) in enumerate(itertools.pairwise(bounds)):
             where = tokens[start:stop] - chunk * step, place[start:stop]

@@ -9,7 +9,8 @@ before it broke. One regression of T on
     affine         the same, the layer's input X, the mean of its tokens, and 1
     refit          the same, and what the kept experts' last linears take, times the experts' weights, which changes
                    these linears and costs nothing at inference
-    renorm-refit   what the last linears take and their biases alone, with weights over kept experts
+    renorm-refit   what the last linears take and their biases alone, with weights over kept experts; beyond
+                   MAX_REGRESSORS expert by expert, where tokens choose experts
     linear         X, the mean of its tokens, and 1 alone: Y' = 0
 
 is added to what the layer has. With `low-rank` dropped experts first become affine maps of their inputs s, fitted to
@@ -35,6 +36,7 @@ from moeprune.layers.layer import MoELayer, layer_of_tensors
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.plan import REFITS, LayerPlan, Plan
 from moeprune.pruning.low_rank import fit_low_rank
+from moeprune.pruning.refit import refit_by_expert
 from moeprune.pruning.results import FitQuality
 
 MAX_REGRESSORS = 4096  # regressors that a refit takes at most: their Gram matrix is held in float64, and decomposed
@@ -48,25 +50,36 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
     plan = wanted if wanted.is_low_rank else wanted.replace(rank=None, energy=None)
     layer = prune_layer(stage.layer, plan, calibrated)
     beside = fit_low_rank(stage, layer) if plan.is_low_rank else 0.0
-    found, power = regress(stage, layer)
-    if not (math.isfinite(found.held_out) and found.solution.isfinite().all()):
-        raise MoepruneError(
-            f"the compensation of layer `{stage.name}` cannot be fitted: numbers are NaN or infinite",
-            "check the analysis and the checkpoint, or use `--dtype float32`",
-        )
-    correct(layer, found.solution)
-    left_out = 0.0
-    if wanted != plan:
-        hidden = layer.regressor_kinds().get("hidden", 0)
-        layer, left_out = narrowed(layer, wanted, power[hidden:, hidden:], tokens)
+    kinds, left_out = layer.regressor_kinds(), 0.0
+    if layer.config.refits_by_expert and kinds.get("hidden", 0) > MAX_REGRESSORS:
+        errors = refit_by_expert(stage, layer)
+        require_fitted(stage.name, errors[1], layer.fc2_weight)
+    else:
+        found, power = regress(stage, layer)
+        errors = found.fitted, found.held_out
+        require_fitted(stage.name, found.held_out, found.solution)
+        correct(layer, found.solution)
+        if wanted != plan:
+            hidden = kinds.get("hidden", 0)
+            layer, left_out = narrowed(layer, wanted, power[hidden:, hidden:], tokens)
+    fitted, held_out = (max(error, 0.0) + left_out for error in errors)
     quality = FitQuality(
         samples=sum(len(halt.expected) for halt in stage.halts) // stage.layer.config.windows,
         rows=sum(halt.expected.shape[:-1].numel() for halt in stage.halts),
-        regressors=len(power),
-        fitted_error=(max(found.fitted, 0.0) + left_out) / stage.power,
-        held_out_error=(max(found.held_out, 0.0) + left_out + beside) / stage.power,
+        regressors=sum(kinds.values()),
+        fitted_error=fitted / stage.power,
+        held_out_error=(held_out + beside) / stage.power,
     )
     return layer, quality
+
+
+def require_fitted(name: str, error: float, solution: Tensor) -> None:
+    """Raise a MoepruneError if the error of a layer's fit, or its solution, is not finite."""
+    if not (math.isfinite(error) and solution.isfinite().all()):
+        raise MoepruneError(
+            f"the compensation of layer `{name}` cannot be fitted: numbers are NaN or infinite",
+            "check the analysis and the checkpoint, or use `--dtype float32`",
+        )
 
 
 def regress(stage: Stage, layer: MoELayer) -> tuple[Fit, Tensor]:
@@ -107,15 +120,13 @@ def too_large_refits(
     found = {}
     for name, layer in plan.items():
         config, count = configs[name], layer.k * configs[name].expert_width
-        if layer.compensation == "renorm-refit" and "fc2_bias" in configs[name].expert_shapes(1):
+        if not (layer.compensation in REFITS and layer.drops) or config.refits_by_expert:
+            continue
+        if layer.compensation == "renorm-refit" and "fc2_bias" in config.expert_shapes(1):
             count += layer.k
         if layer.compensation == "refit":
             count += config.num_experts * config.terms_per_expert + 2 * config.dim + 1
-        if (
-            layer.compensation in REFITS
-            and layer.drops
-            and count > (most or {}).get(layer.compensation, MAX_REGRESSORS)
-        ):
+        if count > (most or {}).get(layer.compensation, MAX_REGRESSORS):
             found[name] = count
     return found
 
