@@ -14,7 +14,7 @@ from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.models import language
 from moeprune.models.folders.layout import read_folder
-from tests.architectures import CASES, language_model, load, tensors_of
+from tests.architectures import BASE, CASES, language_model, load, tensors_of
 from tests.language import V, make_tokenizer, write_lines
 
 pytest.importorskip("transformers")
@@ -153,17 +153,38 @@ def test_quantised_folders_are_sliced_but_not_opened(folder, run, tmp_path):
 
 
 def test_without_transformers_folders_are_sliced_but_not_opened(folder, run, tmp_path, monkeypatch):
+    source = folder("mixtral")
     monkeypatch.setitem(sys.modules, "transformers", None)
     language._transformers.cache_clear()
-    assert run("prune", folder("mixtral"), "--keep", "1/2", *BLIND, "-o", tmp_path / "pruned").code == 0
+    assert run("prune", source, "--keep", "1/2", *BLIND, "-o", tmp_path / "pruned").code == 0
     with pytest.raises(MoepruneError, match="needs the package transformers"):
-        moeprune.load(folder("mixtral"))
+        moeprune.load(source)
 
 
 def test_what_only_other_checkpoints_can_do_is_refused(folder, run, tmp_path):
     found = run("export", folder("mixtral"), "--to", "soft-moe", "-o", tmp_path / "out.safetensors")
-    assert (found.code, "is a folder of transformers already" in found.stderr) == (2, True)
+    assert (found.code, "is a folder of transformers already" in found.stderr) == (2, True), found.stderr
     pruned = moeprune.prune(moeprune.load(folder("mixtral")), keep="1/2", signal="random", compensate="none")
     with pytest.raises(MoepruneError, match="a folder of transformers holds no other"):
         moeprune.save(pruned, tmp_path / "pruned")
     assert not (tmp_path / "pruned").exists()
+
+
+def test_the_language_part_of_a_model_that_takes_images_is_pruned_and_opened(run_json, tmp_path):
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = BASE | CASES["qwen3_moe"]
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 16}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(tmp_path / "full")
+    tokens = torch.arange(3, 27).view(2, 12)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(moeprune.load(tmp_path / "full")(tokens), expected, atol=1e-5, rtol=0)
+    report = run_json("prune", tmp_path / "full", "--keep", "1/2", *BLIND, "-o", tmp_path / "pruned")
+    assert [*report["plan"]] == ["model.language_model.layers.0.mlp", "model.language_model.layers.1.mlp"]
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    assert not any(info.values()), info

@@ -101,7 +101,7 @@ class ModelFolder:
     path: Path
     config: dict[str, Any]
     language: dict[str, Any]
-    shards: dict[str, set[str] | None]  # names of files, and of their tensors, if an index has them
+    shards: dict[str, set[str] | None]  # names of files, and of their tensors, if an index has them to compare
     layers: dict[str, FolderLayer] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     parts: Counter[str] = field(default_factory=Counter)
@@ -132,12 +132,13 @@ class ModelFolder:
         return next(iter(self.layers.values())).top_k
 
     def headers(self) -> Iterator[Header]:
-        """Yield the header of each shard, checked against the index."""
+        """Yield the header of each shard, checked against the index the first time."""
         for name, expected in self.shards.items():
             header = read_header(self.path / name)
             if expected is not None and (wrong := sorted(expected ^ header.tensors.keys())):
                 message = f"`{self.path / name}` does not fit `{INDEX}`: only one of them has {listed(wrong, 3)}"
                 raise MoepruneError(message, "index and shards are of different models or damaged; fetch both again")
+            self.shards[name] = None  # names may be many
             yield header
 
     def role(self, name: str, info: TensorInfo) -> Role | None:
