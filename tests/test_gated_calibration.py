@@ -1,5 +1,6 @@
 """Gated layers go through analyze, prune, save, load and eval; what is summed and fitted is what formulas say."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -187,6 +188,28 @@ def test_auto_tries_what_the_family_can_do(folder, run_json):
     tried = {each["compensate"] for each in found["candidates"]}
     assert tried == {"mean", "lstsq", "affine", "renorm-refit", "low-rank"}
     assert sum(each["is_chosen"] for each in found["candidates"]) == 1
+
+
+def test_ways_that_keep_too_few_experts_for_a_token_are_left_out(folder, run_json, run):
+    full, analysis = folder / "full.safetensors", folder / "c.safetensors"
+    run_json(f"analyze {full} --data {folder}/calibration.npz -o {analysis} --model {FACTORY}")
+    found = run_json(f"prune {full} --analysis {analysis} --keep 2 -o {folder}/few.safetensors --model {FACTORY}")
+    assert {each["compensate"] for each in found["candidates"]} == {"mean", "lstsq", "affine", "low-rank"}
+    budget = f"--max-size 50% --compensate renorm -o {folder}/budget.safetensors --model {FACTORY}"
+    run_json(f"prune {full} --analysis {analysis} {budget}")
+    plan = moeprune.load(folder / "budget.safetensors", FACTORY).plan
+    assert all(layer.k >= K for layer in plan.values())
+    way = f"--sweep 1/4,1/2 --analysis {analysis} --data {folder}/test.npz --signal reap --compensate renorm"
+    result = run(f"eval {full} {way} --model {FACTORY} --output-format json")
+    assert "left out: static by reap, renorm at 1/4" in result.stderr
+    assert {row["keep"] for row in json.loads(result.stdout)["rows"]} == {"1.0", "1/2"}
+
+
+def test_budgets_keep_equally_many_experts_of_each_group():
+    model = moeprune.adopt(build(SIGMOID), (1, 4, 4))
+    pruned = moeprune.prune(model, max_size=0.8, compensate="renorm", data=torch.randn(60, 1, 4, 4), runtime=CPU)
+    for layer in pruned.plan.values():
+        assert len({sum(j // 2 == group for j in layer.kept) for group in range(4)}) == 1
 
 
 def test_streaming_gives_what_pruning_in_memory_gives(folder, run_json):

@@ -20,7 +20,7 @@ from moeprune.models.model import Model, dataset_for, require_dense_layers
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Method, Plan
+from moeprune.plan import Method, Plan, parse_keep, uniform_plan
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, repeat
 from moeprune.pruning.budgets import plans_within_budget
@@ -167,8 +167,9 @@ def plans_of(
     is_budget = request.max_size is not None or request.max_flops is not None
     ways = methods(request.wanted, layers, has_data, request.one_shot or request.output is None, is_budget)
     if not is_budget:
-        plans = [full_plan(layers, request.keep or "1.0", None, method) for method in ways]
-        return affordable(plans, layers), analysis
+        keep = parse_keep(request.keep or "1.0")
+        plans = affordable([uniform_plan(layers, keep, method) for method in ways], layers)
+        return [full_plan(layers, None, plan, Method()) for plan in plans], analysis
     if analysis is not None:
         require_analysis_of(layers, full.fingerprint, analysis)
     elif data is not None and request.wanted.concrete_scope == "static":
