@@ -277,7 +277,7 @@ def test_experts_refitted_one_after_the_other_come_close_to_all_at_once(config, 
     alone, _, _, of_alone = first_layer(config, "renorm-refit")
     error = float((alone(tokens) - dense(tokens)).square().sum() / dense(tokens).square().sum())
     assert error == pytest.approx(of_alone["fitted_error"], rel=1e-3)
-    assert 0.7 < of_alone["held_out_error"] / fit["held_out_error"] < 1.3
+    assert 0.7 < of_alone["held_out_error"] / fit["held_out_error"] < 1.5
     others = first_layer(config, "renorm-refit", batch_size=7)[0]
     torch.testing.assert_close(others(tokens), alone(tokens), rtol=1e-3, atol=1e-3)
 
