@@ -308,8 +308,14 @@ def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
             raise MoepruneError(f"the plan names layer `{name}`, which is not in the model", hint)
         if (planned := layer.num_experts) != (n := layers[name].num_experts):
             raise MoepruneError(f"the plan of layer `{name}` is for {planned} experts, the layer has {n}")
-        if reason := layers[name].refusal(layer):
-            raise MoepruneError(f"layer `{name}` {reason}")
+    if reason := refusal(plan, layers):
+        raise MoepruneError(reason)
+
+
+def refusal(plan: Plan, layers: Mapping[str, Any]) -> str | None:
+    """Return why a layer of the model (LayerConfig) cannot be pruned by its plan, None if all can."""
+    reasons = ((name, layers[name].refusal(layer)) for name, layer in plan.items())
+    return next((f"layer `{name}` {reason}" for name, reason in reasons if reason), None)
 
 
 def plan_from_json(value: Any) -> Plan:

@@ -272,3 +272,6 @@ def test_weights_are_used_where_they_lie():
     same = layer_of_tensors(layer.config, None, tensors)
     assert same.fc1_weight.data_ptr() == tensors["fc1_weight"].data_ptr()
     torch.testing.assert_close(same(tokens()), layer(tokens()))
+    kept = prune_layer(same, plan("renorm"))
+    assert kept.fc1_weight.mT.is_contiguous()  # as products are fastest
+    torch.testing.assert_close(kept(tokens()), prune_layer(layer, plan("renorm"))(tokens()))

@@ -160,7 +160,7 @@ class GatedMoE(MoELayer):
             rows = every.of_experts(first, len(experts.fc2_weight))
             taken = self._taken(tokens[rows.tokens], routing.gates.flatten()[rows.pairs])
             found = experts.run(taken, functools.partial(grouped_linear, rows.counts))
-            output = output.index_add(0, rows.tokens, found * weights[rows.pairs, None])
+            output.index_add_(0, rows.tokens, found * weights[rows.pairs, None])
             outputs = found if first == 0 else outputs
         return output, (shown, outputs)
 

@@ -85,7 +85,8 @@ def prune_layer(layer: MoELayer, plan: LayerPlan, calibrated: Calibrated = Calib
     def take(name: str, axis: int | None, experts: Sequence[int]) -> Tensor:
         if axis is None:
             return dense[name]
-        return dense[name].index_select(axis, torch.tensor(experts, dtype=torch.int64, device=like.device))
+        index = torch.tensor(experts, dtype=torch.int64, device=like.device)
+        return dense[name][index] if axis == 0 else dense[name].index_select(axis, index)  # in the same memory format
 
     tensors = prune_tensors(layer.config, plan, take, like, calibrated)
     if plan.merges:

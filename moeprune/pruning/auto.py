@@ -25,7 +25,7 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime, by_rows
-from moeprune.plan import RANK, REFITS, WITH_RANK, Compensation, Method, Plan, Scope, Wanted, is_possible
+from moeprune.plan import RANK, REFITS, WITH_RANK, Compensation, Method, Plan, Scope, Wanted, is_possible, refusal
 from moeprune.pruning.apply import Pruning, apply_plan
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Candidate, Repeats
@@ -121,9 +121,12 @@ def _ranks(wanted: Wanted, layers: Mapping[str, LayerConfig], ranks: Sequence[in
 
 
 def affordable(plans: Sequence[Plan], layers: Mapping[str, LayerConfig]) -> list[Plan]:
-    """Return the plans whose refits are not too large, or the first one; of several, also not too costly."""
+    """Return the plans that layers can be pruned by and whose refits are not too large, or the first one; of several,
+    also not too costly.
+    """
     most = dict.fromkeys(REFITS, MOST_REGRESSORS) if len(plans) > 1 else {}
-    return [plan for plan in plans if not too_large_refits(layers, plan, most)] or [*plans[:1]]
+    possible = [plan for plan in plans if not refusal(plan, layers)]
+    return [plan for plan in possible if not too_large_refits(layers, plan, most)] or [*(possible or plans)[:1]]
 
 
 def choose(

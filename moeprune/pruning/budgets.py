@@ -36,7 +36,7 @@ class Costs(NamedTuple):
     """The cost of a model under every plan of one scope and compensation, in bytes or FLOPs.
 
     full: of the unpruned model. rest: of what is in no MoE layer. layers: of each layer with k = 0…n experts; infinite
-    for k = 0, unless the method can do without experts.
+    where it cannot be pruned so, and for k = 0, unless the method can do without experts.
     """
 
     full: float
@@ -53,9 +53,12 @@ def costs_of(config: ModelConfig, method: Method, tensors: Mapping[str, TensorIn
     method, cost = method.replace(mass=None, energy=None), partial(_cost, config, tensors)
     layers, least = {}, 0 if method.scope == "static" and method.compensate in EMPTY and method.width is None else 1
     for name, layer in config.moe_layers.items():
-        is_static, counts = method.scope == "static", range(least, layer.num_experts + 1)
-        plans = (method.plan_of(layer, name, k, tuple(range(k)) if is_static else None) for k in counts)
-        layers[name] = [*[math.inf] * least, *(float(cost(name, plan)) for plan in plans)]
+        is_static = method.scope == "static"
+        layers[name] = [math.inf] * least
+        for k in range(least, layer.num_experts + 1):
+            is_refused = layer.refusal(method.plan_of(layer, name, k))
+            plan = method.plan_of(layer, name, k, tuple(range(k)) if is_static else None)
+            layers[name].append(math.inf if is_refused else float(cost(name, plan)))
     full = config.flops({}).total if tensors is None else sum(tensor.nbytes for tensor in tensors.values())
     return Costs(full, full - sum(cost(name, None) for name in layers), layers)
 
@@ -133,6 +136,8 @@ def plans_within(
     smallest = min(costs.of(experts) for experts in uniform)
     if method.scope == "static":
         smallest = costs.rest + math.fsum(min(layer) for layer in costs.layers.values())
+    if smallest == math.inf:
+        require_fitting_plan({name: method.plan(n, n) for name, n in sizes.items()}, config.moe_layers)
     if is_share:
         budget *= costs.full
     if smallest > budget:

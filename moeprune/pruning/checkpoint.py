@@ -33,7 +33,7 @@ from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.prune import plans_of, prune_model
 from moeprune.pruning.request import PruneRequest, SweepRequest
 from moeprune.pruning.results import FitQuality, Pruned, Sweep
-from moeprune.pruning.sweep import COMPENSATIONS_TRIED, KEEPS, Variant, grid, methods, on_frontier, sweep
+from moeprune.pruning.sweep import COMPENSATIONS_TRIED, KEEPS, Variant, grid, methods, on_frontier, possible_ways, sweep
 from moeprune.records import to_json
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def _ways(request: SweepRequest, model: Model) -> list[Variant]:
     """Return what to try; warn of what is left out."""
     layers, keeps = model.config.moe_layers, request.keeps or KEEPS
     if not (request.scope or request.signal or request.compensate):
-        return list(methods(keeps, layers))
+        return possible_ways(list(methods(keeps, layers)), layers)
     possible = [scope for scope in SCOPES if all(scope in layer.scopes for layer in layers.values())]
     known = [signal for signal in SIGNALS if all(signal in layer.signals for layer in layers.values())]
     signals, compensations = request.signal or known, request.compensate or COMPENSATIONS_TRIED
@@ -182,9 +182,9 @@ def _ways(request: SweepRequest, model: Model) -> list[Variant]:
             "no way to prune has such a scope, signal and compensation",
             "`gram`, refits, `linear` and `merge` need scope static, and `merge` does not go with `gram`",
         )
-    left_out = [way for way in ways if any(compensation.too_large_refits(layers, plan) for plan in way.plans(layers))]
-    if left_out:
-        shares = ", ".join(dict.fromkeys(str(way.keep) for way in left_out))
+    too_large = [way for way in ways if any(compensation.too_large_refits(layers, plan) for plan in way.plans(layers))]
+    if too_large:
+        shares = ", ".join(dict.fromkeys(str(way.keep) for way in too_large))
         most = compensation.MAX_REGRESSORS
         logger.warning(f"refits are left out at {shares}: they would take more than {most:,} regressors")
-    return [way for way in ways if way not in left_out]
+    return [way for way in possible_ways(ways, layers) if way not in too_large]

@@ -20,7 +20,7 @@ from moeprune.models.model import Model, dataset_for, require_dense_layers
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Method, Plan, Wanted, experts_to_keep, parse_keep
+from moeprune.plan import Method, Plan, Wanted, experts_to_keep, parse_keep, uniform_plan
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, narrower, repeat, without_dropping
 from moeprune.pruning.budgets import narrower_within, plans_within_budget
@@ -174,8 +174,8 @@ def plans_of(
     else:
         ways = methods(wanted, layers, has_data, one_shot, is_budget)
     if not is_budget:
-        plans = [full_plan(layers, keep, None, method) for method in ways]
-        return affordable(plans, layers), analysis
+        plans = affordable([uniform_plan(layers, keep, method) for method in ways], layers)
+        return [full_plan(layers, None, plan, Method()) for plan in plans], analysis
     if analysis is not None:
         require_analysis_of(layers, full.fingerprint, analysis)
     elif data is not None and request.wanted.concrete_scope == "static":

@@ -14,13 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moeprune.calibration.ridge import Equations, solve_held_out
+from moeprune.calibration.ridge import Equations, Fit, column_scale, solve, solve_held_out
 from moeprune.calibration.sums import wide_dtype
 from moeprune.calibration.walk import Stage
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.routed_rows import RoutedRows
 
 SWEEPS, ENOUGH = 8, 0.01  # over all experts, at most; until one lowers the error by less than this share
+CHOOSING = 2  # sweeps that choose ridges anew: later ones take those of the last
 
 
 class _Batch(NamedTuple):
@@ -40,16 +41,19 @@ def refit_by_expert(stage: Stage, layer: MoELayer) -> tuple[float, float]:
     bias = getattr(layer, "fc2_bias", None)
     experts, width, h = layer.fc2_weight.shape
     changes = torch.zeros(experts, h + (bias is not None), width, device=layer.fc2_weight.device)
-    left = _square(batches)
-    for _ in range(SWEEPS):
-        errors = [_refit(batches, j, change, bias is not None) for j, change in enumerate(changes)]
+    left, fits = _square(batches), list[Fit | None]([None] * experts)
+    for sweep in range(SWEEPS):
+        fits = [
+            _refit(batches, j, changes[j], bias is not None, None if sweep < CHOOSING else fit)
+            for j, fit in enumerate(fits)
+        ]
         before, left = left, _square(batches)
         if not left < (1 - ENOUGH) * before:
             break
     layer.fc2_weight = torch.nn.Parameter(layer.fc2_weight + changes[:, :h].mT.to(layer.fc2_weight), False)
     if bias is not None:
         layer.fc2_bias = torch.nn.Parameter(bias + changes[:, h].to(bias), False)
-    return left, left + max(sum(held_out - fitted for fitted, held_out in errors), 0.0)
+    return left, left + max(sum(fit.held_out - fit.fitted for fit in fits if fit is not None), 0.0)
 
 
 def _batches(stage: Stage, layer: MoELayer) -> Iterator[_Batch]:
@@ -65,10 +69,10 @@ def _square(batches: list[_Batch]) -> float:
     return sum(float(batch.lacking.square().sum(dtype=wide_dtype(batch.lacking.device))) for batch in batches)
 
 
-def _refit(batches: list[_Batch], expert: int, change: Tensor, has_bias: bool) -> tuple[float, float]:
+def _refit(batches: list[_Batch], expert: int, change: Tensor, has_bias: bool, known: Fit | None) -> Fit:
     """Fit the change of one expert's last linear (h,o), with its bias in the last row, in place.
 
-    Returns the squared errors of fits to one half of its rows, on that half and on the other, both ways.
+    known: an earlier fit whose ridges are taken. Returns the fit that chose them.
     """
     size, width = change.shape
     dtype = wide_dtype(change.device)
@@ -91,9 +95,15 @@ def _refit(batches: list[_Batch], expert: int, change: Tensor, has_bias: bool) -
     sums = power.to("cpu", torch.float64), cross.to("cpu", torch.float64), square.tolist()
     halves = [Equations(*parts) for parts in zip(*sums, strict=True)]
     kinds = [size - 1, 1] if has_bias else [size]
-    found = solve_held_out((halves[0], halves[1]), kinds)
-    update = found.solution.to(change) - change
+    if known is None or known.ridges is None:
+        known = solve_held_out((halves[0], halves[1]), kinds)
+        solution = known.solution
+    else:
+        both = halves[0] + halves[1]
+        scale = column_scale(both.power, kinds)
+        solution = solve(both.scaled(scale), known.ridges) / scale[:, None]
+    update = solution.to(change) - change
     for (_, lacking, _), (tokens, hidden) in zip(batches, taken, strict=True):
         lacking.index_add_(0, tokens, hidden @ update, alpha=-1)
     change += update
-    return found.fitted, found.held_out
+    return known._replace(solution=change[:0])

@@ -1,5 +1,6 @@
 """Many ways to prune one model, each evaluated on the same data, with random experts as a control."""
 
+import logging
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -15,12 +16,13 @@ from moeprune.evaluation.results import Difference, ModelFigures
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, require_dense_layers
 from moeprune.models.runtime import Runtime
-from moeprune.plan import COMPENSATIONS, REFITS, Plan, Wanted, is_possible, keep_to_text, uniform_plan
+from moeprune.plan import COMPENSATIONS, REFITS, Plan, Wanted, is_possible, keep_to_text, refusal, uniform_plan
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data
 from moeprune.pruning.auto import affordable, choose, half
 from moeprune.pruning.auto import methods as ways_of
 from moeprune.pruning.results import OnFrontier, SweepRow
 
+logger = logging.getLogger(__name__)
 RANDOM_DRAWS = 10
 CONTROLS = ("none", "affine", "linear")  # compensations without any expert
 COMPENSATIONS_TRIED = tuple(name for name in COMPENSATIONS if name not in ("linear", "merge"))  # in a grid by default
@@ -76,6 +78,15 @@ def grid(
             yield Variant(0, control_scope, "combine", compensate)
     if "linear" in compensations:
         yield Variant(0, "static", "combine", "linear")
+
+
+def possible_ways(ways: Sequence[Variant], layers: Mapping[str, LayerConfig]) -> list[Variant]:
+    """Return the ways in which layers can be pruned; warn of those that are left out for the number of experts."""
+    reasons = {way: next(filter(None, (refusal(plan, layers) for plan in way.plans(layers))), None) for way in ways}
+    for reason in dict.fromkeys(filter(None, reasons.values())):
+        left_out = [f"{way.label} at {way.keep}" for way in ways if reasons[way] == reason]
+        logger.warning(f"left out: {', '.join(left_out)}: {reason}")
+    return [way for way in ways if reasons[way] is None]
 
 
 def methods(keeps: Keeps, layers: Mapping[str, LayerConfig]) -> Iterator[Variant]:
