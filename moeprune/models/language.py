@@ -93,7 +93,8 @@ class LanguageModel(Model):
     def _shapes(self, settings: Mapping[str, Any]) -> dict[str, torch.Size]:
         """Return the shapes of the tensors that transformers builds for a config, by its names of them."""
         transformers = _transformers()
-        with _quiet(transformers), torch.device("meta"):
+        failed = f"transformers cannot build `{self.folder.path}` with experts of another width", "leave `--width` out"
+        with _quiet(transformers), user_code(*failed), torch.device("meta"):
             config = transformers.AutoConfig.for_model(**settings)
             if not isinstance(config, type(self.module.config)):
                 config = config.get_text_config()  # of a model that also takes images
