@@ -18,15 +18,16 @@ from moeprune.files.disk import read_json
 from moeprune.layers.interface import Usage
 from moeprune.layers.layer import layer_of_tensors
 from moeprune.models.description import Details
+from moeprune.models.folders.experts import expert_tensors
 from moeprune.models.folders.layout import PLAN, ModelFolder, read_folder
 from moeprune.models.folders.names import natural
-from moeprune.models.folders.refits import refitted_tensors
+from moeprune.models.folders.widths import keys_of_width
 from moeprune.models.folders.writing import require_fitting, write_folder
 from moeprune.models.language_config import LanguageConfig
 from moeprune.models.libraries.transformers import RoutedBlock, describe_block, is_block
 from moeprune.models.model import Model
 from moeprune.models.results import ModelCost
-from moeprune.plan import LayerPlan
+from moeprune.plan import LayerPlan, Plan
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HALF = (torch.float16, torch.bfloat16)
@@ -69,10 +70,35 @@ class LanguageModel(Model):
         n = self.folder.num_experts
         whole = dict.fromkeys(self.folder.layers, LayerPlan("static", n, n, "random", "renorm", tuple(range(n))))
         replaced, plan = dict[str, Tensor](), whole | self.plan
+        changes = self.require_writable(plan)
+        first = next(iter(plan.values()))
+        if first.width is not None or any(p.compensation == "renorm-refit" and p.drops for p in plan.values()):
+            replaced = dict(expert_tensors(self.folder, self.moe_layers))
+        write_folder(self.folder, plan, path, overwrite, self.details.provenance, replaced, changes)
+
+    def require_writable(self, plan: Plan) -> dict[str, int]:
+        """Return the keys of the folder's config that a plan's width changes, and their values.
+
+        Raises a MoepruneError if a folder cannot hold the layers that the plan makes.
+        """
         require_fitting(self.folder, plan)
-        if any(layer.compensation == "renorm-refit" and layer.drops for layer in plan.values()):
-            replaced = dict(refitted_tensors(self.folder, self.moe_layers))
-        write_folder(self.folder, plan, path, overwrite, self.details.provenance, replaced)
+        if (width := next(iter(plan.values())).width) is None:
+            return {}
+        widths = {layer.expert_width for layer in self.config.layers.values()}
+        if len(widths) > 1:
+            raise MoepruneError(f"experts have {listed(sorted(map(str, widths)))} hidden units", "leave `--width` out")
+        blocks = [place.removeprefix("module.").removesuffix(".routed") for place in self.places.values()]
+        return keys_of_width(self.folder, widths.pop(), width, blocks, self._shapes)
+
+    def _shapes(self, settings: Mapping[str, Any]) -> dict[str, torch.Size]:
+        """Return the shapes of the tensors that transformers builds for a config, by its names of them."""
+        transformers = _transformers()
+        failed = f"transformers cannot build `{self.folder.path}` with experts of another width", "leave `--width` out"
+        with _quiet(transformers), user_code(*failed), torch.device("meta"):
+            config = transformers.AutoConfig.for_model(**settings)
+            if not isinstance(config, type(self.module.config)):
+                config = config.get_text_config()  # of a model that also takes images
+            return {name: tensor.shape for name, tensor in type(self.module)(config).state_dict().items()}
 
     def get_submodule(self, target: str) -> nn.Module:
         """Return a part of the model; an MoE layer by its name in the folder, too."""

@@ -18,7 +18,6 @@ from moeprune.files.header import Header
 from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import our_header, read_description
 from moeprune.models.folders.layout import read_folder
-from moeprune.models.folders.writing import require_fitting
 from moeprune.models.inspection import Described
 from moeprune.models.language import LanguageModel
 from moeprune.models.model import Model, require_unpruned, save
@@ -61,7 +60,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     stated = None if request.plan is None else read_plan(request.plan, full.config.moe_layers)
     plans, analysis = plans_of(full, request, analysis, data, stated)
     if is_folder and isinstance(full.model, LanguageModel):
-        require_fitting(full.model.folder, plans[0])
+        full.model.require_writable(plans[0])
     plan, made, cost, fits = plans[0] if plans else {}, None, None, dict[str, FitQuality]()
     if request.output is not None:
         if full.header is not None and len(plans) == 1 and data is None and _copies(plan, request):

@@ -13,6 +13,8 @@ from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Pruned
 
+NEEDS_DATA = "dropping hidden units (`--width`) needs calibration data"
+
 
 def prune_folder(request: PruneRequest) -> Pruned:
     """Prune a folder of transformers, and write the pruned one, its plan, or both.
@@ -21,6 +23,8 @@ def prune_folder(request: PruneRequest) -> Pruned:
     calibration data, or an output cannot be written.
     """
     _require_supported(request)
+    if request.width is not None:
+        raise MoepruneError(NEEDS_DATA, "add `--data`, or `--analysis`")
     folder = read_folder(request.checkpoint.path)
     plan = decided(folder, plan_of(folder, request), request.seed)
     cost = None
@@ -59,6 +63,8 @@ def drop_in(request: PruneRequest) -> PruneRequest:
     _require_supported(request)
     if request.plan is not None:
         return request
+    if request.width is not None and request.keep is None and request.compensate in (None, "auto", "none"):
+        return request  # what can be tried without dropping experts changes no router
     if request.compensate in (None, "auto"):
         return request.replace(compensate="renorm" if request.one_shot else "renorm-refit")
     if request.compensate not in COMPENSATIONS:
@@ -96,6 +102,8 @@ def decided(folder: ModelFolder, plan: Plan, seed: int) -> Plan:
     for index, (name, layer) in enumerate(plan.items()):
         if layer.kept is None and layer.k == layer.num_experts:
             layer = layer.replace(kept=tuple(range(layer.k)))
+        if layer.width is not None:
+            raise MoepruneError(NEEDS_DATA, "add `--data`")
         if layer.kept is None and layer.signal != "random":
             hint = "add `--data`, or choose blindly: `--signal random`"
             raise MoepruneError(f"signal `{layer.signal}` needs calibration data", hint)

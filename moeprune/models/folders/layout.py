@@ -5,6 +5,7 @@ Headers are read one shard at a time and are not kept: a model may have a hundre
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,7 +77,8 @@ class FolderLayer:
 
     def refusal(self, plan: LayerPlan) -> str | None:
         """Return why the folder cannot hold the layer pruned by a plan, None if it can."""
-        if plan.scope != "static" or (plan.compensation not in COMPENSATIONS and plan.drops):
+        is_plain = plan.compensation == "none" or plan.width is None
+        if plan.scope != "static" or (plan.compensation not in COMPENSATIONS and (plan.drops or not is_plain)):
             only = "scope `static` and compensation `renorm` or `renorm-refit`: a folder of transformers holds no other"
             return f"can be pruned with {only}; the plan has `{plan.scope}` and `{plan.compensation}`"
         if plan.k < self.top_k:
@@ -188,6 +190,22 @@ class ModelFolder:
             flops_per_input=FlopsByPart(total=sum(flops.values()), **flops),
             experts_per_input=float(sum(layer.num_experts for layer in self.layers.values())),
         )
+
+
+def changed_config(folder: ModelFolder, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the config with changes in its language part."""
+    config = copy.deepcopy(folder.config)
+    next(_same(config, folder.config, folder.language)).update(changes)
+    return config
+
+
+def _same(copied: dict[str, Any], of: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the place in a copied config of a part of the original."""
+    if of is part:
+        yield copied
+    for key, value in of.items():
+        if isinstance(value, dict):
+            yield from _same(copied[key], value, part)
 
 
 class _Index(msgspec.Struct):

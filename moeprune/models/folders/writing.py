@@ -1,6 +1,5 @@
 """Write a folder of transformers with fewer experts, tensor by tensor, from the bytes of the full one."""
 
-import copy
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from moeprune.errors import MoepruneError, listed
 from moeprune.files.checkpoint import Copied, check_finite, tensor_infos, write_unscanned
 from moeprune.files.disk import check_output_folder, refused, replacing_folder, write_file
 from moeprune.files.header import Header
-from moeprune.models.folders.layout import CONFIG, COUNTS, INDEX, PLAN, SINGLE, ModelFolder
+from moeprune.models.folders.layout import CONFIG, COUNTS, INDEX, PLAN, SINGLE, ModelFolder, changed_config
 from moeprune.models.folders.names import renumbered
 from moeprune.plan import Plan, require_fitting_plan
 from moeprune.records import to_json
@@ -31,13 +30,19 @@ FEWEST_IN_GROUP = 2  # experts, by whose scores DeepSeek-V3 ranks a group
 
 
 def require_fitting(folder: ModelFolder, plan: Plan) -> None:
-    """Raise a MoepruneError if a folder cannot hold the layers that a plan makes, as many experts in each."""
+    """Raise a MoepruneError if a folder cannot hold the layers that a plan makes, as many experts of one
+    width in each.
+    """
     require_fitting_plan(plan, folder.layers)
     counts, hint = {layer.k for layer in plan.values()}, f"`{CONFIG}` has one number of experts for all layers"
+    widths = {layer.width for layer in plan.values()}
     if lacking := [name for name in folder.layers if name not in plan]:
         raise MoepruneError(f"the plan leaves out layers {listed(lacking, 3)}", f"{hint}: plan them all")
     if len(counts) > 1:
         raise MoepruneError(f"the plan keeps {min(counts)} to {max(counts)} experts", hint)
+    if len(widths) > 1:
+        found = listed(sorted("all" if width is None else str(width) for width in widths))
+        raise MoepruneError(f"the plan keeps {found} hidden units", f"`{CONFIG}` has one width for all layers")
 
 
 def write_folder(
@@ -47,21 +52,24 @@ def write_folder(
     overwrite: bool,
     provenance: Mapping[str, Any],
     replaced: Mapping[str, Tensor] | None = None,
+    changes: Mapping[str, int] | None = None,
 ) -> None:
     """Write a folder with the kept experts alone; it appears when it is complete.
 
     Args:
-        plan: of every layer, decided, of as many experts in each.
+        plan: of every layer, decided, of as many experts of one width in each.
         provenance: how the plan was made.
-        replaced: tensors to write in place of those of the same name in the output, in their types and shapes.
+        replaced: tensors to write in place of those of the same name in the output, in their types; with a width all
+            that have it.
+        changes: keys of the language config that state a width, and their values.
 
     Raises a MoepruneError if the folder cannot hold what the plan makes, or cannot be written.
     """
     check_output_folder(output, overwrite, folder.path)
     require_fitting(folder, plan)
-    k = next(iter(plan.values())).k
-    config, replaced = pruned_config(folder, k), replaced or {}
-    if k < folder.num_experts and folder.dropped:
+    config, replaced = pruned_config(folder, plan, changes or {}), replaced or {}
+    is_changed = _is_changed(plan)
+    if is_changed and folder.dropped:
         logger.warning(
             f"{listed(folder.dropped)}: layers that predict further tokens are left out: no data reaches them"
         )
@@ -70,7 +78,7 @@ def write_folder(
         _copy_others(folder, target, {CONFIG, INDEX})
         _write_shards(folder, plan, target, replaced)
         write_file(target / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        if k < folder.num_experts:
+        if is_changed:
             made = {"schema_version": 1, "plan": to_json(plan), "provenance": provenance}
             write_file(target / PLAN, json.dumps(made, indent=2, sort_keys=True) + "\n")
             card = folder.path / CARD
@@ -78,38 +86,32 @@ def write_folder(
             write_file(target / CARD, text + _section(folder, plan, provenance))
 
 
-def pruned_config(folder: ModelFolder, k: int) -> dict[str, Any]:
-    """Return the content of `config.json` for k experts in each layer.
+def pruned_config(folder: ModelFolder, plan: Plan, changes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the content of `config.json` for the experts of a plan, with other changes of its language part.
 
     Raises a MoepruneError if it names single experts, whose numbers change.
     """
-    config = copy.deepcopy(folder.config)
-    if k == folder.num_experts:
-        return config
-    if re.search(r"experts\.\d", json.dumps(config.get("quantization_config"))):
-        raise MoepruneError(
-            f"`{folder.path / CONFIG}`: `quantization_config` names single experts", "quantise it later"
-        )
-    language = next(_same(config, folder.config, folder.language))
-    language |= {key: k for key in COUNTS if key in language}
-    if (groups := next(iter(folder.layers.values())).groups) > 1:
-        size = k // groups
-        if size < FEWEST_IN_GROUP or size * int(language.get("topk_group") or groups) < folder.top_k:
-            logger.warning(f"groups of {size} experts are too few to choose among: the {groups} groups become one")
-            language |= {"n_group": 1, "topk_group": 1}
-    for key, value in language.items() if folder.dropped else ():
+    made, language, k = dict(changes), folder.language, next(iter(plan.values())).k
+    if k < folder.num_experts:
+        if re.search(r"experts\.\d", json.dumps(folder.config.get("quantization_config"))):
+            raise MoepruneError(
+                f"`{folder.path / CONFIG}`: `quantization_config` names single experts", "quantise it later"
+            )
+        made |= {key: k for key in COUNTS if key in language}
+        if (groups := next(iter(folder.layers.values())).groups) > 1:
+            size = k // groups
+            if size < FEWEST_IN_GROUP or size * int(language.get("topk_group") or groups) < folder.top_k:
+                logger.warning(f"groups of {size} experts are too few to choose among: the {groups} groups become one")
+                made |= {"n_group": 1, "topk_group": 1}
+    for key, value in language.items() if folder.dropped and _is_changed(plan) else ():
         if re.search(r"mtp|nextn", key) and isinstance(value, int):
-            language[key] = type(value)(0)
-    return config
+            made[key] = type(value)(0)
+    return changed_config(folder, made)
 
 
-def _same(copied: dict[str, Any], of: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the place in a copied config of a part of the original."""
-    if of is part:
-        yield copied
-    for key, value in of.items():
-        if isinstance(value, dict):
-            yield from _same(copied[key], value, part)
+def _is_changed(plan: Plan) -> bool:
+    """Return True if a plan drops experts or hidden units."""
+    return any(layer.drops or layer.width is not None for layer in plan.values())
 
 
 def _write_shards(folder: ModelFolder, plan: Plan, target: Path, replaced: Mapping[str, Tensor]) -> None:
@@ -118,11 +120,8 @@ def _write_shards(folder: ModelFolder, plan: Plan, target: Path, replaced: Mappi
     total_size = 0
     for header in folder.headers():
         entries: dict[str, Tensor | Copied] = dict(_entries(folder, plan, header))
+        entries |= {name: replaced[name] for name in entries if name in replaced}
         infos = tensor_infos(entries)
-        for name in replaced.keys() & entries.keys():
-            new, old = tensor_infos({name: replaced[name]})[name], infos[name]
-            assert (new.dtype, new.shape) == (old.dtype, old.shape), name
-            entries[name] = replaced[name]
         if entries:
             write_unscanned(target / f"{len(written)}.safetensors", entries, None)
             written.append(list(entries))
@@ -140,9 +139,9 @@ def _write_shards(folder: ModelFolder, plan: Plan, target: Path, replaced: Mappi
 
 def _entries(folder: ModelFolder, plan: Plan, header: Header) -> Iterator[tuple[str, Copied]]:
     """Yield the tensors of a shard that stay, by their new names."""
-    drops = any(layer.drops for layer in plan.values())
+    is_changed = _is_changed(plan)
     for name, info in header.tensors.items():
-        if drops and folder.is_dropped(name):
+        if is_changed and folder.is_dropped(name):
             continue
         role = folder.role(name, info)
         if role is None:
@@ -187,12 +186,16 @@ def _copy_others(folder: ModelFolder, target: Path, written: set[str]) -> None:
 def _section(folder: ModelFolder, plan: Plan, provenance: Mapping[str, Any]) -> str:
     """Return the section of the model card that says how the folder was made."""
     first, data = next(iter(plan.values())), provenance.get("calibration")
-    what = f"Each of its {len(plan)} MoE layers keeps {first.k} of {folder.num_experts} experts"
-    chosen = f"chosen by signal `{first.signal}`" if data or first.signal == "random" else "chosen by a plan"
-    refitted = " and the last linears of kept experts are refitted" if first.compensation == "renorm-refit" else ""
+    kept, refitted = f"all of its {first.k} experts", ""
+    if first.drops:
+        chosen = f"chosen by signal `{first.signal}`" if data or first.signal == "random" else "chosen by a plan"
+        kept = f"{first.k} of {folder.num_experts} experts, {chosen}; the routers know no others"
+        refitted = " and the last linears of kept experts are refitted" if first.compensation == "renorm-refit" else ""
+    if first.width is not None:
+        refitted = f"; each expert keeps {first.width} hidden units, to which its last linear is refitted"
     calibrated = f" Calibration data: `{data['spec']}`, {data['samples']} sequences." if data else ""
     return (
         f"## Pruned with moeprune {__version__}\n\n"
-        f"Made from `{Path(os.path.realpath(folder.path)).name}`. {what}, {chosen}; the routers know no others"
+        f"Made from `{Path(os.path.realpath(folder.path)).name}`. Each of its {len(plan)} MoE layers keeps {kept}"
         f"{refitted}.{calibrated} `{PLAN}` lists the kept experts.\n"
     )
