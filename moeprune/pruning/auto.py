@@ -4,8 +4,8 @@ All candidates are fitted from the same sums: one pass of the full model over th
 which waits at each layer until every candidate has pruned it. Then all of them, and the full model, predict the last
 quarter. The distance of two predictions is the total variation of their probabilities (half the sum of absolute
 differences), which bounds how often they disagree; without a head, the change of the features as a share of their
-square. Of the candidates within the noise of the nearest one (a standard error of the paired difference), the cheapest
-wins; those that cost more than the full model are left out. Labels are not used.
+square. Of the candidates that are nearly as near as the nearest one (within SAME), the cheapest wins; those that cost
+more than the full model are not tried. Labels are not used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,19 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime, by_rows
-from moeprune.plan import RANK, REFITS, WITH_RANK, Compensation, Method, Plan, Scope, Wanted, is_possible, refusal
+from moeprune.plan import (
+    RANK,
+    REFITS,
+    WITH_RANK,
+    Compensation,
+    LayerPlan,
+    Method,
+    Plan,
+    Scope,
+    Wanted,
+    is_possible,
+    refusal,
+)
 from moeprune.pruning.apply import Pruning, apply_plan
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Candidate, Repeats
@@ -34,7 +46,7 @@ MOST_INPUTS, FEWEST_INPUTS = 2048, 192  # that candidates are compared on; a qua
 TRIAL_FLOPS = 1e12  # of these inputs' forward pass, within these numbers
 MOST_REGRESSORS = 1500  # of refits that `auto` tries: beyond, `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
-SAME = 0.015  # distances that do not count
+SAME = 0.015  # differences of distances that do not count
 RANKS, MOST_RANKS = (1, 2, 4, 8), 2  # of `low-rank` with a stated number of experts: the largest of these that pay
 RANKS_OF_BUDGETS = (1, 2, 4, 8, 16)
 WIDTHS_OF_BUDGETS = ("1/2", "1/4")  # shares of the hidden units that more experts can be had for
@@ -74,7 +86,6 @@ def methods(
         is_allowed = all(compensation in layer.compensations for layer in layers.values())
         if is_allowed and is_possible(scope, each.signal_for(compensation), compensation):
             ranks = _ranks(each, layers, RANKS_OF_BUDGETS if is_budget else RANKS)
-            ranks = ranks if is_budget else ranks[-MOST_RANKS:]
             found += [_method(each, compensation, rank) for rank in ranks[::-1]]  # lower ones take their maps from it
     if wanted.energy is not None:
         found = [method for method in found if method.compensate in WITH_RANK]
@@ -141,15 +152,15 @@ def choose(
     if data.samples < FEWEST:
         simplest = [plan for plan in plans if all(layer.compensation == "mean" for layer in plan.values())]
         return (simplest or [*plans])[0], []
+    if len(plans := _cheaper(model, plans)) == 1:
+        return plans[0], []
     inputs = round(min(MOST_INPUTS, max(FEWEST_INPUTS, TRIAL_FLOPS / model.config.flops({}).total)))
     fitted_on, held_out = split(data.sample(inputs))
     full = private_copy(model).to(runtime.torch_device)
     models = fit_all(full, plans, fitted_on, seed, runtime)
     distances = compare(models, full, held_out, runtime)
     costs = [_shares(each, full) for each in models]
-    is_static = all(layer.scope == "static" for layer in plans[0].values())
-    saving = [size < 1 and flops < 1 if is_static else flops < 1 for size, flops in costs]
-    best = select(distances, [sum(cost) for cost in costs], saving if any(saving) else [True] * len(plans))
+    best = select(distances, [sum(cost) for cost in costs])
     candidates = []
     for index, (plan, (size, flops)) in enumerate(zip(plans, costs, strict=True)):
         first = next(iter(plan.values()))
@@ -169,6 +180,31 @@ def choose(
             )
         )
     return plans[best], candidates
+
+
+def _cheaper(model: Model, plans: Sequence[Plan]) -> list[Plan]:
+    """Return the plans with fewer weights (scope `static`) and FLOPs than the full model, all if there is none; those
+    of `low-rank` of the highest ranks alone, unless each has its own number of experts.
+    """
+    layers, full = model.config.moe_layers, model.config.flops({}).total
+
+    def weights(name: str, plan: LayerPlan | None) -> int:
+        return sum(map(math.prod, layers[name].shapes(plan).values()))
+
+    def is_cheaper(plan: Plan) -> bool:
+        is_static = all(layer.scope == "static" for layer in plan.values())
+        is_smaller = sum(weights(*each) for each in plan.items()) < sum(weights(name, None) for name in plan)
+        return model.config.flops(plan).total < full and (is_smaller or not is_static)
+
+    found, counts = [], dict[tuple[int, ...], int]()
+    for plan in [plan for plan in plans if is_cheaper(plan)] or plans:
+        if all(layer.compensation == "low-rank" for layer in plan.values()):
+            kept = tuple(layer.k for layer in plan.values())
+            counts[kept] = counts.get(kept, 0) + 1
+            if counts[kept] > MOST_RANKS:
+                continue
+        found.append(plan)
+    return found
 
 
 def repeat(model: Model, plan: Plan, data: Dataset, draws: int, seed: int, runtime: Runtime) -> Repeats:
@@ -240,22 +276,14 @@ def compare(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtim
     return [torch.cat(parts) for parts in distances]
 
 
-def select(distances: Sequence[Tensor], costs: Sequence[float], is_allowed: Sequence[bool]) -> int:
-    """Return the cheapest of the allowed candidates whose mean distance is within the noise of the least one.
+def select(distances: Sequence[Tensor], costs: Sequence[float]) -> int:
+    """Return the cheapest of the candidates whose mean distance is within SAME of the least one.
 
-    >>> near, nearly, far = torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.3]), torch.tensor([0.9, 0.8])
-    >>> select([near, nearly, far], [3, 2, 1], [True, True, True])
+    >>> near, nearly, far = torch.tensor([0.1, 0.3]), torch.tensor([0.11, 0.31]), torch.tensor([0.9, 0.8])
+    >>> select([near, nearly, far], [3, 2, 1])
     1
     """
-    usable = [allowed and bool(each.isfinite().all()) for each, allowed in zip(distances, is_allowed, strict=True)]
-    means = [float(each.mean()) if use else math.inf for each, use in zip(distances, usable, strict=True)]
+    means = [float(each.mean()) if bool(each.isfinite().all()) else math.inf for each in distances]
     nearest = min(range(len(means)), key=means.__getitem__)
-
-    def is_as_near(index: int) -> bool:
-        if not math.isfinite(means[index]):
-            return False
-        change = distances[index] - distances[nearest]
-        noise = float(change.std(correction=0)) / math.sqrt(max(len(change) - 1, 1))
-        return means[index] - means[nearest] <= max(noise, SAME)
-
-    return min(filter(is_as_near, range(len(means))), key=lambda index: (costs[index], means[index]), default=nearest)
+    near = [index for index, mean in enumerate(means) if mean - means[nearest] <= SAME]
+    return min(near, key=lambda index: (costs[index], means[index]), default=nearest)
