@@ -48,7 +48,7 @@ def change(pruned, model, data) -> np.ndarray:
 
 
 # --- what is chosen
-def test_the_cheapest_candidate_within_the_noise_of_the_nearest_is_taken(tried, model, halves):
+def test_the_cheapest_of_the_candidates_near_the_nearest_is_taken(tried, model, halves):
     candidates, (fitted_on, held_out) = tried[1]["candidates"], halves
     assert {one["compensate"] for one in candidates} == {
         "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank",
@@ -62,14 +62,10 @@ def test_the_cheapest_candidate_within_the_noise_of_the_nearest_is_taken(tried, 
         cost, full = pruned.cost(), model.cost()
         assert one["size"] == pytest.approx(cost.bytes / full.bytes)
         assert one["flops"] == pytest.approx(cost.flops_per_input.total / full.flops_per_input.total)
-    saving = [i for i, one in enumerate(candidates) if one["size"] < 1 and one["flops"] < 1]
-    assert 0 < len(saving) < len(candidates)  # some cost more than the full model
-    nearest = min(saving, key=lambda i: changes[i].mean())
-    near = []
-    for i in saving:
-        farther = changes[i] - changes[nearest]
-        noise = farther.std() / math.sqrt(len(farther) - 1)
-        near += [i] * bool(farther.mean() <= max(noise, 0.015))
+    assert all(one["size"] < 1 and one["flops"] < 1 for one in candidates)  # others are not tried: low-rank of rank 2
+    assert {one["rank"] for one in candidates} == {None, 1}
+    nearest = min(each.mean() for each in changes.values())
+    near = [index for index, each in changes.items() if each.mean() - nearest <= 0.015]
     cheapest = min(near, key=lambda i: (candidates[i]["size"] + candidates[i]["flops"], changes[i].mean()))
     assert [i for i, one in enumerate(candidates) if one["is_chosen"]] == [cheapest]
 
@@ -91,7 +87,7 @@ def test_the_file_is_that_of_the_chosen_options_and_the_same_each_time(tried, si
     [
         ("--signal random --seed 3", {"mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank"}),
         ("--energy 0.9", {"lstsq", "affine", "refit", "low-rank"}),
-        ("--scope input", {"mean", "lstsq", "affine", "low-rank"}),
+        ("--scope input", {"mean", "lstsq", "affine"}),
         ("--compensate low-rank", set()),
     ],
 )
