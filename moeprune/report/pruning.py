@@ -50,7 +50,7 @@ def _candidates(candidates: Sequence[Candidate]) -> Table:
         figures = f"{100 * each.distance:.2f}", f"{100 * each.size:.1f}", f"{100 * each.flops:.1f}"
         rows.append([f"{'→ ' if each.is_chosen else ''}{each.compensate}{rank}", kept, *figures])
     what = plural(candidates[0].samples, "held-out input")
-    title = f"tried on {what}: change of the predictions (total variation); the cheapest within 1.5 of the least is taken"
+    title = f"tried on {what}: change of the predictions (total variation); the cheapest within 1.5 of the least wins"
     return Table(("compensation", "kept", "change\n%", "size\n%", "FLOPs\n%"), rows, title)
 
 
