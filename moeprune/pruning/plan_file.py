@@ -7,6 +7,7 @@ signal chooses the experts.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def write_plan(plan: Plan, path: str | Path, overwrite: bool = True) -> None:
 def read_plan(path: str | Path, layers: Mapping[str, LayerConfig]) -> Plan:
     """Read the plan of a JSON file or a pruned checkpoint, or raise a MoepruneError if it does not fit the layers."""
     path = Path(path)
-    if (path / PLAN).is_file():
+    if os.path.isfile(path / PLAN):  # noqa: PTH113 (Path.is_file raises where a name is too long)
         path /= PLAN
     if path.suffix in (".safetensors", *TORCH_SUFFIXES):
         header = read_header(path) if path.suffix == ".safetensors" else our_header(path)
