@@ -1,7 +1,7 @@
 """Small random language models of many architectures of transformers, and folders of them."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -136,3 +136,16 @@ def _without(forward: Any, num_experts: int, dropped: Sequence[int]) -> Any:
             return forward(*arguments, **options)
 
     return masked
+
+
+def saved_models(tmp_path_factory) -> Callable[[str], Path]:
+    """Return what gives the folder of a small model of an architecture, in several shards; each is made once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / "full"
+            language_model(name).save_pretrained(made[name], max_shard_size="40KB")
+        return made[name]
+
+    return folder

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import moeprune
 from moeprune.errors import MoepruneError
 from moeprune.models.folders.layout import INDEX, read_folder
-from tests.architectures import CASES, EXPERTS, forbid, language_model, load, logits, tensors_of
+from tests.architectures import CASES, EXPERTS, forbid, language_model, load, logits, saved_models, tensors_of
 from tests.peers import has
 
 needs_transformers = pytest.mark.skipif(not has("transformers"), reason="transformers is not installed")
@@ -24,16 +24,8 @@ BLIND = ("--signal", "random", "--compensate", "renorm")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the folder of a small model of an architecture, in several shards."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name) / "full"
-            language_model(name).save_pretrained(made[name], max_shard_size="40KB")
-        return made[name]
-
-    return folder
+    """The folder of a small model of an architecture."""
+    return saved_models(tmp_path_factory)
 
 
 def made_by_hand(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:

@@ -14,7 +14,7 @@ from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.models import language
 from moeprune.models.folders.layout import read_folder
-from tests.architectures import BASE, CASES, language_model, load, tensors_of
+from tests.architectures import BASE, CASES, language_model, load, saved_models, tensors_of
 from tests.language import V, make_tokenizer, write_lines
 
 pytest.importorskip("transformers")
@@ -23,16 +23,8 @@ BLIND = ("--signal", "random", "--compensate", "renorm")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the folder of a small model of an architecture, in several shards."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name) / "full"
-            language_model(name).save_pretrained(made[name], max_shard_size="40KB")
-        return made[name]
-
-    return folder
+    """The folder of a small model of an architecture."""
+    return saved_models(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

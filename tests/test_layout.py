@@ -13,7 +13,7 @@ import moeprune
 PACKAGE = Path(moeprune.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 LEVELS = """
-    errors records plan layers files data models calibration evaluation pruning demo report cli
+    errors amounts records plan layers files data models calibration evaluation pruning demo report cli
 """.split()  # noqa: SIM905
 """A package imports from those to its left."""
 FILES = {

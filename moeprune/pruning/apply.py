@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeprune import __version__
+from moeprune.amounts import parse_keep
 from moeprune.calibration.analysis import Analysis, class_names_of, require_analysis_of
 from moeprune.calibration.selection import best_by_score, best_kept
 from moeprune.calibration.statistics import LayerMoments, LayerStatistics, require_finite
@@ -21,13 +22,14 @@ from moeprune.layers.interface import LayerConfig
 from moeprune.layers.surgery import Calibrated, nearest_kept, prune_layer
 from moeprune.models.model import Model, dataset_for, fingerprint, private_copy, require_dense_layers
 from moeprune.models.runtime import Runtime
-from moeprune.plan import LayerPlan, Method, Plan, parse_keep, require_fitting_plan, uniform_plan
+from moeprune.plan import LayerPlan, Method, Plan, require_fitting_plan, uniform_plan
 from moeprune.pruning import compensation
 from moeprune.pruning.results import FitQuality
 from moeprune.pruning.width import fewer_units
 from moeprune.records import to_json
 
 logger = logging.getLogger(__name__)
+WIDTH_NEEDS_DATA = "dropping hidden units (`--width`) needs calibration data"
 ALREADY_PRUNED = "prune the unpruned checkpoint: its surrogates and plan would not fit a second pruning"
 
 
@@ -205,9 +207,7 @@ def require_calibration(
     for name, layer in plan.items():
         if layer.is_calibrated and analysis is None and not has_data:
             if layer.width is not None:
-                raise MoepruneError(
-                    "dropping hidden units (`--width`) needs calibration data", "give it by `--data`, or `--analysis`"
-                )
+                raise MoepruneError(WIDTH_NEEDS_DATA, "give it by `--data`, or `--analysis`")
             raise MoepruneError(
                 f"scope {layer.scope} with signal {layer.signal} and compensation {layer.compensation} needs"
                 " calibration",

@@ -14,11 +14,12 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
+from moeprune.amounts import experts_to_keep, parse_budget
 from moeprune.calibration.analysis import Analysis
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
 from moeprune.models.architecture import ModelConfig
-from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, parse_budget, require_fitting_plan, uniform_plan
+from moeprune.plan import LayerPlan, Method, Plan, require_fitting_plan, uniform_plan
 from moeprune.pruning.compensation import too_large_refits
 
 EMPTY = ("low-rank", "linear")  # compensations that can do without experts
@@ -122,7 +123,7 @@ def plans_within(
     Args:
         config, tensors, analysis: of the unpruned model; the analysis is needed with scope `static`.
         method: budgets are met without what its energy may save.
-        max_size, max_flops: the bytes or FLOPs that may remain (see moeprune.plan.parse_budget); one is given.
+        max_size, max_flops: the bytes or FLOPs that may remain (see moeprune.amounts.parse_budget); one is given.
 
     Raises a MoepruneError if the budget cannot be met, or a layer cannot be pruned so.
     """

@@ -9,6 +9,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from moeprune.amounts import keep_to_text, parse_keep
 from moeprune.calibration.analysis import Analysis, class_names_of, load_analysis, require_analysis_of
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.evaluate import environment
@@ -23,7 +24,7 @@ from moeprune.models.language import LanguageModel
 from moeprune.models.model import Model, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
 from moeprune.models.results import ModelCost
-from moeprune.plan import SCOPES, SIGNALS, Plan, Wanted, keep_to_text, parse_keep
+from moeprune.plan import SCOPES, SIGNALS, Plan, Wanted
 from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, needs_pass, provenance, require_calibration
 from moeprune.pruning.auto import possible_scope

@@ -1,19 +1,19 @@
 """From a folder of transformers to one with fewer experts, tensor by tensor: no model is built."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moeprune import __version__
+from moeprune.amounts import keep_to_text, parse_keep
+from moeprune.calibration.selection import best_by_score
 from moeprune.errors import MoepruneError
-from moeprune.layers.experts import random_scores, top_k
-from moeprune.models.folders.layout import COMPENSATIONS, FolderLayer, ModelFolder, read_folder
+from moeprune.layers.experts import random_scores
+from moeprune.models.folders.layout import COMPENSATIONS, ModelFolder, read_folder
 from moeprune.models.folders.writing import require_fitting, write_folder
-from moeprune.plan import LayerPlan, Method, Plan, experts_to_keep, keep_to_text, parse_keep
+from moeprune.plan import Method, Plan, uniform_plan
+from moeprune.pruning.apply import WIDTH_NEEDS_DATA
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Pruned
-
-NEEDS_DATA = "dropping hidden units (`--width`) needs calibration data"
 
 
 def prune_folder(request: PruneRequest) -> Pruned:
@@ -24,7 +24,7 @@ def prune_folder(request: PruneRequest) -> Pruned:
     """
     _require_supported(request)
     if request.width is not None:
-        raise MoepruneError(NEEDS_DATA, "add `--data`, or `--analysis`")
+        raise MoepruneError(WIDTH_NEEDS_DATA, "add `--data`, or `--analysis`")
     folder = read_folder(request.checkpoint.path)
     plan = decided(folder, plan_of(folder, request), request.seed)
     cost = None
@@ -87,13 +87,9 @@ def plan_of(folder: ModelFolder, request: PruneRequest) -> Plan:
         compensate = "renorm" if wanted.compensate == "auto" else wanted.compensate
         signal: Any = wanted.signal_for(compensate)
         method = Method(wanted.concrete_scope, signal, compensate, None, wanted.energy, wanted.rank)
-        plan = {name: method.plan(experts_to_keep(keep, n, name), n) for name, n in _sizes(layers)}
+        plan = uniform_plan(layers, keep, method)
     require_fitting(folder, plan)
     return {name: plan[name] for name in layers}
-
-
-def _sizes(layers: Mapping[str, FolderLayer]) -> Iterator[tuple[str, int]]:
-    return ((name, layer.num_experts) for name, layer in layers.items())
 
 
 def decided(folder: ModelFolder, plan: Plan, seed: int) -> Plan:
@@ -103,19 +99,14 @@ def decided(folder: ModelFolder, plan: Plan, seed: int) -> Plan:
         if layer.kept is None and layer.k == layer.num_experts:
             layer = layer.replace(kept=tuple(range(layer.k)))
         if layer.width is not None:
-            raise MoepruneError(NEEDS_DATA, "add `--data`")
+            raise MoepruneError(WIDTH_NEEDS_DATA, "add `--data`")
         if layer.kept is None and layer.signal != "random":
             hint = "add `--data`, or choose blindly: `--signal random`"
             raise MoepruneError(f"signal `{layer.signal}` needs calibration data", hint)
         if layer.compensation == "renorm-refit" and layer.drops:
             raise MoepruneError("`renorm-refit` needs calibration data", "add `--data`, or give `--compensate renorm`")
-        chosen[name] = layer if layer.kept is not None else _at_random(layer, folder.layers[name].groups, seed, index)
+        if layer.kept is None:
+            scores, groups = random_scores(layer.num_experts, seed, index), folder.layers[name].groups
+            layer = layer.replace(kept=best_by_score(scores, layer.k, groups))
+        chosen[name] = layer
     return chosen
-
-
-def _at_random(layer: LayerPlan, groups: int, seed: int, index: int) -> LayerPlan:
-    of_groups = random_scores(layer.num_experts, seed, index).view(groups, -1)
-    size, kept = of_groups.shape[1], list[int]()
-    for group, scores in enumerate(of_groups):
-        kept += (group * size + top_k(scores, layer.k // groups)).tolist()
-    return layer.replace(kept=tuple(kept))

@@ -9,6 +9,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, get_type_hints
 
+from moeprune.amounts import experts_to_keep, parse_keep
 from moeprune.calibration.analysis import Analysis, analyze, class_names_of, load_analysis, require_analysis_of
 from moeprune.data.datasets import Data, Dataset
 from moeprune.data.spec import DataSpec
@@ -20,7 +21,7 @@ from moeprune.models.model import Model, dataset_for, require_dense_layers
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
 from moeprune.models.runtime import Runtime
-from moeprune.plan import Method, Plan, Wanted, experts_to_keep, parse_keep, uniform_plan
+from moeprune.plan import Method, Plan, Wanted, uniform_plan
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, narrower, repeat, without_dropping
 from moeprune.pruning.budgets import narrower_within, plans_within_budget

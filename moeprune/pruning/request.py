@@ -7,22 +7,13 @@ from typing import Annotated, Any
 
 import msgspec
 
+from moeprune.amounts import parse_budget, parse_keep
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.request import EvalRequest
 from moeprune.models.request import Checkpoint
 from moeprune.models.runtime import Runtime
-from moeprune.plan import (
-    RANK,
-    Method,
-    Share,
-    Wanted,
-    WantedCompensation,
-    WantedScope,
-    WantedSignal,
-    parse_budget,
-    parse_keep,
-)
+from moeprune.plan import RANK, Method, Share, Wanted, WantedCompensation, WantedScope, WantedSignal
 from moeprune.records import Request, option
 
 AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")

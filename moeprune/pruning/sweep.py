@@ -7,6 +7,7 @@ from fractions import Fraction
 from itertools import product
 from typing import NamedTuple
 
+from moeprune.amounts import keep_to_text
 from moeprune.calibration.analysis import Analysis
 from moeprune.data.datasets import Dataset
 from moeprune.data.leakage import warn_of_seen_samples
@@ -16,7 +17,7 @@ from moeprune.evaluation.results import Difference, ModelFigures
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.model import Model, require_dense_layers
 from moeprune.models.runtime import Runtime
-from moeprune.plan import COMPENSATIONS, REFITS, Plan, Wanted, is_possible, keep_to_text, refusal, uniform_plan
+from moeprune.plan import COMPENSATIONS, REFITS, Plan, Wanted, is_possible, refusal, uniform_plan
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data
 from moeprune.pruning.auto import affordable, choose, half
 from moeprune.pruning.auto import methods as ways_of

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import moeprune
+from moeprune.amounts import parse_keep
 from moeprune.data.datasets import Dataset, digits, from_tensors
 from moeprune.demo.train import Recipe, train
 from moeprune.evaluation.evaluate import predict
@@ -23,7 +24,7 @@ from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.model import Model
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import Method as Way
-from moeprune.plan import parse_keep, uniform_plan
+from moeprune.plan import uniform_plan
 
 SEEDS = (0, 1, 2)
 KEEPS = ("1/32", "1/16", "1/8", "1/4")

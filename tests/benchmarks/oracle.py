@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import moeprune
+from moeprune.amounts import experts_to_keep
 from moeprune.calibration.analysis import Analysis
 from moeprune.calibration.statistics import LayerStatistics
 from moeprune.data.datasets import Dataset
@@ -33,7 +34,7 @@ from moeprune.layers.experts import top_k
 from moeprune.layers.observation import Observation
 from moeprune.models.model import private_copy
 from moeprune.models.vit import SoftMoEViT
-from moeprune.plan import Method, experts_to_keep, uniform_plan
+from moeprune.plan import Method, uniform_plan
 
 EXPERTS = (4, 8, 12)
 SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2))

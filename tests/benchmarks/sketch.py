@@ -17,8 +17,8 @@ from auto import case
 from common import RUNTIME
 
 import moeprune
+from moeprune.amounts import experts_to_keep
 from moeprune.calibration import sums
-from moeprune.plan import experts_to_keep
 
 DRAWS, SAMPLES, KEEPS = 5, 300, (Fraction(1, 32), Fraction(1, 16), Fraction(1, 8), Fraction(1, 4))
 
