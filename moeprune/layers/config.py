@@ -1,12 +1,11 @@
 """The families of layers, and the configuration of Soft MoE; no torch."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from moeprune.errors import MoepruneError
 from moeprune.layers.gated_config import GatedMoEConfig
-from moeprune.layers.interface import Activation, LayerConfig, Shapes
+from moeprune.layers.interface import Activation, ExpertsConfig, LayerConfig, Shapes
 from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Positive
 from moeprune.records import Record, from_json
 
@@ -14,7 +13,7 @@ RouterNorm = Literal["none", "l2", "rms", "layer"]
 Expert = Literal["mlp", "glu", "geglu", "linear"]
 
 
-class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="soft_moe"):
+class SoftMoEConfig(ExpertsConfig, Record, frozen=True, tag_field="family", tag="soft_moe"):
     """One Soft MoE layer (Puigcerver et al. 2023, arXiv 2308.00951, section 2).
 
     Attributes:
@@ -53,10 +52,7 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.expert == "linear") != (self.hidden_dim is None):
-            expected = "null" if self.expert == "linear" else "a whole number of at least 1"
-            found = f"`hidden_dim` is {self.hidden_dim!r}"
-            raise MoepruneError(f"{found}, expected {expected} for an expert `{self.expert}`")
+        self.check_hidden_dim()
         if self.expert in ("geglu", "linear") and self.activation != "gelu":
             why = "has no activation" if self.expert == "linear" else "has the activation `gelu`"
             hint = "leave `activation` out" + (", or make it a `glu`" if self.expert == "geglu" else "")
@@ -71,20 +67,6 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     def is_gated(self) -> bool:
         """True if half of the output of an expert's first linear gates the other half."""
         return self.expert in ("glu", "geglu")
-
-    @property
-    def expert_width(self) -> int:
-        """Width of the input of an expert's last linear."""
-        return self.hidden_dim or self.dim
-
-    @property
-    def hidden_units(self) -> int | None:
-        """Hidden units of an expert; None for one linear."""
-        return self.hidden_dim
-
-    def with_width(self, width: int | None) -> LayerConfig:
-        """Return the configuration whose experts have so many hidden units; None: as many as they have."""
-        return self if width is None else self.replace(hidden_dim=width)
 
     @property
     def terms_per_expert(self) -> int:
@@ -129,16 +111,6 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
             shapes |= {"input_gain": (d,), "phi_gain": (d,)}
         return shapes
 
-    def expert_shapes(self, num_experts: int) -> Shapes:
-        """Return the tensors of so many experts; h is the contiguous axis of both weights."""
-        n, out, h = num_experts, self.output_width, self.expert_width
-        first = 2 * h if self.is_gated else h
-        shapes: Shapes = {"fc1_weight": (n, self.dim, first), "fc1_bias": (n, first)}
-        if self.expert == "linear":
-            shapes = {}
-        shapes |= {"fc2_weight": (n, out, h), "fc2_bias": (n, out)}
-        return {name: shape for name, shape in shapes.items() if self.bias or not name.endswith("bias")}
-
     def router_axis(self, tensor: str) -> int | None:
         """Return the axis of phi, or of what takes its place, that has a place for each expert."""
         return {"phi": 1, "slot_projection": 0}.get(tensor)
@@ -152,11 +124,6 @@ class SoftMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="s
     def expert_rows(self, tokens: int) -> float:
         """One for each slot."""
         return self.slots_per_expert
-
-    def expert_flops(self, tokens: int, running: float) -> float:
-        """Return the FLOPs of so many experts: their slots do not grow with the tokens."""
-        weights = [shape for name, shape in self.expert_shapes(1).items() if name.endswith("weight")]
-        return 2 * running * self.slots_per_expert * sum(map(math.prod, weights))
 
 
 FAMILIES: dict[str, tuple[Any, str]] = {

@@ -1,12 +1,11 @@
 """The configuration of a layer whose router gates experts for each token; no torch."""
 
-import math
 from typing import Annotated, Literal
 
 import msgspec
 
 from moeprune.errors import MoepruneError
-from moeprune.layers.interface import Activation, Flops, LayerConfig, Shapes, Usage
+from moeprune.layers.interface import Activation, ExpertsConfig, Flops, Shapes, Usage
 from moeprune.plan import SIGNALS, LayerPlan, Positive
 from moeprune.records import Record
 
@@ -15,7 +14,7 @@ GatedExpert = Literal["mlp", "glu", "linear"]
 GateColumns = Literal["first", "last", "even"]
 
 
-class GatedMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="gated_moe"):
+class GatedMoEConfig(ExpertsConfig, Record, frozen=True, tag_field="family", tag="gated_moe"):
     """One layer of token-gated experts (Shazeer et al. 2017, arXiv 1701.06538, section 2).
 
     Attributes:
@@ -61,10 +60,7 @@ class GatedMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.expert == "linear") != (self.hidden_dim is None):
-            expected = "null" if self.expert == "linear" else "a whole number of at least 1"
-            found = f"`hidden_dim` is {self.hidden_dim!r}"
-            raise MoepruneError(f"{found}, expected {expected} for an expert `{self.expert}`")
+        self.check_hidden_dim()
         n, groups = self.num_experts, self.groups
         if self.top_k > n:
             raise MoepruneError(f"`experts_per_token` is {self.top_k}, expected 1 to {n}")
@@ -87,23 +83,14 @@ class GatedMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="
         return self.dim
 
     @property
-    def expert_width(self) -> int:
-        """Width of the input of an expert's last linear."""
-        return self.hidden_dim or self.dim
-
-    @property
-    def hidden_units(self) -> int | None:
-        """Hidden units of an expert; None for one linear."""
-        return self.hidden_dim
+    def is_gated(self) -> bool:
+        """True if half of the output of an expert's first linear gates the other half."""
+        return self.expert == "glu"
 
     @property
     def alternates_gates(self) -> bool:
         """True if they do."""
         return self.expert == "glu" and self.gate_columns == "even"
-
-    def with_width(self, width: int | None) -> LayerConfig:
-        """Return the configuration whose experts have so many hidden units; None: as many as they have."""
-        return self if width is None else self.replace(hidden_dim=width)
 
     @property
     def scopes(self) -> tuple[str, ...]:
@@ -139,16 +126,6 @@ class GatedMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="
             shapes["selection_bias"] = (num_experts,)
         return shapes
 
-    def expert_shapes(self, num_experts: int) -> Shapes:
-        """Return the tensors of so many experts."""
-        n, h = num_experts, self.expert_width
-        first = 2 * h if self.expert == "glu" else h
-        shapes: Shapes = {"fc1_weight": (n, self.dim, first), "fc1_bias": (n, first)}
-        if self.expert == "linear":
-            shapes = {}
-        shapes |= {"fc2_weight": (n, self.dim, h), "fc2_bias": (n, self.dim)}
-        return {name: shape for name, shape in shapes.items() if self.bias or not name.endswith("bias")}
-
     def router_axis(self, tensor: str) -> int | None:
         """Return 0: each of the router's tensors has a row for each expert."""
         return 0
@@ -160,11 +137,6 @@ class GatedMoEConfig(LayerConfig, Record, frozen=True, tag_field="family", tag="
     def expert_rows(self, tokens: int) -> float:
         """Return the tokens that choose an expert, if all are chosen equally often."""
         return tokens * self.top_k / self.num_experts
-
-    def expert_flops(self, tokens: int, running: float) -> float:
-        """Return the FLOPs of so many experts on the tokens that choose them."""
-        weights = [shape for name, shape in self.expert_shapes(1).items() if name.endswith("weight")]
-        return 2 * running * self.expert_rows(tokens) * sum(map(math.prod, weights))
 
     def flops(self, tokens: int, plan: LayerPlan | None = None, usage: Usage | None = None) -> Flops:
         """Return the FLOPs of the layer for one input of the model, see `LayerConfig.flops`.

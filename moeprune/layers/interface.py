@@ -7,10 +7,12 @@ Soft MoE, one for its gate in a token-gated layer.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from moeprune.errors import MoepruneError
 from moeprune.plan import SCOPES, SIGNALS, LayerPlan
 
 Activation = Literal[
@@ -231,3 +233,54 @@ class LayerConfig:
         if plan.rank is not None and plan.rank > width:
             return f"has {width} directions{' of output' * (not plan.is_low_rank)}, the plan has rank {plan.rank}"
         return None
+
+
+class ExpertsConfig(LayerConfig):
+    """The configuration of a layer whose experts are two linears, the first perhaps gated, or one `linear`."""
+
+    __slots__ = ()
+
+    hidden_dim: int | None
+    expert: str
+    bias: bool
+
+    @property
+    @abstractmethod
+    def is_gated(self) -> bool:
+        """True if half of the output of an expert's first linear gates the other half."""
+
+    def check_hidden_dim(self) -> None:
+        """Raise a MoepruneError unless there is a hidden width, which one `linear` does not have."""
+        if (self.expert == "linear") != (self.hidden_dim is None):
+            expected = "null" if self.expert == "linear" else "a whole number of at least 1"
+            found = f"`hidden_dim` is {self.hidden_dim!r}"
+            raise MoepruneError(f"{found}, expected {expected} for an expert `{self.expert}`")
+
+    @property
+    def expert_width(self) -> int:
+        """Width of the input of an expert's last linear."""
+        return self.hidden_dim or self.dim
+
+    @property
+    def hidden_units(self) -> int | None:
+        """Hidden units of an expert; None for one linear."""
+        return self.hidden_dim
+
+    def with_width(self, width: int | None) -> LayerConfig:
+        """Return the configuration whose experts have so many hidden units; None: as many as they have."""
+        return self if width is None else self.replace(hidden_dim=width)  # type: ignore[attr-defined]
+
+    def expert_shapes(self, num_experts: int) -> Shapes:
+        """Return the tensors of so many experts; h is the contiguous axis of both weights."""
+        n, out, h = num_experts, self.output_width, self.expert_width
+        first = 2 * h if self.is_gated else h
+        shapes: Shapes = {"fc1_weight": (n, self.dim, first), "fc1_bias": (n, first)}
+        if self.expert == "linear":
+            shapes = {}
+        shapes |= {"fc2_weight": (n, out, h), "fc2_bias": (n, out)}
+        return {name: shape for name, shape in shapes.items() if self.bias or not name.endswith("bias")}
+
+    def expert_flops(self, tokens: int, running: float) -> float:
+        """Return the FLOPs of so many experts on their rows."""
+        weights = [shape for name, shape in self.expert_shapes(1).items() if name.endswith("weight")]
+        return 2 * running * self.expert_rows(tokens) * sum(map(math.prod, weights))
