@@ -117,6 +117,20 @@ class GatedMoEConfig(ExpertsConfig, Record, frozen=True, tag_field="family", tag
         """True: a token's output is the sum of rows of its experts."""
         return True
 
+    @property
+    def scales_others(self) -> bool:
+        """True if dropping an expert scales the gates of tokens that have not chosen it, all of a token's alike."""
+        return self.gates == "softmax" and not self.normalized
+
+    @property
+    def changes_others(self) -> bool:
+        """True if dropping an expert changes what tokens choose that have not chosen it, or their gates otherwise."""
+        return self.gates == "sparsemixer" or (self.gates == "softmax" and self.selection_bias)
+
+    def reroutes(self, plan: LayerPlan) -> bool:
+        """Return True if what is lost with experts is known by trials: tokens choose others, in no groups."""
+        return plan.cuts_router and self.equal_groups(plan) == 1 and self.weigh == "outputs"
+
     def router_shapes(self, num_experts: int) -> Shapes:
         """Return the tensors of the router if it has rows for so many experts."""
         shapes: Shapes = {"router_weight": (num_experts, self.dim)}

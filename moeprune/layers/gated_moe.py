@@ -90,12 +90,33 @@ class GatedMoE(MoELayer):
 
     def route(self, tokens: Tensor) -> Routing:
         """Return the columns that tokens (t,d) choose, and their gates (t,k)."""
+        return route(self.config, self.logits(tokens), self.selection_bias, self._order_of(tokens.device))
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the router's logits (t,n) for tokens (t,d)."""
         weight, bias = self.router_weight, self.router_bias
         dtype = torch.float32 if self.config.float32_router else weight.dtype
         dtype = torch.promote_types(tokens.dtype, dtype)
         with torch.autocast(tokens.device.type, enabled=False):  # which would round the logits
-            logits = F.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        return route(self.config, logits, self.selection_bias, self._order_of(tokens.device))
+            return F.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def choose_by(self, logits: Tensor, experts: list[int] | None = None, without: Tensor | None = None) -> Routing:
+        """Return the columns of logits (t,a) that tokens of a dense layer choose, and their gates (t,k).
+
+        experts: that the columns are of; None: all. without: for each token a column that it may not choose (t).
+        """
+        bias = self.selection_bias if experts is None or self.selection_bias is None else self.selection_bias[experts]
+        if without is not None:
+            logits = logits.scatter(1, without[:, None], -torch.inf)
+            bias = logits.new_zeros(()) if bias is None else bias
+            bias = bias.expand_as(logits).scatter(1, without[:, None], -torch.inf)
+        return route(self.config, logits, bias, None)
+
+    def outputs_of_all(self, tokens: Tensor, directions: Tensor) -> Tensor:
+        """Return the output of every expert of a dense layer for tokens (t,d), along directions (o,s): (n,t,s)."""
+        rows = tokens.to(self.fc2_weight.dtype)[None]
+        found = [self.experts.one(j).run(rows)[0].float() @ directions for j in range(len(self.fc2_weight))]
+        return torch.stack(found)
 
     def _order_of(self, device: torch.device) -> Order | None:
         """Return the order of the router's rows, kept experts first, if it is not that of groups."""

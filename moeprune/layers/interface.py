@@ -212,6 +212,10 @@ class LayerConfig:
         of_experts = self.with_width(plan.width).expert_flops(m, running)
         return Flops(round(r * of_experts), round(r * routing), round(r * compensation))
 
+    def reroutes(self, plan: LayerPlan) -> bool:
+        """Return True if tokens choose others in place of the experts that a plan drops: False by default."""
+        return False
+
     def equal_groups(self, plan: LayerPlan) -> int:
         """Return the number of groups of consecutive experts of which a plan must keep equally many: 1 by default."""
         return 1

@@ -9,6 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from moeprune import __version__
 from moeprune.amounts import parse_keep
 from moeprune.calibration.analysis import Analysis, class_names_of, require_analysis_of
@@ -24,6 +26,7 @@ from moeprune.models.model import Model, dataset_for, fingerprint, private_copy,
 from moeprune.models.runtime import Runtime
 from moeprune.plan import LayerPlan, Method, Plan, require_fitting_plan, uniform_plan
 from moeprune.pruning import compensation
+from moeprune.pruning.rerouting import best_rerouted
 from moeprune.pruning.results import FitQuality
 from moeprune.pruning.width import fewer_units
 from moeprune.records import to_json
@@ -68,7 +71,7 @@ def apply_plan(
     if any(layer.is_calibrated for layer in plan.values()):
         if data is not None:
             dataset = dataset_for(model, data, "calibration", class_names=class_names_of(used))
-        elif used is not None and needs_pass(plan, one_shot):
+        elif used is not None and needs_pass(plan, model.config.moe_layers, one_shot):
             dataset = calibration_data(model, used)
     _require_data_of_analysis(used, dataset)
     full = private_copy(model)
@@ -125,8 +128,9 @@ class Pruning:
 
     def needs_stage(self, index: int) -> bool:
         """Return True if the data must reach a layer for it to be pruned."""
-        layer = [*self.plan.values()][index]
-        return layer.is_fitted or (layer.is_calibrated and self.moments(index) is None)
+        name, layer = [*self.plan.items()][index]
+        is_tried = not self.one_shot and takes_trials(layer, self.full.config.moe_layers[name])
+        return layer.is_fitted or is_tried or (layer.is_calibrated and self.moments(index) is None)
 
     def prune(self, index: int, stage: Stage | None) -> None:
         """Prune a layer, with what the data brings to it if it is needed."""
@@ -135,8 +139,7 @@ class Pruning:
         if stage is not None:
             moments = stage.moments if moments is None else moments
             require_finite(name, moments)
-        groups = self.full.config.moe_layers[name].equal_groups(plan)
-        plan, calibrated = decide(plan, moments, stage, self.seed, index, groups)
+        plan, calibrated = decide(plan, moments, stage, self.seed, index, self.full.config.moe_layers[name])
         if plan.is_fitted and not plan.merges:
             assert stage is not None
             layer, self.fits[name] = compensation.fit(stage, plan, calibrated, self.full.config.tokens(name))
@@ -148,17 +151,15 @@ class Pruning:
 
 
 def decide(
-    plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None, seed: int, index: int, groups: int
+    plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None, seed: int, index: int, config: LayerConfig
 ) -> tuple[LayerPlan, Calibrated]:
     """Return a plan with its static set, and what is merged, chosen; and the values that pruning by it takes.
 
     stage: what calibration data brings to the layer, where that is measured. index: the layer's among the planned ones.
-    groups: of experts of which equally many are kept.
     """
     scores = random_scores(plan.num_experts, seed, index) if plan.signal == "random" else None
     if plan.scope == "static" and plan.kept is None:
-        kept = _best_experts(plan, moments, stage, groups) if scores is None else best_by_score(scores, plan.k, groups)
-        plan = plan.replace(kept=kept)
+        plan = plan.replace(kept=_best_experts(plan, scores, moments, stage, config))
     if plan.merges and plan.merged_into is None:
         assert stage is not None
         assert plan.kept is not None
@@ -172,11 +173,18 @@ def decide(
     return plan, Calibrated(scores, moments.term_mean, moments.mean_mass, units)
 
 
-def _best_experts(plan: LayerPlan, moments: LayerMoments | None, stage: Stage | None, groups: int) -> tuple[int, ...]:
-    """Return the experts that a static set keeps by statistics of calibration data, ascending."""
+def _best_experts(
+    plan: LayerPlan, scores: Tensor | None, moments: LayerMoments | None, stage: Stage | None, config: LayerConfig
+) -> tuple[int, ...]:
+    """Return the experts that a static set keeps, ascending: by scores (n), or by statistics of calibration data."""
+    groups = config.equal_groups(plan)
+    if scores is not None:
+        return best_by_score(scores, plan.k, groups)
     assert moments is not None
     if plan.signal != "gram":
         return best_by_score(moments.scores(plan.signal), plan.k, groups)
+    if stage is not None and takes_trials(plan, config):
+        return best_rerouted(stage, plan.k)
     if isinstance(moments, LayerStatistics):
         return moments.best_kept(plan.k, plan.compensation, groups)
     assert stage is not None
@@ -184,11 +192,17 @@ def _best_experts(plan: LayerPlan, moments: LayerMoments | None, stage: Stage | 
     return best_kept(stage.gram(plan.compensation), plan.num_experts, plan.k, mass, groups)
 
 
-def needs_pass(plan: Plan, one_shot: bool) -> bool:
+def takes_trials(plan: LayerPlan, config: LayerConfig) -> bool:
+    """Return True if experts are to be chosen by trials on data: tokens choose others in place of dropped ones."""
+    return plan.signal == "gram" and plan.kept is None and plan.drops and config.reroutes(plan)
+
+
+def needs_pass(plan: Plan, layers: Mapping[str, LayerConfig], one_shot: bool) -> bool:
     """Return True if something must be measured that the analysis of the unpruned model lacks."""
-    behind_others = list(plan.values())[1:]
-    measured = not one_shot and any(layer.is_calibrated for layer in behind_others)
-    return measured or any(layer.is_fitted for layer in plan.values())
+    if any(layer.is_fitted for layer in plan.values()):
+        return True
+    is_behind_others = any(layer.is_calibrated for layer in [*plan.values()][1:])
+    return not one_shot and (is_behind_others or any(takes_trials(layer, layers[name]) for name, layer in plan.items()))
 
 
 def require_calibration(

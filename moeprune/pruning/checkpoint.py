@@ -64,7 +64,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         full.model.require_writable(plans[0])
     plan, made, cost, fits = plans[0] if plans else {}, None, None, dict[str, FitQuality]()
     if request.output is not None:
-        if full.header is not None and len(plans) == 1 and data is None and _copies(plan, request):
+        if full.header is not None and len(plans) == 1 and data is None and _copies(plan, full, request):
             _prune_file(request, full, full.header, analysis, plan)
         else:
             made = prune_model(full, request, analysis, data, plans)
@@ -99,11 +99,12 @@ def _read_back(full: Described, path: Path) -> tuple[Plan, ModelCost]:
     return plan, full.config.cost(plan, written.tensors)
 
 
-def _copies(plan: Plan, request: PruneRequest) -> bool:
+def _copies(plan: Plan, full: Described, request: PruneRequest) -> bool:
     """Return True if the pruned checkpoint is written from file to file."""
     assert request.output is not None
     is_static = all(layer.scope == "static" for layer in plan.values()) and request.repeat is None
-    return is_static and not needs_pass(plan, request.one_shot) and request.output.suffix not in TORCH_SUFFIXES
+    is_measured = needs_pass(plan, full.config.moe_layers, request.one_shot)
+    return is_static and not is_measured and request.output.suffix not in TORCH_SUFFIXES
 
 
 def _prune_file(request: PruneRequest, full: Described, header: Header, analysis: Analysis | None, plan: Plan) -> None:
@@ -118,8 +119,7 @@ def _prune_file(request: PruneRequest, full: Described, header: Header, analysis
     decided = {}
     for index, (name, layer_plan) in enumerate(plan.items()):
         moments = None if analysis is None else analysis.layers[name]
-        groups = layers[name].equal_groups(layer_plan)
-        decided[name], calibrated = decide(layer_plan, moments, None, request.seed, index, groups)
+        decided[name], calibrated = decide(layer_plan, moments, None, request.seed, index, layers[name])
         take = partial(_take, header, tensors, name)
         pruned = prune_tensors(layers[name], decided[name], take, tensors[f"{name}.fc2_weight"], calibrated)
         entries |= {f"{name}.{key}": tensor for key, tensor in pruned.items()}
