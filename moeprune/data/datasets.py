@@ -91,6 +91,12 @@ class Dataset:
         assert self.fingerprint is not None
         return DataInfo(spec=self.spec, samples=self.samples, fingerprint=self.fingerprint)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences, in data of a language model."""
+        [first] = self.source.read([self.indices[:1]])
+        return self.samples * first.shape[1]
+
     def sample(self, count: int) -> Dataset:
         """Return a data set of at most this many of these samples, drawn with a fixed seed."""
         if count < 1:

@@ -23,6 +23,8 @@ from moeprune.calibration.walk import Walk
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
+from moeprune.models.folders.costs import PrunedBytes
+from moeprune.models.language import LanguageModel
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime, by_rows
 from moeprune.plan import (
@@ -44,6 +46,8 @@ from moeprune.pruning.results import Candidate, Repeats
 
 MOST_INPUTS, FEWEST_INPUTS = 2048, 192  # that candidates are compared on; a quarter of them held out
 TRIAL_FLOPS = 1e12  # of these inputs' forward pass, within these numbers
+FEWEST_TOKENS, MOST_TOKENS = 1 << 14, 1 << 17  # of text that candidates are compared on
+MOST_LAYERS = 8  # of a language model that are pruned for it
 MOST_REGRESSORS = 1500  # of refits that `auto` tries: beyond, `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
 SAME = 0.015  # differences of distances that do not count
@@ -154,13 +158,13 @@ def choose(
         return (simplest or [*plans])[0], []
     if len(plans := _cheaper(model, plans)) == 1:
         return plans[0], []
-    inputs = round(min(MOST_INPUTS, max(FEWEST_INPUTS, TRIAL_FLOPS / model.config.flops({}).total)))
+    inputs, names = _trial(model, plans, data)
     fitted_on, held_out = split(data.sample(inputs))
     full = private_copy(model).to(runtime.torch_device)
-    models = fit_all(full, plans, fitted_on, seed, runtime)
+    models = fit_all(full, [{name: plan[name] for name in names} for plan in plans], fitted_on, seed, runtime)
     distances = compare(models, full, held_out, runtime)
-    costs = [_shares(each, full) for each in models]
-    best = select(distances, [sum(cost) for cost in costs])
+    costs = [_shares(plan, each, full) for plan, each in zip(plans, models, strict=True)]
+    best = select(distances, [sum(cost) for cost in costs], SAME * len(names) / len(plans[0]))
     candidates = []
     for index, (plan, (size, flops)) in enumerate(zip(plans, costs, strict=True)):
         first = next(iter(plan.values()))
@@ -176,10 +180,26 @@ def choose(
                 flops=flops,
                 distance=float(distances[index].mean()),
                 samples=held_out.samples,
+                layers=len(names),
                 is_chosen=index == best,
             )
         )
     return plans[best], candidates
+
+
+def _trial(model: Model, plans: Sequence[Plan], data: Dataset) -> tuple[int, list[str]]:
+    """Return on how many inputs plans are compared, and the layers that are pruned for it.
+
+    In a language model, these are some layers, spread evenly, so that all candidates together take about as much memory
+    and time as the pruning itself; of so much text that it is worth it.
+    """
+    names = [*plans[0]]
+    if not isinstance(model, LanguageModel):
+        return round(min(MOST_INPUTS, max(FEWEST_INPUTS, TRIAL_FLOPS / model.config.flops({}).total))), names
+    places = torch.linspace(0, len(names) - 1, min(len(names), MOST_LAYERS)).round().int().tolist()
+    share = len(plans) * len(places) / len(names)
+    tokens = min(MOST_TOKENS, max(FEWEST_TOKENS, data.tokens / share))
+    return max(FEWEST, round(tokens * data.samples / data.tokens)), [names[place] for place in places]
 
 
 def _cheaper(model: Model, plans: Sequence[Plan]) -> list[Plan]:
@@ -234,10 +254,16 @@ def half(data: Dataset, seed: int) -> Dataset:
     return data.part(sorted(places.tolist()), f"half {seed}")
 
 
-def _shares(pruned: Model, full: Model) -> tuple[float, float]:
-    """Return the bytes and FLOPs of a pruned model as shares of the full one's."""
+def _shares(plan: Plan, pruned: Model, full: Model) -> tuple[float, float]:
+    """Return the bytes and FLOPs of a pruned model as shares of the full one's; of a language model, as the plan of all
+    layers leaves it.
+    """
     one, all_of = pruned.cost(), full.cost()
-    return one.bytes / all_of.bytes, one.flops_per_input.total / all_of.flops_per_input.total
+    size, flops = one.bytes, one.flops_per_input.total
+    if isinstance(full, LanguageModel):
+        first, layers = next(iter(plan.values())), full.config.moe_layers
+        size, flops = PrunedBytes(full.folder, layers).of(first.k, first.width), full.config.flops(plan).total
+    return size / all_of.bytes, flops / all_of.flops_per_input.total
 
 
 def split(data: Dataset) -> tuple[Dataset, Dataset]:
@@ -276,8 +302,8 @@ def compare(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtim
     return [torch.cat(parts) for parts in distances]
 
 
-def select(distances: Sequence[Tensor], costs: Sequence[float]) -> int:
-    """Return the cheapest of the candidates whose mean distance is within SAME of the least one.
+def select(distances: Sequence[Tensor], costs: Sequence[float], same: float = SAME) -> int:
+    """Return the cheapest of the candidates whose mean distance is the same as the least one, or nearly so.
 
     >>> near, nearly, far = torch.tensor([0.1, 0.3]), torch.tensor([0.11, 0.31]), torch.tensor([0.9, 0.8])
     >>> select([near, nearly, far], [3, 2, 1])
@@ -285,5 +311,5 @@ def select(distances: Sequence[Tensor], costs: Sequence[float]) -> int:
     """
     means = [float(each.mean()) if bool(each.isfinite().all()) else math.inf for each in distances]
     nearest = min(range(len(means)), key=means.__getitem__)
-    near = [index for index, mean in enumerate(means) if mean - means[nearest] <= SAME]
+    near = [index for index, mean in enumerate(means) if mean - means[nearest] <= same]
     return min(near, key=lambda index: (costs[index], means[index]), default=nearest)

@@ -11,6 +11,7 @@ from moeprune.models.folders.layout import COMPENSATIONS, ModelFolder, read_fold
 from moeprune.models.folders.writing import require_fitting, write_folder
 from moeprune.plan import Method, Plan, uniform_plan
 from moeprune.pruning.apply import WIDTH_NEEDS_DATA
+from moeprune.pruning.drop_in import DROP_IN
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Pruned
@@ -23,6 +24,8 @@ def prune_folder(request: PruneRequest) -> Pruned:
     calibration data, or an output cannot be written.
     """
     _require_supported(request)
+    if option := _given(request, "max_size", "max_flops", "repeat"):
+        raise MoepruneError(f"`{option}` needs calibration data", "add `--data`, or `--analysis`")
     if request.width is not None:
         raise MoepruneError(WIDTH_NEEDS_DATA, "add `--data`, or `--analysis`")
     folder = read_folder(request.checkpoint.path)
@@ -49,10 +52,19 @@ def prune_folder(request: PruneRequest) -> Pruned:
 
 def _require_supported(request: PruneRequest) -> None:
     """Raise a MoepruneError for options that a folder does not take."""
-    given = ("mass", "max_size", "max_flops", "max_accuracy_drop", "repeat")
-    if wrong := [name for name in given if getattr(request, name) is not None]:
-        option = f"--{wrong[0].replace('_', '-')}"
-        raise MoepruneError(f"`{option}` does not go with a folder of transformers", "give `--keep` or `--plan`")
+    if request.mass is not None:
+        raise MoepruneError("`--mass` does not go with a folder of transformers", "give `--keep` or `--max-size`")
+    if request.max_accuracy_drop is not None:
+        hint = "give `--keep` or `--max-size`, then judge the result by `moeprune eval --max-loss-increase`"
+        raise MoepruneError("`--max-accuracy-drop` searches on labels, which text does not have", hint)
+    if (budget := _given(request, "max_size", "max_flops")) and request.compensate not in (None, *DROP_IN):
+        message = f"`{budget}` does not go with `--compensate {request.compensate}` in a folder of transformers"
+        raise MoepruneError(message, "leave one of them out, or give `--keep` in place of the budget")
+
+
+def _given(request: PruneRequest, *names: str) -> str | None:
+    """Return the first of some options that is given, as it is spelt."""
+    return next((f"--{name.replace('_', '-')}" for name in names if getattr(request, name) is not None), None)
 
 
 def drop_in(request: PruneRequest) -> PruneRequest:
@@ -61,12 +73,10 @@ def drop_in(request: PruneRequest) -> PruneRequest:
     Raises a MoepruneError for one that does not, and for options that a folder does not take.
     """
     _require_supported(request)
-    if request.plan is not None:
+    if request.plan is not None or request.compensate in (None, "auto"):
         return request
-    if request.width is not None and request.keep is None and request.compensate in (None, "auto", "none"):
-        return request  # what can be tried without dropping experts changes no router
-    if request.compensate in (None, "auto"):
-        return request.replace(compensate="renorm" if request.one_shot else "renorm-refit")
+    if request.compensate == "none" and request.keep is None:
+        return request  # without dropping experts, which changes no router
     if request.compensate not in COMPENSATIONS:
         message = f"`--compensate {request.compensate}` needs more than fewer experts, which is all a folder can hold"
         raise MoepruneError(message, "give `--compensate renorm-refit`, the default, or `renorm`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,10 +14,12 @@ from moeprune.amounts import experts_to_keep, parse_keep
 from moeprune.calibration.analysis import Analysis, analyze, class_names_of, load_analysis, require_analysis_of
 from moeprune.data.datasets import Data, Dataset
 from moeprune.data.spec import DataSpec
+from moeprune.data.tokens import TokenFormat
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.header import is_safetensors, read_header
 from moeprune.models.inspection import Described
+from moeprune.models.language import LanguageModel
 from moeprune.models.model import Model, dataset_for, require_dense_layers
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
@@ -25,11 +28,14 @@ from moeprune.plan import Method, Plan, Wanted, uniform_plan
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, narrower, repeat, without_dropping
 from moeprune.pruning.budgets import narrower_within, plans_within_budget
+from moeprune.pruning.drop_in import FEW_TOKENS, drop_in_plans, is_drop_in
 from moeprune.pruning.plan_file import read_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Candidate, FitQuality, Repeats, Search
 from moeprune.pruning.search import DropLimit, prune_within_drop
 from moeprune.records import from_json
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -147,10 +153,21 @@ def prune_model(
             calibration = calibration_data(full.model, analysis)
         plan, candidates = choose(full.model, plans, calibration, **settings)
     pruned = apply_plan(full.model, plan, analysis, data=data, one_shot=request.one_shot, **settings)
+    _warn_of_few_tokens(pruned)
     if request.repeat is not None:
         assert calibration is not None
         repeats = repeat(full.model, plan, calibration, request.repeat, **settings)
     return Made(pruned, None, candidates, repeats)
+
+
+def _warn_of_few_tokens(pruned: Model) -> None:
+    """Log a warning if a language model was fitted to little text."""
+    fits = Made(pruned).fits.values()
+    if isinstance(pruned.input_format, TokenFormat) and fits and (tokens := max(fit.rows for fit in fits)) < FEW_TOKENS:
+        logger.warning(
+            f"{tokens:,} tokens of calibration data are few: fits may suit their domain and no other; give at least"
+            f" {FEW_TOKENS:,}, or check other text with `moeprune eval --by FIELD`"
+        )
 
 
 def plans_of(
@@ -167,6 +184,10 @@ def plans_of(
         return [full_plan(layers, None, plan, Method())], analysis
     has_data = data is not None or analysis is not None
     is_budget = request.max_size is not None or request.max_flops is not None
+    if has_data and is_drop_in(full.config, request):
+        assert isinstance(full.model, LanguageModel)
+        plans = drop_in_plans(full.model, request, _tokens(analysis, data))
+        return [full_plan(layers, None, plan, Method()) for plan in plans], analysis
     wanted, keep = request.wanted, parse_keep(request.keep or "1.0")
     drops = any(experts_to_keep(keep, layer.num_experts, name) < layer.num_experts for name, layer in layers.items())
     one_shot = request.one_shot or request.output is None
@@ -187,6 +208,13 @@ def plans_of(
     plans = plans_within_budget(full.config, full.tensors, analysis, [*ways, *narrower(layers)], *budget)
     all_experts = narrower_within(full.config, full.tensors, *budget)
     return [*plans, *([] if all_experts is None else [all_experts])], analysis
+
+
+def _tokens(analysis: Analysis | None, data: Dataset | None) -> int:
+    """Return the tokens of the calibration data of a language model, 0 if they are not known."""
+    if data is not None:
+        return data.tokens
+    return 0 if analysis is None else analysis.origin.data.samples * (analysis.origin.sequence_length or 0)
 
 
 class _InMemory(Described):

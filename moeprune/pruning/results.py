@@ -77,7 +77,8 @@ class Candidate(Result, frozen=True):
 
     k: experts by layer. rank: of `low-rank`. width: hidden units of each expert by layer; None for all. size, flops:
     shares of the full model's. distance: of the predictions from the full model's, mean total variation (0 to 1);
-    without a head, the change of the features as a share of their square. samples: held out.
+    without a head, the change of the features as a share of their square. samples: held out. layers: that were pruned
+    for the comparison.
     """
 
     scope: str
@@ -90,6 +91,7 @@ class Candidate(Result, frozen=True):
     flops: float
     distance: float
     samples: int
+    layers: int
     is_chosen: bool
 
 

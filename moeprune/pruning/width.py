@@ -35,9 +35,9 @@ def fewer_units(stage: Stage, plan: LayerPlan) -> FewerUnits:
     """Return the kept experts of a stage with as many hidden units as a plan's width says.
 
     What they take is weighted as the router of the pruned layer does. Plans that keep the same experts under such a
-    router share the result.
+    router, or all of them, share the result.
     """
-    key = "units", plan.kept, plan.cuts_router, plan.width
+    key = "units", plan.kept, plan.drops and plan.cuts_router, plan.width
     if key not in stage.shared:
         stage.shared[key] = _fewer_units(stage, plan)
     found: FewerUnits = stage.shared[key]

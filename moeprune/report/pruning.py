@@ -49,8 +49,13 @@ def _candidates(candidates: Sequence[Candidate]) -> Table:
             kept += f" of width {'/'.join(dict.fromkeys(map(str, each.width.values())))}"
         figures = f"{100 * each.distance:.2f}", f"{100 * each.size:.1f}", f"{100 * each.flops:.1f}"
         rows.append([f"{'→ ' if each.is_chosen else ''}{each.compensate}{rank}", kept, *figures])
+    layers, of_all = candidates[0].layers, len(candidates[0].k)
     what = plural(candidates[0].samples, "held-out input")
-    title = f"tried on {what}: change of the predictions (total variation); the cheapest within 1.5 of the least wins"
+    what += f", with {layers} of {of_all} layers pruned" if layers < of_all else ""
+    near = f"{1.5 * layers / of_all:.2g}"
+    title = (
+        f"tried on {what}: change of the predictions (total variation); the cheapest within {near} of the least wins"
+    )
     return Table(("compensation", "kept", "change\n%", "size\n%", "FLOPs\n%"), rows, title)
 
 
