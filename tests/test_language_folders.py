@@ -124,7 +124,6 @@ def test_analyze_prune_and_eval_work_end_to_end(speaking, run_json, run, tmp_pat
         (("--compensate", "affine", "--keep", "1/2"), "give `--compensate renorm-refit`"),
         (("--compensate", "low-rank", "--keep", "1/2"), "all a folder can hold"),
         (("--keep", "1"), "runs 2 experts for each token"),
-        (("--max-size", "0.5"), "does not go with a folder"),
     ],
 )
 def test_what_a_folder_cannot_hold_is_refused_before_any_pass(options, said, speaking, run, tmp_path):

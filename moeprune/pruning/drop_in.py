@@ -25,7 +25,6 @@ from moeprune.pruning.request import PruneRequest
 SHARES = (Fraction(7, 8), Fraction(3, 4), Fraction(1, 2))  # of the experts, that are kept and narrowed under a budget
 ALIGNED = 8  # kernels of grouped products take rows of so many numbers at least
 DROP_IN = ("auto", "none", "renorm", "renorm-refit")
-FEW_TOKENS = 80_000  # of calibration data, below which a refit may do worse than none
 
 
 def is_drop_in(config: ModelConfig, request: PruneRequest) -> bool:
@@ -34,7 +33,7 @@ def is_drop_in(config: ModelConfig, request: PruneRequest) -> bool:
     """
     wanted = request.wanted
     is_open = wanted.compensate == "auto" or request.max_size is not None or request.max_flops is not None
-    is_plain = wanted.compensate in DROP_IN and wanted.energy is None and wanted.mass is None
+    is_plain = wanted.compensate in DROP_IN and wanted.concrete_scope == "static" and wanted.energy is None
     return isinstance(config, LanguageConfig) and is_open and is_plain
 
 
@@ -45,10 +44,8 @@ class Size(NamedTuple):
     width: int | None
 
 
-def drop_in_plans(model: LanguageModel, request: PruneRequest, tokens: int) -> list[Plan]:
+def drop_in_plans(model: LanguageModel, request: PruneRequest) -> list[Plan]:
     """Return the plans to choose from, first the one to take where nothing can be compared.
-
-    tokens: of the calibration data.
 
     Raises a MoepruneError if no plan meets the budget, or the folder cannot hold what is asked for.
     """
@@ -59,11 +56,10 @@ def drop_in_plans(model: LanguageModel, request: PruneRequest, tokens: int) -> l
         sizes = _Budget(model, request).sizes()
     plans = []
     for size in sizes:
-        for compensation in _ways(wanted, size, model.folder.num_experts, request.one_shot, tokens < FEW_TOKENS):
+        for compensation in _ways(wanted, size, model.folder.num_experts, request.one_shot):
             signal: Any = wanted.signal_for(compensation)
             width = None if size.width is None else str(size.width)
-            method = Method(wanted.concrete_scope, signal, compensation, width=width)
-            plans.append(uniform_plan(layers, size.k, method))
+            plans.append(uniform_plan(layers, size.k, Method("static", signal, compensation, width=width)))
     return plans
 
 
@@ -82,15 +78,16 @@ def _stated_width(model: LanguageModel, request: PruneRequest) -> int | None:
     return experts_to_keep(parse_keep(request.width, *what), layer.expert_width, name, *what)
 
 
-def _ways(wanted: Wanted, size: Size, num_experts: int, one_shot: bool, has_few: bool) -> Sequence[Compensation]:
-    """Return the compensations to try for a number of experts and a width; has_few: tokens to fit to."""
+def _ways(wanted: Wanted, size: Size, num_experts: int, one_shot: bool) -> Sequence[Compensation]:
+    """Return the compensations to try for a number of experts and a width.
+
+    With dropped experts a refit is better than none even on some hundreds of tokens, as its ridge is chosen on others.
+    """
     if wanted.compensate != "auto":
         return (wanted.compensate,)
     if size.k == num_experts:
         return ("renorm",) if size.width is None else ("none", "renorm-refit")
-    if one_shot:
-        return ("renorm",)
-    return ("renorm-refit", "renorm") if has_few and size.width is None else ("renorm-refit",)
+    return ("renorm",) if one_shot else ("renorm-refit",)
 
 
 class _Budget:

@@ -28,17 +28,18 @@ from moeprune.plan import Method, Plan, Wanted, uniform_plan
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, narrower, repeat, without_dropping
 from moeprune.pruning.budgets import narrower_within, plans_within_budget
-from moeprune.pruning.drop_in import FEW_TOKENS, drop_in_plans, is_drop_in
+from moeprune.pruning.drop_in import drop_in_plans, is_drop_in
 from moeprune.pruning.plan_file import read_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Candidate, FitQuality, Repeats, Search
 from moeprune.pruning.search import DropLimit, prune_within_drop
 from moeprune.records import from_json
 
-logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+logger = logging.getLogger(__name__)
+FEW_TOKENS = 80_000  # of text, on which fits may suit its domain alone
 
 
 class PruneOptions(TypedDict, total=False):
@@ -186,7 +187,7 @@ def plans_of(
     is_budget = request.max_size is not None or request.max_flops is not None
     if has_data and is_drop_in(full.config, request):
         assert isinstance(full.model, LanguageModel)
-        plans = drop_in_plans(full.model, request, _tokens(analysis, data))
+        plans = drop_in_plans(full.model, request)
         return [full_plan(layers, None, plan, Method()) for plan in plans], analysis
     wanted, keep = request.wanted, parse_keep(request.keep or "1.0")
     drops = any(experts_to_keep(keep, layer.num_experts, name) < layer.num_experts for name, layer in layers.items())
@@ -208,13 +209,6 @@ def plans_of(
     plans = plans_within_budget(full.config, full.tensors, analysis, [*ways, *narrower(layers)], *budget)
     all_experts = narrower_within(full.config, full.tensors, *budget)
     return [*plans, *([] if all_experts is None else [all_experts])], analysis
-
-
-def _tokens(analysis: Analysis | None, data: Dataset | None) -> int:
-    """Return the tokens of the calibration data of a language model, 0 if they are not known."""
-    if data is not None:
-        return data.tokens
-    return 0 if analysis is None else analysis.origin.data.samples * (analysis.origin.sequence_length or 0)
 
 
 class _InMemory(Described):

@@ -134,7 +134,8 @@ def fit_units(moments: UnitMoments, weight: Tensor, width: int, ridge: float, ha
 
 def _scaled(power: Tensor) -> Tensor:
     """Return second moments (e,h,h) with a mean diagonal of 1, and without what rounding has made negative."""
-    mean = power.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(power.dtype).tiny ** 0.5)
+    mean = power.diagonal(dim1=1, dim2=2).mean(1)
+    mean = torch.where(mean > torch.finfo(power.dtype).tiny ** 0.5, mean, 1.0)  # rounding can make nothing negative
     values, vectors = torch.linalg.eigh(power / mean[:, None, None])
     return (vectors * values.clamp_min(0)[:, None]) @ vectors.mT
 
