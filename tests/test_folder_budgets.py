@@ -68,12 +68,9 @@ def test_bytes_of_a_pruned_folder_are_those_of_what_transformers_builds(name, sp
         assert bytes_of.of(k, width) == sum(tensor.nbytes for tensor in model.bfloat16().state_dict().values())
 
 
-@pytest.mark.parametrize(
-    ("name", "budget"),
-    [("qwen3_moe", "60%"), ("deepseek_v3", "0.8"), ("gpt_oss", "60%"), ("granitemoe", "60%"), ("llama4_text", "70%")],
-)
+@pytest.mark.parametrize(("name", "budget"), [("qwen3_moe", "60%"), ("deepseek_v3", "0.8"), ("gpt_oss", "60%")])
 def test_a_budget_of_bytes_is_met_by_fewer_or_narrower_experts(name, budget, speaking, text, run_json, tmp_path):
-    folder = speaking(name, torch.bfloat16, **{WIDTHS.get(name, "intermediate_size"): 32})
+    folder = speaking(name, torch.bfloat16, **{WIDTHS[name]: 32})
     report = run_json("prune", folder, "--data", text, *DATA, "--max-size", budget, "-o", tmp_path / "pruned")
     written, full = read_folder(tmp_path / "pruned").cost(), read_folder(folder).cost()
     assert report["model"]["bytes"] == written.bytes == sum(t.nbytes for t in tensors_of(tmp_path / "pruned").values())
@@ -85,9 +82,16 @@ def test_a_budget_of_bytes_is_met_by_fewer_or_narrower_experts(name, budget, spe
     assert chosen["flops"] == written.flops_per_input.total / full.flops_per_input.total
     assert (tmp_path / "pruned" / "moeprune.json").is_file()
     load(tmp_path / "pruned")
-    assert any(each["width"] is None for each in candidates)
-    assert any(each["width"] is not None for each in candidates) == (name not in REFUSED)
+    assert {each["width"] is None for each in candidates} == {True, False}
     assert all(len({*each["k"].values()}) == 1 for each in candidates)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_experts_that_cannot_be_narrower_are_dropped_alone(name, speaking, text, run_json, tmp_path):
+    folder = speaking(name)
+    report = run_json("prune", folder, "--data", text, *DATA, "--max-size", "80%", "-o", tmp_path / "pruned")
+    assert (report["candidates"], {plan["width"] for plan in report["plan"].values()}) == ([], {None})
+    assert 0.6 < report["model"]["bytes"] / report["full_model"]["bytes"] <= 0.8
 
 
 def test_a_budget_of_flops_narrows_all_experts(speaking, text, run_json, run, tmp_path):
@@ -98,8 +102,6 @@ def test_a_budget_of_flops_narrows_all_experts(speaking, text, run_json, run, tm
     assert report["model"]["flops_per_input"]["total"] == written.flops_per_input.total
     assert 0.85 < written.flops_per_input.total / full.flops_per_input.total <= 0.9
     assert {*itertools.chain(*(each["k"].values() for each in report["candidates"]))} == {8}
-    other = run(*call, "90%", "--compensate", "renorm", "--signal", "combine", "-o", tmp_path / "narrow")
-    assert other.code == 0, other.stderr
     found = run("prune", speaking("llama4_text"), "--data", text, *DATA, "--max-flops", "60%", "-o", tmp_path / "no")
     assert (found.code, "`--max-flops 60%` is less than any plan takes" in found.stderr) == (2, True)
 
@@ -176,7 +178,7 @@ def test_little_text_is_warned_of_where_something_is_fitted(speaking, text, run,
     folder = speaking("qwen3_moe")
     call = ("prune", folder, "--data", text, *DATA, "--keep", "1/2")
     report = run_json(*call, "-o", tmp_path / "pruned", "--repeat", "2")
-    assert (report["candidates"], report["model"]) == ([], run_json("inspect", tmp_path / "pruned"))
+    assert report["candidates"] == []
     assert len(report["repeats"]["distance"]) == 2
     assert [message for message in report["warnings"] if "416 tokens of calibration data are few" in message]
     found = run(*call, "--compensate", "renorm", "-o", tmp_path / "plain")
