@@ -19,6 +19,8 @@ def schema_of(words: Iterable[str], report: dict[str, Any]) -> str:
     """The schema of what a command line reports."""
     command = next((word for word in words if word in commands.TYPES), "")
     kinds = {"rows": "sweep", "sequence_length": "eval-language"}  # of what `eval` reports
+    if kinds.keys() <= report.keys():
+        return "sweep-language"
     return next((kind for key, kind in kinds.items() if command == "eval" and key in report), command)
 
 

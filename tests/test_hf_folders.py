@@ -253,7 +253,7 @@ def config(**changes: Any):
         (None, ("--keep", "9", *BLIND), "more than the 8 experts"),
         (None, ("--keep", "1/2", "--signal", "gram", "--compensate", "renorm"), "needs calibration data"),
         (None, ("--keep", "1/2", "--signal", "random", "--compensate", "affine"), "a folder of transformers holds no"),
-        (None, ("--max-flops", "0.5", *BLIND), "does not go with a folder"),
+        (None, ("--max-flops", "0.5", *BLIND), "needs calibration data"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_before_anything_is_written(damage, options, said, folder, run, tmp_path):

@@ -12,6 +12,7 @@ from moeprune.evaluation.language_results import LanguageGroup
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
+from moeprune.pruning.results import LanguageSweep, LanguageSweepRow
 from moeprune.records import to_text
 from moeprune.report.commands import TYPES, schema_of
 from tests.language import TinyLanguageModel, ids
@@ -42,7 +43,19 @@ def reports(single, small_analysis, run_json, tmp_path_factory):
         "export": run_json(f"export {folder}/vit.safetensors -o {folder}/vit.pt --to soft-moe"),
         "plan": json.loads((folder / "plan.json").read_text()),
         "eval-language": json.loads(to_text(language_evaluation())),
+        "sweep-language": json.loads(to_text(sweep_of_text())),
     }
+
+
+def sweep_of_text():
+    """A sweep of one row, as if of a language model."""
+    found = moeprune.evaluate(TinyLanguageModel(), ids(4), runtime=moeprune.Runtime("cpu"))
+    names = ("loss", "loss_increase", "loss_increase_sd", "agreement", "kl", "size", "flops")
+    options = {"options": "--keep 1/2", "keep": "1/2", "width": None, "signal": "gram", "compensate": "renorm"}
+    row = LanguageSweepRow(**options, **dict.fromkeys(names, 0.5), draws=2)
+    return LanguageSweep(
+        checkpoint="full", data=found.data, sequence_length=12, rows=[row], environment=found.environment
+    )
 
 
 def language_evaluation():

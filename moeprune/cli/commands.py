@@ -22,7 +22,7 @@ Report = Annotated[
 ]
 SCHEMAS = (
     "analyze, demo, eval, eval-language (of eval of a language model), export, inspect, prune, sweep (of eval --sweep),"
-    " or plan (a plan file)."
+    " sweep-language (of that of a language model), or plan (a plan file)."
 )
 
 
@@ -87,9 +87,10 @@ def eval(reporter: Reporter, request: SweepRequest, *, report: Report = None) ->
 
 def _sweep(reporter: Reporter, request: SweepRequest, report: Path | None) -> int:
     from moeprune.pruning.checkpoint import sweep_checkpoint
+    from moeprune.pruning.results import Sweep
 
     found, model, analysis = sweep_checkpoint(request)
-    if request.plot is not None:
+    if request.plot is not None and isinstance(found, Sweep):
         from moeprune.report.trade_off import plot_trade_off
         from moeprune.report.words import checkpoint_on_data
 

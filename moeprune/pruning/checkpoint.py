@@ -21,7 +21,7 @@ from moeprune.models.description import our_header, read_description
 from moeprune.models.folders.layout import read_folder
 from moeprune.models.inspection import Described
 from moeprune.models.language import LanguageModel
-from moeprune.models.model import Model, require_unpruned, save
+from moeprune.models.model import Model, fingerprint, require_unpruned, save
 from moeprune.models.opening import open_data_for, open_model
 from moeprune.models.results import ModelCost
 from moeprune.plan import SCOPES, SIGNALS, Plan, Wanted
@@ -29,10 +29,11 @@ from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, needs_pass, provenance, require_calibration
 from moeprune.pruning.auto import possible_scope
 from moeprune.pruning.folder import drop_in, prune_folder
+from moeprune.pruning.language_sweep import language_sweep, language_ways
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.prune import plans_of, prune_model
 from moeprune.pruning.request import PruneRequest, SweepRequest
-from moeprune.pruning.results import FitQuality, Pruned, Sweep
+from moeprune.pruning.results import FitQuality, LanguageSweep, Pruned, Sweep
 from moeprune.pruning.sweep import COMPENSATIONS_TRIED, KEEPS, Variant, grid, methods, on_frontier, possible_ways, sweep
 from moeprune.records import to_json
 
@@ -143,25 +144,37 @@ def _take(
     return checkpoint.Copied(header, f"{layer}.{name}", None if axis is None else experts)
 
 
-def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:
+def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep | LanguageSweep, Model, Analysis]:
     """Prune a checkpoint in many ways and evaluate each; return also the unpruned model and its analysis."""
     assert request.analysis is not None
     request.runtime.require_device()
+    text_ways = language_ways(request) if request.checkpoint.is_model_folder else []
     model = open_model(request.checkpoint)
     analysis = load_analysis(request.analysis)
     data = open_data_for(model, request.data, "test", class_names_of(analysis))
+    if isinstance(model, LanguageModel):
+        require_analysis_of(model.config.moe_layers, fingerprint(model), analysis)
+        found, lengths = zip(*language_sweep(model, text_ways, analysis, data, request), strict=True)
+        report = LanguageSweep(
+            checkpoint=str(request.checkpoint.path),
+            data=data.info,
+            sequence_length=lengths[0],
+            rows=list(found),
+            environment=environment(request.runtime),
+        )
+        return report, model, analysis
     ways = _ways(request, model)
     results = sweep(model, ways, analysis, data, request.seed, request.runtime, request.latency_batches, request.repeat)
     rows = [row for row, _ in results]
     rows = [replace(row, on_frontier=best) for row, best in zip(rows, on_frontier(rows), strict=True)]
-    report = Sweep(
+    of_classes = Sweep(
         checkpoint=str(request.checkpoint.path),
         data=data.info,
         rows=rows,
         plot=None if request.plot is None else str(request.plot),
         environment=environment(request.runtime),
     )
-    return report, model, analysis
+    return of_classes, model, analysis
 
 
 def _ways(request: SweepRequest, model: Model) -> list[Variant]:

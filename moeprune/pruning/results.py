@@ -185,3 +185,36 @@ class Sweep(Report, frozen=True):
     rows: list[SweepRow]
     plot: str | None
     environment: Environment
+
+
+class LanguageSweepRow(Result, frozen=True):
+    """One way to prune a language model and its evaluation; options, signal and compensate are None for the full model.
+
+    options: of `prune`. keep: share or number of experts. width: share of the hidden units of each; None for all.
+    loss: nats per token. loss_increase, agreement, kl: to the full model, see LanguageDifference; means over the draws.
+    loss_increase_sd: over the draws, None for one draw. size, flops: shares of the full model's.
+    """
+
+    options: str | None
+    keep: str
+    width: str | None
+    signal: str | None
+    compensate: str | None
+    loss: float
+    loss_increase: float
+    loss_increase_sd: float | None
+    agreement: float
+    kl: float
+    size: float
+    flops: float
+    draws: int
+
+
+class LanguageSweep(Report, frozen=True):
+    """Many ways to prune one language model; the first row is the full model. sequence_length: in tokens."""
+
+    checkpoint: str
+    data: DataInfo
+    sequence_length: int
+    rows: list[LanguageSweepRow]
+    environment: Environment

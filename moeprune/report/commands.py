@@ -14,13 +14,13 @@ from moeprune.evaluation.intervals import wilson
 from moeprune.evaluation.language_results import LanguageEvaluation
 from moeprune.evaluation.results import Evaluation, ModelFigures
 from moeprune.models.results import Export, Inspection, Parity
-from moeprune.pruning.results import PlanFile, Pruned, Sweep, SweepRow
+from moeprune.pruning.results import LanguageSweep, PlanFile, Pruned, Sweep, SweepRow
 from moeprune.records import Report, Result
 from moeprune.report.costs import cost_changes, cost_rows, latency_table
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table
 from moeprune.report.language import language
 from moeprune.report.pruning import pruning
-from moeprune.report.sweeps import sweep
+from moeprune.report.sweeps import language_sweep, sweep
 from moeprune.report.words import (
     amount,
     checkpoint_on_data,
@@ -325,8 +325,10 @@ COMMANDS: dict[str, tuple[type[Result], Callable[[Any], Document] | None]] = {
     "plan": (PlanFile, None),
     "prune": (Pruned, pruning),
     "sweep": (Sweep, sweep),
+    "sweep-language": (LanguageSweep, language_sweep),
 }
-"""`eval-language` and `sweep` are what `eval` reports of language models and of sweeps, `plan` what `prune` reads."""
+"""`eval-language`, `sweep` and `sweep-language` are what `eval` reports of language models and of sweeps, `plan` what
+`prune` reads."""
 TYPES = {command: kind for command, (kind, _) in COMMANDS.items()}
 
 

@@ -11,7 +11,7 @@ from moeprune.calibration.results import AnalysisReport
 from moeprune.evaluation.language_results import LanguageEvaluation
 from moeprune.evaluation.results import Environment, Evaluation, Forgetting
 from moeprune.models.model import Model
-from moeprune.pruning.results import Sweep
+from moeprune.pruning.results import LanguageSweep, Sweep
 from moeprune.report import document as doc
 from moeprune.report import language
 from moeprune.report.commands import document_of
@@ -21,7 +21,7 @@ from moeprune.report.sweeps import highlights
 from moeprune.report.trade_off import trade_off
 from moeprune.report.words import amount, ci95, percent, plain, plan_in_words, points
 
-Reported: TypeAlias = "Evaluation | LanguageEvaluation | Sweep | AnalysisReport"
+Reported: TypeAlias = "Evaluation | LanguageEvaluation | Sweep | LanguageSweep | AnalysisReport"
 CLASSES_SHOWN = 20
 MOST_CLASSES = 1000  # classes that a table lists
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from moeprune.pruning.results import Sweep, SweepRow
+from moeprune.pruning.results import LanguageSweep, LanguageSweepRow, Sweep, SweepRow
 from moeprune.report.document import Block, Cell, Document, Lines, Table
 from moeprune.report.words import checkpoint_on_data, percent
 
@@ -86,3 +86,33 @@ def _answer(rows: Sequence[SweepRow]) -> Iterator[str]:
     elif controls:
         how = ", ".join(controls)
         yield f"no expert at all ({how}) is within {100 * NEAR:g} pt too: on this data the experts hardly matter"
+
+
+def language_sweep(result: LanguageSweep) -> Document:
+    """Return a row for each way to prune a language model, and the options of the best one of each size."""
+    columns = ["experts", "hidden\nunits", "signal,\ncompensation", "loss\nincrease", "same next\ntoken %", "KL"]
+    rows: list[Sequence[Cell] | None] = []
+    groups = _by_share(result.rows[1:])
+    for own in [result.rows[:1], *groups.values()]:
+        for row in own:
+            deviation = "" if row.loss_increase_sd is None else f" ± {row.loss_increase_sd:.4f}"
+            way = "full model" if row.signal is None else f"{row.signal}, {row.compensate}"
+            kept = "all" if row.keep == "1.0" else row.keep
+            figures = f"{row.loss_increase:+.4f}{deviation}", f"{100 * row.agreement:.1f}", f"{row.kl:.4f}"
+            rows.append([kept, row.width or "all", way, *figures, f"{100 * row.size:.1f}", f"{100 * row.flops:.1f}"])
+        rows.append(None)
+    full = f"full model: loss {result.rows[0].loss:.4f} nats per token; size, FLOPs: of its own"
+    lines = [full]
+    for share, own in groups.items():
+        best = min(own, key=lambda row: row.loss_increase)
+        lines.append(f"least loss increase at {share}: {best.loss_increase:+.4f} by `{best.options}`")
+    title = checkpoint_on_data(result.checkpoint, result.data, f" of {result.sequence_length} tokens")
+    return Document(title, [Table([*columns, "size\n%", "FLOPs\n%"], rows[:-1]), Lines(lines)])
+
+
+def _by_share(rows: Sequence[LanguageSweepRow]) -> dict[str, list[LanguageSweepRow]]:
+    """Return the rows by the share of experts, or of hidden units, that is left."""
+    found: dict[str, list[LanguageSweepRow]] = {}
+    for row in rows:
+        found.setdefault(row.width or row.keep, []).append(row)
+    return found
