@@ -129,6 +129,8 @@ def test_a_budget_that_nothing_meets_is_refused_with_one_that_something_does(spe
         [least] = re.findall("give at least (.+)", found.stderr)
     report = run_json(*call, least, "-o", tmp_path / "small")
     assert report["model"]["bytes"] == math.ceil(float(least.rstrip("B")))
+    whole = run_json(*call, "100%", "-o", tmp_path / "whole")
+    assert whole["model"] == whole["full_model"]
 
 
 def test_candidates_are_compared_as_they_would_predict(speaking, text, run_json, tmp_path, monkeypatch):
@@ -190,6 +192,7 @@ def test_little_text_is_warned_of_where_something_is_fitted(speaking, text, run,
     [
         (("--max-size", "0.5", "--compensate", "affine"), "`--max-size` does not go with `--compensate affine`"),
         (("--max-accuracy-drop", "0.1"), "searches on labels, which text does not have"),
+        (("--keep", "4", "--energy", "0.9"), "`--energy` goes with nothing that `auto` tries"),
         (("--mass", "0.9", "--scope", "input"), "`--mass` does not go with a folder"),
         (("--max-size", "0.5", "--scope", "input"), "with scope static only"),
     ],

@@ -122,6 +122,8 @@ class _Budget:
 
     def sizes(self) -> list[Size]:
         """Return what meets the budget, narrower experts first; raise a MoepruneError if nothing does."""
+        if self.full <= self.amount and self.request.width is None:
+            return [Size(self.num_experts, None)]
         counts, stated = self._counts(), _stated_width(self.model, self.request)
         if self.request.wanted.compensate == "none":
             counts = counts[-1:]

@@ -57,6 +57,9 @@ def _require_supported(request: PruneRequest) -> None:
     if request.max_accuracy_drop is not None:
         hint = "give `--keep` or `--max-size`, then judge the result by `moeprune eval --max-loss-increase`"
         raise MoepruneError("`--max-accuracy-drop` searches on labels, which text does not have", hint)
+    if request.energy is not None and request.compensate in (None, "auto"):
+        hint = "leave it out: it decides the rank of a compensation"
+        raise MoepruneError("`--energy` goes with nothing that `auto` tries in a folder of transformers", hint)
     if (budget := _given(request, "max_size", "max_flops")) and request.compensate not in (None, *DROP_IN):
         message = f"`{budget}` does not go with `--compensate {request.compensate}` in a folder of transformers"
         raise MoepruneError(message, "leave one of them out, or give `--keep` in place of the budget")
