@@ -25,7 +25,7 @@ CPU = moeprune.Runtime("cpu", batch_size=16)
 CONFIG = GatedMoEConfig(D, N, H, K, normalized=True)
 SIGMOID = GatedMoEConfig(D, N, H, K, "sigmoid", selection_bias=True, bias=True, groups=4, groups_kept=3)
 INPUTS = GatedMoEConfig(D, N, H, K, "sigmoid", weigh="inputs")
-COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", "low-rank")
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", "low-rank", "merge")
 
 
 class Net(nn.Module):
