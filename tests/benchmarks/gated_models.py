@@ -9,7 +9,7 @@ import torch
 from corpus import VOCABULARY, write_corpus
 from transformers import AutoTokenizer
 
-from moeprune.demo.language import fit_language, fresh_language
+from moeprune.demo.train_language import fit_language, fresh_language
 
 STEPS = 3900
 SHAPE = {
