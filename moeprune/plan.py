@@ -311,6 +311,18 @@ def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
         raise MoepruneError(reason)
 
 
+def require_decided(plan: Plan) -> None:
+    """Raise a MoepruneError if the plan of a pruned layer leaves something open."""
+    for name, layer in plan.items():
+        open_fields = {
+            "merged_into": layer.merges and layer.merged_into is None,
+            "rank": layer.energy is not None,
+            "kept": layer.scope == "static" and layer.kept is None,
+        }
+        if lacking := [f"`{field}`" for field, is_open in open_fields.items() if is_open]:
+            raise MoepruneError(f"the plan of layer `{name}` lacks {', '.join(lacking)}")
+
+
 def refusal(plan: Plan, layers: Mapping[str, Any]) -> str | None:
     """Return why a layer of the model (LayerConfig) cannot be pruned by its plan, None if all can."""
     reasons = ((name, layers[name].refusal(layer)) for name, layer in plan.items())
