@@ -180,6 +180,15 @@ def test_without_trust_nothing_of_transformers_loads_it(coded, monkeypatch):
             auto.from_pretrained(coded, trust_remote_code=False)
 
 
+def test_a_config_that_asks_for_router_logits_is_read(coded, folder, tmp_path):
+    for name, source in (("full", folder("qwen3_moe")), ("pruned", coded)):
+        shutil.copytree(source, tmp_path / name)
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"output_router_logits": True}))
+        torch.testing.assert_close(moeprune.load(tmp_path / name)(TOKENS), moeprune.load(source)(TOKENS))
+    assert torch.equal(logits(trusted(tmp_path / "pruned")), logits(trusted(coded)))
+
+
 def test_transformers_saves_what_it_has_loaded(coded, tmp_path):
     model = trusted(coded)
     model.save_pretrained(tmp_path / "saved")

@@ -25,7 +25,7 @@ from moeprune.models.folders.remote import PrunedBlock, pruned_classes
 from moeprune.models.folders.widths import keys_of_width
 from moeprune.models.folders.writing import copy_folder, require_fitting, write_folder
 from moeprune.models.language_config import LanguageConfig
-from moeprune.models.libraries.transformers import RoutedBlock, describe_block, is_block
+from moeprune.models.libraries.transformers import RoutedBlock, describe_block, is_block, return_no_router_logits
 from moeprune.models.model import Model
 from moeprune.models.results import ModelCost
 from moeprune.plan import LayerPlan, Plan
@@ -182,6 +182,7 @@ def _with_our_layers(folder: ModelFolder, module: nn.Module) -> LanguageModel:
     if len(blocks) != len(folder.layers):
         builds = f"builds {len(blocks)} blocks of experts that moeprune knows, the folder {len(folder.layers)} layers"
         raise MoepruneError(f"`{folder.path}`: transformers {builds}", "prune it without `--data`")
+    return_no_router_logits(module.config)
     layers, places = {}, {}
     for name, path in zip(folder.layers, blocks, strict=True):
         block = module.get_submodule(path)

@@ -23,6 +23,7 @@ from moeprune.models.libraries.transformers import (
     RoutedBlock,
     describe_block,
     is_block,
+    return_no_router_logits,
     returns_pair,
     tensors_of_block,
 )
@@ -138,6 +139,7 @@ def pruned_classes(model_type: str, auto: str, module: str = __name__) -> tuple[
 
     def initialise(self: Any, config: Any, *arguments: Any, **options: Any) -> None:
         of_model.__init__(self, config, *arguments, **options)
+        return_no_router_logits(config)
         plan = stated_plan({KEY: getattr(config, KEY, None)}, "`config.json`")
         _learn_names(of_model, model_type, prune_blocks(self, plan))
 

@@ -69,6 +69,13 @@ def returns_pair(block: nn.Module) -> bool:
     return bool(getattr(block, "returns_pair", type(block).__name__ in PAIRS))
 
 
+def return_no_router_logits(config: Any) -> None:
+    """Have models of a config of transformers return no router logits, which our layers do not give."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
+
+
 def is_block(module: nn.Module) -> bool:
     """Return True for a block of transformers with a router, known or not, and stacked experts."""
     is_theirs = type(module).__module__.startswith("transformers.")
