@@ -178,6 +178,7 @@ def test_without_trust_nothing_of_transformers_loads_it(coded, monkeypatch):
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel, transformers.AutoConfig):
         with pytest.raises(ValueError, match="trust_remote_code=True"):
             auto.from_pretrained(coded, trust_remote_code=False)
+    assert not type(trusted(coded)).is_backend_compatible()  # what vLLM asks
 
 
 def test_a_config_that_asks_for_router_logits_is_read(coded, folder, tmp_path):
