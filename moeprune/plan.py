@@ -165,6 +165,11 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         return (self.compensation in FITTED and self.drops) or self.merges or self.width is not None
 
     @property
+    def changes_experts(self) -> bool:
+        """True if the weights of kept experts may differ from those in the unpruned layer."""
+        return self.width is not None or (self.drops and self.compensation in (*REFITS, "low-rank", "merge"))
+
+    @property
     def merges(self) -> bool:
         """True if dropped experts are folded into kept ones."""
         return self.compensation == "merge" and self.drops
@@ -311,6 +316,18 @@ def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
             raise MoepruneError(f"the plan of layer `{name}` is for {planned} experts, the layer has {n}")
     if reason := refusal(plan, layers):
         raise MoepruneError(reason)
+
+
+def require_decided(plan: Plan) -> None:
+    """Raise a MoepruneError if the plan of a pruned layer leaves something open."""
+    for name, layer in plan.items():
+        open_fields = {
+            "merged_into": layer.merges and layer.merged_into is None,
+            "rank": layer.energy is not None,
+            "kept": layer.scope == "static" and layer.kept is None,
+        }
+        if lacking := [f"`{field}`" for field, is_open in open_fields.items() if is_open]:
+            raise MoepruneError(f"the plan of layer `{name}` lacks {', '.join(lacking)}")
 
 
 def refusal(plan: Plan, layers: Mapping[str, Any]) -> str | None:

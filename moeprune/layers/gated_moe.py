@@ -189,7 +189,7 @@ class GatedMoE(MoELayer):
             taken = self._taken(tokens[rows.tokens], routing.gates.flatten()[rows.pairs])
             found = experts.run(taken, functools.partial(grouped_linear, rows.counts))
             output.index_add_(0, rows.tokens, found * weights[rows.pairs, None])
-            outputs = found if first == 0 else outputs
+            outputs = found if first < len(self.fc2_weight) else outputs
         return output, (shown, outputs)
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:

@@ -176,6 +176,10 @@ class LayerConfig:
             shapes["score_weights"] = (n,)
         return shapes
 
+    def compensation_shapes(self, plan: LayerPlan) -> Shapes:
+        """Return the shapes of the tensors that compensate for dropped experts."""
+        return {name: shape for name, shape in self.shapes(plan).items() if self.part(name) == "compensation"}
+
     def part(self, tensor: str) -> str:
         """Return what a tensor is for: `experts`, `routing` or `compensation`."""
         if tensor in self.expert_shapes(1):

@@ -18,6 +18,7 @@ from moeprune.files.checkpoint import TORCH_SUFFIXES
 from moeprune.files.header import Header
 from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import our_header, read_description
+from moeprune.models.folders.form import form_of
 from moeprune.models.folders.layout import read_folder
 from moeprune.models.inspection import Described
 from moeprune.models.language import LanguageModel
@@ -88,6 +89,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         candidates=[*made.candidates] if made else [],
         fits=fits,
         repeats=made and made.repeats,
+        form=form_of(plan) if is_folder and request.output is not None else None,
     )
 
 
