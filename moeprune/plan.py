@@ -11,13 +11,13 @@ from moeprune.errors import MoepruneError
 from moeprune.records import Record, from_json
 
 Scope = Literal["static", "input", "batch"]
-Signal = Literal["combine", "deviation", "gram", "random", "frequency", "reap"]
+Signal = Literal["combine", "deviation", "gram", "random", "frequency", "reap", "mone"]
 Compensation = Literal[
     "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear", "merge"
 ]
 SCOPES, SIGNALS, COMPENSATIONS = get_args(Scope), get_args(Signal), get_args(Compensation)
 WantedScope = Literal["auto", "static", "input", "batch"]
-WantedSignal = Literal["auto", "combine", "deviation", "gram", "random", "frequency", "reap"]
+WantedSignal = Literal["auto", "combine", "deviation", "gram", "random", "frequency", "reap", "mone"]
 WantedCompensation = Literal[
     "auto", "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear", "merge"
 ]
@@ -26,7 +26,8 @@ AFFINE = ("affine", "refit", "low-rank", "linear")  # with a linear map of the l
 REFITS = ("refit", "renorm-refit")  # that change the kept experts' last linears
 NARROWED = ("lstsq", "affine", "refit")  # that can be given in few directions of the output
 WITH_RANK = (*NARROWED, "low-rank")  # that have a rank, or an energy that decides it
-RANKING = ("gram", "frequency", "reap")  # signals by statistics of calibration data, for one set of experts
+OF_RUNS = ("frequency", "reap", "mone")  # signals by what tokens that choose an expert get from it
+RANKING = ("gram", *OF_RUNS)  # signals by statistics of calibration data, for one set of experts
 STATIC = (*REFITS, "linear", "merge", *RANKING)  # that need one set of experts for all inputs
 RANK = 8  # of `low-rank`, unless it is stated
 
@@ -62,7 +63,8 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         num_experts: experts of the unpruned layer (n).
         signal: the score that ranks the experts; `gram` (scope `static` only) scores sets of experts. Also for this
             scope only, in layers whose tokens choose experts: `frequency`, how many choose one; `reap`, the mean norm
-            of what it adds to these (REAP, Lasby et al. 2025, arXiv 2510.13999).
+            of what it adds to these (REAP, Lasby et al. 2025, arXiv 2510.13999); `mone`, how many choose it, times the
+            variance of its output for these (MoNE, Zhang et al. 2025, arXiv 2507.00390).
         compensation: what a dropped expert gives: nothing (`none`); nothing, with weights normalised over
             the kept experts (`renorm`); its mean output (`mean`); the outputs that fit the unpruned layer
             best (`lstsq`), also with a linear map of the layer's input (`affine`), and with the kept experts'
@@ -161,6 +163,11 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     def is_fitted(self) -> bool:
         """True if the compensation, or the experts that lose hidden units, need a pass over data."""
         return (self.compensation in FITTED and self.drops) or self.merges or self.width is not None
+
+    @property
+    def changes_experts(self) -> bool:
+        """True if the weights of kept experts may differ from those in the unpruned layer."""
+        return self.width is not None or (self.drops and self.compensation in (*REFITS, "low-rank", "merge"))
 
     @property
     def merges(self) -> bool:
@@ -309,6 +316,18 @@ def require_fitting_plan(plan: Plan, layers: Mapping[str, Any]) -> None:
             raise MoepruneError(f"the plan of layer `{name}` is for {planned} experts, the layer has {n}")
     if reason := refusal(plan, layers):
         raise MoepruneError(reason)
+
+
+def require_decided(plan: Plan) -> None:
+    """Raise a MoepruneError if the plan of a pruned layer leaves something open."""
+    for name, layer in plan.items():
+        open_fields = {
+            "merged_into": layer.merges and layer.merged_into is None,
+            "rank": layer.energy is not None,
+            "kept": layer.scope == "static" and layer.kept is None,
+        }
+        if lacking := [f"`{field}`" for field, is_open in open_fields.items() if is_open]:
+            raise MoepruneError(f"the plan of layer `{name}` lacks {', '.join(lacking)}")
 
 
 def refusal(plan: Plan, layers: Mapping[str, Any]) -> str | None:

@@ -533,25 +533,28 @@ def test_stdout_that_is_not_utf8_gets_text_all_the_same(single, tmp_path, charse
 @pytest.mark.slow
 def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
+    pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     output = Path("moeprune-demo")
     result = run("demo")
     assert result.code == 0
     assert without_numbers(result.stdout) == without_numbers(block(GUIDE, "text"))
     steps = result.stderr.splitlines()
-    assert [step.split(":")[0] for step in steps] == ["single"] * 19 + ["vit"] * 19
+    assert [step.split(":")[0] for step in steps] == ["single"] * 19 + ["vit"] * 19 + ["language"] * 15
     saved = {
         "static-auto-1-8": ("1/8", "auto"), "static-renorm-refit-1-8": ("1/8", "drop-in: static, renorm-refit"),
         "input-none-1-8": ("1/8", "paper's rule: input, none"), "static-linear-0": ("0", "no MoE at all: linear"),
     }  # fmt: skip
+    language = output / "language"
     files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    files = {file for file in files if not file.startswith("language/")}
     expected = {"summary.json"}
     for model in ("single", "vit"):
         expected |= {f"{model}/full.safetensors", f"{model}/full.json", f"{model}/analysis.safetensors"}
         expected |= {f"{model}/{name}.{suffix}" for name in saved for suffix in ("safetensors", "json")}
     assert files == expected
     summary = json.loads((output / "summary.json").read_text())
-    assert set(summary) == {"schema_version", "warnings", "directory", "models", "environment"}
+    assert set(summary) == {"schema_version", "warnings", "directory", "models", "language", "environment"}
     assert complaints("demo", summary) == []
     assert set(summary["models"]) == {"single", "vit"}
     for name, shipped in (("single", single), ("vit", vit)):
@@ -573,6 +576,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
             assert found["model"]["bytes"] == tensor_bytes(output / name / f"{file}.safetensors")
         assert of["1/8", "random: static, none"]["draws"] == 10
         check_what_is_promised(name, of)
+    check_language(language, summary["language"]["rows"])
     again = run("demo")
     assert again.code == 2
     assert again.stderr.startswith(f"error: `{output}` is not empty")
@@ -589,6 +593,23 @@ def test_a_demo_that_fails_leaves_everything_as_it_was(error, code, run, tmp_pat
     for output, options in ((tmp_path / "new", ""), (tmp_path, "--force")):
         assert run("demo", "-o", output, *options.split()).code == code
         assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["mine", "mine/single"]
+
+
+def check_language(folder, rows):
+    """The folders that were written are what the rows say; refits and narrower experts beat what repairs nothing."""
+    assert all((folder / name).is_file() for name in ("calibration.jsonl", "test.jsonl", "full/config.json"))
+    increase = {(row["label"], row["keep"]): row["difference"]["loss_increase"] for row in rows}
+    assert increase[None, "1.0"] == 0
+    for keep in ("1/2", "1/4"):
+        reap = increase["REAP: reap, renorm", keep]
+        assert increase["drop-in: gram, renorm-refit", keep] < 0.8 * reap
+        assert increase["drop-in: narrower experts, width", keep] < 0.8 * reap
+        for name, label in (("renorm-refit", "gram, renorm-refit"), ("width", "narrower experts, width")):
+            path = folder / f"{name}-{keep.replace('/', '-')}"
+            found = json.loads(path.with_suffix(".json").read_text())
+            assert complaints("eval-language", found) == []
+            assert found["difference"]["loss_increase"] == increase[f"drop-in: {label}", keep]
+            assert found["model"]["bytes"] == tensor_bytes(path / "model.safetensors")
 
 
 def check_what_is_promised(model, of):

@@ -12,6 +12,7 @@ import torch
 import moeprune
 from moeprune.models.folders.costs import PrunedBytes
 from moeprune.models.folders.layout import COUNTS, read_folder
+from moeprune.plan import LayerPlan
 from moeprune.pruning import auto
 from moeprune.pruning.auto import split
 from tests.architectures import CASES, language_model, load, tensors_of
@@ -157,9 +158,10 @@ def test_candidates_are_compared_as_they_would_predict(speaking, text, run_json,
 def test_comparing_takes_about_as_much_text_as_pruning(speaking):
     model = moeprune.load(speaking("qwen3_moe"))
     data = moeprune.open_data(torch.zeros(20_000, 16, dtype=torch.int64), model.input_format)
-    assert auto._trial(model, [{"a": None, "b": None}] * 5, data) == (4000, ["a", "b"])
-    assert auto._trial(model, [{str(n): None for n in range(48)}] * 12, data)[0] == 8192  # MOST_TOKENS
-    inputs, names = auto._trial(model, [{str(n): None for n in range(48)}] * 6, data.sample(2000))
+    few, many = (dict.fromkeys(map(str, range(n)), LayerPlan("static", 4, 8, "gram", "renorm")) for n in (2, 48))
+    assert auto._trial(model, [few] * 5, data) == (4000, ["0", "1"])
+    assert auto._trial(model, [many] * 12, data)[0] == 8192  # MOST_TOKENS
+    inputs, names = auto._trial(model, [many] * 6, data.sample(2000))
     assert (inputs, len(names), names[0], names[-1]) == (2000, 8, "0", "47")
 
 

@@ -25,7 +25,7 @@ CPU = moeprune.Runtime("cpu", batch_size=16)
 CONFIG = GatedMoEConfig(D, N, H, K, normalized=True)
 SIGMOID = GatedMoEConfig(D, N, H, K, "sigmoid", selection_bias=True, bias=True, groups=4, groups_kept=3)
 INPUTS = GatedMoEConfig(D, N, H, K, "sigmoid", weigh="inputs")
-COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", "low-rank")
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", "low-rank", "merge")
 
 
 class Net(nn.Module):
@@ -148,13 +148,20 @@ def test_statistics_are_those_of_the_formulas(folder):
         "deviation": ((gates * (outputs - mean).square().sum(-1)).sum((0, 1)) / gates.sum((0, 1))).sqrt(),
         "frequency": runs / tokens.shape[:2].numel(),
         "reap": norms.sum((0, 1)) / runs,
+        "mone": torch.stack(
+            [
+                (gates[..., j] > 0).double().mean() * outputs[gates[..., j] > 0][:, j].var(0, unbiased=False).sum()
+                for j in range(N)
+            ]
+        ),
         "gram": torch.einsum("bmjo,bmlo->jl", added, added) / len(x),
         "gram_mean": torch.einsum("bmjo,bmlo->jl", around, around) / len(x),
         "gram_renorm": torch.einsum("bmjo,bmlo->jl", renormed, renormed) / len(x),
     }
     for name, tensor in expected.items():
         torch.testing.assert_close(getattr(found, name).double(), tensor.detach().double(), rtol=1e-4, atol=1e-5)
-    for signal, scores in {"frequency": found.frequency, "reap": found.reap, "combine": found.mean_mass}.items():
+    for signal, scores in {name: getattr(found, name) for name in ("frequency", "reap", "mone", "mean_mass")}.items():
+        signal = signal.replace("mean_mass", "combine")
         pruned = moeprune.prune(model, keep=3, signal=signal, compensate="none", data=data, runtime=CPU)
         assert next(iter(pruned.plan.values())).kept == tuple(sorted(scores.topk(3).indices.tolist()))
 

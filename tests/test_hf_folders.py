@@ -252,7 +252,7 @@ def config(**changes: Any):
         (None, ("--keep", "1", *BLIND), "runs 2 experts for each token, the plan keeps 1"),
         (None, ("--keep", "9", *BLIND), "more than the 8 experts"),
         (None, ("--keep", "1/2", "--signal", "gram", "--compensate", "renorm"), "needs calibration data"),
-        (None, ("--keep", "1/2", "--signal", "random", "--compensate", "affine"), "a folder of transformers holds no"),
+        (None, ("--keep", "1/2", "--signal", "random", "--compensate", "affine"), "`affine` needs calibration data"),
         (None, ("--max-flops", "0.5", *BLIND), "needs calibration data"),
     ],
 )

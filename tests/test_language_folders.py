@@ -121,8 +121,8 @@ def test_analyze_prune_and_eval_work_end_to_end(speaking, run_json, run, tmp_pat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--compensate", "affine", "--keep", "1/2"), "give `--compensate renorm-refit`"),
-        (("--compensate", "low-rank", "--keep", "1/2"), "all a folder can hold"),
+        (("--compensate", "refit", "--keep", "1/2"), "give `--compensate renorm-refit`"),
+        (("--compensate", "merge", "--keep", "1/2"), "is not for token-gated experts"),
         (("--keep", "1"), "runs 2 experts for each token"),
     ],
 )
@@ -152,13 +152,9 @@ def test_without_transformers_folders_are_sliced_but_not_opened(folder, run, tmp
         moeprune.load(source)
 
 
-def test_what_only_other_checkpoints_can_do_is_refused(folder, run, tmp_path):
+def test_a_folder_is_not_exported(folder, run, tmp_path):
     found = run("export", folder("mixtral"), "--to", "soft-moe", "-o", tmp_path / "out.safetensors")
     assert (found.code, "is a folder of transformers already" in found.stderr) == (2, True), found.stderr
-    pruned = moeprune.prune(moeprune.load(folder("mixtral")), keep="1/2", signal="random", compensate="none")
-    with pytest.raises(MoepruneError, match="a folder of transformers holds no other"):
-        moeprune.save(pruned, tmp_path / "pruned")
-    assert not (tmp_path / "pruned").exists()
 
 
 def test_the_language_part_of_a_model_that_takes_images_is_pruned_and_opened(run_json, tmp_path):

@@ -81,7 +81,7 @@ def test_what_a_folder_cannot_hold_is_left_out_with_a_warning(analyzed, run):
         (("--plot", "plot.svg"), "`--plot` does not go with a sweep of a language model"),
         (("--latency",), "`--latency` does not go with a sweep of a language model"),
         (("--scope", "input"), "each token chooses experts anyway"),
-        (("--compensate", "affine"), "nothing that a folder of transformers can hold"),
+        (("--compensate", "affine"), "leaves no drop-in folder"),
     ],
 )
 def test_what_a_sweep_of_text_lacks_is_refused(options, said, analyzed, run):

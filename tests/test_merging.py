@@ -8,6 +8,8 @@ import torch
 
 import moeprune
 from moeprune.layers.config import SoftMoEConfig
+from moeprune.layers.gated_config import GatedMoEConfig
+from moeprune.layers.gated_moe import GatedMoE
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, nearest_kept, prune_layer
 from moeprune.plan import LayerPlan
@@ -82,6 +84,28 @@ def test_every_slot_runs_by_the_mean_of_its_group(kind):
     x = torch.randn(3, 7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     expected = reference_layer(x, tensors, layer.config.router_norm, layer.config.dispatch_input)
     assert (merged(x) - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("columns", ["first", "even"])
+def test_token_gated_experts_merge_too(columns):
+    layer = GatedMoE(GatedMoEConfig(D, N, H, 2, normalized=True, gate_columns=columns)).double()
+    layer.requires_grad_(False).router_weight.mul_(4)
+    order = torch.tensor([2, 0, 3, 1])
+    both = torch.stack([2 * order, 2 * order + 1], 1).flatten() if columns == "even" else torch.cat([order, order + H])
+    layer.fc1_weight[3], layer.fc2_weight[3] = layer.fc1_weight[1][:, both], layer.fc2_weight[1][:, order]
+    x = torch.randn(3, 7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    same = prune_layer(layer, merge_plan((0, 1, 2, 4), (1,)), Calibrated(mean_mass=torch.rand(N)))
+    assert (same(x) - layer(x)).abs().max() < 1e-12
+    mass = torch.tensor([0.3, 0.1, 0.25, 0.05, 0.3])
+    merged = prune_layer(layer, merge_plan((1, 2), (2, 1, 2)), Calibrated(mean_mass=mass))
+    for place, group in enumerate(((1, 3), (2, 0, 4))):
+        for j in group:
+            layer.fc1_weight[j], layer.fc2_weight[j] = merged.fc1_weight[place], merged.fc2_weight[place]
+    assert (merged(x) - layer(x)).abs().max() < 1e-12
+    seen = []
+    merged.observer = seen.append
+    assert (merged(x) - layer(x)).abs().max() < 1e-12  # the way that shows rows
+    assert torch.allclose(seen[0].weights.sum((2, 3)), torch.ones(3, 7, dtype=torch.float64))
 
 
 def test_each_dropped_expert_goes_to_the_kept_one_that_is_weighted_most_alike():

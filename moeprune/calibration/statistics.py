@@ -32,7 +32,7 @@ digits the paper's rule kept 97 % of the accuracy and more above it, 44 to 84 % 
 (tests/benchmarks/sharpness.py)."""
 
 AXES = {
-    "mean_mass": "n", "term_mean": "npo", "deviation": "n", "frequency": "n", "reap": "n", "max_mass": "n",
+    "mean_mass": "n", "term_mean": "npo", "deviation": "n", "frequency": "n", "reap": "n", "mone": "n", "max_mass": "n",
     "rank_frequency": "nn", "kept_mass": "n", "experts_for_mass": "l", "class_mass": "cn", "explained": "e",
     "sensitivity": "",
     **dict.fromkeys(("gram", "gram_renorm", "gram_mean", "gram_lstsq", "gram_affine"), "nn"),
@@ -49,6 +49,7 @@ class LayerMoments:
     deviation: Tensor  # sigma, the root mean square of |f - mu| with the same weights (n)
     frequency: Tensor  # share of the tokens that run each expert (n)
     reap: Tensor  # mean norm of what it adds to these (n)
+    mone: Tensor  # frequency × variance of its output for these (n)
 
     @property
     def num_experts(self) -> int:
@@ -59,7 +60,7 @@ class LayerMoments:
         """Return the scores (n) of a signal that ranks experts one by one."""
         if signal == "deviation":
             return self.mean_mass * self.deviation
-        return {"combine": self.mean_mass, "frequency": self.frequency, "reap": self.reap}[signal]
+        return self.mean_mass if signal == "combine" else getattr(self, signal)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class MomentsAccumulator:
         for name, total in zip(("weights", "outputs", "squares"), observation.term_sums(self.dtype), strict=True):
             self.sums[name] += total
         tokens = observation.weights.shape[:2].numel() if observation.mask is None else observation.mask.sum()
-        for name, total in zip(("runs", "norms"), observation.run_sums(self.dtype), strict=True):
+        names = "runs", "norms", "run_outputs", "run_squares"
+        for name, total in zip(names, observation.run_sums(self.dtype), strict=True):
             self.sums[name] += total
         self.sums["tokens"] += tokens
 
@@ -134,8 +136,9 @@ class MomentsAccumulator:
         spread = self.sums["squares"] - self.sums["weights"] * mean.square().sum(-1)
         deviation = (spread.sum(1).clamp_min(0) / weights.sum(1)).sqrt()
         means = {"mean_mass": self.sums["mean_mass"] / self.samples, "term_mean": mean, "deviation": deviation}
-        runs = self.sums["runs"]
-        of_runs = {"frequency": runs / self.sums["tokens"], "reap": self.sums["norms"] / runs.clamp_min(1)}
+        runs, tokens, each = self.sums["runs"], self.sums["tokens"], self.sums["runs"].clamp_min(1)
+        around = self.sums["run_squares"] - self.sums["run_outputs"].square().sum(1) / each
+        of_runs = {"frequency": runs / tokens, "reap": self.sums["norms"] / each, "mone": around.clamp_min(0) / tokens}
         return LayerMoments(**_on_cpu(means | of_runs))
 
 

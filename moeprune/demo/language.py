@@ -1,103 +1,127 @@
-"""Train token-gated language models of transformers from scratch, seeded."""
+"""The third part of the demo: a small language model with token-gated experts, pruned in several ways.
 
-import math
+The model is a folder of transformers, trained on the sources of Python's standard library; its modules are dealt out by
+their names, so that the text that it is tested on is not what it was trained on, whatever release of Python runs.
+"""
+
+import hashlib
+import json
+import shutil
+import sysconfig
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
 
-LENGTH, BATCH = 256, 8  # tokens of a sequence that are predicted, sequences of a step
-BALANCE = {"softmax": 0.01, "sigmoid": 0.0002}  # weights of the loss that balances experts
-STEP_OF_BIAS = 0.001  # of the selection bias of sigmoid gates, towards equal loads
-CONSTANT = 0.6  # of the steps at the full learning rate; then it falls
+from moeprune.data.datasets import Dataset, open_data
+from moeprune.demo.records import DemoLanguage, LanguageRow
+from moeprune.demo.train_language import LENGTH, fit_language, fresh_language, train_tokenizer
+from moeprune.errors import MoepruneError
+from moeprune.evaluation.evaluate import evaluate
+from moeprune.evaluation.language_results import LanguageEvaluation
+from moeprune.files.disk import write_file
+from moeprune.models.language import LanguageModel
+from moeprune.models.model import Model, save
+from moeprune.models.opening import load
+from moeprune.models.runtime import Runtime
+from moeprune.pruning.prune import prune
+from moeprune.records import to_text
+
+TITLE = "language model with token gates, 3 layers of 32 experts"
+SHAPE: dict[str, Any] = {
+    "model_type": "qwen3_moe", "vocab_size": 1024, "hidden_size": 96, "intermediate_size": 96,
+    "moe_intermediate_size": 48, "num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "head_dim": 24, "max_position_embeddings": 512, "tie_word_embeddings": True, "pad_token_id": None,
+    "bos_token_id": None, "eos_token_id": 0,
+}  # fmt: skip
+STEPS = 2500
+SPLITS = {"calibration": 60_000, "test": 40_000}  # tokens
+WAYS: dict[str, dict[str, Any]] = {
+    "drop-in: gram, renorm-refit": {"compensate": "renorm-refit"},
+    "drop-in: narrower experts, width": {},
+    "static by gram, low-rank 8": {"compensate": "low-rank", "rank": 8},
+    "REAP: reap, renorm": {"signal": "reap", "compensate": "renorm"},
+    "MoNE: mone, mean": {"signal": "mone", "compensate": "mean"},
+    "merging: frequency, merge": {"signal": "frequency", "compensate": "merge"},
+    "random: renorm": {"signal": "random", "compensate": "renorm"},
+}
+KEEPS = (Fraction(1, 2), Fraction(1, 4))
 
 
-def fresh_language(settings: dict[str, Any], seed: int = 0) -> Any:
-    """Return an untrained causal language model of transformers, with weights drawn for a small width.
+def run_language(directory: Path, train_anew: bool, seed: int, runtime: Runtime) -> DemoLanguage:
+    """Prune and evaluate the language model; write it, its text and what is pruned into a directory.
 
-    settings: of its configuration, with `model_type`.
+    Raises a MoepruneError if transformers is missing, or Python's sources are.
     """
-    import transformers
+    texts = sources()
+    for split in SPLITS:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[split])
+        write_file(directory / f"{split}.jsonl", lines)
+    folder = directory / "full"
+    if train_anew:
+        train_language(texts["train"], folder, seed, runtime.progress)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (resources.files("moeprune.demo") / "checkpoints/language").iterdir():
+            write_file(folder / file.name, file.read_bytes())
+    full = load(folder)
+    calibration, test = (_open(full, directory, split) for split in SPLITS)
+    rows = [_row(None, "1.0", evaluate(full, test, full, runtime), runtime)]
+    for label, way in WAYS.items():
+        for keep in KEEPS:
+            amount: dict[str, Any] = {"width" if label.endswith("width") else "keep": keep}
+            pruned = prune(full, data=calibration, seed=seed, runtime=runtime, **amount, **way)
+            result = evaluate(pruned, test, full, runtime)
+            rows.append(_row(label, str(keep), result, runtime))
+            if label.startswith("drop-in") and isinstance(pruned, LanguageModel):
+                name = f"{'width' if 'width' in amount else 'renorm-refit'}-{str(keep).replace('/', '-')}"
+                if (directory / name).exists():
+                    shutil.rmtree(directory / name)
+                save(pruned, directory / name)
+                write_file(directory / f"{name}.json", to_text(result))
+    return DemoLanguage(title=TITLE, data=test.info, rows=rows)
 
-    torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(**settings)
-    config.initializer_range = 1 / math.sqrt(config.hidden_size)
-    model: Any = transformers.AutoModelForCausalLM
-    model = model.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("gate.weight"):
-                parameter /= 4  # experts are chosen evenly at first
-            elif "o_proj" in name or "down_proj" in name:
-                parameter /= math.sqrt(2 * config.num_hidden_layers)
-    return model
+
+def _open(full: Model, directory: Path, split: str) -> Dataset:
+    form = full.input_format.prepared(LENGTH, None)
+    return open_data(str(directory / f"{split}.jsonl"), form, split, SPLITS[split] // LENGTH)
 
 
-def fit_language(model: Any, texts: list[Tensor], steps: int, seed: int = 0, progress: bool = True) -> Any:
-    """Train a causal language model of transformers with token-gated experts in place; return it in eval mode.
+def _row(label: str | None, keep: str, result: Any, runtime: Runtime) -> LanguageRow:
+    assert isinstance(result, LanguageEvaluation)
+    assert result.difference is not None
+    way = "full model" if label is None else f"{label}, {keep} kept"
+    runtime.step(f"language: {way}: loss {result.model.loss:.3f} nats per token")
+    return LanguageRow(label=label, keep=keep, model=result.model, difference=result.difference)
 
-    Args:
-        model: one whose routers return logits, gates and chosen experts. A router that takes a selection bias beside
-            its input gates by sigmoid.
-        texts: token ids of each domain, one after the other (t); a sequence's domain is drawn first, all alike.
+
+def sources() -> dict[str, list[str]]:
+    """Return the modules of Python's standard library in three splits, `train`, `calibration` and `test`.
+
+    Raises a MoepruneError if there are none.
     """
-    routers = [module for module in model.modules() if type(module).__name__.endswith("Router")]
-    routed: list[tuple[Tensor, Tensor, Tensor | None]] = []  # logits (t,n), chosen experts (t,k), bias (n)
-
-    def remember(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        routed.append((output[0], output[2], args[1] if len(args) > 1 else None))
-
-    hooks = [router.register_forward_hook(remember) for router in routers]
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in tqdm(range(steps), desc="train", unit=" steps", disable=None if progress else True):
-        ids = _batch(texts, generator)
-        routed.clear()
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss = loss + torch.stack([_balance(*each) for each in routed]).sum()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    for hook in hooks:
-        hook.remove()
-    return model.requires_grad_(False).eval()
+    root = Path(sysconfig.get_path("stdlib"))
+    texts: dict[str, list[str]] = {"train": [], "calibration": [], "test": []}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not {"site-packages", "dist-packages", "test", "tests"} & {*path.parts}:
+            tenth = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            texts[{0: "test", 1: "calibration"}.get(tenth, "train")].append(text)
+    if not all(texts.values()):
+        hint = "use a Python that has them, or the other parts of the demo"
+        raise MoepruneError(f"the sources of Python's standard library are not in `{root}`", hint)
+    return texts
 
 
-def _rate(step: int, steps: int) -> float:
-    """Return the share of the learning rate that a step takes."""
-    return min(1.0, (step + 1) / 100) * min(1.0, max(0.02, (1 - step / steps) / (1 - CONSTANT)))
-
-
-def _batch(texts: list[Tensor], generator: torch.Generator) -> Tensor:
-    domains = torch.randint(len(texts), (BATCH,), generator=generator).tolist()
-    starts = torch.rand(BATCH, generator=generator).tolist()
-    rows = []
-    for domain, start in zip(domains, starts, strict=True):
-        first = int(start * (len(texts[domain]) - LENGTH))
-        rows.append(texts[domain][first : first + LENGTH + 1].long())
-    return torch.stack(rows)
-
-
-def _balance(logits: Tensor, chosen: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the loss that balances the experts of a router, n·Σ load·gate; move its selection bias, if it has one.
-
-    logits: (t,n); chosen: experts of each token (t,k).
-    """
-    experts = logits.shape[-1]
-    load = torch.bincount(chosen.flatten(), minlength=experts) / chosen.numel()
-    if bias is None:
-        return BALANCE["softmax"] * experts * (load * logits.softmax(-1).mean(0)).sum()
-    with torch.no_grad():
-        bias += STEP_OF_BIAS * (1 / experts - load).sign()
-    scores = logits.sigmoid()
-    return BALANCE["sigmoid"] * experts * (load * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum()
+def train_language(texts: list[str], folder: Path, seed: int, progress: bool) -> None:
+    """Train the model on text, and write its folder, in bfloat16."""
+    tokenizer = train_tokenizer([text[:20_000] for text in texts], SHAPE["vocab_size"])
+    ids = [0, *(each for text in texts for each in [*tokenizer(text)["input_ids"], 0])]
+    with torch.enable_grad():
+        model = fit_language(fresh_language(SHAPE, seed), [torch.tensor(ids, dtype=torch.int16)], STEPS, seed, progress)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

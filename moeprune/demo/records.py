@@ -5,6 +5,7 @@ from typing import Annotated
 
 from moeprune.data.spec import DataInfo
 from moeprune.errors import MoepruneError
+from moeprune.evaluation.language_results import LanguageDifference, LanguageFigures
 from moeprune.evaluation.results import Environment
 from moeprune.pruning.request import Seed
 from moeprune.pruning.results import SweepRow
@@ -15,7 +16,7 @@ class DemoRequest(Request, frozen=True, kw_only=True):
     """A directory to write into."""
 
     output: Annotated[Path, option("The directory to write into.", short=("-o",))] = Path("moeprune-demo")
-    train: Annotated[bool, option("Train both models again first (minutes), as the shipped ones were.")] = False
+    train: Annotated[bool, option("Train the models again first (minutes), as the shipped ones were.")] = False
     device: Annotated[str, option("cpu, cuda, cuda:N, mps, or auto: CUDA if there is one, else the CPU.")] = "auto"
     seed: Seed = 0
     overwrite: bool = False
@@ -37,9 +38,30 @@ class DemoModel(Result, frozen=True):
     rows: list[SweepRow]
 
 
+class LanguageRow(Result, frozen=True):
+    """The language model pruned in one way to a share of its experts, or of their hidden units; label: None in full."""
+
+    label: str | None
+    keep: str
+    model: LanguageFigures
+    difference: LanguageDifference
+
+
+class DemoLanguage(Result, frozen=True):
+    """The shipped language model pruned in several ways; the first row is the full model."""
+
+    title: str
+    data: DataInfo
+    rows: list[LanguageRow]
+
+
 class Summary(Report, frozen=True):
-    """All models of the demo by name; directory: of their files, `.` in the `summary.json` in it."""
+    """All models of the demo by name; directory: of their files, `.` in the `summary.json` in it.
+
+    language: None where transformers is not installed.
+    """
 
     directory: str
     models: dict[str, DemoModel]
+    language: DemoLanguage | None
     environment: Environment

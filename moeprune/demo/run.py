@@ -1,9 +1,11 @@
-"""Analyze, prune and evaluate the two shipped checkpoints.
+"""Analyze, prune and evaluate the shipped checkpoints.
 
-They are the `full.safetensors` that `moeprune demo --train -o DIR` writes into `DIR/single` and `DIR/vit`.
+They are the `full.safetensors` that `moeprune demo --train -o DIR` writes into `DIR/single` and `DIR/vit`, and the
+folder `DIR/language/full`.
 """
 
 import contextlib
+import importlib.util
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
@@ -12,6 +14,7 @@ from msgspec.structs import replace
 
 from moeprune.calibration.analysis import analyze, save_analysis
 from moeprune.data.datasets import Dataset, open_data
+from moeprune.demo.language import run_language
 from moeprune.demo.records import DemoModel, Summary
 from moeprune.demo.train import pairs_recipe, single_layer_recipe, train
 from moeprune.errors import MoepruneError
@@ -50,13 +53,18 @@ def run_demo(directory: Path, train_anew: bool = False, seed: int = 0, runtime: 
     """Write checkpoints, analyses, evaluations and `summary.json` into a directory; whatever fails, it is as before.
 
     Args:
-        train_anew: train both models first (minutes) instead of taking the shipped ones.
+        train_anew: train all models first (minutes) instead of taking the shipped ones.
         seed: of training, and of random experts.
     """
     before = set(directory.rglob("*"))
     try:
         models = {name: _run_model(name, directory / name, train_anew, seed, runtime) for name in MODELS}
-        summary = Summary(directory=".", models=models, environment=environment(runtime))
+        language = None
+        if importlib.util.find_spec("transformers") is None:
+            runtime.step("language: left out, as transformers is missing (`pip install 'moeprune[hf]'`)")
+        else:
+            language = run_language(directory / "language", train_anew, seed, runtime)
+        summary = Summary(directory=".", models=models, language=language, environment=environment(runtime))
         write_file(directory / "summary.json", to_text(summary))
     except BaseException:
         for path in sorted({directory, *directory.rglob("*")} - before, reverse=True):

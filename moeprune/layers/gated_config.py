@@ -104,8 +104,8 @@ class GatedMoEConfig(ExpertsConfig, Record, frozen=True, tag_field="family", tag
 
     @property
     def compensations(self) -> tuple[str, ...]:
-        """All but `refit`, for which `renorm-refit` serves, and `merge`."""
-        return ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", "low-rank", "linear")
+        """All but `refit`, for which `renorm-refit` serves."""
+        return ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", "low-rank", "linear", "merge")
 
     @property
     def uses_mean_token(self) -> bool:

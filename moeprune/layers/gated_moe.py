@@ -42,6 +42,7 @@ class GatedMoE(MoELayer):
             if name not in config.router_shapes(1) | config.expert_shapes(1):
                 self.register_parameter(name, None)
         self._order: Order | None = None
+        self._merged: Tensor | None = None  # the expert of each column (n)
         if not self.fc2_weight.is_meta:
             self.reset_parameters()
 
@@ -89,8 +90,14 @@ class GatedMoE(MoELayer):
         return output
 
     def route(self, tokens: Tensor) -> Routing:
-        """Return the columns that tokens (t,d) choose, and their gates (t,k)."""
-        return route(self.config, self.logits(tokens), self.selection_bias, self._order_of(tokens.device))
+        """Return the columns that tokens (t,d) choose, with `merge` the experts of these, and their gates (t,k)."""
+        routing = route(self.config, self.logits(tokens), self.selection_bias, self._order_of(tokens.device))
+        if self.plan is None or not self.plan.merges:
+            return routing
+        if self._merged is None or self._merged.device != tokens.device:
+            sizes = torch.tensor([len(group) for group in self.plan.groups], device=tokens.device)
+            self._merged = torch.arange(len(sizes), device=tokens.device).repeat_interleave(sizes)
+        return routing._replace(chosen=self._merged[routing.chosen])
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the router's logits (t,n) for tokens (t,d)."""
@@ -134,7 +141,7 @@ class GatedMoE(MoELayer):
     def _weights_of_terms(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the same for all experts (b,m,n,1), zero for those that are not chosen."""
         zeros = routing.gates.new_zeros(len(routing.gates), self.term_shape[0])
-        return zeros.scatter(1, routing.chosen, self._weights(routing)).view(*x.shape[:2], -1, 1)
+        return zeros.scatter_add(1, routing.chosen, self._weights(routing)).view(*x.shape[:2], -1, 1)
 
     def _taken(self, tokens: Tensor, gates: Tensor) -> Tensor:
         """Return what experts take of tokens with these gates."""
@@ -182,7 +189,7 @@ class GatedMoE(MoELayer):
             taken = self._taken(tokens[rows.tokens], routing.gates.flatten()[rows.pairs])
             found = experts.run(taken, functools.partial(grouped_linear, rows.counts))
             output.index_add_(0, rows.tokens, found * weights[rows.pairs, None])
-            outputs = found if first == 0 else outputs
+            outputs = found if first < len(self.fc2_weight) else outputs
         return output, (shown, outputs)
 
     def hidden(self, rows: Tensor, expert: int) -> Tensor:
@@ -200,7 +207,7 @@ class GatedMoE(MoELayer):
         gates = routing.gates.flatten()[rows.pairs]
         is_input = self.config.weigh == "inputs"
         of_experts = torch.zeros_like(routing.gates[:, :1]).expand(-1, self.term_shape[0])
-        of_experts = masked(of_experts.scatter(1, routing.chosen, routing.gates).view(*x.shape[:2], -1), mask)
+        of_experts = masked(of_experts.scatter_add(1, routing.chosen, routing.gates).view(*x.shape[:2], -1), mask)
         count = x.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
         return RoutedRows(
             masked(self._weights_of_terms(x, routing), mask), of_experts.sum(1) / count, masked(output, mask),

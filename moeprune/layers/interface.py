@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from moeprune.errors import MoepruneError
-from moeprune.plan import SCOPES, SIGNALS, LayerPlan
+from moeprune.plan import OF_RUNS, SCOPES, SIGNALS, LayerPlan
 
 Activation = Literal[
     "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "elu", "selu", "silu", "hardswish",
@@ -127,7 +127,7 @@ class LayerConfig:
     @property
     def signals(self) -> tuple[str, ...]:
         """Signals that rank the experts: by default those that do not tell which tokens run an expert."""
-        return tuple(signal for signal in SIGNALS if signal not in ("frequency", "reap"))
+        return tuple(signal for signal in SIGNALS if signal not in OF_RUNS)
 
     @property
     def compensations(self) -> tuple[str, ...]:
@@ -175,6 +175,10 @@ class LayerConfig:
         if plan.scope != "static" and plan.signal != "combine":
             shapes["score_weights"] = (n,)
         return shapes
+
+    def compensation_shapes(self, plan: LayerPlan) -> Shapes:
+        """Return the shapes of the tensors that compensate for dropped experts."""
+        return {name: shape for name, shape in self.shapes(plan).items() if self.part(name) == "compensation"}
 
     def part(self, tensor: str) -> str:
         """Return what a tensor is for: `experts`, `routing` or `compensation`."""

@@ -12,6 +12,8 @@ from moeprune.layers.interface import LayerConfig
 from moeprune.layers.observation import Observation, mean_token
 from moeprune.plan import REFITS, LayerPlan
 
+BESIDE_LOW_RANK = 2048  # hidden units of all kept experts that are refitted beside low-rank maps, at most
+
 
 class MoELayer(nn.Module):
     """An MoE layer: tokens (b,m,d) in, tokens (b,m,o) out. Without a plan it is dense.
@@ -107,8 +109,10 @@ class MoELayer(nn.Module):
         """
         assert self.plan is not None
         kinds, (n, p, _), d = {}, self.term_shape, self.config.dim
-        if self.plan.compensation in REFITS and len(self.fc2_weight):
-            kinds["hidden"] = len(self.fc2_weight) * self.fc2_weight.shape[2]
+        hidden = len(self.fc2_weight) * self.fc2_weight.shape[2]
+        is_beside = self.plan.is_low_rank and self.config.refits_by_expert and hidden <= BESIDE_LOW_RANK
+        if hidden and (self.plan.compensation in REFITS or is_beside):
+            kinds["hidden"] = hidden
         if self.plan.compensation == "renorm-refit" and getattr(self, "fc2_bias", None) is not None:
             kinds["bias"] = len(self.fc2_weight)
         if self.plan.has_surrogate:

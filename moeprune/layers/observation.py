@@ -106,12 +106,15 @@ class Observation:
         squares = (weighted * outputs).sum(-1)
         return mass.sum(0, dtype=dtype), weighted.sum(0, dtype=dtype), squares.sum(0, dtype=dtype)
 
-    def run_sums(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return how many tokens run each expert (n), and the sum over these of the norm of C·f, over terms (n)."""
-        norms = self._of_outputs(self.weights).sum(1, dtype=torch.float32) * self.term_outputs.float().norm(dim=-1)
+    def run_sums(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return how many tokens run each expert (n), and sums over these and over terms: of the norm of C·f (n), of f
+        (n,o) and of |f|² (n).
+        """
+        outputs = self.term_outputs.float()
+        norms = self._of_outputs(self.weights).sum(1, dtype=torch.float32) * outputs.norm(dim=-1)
         tokens = self.mass.new_tensor(self.weights[:, :, 0, 0].numel()) if self.mask is None else self.mask.sum()
-        found = norms.sum((0, 2), dtype=dtype)
-        return tokens.to(dtype).expand_as(found), found
+        found = [part.sum((0, 2), dtype=dtype) for part in (norms, outputs, outputs.square().sum(-1))]
+        return tokens.to(dtype).expand_as(found[0]), *found
 
     def gram(self, dtype: torch.dtype, outputs: Tensor | None = None) -> Tensor:
         """Return the sum over inputs of <R_j, R_l> = Σ_pq (CᵀC)_jp,lq · <f_jp, f_lq> (n,n).

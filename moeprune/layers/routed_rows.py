@@ -151,11 +151,12 @@ class RoutedRows(Observation):
         ]
         return sums[0][:, None], sums[1][:, None], sums[2][:, None]
 
-    def run_sums(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return how many tokens run each expert (n), and the sum over these of |w·f| (n)."""
-        norms = self.weighted.norm(dim=1)
-        found = torch.stack([norms[rows].sum(dtype=dtype) for rows in self.rows.slices])
-        return torch.tensor(self.rows.counts, dtype=dtype, device=found.device), found
+    def run_sums(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return how many tokens run each expert (n), and the sums over these of |w·f| (n), f (n,o) and |f|² (n)."""
+        outputs, slices = self.term_outputs.float(), self.rows.slices
+        of_rows = self.weighted.norm(dim=1), outputs, outputs.square().sum(1)
+        found = [torch.stack([part[rows].sum(0, dtype=dtype) for rows in slices]) for part in of_rows]
+        return torch.tensor(self.rows.counts, dtype=dtype, device=outputs.device), *found
 
     def gram(self, dtype: torch.dtype, outputs: Tensor | None = None) -> Tensor:
         """Return the sum over tokens of <R_j, R_l> (n,n), with `outputs` (r,s) in place of f if given."""

@@ -1,10 +1,10 @@
 """The one surgery: from a dense layer's tensors to those of a pruned layer, in memory or from file to file.
 
-`merge` is MC-SMoE (Li et al. 2024, arXiv 2310.01334), adapted to Soft MoE, to compare with leaving experts out.
-A dropped expert goes to the kept one with the most similar combine weights over calibration data (cosine). Its
-hidden units are matched to the kept one's (the assignment with the largest sum of products of weights; Ainsworth
-et al. 2023, arXiv 2209.04836, section 3.2). Then a group becomes its mean, weighted by mass. All slots stay, run
-by the merged expert of their group: the file shrinks, the FLOPs do not.
+`merge` is MC-SMoE (Li et al. 2024, arXiv 2310.01334), to compare with leaving experts out. A dropped expert goes to the
+kept one with the most similar weights over calibration data (cosine). Its hidden units are matched to the kept one's
+(the assignment with the largest sum of products of weights; Ainsworth et al. 2023, arXiv 2209.04836, section 3.2). Then
+a group becomes its mean, weighted by mass. The router and all terms stay, run by the merged expert of their group: the
+file shrinks, the FLOPs do not.
 
 Axes: n experts, p terms per expert, h hidden width, o width of the output.
 """
@@ -91,7 +91,7 @@ def prune_layer(layer: MoELayer, plan: LayerPlan, calibrated: Calibrated = Calib
     tensors = prune_tensors(layer.config, plan, take, like, calibrated)
     if plan.merges:
         assert calibrated.mean_mass is not None
-        tensors |= merged_experts(dense, plan, calibrated.mean_mass)
+        tensors |= merged_experts(dense, plan, calibrated.mean_mass, layer.config.alternates_gates)
     if plan.width is not None:
         assert calibrated.fewer_units is not None
         tensors |= calibrated.fewer_units.tensors
@@ -111,15 +111,18 @@ def nearest_kept(power: Tensor, kept: Sequence[int], num_experts: int) -> tuple[
     return tuple(kept[place] for place in likeness[dropped][:, list(kept)].argmax(1).tolist())
 
 
-def merged_experts(tensors: Mapping[str, Tensor], plan: LayerPlan, mean_mass: Tensor) -> dict[str, Tensor]:
+def merged_experts(
+    tensors: Mapping[str, Tensor], plan: LayerPlan, mean_mass: Tensor, alternates: bool
+) -> dict[str, Tensor]:
     """Return the tensors of the k kept experts, each merged with those that the plan folds into it.
 
-    tensors: of all experts, by the names in Experts. mean_mass: the weights of the means (n).
+    tensors: of all experts, by the names in Experts. mean_mass: the weights of the means (n). alternates: columns of
+    gates and values do.
     """
     merged: dict[str, list[Tensor]] = {name: [] for name in Experts._fields if name in tensors}
     for group in plan.groups:
         kept, *others = ({name: tensors[name][j].to("cpu", torch.float64) for name in merged} for j in group)
-        aligned = [kept, *(_aligned(other, kept) for other in others)]
+        aligned = [kept, *(_aligned(other, kept, alternates) for other in others)]
         mass = mean_mass[group].double().clamp_min(torch.finfo(torch.float32).tiny)
         for name, means in merged.items():
             parts = torch.stack([expert[name] for expert in aligned])
@@ -127,24 +130,31 @@ def merged_experts(tensors: Mapping[str, Tensor], plan: LayerPlan, mean_mass: Te
     return {name: torch.stack(means).to(tensors[name]) for name, means in merged.items()}
 
 
-def _aligned(expert: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, Tensor]:
+def _aligned(expert: dict[str, Tensor], reference: dict[str, Tensor], alternates: bool) -> dict[str, Tensor]:
     """Return the expert with its hidden units reordered to match the reference's."""
     from scipy.optimize import linear_sum_assignment
 
     if "fc1_weight" not in expert:
         return expert  # one linear: what it takes is the layer's own
-    likeness = _units(reference) @ _units(expert).mT
+    likeness = _units(reference, alternates) @ _units(expert, alternates).mT
     order = torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
-    h = len(order)
-    columns = torch.cat([order, order + h]) if expert["fc1_weight"].shape[1] == 2 * h else order
+    columns = _columns(order, expert, alternates)
     reordered = {name: expert[name][..., columns] for name in ("fc1_weight", "fc1_bias") if name in expert}
     return expert | reordered | {"fc2_weight": expert["fc2_weight"][:, order]}
 
 
-def _units(expert: dict[str, Tensor]) -> Tensor:
-    """All weights of each hidden unit of an expert (h,…), those of its gate among them."""
+def _columns(units: Tensor, expert: dict[str, Tensor], alternates: bool) -> Tensor:
+    """Return the columns of an expert's first linear that belong to hidden units (h), gates and values together."""
     h = expert["fc2_weight"].shape[1]
-    first = expert["fc1_weight"]
+    if expert["fc1_weight"].shape[1] == h:
+        return units
+    return torch.stack([2 * units, 2 * units + 1], 1).flatten() if alternates else torch.cat([units, units + h])
+
+
+def _units(expert: dict[str, Tensor], alternates: bool) -> Tensor:
+    """All weights of each hidden unit of an expert (h,…), those of its gate among them."""
+    h, first = expert["fc2_weight"].shape[1], expert["fc1_weight"]
     if "fc1_bias" in expert:
         first = torch.cat([first, expert["fc1_bias"][None]])
-    return torch.cat([*first.split(h, dim=1), expert["fc2_weight"]]).mT
+    parts = [first[:, ::2], first[:, 1::2]] if alternates else first.split(h, dim=1)
+    return torch.cat([*parts, expert["fc2_weight"]]).mT

@@ -17,7 +17,7 @@ from moeprune.files.header import FLOATS, Header, TensorInfo, is_safetensors, is
 from moeprune.layers.interface import Shapes
 from moeprune.models.architecture import ModelConfig, architecture_from_json
 from moeprune.models.request import ModelSpec
-from moeprune.plan import Plan, plan_from_json, require_fitting_plan
+from moeprune.plan import Plan, plan_from_json, require_decided, require_fitting_plan
 from moeprune.records import Record, from_json
 
 FORMAT = 1  # of checkpoints
@@ -91,7 +91,7 @@ def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
         config = architecture_from_json(metadata.get("architecture"))
         plan = plan_from_json(metadata.get("plan", {}))
         require_fitting_plan(plan, config.moe_layers)
-        _require_decided(plan)
+        require_decided(plan)
         stated = {name: metadata[name] for name in Details.__struct_fields__ if name in metadata}
         details: Details = from_json(stated, Details, "metadata")
     except MoepruneError as error:
@@ -108,18 +108,6 @@ def read_description(header: Header) -> tuple[ModelConfig, Plan, Details]:
     require_tensors(found, shapes, f"`{path}` does not fit its own architecture")
     require_few_types(found, config, path)
     return config, plan, details
-
-
-def _require_decided(plan: Plan) -> None:
-    """Raise a MoepruneError if the plan of a pruned layer leaves something open."""
-    for name, layer in plan.items():
-        open_fields = {
-            "merged_into": layer.merges and layer.merged_into is None,
-            "rank": layer.energy is not None,
-            "kept": layer.scope == "static" and layer.kept is None,
-        }
-        if lacking := [f"`{field}`" for field, is_open in open_fields.items() if is_open]:
-            raise MoepruneError(f"the plan of layer `{name}` lacks {', '.join(lacking)}")
 
 
 def require_tensors(

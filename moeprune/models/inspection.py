@@ -85,7 +85,7 @@ def _inspect_folder(path: Path) -> Inspection:
     """Return what a folder of transformers holds, from its config and headers."""
     folder = read_folder(path)
     sizes = {
-        "model_type": folder.language.get("model_type", folder.config["model_type"]),
+        "model_type": folder.model_type,
         "blocks": folder.num_layers,
         "vocabulary": folder.vocabulary,
         "longest": folder.longest,
@@ -96,7 +96,7 @@ def _inspect_folder(path: Path) -> Inspection:
             experts=layer.num_experts,
             settings={"gates": folder.gates, "top_k": layer.top_k, "groups": layer.groups},
             parameters=layer.parameters,
-            plan=None,
+            plan=layer.plan,
         )
         for name, layer in folder.layers.items()
     }
@@ -108,7 +108,7 @@ def _inspect_folder(path: Path) -> Inspection:
         class_names=[],
         layers=layers,
         source={"library": "transformers", "version": folder.config.get("transformers_version", "unknown")},
-        provenance={},
+        provenance=folder.provenance,
         reading=None,
         **asdict(folder.cost()),
     )

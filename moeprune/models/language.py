@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from moeprune.data.tokenizer import EXTRA
 from moeprune.data.tokens import TokenFormat
 from moeprune.errors import MoepruneError, listed, user_code
-from moeprune.files.disk import read_json
 from moeprune.layers.interface import Usage
 from moeprune.layers.layer import layer_of_tensors
 from moeprune.models.description import Details
 from moeprune.models.folders.experts import expert_tensors
-from moeprune.models.folders.layout import PLAN, ModelFolder, read_folder
+from moeprune.models.folders.form import auto_class, form_of, is_drop_in, model_type_of
+from moeprune.models.folders.layout import ModelFolder, read_folder
 from moeprune.models.folders.names import natural
+from moeprune.models.folders.remote import PrunedBlock, pruned_classes
 from moeprune.models.folders.widths import keys_of_width
-from moeprune.models.folders.writing import require_fitting, write_folder
+from moeprune.models.folders.writing import copy_folder, require_fitting, write_folder
 from moeprune.models.language_config import LanguageConfig
-from moeprune.models.libraries.transformers import RoutedBlock, describe_block, is_block
+from moeprune.models.libraries.transformers import RoutedBlock, describe_block, is_block, return_no_router_logits
 from moeprune.models.model import Model
 from moeprune.models.results import ModelCost
 from moeprune.plan import LayerPlan, Plan
@@ -55,26 +56,37 @@ class LanguageModel(Model):
         return TokenFormat(self.config.vocabulary, self.config.longest, path if has_tokenizer else None)
 
     def cost(self, usage: Mapping[str, Usage] | None = None) -> ModelCost:
-        """Return size and cost; a model that is not pruned has the bytes of its folder, whatever its types are here."""
-        return super().cost(usage) if self.plan else self.folder.cost()
+        """Return size and cost; a model as its folder has it has the bytes of that, whatever its types are here."""
+        return super().cost(usage) if self.plan != self.folder.plan else self.folder.cost()
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (b,s) in, logits (b,s,V) out."""
         return self.module(input_ids=ids, use_cache=False).logits
 
     def write(self, path: Path, overwrite: bool) -> None:
-        """Write the folder of the model, which may be pruned to fewer experts: other tensors are those of its folder.
+        """Write the folder of the model, which may be pruned: other tensors are those of its folder.
 
         Raises a MoepruneError if the plan is not one that a folder can hold, or the folder cannot be written.
         """
+        if self.folder.plan:
+            return copy_folder(self.folder, path, overwrite)
         n = self.folder.num_experts
         whole = dict.fromkeys(self.folder.layers, LayerPlan("static", n, n, "random", "renorm", tuple(range(n))))
         replaced, plan = dict[str, Tensor](), whole | self.plan
         changes = self.require_writable(plan)
-        first = next(iter(plan.values()))
-        if first.width is not None or any(p.compensation == "renorm-refit" and p.drops for p in plan.values()):
+        made = self.details.provenance
+        if any(layer.changes_experts for layer in plan.values()):
             replaced = dict(expert_tensors(self.folder, self.moe_layers))
-        write_folder(self.folder, plan, path, overwrite, self.details.provenance, replaced, changes)
+        write_folder(self.folder, plan, path, overwrite, made, replaced, changes, dict(self._compensation()))
+
+    def _compensation(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what compensates for dropped experts, in the folder's names and the type of its experts."""
+        for name, layer in self.moe_layers.items():
+            if layer.plan is not None and not is_drop_in(layer.plan):
+                dtype = getattr(torch, self.folder.layers[name].dtype.removeprefix("torch."))
+                for key in layer.config.compensation_shapes(layer.plan):
+                    tensor = layer.get_buffer(key).detach().cpu().to(dtype).contiguous()
+                    yield f"{name}.compensation.{key}", tensor
 
     def require_writable(self, plan: Plan) -> dict[str, int]:
         """Return the keys of the folder's config that a plan's width changes, and their values.
@@ -82,6 +94,8 @@ class LanguageModel(Model):
         Raises a MoepruneError if a folder cannot hold the layers that the plan makes.
         """
         require_fitting(self.folder, plan)
+        if form_of(plan) == "custom-code":
+            pruned_classes(str(self.folder.config["model_type"]), auto_class(self.folder.config))
         if (width := next(iter(plan.values())).width) is None:
             return {}
         widths = {layer.expert_width for layer in self.config.layers.values()}
@@ -131,12 +145,10 @@ def open_language(path: Path) -> LanguageModel:
     how = {"output_loading_info": True, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     hint = "see whether transformers loads it (`from_pretrained`): another release of it may"
     with _quiet(transformers), user_code(f"transformers cannot build `{path}`", hint):
-        try:
-            module, info = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", **how)
-        except ValueError:
-            if "text_config" not in folder.config:
-                raise
-            module, info = transformers.AutoModelForImageTextToText.from_pretrained(str(path), dtype="auto", **how)
+        if folder.plan:
+            module, info = _pruned(folder, how)
+        else:
+            module, info = _full(transformers, folder, how)
     if missing := sorted(info["missing_keys"]):
         raise MoepruneError(f"`{path}` lacks tensors that transformers expects: {listed(missing, 3)}", hint)
     if not torch.cuda.is_available() and any(tensor.dtype in HALF for tensor in module.parameters()):
@@ -144,25 +156,47 @@ def open_language(path: Path) -> LanguageModel:
     return _with_our_layers(folder, module.requires_grad_(False).eval())
 
 
+def _full(transformers: Any, folder: ModelFolder, how: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model of a folder, built by transformers alone, and what was missing."""
+    path = str(folder.path)
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", **how)
+    except ValueError:
+        if "text_config" not in folder.config:
+            raise
+        return transformers.AutoModelForImageTextToText.from_pretrained(path, dtype="auto", **how)
+
+
+def _pruned(folder: ModelFolder, how: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model of a pruned folder with code, by the package's own code, and what was missing."""
+    path, how = str(folder.path), {name: value for name, value in how.items() if name != "trust_remote_code"}
+    classes: tuple[Any, Any] = pruned_classes(model_type_of(folder.config), auto_class(folder.config))
+    config = classes[0].from_pretrained(path, local_files_only=True)
+    return classes[1].from_pretrained(path, config=config, dtype="auto", **how)
+
+
 def _with_our_layers(folder: ModelFolder, module: nn.Module) -> LanguageModel:
     """Return the model with our layers in place of router and experts of each block, of the same memory."""
-    blocks = sorted((name for name, part in module.named_modules() if is_block(part)), key=natural)
+    found = (name for name, part in module.named_modules() if is_block(part) or isinstance(part, PrunedBlock))
+    blocks = sorted(found, key=natural)
     if len(blocks) != len(folder.layers):
-        found = f"{len(blocks)} blocks of experts that moeprune knows, the folder {len(folder.layers)} layers"
-        raise MoepruneError(f"`{folder.path}`: transformers builds {found}", "prune it without `--data`")
+        builds = f"builds {len(blocks)} blocks of experts that moeprune knows, the folder {len(folder.layers)} layers"
+        raise MoepruneError(f"`{folder.path}`: transformers {builds}", "prune it without `--data`")
+    return_no_router_logits(module.config)
     layers, places = {}, {}
     for name, path in zip(folder.layers, blocks, strict=True):
         block = module.get_submodule(path)
-        layers[name], tensors = describe_block(block, path)
-        module.set_submodule(path, RoutedBlock(block, layer_of_tensors(layers[name], None, tensors)), strict=True)
+        if isinstance(block, PrunedBlock):
+            layers[name], routed = block.config, block.routed
+        else:
+            layers[name], tensors = describe_block(block, path)
+            routed = RoutedBlock(block, layer_of_tensors(layers[name], None, tensors))
+        module.set_submodule(path, routed, strict=True)
         places[name] = f"module.{path}.routed"
     cost = folder.cost().flops_per_input
-    config = LanguageConfig(str(folder.language.get("model_type", folder.config["model_type"])), folder.vocabulary,
-                            folder.longest, layers, int(cost.other))  # fmt: skip
+    config = LanguageConfig(folder.model_type, folder.vocabulary, folder.longest, layers, int(cost.other))
     model = LanguageModel(folder, module, config, places).requires_grad_(False).eval()
-    if (folder.path / PLAN).is_file():
-        recorded = read_json(folder.path / PLAN, "the plan of a pruned folder").get("provenance", {})
-        model.details = model.details.replace(provenance=recorded)
+    model.details = model.details.replace(provenance=folder.provenance)
     return model
 
 

@@ -24,6 +24,7 @@ from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.models.folders.costs import PrunedBytes
+from moeprune.models.folders.form import form_of
 from moeprune.models.language import LanguageModel
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime, by_rows
@@ -194,7 +195,7 @@ def _trial(model: Model, plans: Sequence[Plan], data: Dataset) -> tuple[int, lis
     and time as the pruning itself; of so much text that it is worth it.
     """
     names = [*plans[0]]
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model, LanguageModel) or any(form_of(plan) != "drop-in" for plan in plans):
         return round(min(MOST_INPUTS, max(FEWEST_INPUTS, TRIAL_FLOPS / model.config.flops({}).total))), names
     places = torch.linspace(0, len(names) - 1, min(len(names), MOST_LAYERS)).round().int().tolist()
     share = len(plans) * len(places) / len(names)
@@ -260,7 +261,7 @@ def _shares(plan: Plan, pruned: Model, full: Model) -> tuple[float, float]:
     """
     one, all_of = pruned.cost(), full.cost()
     size, flops = one.bytes, one.flops_per_input.total
-    if isinstance(full, LanguageModel):
+    if isinstance(full, LanguageModel) and form_of(plan) == "drop-in":
         first, layers = next(iter(plan.values())), full.config.moe_layers
         size, flops = PrunedBytes(full.folder, layers).of(first.k, first.width), full.config.flops(plan).total
     return size / all_of.bytes, flops / all_of.flops_per_input.total

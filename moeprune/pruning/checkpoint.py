@@ -18,6 +18,7 @@ from moeprune.files.checkpoint import TORCH_SUFFIXES
 from moeprune.files.header import Header
 from moeprune.layers.surgery import prune_tensors
 from moeprune.models.description import our_header, read_description
+from moeprune.models.folders.form import form_of
 from moeprune.models.folders.layout import read_folder
 from moeprune.models.inspection import Described
 from moeprune.models.language import LanguageModel
@@ -28,7 +29,7 @@ from moeprune.plan import SCOPES, SIGNALS, Plan, Wanted
 from moeprune.pruning import compensation
 from moeprune.pruning.apply import ALREADY_PRUNED, decide, needs_pass, provenance, require_calibration
 from moeprune.pruning.auto import possible_scope
-from moeprune.pruning.folder import drop_in, prune_folder
+from moeprune.pruning.folder import prune_folder, require_possible
 from moeprune.pruning.language_sweep import language_sweep, language_ways
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.prune import plans_of, prune_model
@@ -53,7 +54,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
     if is_folder and request.data is None and request.analysis is None:
         return prune_folder(request)
     if is_folder:
-        request = drop_in(request)
+        require_possible(request)
     full = Described(request.checkpoint)
     require_unpruned(full.plan, ALREADY_PRUNED)
     analysis = None if request.analysis is None else load_analysis(request.analysis)
@@ -89,6 +90,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         candidates=[*made.candidates] if made else [],
         fits=fits,
         repeats=made and made.repeats,
+        form=form_of(plan) if is_folder and request.output is not None else None,
     )
 
 

@@ -15,7 +15,8 @@ before it broke. One regression of T on
 
 is added to what the layer has, whose experts may have lost hidden units before (moeprune.pruning.width). With
 `low-rank` dropped experts first become affine maps of their inputs s, fitted to their own outputs f by reduced-rank
-regression (Izenman 1975) with the squares of their weights; `affine` then fits what is still lacking.
+regression (Izenman 1975) with the squares of their weights; `affine` then fits what is still lacking, where tokens
+choose experts with the last linears of few kept ones, too.
 
 Axes: b inputs, m tokens, d width of the input, o of the output, n experts, e dropped ones, p terms per expert, q
 regressors.

@@ -15,6 +15,7 @@ from moeprune.amounts import experts_to_keep, parse_budget, parse_keep
 from moeprune.errors import MoepruneError
 from moeprune.models.architecture import ModelConfig
 from moeprune.models.folders.costs import PrunedBytes
+from moeprune.models.folders.form import DROP_IN
 from moeprune.models.folders.widths import SHARED
 from moeprune.models.language import LanguageModel
 from moeprune.models.language_config import LanguageConfig
@@ -24,16 +25,16 @@ from moeprune.pruning.request import PruneRequest
 
 SHARES = (Fraction(7, 8), Fraction(3, 4), Fraction(1, 2))  # of the experts, that are kept and narrowed under a budget
 ALIGNED = 8  # kernels of grouped products take rows of so many numbers at least
-DROP_IN = ("auto", "none", "renorm", "renorm-refit")
+COMPARED = ("auto", "none", *DROP_IN)  # compensations that go with a budget
 
 
-def is_drop_in(config: ModelConfig, request: PruneRequest) -> bool:
+def is_compared(config: ModelConfig, request: PruneRequest) -> bool:
     """Return True if a request leaves open, in a language model, how to compensate or how many experts to keep, and
     asks for nothing that a folder cannot hold.
     """
     wanted = request.wanted
     is_open = wanted.compensate == "auto" or request.max_size is not None or request.max_flops is not None
-    is_plain = wanted.compensate in DROP_IN and wanted.concrete_scope == "static" and wanted.energy is None
+    is_plain = wanted.compensate in COMPARED and wanted.concrete_scope == "static" and wanted.energy is None
     return isinstance(config, LanguageConfig) and is_open and is_plain
 
 

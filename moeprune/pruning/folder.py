@@ -7,11 +7,13 @@ from moeprune.amounts import keep_to_text, parse_keep
 from moeprune.calibration.selection import best_by_score
 from moeprune.errors import MoepruneError
 from moeprune.layers.experts import random_scores
-from moeprune.models.folders.layout import COMPENSATIONS, ModelFolder, read_folder
+from moeprune.models.folders.form import DROP_IN, WITH_CODE, form_of
+from moeprune.models.folders.layout import ModelFolder, read_folder
 from moeprune.models.folders.writing import require_fitting, write_folder
+from moeprune.models.model import require_unpruned
 from moeprune.plan import Method, Plan, uniform_plan
-from moeprune.pruning.apply import WIDTH_NEEDS_DATA
-from moeprune.pruning.drop_in import DROP_IN
+from moeprune.pruning.apply import ALREADY_PRUNED, WIDTH_NEEDS_DATA
+from moeprune.pruning.drop_in import COMPARED
 from moeprune.pruning.plan_file import read_plan, write_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Pruned
@@ -29,6 +31,7 @@ def prune_folder(request: PruneRequest) -> Pruned:
     if request.width is not None:
         raise MoepruneError(WIDTH_NEEDS_DATA, "add `--data`, or `--analysis`")
     folder = read_folder(request.checkpoint.path)
+    require_unpruned(folder.plan, ALREADY_PRUNED)
     plan = decided(folder, plan_of(folder, request), request.seed)
     cost = None
     if request.output is not None:
@@ -47,6 +50,7 @@ def prune_folder(request: PruneRequest) -> Pruned:
         candidates=[],
         fits={},
         repeats=None,
+        form=None if request.output is None else form_of(plan),
     )
 
 
@@ -60,7 +64,7 @@ def _require_supported(request: PruneRequest) -> None:
     if request.energy is not None and request.compensate in (None, "auto"):
         hint = "leave it out: it decides the rank of a compensation"
         raise MoepruneError("`--energy` goes with nothing that `auto` tries in a folder of transformers", hint)
-    if (budget := _given(request, "max_size", "max_flops")) and request.compensate not in (None, *DROP_IN):
+    if (budget := _given(request, "max_size", "max_flops")) and request.compensate not in (None, *COMPARED):
         message = f"`{budget}` does not go with `--compensate {request.compensate}` in a folder of transformers"
         raise MoepruneError(message, "leave one of them out, or give `--keep` in place of the budget")
 
@@ -70,20 +74,13 @@ def _given(request: PruneRequest, *names: str) -> str | None:
     return next((f"--{name.replace('_', '-')}" for name in names if getattr(request, name) is not None), None)
 
 
-def drop_in(request: PruneRequest) -> PruneRequest:
-    """Return the request of a pruning by data with a compensation that leaves a model of the same architecture.
-
-    Raises a MoepruneError for one that does not, and for options that a folder does not take.
-    """
+def require_possible(request: PruneRequest) -> None:
+    """Raise a MoepruneError for a compensation that no folder can hold, and for options that it does not take."""
     _require_supported(request)
-    if request.plan is not None or request.compensate in (None, "auto"):
-        return request
-    if request.compensate == "none" and request.keep is None:
-        return request  # without dropping experts, which changes no router
-    if request.compensate not in COMPENSATIONS:
-        message = f"`--compensate {request.compensate}` needs more than fewer experts, which is all a folder can hold"
-        raise MoepruneError(message, "give `--compensate renorm-refit`, the default, or `renorm`")
-    return request
+    if request.compensate not in (None, "auto", *DROP_IN, *WITH_CODE):
+        others = ", ".join(f"`{name}`" for name in WITH_CODE)
+        hint = f"give `--compensate renorm-refit`, the default, `renorm`, or one that takes custom code: {others}"
+        raise MoepruneError(f"`--compensate {request.compensate}` is not for token-gated experts", hint)
 
 
 def plan_of(folder: ModelFolder, request: PruneRequest) -> Plan:
@@ -98,11 +95,19 @@ def plan_of(folder: ModelFolder, request: PruneRequest) -> Plan:
         assert request.keep is not None
         wanted, keep = request.wanted, parse_keep(request.keep)
         compensate = "renorm" if wanted.compensate == "auto" else wanted.compensate
+        _require_blind(compensate)
         signal: Any = wanted.signal_for(compensate)
         method = Method(wanted.concrete_scope, signal, compensate, None, wanted.energy, wanted.rank)
         plan = uniform_plan(layers, keep, method)
     require_fitting(folder, plan)
     return {name: plan[name] for name in layers}
+
+
+def _require_blind(compensation: str) -> None:
+    """Raise a MoepruneError for a compensation that takes calibration data."""
+    if compensation not in ("none", "renorm"):
+        hint = "add `--data`, or give `--compensate renorm`"
+        raise MoepruneError(f"`{compensation}` needs calibration data", hint)
 
 
 def decided(folder: ModelFolder, plan: Plan, seed: int) -> Plan:
@@ -116,10 +121,11 @@ def decided(folder: ModelFolder, plan: Plan, seed: int) -> Plan:
         if layer.kept is None and layer.signal != "random":
             hint = "add `--data`, or choose blindly: `--signal random`"
             raise MoepruneError(f"signal `{layer.signal}` needs calibration data", hint)
-        if layer.compensation == "renorm-refit" and layer.drops:
-            raise MoepruneError("`renorm-refit` needs calibration data", "add `--data`, or give `--compensate renorm`")
+        if layer.drops:
+            _require_blind(layer.compensation)
         if layer.kept is None:
             scores, groups = random_scores(layer.num_experts, seed, index), folder.layers[name].groups
+            groups = groups if layer.cuts_router else 1
             layer = layer.replace(kept=best_by_score(scores, layer.k, groups))
         chosen[name] = layer
     return chosen

@@ -18,7 +18,7 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.language import Comparison, predict
 from moeprune.evaluation.language_results import LanguageDifference
 from moeprune.models.folders.costs import PrunedBytes
-from moeprune.models.folders.layout import COMPENSATIONS
+from moeprune.models.folders.form import DROP_IN
 from moeprune.models.language import LanguageModel
 from moeprune.models.model import Model, require_dense_layers
 from moeprune.plan import Compensation, Method, Plan, Signal, uniform_plan
@@ -66,10 +66,10 @@ def language_ways(request: SweepRequest) -> list[Way]:
             raise MoepruneError(f"`--{name}` does not go with a sweep of a language model", "leave it out")
     if wrong := [scope for scope in request.scope if scope not in ("auto", "static")]:
         raise MoepruneError(f"`--scope {wrong[0]}`: each token chooses experts anyway", "leave it out")
-    known = ("auto", *COMPENSATIONS)
+    known = ("auto", *DROP_IN)
     if wrong := [name for name in request.compensate if name not in known]:  # type: ignore[misc]
         hint = f"give {' or '.join(f'`{name}`' for name in known)}"
-        raise MoepruneError(f"`--compensate {wrong[0]}` is nothing that a folder of transformers can hold", hint)
+        raise MoepruneError(f"`--compensate {wrong[0]}` leaves no drop-in folder, which a sweep compares", hint)
     stated = request.signal or request.compensate
     signals: list[Signal] = ["gram" if name == "auto" else name for name in request.signal or ("gram",)]
     compensations: list[Compensation] = [

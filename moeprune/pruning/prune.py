@@ -28,7 +28,7 @@ from moeprune.plan import Method, Plan, Wanted, uniform_plan
 from moeprune.pruning.apply import ALREADY_PRUNED, apply_plan, calibration_data, full_plan
 from moeprune.pruning.auto import affordable, choose, methods, narrower, repeat, without_dropping
 from moeprune.pruning.budgets import narrower_within, plans_within_budget
-from moeprune.pruning.drop_in import drop_in_plans, is_drop_in
+from moeprune.pruning.drop_in import drop_in_plans, is_compared
 from moeprune.pruning.plan_file import read_plan
 from moeprune.pruning.request import PruneRequest
 from moeprune.pruning.results import Candidate, FitQuality, Repeats, Search
@@ -185,7 +185,7 @@ def plans_of(
         return [full_plan(layers, None, plan, Method())], analysis
     has_data = data is not None or analysis is not None
     is_budget = request.max_size is not None or request.max_flops is not None
-    if has_data and is_drop_in(full.config, request):
+    if has_data and is_compared(full.config, request):
         assert isinstance(full.model, LanguageModel)
         plans = drop_in_plans(full.model, request)
         return [full_plan(layers, None, plan, Method()) for plan in plans], analysis

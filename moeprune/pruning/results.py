@@ -2,6 +2,7 @@
 
 from moeprune.data.spec import DataInfo
 from moeprune.evaluation.results import Difference, Environment, Interval, Latency, ModelFigures
+from moeprune.models.folders.form import Form
 from moeprune.models.results import ModelCost
 from moeprune.plan import LayerPlan
 from moeprune.records import Report, Result
@@ -114,7 +115,8 @@ class Pruned(Report, frozen=True):
     checkpoint, saved_plan: files written, or None. keep: a share such as `1/8`, `1.0` for all experts, or a number
     such as `1`; None with a budget or a plan. model: None without a checkpoint. search: None without
     `--max-accuracy-drop`. candidates: what was compared, if there was a choice. fits: of each layer whose
-    compensation is fitted. repeats: None without `--repeat`.
+    compensation is fitted. repeats: None without `--repeat`. form: of the folder of a language model; None of others. A
+    `drop-in` folder is loaded as the full one, one of `custom-code` with moeprune and `trust_remote_code=True`.
     """
 
     checkpoint: str | None
@@ -127,6 +129,7 @@ class Pruned(Report, frozen=True):
     candidates: list[Candidate]
     fits: dict[str, FitQuality]
     repeats: Repeats | None
+    form: Form | None
 
 
 class OnFrontier(Result, frozen=True):

@@ -8,7 +8,7 @@ import msgspec
 
 from moeprune.calibration.results import AnalysisReport, Explained, LayerSummary, Probes
 from moeprune.data.tokens import MOST_TOKENS
-from moeprune.demo.records import Summary
+from moeprune.demo.records import DemoLanguage, Summary
 from moeprune.errors import MoepruneError, listed
 from moeprune.evaluation.intervals import wilson
 from moeprune.evaluation.language_results import LanguageEvaluation
@@ -296,7 +296,28 @@ def demo(result: Summary) -> Document:
                 rows.append([label or "", _retained(row), *[""] * (len(keeps) - 1), *_remaining(row)])
         data = f"{model.data.spec} ({model.data.samples} samples)"
         tables.append(Table(columns, rows, f"{model.title}: full model {percent(full.accuracy, 2)} on {data}"))
+    if result.language is not None:
+        tables.append(_language(result.language))
     return Document(f"wrote checkpoints, analyses and evaluations into {result.directory}", tables)
+
+
+def _language(result: DemoLanguage) -> Table:
+    """Return a table of the increase of the loss: methods in rows, kept shares in columns."""
+    full, *others = result.rows
+    keeps = list(dict.fromkeys(row.keep for row in others))
+    rows: list[Sequence[Cell] | None] = []
+    for label in dict.fromkeys(row.label for row in others):
+        by_keep = {row.keep: row for row in others if row.label == label}
+        last = by_keep[keeps[-1]].difference
+        increases = (f"{by_keep[keep].difference.loss_increase:+.3f}" for keep in keeps)
+        costs = percent(1 - last.size_reduction), percent(1 - last.flops_reduction)
+        rows.append([label or "", *increases, percent(last.agreement), *costs])
+    last_keep = keeps[-1]
+    shares = (f"{keep}\nkept" for keep in keeps)
+    of_last = (f"{what}\nat {last_keep}" for what in ("same token", "size", "FLOPs"))
+    data = f"{result.data.spec} ({result.data.samples} samples)"
+    title = f"{result.title}: full model {full.model.loss:.3f} nats per token on {data}"
+    return Table(("increase of the loss\nin nats per token", *shares, *of_last), rows, title)
 
 
 def _compensation(row: SweepRow) -> str:

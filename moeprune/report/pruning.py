@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
+from moeprune.models.folders.form import IN_WORDS
 from moeprune.pruning.results import Candidate, FitQuality, Pruned, Repeats
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table
 from moeprune.report.words import amount, ci95, flops_in_words, keep_in_words, percent, plan_in_words, plural, points
@@ -27,6 +28,8 @@ def pruning(result: Pruned, with_kept: bool = False) -> Document:
         drop = f"{points(found.accuracy_drop)} ({ci95(found.accuracy_drop_ci95)}{bound})"
         sample = f"{found.samples} samples that were not searched ({tried} plans tried)"
         facts.append(("accuracy drop", f"{drop} on {sample}"))
+    if result.form is not None:
+        facts.append(("form", IN_WORDS[result.form]))
     facts += [(name, plan_in_words(plan, with_kept)) for name, plan in result.plan.items()]
     blocks: list[Block] = [Facts(facts)]
     if result.candidates:

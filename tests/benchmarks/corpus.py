@@ -17,8 +17,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from moeprune.demo.train_language import train_tokenizer
 
 VOCABULARY = 1024
 MOST = {"test": (300_000, 0.08), "calibration": (600_000, 0.15), "train": (6_000_000, 1.0)}
@@ -37,7 +36,8 @@ def write_corpus(packages: Path, output: Path) -> None:
     for split, documents in splits.items():
         with (output / f"{split}.jsonl").open("w") as file:
             file.writelines(json.dumps(document) + "\n" for document in documents)
-    _tokenizer([document["text"][:20_000] for document in splits["train"]]).save_pretrained(output)
+    beginnings = [document["text"][:20_000] for document in splits["train"]]
+    train_tokenizer(beginnings, VOCABULARY).save_pretrained(output)
 
 
 def _domains(packages: Path) -> Iterator[tuple[str, list[str]]]:
@@ -87,17 +87,3 @@ def _hash(text: str) -> str:
 
 def _bytes(text: str) -> int:
     return len(text.encode())
-
-
-def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")

@@ -7,8 +7,8 @@ with 20,480 tokens of calibration text from eight domains in all ways, and print
 tokens of other text in nats per byte, and the agreement with the full model's next token: means over draws of the
 calibration text. Ways that are known to CACHE are not run again. About an hour a model on one core.
 
-Baselines choose experts on the full model, as their papers do: REAP (arXiv 2510.13999), MoNE (arXiv 2507.00390: by how
-often an expert is chosen times the variance of its output, which its mean replaces), M-SMoE (arXiv 2310.01334: experts
+Baselines choose experts on the full model, as their papers do: REAP (arXiv 2510.13999), MoNE (arXiv 2507.00390: signal
+`mone` with constants), M-SMoE (arXiv 2310.01334: experts
 are merged into the most frequent ones by similar router logits, hidden units aligned) and HC-SMoE (arXiv 2410.08589:
 hierarchical clustering of mean outputs); merged experts are averages by frequency.
 """
@@ -35,7 +35,6 @@ import moeprune
 from moeprune.layers.gated_moe import GatedMoE
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model, private_copy
-from moeprune.plan import LayerPlan
 
 N, LENGTH, OF_DOMAIN, TESTED = 32, 256, 10, 6
 RUNTIME = moeprune.Runtime("cpu", batch_size=16)
@@ -80,24 +79,12 @@ class Draw:
         """What moeprune makes of the model."""
         return moeprune.prune(self.model, data=self.ids, seed=self.seed, runtime=RUNTIME, **options)
 
-    def mone(self, k: int) -> Model:
-        """Constants in place of dropped experts."""
-        plan, means = {}, {}
-        for name, seen in self.seen.items():
-            counts, mean, variance = _of_experts(seen)
-            plan[name] = _keeping((counts * variance).topk(k).indices.tolist(), "mean")
-            means[name] = mean[plan[name].dropped, None]
-        model = moeprune.prune(self.model, data=self.ids, plan=plan, runtime=RUNTIME)
-        for name, layer in model.moe_layers.items():
-            layer.surrogate[k:] = means[name]
-        return model
-
     def m_smoe(self, k: int) -> Model:
         """Experts merged into the most frequent ones."""
         groups = {}
         for name, layer in self._layers():
             seen = self.seen[name]
-            best = _of_experts(seen)[0].topk(k).indices.sort().values
+            best = _counts(seen).topk(k).indices.sort().values
             logits = F.normalize(layer.logits(seen.tokens.flatten(0, 1)), dim=0)
             group = best[(logits.mT @ logits[:, best]).argmax(1)]
             groups[name] = group.index_copy(0, best, best)
@@ -111,7 +98,7 @@ class Draw:
             means = layer.outputs_of_all(tokens, torch.eye(layer.config.output_width)).mean(1)
             tree = scipy.cluster.hierarchy.linkage(means.numpy(), "average")
             label = torch.from_numpy(scipy.cluster.hierarchy.fcluster(tree, k, "maxclust"))
-            counts = _of_experts(self.seen[name])[0]
+            counts = _counts(self.seen[name])
             firsts = {int(each): int(torch.where(label == each, counts, -1).argmax()) for each in label.unique()}
             groups[name] = torch.tensor([firsts[int(each)] for each in label])
         return self._merged(groups, align=False)
@@ -124,7 +111,7 @@ class Draw:
         model = private_copy(self.model)
         for name, layer in self._layers():
             first, second = layer.fc1_weight.clone(), layer.fc2_weight.clone()  # type: ignore[union-attr]
-            counts, h = _of_experts(self.seen[name])[0] + 1e-6, second.shape[2]
+            counts, h = _counts(self.seen[name]) + 1e-6, second.shape[2]
             for j in groups[name].unique().tolist():
                 members = (groups[name] == j).nonzero().flatten().tolist()
                 total = torch.zeros_like(first[j]), torch.zeros_like(second[j])
@@ -145,18 +132,9 @@ class Draw:
         return model
 
 
-def _of_experts(seen: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """How often each expert is chosen (n), and the mean (n,o) and the variance (n) of its output then."""
-    parts = [seen.term_outputs[rows].double() for rows in seen.rows.slices]
-    counts = torch.tensor([float(len(part)) for part in parts])
-    means = torch.stack([part.mean(0) if len(part) else part.new_zeros(part.shape[1]) for part in parts])
-    pairs = zip(parts, means, strict=True)
-    spread = [float((part - mean).square().sum(1).mean()) if len(part) else 0.0 for part, mean in pairs]
-    return counts, means.float(), torch.tensor(spread)
-
-
-def _keeping(experts: list[int], compensation: Any) -> LayerPlan:
-    return LayerPlan("static", len(experts), N, "random", compensation, tuple(sorted(experts)))
+def _counts(seen: Any) -> Tensor:
+    """How often each expert is chosen (n)."""
+    return torch.tensor([float(count) for count in seen.rows.counts])
 
 
 def ways(draw: Draw, k: int) -> dict[str, Callable[[], Model]]:
@@ -170,7 +148,7 @@ def ways(draw: Draw, k: int) -> dict[str, Callable[[], Model]]:
     return found | {
         "M-SMoE": lambda: draw.m_smoe(k),
         "HC-SMoE": lambda: draw.hc_smoe(k),
-        "MoNE": lambda: draw.mone(k),
+        "MoNE": ours(signal="mone", compensate="mean"),
         "gram, renorm": ours(compensate="renorm"),
         "random, renorm-refit": ours(signal="random", compensate="renorm-refit"),
         "reap, renorm-refit": ours(signal="reap", compensate="renorm-refit"),

@@ -9,9 +9,10 @@ import torch
 from corpus import VOCABULARY, write_corpus
 from transformers import AutoTokenizer
 
-from moeprune.demo.language import fit_language, fresh_language
+from moeprune.demo.train_language import fit_language, fresh_language
 
-STEPS = 3900
+STEPS = 3000
+SMALL = 0.02  # standard deviation of embeddings, head and routers at first
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 64, "moe_intermediate_size": 64,
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32,
@@ -34,11 +35,23 @@ def trained(kind: str, cache: Path, packages: Path, steps: int = STEPS) -> Path:
         write_corpus(packages, corpus)
     if not folder.exists():
         tokenizer = AutoTokenizer.from_pretrained(corpus)
-        model = fresh_language({**SHAPE, **KINDS[kind]})
+        model = initialized(fresh_language({**SHAPE, **KINDS[kind]}))
         fit_language(model, tokens_by_domain(corpus / "train.jsonl", tokenizer), steps)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def initialized(model: Any) -> Any:
+    """Draw weights by the number of inputs of each linear, and small ones for embeddings, head and routers."""
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            is_small = name.endswith(("embed_tokens.weight", "lm_head.weight", "gate.weight"))
+            std = SMALL if is_small else weight.shape[-1] ** -0.5
+            if name.split(".")[-2:] == ["o_proj", "weight"] or "down_proj" in name:
+                std /= (2 * model.config.num_hidden_layers) ** 0.5
+            torch.nn.init.normal_(weight, std=std)
+    return model
 
 
 def tokens_by_domain(path: Path, tokenizer: Any) -> list[torch.Tensor]:

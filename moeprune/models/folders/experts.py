@@ -27,15 +27,17 @@ def expert_tensors(folder: ModelFolder, layers: Mapping[str, MoELayer]) -> Itera
 
     Raises a MoepruneError if the full folder has other tensors than these.
     """
-    found = set[tuple[str, str]]()
+    found, plans = set[tuple[str, str]](), {name: layer.plan for name, layer in layers.items()}
     is_transposed = str(folder.language.get("model_type", folder.config["model_type"])) in TRANSPOSED
     for header in folder.headers():
         for name, info in header.tensors.items():
             role = folder.role(name, info)
             if role is None or role.part == "router":
                 continue
-            layer = layers[role.layer]
-            kept, width = ((), None) if layer.plan is None else (layer.plan.kept or (), layer.plan.width)
+            layer, plan = layers[role.layer], plans[role.layer]
+            if plan is None or not plan.kept:
+                continue
+            kept, width = plan.kept, plan.width
             match = LINEAR.fullmatch(role.key)
             if match is None and width is not None:
                 raise _unknown(folder, name, width)
@@ -53,8 +55,8 @@ def expert_tensors(folder: ModelFolder, layers: Mapping[str, MoELayer]) -> Itera
                 raise _unknown(folder, name, width)
             found |= {(role.layer, part) for part in ("both", "gate", "values", "last") if match[part]}
             yield name, new.detach().cpu().to(getattr(torch, info.dtype.removeprefix("torch."))).contiguous()
-    for name in layers:
-        if (name, "last") not in found:
+    for name, plan in plans.items():
+        if plan is not None and plan.k and (name, "last") not in found:
             raise _unknown(folder, name, None)
 
 

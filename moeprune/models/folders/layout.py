@@ -19,9 +19,11 @@ from moeprune.data.tokens import MOST_TOKENS
 from moeprune.errors import MoepruneError, listed
 from moeprune.files.disk import read_json
 from moeprune.files.header import Header, TensorInfo, read_header
+from moeprune.models.folders.form import KEY, is_drop_in, model_type_of, require_same_plan, stated_plan
+from moeprune.models.folders.layer import FolderLayer, weights_of
 from moeprune.models.folders.names import Cut, Role, cut_of, further, natural, role_of
 from moeprune.models.results import BytesByPart, FlopsByPart, ModelCost
-from moeprune.plan import LayerPlan
+from moeprune.plan import LayerPlan, Plan
 from moeprune.records import from_json
 
 PLAN = "moeprune.json"  # the plan of a pruned folder, and how it was made
@@ -35,60 +37,8 @@ TOP_K = (
 """Keys of the number of experts that run for a token, or of a list of it by layer."""
 HEADS, LONGEST = ("num_attention_heads", "n_heads"), ("max_position_embeddings", "max_seq_len", "n_positions")
 OTHER_INPUTS = re.compile(r"(^|\.)(visual|vision|audio|multi_modal)\w*\.")  # parts that tokens of text do not pass
-NO_WEIGHTS = re.compile(r"(bias|scales?|scale_inv)$")
 LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 KNOWN = "experts under `experts.0`, stacked in `experts.gate_up_proj` or `input_linear`, and a `gate` or a `router`"
-COMPENSATIONS = ("renorm", "renorm-refit")
-
-
-@dataclass
-class FolderLayer:
-    """One MoE layer: experts, how many of them a token takes, and in how many groups it chooses them.
-
-    masks: the numbers of experts that have a tensor of their own, as bits, by its key. whole: other tensors of experts
-    and the router. bytes, weights: of experts. parameters: of the router too.
-    """
-
-    name: str
-    num_experts: int
-    top_k: int
-    groups: int
-    masks: Counter[str] = field(default_factory=Counter)
-    whole: dict[str, tuple[Role, TensorInfo]] = field(default_factory=dict)
-    bytes: int = 0
-    weights: int = 0
-    parameters: int = 0
-
-    @property
-    def has_experts(self) -> bool:
-        """False for something else with a gate, such as attention."""
-        return bool(self.masks) or any(role.part == "stack" for role, _ in self.whole.values())
-
-    def add(self, name: str, role: Role, info: TensorInfo) -> None:
-        """Count a tensor of the layer."""
-        self.parameters += info.numel
-        if role.part != "router":
-            self.bytes += info.nbytes
-            self.weights += _weights(role.key, info)
-        if role.expert is None:
-            self.whole[name] = role, info
-        else:
-            self.masks[role.key] |= 1 << role.expert
-
-    def refusal(self, plan: LayerPlan) -> str | None:
-        """Return why the folder cannot hold the layer pruned by a plan, None if it can."""
-        is_plain = plan.compensation == "none" or plan.width is None
-        if plan.scope != "static" or (plan.compensation not in COMPENSATIONS and (plan.drops or not is_plain)):
-            only = "scope `static` and compensation `renorm` or `renorm-refit`: a folder of transformers holds no other"
-            return f"can be pruned with {only}; the plan has `{plan.scope}` and `{plan.compensation}`"
-        if plan.k < self.top_k:
-            return f"runs {self.top_k} experts for each token, the plan keeps {plan.k}"
-        size = self.num_experts // self.groups
-        counts = [sum(j // size == group for j in plan.kept or ()) for group in range(self.groups)]
-        if plan.k % self.groups or len({*counts}) > 1:
-            kept = f"{plan.k} experts" if plan.kept is None else f"{', '.join(map(str, counts))} experts of them"
-            return f"chooses among {self.groups} groups of experts, which stay equal in size; the plan keeps {kept}"
-        return None
 
 
 @dataclass
@@ -115,8 +65,26 @@ class ModelFolder:
         return self  # nothing changes it
 
     @property
+    def plan(self) -> Plan:
+        """The plans of the layers that are pruned, if the folder is one with code."""
+        return {name: layer.plan for name, layer in self.layers.items() if layer.plan is not None}
+
+    @property
+    def model_type(self) -> str:
+        """The type of the language model, as transformers names it."""
+        return model_type_of(self.language if "model_type" in self.language else self.config)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the model was pruned, if that is recorded."""
+        path = self.path / PLAN
+        recorded = read_json(path, "the plan of a pruned folder") if path.is_file() else {}
+        found = recorded.get("provenance") if isinstance(recorded, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    @property
     def num_experts(self) -> int:
-        """Experts of each layer."""
+        """Experts of each layer, before it was pruned."""
         return next(iter(self.layers.values())).num_experts
 
     @property
@@ -125,7 +93,7 @@ class ModelFolder:
         stated = self.language.get("scoring_func") or self.language.get("score_function")
         keys = {role.key for layer in self.layers.values() for role, _ in layer.whole.values()}
         has_bias = any(re.fullmatch(r"(gate\.)?(e_score_correction|expert)_bias", key) for key in keys)
-        is_sigmoid = has_bias or str(self.language.get("model_type")).startswith("llama4")
+        is_sigmoid = has_bias or self.model_type.startswith("llama4")
         return str(stated or ("sigmoid" if is_sigmoid else "softmax"))
 
     @property
@@ -150,11 +118,13 @@ class ModelFolder:
 
     def cut(self, name: str, role: Role, info: TensorInfo) -> Cut | None:
         """Return where a tensor of all experts, or of the router, has their places; None if they share it."""
+        layer = self.layers[role.layer]
+        count = layer.num_experts if role.part == "router" else layer.stored_experts
         try:
-            return cut_of(role, info.shape, self.num_experts)
+            return cut_of(role, info.shape, count)
         except ValueError:
             found = f"`{name}` of shape {list(info.shape)}"
-            raise _unknown(self.path, f"{found} has no place for each of {self.num_experts} experts") from None
+            raise _unknown(self.path, f"{found} has no place for each of {count} experts") from None
 
     def is_dropped(self, name: str) -> bool:
         """Return True for a tensor of a part that predicts further tokens, if that has experts."""
@@ -178,17 +148,19 @@ class ModelFolder:
     def cost(self) -> ModelCost:
         """Return parameters, bytes, and the FLOPs of a sequence: products with weights, and those of full attention."""
         s = min(MOST_TOKENS, self.longest)
-        experts = sum(2 * layer.weights * layer.top_k // layer.num_experts for layer in self.layers.values())
+        layers = self.layers.values()
+        experts = sum(2 * layer.weights * layer.top_k // layer.num_experts for layer in layers)
         per_token = self.flops["other"] + (0 if self.has_head else self.flops["tables"])
         other = s * per_token + _attention(self.language, s)
-        flops = {"experts": s * experts, "routing": s * self.flops["routing"], "other": other, "compensation": 0}
-        parts = {name: self.parts[name] for name in ("experts", "routing", "other")}
+        flops = {"experts": s * experts, "routing": s * self.flops["routing"], "other": other}
+        flops["compensation"] = sum(layer.compensation_flops(s) for layer in layers)
+        parts = {name: self.parts[name] for name in ("experts", "routing", "other", "compensation")}
         return ModelCost(
             parameters=self.parameters,
             bytes=sum(parts.values()),
-            bytes_by_part=BytesByPart(compensation=0, **parts),
+            bytes_by_part=BytesByPart(**parts),
             flops_per_input=FlopsByPart(total=sum(flops.values()), **flops),
-            experts_per_input=float(sum(layer.num_experts for layer in self.layers.values())),
+            experts_per_input=float(sum(layer.stored_experts for layer in layers)),
         )
 
 
@@ -235,7 +207,11 @@ def read_folder(path: Path) -> ModelFolder:
     settings = max(counts, default=1), _top_k(language), _groups(language)
     num_layers = _stated(language, LAYERS)
     folder = ModelFolder(path, config, language, shards)
-    layers: dict[str, FolderLayer] = {}
+    plan = stated_plan(config, f"`{path / CONFIG}`")
+    if plan and (path / PLAN).is_file():
+        require_same_plan(plan, read_json(path / PLAN, "the plan of a pruned folder"), path / PLAN)
+    pruned = {name: None if is_drop_in(layer) else layer for name, layer in plan.items()}
+    layers = {name: FolderLayer(name, *settings, plan=layer) for name, layer in pruned.items()}
     for header in folder.headers():
         for name, info in header.tensors.items():
             folder.parameters += info.numel
@@ -243,7 +219,7 @@ def read_folder(path: Path) -> ModelFolder:
                 layers.setdefault(role.layer, FolderLayer(role.layer, *settings)).add(name, role, info)
             else:
                 _add_other(folder, name, info, further(name, num_layers) is None)
-    ahead = {name: further(name, num_layers) for name, layer in layers.items() if layer.has_experts}
+    ahead = {name: further(name, num_layers) for name, layer in layers.items() if layer.has_experts or layer.plan}
     if not ahead:
         raise MoepruneError(f"no MoE layers in `{path}`", f"known are layers with {KNOWN}")
     if len(found) != 1 or len(counts) != 1 or not settings[0] > 0:
@@ -251,6 +227,8 @@ def read_folder(path: Path) -> ModelFolder:
         raise _unknown(path, f"`{CONFIG}` has {where} ({', '.join(f'`{key}`' for key in COUNTS)})")
     folder.dropped = tuple(sorted({prefix for prefix in ahead.values() if prefix is not None}))
     folder.layers = {name: layers[name] for name in sorted(ahead, key=natural) if ahead[name] is None}
+    if plan and plan.keys() != folder.layers.keys():
+        raise MoepruneError(f"`{path / CONFIG}`: `{KEY}` plans other layers than `{path}` has", "prune it again")
     for layer in layers.values():
         if layer.name in folder.layers:
             _require_complete(folder, layer)
@@ -258,6 +236,8 @@ def read_folder(path: Path) -> ModelFolder:
         for name, (role, info) in layer.whole.items():
             if layer.name in folder.layers and role.part == "router":
                 _add_other(folder, name, info, True, "routing")
+            elif layer.name in folder.layers and role.part == "compensation":
+                folder.parts["compensation"] += info.nbytes
             elif layer.name not in folder.layers:
                 _add_other(folder, name, info, layer.name not in ahead)
         folder.parts["other"] += layer.bytes if layer.name in ahead and layer.name not in folder.layers else 0
@@ -269,20 +249,15 @@ def _add_other(folder: ModelFolder, name: str, info: TensorInfo, runs: bool, par
     folder.parts[part] += info.nbytes
     is_table = re.search(r"embed|wte|wpe", name) is not None
     if runs and not OTHER_INPUTS.search(name):
-        folder.flops["tables" if is_table else part] += 2 * _weights(name, info)
+        folder.flops["tables" if is_table else part] += 2 * weights_of(name, info)
         folder.has_head |= name.endswith("head.weight")
-
-
-def _weights(name: str, info: TensorInfo) -> int:
-    """Return how many factors of a matrix product a tensor holds; MXFP4 has two in a byte."""
-    if len(info.shape) < 2 or NO_WEIGHTS.search(name):
-        return 0
-    return info.numel * (2 if name.endswith("_blocks") else 1)
 
 
 def _require_complete(folder: ModelFolder, layer: FolderLayer) -> None:
     """Raise a MoepruneError if experts lack tensors, or their layout is not known."""
-    n = layer.num_experts
+    n, plan = layer.stored_experts, layer.plan
+    if plan is not None:
+        _require_planned(folder, layer, plan)
     for key, mask in layer.masks.items():
         if (most := mask.bit_length()) > n:
             message = f"`{folder.path}`: layer `{layer.name}` has {most} experts, `{CONFIG}` says {n}"
@@ -291,8 +266,23 @@ def _require_complete(folder: ModelFolder, layer: FolderLayer) -> None:
         if missing := [f"{layer.name}.experts.{j}{key.removeprefix('experts')}" for j in absent]:
             raise MoepruneError(f"`{folder.path}` lacks {listed(missing, 3)}", "fetch all of its shards again")
     cuts = [(role.part, folder.cut(name, role, info)) for name, (role, info) in layer.whole.items()]
-    if not any(part == "router" and cut is not None for part, cut in cuts):
+    has_router = any(part == "router" and cut is not None for part, cut in cuts)
+    if not has_router and (plan is None or plan.compensation != "linear"):
         raise _unknown(folder.path, f"layer `{layer.name}` has experts and no router")
+
+
+def _require_planned(folder: ModelFolder, layer: FolderLayer, plan: LayerPlan) -> None:
+    """Raise a MoepruneError if a pruned layer is not the one of its plan, or lacks experts or its compensation."""
+    if plan.num_experts != layer.num_experts:
+        stated = f"is for {plan.num_experts} experts, `{CONFIG}` says {layer.num_experts}"
+        raise MoepruneError(f"`{folder.path}`: the plan of layer `{layer.name}` {stated}", "prune it again")
+    if reason := layer.refusal(plan):
+        raise MoepruneError(f"`{folder.path}`: layer `{layer.name}` {reason}", "prune it again")
+    expected = {f"{layer.name}.compensation.{key}" for key in layer.settings.compensation_shapes(plan)}
+    if missing := sorted(expected - layer.whole.keys()):
+        raise MoepruneError(f"`{folder.path}` lacks {listed(missing, 3)}", "fetch all of its shards again")
+    if plan.k and not layer.has_experts:
+        raise MoepruneError(f"`{folder.path}` lacks the experts of layer `{layer.name}`", "fetch all shards again")
 
 
 def _parts(config: Any) -> Iterator[dict[str, Any]]:
@@ -300,7 +290,7 @@ def _parts(config: Any) -> Iterator[dict[str, Any]]:
     if isinstance(config, dict):
         yield config
         for key, value in config.items():
-            if key != "quantization_config":
+            if key not in ("quantization_config", KEY):
                 yield from _parts(value)
 
 

@@ -3,7 +3,8 @@
 An expert has tensors of its own (`mlp.experts.3.down_proj.weight`), or its place along the first axis of stacked ones
 (`mlp.experts.down_proj`, with `_bias`, `_blocks` or `_scales`; `block_sparse_moe.input_linear.weight`), or its block of
 rows in flattened ones (`ffn.experts.mlp.w1`). A router has a row, and an entry of each bias, for each expert. Shared
-experts have other names (`shared_experts`, `shared_expert`, `shared_mlp`).
+experts have other names (`shared_experts`, `shared_expert`, `shared_mlp`). What compensates for dropped experts is
+under `compensation` (`mlp.compensation.low_rank_in`).
 """
 
 import re
@@ -17,6 +18,7 @@ FLATTENED = re.compile(r"experts\.mlp\.(w1|v1|w2)")
 ROUTER = re.compile(
     r"(?P<layer>.+?)\.(?P<key>(router|gate|gating|moe_statics)(\..+)?|expert_bias|e_score_correction_bias)"
 )
+COMPENSATION = re.compile(r"(?P<layer>.+)\.(?P<key>compensation\.(surrogate|basis|affine_\w+|low_rank_(in|out)))")
 ROWS = re.compile(r"(.+\.)?(weight|bias|e_score_correction_bias|correction_bias|expert_bias|per_expert_scale)")
 SHARED = re.compile(r"router\.(scale|norm\.weight)")  # tensors of a router that experts share
 MTP = re.compile(r"(?P<prefix>(.+\.)?mtp)[._]")  # layers that predict further tokens
@@ -27,7 +29,7 @@ class Role(NamedTuple):
     """What a tensor is in an MoE layer; key: its name there, without the number of the expert."""
 
     layer: str
-    part: Literal["expert", "stack", "router"]
+    part: Literal["expert", "stack", "router", "compensation"]
     key: str
     expert: int | None = None
 
@@ -47,6 +49,8 @@ def role_of(name: str, shape: Sequence[int]) -> Role | None:
     >>> role_of("model.layers.3.mlp.gate.weight", (8, 32))
     Role(layer='model.layers.3.mlp', part='router', key='gate.weight', expert=None)
     """
+    if found := COMPENSATION.fullmatch(name):
+        return Role(found["layer"], "compensation", found["key"])
     if found := EACH.fullmatch(name):
         return Role(found["layer"], "expert", f"experts.{found['rest']}", int(found["expert"]))
     if (found := LINEAR.fullmatch(name)) and len(shape) == 3 and not found["layer"].endswith(".experts"):
@@ -70,11 +74,13 @@ def renumbered(name: str, expert: int) -> str:
 
 
 def cut_of(role: Role, shape: Sequence[int], num_experts: int) -> Cut | None:
-    """Return where a stacked tensor or one of the router is cut, None if all experts share it.
+    """Return where a stacked tensor or one of the router is cut, None if all experts share it; num_experts: in it.
 
     Raises a ValueError if the layout is unknown.
     """
     n = num_experts
+    if role.part == "compensation":
+        return None
     if role.part == "stack":
         if not shape or all(size == 1 for size in shape):  # one scale for all experts
             return None

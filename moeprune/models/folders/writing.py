@@ -1,5 +1,6 @@
 """Write a folder of transformers with fewer experts, tensor by tensor, from the bytes of the full one."""
 
+import itertools
 import json
 import logging
 import os
@@ -16,9 +17,10 @@ from moeprune.errors import MoepruneError, listed
 from moeprune.files.checkpoint import Copied, check_finite, tensor_infos, write_unscanned
 from moeprune.files.disk import check_output_folder, refused, replacing_folder, write_file
 from moeprune.files.header import Header
+from moeprune.models.folders.form import CODE, IN_WORDS, code_for, coded, form_of, is_drop_in
 from moeprune.models.folders.layout import CONFIG, COUNTS, INDEX, PLAN, SINGLE, ModelFolder, changed_config
-from moeprune.models.folders.names import renumbered
-from moeprune.plan import Plan, require_fitting_plan
+from moeprune.models.folders.names import Role, renumbered
+from moeprune.plan import LayerPlan, Plan, require_decided, require_fitting_plan
 from moeprune.records import to_json
 
 logger = logging.getLogger(__name__)
@@ -30,15 +32,23 @@ FEWEST_IN_GROUP = 2  # experts, by whose scores DeepSeek-V3 ranks a group
 
 
 def require_fitting(folder: ModelFolder, plan: Plan) -> None:
-    """Raise a MoepruneError if a folder cannot hold the layers that a plan makes, as many experts of one
-    width in each.
+    """Raise a MoepruneError if a folder cannot hold the layers that a plan makes: of one width, and of as many experts
+    in each unless there is code for it.
     """
     require_fitting_plan(plan, folder.layers)
     counts, hint = {layer.k for layer in plan.values()}, f"`{CONFIG}` has one number of experts for all layers"
     widths = {layer.width for layer in plan.values()}
     if lacking := [name for name in folder.layers if name not in plan]:
         raise MoepruneError(f"the plan leaves out layers {listed(lacking, 3)}", f"{hint}: plan them all")
-    if len(counts) > 1:
+    if form_of(plan) == "custom-code":
+        if mixed := {layer.compensation for layer in plan.values() if layer.drops and is_drop_in(layer)}:
+            others = listed(sorted({layer.compensation for layer in plan.values()} - mixed))
+            message = f"the plan has compensation {listed(sorted(mixed))} in some layers and {others} in others"
+            raise MoepruneError(message, "a folder has either fewer experts in all layers, or custom code for all")
+        if folder.config.get("quantization_config"):
+            message = f"the weights of `{folder.path}` are quantised: no compensation can stand beside them"
+            raise MoepruneError(message, "give `--compensate renorm-refit` or `renorm`, or dequantise the weights")
+    elif len(counts) > 1:
         raise MoepruneError(f"the plan keeps {min(counts)} to {max(counts)} experts", hint)
     if len(widths) > 1:
         found = listed(sorted("all" if width is None else str(width) for width in widths))
@@ -53,30 +63,35 @@ def write_folder(
     provenance: Mapping[str, Any],
     replaced: Mapping[str, Tensor] | None = None,
     changes: Mapping[str, int] | None = None,
+    added: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a folder with the kept experts alone; it appears when it is complete.
+    """Write a folder with the kept experts, and what compensates for the others; it appears when it is complete.
 
     Args:
-        plan: of every layer, decided, of as many experts of one width in each.
+        plan: of every layer, decided, see `require_fitting`.
         provenance: how the plan was made.
         replaced: tensors to write in place of those of the same name in the output, in their types; with a width all
             that have it.
+        added: tensors of the compensation, by their names in the output.
         changes: keys of the language config that state a width, and their values.
 
     Raises a MoepruneError if the folder cannot hold what the plan makes, or cannot be written.
     """
     check_output_folder(output, overwrite, folder.path)
     require_fitting(folder, plan)
-    config, replaced = pruned_config(folder, plan, changes or {}), replaced or {}
-    is_changed = _is_changed(plan)
+    require_decided(plan)
+    config, replaced, added = pruned_config(folder, plan, changes or {}), replaced or {}, added or {}
+    is_changed, has_code = _is_changed(plan), form_of(plan) == "custom-code"
     if is_changed and folder.dropped:
         logger.warning(
             f"{listed(folder.dropped)}: layers that predict further tokens are left out: no data reaches them"
         )
-    check_finite(replaced, output)
+    check_finite({**replaced, **added}, output)
     with replacing_folder(output, overwrite) as target:
         _copy_others(folder, target, {CONFIG, INDEX})
-        _write_shards(folder, plan, target, replaced)
+        _write_shards(folder, plan, target, replaced, added)
+        if has_code:
+            write_file(target / CODE, code_for(folder.config))
         write_file(target / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if is_changed:
             made = {"schema_version": 1, "plan": to_json(plan), "provenance": provenance}
@@ -86,13 +101,26 @@ def write_folder(
             write_file(target / CARD, text + _section(folder, plan, provenance))
 
 
+def copy_folder(folder: ModelFolder, output: Path, overwrite: bool) -> None:
+    """Write a folder as it is; raise a MoepruneError if it cannot be written."""
+    check_output_folder(output, overwrite, folder.path)
+    with replacing_folder(output, overwrite) as target:
+        _copy_others(folder, target, {INDEX})
+        for name in (*folder.shards, INDEX):
+            if (folder.path / name).is_file():
+                shutil.copyfile(folder.path / name, target / name)
+
+
 def pruned_config(folder: ModelFolder, plan: Plan, changes: Mapping[str, int]) -> dict[str, Any]:
     """Return the content of `config.json` for the experts of a plan, with other changes of its language part.
+
+    Beside code it keeps the number of experts, which is that of the router.
 
     Raises a MoepruneError if it names single experts, whose numbers change.
     """
     made, language, k = dict(changes), folder.language, next(iter(plan.values())).k
-    if k < folder.num_experts:
+    has_code = form_of(plan) == "custom-code"
+    if k < folder.num_experts and not has_code:
         if re.search(r"experts\.\d", json.dumps(folder.config.get("quantization_config"))):
             raise MoepruneError(
                 f"`{folder.path / CONFIG}`: `quantization_config` names single experts", "quantise it later"
@@ -106,7 +134,8 @@ def pruned_config(folder: ModelFolder, plan: Plan, changes: Mapping[str, int]) -
     for key, value in language.items() if folder.dropped and _is_changed(plan) else ():
         if re.search(r"mtp|nextn", key) and isinstance(value, int):
             made[key] = type(value)(0)
-    return changed_config(folder, made)
+    config = changed_config(folder, made)
+    return coded(config, plan) if has_code else config
 
 
 def _is_changed(plan: Plan) -> bool:
@@ -114,12 +143,14 @@ def _is_changed(plan: Plan) -> bool:
     return any(layer.drops or layer.width is not None for layer in plan.values())
 
 
-def _write_shards(folder: ModelFolder, plan: Plan, target: Path, replaced: Mapping[str, Tensor]) -> None:
-    """Write the shards of a folder, without those that hold no tensor any more, and their index."""
+def _write_shards(
+    folder: ModelFolder, plan: Plan, target: Path, replaced: Mapping[str, Tensor], added: Mapping[str, Tensor]
+) -> None:
+    """Write the shards of a folder, without those that hold no tensor any more, what is added, and their index."""
     written: list[list[str]] = []
     total_size = 0
-    for header in folder.headers():
-        entries: dict[str, Tensor | Copied] = dict(_entries(folder, plan, header))
+    for header in itertools.chain(folder.headers(), [None]):
+        entries: dict[str, Tensor | Copied] = dict(added if header is None else _entries(folder, plan, header))
         entries |= {name: replaced[name] for name in entries if name in replaced}
         infos = tensor_infos(entries)
         if entries:
@@ -147,13 +178,22 @@ def _entries(folder: ModelFolder, plan: Plan, header: Header) -> Iterator[tuple[
         if role is None:
             yield name, Copied(header, name)
             continue
-        kept = plan[role.layer].kept
+        layer, kept = plan[role.layer], plan[role.layer].kept
         assert kept is not None
-        if role.expert is None:
+        if _is_left_out(layer, role):
+            continue
+        if role.part == "router" and not layer.cuts_router:
+            yield name, Copied(header, name)
+        elif role.expert is None:
             cut = folder.cut(name, role, info)
             yield name, Copied(header, name) if cut is None else Copied(header, name, kept, *cut)
         elif role.expert in kept:
             yield renumbered(name, kept.index(role.expert)), Copied(header, name)
+
+
+def _is_left_out(layer: LayerPlan, role: Role) -> bool:
+    """Return True for a tensor that no kept expert has a part in."""
+    return not layer.k and (role.part != "router" or layer.cuts_router)
 
 
 def _copy_others(folder: ModelFolder, target: Path, written: set[str]) -> None:
@@ -185,17 +225,26 @@ def _copy_others(folder: ModelFolder, target: Path, written: set[str]) -> None:
 
 def _section(folder: ModelFolder, plan: Plan, provenance: Mapping[str, Any]) -> str:
     """Return the section of the model card that says how the folder was made."""
-    first, data = next(iter(plan.values())), provenance.get("calibration")
-    kept, refitted = f"all of its {first.k} experts", ""
-    if first.drops:
+    has_code, data = form_of(plan) == "custom-code", provenance.get("calibration")
+    first = next(layer for layer in plan.values() if is_drop_in(layer) != has_code)
+    kept, repaired = f"all of its {first.k} experts", ""
+    if any(layer.drops for layer in plan.values()):
+        counts = sorted({layer.k for layer in plan.values()})
+        count = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(first.k)
         chosen = f"chosen by signal `{first.signal}`" if data or first.signal == "random" else "chosen by a plan"
-        kept = f"{first.k} of {folder.num_experts} experts, {chosen}; the routers know no others"
-        refitted = " and the last linears of kept experts are refitted" if first.compensation == "renorm-refit" else ""
+        kept = f"{count} of {folder.num_experts} experts, {chosen}"
+        repaired = " and the last linears of kept experts are refitted" if first.compensation == "renorm-refit" else ""
+    if has_code:
+        rank = "" if first.rank is None else f" of rank {first.rank}"
+        repaired = f"; compensation: `{first.compensation}`{rank}"
+    elif first.drops:
+        kept += "; the routers know no others"
     if first.width is not None:
-        refitted = f"; each expert keeps {first.width} hidden units, to which its last linear is refitted"
+        repaired += f"; each expert keeps {first.width} hidden units, to which its last linear is refitted"
     calibrated = f" Calibration data: `{data['spec']}`, {data['samples']} sequences." if data else ""
     return (
         f"## Pruned with moeprune {__version__}\n\n"
         f"Made from `{Path(os.path.realpath(folder.path)).name}`. Each of its {len(plan)} MoE layers keeps {kept}"
-        f"{refitted}.{calibrated} `{PLAN}` lists the kept experts.\n"
+        f"{repaired}.{calibrated} `{PLAN}` lists the kept experts.\n\n"
+        f"The form of the folder is {IN_WORDS[form_of(plan)]}.\n"
     )

@@ -53,7 +53,7 @@ class RoutedBlock(nn.Module):
         self.routed = layer
         self.shared: nn.Module | None = next((getattr(block, name) for name in SHARED if _has(block, name)), None)
         self.shared_gate: nn.Module | None = getattr(block, "shared_expert_gate", None)
-        self.returns_pair = type(block).__name__ in PAIRS
+        self.returns_pair = returns_pair(block)
 
     def forward(self, x: Tensor) -> Any:
         """Return the output (b,m,d), with None for the router logits where the block returns these too."""
@@ -62,6 +62,18 @@ class RoutedBlock(nn.Module):
             shared = self.shared(x)
             output = output + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
         return (output, None) if self.returns_pair else output
+
+
+def returns_pair(block: nn.Module) -> bool:
+    """Return True for a block that returns router logits beside the output."""
+    return bool(getattr(block, "returns_pair", type(block).__name__ in PAIRS))
+
+
+def return_no_router_logits(config: Any) -> None:
+    """Have models of a config of transformers return no router logits, which our layers do not give."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
 
 
 def is_block(module: nn.Module) -> bool:
@@ -81,16 +93,8 @@ def describe_block(block: Any, name: str) -> tuple[GatedMoEConfig, dict[str, Ten
     if router is None or not known or extra:
         parts = f"{type(block).__name__} with a {type(router).__name__}" + "".join(f" and `{part}`" for part in extra)
         raise MoepruneError(f"block `{name}` is a {parts}, which moeprune does not know")
-    weight = router.wg.weight if _has(router, "wg") else router.weight
-    tensors: dict[str, Tensor] = {"router_weight": weight}
-    if _has(router, "bias"):
-        tensors["router_bias"] = router.bias
-    owners: list[Any] = [router, block, getattr(router, "moe_statics", None)]
-    for owner in owners:
-        if _has(owner, "e_score_correction_bias"):
-            tensors["selection_bias"] = owner.e_score_correction_bias.flatten()
-    fields, of_experts = _experts(experts, name)
-    fields |= known[0]
+    tensors = tensors_of_block(block)
+    fields = _fields_of_experts(experts, name) | known[0]
     if _has(router, "norm_topk_prob"):
         fields["normalized"] = router.norm_topk_prob
     if _has(router, "routed_scaling_factor"):
@@ -99,26 +103,45 @@ def describe_block(block: Any, name: str) -> tuple[GatedMoEConfig, dict[str, Ten
         fields |= {"groups": router.num_group, "groups_kept": router.topk_group}
     if fields.get("gates") == "sparsemixer":
         fields["jitter"] = router.router_jitter_noise
-    n, d = weight.shape
+    n, d = tensors["router_weight"].shape
     config = GatedMoEConfig(
-        d, n, of_experts["fc2_weight"].shape[2], router.top_k, selection_bias="selection_bias" in tensors,
+        d, n, tensors["fc2_weight"].shape[2], router.top_k, selection_bias="selection_bias" in tensors,
         router_bias="router_bias" in tensors, **fields,
     )  # fmt: skip
-    return config, {key: tensor.detach() for key, tensor in (tensors | of_experts).items()}
+    return config, {key: tensor.detach() for key, tensor in tensors.items()}
 
 
-def _experts(experts: Any, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return fields of the config, and the tensors of stacked experts."""
+def tensors_of_block(block: Any) -> dict[str, Tensor]:
+    """Return the tensors of router and experts, those that the block has, by our names; views where these differ."""
+    router, experts, tensors = _router(block), getattr(block, "experts", None), dict[str, Tensor]()
+    if router is not None:
+        tensors["router_weight"] = router.wg.weight if _has(router, "wg") else router.weight
+    if _has(router, "bias"):
+        tensors["router_bias"] = router.bias
+    owners: list[Any] = [router, block, getattr(router, "moe_statics", None)]
+    for owner in owners:
+        if _has(owner, "e_score_correction_bias"):
+            tensors["selection_bias"] = owner.e_score_correction_bias.flatten()
+    if experts is None:
+        return tensors
+    first: Tensor = experts.gate_up_proj if _has(experts, "gate_up_proj") else experts.up_proj
+    last: Tensor = experts.down_proj
+    is_transposed = getattr(experts, "is_transposed", type(experts).__name__ == "Llama4TextExperts")
+    tensors |= {"fc1_weight": first if is_transposed else first.mT, "fc2_weight": last.mT if is_transposed else last}
+    if getattr(experts, "has_bias", False):
+        of_first = experts.gate_up_proj_bias if _has(experts, "gate_up_proj") else experts.up_proj_bias
+        tensors |= {"fc1_bias": of_first, "fc2_bias": experts.down_proj_bias}
+    return tensors
+
+
+def _fields_of_experts(experts: Any, name: str) -> dict[str, Any]:
+    """Return fields of the config that stacked experts decide."""
     kind = type(experts).__name__
     is_oss, has_gate = kind == "GptOssExperts", hasattr(experts, "gate_up_proj")
     gate = getattr(type(experts), "_apply_gate", None)
     is_custom = gate is not None and gate.__name__ != "_default_apply_gate" and not is_oss
     if is_custom or getattr(experts, "has_post_expert_norm", False) or (is_oss and experts.alpha != ALPHA):
         raise MoepruneError(f"experts of block `{name}`, a {kind}, compute what moeprune cannot")
-    first: Tensor = experts.gate_up_proj if has_gate else experts.up_proj
-    last: Tensor = experts.down_proj
-    is_transposed = getattr(experts, "is_transposed", kind == "Llama4TextExperts")
-    tensors = {"fc1_weight": first if is_transposed else first.mT, "fc2_weight": last.mT if is_transposed else last}
     fields: dict[str, Any] = {"expert": "glu" if has_gate else "mlp"}
     if is_oss:
         fields |= {"activation": "quick_gelu", "limit": float(experts.limit)}
@@ -131,9 +154,7 @@ def _experts(experts: Any, name: str) -> tuple[dict[str, Any], dict[str, Tensor]
         fields["gate_columns"] = "even"
     if getattr(experts, "has_bias", False):
         fields["bias"] = True
-        of_first = experts.gate_up_proj_bias if has_gate else experts.up_proj_bias
-        tensors |= {"fc1_bias": of_first, "fc2_bias": experts.down_proj_bias}
-    return fields, tensors
+    return fields
 
 
 def _router(block: Any) -> Any:
