@@ -56,15 +56,17 @@ def run_language(directory: Path, train_anew: bool, seed: int, runtime: Runtime)
 
     Raises a MoepruneError if transformers is missing, or Python's sources are.
     """
-    texts = sources()
+    texts, folder = sources(), directory / "full"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoepruneError(f"cannot write into `{directory}` ({error.strerror})") from None
     for split in SPLITS:
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[split])
         write_file(directory / f"{split}.jsonl", lines)
-    folder = directory / "full"
     if train_anew:
         train_language(texts["train"], folder, seed, runtime.progress)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         for file in (resources.files("moeprune.demo") / "checkpoints/language").iterdir():
             write_file(folder / file.name, file.read_bytes())
     full = load(folder)
