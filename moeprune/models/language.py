@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeprune.data.tokenizer import EXTRA
 from moeprune.data.tokens import TokenFormat
 from moeprune.errors import MoepruneError, listed, user_code
 from moeprune.files.disk import read_json
 from moeprune.layers.interface import Usage
 from moeprune.layers.layer import layer_of_tensors
+from moeprune.models.building import build_module, library, quiet
 from moeprune.models.description import Details
 from moeprune.models.folders.experts import expert_tensors
 from moeprune.models.folders.layout import PLAN, ModelFolder, read_folder
 from moeprune.models.folders.names import natural
+from moeprune.models.folders.quantised import changes_weights, require_form
 from moeprune.models.folders.widths import keys_of_width
 from moeprune.models.folders.writing import require_fitting, write_folder
 from moeprune.models.language_config import LanguageConfig
@@ -30,7 +29,6 @@ from moeprune.models.results import ModelCost
 from moeprune.plan import LayerPlan, Plan
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-HALF = (torch.float16, torch.bfloat16)
 
 
 class LanguageModel(Model):
@@ -43,7 +41,7 @@ class LanguageModel(Model):
     config: LanguageConfig
 
     def __init__(self, folder: ModelFolder, module: nn.Module, config: LanguageConfig, places: dict[str, str]):
-        super().__init__(config, Details(source={"library": "transformers", "version": _transformers().__version__}))
+        super().__init__(config, Details(source={"library": "transformers", "version": library().__version__}))
         self.folder, self.places = folder, places
         self.module = module
 
@@ -71,8 +69,7 @@ class LanguageModel(Model):
         whole = dict.fromkeys(self.folder.layers, LayerPlan("static", n, n, "random", "renorm", tuple(range(n))))
         replaced, plan = dict[str, Tensor](), whole | self.plan
         changes = self.require_writable(plan)
-        first = next(iter(plan.values()))
-        if first.width is not None or any(p.compensation == "renorm-refit" and p.drops for p in plan.values()):
+        if changes_weights(plan):
             replaced = dict(expert_tensors(self.folder, self.moe_layers))
         write_folder(self.folder, plan, path, overwrite, self.details.provenance, replaced, changes)
 
@@ -82,6 +79,7 @@ class LanguageModel(Model):
         Raises a MoepruneError if a folder cannot hold the layers that the plan makes.
         """
         require_fitting(self.folder, plan)
+        require_form(self.folder, plan)
         if (width := next(iter(plan.values())).width) is None:
             return {}
         widths = {layer.expert_width for layer in self.config.layers.values()}
@@ -92,9 +90,9 @@ class LanguageModel(Model):
 
     def _shapes(self, settings: Mapping[str, Any]) -> dict[str, torch.Size]:
         """Return the shapes of the tensors that transformers builds for a config, by its names of them."""
-        transformers = _transformers()
+        transformers = library()
         failed = f"transformers cannot build `{self.folder.path}` with experts of another width", "leave `--width` out"
-        with _quiet(transformers), user_code(*failed), torch.device("meta"):
+        with quiet(transformers), user_code(*failed), torch.device("meta"):
             config = transformers.AutoConfig.for_model(**settings)
             if not isinstance(config, type(self.module.config)):
                 config = config.get_text_config()  # of a model that also takes images
@@ -119,29 +117,13 @@ class LanguageModel(Model):
 def open_language(path: Path) -> LanguageModel:
     """Open a folder of transformers on the CPU; code in the folder is not run.
 
-    Weights of 16 bits are converted to float32 unless there is a GPU.
+    Weights of fewer than 32 bits are converted to float32 unless there is a GPU.
 
     Raises a MoepruneError if transformers is missing or cannot build the model, tensors are missing, the weights are
-    quantised, or a layer of experts is not known.
+    quantised in a way that cannot be read, or a layer of experts is not known.
     """
-    folder, transformers = read_folder(path), _transformers()
-    if folder.config.get("quantization_config"):
-        hint = "dequantise them first; `--signal random` and `--plan` with compensation `renorm` need no model"
-        raise MoepruneError(f"the weights of `{path}` are quantised, which calibration cannot read", hint)
-    how = {"output_loading_info": True, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    hint = "see whether transformers loads it (`from_pretrained`): another release of it may"
-    with _quiet(transformers), user_code(f"transformers cannot build `{path}`", hint):
-        try:
-            module, info = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", **how)
-        except ValueError:
-            if "text_config" not in folder.config:
-                raise
-            module, info = transformers.AutoModelForImageTextToText.from_pretrained(str(path), dtype="auto", **how)
-    if missing := sorted(info["missing_keys"]):
-        raise MoepruneError(f"`{path}` lacks tensors that transformers expects: {listed(missing, 3)}", hint)
-    if not torch.cuda.is_available() and any(tensor.dtype in HALF for tensor in module.parameters()):
-        module.float()
-    return _with_our_layers(folder, module.requires_grad_(False).eval())
+    folder = read_folder(path)
+    return _with_our_layers(folder, build_module(folder).requires_grad_(False).eval())
 
 
 def _with_our_layers(folder: ModelFolder, module: nn.Module) -> LanguageModel:
@@ -164,28 +146,3 @@ def _with_our_layers(folder: ModelFolder, module: nn.Module) -> LanguageModel:
         recorded = read_json(folder.path / PLAN, "the plan of a pruned folder").get("provenance", {})
         model.details = model.details.replace(provenance=recorded)
     return model
-
-
-@functools.cache
-def _transformers() -> Any:
-    """Return the library, or raise a MoepruneError if it is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        raise MoepruneError("a folder of a language model needs the package transformers", EXTRA) from None
-    return transformers
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Let transformers show no progress and no warnings."""
-    logs = transformers.utils.logging
-    level, shows = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logs.set_verbosity(level)
-        if shows:
-            logs.enable_progress_bar()

@@ -18,6 +18,7 @@ from moeprune.files.disk import check_output_folder, refused, replacing_folder, 
 from moeprune.files.header import Header
 from moeprune.models.folders.layout import CONFIG, COUNTS, INDEX, PLAN, SINGLE, ModelFolder, changed_config
 from moeprune.models.folders.names import renumbered
+from moeprune.models.folders.quantised import changes_weights, quantisation_of
 from moeprune.plan import Plan, require_fitting_plan
 from moeprune.records import to_json
 
@@ -193,6 +194,8 @@ def _section(folder: ModelFolder, plan: Plan, provenance: Mapping[str, Any]) -> 
         refitted = " and the last linears of kept experts are refitted" if first.compensation == "renorm-refit" else ""
     if first.width is not None:
         refitted = f"; each expert keeps {first.width} hidden units, to which its last linear is refitted"
+    how = quantisation_of(folder) if changes_weights(plan) else None
+    refitted += f"; changed weights are rounded to {how} anew" if how is not None else ""
     calibrated = f" Calibration data: `{data['spec']}`, {data['samples']} sequences." if data else ""
     return (
         f"## Pruned with moeprune {__version__}\n\n"
