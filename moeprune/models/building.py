@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moeprune.data.tokenizer import EXTRA
 from moeprune.errors import MoepruneError, listed, user_code
+from moeprune.files.header import FLOATS
 from moeprune.models.folders.layout import ModelFolder
 from moeprune.models.folders.quantised import quantisation_of, stored_tensors
 
@@ -56,16 +58,13 @@ def build_module(folder: ModelFolder) -> nn.Module:
     transformers, how = library(), quantisation_of(folder)
     with quiet(transformers), user_code(f"transformers cannot build `{folder.path}`", HINT):
         if how is None:
-            module, info = _first_that_fits(
-                folder, "from_pretrained", str(folder.path), dtype="auto", use_safetensors=True,
-                output_loading_info=True, **LOCAL,
-            )  # fmt: skip
+            options = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True, **LOCAL}
+            module, info = _first_that_fits(folder, "from_pretrained", str(folder.path), **options)
         else:
             skeleton = build_skeleton(folder)
-            tensors = stored_tensors(folder, how)
-            dtype = compute_dtype(skeleton.config.dtype)
+            options = {"state_dict": stored_tensors(folder, how), "dtype": skeleton.config.dtype}
             module, info = type(skeleton).from_pretrained(
-                None, config=skeleton.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+                None, config=skeleton.config, output_loading_info=True, **options
             )
     if missing := sorted(info["missing_keys"]):
         raise MoepruneError(f"`{folder.path}` lacks tensors that transformers expects: {listed(missing, 3)}", HINT)
@@ -75,21 +74,44 @@ def build_module(folder: ModelFolder) -> nn.Module:
     return found
 
 
-def build_skeleton(folder: ModelFolder) -> Any:
-    """Return the module of a folder without its weights, on the meta device."""
-    config = library().AutoConfig.from_pretrained(str(folder.path), **LOCAL)
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    with torch.device("meta"):
-        return _first_that_fits(folder, "from_config", config, trust_remote_code=False)
+def build_skeleton(folder: ModelFolder, has_buffers: bool = False) -> Any:
+    """Return the module of a folder without its weights: these are on the meta device.
+
+    has_buffers: those tensors that no file holds are on the CPU, with their values.
+
+    Raises a MoepruneError if transformers cannot build it.
+    """
+    transformers = library()
+    with quiet(transformers), user_code(f"transformers cannot build `{folder.path}`", HINT):
+        config = transformers.AutoConfig.from_pretrained(str(folder.path), **LOCAL)
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        with _parameters_on_meta() if has_buffers else torch.device("meta"):
+            options = {"dtype": _compute_dtype(folder, config.dtype), "trust_remote_code": False}
+            return _first_that_fits(folder, "from_config", config, **options)
 
 
-def compute_dtype(stated: torch.dtype | None) -> torch.dtype:
-    """Return the type that weights are computed in, of one that a config states."""
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if stated is None else stated
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Put parameters, and not buffers, on the meta device while modules are made."""
+
+    def on_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return parameter if parameter.is_meta else nn.Parameter(parameter.detach().to("meta"), False)
+
+    handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _compute_dtype(folder: ModelFolder, stated: torch.dtype | None) -> torch.dtype:
+    """Return the type that weights are computed in, given the one that a config states, if it does."""
+    if stated is None:
+        types = (info.dtype for header in folder.headers() for info in header.tensors.values())
+        stated = getattr(torch, next((name for name in types if name in FLOATS), FLOATS[0]).removeprefix("torch."))
+    return torch.float32 if stated in HALF and not torch.cuda.is_available() else stated
 
 
 def _first_that_fits(folder: ModelFolder, method: str, *arguments: Any, **options: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,23 @@ from torch import Tensor, nn
 
 from moeprune.data.tokens import TokenFormat
 from moeprune.errors import MoepruneError, listed, user_code
+from moeprune.files.checkpoint import Copied
 from moeprune.files.disk import read_json
 from moeprune.layers.interface import Usage
-from moeprune.layers.layer import layer_of_tensors
+from moeprune.layers.layer import MoELayer, layer_of_tensors
 from moeprune.models.building import build_module, library, quiet
 from moeprune.models.description import Details
-from moeprune.models.folders.experts import expert_tensors
+from moeprune.models.folders.experts import expert_tensors, spooled_tensors
 from moeprune.models.folders.layout import PLAN, ModelFolder, read_folder
 from moeprune.models.folders.names import natural
 from moeprune.models.folders.quantised import changes_weights, require_form
 from moeprune.models.folders.widths import keys_of_width
 from moeprune.models.folders.writing import require_fitting, write_folder
 from moeprune.models.language_config import LanguageConfig
-from moeprune.models.libraries.transformers import RoutedBlock, describe_block, is_block
+from moeprune.models.libraries.transformers import RoutedBlock, describe_block, is_block, layers_around
 from moeprune.models.model import Model
+from moeprune.models.offload import SOURCE, Loader, Part, Store, own_tensors
+from moeprune.models.reading import build_offloaded
 from moeprune.models.results import ModelCost
 from moeprune.plan import LayerPlan, Plan
 
@@ -44,6 +49,7 @@ class LanguageModel(Model):
         super().__init__(config, Details(source={"library": "transformers", "version": library().__version__}))
         self.folder, self.places = folder, places
         self.module = module
+        self.store: Store | None = None  # of weights that are not all in memory
 
     @property
     def input_format(self) -> TokenFormat:
@@ -67,11 +73,14 @@ class LanguageModel(Model):
         """
         n = self.folder.num_experts
         whole = dict.fromkeys(self.folder.layers, LayerPlan("static", n, n, "random", "renorm", tuple(range(n))))
-        replaced, plan = dict[str, Tensor](), whole | self.plan
+        replaced, plan = dict[str, Tensor | Copied](), whole | self.plan
         changes = self.require_writable(plan)
-        if changes_weights(plan):
-            replaced = dict(expert_tensors(self.folder, self.moe_layers))
-        write_folder(self.folder, plan, path, overwrite, self.details.provenance, replaced, changes)
+        with tempfile.TemporaryDirectory(prefix="moeprune-") as spool:
+            if changes_weights(plan) and self.store is not None:
+                replaced |= spooled_tensors(self.folder, self.moe_layers, Path(spool))
+            elif changes_weights(plan):
+                replaced |= expert_tensors(self.folder, self.moe_layers)
+            write_folder(self.folder, plan, path, overwrite, self.details.provenance, replaced, changes)
 
     def require_writable(self, plan: Plan) -> dict[str, int]:
         """Return the keys of the folder's config that a plan's width changes, and their values.
@@ -98,32 +107,75 @@ class LanguageModel(Model):
                 config = config.get_text_config()  # of a model that also takes images
             return {name: tensor.shape for name, tensor in type(self.module)(config).state_dict().items()}
 
+    @property
+    def sequence(self) -> list[str]:
+        """The layers of the decoder, MoE layers in them or not."""
+        return layers_around(self, list(self.places.values()))
+
     def get_submodule(self, target: str) -> nn.Module:
         """Return a part of the model; an MoE layer by its name in the folder, too."""
         return super().get_submodule(self.places.get(target, target))
+
+    def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
+        """Replace a part under all of its names; the weights of a pruned layer go to disk where others are there."""
+        super().set_submodule(target, module, strict)
+        if self.store is not None and isinstance(module, MoELayer):
+            self.store.shelve(module)
+
+    def release_weights(self) -> None:
+        """Drop the weights that are read again when they are needed."""
+        if self.store is not None:
+            self.store.drop_all()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
+        """Move what is in memory, and read the rest to where that is from now on."""
+        if self.store is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.store.drop_all()
+        super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)  # type: ignore[no-untyped-call]
+        self.store.move(next(tensor.device for tensor in self.parameters() if not tensor.is_meta))
+        return self
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors by name, those on disk one after the other."""
+        for name, tensor in self.state_dict().items():
+            path, _, leaf = name.rpartition(".")
+            owner = self.get_submodule(path)
+            if tensor.is_meta:
+                vars(owner)[SOURCE](owner)
+            yield name, own_tensors(owner)[leaf].detach()
 
     def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return all tensors, those of MoE layers under the names of these in the folder; tied ones once."""
         names = {f"{place}.": f"{name}." for name, place in self.places.items()}
         found, seen = dict[str, Any](), set[tuple[int, torch.Size]]()
         for name, tensor in super().state_dict(*arguments, **options).items():
-            if (key := (tensor.data_ptr(), tensor.shape)) not in seen or not tensor.numel():
+            if (key := (tensor.data_ptr(), tensor.shape)) not in seen or not tensor.numel() or tensor.is_meta:
                 layer = next((place for place in names if name.startswith(place)), "")
                 found[names.get(layer, "") + name.removeprefix(layer)] = tensor
                 seen.add(key)
         return found
 
 
-def open_language(path: Path) -> LanguageModel:
+def open_language(path: Path, offload: bool = False) -> LanguageModel:
     """Open a folder of transformers on the CPU; code in the folder is not run.
 
     Weights of fewer than 32 bits are converted to float32 unless there is a GPU.
+
+    offload: layers read their weights when they run, and keep them only until the next ones do.
 
     Raises a MoepruneError if transformers is missing or cannot build the model, tensors are missing, the weights are
     quantised in a way that cannot be read, or a layer of experts is not known.
     """
     folder = read_folder(path)
-    return _with_our_layers(folder, build_module(folder).requires_grad_(False).eval())
+    if not offload:
+        return _with_our_layers(folder, build_module(folder).requires_grad_(False).eval())
+    module, reader, store = build_offloaded(folder)
+    model = _with_our_layers(folder, module.requires_grad_(False).eval())
+    for layer, block in zip(model.moe_layers.values(), reader.blocks, strict=True):
+        Loader(Part(store, "experts", functools.partial(reader.read, block)), "").attach(layer)
+    model.store = store
+    return model
 
 
 def _with_our_layers(folder: ModelFolder, module: nn.Module) -> LanguageModel:

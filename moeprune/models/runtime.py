@@ -38,6 +38,12 @@ class Runtime(Request, frozen=True):
 
     device: Annotated[str, option("cpu, cuda, cuda:N, mps, or auto: CUDA if available, else the CPU.")] = "auto"
     dtype: Annotated[Dtype, option("float32: the precision of the weights; bf16: autocast.")] = "float32"
+    offload: Annotated[
+        bool,
+        option(
+            "Keep the weights of a folder of transformers on disk, and read those of one layer at a time into memory."
+        ),
+    ] = False
     batch_size: Annotated[
         Positive, option("Inputs of a forward pass; with scope batch, also the batch that shares experts.")
     ] = 64

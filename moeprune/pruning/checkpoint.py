@@ -53,7 +53,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         return prune_folder(request)
     if is_folder:
         request = drop_in(request)
-    full = Described(request.checkpoint)
+    full = Described(request.checkpoint, request.runtime.offload)
     require_unpruned(full.plan, ALREADY_PRUNED)
     analysis = None if request.analysis is None else load_analysis(request.analysis)
     names = class_names_of(analysis)
@@ -147,7 +147,7 @@ def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep, Model, Analysis]:
     """Prune a checkpoint in many ways and evaluate each; return also the unpruned model and its analysis."""
     assert request.analysis is not None
     request.runtime.require_device()
-    model = open_model(request.checkpoint)
+    model = open_model(request.checkpoint, offload=request.runtime.offload)
     analysis = load_analysis(request.analysis)
     data = open_data_for(model, request.data, "test", class_names_of(analysis))
     ways = _ways(request, model)

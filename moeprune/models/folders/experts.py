@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from moeprune.errors import MoepruneError
+from moeprune.files.checkpoint import Copied, check_finite, write_unscanned
+from moeprune.files.header import read_header
 from moeprune.layers.gated_config import GatedMoEConfig
 from moeprune.layers.layer import MoELayer
 from moeprune.models.folders.layout import ModelFolder
@@ -30,6 +33,21 @@ def expert_tensors(folder: ModelFolder, layers: Mapping[str, MoELayer]) -> Itera
     return requantised(_changed(folder, layers), folder)
 
 
+def spooled_tensors(folder: ModelFolder, layers: Mapping[str, MoELayer], spool: Path) -> dict[str, Copied]:
+    """Return the same, written to files in a folder: one layer at a time is in memory.
+
+    Raises a MoepruneError if values are not finite.
+    """
+    found: dict[str, Copied] = {}
+    for index, (name, layer) in enumerate(layers.items()):
+        tensors = dict(expert_tensors(folder, {name: layer.load()}))
+        check_finite(tensors, folder.path)
+        write_unscanned(spool / f"{index}.safetensors", tensors, None)
+        header = read_header(spool / f"{index}.safetensors")
+        found |= {each: Copied(header, each) for each in tensors}
+    return found
+
+
 def _changed(folder: ModelFolder, layers: Mapping[str, MoELayer]) -> Iterator[tuple[str, str, Tensor]]:
     """Yield the names of changed tensors in the full and in the pruned folder, and their values in full precision."""
     found = set[tuple[str, str]]()
@@ -39,7 +57,8 @@ def _changed(folder: ModelFolder, layers: Mapping[str, MoELayer]) -> Iterator[tu
             role = folder.role(name, info)
             if role is None or role.part == "router" or name.endswith(SCALE):
                 continue
-            layer = layers[role.layer]
+            if (layer := layers.get(role.layer)) is None:
+                continue
             kept, width = ((), None) if layer.plan is None else (layer.plan.kept or (), layer.plan.width)
             match = LINEAR.fullmatch(role.key)
             if match is None and width is not None:

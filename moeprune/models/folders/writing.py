@@ -52,7 +52,7 @@ def write_folder(
     output: Path,
     overwrite: bool,
     provenance: Mapping[str, Any],
-    replaced: Mapping[str, Tensor] | None = None,
+    replaced: Mapping[str, Tensor | Copied] | None = None,
     changes: Mapping[str, int] | None = None,
 ) -> None:
     """Write a folder with the kept experts alone; it appears when it is complete.
@@ -61,7 +61,7 @@ def write_folder(
         plan: of every layer, decided, of as many experts of one width in each.
         provenance: how the plan was made.
         replaced: tensors to write in place of those of the same name in the output, in their types; with a width all
-            that have it.
+            that have it. Those of files are known to be finite.
         changes: keys of the language config that state a width, and their values.
 
     Raises a MoepruneError if the folder cannot hold what the plan makes, or cannot be written.
@@ -74,7 +74,7 @@ def write_folder(
         logger.warning(
             f"{listed(folder.dropped)}: layers that predict further tokens are left out: no data reaches them"
         )
-    check_finite(replaced, output)
+    check_finite({name: tensor for name, tensor in replaced.items() if isinstance(tensor, Tensor)}, output)
     with replacing_folder(output, overwrite) as target:
         _copy_others(folder, target, {CONFIG, INDEX})
         _write_shards(folder, plan, target, replaced)
@@ -115,7 +115,7 @@ def _is_changed(plan: Plan) -> bool:
     return any(layer.drops or layer.width is not None for layer in plan.values())
 
 
-def _write_shards(folder: ModelFolder, plan: Plan, target: Path, replaced: Mapping[str, Tensor]) -> None:
+def _write_shards(folder: ModelFolder, plan: Plan, target: Path, replaced: Mapping[str, Tensor | Copied]) -> None:
     """Write the shards of a folder, without those that hold no tensor any more, and their index."""
     written: list[list[str]] = []
     total_size = 0

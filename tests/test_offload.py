@@ -1,0 +1,130 @@
+"""Weights that stay on disk (`--offload`): the same results, with one layer at a time in memory."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import moeprune
+from moeprune.calibration import walk
+from moeprune.errors import MoepruneError
+from moeprune.models import offload
+from moeprune.models.model import fingerprint, private_copy
+from tests.architectures import CASES, language_model, saved_models, tensors_of
+from tests.test_quantised_folders import in_fp8, in_mxfp4
+
+pytest.importorskip("transformers")
+TOKENS = torch.arange(3, 27).view(2, 12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a small model of an architecture."""
+    return saved_models(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of token ids."""
+    path = tmp_path_factory.mktemp("text") / "ids.safetensors"
+    save_file({"input_ids": torch.randint(64, (40, 16), generator=torch.Generator().manual_seed(1))}, path)
+    return path
+
+
+@pytest.fixture
+def most_held(monkeypatch):
+    """The most elements of each kind of parts that were in memory at once."""
+    most, make_room = dict.fromkeys(offload.ROOM, 0), offload.Store.make_room
+
+    def counted(store, part):
+        make_room(store, part)
+        for kind, held in store.held.items():
+            sizes = [sum(tensor.numel() for tensor in (each.tensors or each.read()).values()) for each in held]
+            most[kind] = max(most[kind], sum(sizes))
+
+    monkeypatch.setattr(offload.Store, "make_room", counted)
+    return most
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_computes_the_same_with_its_weights_on_disk(name, folder):
+    here, there = moeprune.load(folder(name)), moeprune.load(folder(name), offload=True)
+    assert all(tensor.is_meta for layer in there.moe_layers.values() for tensor in layer.parameters())
+    with torch.no_grad():
+        assert torch.equal(there(TOKENS), here(TOKENS))
+    assert fingerprint(there) == fingerprint(here)
+    assert there.cost() == here.cost()
+    assert {k: (t.shape, t.dtype) for k, t in there.state_dict().items()} == {
+        k: (t.shape, t.dtype) for k, t in here.state_dict().items()
+    }
+
+
+def test_quantised_weights_are_read_from_disk_too(tmp_path):
+    for source in (in_fp8(tmp_path, "minimax_m2", (12, 10))[0], in_mxfp4(tmp_path / "mxfp4")):
+        with torch.no_grad():
+            assert torch.equal(moeprune.load(source, offload=True)(TOKENS), moeprune.load(source)(TOKENS))
+
+
+@pytest.mark.parametrize(("name", "options"), [("qwen2_moe", ("--keep", "1/2")), ("deepseek_v3", ("--width", "1/2"))])
+def test_commands_give_the_same_with_weights_on_disk(name, options, folder, data, run, run_json, tmp_path):
+    source, results = folder(name), {}
+    for kind, extra in (("here", ()), ("there", ("--offload",))):
+        (tmp_path / kind).mkdir()
+        analysis, pruned = tmp_path / kind / "analysis.safetensors", tmp_path / kind / "pruned"
+        shared = ("--data", data, *extra, "--batch-size", "16")
+        found = [run_json("analyze", source, *shared, "-o", analysis)]
+        found.append(run_json("prune", source, *shared, *options, "-o", pruned))
+        found.append(run_json("eval", pruned, *shared, "--baseline", source))
+        results[kind] = json.loads(json.dumps(found).replace(str(tmp_path / kind), ""))
+        analysis.rename(tmp_path / f"{kind}.safetensors")
+    assert results["here"] == results["there"]
+    files = [file.relative_to(tmp_path / "here") for file in (tmp_path / "here").rglob("*") if file.is_file()]
+    assert len(files) > 4
+    for file in files:
+        assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes(), file
+    assert (tmp_path / "here.safetensors").read_bytes() == (tmp_path / "there.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("held", [walk.HELD, 0])
+def test_one_layer_at_a_time_is_in_memory(held, data, most_held, monkeypatch, tmp_path):
+    monkeypatch.setattr(walk, "HELD", held)
+    language_model("qwen2_moe", num_hidden_layers=5).save_pretrained(tmp_path / "full")
+    model = moeprune.load(tmp_path / "full", offload=True)
+    runtime = moeprune.Runtime(batch_size=8)
+    pruned = moeprune.prune(model, data=str(data), keep="1/2", compensate="renorm-refit", runtime=runtime)
+    layer = sum(tensor.numel() for tensor in next(iter(model.moe_layers.values())).parameters())
+    assert most_held["experts"] == layer
+    assert most_held["pruned"] < 0.51 * layer
+    everything = sum(tensor.numel() for tensor in model.state_dict().values())
+    assert most_held["rest"] < (everything - 5 * layer) / 2
+    here = moeprune.prune(
+        tmp_path / "full", data=str(data), keep="1/2", compensate="renorm-refit", runtime=runtime.replace(offload=False)
+    )
+    with torch.no_grad():
+        assert torch.equal(pruned(TOKENS), here(TOKENS))
+        assert torch.equal(private_copy(pruned)(TOKENS), here(TOKENS))
+    moeprune.save(pruned, tmp_path / "there")
+    moeprune.save(here, tmp_path / "here")
+    before, after = tensors_of(tmp_path / "here"), tensors_of(tmp_path / "there")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_has_no_layers_to_read_is_refused(run, data, folder, tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    for command in (("analyze", "-o", tmp_path / "out"), ("prune", "--keep", "1/2", "-o", tmp_path / "out"), ("eval",)):
+        found = run(command[0], tmp_path / "model.safetensors", *command[1:], "--data", "digits", "--offload")
+        assert (found.code, "goes with folders of transformers" in found.stderr) == (2, True), found.stderr
+    source = shutil.copytree(folder("qwen3_moe"), tmp_path / "full")
+    tensors = tensors_of(source)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    for file in source.glob("model*"):
+        file.unlink()
+    save_file(tensors, source / "model.safetensors")
+    found = run("prune", source, "--data", data, "--keep", "1/2", "--offload", "-o", tmp_path / "pruned")
+    assert (found.code, "lacks tensors" in found.stderr, "k_proj" in found.stderr) == (2, True, True), found.stderr
+    with pytest.raises(MoepruneError, match="lacks tensors"):
+        moeprune.load(source)
+    assert not (tmp_path / "pruned").exists()
