@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moeprune.calibration import walk
 from moeprune.errors import MoepruneError
 from moeprune.models import offload
 from moeprune.models.model import fingerprint, private_copy
+from moeprune.models.reading import Reader
 from tests.architectures import CASES, language_model, saved_models, tensors_of
 from tests.test_quantised_folders import in_fp8, in_mxfp4
 
@@ -36,16 +38,24 @@ def data(tmp_path_factory):
 @pytest.fixture
 def most_held(monkeypatch):
     """The most elements of each kind of parts that were in memory at once."""
-    most, make_room = dict.fromkeys(offload.ROOM, 0), offload.Store.make_room
+    most, give = dict.fromkeys(offload.ROOM, 0), offload.Part.give
 
-    def counted(store, part):
-        make_room(store, part)
-        for kind, held in store.held.items():
-            sizes = [sum(tensor.numel() for tensor in (each.tensors or each.read()).values()) for each in held]
+    def counted(part, *arguments):
+        give(part, *arguments)
+        for kind, held in part.store.held.items():
+            sizes = [sum(tensor.numel() for tensor in each.tensors.values()) for each in held]
             most[kind] = max(most[kind], sum(sizes))
 
-    monkeypatch.setattr(offload.Store, "make_room", counted)
+    monkeypatch.setattr(offload.Part, "give", counted)
     return most
+
+
+@pytest.fixture
+def times_read(monkeypatch):
+    """How often each part of a folder was read."""
+    times, read = Counter(), Reader.read
+    monkeypatch.setattr(Reader, "read", lambda reader, part: (times.update([part]), read(reader, part))[1])
+    return times
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -88,15 +98,24 @@ def test_commands_give_the_same_with_weights_on_disk(name, options, folder, data
 
 
 @pytest.mark.parametrize("held", [walk.HELD, 0])
-def test_one_layer_at_a_time_is_in_memory(held, data, most_held, monkeypatch, tmp_path):
+def test_one_layer_at_a_time_is_in_memory_and_few_are_read_again(
+    held, data, most_held, times_read, monkeypatch, tmp_path
+):
+    """Passes wait, or they begin anew where they were: then too all batches reach a layer before the next is read."""
     monkeypatch.setattr(walk, "HELD", held)
     language_model("qwen2_moe", num_hidden_layers=5).save_pretrained(tmp_path / "full")
     model = moeprune.load(tmp_path / "full", offload=True)
     runtime = moeprune.Runtime(batch_size=8)
     pruned = moeprune.prune(model, data=str(data), keep="1/2", compensate="renorm-refit", runtime=runtime)
+    assert len(times_read) == 10
+    assert max(times_read.values()) <= 2  # for the fingerprint, and for the five batches
     layer = sum(tensor.numel() for tensor in next(iter(model.moe_layers.values())).parameters())
     assert most_held["experts"] == layer
     assert most_held["pruned"] < 0.51 * layer
+    times_read.clear()
+    moeprune.analyze(model, str(data), runtime)
+    assert max(times_read.values()) <= 7  # for the statistics, to leave out experts, and with each batch of six models
+    assert most_held["experts"] == layer
     everything = sum(tensor.numel() for tensor in model.state_dict().values())
     assert most_held["rest"] < (everything - 5 * layer) / 2
     here = moeprune.prune(
@@ -117,6 +136,8 @@ def test_what_has_no_layers_to_read_is_refused(run, data, folder, tmp_path):
     for command in (("analyze", "-o", tmp_path / "out"), ("prune", "--keep", "1/2", "-o", tmp_path / "out"), ("eval",)):
         found = run(command[0], tmp_path / "model.safetensors", *command[1:], "--data", "digits", "--offload")
         assert (found.code, "goes with folders of transformers" in found.stderr) == (2, True), found.stderr
+    found = run("eval", folder("qwen3_moe"), "--data", data, "--offload", "--latency")
+    assert (found.code, "does not go with `--offload`" in found.stderr) == (2, True), found.stderr
     source = shutil.copytree(folder("qwen3_moe"), tmp_path / "full")
     tensors = tensors_of(source)
     del tensors["model.layers.1.self_attn.k_proj.weight"]

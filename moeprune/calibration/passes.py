@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -56,11 +58,20 @@ class Sequence:
             if current.start is not None and place == current.start.place:
                 taken = current.start.taken.to(current.device)
             current.entered = (place, taken)
+            if place == current.end:
+                raise StopForward
             output = forward(taken, *arguments[1:], **named)
             self.can_start = self.can_start and isinstance(output, Tensor)
             return output
 
         return run
+
+
+def to_file(value: Tensor, files: contextlib.ExitStack) -> Tensor:
+    """Return a tensor in a file, on the CPU; the file is removed when the stack is closed."""
+    folder = files.enter_context(tempfile.TemporaryDirectory(prefix="moeprune-"))
+    of_file = torch.from_file(str(Path(folder) / "tensor"), True, value.numel(), dtype=value.dtype)
+    return of_file.copy_(value.flatten()).view(value.shape)
 
 
 def set_gate(model: Model, name: str) -> MoELayer:
@@ -76,7 +87,7 @@ def set_gate(model: Model, name: str) -> MoELayer:
         elif current is not None and current.start is not None and current.start.layer == name:
             return current.start.output.to(current.device)
         now = model.get_submodule(name)
-        return type(layer).forward(layer.load(), *arguments, **named) if now is layer else now(*arguments, **named)
+        return type(layer).forward(layer, *arguments, **named) if now is layer else now(*arguments, **named)
 
     layer.forward = gate
     return layer
@@ -91,6 +102,7 @@ class Pass:
     def __init__(self, forward: Callable[[], Tensor], device: torch.device, start: Start | None = None):
         self.forward: Callable[[], Tensor] | None = forward
         self.device, self.start = device, start
+        self.end: int | None = None  # the place of the layer before which it ends
         self.entered: tuple[int, Tensor] | None = None  # of the model's sequence: the last layer, and what it takes
         self.goal: str | None = None
         self.taken: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -100,6 +112,21 @@ class Pass:
         self.used = -1.0  # seconds of the processor, when they were last looked at
         self.may_go, self.has_stopped = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def run(self) -> Tensor:
+        """Run in this thread, to the end; return the output."""
+        assert self.forward is not None
+        _running.current = self
+        try:
+            return self.forward()
+        finally:
+            _running.current = None
+
+    def run_before(self, place: int) -> None:
+        """Run in this thread, as far as a layer of the sequence."""
+        self.end = place
+        with contextlib.suppress(StopForward):
+            self.run()
 
     def go_to(self, name: str) -> None:
         """Go on as far as a layer."""

@@ -13,22 +13,19 @@ Axes: b inputs, m tokens, o width of the output.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import itertools
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from moeprune.calibration.passes import Pass, Sequence, Start, set_gate
+from moeprune.calibration.passes import Pass, Sequence, Start, set_gate, to_file
 from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator, gram_of
 from moeprune.calibration.sums import Contributions, Halves, halves, lost_gram, wide_dtype
 from moeprune.data.datasets import Dataset
@@ -36,7 +33,7 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model
-from moeprune.models.runtime import Runtime
+from moeprune.models.runtime import Runtime, trim_memory
 
 logger = logging.getLogger(__name__)
 WAITING, FEWEST_WAITING = 64, 8  # passes of a model that wait at once, at most: each has a thread
@@ -136,7 +133,7 @@ def observed(
     seen: list[Observation] = []
     layer.observer = seen.append
     try:
-        with runtime.precision(layer.fc2_weight.device):
+        with runtime.precision(layer.load().fc2_weight.device):
             output = layer(*arguments, **named)
     finally:
         layer.observer = None
@@ -215,8 +212,8 @@ class Walk:
             batches = self.runtime.batches(self.data, f"reach {name}")
         with files:
             halts = [self._reach(name, see, number, *batch) for number, batch in enumerate(batches)]
-        _trim_memory()
-        return Stage(name, self.full.moe_layers[name], self.runtime, halts, self.is_behind_pruned)
+        trim_memory()
+        return Stage(name, self.full.moe_layers[name].load(), self.runtime, halts, self.is_behind_pruned)
 
     def _reach(
         self,
@@ -245,7 +242,7 @@ class Walk:
                 passes.append(self.of_pruned.get(number) or self._start(self.pruned, number, inputs))
                 ended.callback(passes[1].close)
                 taken = self._run_to(name, passes[1])
-            _trim_memory()
+            trim_memory()
             if number not in self.of_full:
                 tensors = [each for each in tree_leaves([inputs, taken]) if isinstance(each, Tensor)]
                 size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors)
@@ -279,16 +276,8 @@ class Walk:
                     self.next_starts[True, number] = start._replace(layer=None, output=None)
 
     def _filed(self, value: Tensor) -> Tensor:
-        """Return a tensor in a file, on the CPU; the file is removed when the next layer is reached."""
-        folder = self.files.enter_context(tempfile.TemporaryDirectory(prefix="moeprune-"))
-        of_file = torch.from_file(str(Path(folder) / "tensor"), True, value.numel(), dtype=value.dtype)
-        return of_file.copy_(value.flatten()).view(value.shape)
-
-
-def _trim_memory() -> None:
-    """Return what threads have freed to the system: glibc keeps it for each of them, a hundred megabytes and more."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+        """Return a tensor in a file, on the CPU; the file is removed when a layer after the next one is reached."""
+        return to_file(value, self.files)
 
 
 def most_waiting(device: torch.device) -> int:

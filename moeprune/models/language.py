@@ -108,6 +108,11 @@ class LanguageModel(Model):
             return {name: tensor.shape for name, tensor in type(self.module)(config).state_dict().items()}
 
     @property
+    def reads_weights(self) -> bool:
+        """True with `--offload`."""
+        return self.store is not None
+
+    @property
     def sequence(self) -> list[str]:
         """The layers of the decoder, MoE layers in them or not."""
         return layers_around(self, list(self.places.values()))

@@ -49,6 +49,11 @@ class Model(nn.Module):
             super().set_submodule(name, module, strict)
 
     @property
+    def reads_weights(self) -> bool:
+        """True if layers read their weights from disk when they run."""
+        return False
+
+    @property
     def sequence(self) -> list[str]:
         """The names of layers of which each takes what the one before gives, and may take other arguments with it."""
         return []

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeprune.layers.layer import MoELayer
+from moeprune.models.runtime import trim_memory
 
 Kind = Literal["experts", "pruned", "rest"]
 ROOM: dict[Kind, int] = {"experts": 1, "pruned": 1, "rest": 2}
@@ -42,6 +43,7 @@ class Part:
             self.store.make_room(self)
             with torch.inference_mode(False), torch.no_grad():
                 self.tensors = {name: tensor.to(self.store.device) for name, tensor in self.read().items()}
+            trim_memory()  # what reading took, in several threads
         for name in lacking:
             _set(module, name, self.tensors[f"{path}.{name}" if path else name])
         self.users.append(weakref.ref(module))
@@ -55,7 +57,7 @@ class Part:
 
 
 class Loader:
-    """Runs before a module does, and gives it the weights that it lacks.
+    """Gives a module the weights that it lacks, before it runs.
 
     path: of the module in the part. What is within the module and belongs to the same part gets its weights too: a
     module may use them without running it.
@@ -78,7 +80,8 @@ class Loader:
         """Let a module get its weights from here."""
         take_weights(module)
         vars(module)[SOURCE] = self
-        module.register_forward_pre_hook(self)
+        if not isinstance(module, MoELayer):  # which asks when it runs: a walk may know what it gives
+            module.register_forward_pre_hook(self)
 
 
 class Store:
@@ -98,6 +101,7 @@ class Store:
         held = self.held[part.kind]
         while len(held) >= ROOM[part.kind]:
             held.pop(0).drop()
+            trim_memory()
         held.append(part)
 
     def drop_all(self) -> None:
