@@ -131,6 +131,14 @@ def test_one_layer_at_a_time_is_in_memory_and_few_are_read_again(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_model_on_disk_is_not_converted(folder):
+    model = moeprune.load(folder("qwen3_moe"), offload=True)
+    with pytest.raises(MoepruneError, match="have one type"):
+        model.double()
+    with torch.no_grad():
+        assert model.to("cpu").float()(TOKENS).dtype == torch.float32
+
+
 def test_what_has_no_layers_to_read_is_refused(run, data, folder, tmp_path):
     save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
     for command in (("analyze", "-o", tmp_path / "out"), ("prune", "--keep", "1/2", "-o", tmp_path / "out"), ("eval",)):

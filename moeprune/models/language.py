@@ -133,10 +133,17 @@ class LanguageModel(Model):
             self.store.drop_all()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
-        """Move what is in memory, and read the rest to where that is from now on."""
+        """Move what is in memory, and read the rest to where that is from now on.
+
+        Raises a MoepruneError for another type, which what is on disk does not get.
+        """
         if self.store is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.store.drop_all()
+        if any(
+            fn(tensor[:0]).dtype != tensor.dtype for tensor in self.parameters() if tensor.ndim and not tensor.is_meta
+        ):
+            raise MoepruneError("weights that stay on disk have one type", "load the model without `--offload`")
         super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)  # type: ignore[no-untyped-call]
         self.store.move(next(tensor.device for tensor in self.parameters() if not tensor.is_meta))
         return self
