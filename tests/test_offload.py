@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def data(tmp_path_factory):
     """A file of token ids."""
     path = tmp_path_factory.mktemp("text") / "ids.safetensors"
-    save_file({"input_ids": torch.randint(64, (40, 16), generator=torch.Generator().manual_seed(1))}, path)
+    save_file({"input_ids": torch.randint(64, (20, 16), generator=torch.Generator().manual_seed(1))}, path)
     return path
 
 
@@ -58,7 +58,11 @@ def times_read(monkeypatch):
     return times
 
 
-@pytest.mark.parametrize("name", CASES)
+ALWAYS = ("deepseek_v3", "gpt_oss", "qwen3_next")
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in ALWAYS]
+
+
+@pytest.mark.parametrize("name", [*ALWAYS, *OTHERS])
 def test_a_model_computes_the_same_with_its_weights_on_disk(name, folder):
     here, there = moeprune.load(folder(name)), moeprune.load(folder(name), offload=True)
     assert all(tensor.is_meta for layer in there.moe_layers.values() for tensor in layer.parameters())
@@ -77,7 +81,10 @@ def test_quantised_weights_are_read_from_disk_too(tmp_path):
             assert torch.equal(moeprune.load(source, offload=True)(TOKENS), moeprune.load(source)(TOKENS))
 
 
-@pytest.mark.parametrize(("name", "options"), [("qwen2_moe", ("--keep", "1/2")), ("deepseek_v3", ("--width", "1/2"))])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("qwen2_moe", ("--keep", "1/2")), pytest.param("deepseek_v3", ("--width", "1/2"), marks=pytest.mark.slow)],
+)
 def test_commands_give_the_same_with_weights_on_disk(name, options, folder, data, run, run_json, tmp_path):
     source, results = folder(name), {}
     for kind, extra in (("here", ()), ("there", ("--offload",))):
@@ -103,11 +110,11 @@ def test_one_layer_at_a_time_is_in_memory_and_few_are_read_again(
 ):
     """Passes wait, or they begin anew where they were: then too all batches reach a layer before the next is read."""
     monkeypatch.setattr(walk, "HELD", held)
-    language_model("qwen2_moe", num_hidden_layers=5).save_pretrained(tmp_path / "full")
+    language_model("qwen2_moe", num_hidden_layers=3).save_pretrained(tmp_path / "full")
     model = moeprune.load(tmp_path / "full", offload=True)
-    runtime = moeprune.Runtime(batch_size=8)
+    runtime = moeprune.Runtime(batch_size=4)
     pruned = moeprune.prune(model, data=str(data), keep="1/2", compensate="renorm-refit", runtime=runtime)
-    assert len(times_read) == 10
+    assert len(times_read) == 6
     assert max(times_read.values()) <= 2  # for the fingerprint, and for the five batches
     layer = sum(tensor.numel() for tensor in next(iter(model.moe_layers.values())).parameters())
     assert most_held["experts"] == layer
@@ -117,7 +124,7 @@ def test_one_layer_at_a_time_is_in_memory_and_few_are_read_again(
     assert max(times_read.values()) <= 7  # for the statistics, to leave out experts, and with each batch of six models
     assert most_held["experts"] == layer
     everything = sum(tensor.numel() for tensor in model.state_dict().values())
-    assert most_held["rest"] < (everything - 5 * layer) / 2
+    assert most_held["rest"] < (everything - 3 * layer) / 1.2
     here = moeprune.prune(
         tmp_path / "full", data=str(data), keep="1/2", compensate="renorm-refit", runtime=runtime.replace(offload=False)
     )
