@@ -230,7 +230,7 @@ def folder(tmp_path_factory):
 def models(folder, monkeypatch):
     full = TinyLanguageModel(folder)
     known = {"full": full, "pruned": moeprune.prune(full, data=ids(64), keep=2, compensate="mean", runtime=CPU)}
-    monkeypatch.setattr(checkpoint, "open_model", lambda spec: known[spec.path.stem])
+    monkeypatch.setattr(checkpoint, "open_model", lambda spec, **_: known[spec.path.stem])
     return known
 
 
@@ -347,7 +347,7 @@ def test_analyze_reports_probes_of_predicted_tokens(folder, monkeypatch, run_jso
     from moeprune.calibration import analysis
 
     model = TinyLanguageModel(folder)
-    monkeypatch.setattr(analysis, "open_model", lambda spec: model)
+    monkeypatch.setattr(analysis, "open_model", lambda spec, **_: model)
     call = (
         f"analyze {folder}/full.safetensors --data {folder}/text.jsonl --sequence-length 16 -o {tmp_path}/a.safetensors"
     )
@@ -374,7 +374,7 @@ def test_a_sweep_by_accuracy_is_refused(folder, monkeypatch, run, tmp_path):
     from moeprune.pruning import checkpoint
 
     full = TinyLanguageModel(folder)
-    monkeypatch.setattr(checkpoint, "open_model", lambda spec: full)
+    monkeypatch.setattr(checkpoint, "open_model", lambda spec, **_: full)
     moeprune.save_analysis(moeprune.analyze(full, ids(8), CPU), tmp_path / "a.safetensors")
     call = f"eval {folder}/full.safetensors --data {folder}/text.jsonl --sequence-length 16 --device cpu"
     ended = run(f"{call} --sweep 1/2 --analysis {tmp_path}/a.safetensors")

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moeprune
 from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import tensor_infos
-from moeprune.models import language
+from moeprune.models import building
 from moeprune.models.folders.layout import read_folder
 from tests.architectures import BASE, CASES, language_model, load, saved_models, tensors_of
 from tests.language import V, make_tokenizer, write_lines
@@ -133,20 +133,10 @@ def test_what_a_folder_cannot_hold_is_refused_before_any_pass(options, said, spe
     assert [*tmp_path.iterdir()] == []
 
 
-def test_quantised_folders_are_sliced_but_not_opened(folder, run, tmp_path):
-    source = tmp_path / "full"
-    shutil.copytree(folder("mixtral"), source)
-    settings = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
-    (source / "config.json").write_text(json.dumps(settings))
-    assert run("prune", source, "--keep", "1/2", *BLIND, "-o", tmp_path / "pruned").code == 0
-    with pytest.raises(MoepruneError, match="are quantised"):
-        moeprune.load(source)
-
-
 def test_without_transformers_folders_are_sliced_but_not_opened(folder, run, tmp_path, monkeypatch):
     source = folder("mixtral")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    language._transformers.cache_clear()
+    building.library.cache_clear()
     assert run("prune", source, "--keep", "1/2", *BLIND, "-o", tmp_path / "pruned").code == 0
     with pytest.raises(MoepruneError, match="needs the package transformers"):
         moeprune.load(source)

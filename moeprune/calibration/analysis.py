@@ -74,7 +74,7 @@ def analyze_checkpoint(request: AnalyzeRequest) -> tuple[AnalysisReport, Model, 
     Raises a MoepruneError if an input cannot be read or does not fit, or the output cannot be written.
     """
     request.runtime.require_device()
-    model = open_model(request.checkpoint)
+    model = open_model(request.checkpoint, offload=request.runtime.offload)
     data = open_data_for(model, request.data, "calibration")
     analysis = analyze(model, data, request.runtime)
     configs = model.config.moe_layers
@@ -114,7 +114,7 @@ def analyze(
 
     Raises a MoepruneError if there is no MoE layer or a pruned one, or the data does not fit the model.
     """
-    model, runtime = opened(model), runtime.updated(device, batch_size)
+    model, runtime = opened(model, runtime.offload), runtime.updated(device, batch_size)
     layers = require_dense_layers(model, "analyze the unpruned checkpoint")
     origin = fingerprint(model)
     model = private_copy(model)

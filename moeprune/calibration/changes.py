@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moeprune.calibration.sums import wide_dtype
+from moeprune.calibration.together import run_paired
 from moeprune.data.datasets import Dataset
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime, by_rows
@@ -52,7 +53,7 @@ def changes(models: Mapping[K, Model], full: Model, data: Dataset, runtime: Runt
             change = (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
         return torch.stack([change, same.to(change.dtype)], -1)
 
-    for key, found, expected in runtime.run_paired(models, full, data, what):
+    for key, found, expected in run_paired(models, full, data, runtime, what):
         totals[key] += by_rows(compare, found, expected).reshape(len(found), -1, 2).mean(1).sum(0).cpu()
     return {
         key: Change(total[0] / data.samples, total[1] / data.samples if has_head else None)

@@ -180,7 +180,7 @@ class MassAccumulator:
 
 def measure_layer(walk: Walk, name: str) -> LayerStatistics:
     """Return the statistics of the layer that a walk reaches next; its sensitivity is not known yet."""
-    layer = walk.full.moe_layers[name]
+    layer = walk.full.moe_layers[name].load()
     dtype, masses, moments = wide_dtype(layer.fc2_weight.device), MassAccumulator(layer), MomentsAccumulator(layer)
     grams: dict[str, Any] = defaultdict(int)
 

@@ -4,7 +4,8 @@ Each batch runs through the full and through the pruned model once. A forward pa
 waits at each planned layer until that layer is pruned, and then goes on; only one of them runs at a time. So any
 `nn.Module` can be stopped in its middle, and data reaches the last layer without running from the inputs again for
 each of them. Beyond HELD bytes, passes are not kept waiting but start anew for each layer, and what layers take lies
-in files. They start anew, too, where one cannot run while another waits, as with a lock around the forward pass.
+in files; where a model says in which sequence its layers run, they start in the one that they were in. They start anew,
+too, where one cannot run while another waits, as with a lock around the forward pass.
 
 Axes: b inputs, m tokens, o width of the output.
 """
@@ -12,36 +13,31 @@ Axes: b inputs, m tokens, o width of the output.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import itertools
 import logging
 import math
-import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from moeprune.calibration.passes import Pass, Sequence, Start, set_gate, to_file
 from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator, gram_of
 from moeprune.calibration.sums import Contributions, Halves, halves, lost_gram, wide_dtype
 from moeprune.data.datasets import Dataset
-from moeprune.errors import MoepruneError, StopForward
+from moeprune.errors import MoepruneError
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation
 from moeprune.models.model import Model
-from moeprune.models.runtime import Runtime
+from moeprune.models.runtime import Runtime, trim_memory
 
 logger = logging.getLogger(__name__)
 WAITING, FEWEST_WAITING = 64, 8  # passes of a model that wait at once, at most: each has a thread
 HELD = 4 << 30  # bytes that waiting passes may hold, by estimate
-STUCK_SECONDS = 1.0  # without any work, twice in a row, after which a pass is taken to wait for another
 LIVE_TENSORS = 3  # of the size of a layer's input, that a waiting pass is taken to hold
 
 
@@ -137,7 +133,7 @@ def observed(
     seen: list[Observation] = []
     layer.observer = seen.append
     try:
-        with runtime.precision(layer.fc2_weight.device):
+        with runtime.precision(layer.load().fc2_weight.device):
             output = layer(*arguments, **named)
     finally:
         layer.observer = None
@@ -154,14 +150,17 @@ class Walk:
     def __init__(self, full: Model, pruned: Model | None, data: Dataset, runtime: Runtime):
         self.full, self.pruned, self.data, self.runtime = full, pruned, data, runtime
         self.gated: list[MoELayer] = []
-        self.of_full: dict[int, _Pass] = {}  # that wait, by batch
-        self.of_pruned: dict[int, _Pass] = {}
+        self.of_full: dict[int, Pass] = {}  # that wait, by batch
+        self.of_pruned: dict[int, Pass] = {}
         self.labels: dict[int, Tensor | None] = {}
         self.counts: dict[int, int] = {}  # inputs of each batch
         self.held = 0
         self.lets_wait = True
-        self.waiting: list[_Pass] = []  # of the batch at hand
+        self.waiting: list[Pass] = []  # of the batch at hand
         self.files = contextlib.ExitStack()
+        self.starts: dict[tuple[bool, int], Start] = {}  # of passes that do not wait, by batch; True: of `pruned`
+        self.next_starts: dict[tuple[bool, int], Start] = {}
+        self.sequences = [Sequence(model) for model in (full, pruned) if model is not None and model.sequence]
 
     def __enter__(self) -> Walk:
         return self
@@ -170,6 +169,8 @@ class Walk:
         self._end_waiting()
         for layer in self.gated:
             del layer.forward  # the gate
+        for sequence in self.sequences:
+            sequence.close()
         self.files.close()
 
     @property
@@ -177,14 +178,14 @@ class Walk:
         """True once a layer is pruned: before that both models are the same."""
         return self.pruned is not None and bool(self.pruned.plan)
 
-    def _end_waiting(self, running: _Pass | None = None) -> None:
+    def _end_waiting(self, running: Pass | None = None) -> None:
         """End all passes that wait; running: one that does not."""
         for waiting in (*self.of_full.values(), *self.of_pruned.values(), *self.waiting):
             if waiting is not running:
                 waiting.close()
         self.of_full, self.of_pruned, self.waiting = {}, {}, []
 
-    def _run_to(self, name: str, running: _Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _run_to(self, name: str, running: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Let a pass run as far as a layer; if it waits for one of the others, end these."""
         running.go_to(name)
         while not running.has_arrived():
@@ -201,16 +202,18 @@ class Walk:
 
         Raises a MoepruneError if a batch does not get there.
         """
-        self.files.close()
+        files, self.files = self.files, contextlib.ExitStack()
+        self.starts, self.next_starts = self.next_starts, {}
         for model in filter(None, (self.full, self.pruned)):
-            self.gated.append(_set_gate(model, name))
+            self.gated.append(set_gate(model, name))
         all_wait = self.of_full and len(self.of_full) == math.ceil(self.data.samples / self.runtime.batch_size)
         batches: Iterable[Any] = [(None, None)] * len(self.of_full)
         if not all_wait or (self.is_behind_pruned and len(self.of_pruned) < len(self.of_full)):
             batches = self.runtime.batches(self.data, f"reach {name}")
-        halts = [self._reach(name, see, number, *batch) for number, batch in enumerate(batches)]
-        _trim_memory()
-        return Stage(name, self.full.moe_layers[name], self.runtime, halts, self.is_behind_pruned)
+        with files:
+            halts = [self._reach(name, see, number, *batch) for number, batch in enumerate(batches)]
+        trim_memory()
+        return Stage(name, self.full.moe_layers[name].load(), self.runtime, halts, self.is_behind_pruned)
 
     def _reach(
         self,
@@ -239,11 +242,12 @@ class Walk:
                 passes.append(self.of_pruned.get(number) or self._start(self.pruned, number, inputs))
                 ended.callback(passes[1].close)
                 taken = self._run_to(name, passes[1])
-            _trim_memory()
+            trim_memory()
             if number not in self.of_full:
                 tensors = [each for each in tree_leaves([inputs, taken]) if isinstance(each, Tensor)]
                 size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors)
                 if not self.lets_wait or self.held + size > HELD or len(self.of_full) >= most_waiting(expected.device):
+                    self._keep_starts(name, number, passes)
                     return Halt(*tree_map_only(Tensor, self._filed, (taken, expected)))
                 self.held += size
             for waiting, each in zip((self.of_full, self.of_pruned), passes, strict=False):
@@ -251,123 +255,31 @@ class Walk:
             ended.pop_all()
         return Halt(taken, expected)
 
-    def _start(self, model: Model, number: int, inputs: Tensor | None) -> _Pass:
+    def _start(self, model: Model, number: int, inputs: Tensor | None) -> Pass:
         if inputs is None:  # its passes waited until one of them was stuck
             batches = self.runtime.batches(self.data, f"read batch {number} again")
             inputs = next(itertools.islice((each for each, _ in batches), number, None))
-        return _Pass(partial(self.runtime.forward, model, inputs), inputs.device)
+        start = self.starts.get((model is self.pruned, number))
+        return Pass(partial(self.runtime.forward, model, inputs), inputs.device, start)
+
+    def _keep_starts(self, name: str, number: int, passes: list[Pass]) -> None:
+        """Keep in files where the passes of a batch are, to begin there again; they have arrived at a layer."""
+        if not all(sequence.can_start for sequence in self.sequences):
+            return
+        for is_pruned, each in enumerate(passes):
+            if each.entered is not None:
+                place, taken = each.entered
+                output = None if is_pruned else self._filed(each.output)
+                start = Start(place, self._filed(taken), None if is_pruned else name, output)
+                self.next_starts[bool(is_pruned), number] = start
+                if not self.is_behind_pruned:
+                    self.next_starts[True, number] = start._replace(layer=None, output=None)
 
     def _filed(self, value: Tensor) -> Tensor:
-        """Return a tensor in a file, on the CPU; the file is removed when the next layer is reached."""
-        folder = self.files.enter_context(tempfile.TemporaryDirectory(prefix="moeprune-"))
-        of_file = torch.from_file(str(Path(folder) / "tensor"), True, value.numel(), dtype=value.dtype)
-        return of_file.copy_(value.flatten()).view(value.shape)
-
-
-def _trim_memory() -> None:
-    """Return what threads have freed to the system: glibc keeps it for each of them, a hundred megabytes and more."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-_running = threading.local()  # `current`: the _Pass of this thread
+        """Return a tensor in a file, on the CPU; the file is removed when a layer after the next one is reached."""
+        return to_file(value, self.files)
 
 
 def most_waiting(device: torch.device) -> int:
     """Return how many passes of a model wait at once: on the CPU each has threads of its own for its products."""
     return WAITING if device.type != "cpu" else max(FEWEST_WAITING, WAITING // max(1, torch.get_num_threads() // 8))
-
-
-def _set_gate(model: Model, name: str) -> MoELayer:
-    """Make a layer wait where a pass is to run to it, and then run what has taken its place in the model; return it."""
-    layer = model.moe_layers[name]
-
-    def gate(*arguments: Any, **named: Any) -> Any:
-        current = getattr(_running, "current", None)
-        if current is not None and current.goal == name:
-            known = current.wait(arguments, named)
-            if known is not None:
-                return known
-        now = model.get_submodule(name)
-        return type(layer).forward(layer, *arguments, **named) if now is layer else now(*arguments, **named)
-
-    layer.forward = gate
-    return layer
-
-
-class _Pass:
-    """A forward pass in a thread, which waits where it reaches the layer that it is to run to."""
-
-    def __init__(self, forward: Callable[[], Tensor], device: torch.device):
-        self.forward: Callable[[], Tensor] | None = forward
-        self.device = device
-        self.goal: str | None = None
-        self.taken: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.output: Any = None  # what the layer gives for that, if it is known
-        self.error: BaseException | None = None
-        self.is_closed = False
-        self.used = -1.0  # seconds of the processor, when they were last looked at
-        self.may_go, self.has_stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def go_to(self, name: str) -> None:
-        """Go on as far as a layer."""
-        self.goal, self.taken, self.used = name, None, -1.0
-        if self.thread.ident is None:
-            self.thread.start()
-        else:
-            self.may_go.release()
-
-    def has_arrived(self) -> bool:
-        """Wait for some seconds, and return True if the pass has arrived, or has ended."""
-        return self.has_stopped.acquire(timeout=STUCK_SECONDS)
-
-    def is_stuck(self) -> bool:
-        """Return True if the thread has used no time of the processor since this was asked before."""
-        before = self.used
-        with contextlib.suppress(AttributeError, OSError):  # on some systems nobody knows
-            self.used = time.clock_gettime(time.pthread_getcpuclockid(self.thread.ident or 0))
-        return self.used == before != -1.0
-
-    def arguments(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of the layer at which the pass has arrived.
-
-        Raises what the pass raises, or a MoepruneError if it has ended before.
-        """
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
-        if self.taken is None:
-            raise MoepruneError(f"layer `{name}` is not reached by all inputs", "leave it out, with `--plan`")
-        return self.taken
-
-    def wait(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Stop this thread, which is the pass's own, until it may go on; return the layer's output if it is known."""
-        self.taken, self.goal = (arguments, named), None
-        self.has_stopped.release()
-        self.may_go.acquire()
-        if self.is_closed:
-            raise StopForward
-        output, self.output = self.output, None
-        return output
-
-    def close(self) -> None:
-        """End the pass, whether it waits or runs."""
-        self.is_closed = True
-        self.may_go.release()
-        if self.thread.ident is not None:
-            self.thread.join()
-
-    def _run(self) -> None:
-        _running.current = self
-        try:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            assert self.forward is not None
-            self.forward()
-        except StopForward:
-            pass
-        except BaseException as error:
-            self.error = error
-        self.forward = None  # which holds the inputs
-        self.has_stopped.release()

@@ -21,11 +21,12 @@ def evaluate_checkpoint(request: EvalRequest) -> tuple[Evaluation | LanguageEval
     request.runtime.require_device()
     compared = [] if request.baseline is None else [request.baseline.path]
     spec, *others = specs_of(request.checkpoint, request.checkpoint.path, *compared)
-    model = open_model(spec)
+    offload = request.runtime.offload
+    model = open_model(spec, offload=offload)
     check_kind(request.limits, isinstance(model.input_format, TokenFormat))
     analysis = None if request.analysis is None else load_analysis(request.analysis)
     data = open_data_for(model, request.data, "test", class_names_of(analysis), request.by)
-    baseline = open_model(others[0]) if others else None
+    baseline = open_model(others[0], offload=offload) if others else None
     if analysis is not None:
         require_analysis_of(model.config.moe_layers, unpruned_fingerprint(model), analysis)
     found = evaluate(

@@ -160,7 +160,8 @@ def evaluate(
     request = _request(gates or {}, confidence, baseline is not None, latency_batches is not None)
     runtime = runtime.updated(device, batch_size)
     paths = [os.fspath(each) if isinstance(each, str | os.PathLike) else None for each in (model, baseline)]
-    model, baseline = opened(model), None if baseline is None else opened(baseline)
+    offload = runtime.offload
+    model, baseline = opened(model, offload), None if baseline is None else opened(baseline, offload)
     is_language = isinstance(model.input_format, TokenFormat)
     check_kind(request.limits, is_language)
     if baseline is not None:

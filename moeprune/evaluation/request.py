@@ -80,6 +80,10 @@ class EvalRequest(Request, frozen=True, kw_only=True):
         """Raise a MoepruneError for limits that cannot be judged."""
         if self.latency_batch and not self.latency:
             raise MoepruneError("`latency_batch` goes with `latency`", "add `--latency`")
+        if self.latency and self.runtime.offload:
+            raise MoepruneError(
+                "`latency` does not go with `--offload`", "leave one out: reading weights would be timed"
+            )
         from_json(self.latency_batch, BatchSizes, "`--latency-batch`")
         check_confidence(self.confidence)
         if self.confidence is not None and not self.limits:

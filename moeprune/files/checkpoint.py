@@ -6,7 +6,7 @@ A file is read in blocks where all of its bytes are needed, and mapped into memo
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,15 +85,21 @@ def tensor_infos(entries: Mapping[str, Tensor | Copied]) -> dict[str, TensorInfo
     return {name: _info(entry) for name, entry in entries.items()}
 
 
-def fingerprint(tensors: Mapping[str, Tensor] | Header, architecture: Mapping[str, Any]) -> str:
+def fingerprint(
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Header, architecture: Mapping[str, Any]
+) -> str:
     """Return the SHA-256 of an architecture (JSON values) and its tensors: names, types, shapes and bytes.
+
+    tensors: of a file, by name, or with their names, each looked at once.
 
     Raises a MoepruneError if the tensors are those of a file, which `scan` refuses.
     """
     if isinstance(tensors, Header):
         infos, digests = tensors.tensors, scan(tensors)
     else:
-        infos, digests = tensor_infos(tensors), {name: _scan(tensor)[0] for name, tensor in tensors.items()}
+        infos, digests = {}, {}
+        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            infos[name], digests[name] = _info(tensor), _scan(tensor)[0]
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, info in sorted(infos.items()):
         digest.update(f"{name} {info.dtype} {list(info.shape)} {digests[name]}".encode())

@@ -70,6 +70,7 @@ class GatedMoE(MoELayer):
         """
         if x.ndim == 2:
             return self.forward(x[:, None], mask)[:, 0]
+        self.load()
         plan, tokens = self.plan, x.flatten(0, 1)
         if plan is not None and plan.compensation == "linear":
             output = self.affine(x.to(self.affine_token.dtype), mask).to(x.dtype)

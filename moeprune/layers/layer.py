@@ -32,6 +32,7 @@ class MoELayer(nn.Module):
     low_rank_in: Tensor  # (e,d,r) and (e,r,o): maps of dropped experts, with scope static of these alone
     low_rank_out: Tensor
     score_weights: Tensor  # (n); where the signal of a routed plan is not the mass alone
+    weights_source: Callable[[nn.Module], None] | None = None  # gives it weights that stay on disk
 
     def __init__(self, config: LayerConfig, plan: LayerPlan | None = None):
         super().__init__()
@@ -45,6 +46,12 @@ class MoELayer(nn.Module):
                 self.register_buffer(name, torch.zeros(shape))
             else:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    def load(self) -> "MoELayer":
+        """Return the layer with its weights in memory: where they stay on disk, until others need the room."""
+        if self.weights_source is not None:
+            self.weights_source(self)
+        return self
 
     @property
     def is_routed(self) -> bool:

@@ -79,7 +79,7 @@ def prune_tensors(
 
 def prune_layer(layer: MoELayer, plan: LayerPlan, calibrated: Calibrated = Calibrated()) -> MoELayer:
     """Return a layer that follows the plan, made of a dense one."""
-    dense = {name: tensor.detach() for name, tensor in layer.named_parameters()}
+    dense = {name: tensor.detach() for name, tensor in layer.load().named_parameters()}
     like = layer.fc2_weight.detach()
 
     def take(name: str, axis: int | None, experts: Sequence[int]) -> Tensor:

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 
 class Described:
-    """The config, plan, details and tensors of a checkpoint; a model of moeprune is built only if it is used."""
+    """The config, plan, details and tensors of a checkpoint; a model of moeprune is built only if it is used.
 
-    def __init__(self, spec: ModelSpec):
-        self.spec, self.header = spec, our_header(spec.path)
+    offload: the weights of its model are to stay on disk.
+    """
+
+    def __init__(self, spec: ModelSpec, offload: bool = False):
+        spec.require_offloadable(offload)
+        self.spec, self.header, self.offload = spec, our_header(spec.path), offload
         if self.header is None or spec.foreign_only:
             from moeprune.files.checkpoint import tensor_infos
 
@@ -38,7 +42,7 @@ class Described:
         """The model, with the preprocessing of the spec."""
         from moeprune.models.opening import open_model
 
-        return open_model(self.spec, header=self.header)
+        return open_model(self.spec, header=self.header, offload=self.offload)
 
     @property
     def fingerprint(self) -> str:

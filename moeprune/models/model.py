@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,9 +49,26 @@ class Model(nn.Module):
             super().set_submodule(name, module, strict)
 
     @property
+    def reads_weights(self) -> bool:
+        """True if layers read their weights from disk when they run."""
+        return False
+
+    @property
+    def sequence(self) -> list[str]:
+        """The names of layers of which each takes what the one before gives, and may take other arguments with it."""
+        return []
+
+    @property
     def plan(self) -> Plan:
         """The plans of the pruned layers."""
         return {name: layer.plan for name, layer in self.moe_layers.items() if layer.plan is not None}
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors by name."""
+        yield from self.state_dict().items()
+
+    def release_weights(self) -> None:
+        """Drop the weights that are read again when they are needed, if there are any."""
 
     def cost(self, usage: Mapping[str, Usage] | None = None) -> ModelCost:
         """Return size and cost; see `ModelConfig.cost`."""
@@ -117,6 +134,8 @@ def private_copy(model: M) -> M:
     Both share memory until one is moved or converted: `copy.deepcopy` the one that is to be trained in place. They
     also share what cannot be copied. Raises a MoepruneError if the model cannot be.
     """
+    if isinstance(model, Model):
+        model.release_weights()
     memory: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
     memory |= {id(buffer): buffer.detach() for buffer in model.buffers()}
     try:
@@ -169,10 +188,12 @@ def fingerprint(model: Model) -> str:
 
     PyTorch does not count changes in place through `.data` or through a NumPy array that shares the memory.
     """
+    model.release_weights()
     state = _state_of(model)
     if state is not None and model in _fingerprints and _fingerprints[model][0] == state:
         return _fingerprints[model][1]
-    found = checkpoint.fingerprint(model.state_dict(), model.config.to_json())
+    found = checkpoint.fingerprint(model.named_tensors(), model.config.to_json())
+    model.release_weights()
     remember_fingerprint(model, found)
     return found
 
@@ -187,13 +208,16 @@ _fingerprints: WeakKeyDictionary[Model, tuple[list[tuple], str]] = WeakKeyDictio
 
 
 def _state_of(model: Model) -> list[tuple] | None:
-    """Return a value that changes whenever a tensor does; None if PyTorch does not count changes."""
+    """Return a value that changes whenever a tensor does; None if PyTorch does not count changes. Files that tensors
+    are read from when they are needed are taken to stay as they are.
+    """
     tensors = model.state_dict()
     if any(tensor.is_inference() for tensor in tensors.values()):
         return None
     return [  # weak references distinguish a tensor from a later one in the same memory
         (name, ref(t.untyped_storage()), t.data_ptr(), t._version, t.shape, t.stride(), t.dtype)
         for name, t in tensors.items()
+        if not t.is_meta
     ]
 
 

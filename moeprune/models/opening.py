@@ -49,6 +49,7 @@ def load(
     preprocess: Mapping[str, Any] | None = None,
     ignore_layers: Sequence[str] = (),
     class_names: Sequence[str] | os.PathLike[str] | None = None,
+    offload: bool = False,
     **arguments: Any,
 ) -> Model:
     """Load a checkpoint of moeprune, of another library, or of your own code, on the CPU and in eval mode.
@@ -62,6 +63,7 @@ def load(
         ignore_layers: see `adopt`.
         class_names: of class folders, in the order of the outputs, or a text file with one a line; None: those in the
             checkpoint, if there are any.
+        offload: keep the weights of a folder of transformers on disk: layers read theirs when they run.
 
     Raises:
         MoepruneError: the file is missing, damaged or unknown, has no MoE layer, lacks tensors or has
@@ -76,32 +78,39 @@ def load(
         preprocess=dict(preprocess or {}), ignore_layer=tuple(ignore_layers), classes=names_file,
         **{"source_arg" if model is None else "model_arg": arguments},
     )  # fmt: skip
-    loaded = open_model(spec, model)
+    loaded = open_model(spec, model, offload=offload)
     if class_names is not None:
         require_names(class_names, loaded.config.num_classes, "`class_names`")
         loaded.details = loaded.details.replace(classes=tuple(class_names))
     return loaded
 
 
-def opened(model: Model | str | os.PathLike[str]) -> Model:
-    """Return a model as it is, or load it from the path of a checkpoint; an error says what to do with others."""
+def opened(model: Model | str | os.PathLike[str], offload: bool = False) -> Model:
+    """Return a model as it is, or load it from the path of a checkpoint; an error says what to do with others.
+
+    offload: see `load`.
+    """
     if isinstance(model, Model):
         return model
     if isinstance(model, str | os.PathLike):
-        return load(model)
+        return load(model, offload=offload)
     hint = "give what `moeprune.load` returns, or `moeprune.adopt(model, input_shape)` for a module of torch"
     raise MoepruneError(f"`model` is a {type(model).__name__}, not a model of moeprune", hint)
 
 
-def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header | None = None) -> Model:
+def open_model(
+    spec: ModelSpec, factory: Factory | None = None, header: Header | None = None, offload: bool = False
+) -> Model:
     """Open a model on the CPU and in eval mode, see `load`; weights are memory-mapped if the file allows it.
 
     Args:
         factory: builds the model; None: the function that the spec names, if it names one.
         header: of the file, if it was read and is of moeprune.
+        offload: see `load`.
     """
     factory = spec.model if factory is None else factory
     header = our_header(spec.path) if header is None else header
+    spec.require_offloadable(offload)
     if header is not None:
         if spec.foreign_only:
             raise MoepruneError(
@@ -110,7 +119,7 @@ def open_model(spec: ModelSpec, factory: Factory | None = None, header: Header |
             )
         model = _open_ours(header, factory)
     elif factory is None and spec.is_model_folder:
-        model = open_language(spec.path)
+        model = open_language(spec.path, offload)
     elif factory is None:
         model = _open_library(spec)
     else:

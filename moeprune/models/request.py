@@ -81,6 +81,12 @@ class ModelSpec(Request, frozen=True, kw_only=True):
         """True for a folder that transformers reads, unless options say that other code does."""
         return self.model is None and not self.foreign_only and is_model_folder(self.path)
 
+    def require_offloadable(self, offload: bool) -> None:
+        """Raise a MoepruneError if weights are to stay on disk and the checkpoint is no folder of transformers."""
+        if offload and not self.is_model_folder:
+            message = f"`--offload` goes with folders of transformers, and `{self.path}` is not one"
+            raise MoepruneError(message, "leave it out")
+
     @property
     def foreign_only(self) -> list[str]:
         """The options that are given and that only a file of another program needs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import logging
 import sys
@@ -38,6 +39,12 @@ class Runtime(Request, frozen=True):
 
     device: Annotated[str, option("cpu, cuda, cuda:N, mps, or auto: CUDA if available, else the CPU.")] = "auto"
     dtype: Annotated[Dtype, option("float32: the precision of the weights; bf16: autocast.")] = "float32"
+    offload: Annotated[
+        bool,
+        option(
+            "Keep the weights of a folder of transformers on disk, and read those of one layer at a time into memory."
+        ),
+    ] = False
     batch_size: Annotated[
         Positive, option("Inputs of a forward pass; with scope batch, also the batch that shares experts.")
     ] = 64
@@ -134,3 +141,9 @@ def input_dtype(model: nn.Module) -> torch.dtype:
     stems = torch.nn.Linear | torch.nn.modules.conv._ConvNd
     weights = itertools.chain((part.weight for part in model.modules() if isinstance(part, stems)), model.parameters())
     return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.get_default_dtype())
+
+
+def trim_memory() -> None:
+    """Return what threads have freed to the system: glibc keeps it for each of them, a hundred megabytes and more."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

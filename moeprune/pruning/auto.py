@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moeprune.calibration.changes import changes
 from moeprune.calibration.sums import halves
+from moeprune.calibration.together import run_paired
 from moeprune.calibration.walk import Walk
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
@@ -297,7 +298,7 @@ def compare(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtim
             return (found.softmax(-1) - expected.softmax(-1)).abs().sum(-1) / 2
         return (found - expected).square().sum(-1) / expected.square().sum(-1).clamp_min(1e-12)
 
-    for index, found, expected in runtime.run_paired(dict(enumerate(models)), full, data, "compare candidates"):
+    for index, found, expected in run_paired(dict(enumerate(models)), full, data, runtime, "compare candidates"):
         change = by_rows(distance, found, expected)
         distances[index].append(change.reshape(len(change), -1).mean(1).cpu().double())
     return [torch.cat(parts) for parts in distances]

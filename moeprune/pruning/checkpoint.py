@@ -55,7 +55,7 @@ def prune_checkpoint(request: PruneRequest) -> Pruned:
         return prune_folder(request)
     if is_folder:
         require_possible(request)
-    full = Described(request.checkpoint)
+    full = Described(request.checkpoint, request.runtime.offload)
     require_unpruned(full.plan, ALREADY_PRUNED)
     analysis = None if request.analysis is None else load_analysis(request.analysis)
     names = class_names_of(analysis)
@@ -151,7 +151,7 @@ def sweep_checkpoint(request: SweepRequest) -> tuple[Sweep | LanguageSweep, Mode
     assert request.analysis is not None
     request.runtime.require_device()
     text_ways = language_ways(request) if request.checkpoint.is_model_folder else []
-    model = open_model(request.checkpoint)
+    model = open_model(request.checkpoint, offload=request.runtime.offload)
     analysis = load_analysis(request.analysis)
     data = open_data_for(model, request.data, "test", class_names_of(analysis))
     if isinstance(model, LanguageModel):

@@ -101,7 +101,7 @@ def prune(
     if isinstance(analysis, str | os.PathLike):
         analysis = load_analysis(Path(analysis))
     assert analysis is None or isinstance(analysis, Analysis)
-    model = opened(model)
+    model = opened(model, runtime.offload)
     require_dense_layers(model, ALREADY_PRUNED)
     plan = options.get("plan")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}

@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moeprune.errors import MoepruneError
+from moeprune.files.checkpoint import Copied, check_finite, write_unscanned
+from moeprune.files.header import read_header
 from moeprune.layers.gated_config import GatedMoEConfig
 from moeprune.layers.layer import MoELayer
 from moeprune.models.folders.layout import ModelFolder
 from moeprune.models.folders.names import renumbered
+from moeprune.models.folders.quantised import SCALE, requantised
 
 LINEAR = re.compile(
     r"(.*\.)?((?P<both>gate_up_proj|input_linear)|(?P<gate>gate_proj|w1)|(?P<values>up_proj|w3|fc1)"
@@ -22,19 +25,41 @@ TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")
 
 
 def expert_tensors(folder: ModelFolder, layers: Mapping[str, MoELayer]) -> Iterator[tuple[str, Tensor]]:
-    """Yield what differs in pruned layers from the tensors of kept experts, by their names in the pruned folder: the
-    last linears, and the first ones too where hidden units are dropped.
+    """Yield what differs in pruned layers from the tensors of kept experts, by their names in the pruned folder and in
+    its types: the last linears, and the first ones too where hidden units are dropped.
 
     Raises a MoepruneError if the full folder has other tensors than these.
     """
+    return requantised(_changed(folder, layers), folder)
+
+
+def spooled_tensors(folder: ModelFolder, layers: Mapping[str, MoELayer], spool: Path) -> dict[str, Copied]:
+    """Return the same, written to files in a folder: one layer at a time is in memory.
+
+    Raises a MoepruneError if values are not finite.
+    """
+    found: dict[str, Copied] = {}
+    for index, (name, layer) in enumerate(layers.items()):
+        tensors = dict(expert_tensors(folder, {name: layer.load()}))
+        check_finite(tensors, folder.path)
+        write_unscanned(spool / f"{index}.safetensors", tensors, None)
+        header = read_header(spool / f"{index}.safetensors")
+        found |= {each: Copied(header, each) for each in tensors}
+    return found
+
+
+def _changed(folder: ModelFolder, layers: Mapping[str, MoELayer]) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield the names of changed tensors in the full and in the pruned folder, and their values in full precision."""
     found, plans = set[tuple[str, str]](), {name: layer.plan for name, layer in layers.items()}
     is_transposed = str(folder.language.get("model_type", folder.config["model_type"])) in TRANSPOSED
     for header in folder.headers():
         for name, info in header.tensors.items():
             role = folder.role(name, info)
-            if role is None or role.part == "router":
+            if role is None or role.part == "router" or name.endswith(SCALE):
                 continue
-            layer, plan = layers[role.layer], plans[role.layer]
+            if (layer := layers.get(role.layer)) is None:
+                continue
+            plan = plans[role.layer]
             if plan is None or not plan.kept:
                 continue
             kept, width = plan.kept, plan.width
@@ -47,14 +72,15 @@ def expert_tensors(folder: ModelFolder, layers: Mapping[str, MoELayer]) -> Itera
             if new is None:
                 raise _unknown(folder, name, width)
             old = info.shape if role.expert is not None else (len(kept), *info.shape[1:])
+            renamed = name
             if role.expert is not None:
                 place = kept.index(role.expert)
-                new, name = new[place], renumbered(name, place)
+                new, renamed = new[place], renumbered(name, place)
             new = new.mT if is_transposed and new.ndim == 3 else new
             if not _fits(new.shape, old, layer.config.expert_width, width):
                 raise _unknown(folder, name, width)
             found |= {(role.layer, part) for part in ("both", "gate", "values", "last") if match[part]}
-            yield name, new.detach().cpu().to(getattr(torch, info.dtype.removeprefix("torch."))).contiguous()
+            yield name, renamed, new.detach().cpu()
     for name, plan in plans.items():
         if plan is not None and plan.k and (name, "last") not in found:
             raise _unknown(folder, name, None)

@@ -20,6 +20,7 @@ from moeprune.files.header import Header
 from moeprune.models.folders.form import CODE, IN_WORDS, code_for, coded, form_of, is_drop_in
 from moeprune.models.folders.layout import CONFIG, COUNTS, INDEX, PLAN, SINGLE, ModelFolder, changed_config
 from moeprune.models.folders.names import Role, renumbered
+from moeprune.models.folders.quantised import changes_weights, quantisation_of
 from moeprune.plan import LayerPlan, Plan, require_decided, require_fitting_plan
 from moeprune.records import to_json
 
@@ -61,7 +62,7 @@ def write_folder(
     output: Path,
     overwrite: bool,
     provenance: Mapping[str, Any],
-    replaced: Mapping[str, Tensor] | None = None,
+    replaced: Mapping[str, Tensor | Copied] | None = None,
     changes: Mapping[str, int] | None = None,
     added: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -71,7 +72,7 @@ def write_folder(
         plan: of every layer, decided, see `require_fitting`.
         provenance: how the plan was made.
         replaced: tensors to write in place of those of the same name in the output, in their types; with a width all
-            that have it.
+            that have it. Those of files are known to be finite.
         added: tensors of the compensation, by their names in the output.
         changes: keys of the language config that state a width, and their values.
 
@@ -86,7 +87,8 @@ def write_folder(
         logger.warning(
             f"{listed(folder.dropped)}: layers that predict further tokens are left out: no data reaches them"
         )
-    check_finite({**replaced, **added}, output)
+    new = {**replaced, **added}
+    check_finite({name: tensor for name, tensor in new.items() if isinstance(tensor, Tensor)}, output)
     with replacing_folder(output, overwrite) as target:
         _copy_others(folder, target, {CONFIG, INDEX})
         _write_shards(folder, plan, target, replaced, added)
@@ -144,7 +146,7 @@ def _is_changed(plan: Plan) -> bool:
 
 
 def _write_shards(
-    folder: ModelFolder, plan: Plan, target: Path, replaced: Mapping[str, Tensor], added: Mapping[str, Tensor]
+    folder: ModelFolder, plan: Plan, target: Path, replaced: Mapping[str, Tensor | Copied], added: Mapping[str, Tensor]
 ) -> None:
     """Write the shards of a folder, without those that hold no tensor any more, what is added, and their index."""
     written: list[list[str]] = []
@@ -241,6 +243,8 @@ def _section(folder: ModelFolder, plan: Plan, provenance: Mapping[str, Any]) -> 
         kept += "; the routers know no others"
     if first.width is not None:
         repaired += f"; each expert keeps {first.width} hidden units, to which its last linear is refitted"
+    how = quantisation_of(folder) if changes_weights(plan) else None
+    repaired += f"; changed weights are rounded to {how} anew" if how is not None else ""
     calibrated = f" Calibration data: `{data['spec']}`, {data['samples']} sequences." if data else ""
     return (
         f"## Pruned with moeprune {__version__}\n\n"

@@ -5,6 +5,7 @@ the place of router and experts; shared experts stay the code that they are.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,6 +81,18 @@ def is_block(module: nn.Module) -> bool:
     """Return True for a block of transformers with a router, known or not, and stacked experts."""
     is_theirs = type(module).__module__.startswith("transformers.")
     return is_theirs and _router(module) is not None and hasattr(getattr(module, "experts", None), "down_proj")
+
+
+def layers_around(module: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Return the names of the layers that blocks are in, and of those beside them; none if a block is in no list."""
+    found = dict[str, None]()
+    for name in blocks:
+        while not isinstance(module.get_submodule(name), nn.ModuleList):
+            if not name:
+                return []
+            name = name.rpartition(".")[0]
+        found |= dict.fromkeys(f"{name}.{index}" for index in range(len(module.get_submodule(name))))  # type: ignore[arg-type]
+    return list(found)
 
 
 def describe_block(block: Any, name: str) -> tuple[GatedMoEConfig, dict[str, Tensor]]:
