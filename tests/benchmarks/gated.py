@@ -7,10 +7,10 @@ with 20,480 tokens of calibration text from eight domains in all ways, and print
 tokens of other text in nats per byte, and the agreement with the full model's next token: means over draws of the
 calibration text. Ways that are known to CACHE are not run again. About an hour a model on one core.
 
-Baselines choose experts on the full model, as their papers do: REAP (arXiv 2510.13999), MoNE (arXiv 2507.00390: signal
-`mone` with constants), M-SMoE (arXiv 2310.01334: experts
-are merged into the most frequent ones by similar router logits, hidden units aligned) and HC-SMoE (arXiv 2410.08589:
-hierarchical clustering of mean outputs); merged experts are averages by frequency.
+Baselines choose experts on the full model, as their papers do: REAP (arXiv 2510.13999), M-SMoE (arXiv 2310.01334:
+experts are merged into the most frequent ones by similar router logits, hidden units aligned) and HC-SMoE (arXiv
+2410.08589: hierarchical clustering of mean outputs); merged experts are averages by frequency. MoNE (arXiv 2507.00390)
+is the signal `mone` with constants.
 """
 
 import argparse
@@ -158,7 +158,6 @@ def ways(draw: Draw, k: int) -> dict[str, Callable[[], Model]]:
         "affine": ours(compensate="affine"),
         "low-rank 8": ours(compensate="low-rank", rank=8),
         "width": ours(keep=None, width=width),
-        "auto": ours(),
     }
 
 
