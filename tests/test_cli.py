@@ -540,7 +540,7 @@ def test_demo_leaves_checkpoints_analyses_evals_and_a_summary(single, vit, run, 
     assert result.code == 0
     assert without_numbers(result.stdout) == without_numbers(block(GUIDE, "text"))
     steps = result.stderr.splitlines()
-    assert [step.split(":")[0] for step in steps] == ["single"] * 19 + ["vit"] * 19 + ["language"] * 15
+    assert [step.split(":")[0] for step in steps] == ["single"] * 19 + ["vit"] * 19 + ["language"] * 13
     saved = {
         "static-auto-1-8": ("1/8", "auto"), "static-renorm-refit-1-8": ("1/8", "drop-in: static, renorm-refit"),
         "input-none-1-8": ("1/8", "paper's rule: input, none"), "static-linear-0": ("0", "no MoE at all: linear"),

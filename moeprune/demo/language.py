@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": None, "eos_token_id": 0,
 }  # fmt: skip
 STEPS = 2500
-SPLITS = {"calibration": 60_000, "test": 40_000}  # tokens
+SPLITS = {"calibration": 82_000, "test": 40_000}  # tokens
 WAYS: dict[str, dict[str, Any]] = {
     "drop-in: gram, renorm-refit": {"compensate": "renorm-refit"},
     "drop-in: narrower experts, width": {},
@@ -46,7 +46,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "REAP: reap, renorm": {"signal": "reap", "compensate": "renorm"},
     "MoNE: mone, mean": {"signal": "mone", "compensate": "mean"},
     "merging: frequency, merge": {"signal": "frequency", "compensate": "merge"},
-    "random: renorm": {"signal": "random", "compensate": "renorm"},
 }
 KEEPS = (Fraction(1, 2), Fraction(1, 4))
 
