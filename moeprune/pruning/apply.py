@@ -193,8 +193,11 @@ def _best_experts(
 
 
 def takes_trials(plan: LayerPlan, config: LayerConfig) -> bool:
-    """Return True if experts are to be chosen by trials on data: tokens choose others in place of dropped ones."""
-    return plan.signal == "gram" and plan.kept is None and plan.drops and config.reroutes(plan)
+    """Return True if experts are to be chosen by trials on data: tokens choose others in place of dropped ones, and
+    nothing is fitted that could make up for it, as far as the Gram matrix of what regressions leave tells.
+    """
+    is_open = plan.signal == "gram" and plan.kept is None and plan.drops
+    return is_open and plan.compensation == "renorm" and config.reroutes(plan)
 
 
 def needs_pass(plan: Plan, layers: Mapping[str, LayerConfig], one_shot: bool) -> bool:
