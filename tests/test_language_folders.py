@@ -122,7 +122,7 @@ def test_analyze_prune_and_eval_work_end_to_end(speaking, run_json, run, tmp_pat
     ("options", "said"),
     [
         (("--compensate", "refit", "--keep", "1/2"), "give `--compensate renorm-refit`"),
-        (("--compensate", "merge", "--keep", "1/2"), "is not for token-gated experts"),
+        (("--compensate", "merge", "--keep", "1/2"), "is not what a folder can hold"),
         (("--keep", "1"), "runs 2 experts for each token"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moeprune.errors import MoepruneError, StopForward
+from moeprune.files.disk import ScratchFolder
 from moeprune.layers.layer import MoELayer
 from moeprune.models.model import Model
 
@@ -69,7 +69,7 @@ class Sequence:
 
 def to_file(value: Tensor, files: contextlib.ExitStack) -> Tensor:
     """Return a tensor in a file, on the CPU; the file is removed when the stack is closed."""
-    folder = files.enter_context(tempfile.TemporaryDirectory(prefix="moeprune-"))
+    folder = files.enter_context(ScratchFolder())
     of_file = torch.from_file(str(Path(folder) / "tensor"), True, value.numel(), dtype=value.dtype)
     return of_file.copy_(value.flatten()).view(value.shape)
 

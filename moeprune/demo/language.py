@@ -50,12 +50,14 @@ WAYS: dict[str, dict[str, Any]] = {
 KEEPS = (Fraction(1, 2), Fraction(1, 4))
 
 
-def run_language(directory: Path, train_anew: bool, seed: int, runtime: Runtime) -> DemoLanguage:
+def run_language(
+    texts: dict[str, list[str]], directory: Path, train_anew: bool, seed: int, runtime: Runtime
+) -> DemoLanguage:
     """Prune and evaluate the language model; write it, its text and what is pruned into a directory.
 
-    Raises a MoepruneError if transformers is missing, or Python's sources are.
+    texts: what `sources` returns.
     """
-    texts, folder = sources(), directory / "full"
+    folder = directory / "full"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,7 +104,7 @@ def _row(label: str | None, keep: str, result: Any, runtime: Runtime) -> Languag
 def sources() -> dict[str, list[str]]:
     """Return the modules of Python's standard library in three splits, `train`, `calibration` and `test`.
 
-    Raises a MoepruneError if there are none.
+    Raises a MoepruneError if there are none, as where they are in an archive.
     """
     root = Path(sysconfig.get_path("stdlib"))
     texts: dict[str, list[str]] = {"train": [], "calibration": [], "test": []}
@@ -113,8 +115,9 @@ def sources() -> dict[str, list[str]]:
             text = path.read_text(encoding="utf-8", errors="ignore")
             texts[{0: "test", 1: "calibration"}.get(tenth, "train")].append(text)
     if not all(texts.values()):
-        hint = "use a Python that has them, or the other parts of the demo"
-        raise MoepruneError(f"the sources of Python's standard library are not in `{root}`", hint)
+        raise MoepruneError(
+            f"the sources of Python's standard library are not in `{root}`", "use a Python that has them"
+        )
     return texts
 
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from moeprune.calibration.analysis import analyze, save_analysis
 from moeprune.data.datasets import Dataset, open_data
-from moeprune.demo.language import run_language
+from moeprune.demo.language import run_language, sources
 from moeprune.demo.records import DemoModel, Summary
 from moeprune.demo.train import pairs_recipe, single_layer_recipe, train
 from moeprune.errors import MoepruneError
@@ -63,7 +63,12 @@ def run_demo(directory: Path, train_anew: bool = False, seed: int = 0, runtime: 
         if importlib.util.find_spec("transformers") is None:
             runtime.step("language: left out, as transformers is missing (`pip install 'moeprune[hf]'`)")
         else:
-            language = run_language(directory / "language", train_anew, seed, runtime)
+            try:
+                texts = sources()
+            except MoepruneError as error:
+                runtime.step(f"language: left out: {error.message}")
+            else:
+                language = run_language(texts, directory / "language", train_anew, seed, runtime)
         summary = Summary(directory=".", models=models, language=language, environment=environment(runtime))
         write_file(directory / "summary.json", to_text(summary))
     except BaseException:

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +129,19 @@ def replacing_folder(path: Path, overwrite: bool = True) -> Iterator[Path]:
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)
         temporaries.discard(temporary)
+
+
+class ScratchFolder(tempfile.TemporaryDirectory):
+    """A folder for temporary files, removed at the end, and by Ctrl-C, too."""
+
+    def __init__(self) -> None:
+        super().__init__(prefix="moeprune-")
+        temporaries.add(Path(self.name))
+
+    def cleanup(self) -> None:
+        """Remove the folder."""
+        super().cleanup()
+        temporaries.discard(Path(self.name))
 
 
 def check_output_folder(path: Path, overwrite: bool, source: Path | None = None) -> Path:

@@ -171,7 +171,8 @@ class GatedMoEConfig(ExpertsConfig, Record, frozen=True, tag_field="family", tag
             return reason
         alone = f"with compensation `{plan.compensation}` its router knows the {plan.k} kept ones alone"
         if self.experts_per_token and plan.k < self.experts_per_token:
-            return f"runs {self.experts_per_token} experts for each token, and {alone}: keep more, or let it know all"
+            other = "a compensation that leaves the router whole, such as `low-rank`"
+            return f"runs {self.experts_per_token} experts for each token, and {alone}: keep more, or give {other}"
         groups, size = self.equal_groups(plan), self.num_experts // self.groups
         if groups == 1:
             return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from moeprune.data.tokens import TokenFormat
 from moeprune.errors import MoepruneError, listed, user_code
 from moeprune.files.checkpoint import Copied, tensor_infos
+from moeprune.files.disk import ScratchFolder
 from moeprune.files.header import TensorInfo
 from moeprune.layers.interface import Usage
 from moeprune.layers.layer import MoELayer, layer_of_tensors
@@ -107,7 +107,7 @@ class LanguageModel(Model):
         replaced, plan = dict[str, Tensor | Copied](), whole | self.plan
         changes = self.require_writable(plan)
         made = self.details.provenance
-        with tempfile.TemporaryDirectory(prefix="moeprune-") as spool:
+        with ScratchFolder() as spool:
             if changes_weights(plan) and self.store is not None:
                 replaced |= spooled_tensors(self.folder, self.moe_layers, Path(spool))
             elif changes_weights(plan):

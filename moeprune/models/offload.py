@@ -6,7 +6,6 @@ part that is not are on the meta device, so that shapes and types are known.
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moeprune.files.disk import ScratchFolder
 from moeprune.layers.layer import MoELayer
 from moeprune.models.runtime import trim_memory
 
@@ -90,7 +90,7 @@ class Store:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.held: dict[Kind, list[Part]] = {kind: [] for kind in ROOM}
-        self.folder = tempfile.TemporaryDirectory(prefix="moeprune-")
+        self.folder = ScratchFolder()
         self.shelved = 0
 
     def __deepcopy__(self, _: Any) -> Store:

@@ -42,7 +42,8 @@ class Runtime(Request, frozen=True):
     offload: Annotated[
         bool,
         option(
-            "Keep the weights of a folder of transformers on disk, and read those of one layer at a time into memory."
+            "Keep the weights of a folder of transformers on disk, and read those of one layer at a time into memory;"
+            " pruned layers go to the folder for temporary files (TMPDIR)."
         ),
     ] = False
     batch_size: Annotated[

@@ -16,6 +16,7 @@ from moeprune.errors import MoepruneError
 from moeprune.models.architecture import ModelConfig
 from moeprune.models.folders.costs import PrunedBytes
 from moeprune.models.folders.form import DROP_IN
+from moeprune.models.folders.quantised import quantisation_of
 from moeprune.models.folders.widths import SHARED
 from moeprune.models.language import LanguageModel
 from moeprune.models.language_config import LanguageConfig
@@ -151,9 +152,11 @@ class _Budget:
         return [k for k, plan in plans.items() if not (refusal(plan, self.layers) or refusal(plan, folder.layers))]
 
     def _widths(self) -> list[int]:
-        """Return how many hidden units the folder can state, ascending, multiples of ALIGNED if all are one."""
+        """Return how many hidden units a folder can state, ascending: whole blocks, multiples of ALIGNED if all are."""
         full = min(layer.hidden_units or 0 for layer in self.layers.values())
-        step, language = ALIGNED if full % ALIGNED == 0 else 1, self.model.folder.language
+        how, language = quantisation_of(self.model.folder), self.model.folder.language
+        block = 1 if how is None or how.block is None else math.lcm(*how.block)
+        step = math.lcm(block, ALIGNED) if full % math.lcm(block, ALIGNED) == 0 else block
         shared = next((language[key] for key in SHARED if language.get(key)), 0) * full
         widths = [width for width in range(step, full, step) if not shared % width]
         try:

@@ -80,7 +80,7 @@ def require_possible(request: PruneRequest) -> None:
     if request.compensate not in (None, "auto", *DROP_IN, *WITH_CODE):
         others = ", ".join(f"`{name}`" for name in WITH_CODE)
         hint = f"give `--compensate renorm-refit`, the default, `renorm`, or one that takes custom code: {others}"
-        raise MoepruneError(f"`--compensate {request.compensate}` is not for token-gated experts", hint)
+        raise MoepruneError(f"`--compensate {request.compensate}` is not what a folder can hold", hint)
 
 
 def plan_of(folder: ModelFolder, request: PruneRequest) -> Plan:

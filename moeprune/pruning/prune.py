@@ -20,6 +20,7 @@ from moeprune.files.checkpoint import tensor_infos
 from moeprune.files.header import is_safetensors, read_header
 from moeprune.models.inspection import Described
 from moeprune.models.language import LanguageModel
+from moeprune.models.language_config import LanguageConfig
 from moeprune.models.model import Model, dataset_for, require_dense_layers
 from moeprune.models.opening import opened
 from moeprune.models.request import ModelSpec
@@ -190,6 +191,8 @@ def plans_of(
         plans = drop_in_plans(full.model, request)
         return [full_plan(layers, None, plan, Method()) for plan in plans], analysis
     wanted, keep = request.wanted, parse_keep(request.keep or "1.0")
+    if isinstance(full.config, LanguageConfig) and not has_data and wanted.compensate == "auto":
+        wanted = wanted.replace(compensate="renorm")  # as for a folder that no model is built of
     drops = any(experts_to_keep(keep, layer.num_experts, name) < layer.num_experts for name, layer in layers.items())
     one_shot = request.one_shot or request.output is None
     if wanted.width is not None and wanted.compensate == "auto" and not drops and not is_budget:

@@ -16,7 +16,7 @@ from moeprune.calibration.walk import Stage
 from moeprune.layers.gated_moe import GatedMoE
 from moeprune.layers.gates import Routing
 
-TOKENS = 4096  # that are looked at, evenly from all batches
+TOKENS = 4096  # that are looked at, drawn from all
 DIRECTIONS = 128  # of the output
 TRIALS = 2**22  # numbers in each of the temporary tensors of trials
 
@@ -38,14 +38,17 @@ def best_rerouted(stage: Stage, k: int) -> tuple[int, ...]:
 
 def _sampled(stage: Stage, layer: GatedMoE) -> tuple[Tensor, Tensor]:
     """Return router logits (t,n) and the outputs of all experts (n,t,s) of some tokens."""
-    most = max(1, TOKENS // len(stage.halts))
     directions = sketch(layer.config.output_width, DIRECTIONS).to(layer.fc2_weight.device)
-    found = []
+    count = sum(halt.expected.shape[:-1].numel() for halt in stage.halts)
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(count))[:TOKENS].sort().values
+    found, start = [], 0
     for _, seen, _ in stage.observe():
         tokens = seen.tokens.flatten(0, 1)
-        tokens = tokens if seen.mask is None else tokens[seen.mask.flatten()]
-        places = torch.linspace(0, len(tokens) - 1, min(most, len(tokens)), device=tokens.device).round().long()
-        tokens = tokens[places]
+        is_drawn = torch.zeros(len(tokens), dtype=torch.bool)
+        is_drawn[drawn[(drawn >= start) & (drawn < start + len(tokens))] - start] = True
+        start += len(tokens)
+        is_drawn = is_drawn.to(tokens.device)
+        tokens = tokens[is_drawn if seen.mask is None else is_drawn & seen.mask.flatten()]
         found.append((layer.logits(tokens), layer.outputs_of_all(tokens, directions)))
     logits, outputs = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(outputs, 1)

@@ -37,7 +37,8 @@ from moeprune.models.folders.remote import pruned_classes
 
 def is_drop_in(plan: LayerPlan) -> bool:
     """Return True if a layer is of its old kind when it is pruned, with fewer or narrower experts."""
-    return plan.compensation in DROP_IN or not (plan.drops or (plan.width is not None and plan.compensation != "none"))
+    nothing_more = not plan.drops and plan.compensation in ("none", "low-rank")
+    return plan.compensation in DROP_IN or nothing_more or not (plan.drops or plan.width is not None)
 
 
 def form_of(plan: Plan) -> Form:
