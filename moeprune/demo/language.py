@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from moeprune.data.datasets import Dataset, open_data
 from moeprune.demo.records import DemoLanguage, LanguageRow
@@ -85,7 +86,7 @@ def run_language(
                     shutil.rmtree(directory / name)
                 save(pruned, directory / name)
                 write_file(directory / f"{name}.json", to_text(result))
-    return DemoLanguage(title=TITLE, data=test.info, rows=rows)
+    return DemoLanguage(title=TITLE, data=replace(test.info, spec=f"{directory.name}/test.jsonl"), rows=rows)
 
 
 def _open(full: Model, directory: Path, split: str) -> Dataset:
