@@ -46,16 +46,16 @@ def rewrite(folder: Path, tensors: dict[str, Tensor], settings: dict | None) -> 
     return folder
 
 
-def in_fp8(path: Path, name: str, block: tuple[int, int]) -> tuple[Path, Path]:
+def in_fp8(path: Path, name: str, block: tuple[int, int], **settings: int) -> tuple[Path, Path]:
     """The folder of a model in FP8, and one of the same weights in float32."""
     for kind in ("quantised", "whole"):
-        language_model(name, vocab_size=V).save_pretrained(path / kind)
+        language_model(name, vocab_size=V, **settings).save_pretrained(path / kind)
     low, whole = tensors_of(path / "quantised"), tensors_of(path / "whole")
     for key in list(low):
         if key.endswith("_proj.weight") or ".experts." in key:
             low[key], low[f"{key}_scale_inv"], whole[key] = in_blocks(low[key], block)
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
-    return rewrite(path / "quantised", low, settings), rewrite(path / "whole", whole, None)
+    how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    return rewrite(path / "quantised", low, how), rewrite(path / "whole", whole, None)
 
 
 def in_mxfp4(path: Path) -> Path:
@@ -147,6 +147,15 @@ def test_changed_experts_are_in_blocks_of_fp8_again(options, fp8, text, run_json
     assert "rounded to FP8 in blocks of 8 × 8 anew" in (tmp_path / source.name / "README.md").read_text()
     result = run_json("eval", tmp_path / source.name, "--data", text, "--baseline", tmp_path / whole.name)
     assert result["difference"]["kl"] < 0.01
+
+
+def test_budgets_narrow_experts_by_whole_blocks(text, run_json, tmp_path):
+    folder, _ = in_fp8(tmp_path, "qwen3_moe", (16, 16), moe_intermediate_size=48)
+    made = run_json("prune", folder, "--data", text, "--max-flops", "97%", "-o", tmp_path / "out")
+    widths = {width for each in made["candidates"] for width in (each["width"] or {}).values()}
+    assert widths
+    assert widths <= {16, 32}
+    assert made["model"]["flops_per_input"]["total"] <= 0.97 * made["full_model"]["flops_per_input"]["total"]
 
 
 @pytest.mark.parametrize(
