@@ -241,7 +241,6 @@ def test_flops_are_those_of_matrix_products(name, compensation):
         ("groups by their best", {"kept": (0, 1, 2, 4, 5, 8)}, "keep equally many of each group"),
         ("groups by their best two", {"kept": (0, 4, 8)}, "best_two|3 experts for each token within 2 of 3 groups"),
         ("sigmoid", {"compensation": "refit"}, "can be compensated by"),
-        ("sigmoid", {"compensation": "merge"}, "can be compensated by"),
     ],
 )
 def test_what_cannot_be_is_refused(name, wrong, reason):
