@@ -3,6 +3,7 @@ can read; nothing hangs, nothing is left behind, and what was there stays.
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -31,6 +32,12 @@ from tests.damage import (
 )
 from tests.endings import check_none, complaint
 from tests.stock import DATA, DENSE, FACTORY, SOURCE_ARGS, Stock, add_adopted, add_images
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage() -> None:
+    """What other tests have left is not finalised in the depth of a recursion, which would be written to stderr."""
+    gc.collect()
 
 
 def damaged_npz(whole: bytes, chance: random.Random) -> bytes:
