@@ -1,5 +1,6 @@
 """What the tests share: the shipped checkpoints, analyses of them, and the commands run in process."""
 
+import functools
 import json
 import os
 import shlex
@@ -162,3 +163,32 @@ def stock(run: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) 
     before = list(sys.path)
     yield make_stock(tmp_path_factory.mktemp("stock"), run)
     sys.path[:] = before
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of short texts, and a tokenizer beside it."""
+    from tests.language import make_tokenizer, write_lines
+
+    folder = tmp_path_factory.mktemp("text")
+    texts = [f"text number {n} of some {'more ' * (n % 5)}words" for n in range(40)]
+    make_tokenizer(folder, texts)
+    return write_lines(folder / "text.jsonl", [{"text": text} for text in texts])
+
+
+@pytest.fixture(scope="module")
+def speaking(text, tmp_path_factory):
+    """Return the folder of a small model with a tokenizer, in several shards."""
+    from tests.architectures import language_model
+    from tests.language import V
+
+    @functools.cache
+    def speaking(name: str, dtype: torch.dtype = torch.float32, **changes) -> Path:
+        folder = tmp_path_factory.mktemp(name) / "full"
+        model = language_model(name, vocab_size=V, **changes).to(dtype)
+        model.save_pretrained(folder, max_shard_size="40KB")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / file).write_bytes((text.parent / file).read_bytes())
+        return folder
+
+    return speaking

@@ -1,10 +1,8 @@
 """Folders of transformers pruned to a budget: what is tried, what it takes, and what is written."""
 
-import functools
 import itertools
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,36 +14,12 @@ from moeprune.plan import LayerPlan
 from moeprune.pruning import auto
 from moeprune.pruning.auto import split
 from tests.architectures import CASES, language_model, load, tensors_of
-from tests.language import V, make_tokenizer, write_lines
+from tests.language import V
 from tests.test_narrow_folders import REFUSED, SHARED, WIDTHS
 
 pytest.importorskip("transformers")
 DATA = ("--sequence-length", 16, "--device", "cpu")
 SIZES = [(4, None), (8, 8), (4, 8), (8, None)]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    texts = [f"text number {n} of some {'more ' * (n % 5)}words" for n in range(40)]
-    make_tokenizer(folder, texts)
-    return write_lines(folder / "text.jsonl", [{"text": text} for text in texts])
-
-
-@pytest.fixture(scope="module")
-def speaking(text, tmp_path_factory):
-    """Return the folder of a small model with a tokenizer, in several shards."""
-
-    @functools.cache
-    def speaking(name: str, dtype: torch.dtype = torch.float32, **changes) -> Path:
-        folder = tmp_path_factory.mktemp(name) / "full"
-        model = language_model(name, vocab_size=V, **changes).to(dtype)
-        model.save_pretrained(folder, max_shard_size="40KB")
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / file).write_bytes((text.parent / file).read_bytes())
-        return folder
-
-    return speaking
 
 
 def settings_of(name: str, k: int, width: int | None, full: int) -> dict[str, int]:

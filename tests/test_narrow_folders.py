@@ -1,6 +1,5 @@
 """Folders of transformers whose experts lose hidden units: what is written loads, and computes what it should."""
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import moeprune
-from tests.architectures import BASE, CASES, language_model, load, tensors_of
-from tests.language import V, make_tokenizer, write_lines
+from tests.architectures import BASE, CASES, load, tensors_of
+from tests.language import V
 
 pytest.importorskip("transformers")
 DATA = ("--sequence-length", 16, "--device", "cpu")
@@ -23,29 +22,6 @@ SHARED = {
 }  # fmt: skip
 REFUSED = {"llama4_text": "shared_expert", "hunyuan_v1_moe": "shared_mlp"}
 """One key is the width of shared experts too."""
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    texts = [f"text number {n} of some {'more ' * (n % 5)}words" for n in range(40)]
-    make_tokenizer(folder, texts)
-    return write_lines(folder / "text.jsonl", [{"text": text} for text in texts])
-
-
-@pytest.fixture(scope="module")
-def speaking(text, tmp_path_factory):
-    """Return the folder of a small model with a tokenizer, in several shards."""
-
-    @functools.cache
-    def speaking(name: str, **changes) -> Path:
-        folder = tmp_path_factory.mktemp(name) / "full"
-        language_model(name, vocab_size=V, **changes).save_pretrained(folder, max_shard_size="40KB")
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / file).write_bytes((text.parent / file).read_bytes())
-        return folder
-
-    return speaking
 
 
 def config_of(folder: Path) -> dict:

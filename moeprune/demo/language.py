@@ -6,7 +6,6 @@ their names, so that the text that it is tested on is not what it was trained on
 
 import hashlib
 import json
-import shutil
 import sysconfig
 from fractions import Fraction
 from importlib import resources
@@ -82,9 +81,7 @@ def run_language(
             rows.append(_row(label, str(keep), result, runtime))
             if label.startswith("drop-in") and isinstance(pruned, LanguageModel):
                 name = f"{'width' if 'width' in amount else 'renorm-refit'}-{str(keep).replace('/', '-')}"
-                if (directory / name).exists():
-                    shutil.rmtree(directory / name)
-                save(pruned, directory / name)
+                save(pruned, directory / name, overwrite=True)
                 write_file(directory / f"{name}.json", to_text(result))
     return DemoLanguage(title=TITLE, data=replace(test.info, spec=f"{directory.name}/test.jsonl"), rows=rows)
 
