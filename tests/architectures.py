@@ -149,3 +149,15 @@ def saved_models(tmp_path_factory) -> Callable[[str], Path]:
         return made[name]
 
     return folder
+
+
+def model_with_images(**changes: Any) -> Any:
+    """A small model that takes text and images; changes: of the config of its language part."""
+    import transformers
+
+    text = BASE | CASES["qwen3_moe"] | changes
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 16}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = transformers.AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
+    return transformers.AutoModelForImageTextToText.from_config(config).eval()

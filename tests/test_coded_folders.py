@@ -13,7 +13,16 @@ from safetensors.torch import load_file, save_file
 import moeprune
 from moeprune.errors import MoepruneError
 from moeprune.plan import LayerPlan
-from tests.architectures import BASE, CASES, EXPERTS, VOCABULARY, language_model, load, logits, saved_models, tensors_of
+from tests.architectures import (
+    EXPERTS,
+    VOCABULARY,
+    language_model,
+    load,
+    logits,
+    model_with_images,
+    saved_models,
+    tensors_of,
+)
 
 transformers = pytest.importorskip("transformers")
 TOKENS = torch.arange(3, 27).view(2, 12)
@@ -319,13 +328,8 @@ def test_quantised_folders_take_no_compensation(folder, run, tmp_path):
 
 
 def test_the_language_part_of_a_model_that_takes_images_is_pruned(ids, tmp_path):
-    text = BASE | CASES["qwen3_moe"]
-    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 16}
-    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    config = transformers.AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
     auto = transformers.AutoModelForImageTextToText
-    auto.from_config(config).save_pretrained(tmp_path / "full")
+    model_with_images().save_pretrained(tmp_path / "full")
     pruned = low_rank(tmp_path / "full", ids)
     moeprune.save(pruned, tmp_path / "pruned")
     expected = pruned(TOKENS)

@@ -14,7 +14,7 @@ from moeprune.errors import MoepruneError
 from moeprune.files.checkpoint import tensor_infos
 from moeprune.models import building
 from moeprune.models.folders.layout import read_folder
-from tests.architectures import BASE, CASES, language_model, load, saved_models, tensors_of
+from tests.architectures import CASES, language_model, load, model_with_images, saved_models, tensors_of
 from tests.language import V, make_tokenizer, write_lines
 
 pytest.importorskip("transformers")
@@ -148,14 +148,9 @@ def test_a_folder_is_not_exported(folder, run, tmp_path):
 
 
 def test_the_language_part_of_a_model_that_takes_images_is_pruned_and_opened(run_json, tmp_path):
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    text = BASE | CASES["qwen3_moe"]
-    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 16}
-    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    config = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
-    model = AutoModelForImageTextToText.from_config(config).eval()
+    model = model_with_images()
     model.save_pretrained(tmp_path / "full")
     tokens = torch.arange(3, 27).view(2, 12)
     with torch.no_grad():

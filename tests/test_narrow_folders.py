@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import moeprune
-from tests.architectures import BASE, CASES, load, tensors_of
+from tests.architectures import CASES, load, model_with_images, tensors_of
 from tests.language import V
 
 pytest.importorskip("transformers")
@@ -169,14 +169,9 @@ def test_layers_that_predict_further_tokens_are_left_out(speaking, text, run, tm
 
 
 def test_the_language_part_of_a_model_that_takes_images_is_narrowed(speaking, text, tmp_path):
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    language = BASE | CASES["qwen3_moe"] | {"vocab_size": V}
-    language |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 16}
-    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    config = AutoConfig.for_model("qwen3_vl_moe", text_config=language, vision_config=vision)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "full")
+    model_with_images(vocab_size=V).save_pretrained(tmp_path / "full")
     full = moeprune.load(tmp_path / "full")
     data = moeprune.open_data(torch.arange(320).view(20, 16) % V, full.input_format)
     pruned = moeprune.prune(full, data=data, width="1/2", compensate="none", device="cpu")
