@@ -193,8 +193,9 @@ def _best_experts(
 
 
 def takes_trials(plan: LayerPlan, config: LayerConfig) -> bool:
-    """Return True if experts are to be chosen by trials on data: tokens choose others in place of dropped ones, and
-    nothing is fitted that could make up for it, as far as the Gram matrix of what regressions leave tells.
+    """Return True if experts are to be chosen by trials on data: tokens choose others in place of dropped ones.
+
+    Not for refits: what regressions leave of experts, by the Gram matrix, is as good a guide and costs less.
     """
     is_open = plan.signal == "gram" and plan.kept is None and plan.drops
     return is_open and plan.compensation == "renorm" and config.reroutes(plan)
