@@ -1,5 +1,6 @@
 """Plans: the experts that each layer keeps, their compensation, and the JSON form."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, get_args
@@ -79,10 +80,11 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
             mass; None: k of them.
         merged_into: with `merge`, the kept expert that each dropped one, ascending, is folded into; None
             until data has decided.
-        rank: with `low-rank`, that of each dropped expert's map. With `lstsq`, `affine` and `refit` the number of
+        rank: with `low-rank`, the mean rank of the maps. With `lstsq`, `affine` and `refit` the number of
             output directions that they use; None: all.
         energy: with these four, the share of their energy that decides the rank. The last three take all directions
             if that is cheaper.
+        ranks: with `low-rank`, the rank of the map of each expert in `mapped`; None until data has decided.
         width: with scope `static`, the hidden units that are left of each kept expert; None: all.
     """
 
@@ -96,6 +98,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     merged_into: tuple[int, ...] | None = None
     rank: Positive | None = None
     energy: Energy | None = None
+    ranks: tuple[Count, ...] | None = None
     width: Positive | None = None
 
     def __post_init__(self) -> None:
@@ -114,6 +117,12 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         yield keeps, f"compensation `linear` keeps no expert, `k` is {k}"
         is_open = compensation == "low-rank" and self.rank is None and self.energy is None
         yield is_open, "compensation `low-rank` needs a `rank` or an `energy`"
+        if self.ranks is not None:
+            yield compensation != "low-rank", "`ranks` go with compensation `low-rank` only"
+            maps = n - k if self.scope == "static" else n
+            yield len(self.ranks) != maps, f"`ranks` has {len(self.ranks)} numbers, expected {maps}: one for each map"
+            differ = self.scope != "static" and (len({*self.ranks}) > 1 or 0 in self.ranks)
+            yield differ, f"`ranks` differ or are 0, expected equal ones above 0 with scope `{self.scope}`"
         reason = impossible(self.scope, self.signal, compensation)
         yield reason is not None, reason or ""
         is_adaptive = self.mass is not None
@@ -204,11 +213,16 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """With scope `static`, the experts in the order of the router's columns: kept first, or by groups."""
+        """With scope `static`, the experts in the order of the router's columns: kept first, or by groups; dropped ones
+        by falling rank of their maps, if these have one.
+        """
         if self.merges:
             return tuple(j for group in self.groups for j in group)
-        kept = self.kept or ()
-        return kept if self.cuts_router else kept + self.dropped
+        kept, dropped = self.kept or (), self.dropped
+        if self.ranks is not None and dropped:
+            of = dict(zip(dropped, self.ranks, strict=True))
+            dropped = tuple(sorted(dropped, key=lambda j: -of[j]))
+        return kept if self.cuts_router else kept + dropped
 
     @property
     def has_surrogate(self) -> bool:
@@ -219,6 +233,20 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     def is_low_rank(self) -> bool:
         """True if dropped experts are linear maps of low rank."""
         return self.compensation == "low-rank" and self.drops
+
+    @property
+    def mapped(self) -> tuple[int, ...]:
+        """With `low-rank`, the experts that have a map, ascending: the dropped ones, or all if routed."""
+        return self.dropped if self.scope == "static" else tuple(range(self.num_experts))
+
+    @property
+    def maps_of_rank(self) -> dict[int, int]:
+        """With `low-rank`, how many maps have each rank above 0, from the largest: as many as `rank` says until `ranks`
+        are decided.
+        """
+        maps = self.num_experts - self.k if self.scope == "static" else self.num_experts
+        counts = Counter({self.rank or 0: maps} if self.ranks is None else self.ranks)
+        return {rank: counts[rank] for rank in sorted(counts, reverse=True) if rank and counts[rank]}
 
     @property
     def has_basis(self) -> bool:
@@ -324,6 +352,7 @@ def require_decided(plan: Plan) -> None:
         open_fields = {
             "merged_into": layer.merges and layer.merged_into is None,
             "rank": layer.energy is not None,
+            "ranks": layer.is_low_rank and layer.ranks is None,
             "kept": layer.scope == "static" and layer.kept is None,
         }
         if lacking := [f"`{field}`" for field, is_open in open_fields.items() if is_open]:

@@ -153,16 +153,19 @@ def test_an_unpruned_layer_is_the_sum_of_gated_experts(name):
 def test_a_pruned_layer_runs_the_kept_experts_and_what_compensates_for_the_others(name, compensation):
     layer, x = make(name), tokens()
     mean = torch.randn(N, 1, D, dtype=torch.float64)
-    rank = 2 if compensation == "low-rank" else None
     kept = EQUAL if compensation == "renorm" else KEPT
-    pruned = prune_layer(layer, plan(compensation, kept, rank=rank), Calibrated(term_mean=mean))
     dropped = [j for j in range(N) if j not in kept]
+    ranks = tuple(2 + j % 2 if j > dropped[0] else 0 for j in dropped) if compensation == "low-rank" else None
+    pruned = prune_layer(layer, plan(compensation, kept, rank=ranks and 2, ranks=ranks), Calibrated(term_mean=mean))
     maps = {j: torch.zeros(D, D, dtype=torch.float64) for j in range(N)}
     shift = torch.zeros(D, dtype=torch.float64)
-    if rank:
+    if ranks:
         for part in (pruned.low_rank_in, pruned.low_rank_out, pruned.affine_token, pruned.affine_bias):
             part.normal_()
-        maps = {j: pruned.low_rank_in[i] @ pruned.low_rank_out[i] for i, j in enumerate(dropped)}
+        row = 0
+        for rank, j in sorted(zip(ranks, dropped, strict=True), key=lambda each: -each[0]):
+            maps[j] = pruned.low_rank_in[row : row + rank].mT @ pruned.low_rank_out[row : row + rank]
+            row += rank
         shift = x @ pruned.affine_token + pruned.affine_bias
         assert not hasattr(pruned, "affine_mean")  # a token must not see those after it
     added = None if compensation in ("none", "renorm") else lambda j, token: mean[j, 0] + token @ maps[j]

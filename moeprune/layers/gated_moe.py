@@ -153,8 +153,8 @@ class GatedMoE(MoELayer):
         """The experts that run, and the column of the router where theirs begin: the kept ones, and low-rank maps."""
         kept = len(self.fc2_weight)
         parts = [(0, self.experts)]
-        if self.plan is not None and self.plan.is_low_rank:
-            parts.append((kept, Experts(self.low_rank_in, None, self.low_rank_out.mT, None, "identity")))
+        for places, into, out_of in self.maps():
+            parts.append((kept + places.start, Experts(into, None, out_of.mT, None, "identity")))
         return [(first, experts) for first, experts in parts if len(experts.fc2_weight)]
 
     def _is_blind(self, routing: Routing) -> bool:

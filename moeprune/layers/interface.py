@@ -164,9 +164,9 @@ class LayerConfig:
         width = plan.rank if plan.has_basis and plan.rank else out
         if plan.has_surrogate:
             shapes["surrogate"] = (plan.routed_experts, p, width)
-        if plan.is_low_rank and plan.rank:
-            mapped = n - plan.k if plan.scope == "static" else n
-            shapes |= {"low_rank_in": (mapped, d, plan.rank), "low_rank_out": (mapped, plan.rank, out)}
+        if plan.is_low_rank:
+            directions = sum(rank * maps for rank, maps in plan.maps_of_rank.items())
+            shapes |= {"low_rank_in": (directions, d), "low_rank_out": (directions, out)}
         if plan.has_affine:
             of_mean = {"affine_mean": (d, width)} if self.uses_mean_token else {}
             shapes |= {"affine_token": (d, width), **of_mean, "affine_bias": (width,)}
@@ -193,8 +193,8 @@ class LayerConfig:
 
         Surrogates cost 2·m·w·p for each expert that has one (all of them with scope `input`, `batch` or a
         basis), with w the output width or the rank r; the affine map 2·(m + 1)·d·w, without the mean token
-        2·m·d·w; the basis 2·m·r·o. With `low-rank` experts that are dropped are dispatched to and combined as
-        the others are.
+        2·m·d·w; the basis 2·m·r·o. With `low-rank` dropped experts whose map has a rank are dispatched to and
+        combined as the others are.
         """
         n, p, out, m = self.num_experts, self.terms_per_expert, self.output_width, self.padded_tokens(tokens)
         r = self.windows
@@ -206,9 +206,11 @@ class LayerConfig:
         others = n - plan.k if plan.scope == "static" else n
         rows = m + 1 if self.uses_mean_token else m
         compensation: float = 2 * rows * self.dim * width if plan.has_affine else 0
-        if plan.is_low_rank and plan.rank:
-            applied = n if plan.scope == "static" else n + applied
-            compensation += self.expert_rows(m) * others * 2 * plan.rank * (self.dim + out)
+        if plan.is_low_rank:
+            maps, directions = sum(plan.maps_of_rank.values()), sum(r * c for r, c in plan.maps_of_rank.items())
+            applied += maps
+            compensation += self.expert_rows(m) * directions * 2 * (self.dim + out)
+            compensation += 2 * m * out * p * (others - maps)
         elif plan.has_surrogate:
             compensation += 2 * m * width * p * (n if plan.has_basis else others)
         compensation += 2 * m * width * out if plan.has_basis else 0

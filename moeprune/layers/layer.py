@@ -29,7 +29,7 @@ class MoELayer(nn.Module):
     affine_mean: Tensor
     affine_bias: Tensor
     basis: Tensor  # (r,o), the directions that the last axis of these stands for, if there are few
-    low_rank_in: Tensor  # (e,d,r) and (e,r,o): maps of dropped experts, with scope static of these alone
+    low_rank_in: Tensor  # (r,d) and (r,o), the directions of all low-rank maps, by falling rank of the maps
     low_rank_out: Tensor
     score_weights: Tensor  # (n); where the signal of a routed plan is not the mass alone
     weights_source: Callable[[nn.Module], None] | None = None  # gives it weights that stay on disk
@@ -38,6 +38,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.config = config
         self.plan = plan
+        self.maps_of_rank = plan.maps_of_rank if plan is not None and plan.is_low_rank else {}
         self.observer: Callable[[Observation], None] | None = None
         for name, shape in config.shapes(plan).items():
             if name == "score_weights":
@@ -127,9 +128,18 @@ class MoELayer(nn.Module):
         of_tokens = {"token": d, "mean": d, "one": 1} if self.config.uses_mean_token else {"token": d, "one": 1}
         return kinds | (of_tokens if self.plan.has_affine else {})
 
-    def low_rank(self, rows: Tensor) -> Tensor:
-        """Return what the low-rank maps give for their experts' inputs: (e,r,d) to (e,r,o)."""
-        return rows @ self.low_rank_in @ self.low_rank_out
+    def maps(self) -> list[tuple[slice, Tensor, Tensor]]:
+        """Return the low-rank maps of each rank r: their places among all, and A (e,d,r) and B (e,r,o) of A·B.
+
+        Maps are in the order of the router's columns; those of rank 0 are the last, and not returned.
+        """
+        found, first, row = [], 0, 0
+        for rank, count in self.maps_of_rank.items():
+            rows = slice(row, row + rank * count)
+            into, out_of = (part[rows].unflatten(0, (count, rank)) for part in (self.low_rank_in, self.low_rank_out))
+            found.append((slice(first, first + count), into.mT, out_of))
+            first, row = first + count, rows.stop
+        return found
 
     def split_rows(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the rows (q,…) of a pruned layer's surrogates and affine map as its tensors."""

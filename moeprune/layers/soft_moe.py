@@ -201,19 +201,21 @@ class SoftMoE(MoELayer):
         """Run every expert that has weights on all inputs: output, slot outputs and slot inputs."""
         plan = self.plan
         stored = combine_weights.shape[2] if plan is not None and plan.merges else len(self.fc2_weight)
-        is_low_rank = plan is not None and plan.is_low_rank
-        all_inputs = self._slot_inputs(tokens, router_logits, combine_weights.shape[2] if is_low_rank else stored)
-        slot_inputs, others = all_inputs.tensor_split([stored], dim=1)
+        maps = sum(self.maps_of_rank.values())
+        places = [stored, stored + maps]
+        slot_inputs, of_maps = self._slot_inputs(tokens, router_logits, stored + maps).tensor_split([stored], dim=1)
         slot_outputs = self._run_experts(slot_inputs)
-        weights = combine_weights.to(slot_outputs.dtype)
-        of_stored, of_dropped = (part.flatten(2) for part in weights.tensor_split([stored], dim=2))
+        weights = combine_weights.to(slot_outputs.dtype).tensor_split(places, dim=2)
+        for_stored, for_maps, for_constants = (part.flatten(2) for part in weights)
         if plan is not None and plan.has_surrogate and not plan.has_basis:
-            kept, dropped = self.surrogate.to(slot_outputs.dtype).tensor_split([stored])
-            dropped = self._run_low_rank(others) + dropped if is_low_rank else dropped
-            output = of_dropped @ dropped.flatten(-3, -2)
-            output = torch.baddbmm(output, of_stored, (slot_outputs + kept).flatten(1, 2))
+            stored_part, map_part, constants = self.surrogate.to(slot_outputs.dtype).tensor_split(places)
+            output = for_constants @ constants.flatten(0, 1)
+            if maps:
+                mapped = self._run_low_rank(of_maps) + map_part
+                output = torch.baddbmm(output, for_maps, mapped.flatten(1, 2))
+            output = torch.baddbmm(output, for_stored, (slot_outputs + stored_part).flatten(1, 2))
         else:
-            output = of_stored @ slot_outputs.flatten(1, 2)
+            output = for_stored @ slot_outputs.flatten(1, 2)
         return output, slot_outputs, slot_inputs
 
     def _slot_inputs(self, tokens: Tensor, router_logits: Tensor, experts: int) -> Tensor:
@@ -231,7 +233,9 @@ class SoftMoE(MoELayer):
     def _run_low_rank(self, slot_inputs: Tensor) -> Tensor:
         """Run the low-rank maps on the slots of their experts: (b,e,p,d) to (b,e,p,o)."""
         rows = slot_inputs.to(self.low_rank_in.dtype).transpose(0, 1)
-        return self.low_rank(rows.flatten(1, 2)).unflatten(1, rows.shape[1:3]).transpose(0, 1).to(slot_inputs.dtype)
+        flat = rows.flatten(1, 2)
+        outputs = torch.cat([flat[places] @ into @ out_of for places, into, out_of in self.maps()])
+        return outputs.unflatten(1, rows.shape[1:3]).transpose(0, 1).to(slot_inputs.dtype)
 
     def _run_experts(self, slot_inputs: Tensor) -> Tensor:
         """Run expert j on slots j, with `merge` on those of its group: (b,e,p,d) to (b,e,p,o)."""

@@ -36,7 +36,7 @@ from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, layer_of_tensors
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.plan import FITTED, REFITS, LayerPlan, Plan
-from moeprune.pruning.low_rank import fit_low_rank, rank_of_energy
+from moeprune.pruning.low_rank import fit_low_rank, set_maps
 from moeprune.pruning.refit import refit_by_expert
 from moeprune.pruning.results import FitQuality
 
@@ -48,11 +48,13 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
 
     wanted: its plan, which may have a rank or energy. tokens: of one input.
     """
-    if wanted.is_low_rank and wanted.rank is None:
-        wanted = wanted.replace(rank=rank_of_energy(stage, wanted), energy=None)
+    maps, beside = None, 0.0
+    if wanted.is_low_rank:
+        wanted, maps, beside = fit_low_rank(stage, wanted)
     plan = wanted if wanted.compensation == "low-rank" else wanted.replace(rank=None, energy=None)
     layer = prune_layer(stage.layer, plan, calibrated)
-    beside = fit_low_rank(stage, layer) if plan.is_low_rank else 0.0
+    if maps is not None:
+        set_maps(layer, maps)
     beside += calibrated.fewer_units.overfitting if calibrated.fewer_units is not None else 0.0
     kinds, left_out = layer.regressor_kinds() if plan.compensation in FITTED else {}, 0.0
     if layer.config.refits_by_expert and kinds.get("hidden", 0) > MAX_REGRESSORS:
@@ -94,7 +96,7 @@ def regress(stage: Stage, layer: MoELayer, kinds: Mapping[str, int] | None = Non
     """
     kinds, width, plan = layer.regressor_kinds() if kinds is None else kinds, layer.config.output_width, layer.plan
     assert plan is not None
-    columns = *kinds.items(), plan.scope, plan.kept if plan.scope == "static" else plan  # that decide the regressors
+    columns = *kinds.items(), plan.scope, plan.columns if plan.scope == "static" else plan  # decide the regressors
     is_shared = "hidden" not in kinds and "bias" not in kinds
     known = stage.shared.get(("power", columns)) if is_shared else None
     halves = [RegressionSums(kinds, width, layer.fc2_weight.device, known and known[half]) for half in range(2)]

@@ -4,10 +4,14 @@ Each dropped expert j becomes f(s) ≈ (s - mean s)·A·B + mean f, of rank r, w
 outputs over its inputs s, each times the sum over tokens of its squared weights: its error in the layer's output.
 The ridge solution X of f on s is projected on the r leading eigenvectors V of Xᵀ·Cov(s)·X (Izenman 1975): A = X·V,
 B = Vᵀ. One ridge, in units of the mean variance of s, serves all experts; it is chosen by the error on held-out inputs.
+Ranks differ: of the directions of all experts together, those with the largest eigenvalues are taken, which minimises
+the sum of their errors.
 
-Axes: e experts, p terms per expert, d width of the input, o of the output, r rank.
+Axes: e experts, p terms per expert, s steps of ranks, d width of the input, o of the output, r rank.
 """
 
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from moeprune.calibration.sums import wide_dtype
 from moeprune.calibration.walk import Stage
+from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer
 from moeprune.plan import LayerPlan
 
@@ -24,6 +29,9 @@ HELD = 512 << 20  # bytes of moments at once
 CHOOSING = 8  # experts, spread evenly, by which the ridge is chosen
 ITERATIONS = 8  # of the search for leading eigenvectors
 SPARE = 8  # directions beyond the rank that it follows
+SPREAD = 4  # the largest rank of a map, as a multiple of their mean
+LADDER = (1, *(factor << shift for shift in range(16) for factor in (2, 3)))  # ranks: 1, 2, 3, 4, 6, 8, 12, 16, 24, …
+NEGLIGIBLE = 1e-6  # share of the energy of all directions, below which one is left out
 
 
 class Moments(NamedTuple):
@@ -56,51 +64,93 @@ class Moments(NamedTuple):
         )  # fmt: skip
 
 
-def fit_low_rank(stage: Stage, layer: MoELayer) -> float:
-    """Fit the low-rank maps of a pruned layer, and the constants of their experts, in place.
+class Maps(NamedTuple):
+    """Low-rank maps (s - inputs)·A·B + outputs of some experts, the directions of each by falling energy."""
 
-    Returns by how much the squared error of maps fitted to one half is larger on the other half, summed over experts.
+    into: Tensor  # A (e,d,r)
+    out_of: Tensor  # B (e,r,o)
+    energies: Tensor  # of each direction: the squares of what it gives (e,r)
+    inputs: Tensor  # (e,d)
+    outputs: Tensor  # (e,o)
+
+
+def fit_low_rank(stage: Stage, plan: LayerPlan) -> tuple[LayerPlan, Maps, float]:
+    """Fit the low-rank maps of a layer that a plan of static scope prunes, or of all experts where it is routed.
+
+    Returns the plan with the ranks decided, maps of at least these ranks in the order of the plan's `mapped`, and by
+    how much the squared error of maps fitted to one half is larger on the other half, summed over experts.
     """
-    plan = layer.plan
-    assert plan is not None
-    assert plan.rank is not None
-    experts = _mapped(plan)
-    gap, like, first = 0.0, layer.surrogate, len(layer.surrogate) - len(experts)
-    known = stage.shared.setdefault(("maps", *experts), {})
-    for start, count, halves, around in _moments_of(stage, experts):
-        ridge, more = choose_ridge(halves, plan.rank, known.setdefault(start, {}))
+    most, known = _most_directions(stage.layer.config, plan), stage.shared.setdefault(("maps", *plan.mapped), {})
+    found, gap = [], 0.0
+    for start, count, halves, around in _moments_of(stage, plan.mapped):
+        of_chunk = known.setdefault(start, {})
+        ridge, more = choose_ridge(halves, min(plan.rank or most, most), of_chunk)
         gap += more
         for some in torch.arange(count).split(CHOOSING):
             moments = (halves[0].select(some) + halves[1].select(some)).centred()
-            into, out_of = _shared(known, (start + int(some[0]), ridge), moments, ridge, plan.rank)
-            inputs, outputs = around[0][some] + moments.inputs, around[1][some] + moments.outputs
-            places = start + some
-            layer.low_rank_in[places] = into.to(like)
-            layer.low_rank_out[places] = out_of.to(like)
-            like[first + places] = (outputs - (inputs[:, None] @ into @ out_of)[:, 0])[:, None].to(like)
-    return gap
+            into, out_of, energies = _shared(of_chunk, ("both", int(some[0]), ridge), moments, ridge, most)
+            near = around[0][some], around[1][some]
+            found.append(Maps(into, out_of, energies, near[0] + moments.inputs, near[1] + moments.outputs))
+    maps = Maps(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    if plan.ranks is None:
+        ranks = decided_ranks(plan, maps.energies.to("cpu", torch.float64))
+        mean = max(1, math.ceil(statistics.fmean(ranks)))
+        plan = plan.replace(ranks=ranks, rank=plan.rank or mean, energy=None)
+    return plan, maps, gap
 
 
-def _mapped(plan: LayerPlan) -> list[int]:
-    """Return the experts that have a map: with routed scopes, all."""
-    return list(plan.dropped) if plan.scope == "static" else list(range(plan.num_experts))
+def _most_directions(config: LayerConfig, plan: LayerPlan) -> int:
+    """Return how many directions of each map are fitted: those that may be wanted."""
+    most = min(config.dim, config.output_width)
+    if plan.rank is None:
+        return max(1, min(most, config.expert_width // 2))
+    return max([min(most, plan.rank if plan.scope != "static" else SPREAD * plan.rank), *(plan.ranks or ())])
 
 
-def rank_of_energy(stage: Stage, plan: LayerPlan) -> int:
-    """Return the least rank, up to half an expert's width, whose maps hold a plan's share of the energy that maps of
-    full rank have: of the squares of their outputs around the mean, summed over the dropped experts.
+def decided_ranks(plan: LayerPlan, energies: Tensor) -> tuple[int, ...]:
+    """Return the rank of each map: what the directions with the largest energies (e,r) of all maps together make.
+
+    They are as many as the plan's rank makes on average, or hold its share of the energy; none holds less than
+    NEGLIGIBLE of it. Ranks are from LADDER, so that few of them differ, and maps of equal rank run together. Of a
+    routed layer's maps, all have the same.
     """
-    assert plan.energy is not None
-    config = stage.layer.config
-    most = max(1, min(config.dim, config.output_width, config.expert_width // 2))
-    energies = torch.zeros(config.output_width, dtype=torch.float64)
-    for _, count, halves, _ in _moments_of(stage, _mapped(plan)):
-        ridge, _ = choose_ridge(halves, most, {})
-        for some in torch.arange(count).split(CHOOSING):
-            moments = (halves[0].select(some) + halves[1].select(some)).centred()
-            energies += torch.linalg.eigvalsh(_solved(moments, ridge)[1]).double().sum(0).flip(0).cpu()
-    held = energies.clamp_min(0).cumsum(0)
-    return min(most, int((held < plan.energy * held[-1]).sum()) + 1)
+    energies = energies.clamp_min(0)
+    (count, most), total = energies.shape, float(energies.sum())
+    if plan.scope != "static":
+        rank = plan.rank
+        if rank is None:
+            assert plan.energy is not None
+            rank = 1 + int((energies.sum(0).cumsum(0) < plan.energy * total).sum())
+        return (min(rank, most),) * count
+    ends = torch.tensor([*(rank for rank in LADDER if rank < most), most])
+    lengths = ends.diff(prepend=ends.new_zeros(1)).repeat(count)  # of the steps from rank to rank (e·s)
+    held = energies.cumsum(1)[:, ends - 1]
+    steps = held.diff(prepend=held.new_zeros(count, 1)).flatten()
+    order = (steps / lengths).argsort(descending=True, stable=True)
+    if plan.rank is None:
+        is_wanted = steps[order].cumsum(0) - steps[order] < (plan.energy or 0) * total
+    else:
+        is_wanted = lengths[order].cumsum(0) <= plan.rank * count
+    taken = order[is_wanted & ((steps / lengths)[order] > NEGLIGIBLE * total)]
+    ranks = lengths.new_zeros(count).index_add_(0, taken // len(ends), lengths[taken])
+    return tuple(ranks.tolist())
+
+
+def set_maps(layer: MoELayer, maps: Maps) -> None:
+    """Set the low-rank maps of a pruned layer and the constants of their experts, in place."""
+    plan = layer.plan
+    assert plan is not None
+    assert plan.ranks is not None
+    surrogate, ranks = layer.surrogate, plan.ranks
+    first = len(surrogate) - len(ranks)
+    order = torch.tensor(sorted(range(len(ranks)), key=lambda place: -ranks[place]), dtype=torch.int64)
+    constants = maps.outputs[order]
+    for places, into, out_of in layer.maps():
+        some, rank = order[places], into.shape[2]
+        into.copy_(maps.into[some, :, :rank])
+        out_of.copy_(maps.out_of[some, :rank])
+        constants[places] -= (maps.inputs[some, None] @ maps.into[some, :, :rank] @ maps.out_of[some, :rank])[:, 0]
+    surrogate[first:] = constants[:, None].to(surrogate)
 
 
 def _moments_of(
@@ -157,12 +207,14 @@ def measure(stage: Stage, experts: Sequence[int]) -> tuple[tuple[Moments, Moment
     return (first, second), (near_inputs, near_outputs)
 
 
-def _shared(known: dict[Any, tuple[Tensor, Tensor]], key: Any, moments: Moments, ridge: float, rank: int) -> Any:
-    """Return A (e,d,r) and B (e,r,o) of `reduced_rank`; those of a lower rank are the first of a higher one's."""
+def _shared(
+    known: dict[Any, Any], key: Any, moments: Moments, ridge: float, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `reduced_rank` does; the directions of a lower rank are the first of a higher one's."""
     if key not in known or known[key][0].shape[2] < rank:
         known[key] = reduced_rank(moments, ridge, rank)
-    into, out_of = known[key]
-    return into[:, :, :rank], out_of[:, :rank]
+    into, out_of, energies = known[key]
+    return into[:, :, :rank], out_of[:, :rank], energies[:, :rank]
 
 
 def choose_ridge(halves: tuple[Moments, Moments], rank: int, known: dict[Any, Any]) -> tuple[float, float]:
@@ -179,9 +231,9 @@ def choose_ridge(halves: tuple[Moments, Moments], rank: int, known: dict[Any, An
         error, of_fitted = 0.0, 0.0
         for which, (fitted, held_out) in enumerate((parts, parts[::-1])):
             own = fitted.centred()
-            maps = _shared(known, (which, ridge), own, ridge, rank)
-            error += _error(held_out, own, *maps)
-            of_fitted += _error(fitted, own, *maps)
+            into, out_of, _ = _shared(known, (which, ridge), own, ridge, rank)
+            error += _error(held_out, own, into, out_of)
+            of_fitted += _error(fitted, own, into, out_of)
         errors.append((error, ridge, max(error - of_fitted, 0.0)))
     _, ridge, gap = min(errors)
     return ridge, gap * count / len(some)
@@ -201,15 +253,10 @@ def _error(held_out: Moments, fitted: Moments, into: Tensor, out_of: Tensor) -> 
     return float(error.sum())
 
 
-def reduced_rank(moments: Moments, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A (e,d,r) and B (e,r,o) of the best maps of a rank, from centred moments."""
-    solution, explained = _solved(moments, ridge)
-    directions = leading_directions(explained, rank)  # (e,o,r)
-    return solution @ directions, directions.mT.contiguous()
-
-
-def _solved(moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return the maps X (e,d,o) of full rank, and the energies XᵀCov(s)X (e,o,o) of the directions of their outputs."""
+def reduced_rank(moments: Moments, ridge: float, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A (e,d,r) and B (e,r,o) of the best maps of a rank, from centred moments, and the energies of their
+    directions (e,r), the largest first: the squares of what each gives.
+    """
     power = moments.power.clone()
     diagonal = power.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny ** 0.5)
@@ -217,7 +264,10 @@ def _solved(moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
     factor, failed = torch.linalg.cholesky_ex(power)
     solution = torch.cholesky_solve(moments.cross, factor)  # (e,d,o)
     solution = solution.where((failed == 0)[:, None, None], 0)  # all inputs are the same, but for rounding
-    return solution, solution.mT @ (moments.power @ solution)
+    explained = solution.mT @ (moments.power @ solution)  # (e,o,o)
+    directions = leading_directions(explained, rank)  # (e,o,r)
+    energies = (directions * (explained @ directions)).sum(1)
+    return solution @ directions, directions.mT.contiguous(), energies
 
 
 def leading_directions(matrices: Tensor, rank: int) -> Tensor:

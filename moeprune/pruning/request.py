@@ -87,13 +87,13 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     ] = None
     rank: Annotated[
         Annotated[int, msgspec.Meta(ge=1)] | None,
-        option("With low-rank: the rank of each dropped expert's linear map.", show_default="8"),
+        option("With low-rank: the mean rank of the dropped experts' linear maps.", show_default="8"),
     ] = None
     energy: Annotated[
         float | None,
         option(
             "With lstsq, affine or refit: use the fewest output directions that hold this share of the"
-            " compensation, such as 0.99, if that is cheaper. With low-rank: use the least rank that does.",
+            " compensation, such as 0.99, if that is cheaper. With low-rank: use the least ranks that do.",
             show_default="all directions",
         ),
     ] = None
