@@ -105,6 +105,8 @@ def test_without_a_comparison_dropped_experts_give_their_means(options, single, 
     words = options.replace("ANALYSIS", str(small_analysis))
     found = run_json(f"prune {single} {words} --keep 1/8 -o {tmp_path}/a.safetensors")
     assert (found["plan"][LAYER]["compensation"], found["candidates"], found["fits"]) == ("mean", [], {})
+    warnings = found.get("warnings", [])
+    assert any("7 samples are too few to compare" in each for each in warnings) == ("--limit" in options)
 
 
 def test_distances_that_are_no_numbers_are_passed_over():

@@ -10,6 +10,7 @@ more than the full model are not tried. Labels are not used.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -46,6 +47,7 @@ from moeprune.pruning.apply import Pruning, apply_plan
 from moeprune.pruning.compensation import too_large_refits
 from moeprune.pruning.results import Candidate, Repeats
 
+logger = logging.getLogger(__name__)
 MOST_INPUTS, FEWEST_INPUTS = 2048, 192  # that candidates are compared on; a quarter of them held out
 TRIAL_FLOPS = 1e12  # of these inputs' forward pass, within these numbers
 FEWEST_TOKENS, MOST_TOKENS = 1 << 14, 1 << 17  # of text that candidates are compared on
@@ -156,6 +158,9 @@ def choose(
     if len(plans) == 1 or not any(layer.drops or layer.width for plan in plans for layer in plan.values()):
         return plans[0], []
     if data.samples < FEWEST:
+        logger.warning(
+            f"{data.samples} samples are too few to compare ways to prune: the simplest is taken; give at least {FEWEST}"
+        )
         simplest = [plan for plan in plans if all(layer.compensation == "mean" for layer in plan.values())]
         return (simplest or [*plans])[0], []
     if len(plans := _cheaper(model, plans)) == 1:
