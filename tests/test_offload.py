@@ -153,6 +153,9 @@ def test_what_has_no_layers_to_read_is_refused(run, data, folder, tmp_path):
         assert (found.code, "goes with folders of transformers" in found.stderr) == (2, True), found.stderr
     found = run("eval", folder("qwen3_moe"), "--data", data, "--offload", "--latency")
     assert (found.code, "does not go with `--offload`" in found.stderr) == (2, True), found.stderr
+    runtime = moeprune.Runtime("cpu", offload=True)
+    with pytest.raises(MoepruneError, match="`latency` does not go with `offload`"):
+        moeprune.evaluate(folder("qwen3_moe"), data, runtime=runtime, latency_batches=(1,))
     source = shutil.copytree(folder("qwen3_moe"), tmp_path / "full")
     tensors = tensors_of(source)
     del tensors["model.layers.1.self_attn.k_proj.weight"]

@@ -157,8 +157,8 @@ def evaluate(
         device, batch_size: replace those of the runtime.
     """
     latency_batches = from_json(latency_batches, BatchSizes | None, "`latency_batches`")
-    request = _request(gates or {}, confidence, baseline is not None, latency_batches is not None)
     runtime = runtime.updated(device, batch_size)
+    request = _request(gates or {}, confidence, baseline is not None, latency_batches is not None, runtime)
     paths = [os.fspath(each) if isinstance(each, str | os.PathLike) else None for each in (model, baseline)]
     offload = runtime.offload
     model, baseline = opened(model, offload), None if baseline is None else opened(baseline, offload)
@@ -224,13 +224,15 @@ def _require_baseline(baseline: Model, model: Model) -> None:
         logger.warning("the model was not pruned from the baseline, but from another model")
 
 
-def _request(gates: Mapping[str, float], confidence: float | None, has_baseline: bool, latency: bool) -> EvalRequest:
+def _request(
+    gates: Mapping[str, float], confidence: float | None, has_baseline: bool, latency: bool, runtime: Runtime
+) -> EvalRequest:
     """Return the request of limits by gate, which checks them; its files stand for what is in memory."""
     if unknown := [name for name in gates if name not in GATES]:
         raise MoepruneError(f"unknown gate `{unknown[0]}`", f"gates are {', '.join(GATES)}")
     full = ModelSpec(path=Path("baseline")) if has_baseline else None
     checked: dict[str, Any] = {**gates, "confidence": confidence, "latency": latency, "baseline": full}
-    return EvalRequest(checkpoint=ModelSpec(path=Path("model")), data=DataSpec(spec="data"), **checked)
+    return EvalRequest(checkpoint=ModelSpec(path=Path("model")), data=DataSpec(spec="data"), runtime=runtime, **checked)
 
 
 def _warn_of_collapsed(found: results.Evaluation) -> None:

@@ -159,7 +159,7 @@ def choose(
         return plans[0], []
     if data.samples < FEWEST:
         logger.warning(
-            f"{data.samples} samples are too few to compare ways to prune: the simplest is taken; give at least {FEWEST}"
+            f"{data.samples} samples are too few to compare ways to prune: the simplest is taken; give {FEWEST} or more"
         )
         simplest = [plan for plan in plans if all(layer.compensation == "mean" for layer in plan.values())]
         return (simplest or [*plans])[0], []
