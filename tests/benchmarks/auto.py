@@ -1,13 +1,16 @@
 """What `auto` keeps beside the best method that is stated, for few and many calibration samples.
 
     python tests/benchmarks/auto.py [single] [vit] [hard] [FILE.safetensors:DATA] [--samples 100 500 2000]
+        [--max-size 0.1 0.2 0.3 0.5] [--seed 0]
 
 FILE:DATA is a trained model and a spec of data with a training and a test split, such as a model of fashion.py and its
-folder. For each number of samples and each share the table has the accuracy of `auto` as a share of the full model's,
-what it chose, and the best stated method. The samples are drawn from the calibration split with a seed.
+folder. For each number of samples and each share of experts, or with --max-size of bytes, the table has the accuracy of
+`auto` as a share of the full model's, what it chose, and the best stated method that can meet it. The samples are drawn
+from the calibration split with a seed.
 """
 
 import argparse
+from contextlib import suppress
 
 from common import RUNTIME, accuracy, calibration, shipped, test_set, without_residuals
 
@@ -29,42 +32,47 @@ STATED = [
 ]
 
 
-def case(name: str) -> tuple[Model, Dataset, Dataset]:
+def case(name: str, seed: int) -> tuple[Model, Dataset, Dataset]:
     """A model, its calibration data, and its test data."""
     if ":" in name:
         path, _, spec = name.partition(":")
         model: Model = moeprune.load(path)
         return model, *(moeprune.open_data(f"{spec}:{split}", model.input_format) for split in ("train", "test"))
     model = without_residuals([(64, 64), (64, 64)], steps=1500) if name == "hard" else shipped(name)
-    return model, calibration(model, 0), test_set(model)
+    return model, calibration(model, seed), test_set(model)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=["single", "vit", "hard"])
     parser.add_argument("--samples", nargs="*", type=int, default=[100, 500, 2000])
+    parser.add_argument("--max-size", nargs="*", type=float, help="shares of the bytes, in place of those of experts")
+    parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
+    amounts = [{"keep": keep} for keep in KEEPS] if not chosen.max_size else [{"max_size": s} for s in chosen.max_size]
     for name in chosen.cases:
-        model, every, test = case(name)
+        model, every, test = case(name, chosen.seed)
         full = accuracy(model, test)
-        print(f"{name}: full model {full:.4f}")
-        print(f"{'samples':>7} {'kept':>6} {'auto':>7}  {'chosen':24} {'best':>7}  of stated methods")
+        print(f"{name}: full model {full:.4f}, seed {chosen.seed}")
+        print(f"{'samples':>7} {'amount':>6} {'auto':>7}  {'chosen':24} {'best':>7}  of stated methods")
         for samples in chosen.samples:
             if samples > every.samples > chosen.samples[0]:
                 continue
             data = every.sample(samples)
-            for keep in KEEPS:
-                options = {"keep": keep, "runtime": RUNTIME}
+            for amount in amounts:
+                options = {**amount, "runtime": RUNTIME}
                 pruned = moeprune.prune(model, data=data, **options)
                 plan = next(iter(pruned.plan.values()))
-                of = {
-                    " ".join(map(str, way.values())): accuracy(moeprune.prune(model, data=data, **way, **options), test)
-                    for way in STATED
-                }
+                of = {}
+                for way in STATED:
+                    with suppress(moeprune.MoepruneError):  # it cannot meet the budget
+                        found = moeprune.prune(model, data=data, **way, **options)
+                        of[" ".join(map(str, way.values()))] = accuracy(found, test)
                 best = max(of, key=of.__getitem__)
-                how = f"{plan.compensation} {plan.rank or ''}"
+                how = f"{plan.k} {plan.compensation} {plan.rank or ''}"
                 shares = accuracy(pruned, test) / full, of[best] / full
-                print(f"{data.samples:7} {keep:>6} {shares[0]:7.3f}  {how:24} {shares[1]:7.3f}  {best}", flush=True)
+                [given] = amount.values()
+                print(f"{data.samples:7} {given:>6} {shares[0]:7.3f}  {how:24} {shares[1]:7.3f}  {best}", flush=True)
 
 
 if __name__ == "__main__":
