@@ -34,10 +34,13 @@ from tests.endings import check_none, complaint
 from tests.stock import DATA, DENSE, FACTORY, SOURCE_ARGS, Stock, add_adopted, add_images
 
 
-@pytest.fixture(autouse=True)
-def _no_garbage() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _no_garbage() -> Iterator[None]:
     """What other tests have left is not finalised in the depth of a recursion, which would be written to stderr."""
     gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def damaged_npz(whole: bytes, chance: random.Random) -> bytes:

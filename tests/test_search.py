@@ -257,7 +257,7 @@ def test_a_mass_on_the_command_line(compensate, single, run, run_json, tmp_path)
     found = run_json(f"{call} -o {path}")
     assert found["plan"][LAYER] == {
         "scope": "input", "k": 128, "num_experts": 128, "signal": "combine", "compensation": compensate,
-        "kept": None, "mass": 0.8, "rank": None, "energy": None, "merged_into": None, "width": None,
+        "kept": None, "mass": 0.8, "rank": None, "energy": None, "ranks": None, "merged_into": None, "width": None,
     }  # fmt: skip
     evaluated = run_json("eval", path, "--data", "digits", "--limit", 100)
     model = moeprune.load(single)

@@ -52,8 +52,10 @@ def _nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     before = {*threading.enumerate()}
+    gc.freeze()  # what is there already takes long to go through
     yield
     gc.collect()
+    gc.unfreeze()
     for thread in {*threading.enumerate()} - before:
         if thread.name != "tqdm_monitor":
             thread.join(5)  # the one that reads data ends by itself
