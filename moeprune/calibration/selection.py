@@ -67,17 +67,18 @@ def best_kept(gram: Tensor, num_experts: int, k: int, mass: Tensor | None = None
         lost = torch.cat([is_dropped, is_dropped.new_ones(len(gram) - n)]).to(gram)
         with_lost = gram[:n] @ lost
         by_dropping, by_keeping = diagonal + 2 * with_lost, diagonal - 2 * with_lost
-        added = by_dropping[:, None] + by_keeping - 2 * gram[:n, :n]  # drop the row's, keep the column's
-        added[is_dropped] = torch.inf
-        added[:, ~is_dropped] = torch.inf
-        added[group[:, None] != group] = torch.inf
+        kept, dropped = ((is_dropped == each).nonzero().flatten() for each in (False, True))
+        added = (
+            by_dropping[kept, None] + by_keeping[dropped] - 2 * gram[kept][:, dropped]
+        )  # one of the row, for one of the column
+        added[group[kept, None] != group[dropped]] = torch.inf
         left = 1 - mass[is_dropped].sum()
         total = lost @ gram @ lost
-        after = _divided(total + added, left - mass[:, None] + mass)
-        dropped, kept = divmod(int(after.argmin()), n)
-        if not after[dropped, kept] < _divided(total - rounding, left):
+        after = _divided(total + added, left - mass[kept, None] + mass[dropped])
+        row, column = divmod(int(after.argmin()), len(dropped))
+        if not after[row, column] < _divided(total - rounding, left):
             break
-        is_dropped[dropped], is_dropped[kept] = True, False
+        is_dropped[kept[row]], is_dropped[dropped[column]] = True, False
     return tuple((~is_dropped).nonzero().flatten().tolist())
 
 

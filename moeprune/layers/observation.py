@@ -122,14 +122,17 @@ class Observation:
         outputs: in place of f, also of another width (…,e,p,s).
         """
         n, p = self.weights.shape[2:]
-        total = self.weights.new_zeros(n, n, dtype=dtype)
+        terms = n * p
         outputs = self.term_outputs if outputs is None else outputs
-        step = max(1, WORKSPACE // (2 * (n * p) ** 2))
+        step = max(1, min(WORKSPACE // (2 * terms**2), len(outputs)))
+        total = self.weights.new_zeros(terms, terms, dtype=dtype)
+        of_weights, of_outputs = total.new_empty(2, step, terms, terms, dtype=torch.float32)
         parts = self._of_outputs(self.weights).flatten(2), outputs.flatten(1, 2)
         for c, f in zip(*(part.float().split(step) for part in parts), strict=True):
-            of_terms = (c.mT @ c) * (f @ f.mT)
-            total += of_terms.sum(0, dtype=dtype).view(n, p, n, p).sum((1, 3))
-        return total
+            of_terms = torch.bmm(c.mT, c, out=of_weights[: len(c)])
+            of_terms *= torch.bmm(f, f.mT, out=of_outputs[: len(c)])
+            total += of_terms[0] if len(c) == 1 else of_terms.sum(0, dtype=dtype)
+        return total if p == 1 else total.view(n, p, n, p).sum((1, 3))
 
     def renorm_gram(self, dtype: torch.dtype) -> Tensor:
         """Return the sum over inputs of <C_j·(f_j - Y), C_l·(f_l - Y)> - <R_j, R_l> (n,n).
