@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -32,6 +33,18 @@ class Result(NamedTuple):
     code: int
     stdout: str
     stderr: str
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with the marker `mostly_slow`, all parameters but the first ones are slow."""
+    counts = Counter[str]()
+    for item in items:
+        if (marker := item.get_closest_marker("mostly_slow")) is not None:
+            name = item.nodeid.partition("[")[0]
+            counts[name] += 1
+            if counts[name] > marker.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -152,6 +152,7 @@ def test_tensors_go_back_as_they_came(factory, arguments):
         assert torch.equal(tensors[name], tensor), name
 
 
+@pytest.mark.mostly_slow(8)
 @pytest.mark.parametrize("compensate", ["none", "renorm", "mean", "lstsq"])
 @pytest.mark.parametrize("scope", ["static", "input", "batch"])
 @pytest.mark.parametrize("factory", [tower, encoder, dynamic])

@@ -82,6 +82,7 @@ def test_the_file_is_that_of_the_chosen_options_and_the_same_each_time(tried, si
         assert repeated["candidates"] == ([] if given else found["candidates"])
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize(
     ("options", "compensations"),
     [
@@ -131,6 +132,7 @@ def test_linear_keeps_no_expert_and_no_router(single, run, run_json, tmp_path):
 
 
 # --- several draws
+@pytest.mark.slow
 def test_repeats_are_prunings_of_random_halves(single, model, halves, run, run_json, tmp_path):
     found = run_json(f"prune {single} {DATA} --keep 1/8 {AFFINE} --repeat 2 --seed 5 -o {tmp_path}/a.safetensors")
     fitted_on, held_out = halves
@@ -166,6 +168,7 @@ def test_what_cannot_be_repeated(options, messages, single, small_analysis, run,
     refusal(run, f"prune {single} --repeat 2 {words}".split(), *messages, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_repeats_of_a_sweep_are_its_draws(single, small_analysis, model, run_json):
     words = "--sweep 1/8 --scope static --signal gram --compensate affine --repeat 2"
     found = run_json(f"eval {single} --data digits --limit 100 --analysis {small_analysis} {words}")

@@ -138,6 +138,7 @@ def test_statistics_equal_their_definitions(name, analyses, observations):
             assert_equal_statistics(found, expected, field, seen[layer], 1e-5)
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("batch_size", [1, 7])
 @pytest.mark.parametrize("name", MODELS)
 def test_statistics_do_not_depend_on_the_batch_size(name, batch_size, cases, analyses, observations):

@@ -160,6 +160,7 @@ def test_analyze_text_gives_a_verdict_for_each_layer(single, printed, tmp_path):
     assert "40 samples cannot tell how pruning changes the predictions" in shown
 
 
+@pytest.mark.slow
 def test_analyze_says_what_its_probes_measured(vit, run, run_json, tmp_path):
     """Predictions without experts and with the paper's rule, of all layers and of each; never a cost from the mass."""
     words = ("analyze", vit, "--data", "pairs", "--limit", 100, "-o", tmp_path / "a.safetensors", "--force")
@@ -182,6 +183,7 @@ def test_analyze_says_what_its_probes_measured(vit, run, run_json, tmp_path):
 
 
 # --- prune
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("compensate", COMPENSATIONS)
 def test_a_pruned_file_evaluates_as_the_pruned_model_in_memory(
@@ -207,6 +209,7 @@ def test_a_pruned_file_evaluates_as_the_pruned_model_in_memory(
     assert found["difference"] == json.loads(to_text(in_memory.difference))
 
 
+@pytest.mark.slow
 def test_layers_of_a_deep_model_are_pruned_one_after_the_other(vit, vit_analysis, prune, run_json):
     """Each behind the pruned ones before it: the same as in memory, and all of them smaller."""
     path, made = prune("--keep 1/8 --compensate mean", vit, vit_analysis)
@@ -339,6 +342,7 @@ def test_a_failed_gate_still_writes_the_output_file(single, run, tmp_path):
     assert json.loads(path.read_text())["passed"] is False
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("scope", ["static", "input"])
 @pytest.mark.parametrize("compensate", ["none", "renorm", "mean"])
 def test_batch_size_does_not_matter(prune, run_json, scope, compensate):
@@ -715,6 +719,7 @@ def test_the_values_of_a_checkpoint_are_not_read_to_inspect_it(single, run, tmp_
     assert f"{size / 1e9:.0f} GB" in result.stdout
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("variable", ["TERM=dumb", "GITHUB_ACTIONS=true", "NO_COLOR=1"])
 def test_help_and_usage_errors_have_no_escape_codes(variable, program, monkeypatch):
     monkeypatch.setenv(*variable.split("="))
@@ -725,6 +730,7 @@ def test_help_and_usage_errors_have_no_escape_codes(variable, program, monkeypat
     assert "\x1b" not in shown.stdout + wrong.stderr
 
 
+@pytest.mark.slow
 def test_the_entry_point_tells_a_failed_gate_from_a_wrong_call(stock, program, monkeypatch):
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("TERM", "dumb")
@@ -820,6 +826,7 @@ def test_a_model_and_what_is_pruned_from_it_do_not_touch_each_other(single, scop
         pruned(images.double()).sum().backward()
 
 
+@pytest.mark.slow
 def test_an_analysis_and_other_uses_of_the_model_do_not_disturb_each_other(single):
     """Each thread gets what it would get alone."""
     model = moeprune.load(single)

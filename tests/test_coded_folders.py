@@ -81,6 +81,7 @@ def require_same(folder: Path, pruned: Any, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(trusted(folder)(TOKENS, use_cache=False).logits, expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "minimax_m2", "gpt_oss"])
 def test_a_folder_with_code_is_the_model_that_was_pruned_in_memory(name, folder, ids, run_json, tmp_path):
     """Layouts: a tensor for each expert; groups, shared experts and a bias of the choice; renamed layers; stacks."""

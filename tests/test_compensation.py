@@ -71,6 +71,7 @@ def output_error(pruned: SoftMoEViT, full: SoftMoEViT, name: str, data) -> float
     return float((found - expected).square().sum() / expected.square().sum())
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("scope", ["static", "input", "batch"])
 def test_each_compensation_leaves_less_error_than_the_one_before(scope, calibrated):
     model, data, analysis = calibrated
@@ -88,6 +89,7 @@ def test_each_compensation_leaves_less_error_than_the_one_before(scope, calibrat
         assert errors["renorm-refit"] < errors["renorm"]
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("compensate", ["none", "mean", "lstsq", "affine"])
 def test_the_set_that_the_gram_matrix_chooses_leaves_less_error(compensate, calibrated):
     model, data, _ = calibrated
@@ -144,6 +146,7 @@ def by_half(part: Tensor) -> list[np.ndarray]:
 MEANS = Calibrated(None, torch.zeros(5, 2, 12))  # none, so that there is much to correct
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(("scope", "compensation", "kind"), WAYS)
 def test_a_fit_is_a_ridge_on_the_rows_from_the_pruned_model_to_the_unpruned_outputs(
     scope, compensation, kind, tmp_path
@@ -192,6 +195,7 @@ def test_lambdas_are_for_hidden_units_biases_terms_and_what_depends_on_tokens(tm
     assert groups["renorm-refit"].keys() == {"hidden", "bias"}
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("compensation", [*STATIC, "low-rank", "input"])
 def test_a_fit_does_not_depend_on_the_batch_size(compensation, tmp_path):
     full, data = model_and_data(tmp_path, samples=40)

@@ -133,6 +133,7 @@ def test_shapes_and_flops_of_dense_models(name):
         assert counted(model, drawn(b, *config.input_shape)) == b * config.flops({}).total
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("router_norm", some_slow(get_args(RouterNorm)))
 @pytest.mark.parametrize("scope", SCOPES)
 def test_shapes_of_pruned_models(scope, router_norm):
@@ -156,6 +157,7 @@ def test_flops_of_a_static_renorm_model(name, keep):
     assert counted(pruned, drawn(2, *model.config.input_shape)) == 2 * flops.total
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: f"{config.expert}-{config.out_dim}")
 def test_shapes_and_flops_of_pruned_layers(config):
     for plan in (None, *PLANS, *NARROW):

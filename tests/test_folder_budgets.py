@@ -32,6 +32,7 @@ def settings_of(name: str, k: int, width: int | None, full: int) -> dict[str, in
     return changes
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"llama4_text", "hunyuan_v1_moe"}))
 def test_bytes_of_a_pruned_folder_are_those_of_what_transformers_builds(name, speaking):
     widths = {} if "moe_intermediate_size" in CASES[name] else {"intermediate_size": 16}
@@ -43,6 +44,7 @@ def test_bytes_of_a_pruned_folder_are_those_of_what_transformers_builds(name, sp
         assert bytes_of.of(k, width) == sum(tensor.nbytes for tensor in model.bfloat16().state_dict().values())
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize(("name", "budget"), [("qwen3_moe", "60%"), ("deepseek_v3", "0.8"), ("gpt_oss", "60%")])
 def test_a_budget_of_bytes_is_met_by_fewer_or_narrower_experts(name, budget, speaking, text, run_json, tmp_path):
     folder = speaking(name, torch.bfloat16, **{WIDTHS[name]: 32})

@@ -304,6 +304,7 @@ def little_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(
     "command", ["inspect", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eval", "prune"))]
 )

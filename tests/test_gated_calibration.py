@@ -166,6 +166,7 @@ def test_statistics_are_those_of_the_formulas(folder):
         assert next(iter(pruned.plan.values())).kept == tuple(sorted(scores.topk(3).indices.tolist()))
 
 
+@pytest.mark.slow
 def test_every_compensation_goes_through_analyze_prune_save_load_eval(folder, run_json):
     full, analysis = folder / "full.safetensors", folder / "a.safetensors"
     run_json(f"analyze {full} --data {folder}/calibration.npz -o {analysis} --model {FACTORY} --batch-size 16")
@@ -197,6 +198,7 @@ def test_auto_tries_what_the_family_can_do(folder, run_json):
     assert sum(each["is_chosen"] for each in found["candidates"]) == 1
 
 
+@pytest.mark.slow
 def test_ways_that_keep_too_few_experts_for_a_token_are_left_out(folder, run_json, run):
     full, analysis = folder / "full.safetensors", folder / "c.safetensors"
     run_json(f"analyze {full} --data {folder}/calibration.npz -o {analysis} --model {FACTORY}")

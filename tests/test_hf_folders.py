@@ -51,6 +51,7 @@ def plan_file(path: Path, kept: dict[str, list[int]]) -> Path:
     return path
 
 
+@pytest.mark.mostly_slow(5)
 @needs_transformers
 @pytest.mark.parametrize("name", CASES)
 def test_a_pruned_folder_is_the_full_model_without_the_dropped_experts(name, folder, run_json, tmp_path):

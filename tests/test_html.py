@@ -203,6 +203,7 @@ def test_of_more_cells_than_are_drawn_neighbours_are_averaged():
     assert cells == pytest.approx(values.reshape(256, 4, 256, 2).mean((1, 3)))
 
 
+@pytest.mark.slow
 def test_plans_and_labels_decide_what_is_drawn(small_analysis):
     [layer] = moeprune.load_analysis(small_analysis).layers.values()
 

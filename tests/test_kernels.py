@@ -69,6 +69,7 @@ def test_pairs_are_grouped_by_expert(b, n, k):
         assert torch.equal(pairs[expert, : len(expected)].long(), expected)
 
 
+@pytest.mark.mostly_slow(10)
 @pytest.mark.parametrize(
     ("b", "n", "k", "p", "width_in", "width_out"),
     [
@@ -161,6 +162,7 @@ LAYERS = [
 ]
 
 
+@pytest.mark.mostly_slow(8)
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize("case", some_slow(LAYERS), ids=str)
 def test_layers_equal_the_formulas(case):
@@ -190,6 +192,7 @@ def test_layer_with_a_mass_equals_the_masked_formulas(p, compensation):
     assert relative_error(layer(x).cpu(), expected) < 1e-5
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.usefixtures("_through_kernels")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("scope", [None, *SCOPES])

@@ -57,6 +57,7 @@ def test_our_model_of_a_folder_computes_what_transformers_does(name, folder):
     )
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"llama4_text"}))
 def test_flops_are_those_that_torch_counts(name, folder):
     """Their block of Llama 4 runs all experts on zeros."""
@@ -69,6 +70,7 @@ def test_flops_are_those_that_torch_counts(name, folder):
     assert ours.config.cost({}, tensor_infos(ours.state_dict())) == ours.cost()
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "granitemoe", "llama4_text", "mixtral", "qwen2_moe"])
 def test_a_refitted_folder_holds_what_was_pruned_in_memory(name, speaking, run_json, tmp_path):
     """Layouts: a tensor for each expert, stacked ones, transposed and with biases; groups; shared experts."""

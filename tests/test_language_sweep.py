@@ -38,6 +38,7 @@ def analyzed(run, tmp_path_factory):
     return analyzed
 
 
+@pytest.mark.slow
 def test_rows_are_what_prune_and_eval_give(analyzed, run_json, tmp_path):
     folder, analysis, text = analyzed("qwen3_moe")
     call = ("eval", folder, "--data", text, *DATA, "--analysis", analysis, "--sweep")

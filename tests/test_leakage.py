@@ -33,6 +33,7 @@ def pixels(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_normalisation_that_is_a_guess_is_a_warning_in_every_command(converted, pixels, run, run_json, tmp_path):
     analysis, pruned = tmp_path / "analysis.safetensors", tmp_path / "pruned.safetensors"
     for name in ("pixels.npz", "images", "digits"):
@@ -96,7 +97,7 @@ def test_samples_that_a_model_has_seen_are_a_warning(stock, caplog, calibration,
         spec, _, limit = text.partition(" ")
         return moeprune.open_data(spec, model.input_format, limit=int(limit) if limit else None)
 
-    pruned = moeprune.prune(model, data=opened(calibration), keep="1/2", signal="gram")
+    pruned = moeprune.prune(model, data=opened(calibration), keep="1/2", signal="gram", compensate="mean")
     assert not caplog.records
     moeprune.evaluate(pruned, opened(evaluation))
     found = [record.getMessage() for record in caplog.records]
@@ -104,6 +105,7 @@ def test_samples_that_a_model_has_seen_are_a_warning(stock, caplog, calibration,
     assert all(said in text for text in found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("files")
 def test_every_report_has_the_warnings(stock, run, run_json, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")

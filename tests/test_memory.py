@@ -110,6 +110,7 @@ def test_weights_are_used_where_they_lie(scope):
     assert peak_bytes(layer, torch.randn(1, 8, 64)) < layer.fc1_weight[0].nbytes / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compensation", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "renorm")), "mean"]
 )

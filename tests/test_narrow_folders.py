@@ -32,6 +32,7 @@ def differing(first: dict, second: dict) -> set[str]:
     return {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(REFUSED)))
 def test_a_narrowed_folder_computes_what_was_pruned_in_memory(name, speaking, text, tmp_path):
     """Layouts: a tensor for each expert, stacked ones, transposed with alternating gates and biases; shared experts."""
@@ -53,6 +54,7 @@ def test_a_narrowed_folder_computes_what_was_pruned_in_memory(name, speaking, te
     assert new.keys() == old.keys()
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "granitemoe", "qwen3_moe"])
 def test_experts_are_dropped_and_the_others_narrowed(name, speaking, text, run_json, tmp_path):
     folder, written = speaking(name), tmp_path / "narrow"

@@ -49,6 +49,7 @@ def regressors(seen, has_affine: bool) -> torch.Tensor:
     return torch.cat([weights.flatten(2), *(of_tokens if has_affine else ())], 2)
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
 def test_the_rank_is_the_least_that_holds_the_energy_and_no_other_of_that_rank_is_nearer(way, pruned):
     data, models = pruned
@@ -115,6 +116,7 @@ def test_where_the_products_are_no_cheaper_all_directions_stay(single):
         assert torch.equal(found.state_dict()[name], tensor)
 
 
+@pytest.mark.slow
 def test_few_directions_on_the_command_line(vit, vit_analysis, run, run_json, tmp_path):
     path, again, plan = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "plan.json"))
     call = f"prune {vit} --analysis {vit_analysis}"

@@ -81,6 +81,7 @@ def test_quantised_weights_are_read_from_disk_too(tmp_path):
             assert torch.equal(moeprune.load(source, offload=True)(TOKENS), moeprune.load(source)(TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [("qwen2_moe", ("--keep", "1/2")), pytest.param("deepseek_v3", ("--width", "1/2"), marks=pytest.mark.slow)],
@@ -104,6 +105,7 @@ def test_commands_give_the_same_with_weights_on_disk(name, options, folder, data
     assert (tmp_path / "here.safetensors").read_bytes() == (tmp_path / "there.safetensors").read_bytes()
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("held", [walk.HELD, 0])
 def test_one_layer_at_a_time_is_in_memory_and_few_are_read_again(
     held, data, most_held, times_read, monkeypatch, tmp_path

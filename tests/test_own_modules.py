@@ -161,6 +161,7 @@ class Lazy(Net):
         self.head = nn.LazyLinear(CLASSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Locked, Normed, Lazy])
 @pytest.mark.filterwarnings("ignore")
 def test_models_that_deepcopy_refuses_are_copied(kind, tmp_path):

@@ -81,6 +81,7 @@ def seven_classes(folder) -> str:
     return write_inputs(folder / "data.npz", [index % 7 for index in range(30)], 30)
 
 
+@pytest.mark.mostly_slow(6)
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):

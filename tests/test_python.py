@@ -177,6 +177,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_prune_does_what_the_command_does(options, model, single, of_file, files, run, tmp_path):
     path, analysis = tmp_path / "pruned.safetensors", files / "of.safetensors"
@@ -185,6 +186,7 @@ def test_prune_does_what_the_command_does(options, model, single, of_file, files
         assert same(moeprune.prune(*way, **OPTIONS[options]), moeprune.load(path))
 
 
+@pytest.mark.slow
 def test_plans_data_and_searches(model, single, of_file, files, run, tmp_path):
     planned = moeprune.prune(single, files / "of.safetensors", plan=files / "pruned.safetensors")
     assert same(planned, moeprune.prune(model, of_file, plan=planned.plan))

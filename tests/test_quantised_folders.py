@@ -121,6 +121,7 @@ def test_experts_without_new_weights_are_copied_with_their_scales(fp8, text, run
                         assert torch.equal(after[key], tensor[kept])
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("options", [("--keep", "1/2"), ("--width", "1/2")])
 def test_changed_experts_are_in_blocks_of_fp8_again(options, fp8, text, run_json, tmp_path):
     """The refitted model of the same weights in float32 is what they are rounded from."""

@@ -105,6 +105,7 @@ def test_commands_for_budgets_plans_and_sweeps(workplace, run, monkeypatch):
     assert Path("trade-off.svg").exists()
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("service", ["github", "gitlab"])
 def test_ci_recipe(workplace, run, monkeypatch, service):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(workplace / "summary.md"))
@@ -142,6 +143,7 @@ def test_code_with_data_in_memory(workplace):
     assert moeprune.load("pruned.safetensors").plan
 
 
+@pytest.mark.slow
 def test_commands_for_soft_moe(workplace, run):
     if not peers.has("soft_moe"):
         pytest.skip("soft-moe is not installed")

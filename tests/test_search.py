@@ -60,6 +60,7 @@ def test_the_confirmed_drop_is_that_of_the_model_on_samples_that_the_search_did_
     assert tried == sorted(tried)
 
 
+@pytest.mark.slow
 def test_a_larger_drop_never_takes_more_experts_and_some_need_nearly_all(full):
     (few, _, loose), (many, _, strict) = (search(full, "digits", DropLimit(limit)) for limit in (0.2, 0.02))
     assert few < many
@@ -92,6 +93,7 @@ def test_what_confirms_must_not_have_been_calibrated_on(full):
     assert report.confirmed.accuracy_drop <= 0.02
 
 
+@pytest.mark.slow
 def test_the_interval_and_the_bound_hold_for_all_plans_that_could_have_been_measured(full):
     data = moeprune.open_data("digits:test", full.input_format)
     ks = []

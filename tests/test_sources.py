@@ -135,6 +135,7 @@ COMBINED = set(OPTIONS["all at once"])
 """Options that are tested by themselves where time does not matter."""
 
 
+@pytest.mark.mostly_slow(4)
 @needs_library
 @pytest.mark.parametrize(
     "options",

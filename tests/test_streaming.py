@@ -30,6 +30,7 @@ def prune_file(path, output, **choice) -> None:
     prune_checkpoint(PruneRequest(checkpoint=ModelSpec(path=path), output=output, one_shot=True, **choice))
 
 
+@pytest.mark.mostly_slow(6)
 @pytest.mark.parametrize(("signal", "compensate", "keep"), some_slow(CHOICES, 3))
 @pytest.mark.parametrize("which", ["single", "vit"])
 def test_bytes_are_those_of_pruning_in_memory(which, signal, compensate, keep, request, tmp_path):
@@ -41,6 +42,7 @@ def test_bytes_are_those_of_pruning_in_memory(which, signal, compensate, keep, r
     assert found.read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types(dtype, single, single_analysis, tmp_path):
     names = ("model", "analysis", "expected", "found")

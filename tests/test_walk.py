@@ -165,6 +165,7 @@ def test_a_stage_has_what_layers_take_behind_pruned_ones_and_give_in_the_full_mo
     assert last.power == pytest.approx(float(expected.double().square().sum()), rel=1e-6)
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("held", [0, 50_000], ids=["anew", "some anew"])
 @pytest.mark.parametrize("way", WAYS)
 def test_passes_that_start_anew_give_the_same(way, held, model, monkeypatch):
@@ -231,6 +232,7 @@ class UserError(Exception):
     pass
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("held", [4 << 30, 0], ids=["kept", "anew"])
 @pytest.mark.parametrize("fails", [1, 2, 5], ids=["of the full model", "of the pruned model", "later"])
 def test_an_error_in_user_code_ends_all_passes(fails, held, monkeypatch):
@@ -325,6 +327,7 @@ def test_code_that_catches_all_exceptions_does_not_keep_a_pass():
     moeprune.prune(model, keep=2, compensate="affine", data=net_data(), runtime=CPU)
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("held", [4 << 30, 0], ids=["kept", "anew"])
 @pytest.mark.parametrize("compensate", ["affine", "refit", "low-rank"])
 def test_padding_that_layers_are_told_of_changes_nothing(compensate, held, monkeypatch):
