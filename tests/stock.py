@@ -174,6 +174,7 @@ def make_stock(root: Path, run: Callable[..., Any]) -> Stock:
     words = "prune", dense, "--analysis", analysis, "--keep", 2, "--signal", "combine", "--compensate", "mean"
     stock.make(*words, "--save-plan", stock.path("plan.json"), "-o", stock.path("mean.safetensors"))
     stock.make(*words[:-1], "merge", "--save-plan", stock.path("merge.json"), "-o", stock.path("merged.safetensors"))
+    stock.make(*words[:-1], "low-rank", "--rank", 1, "-o", stock.path("mapped.safetensors"))
     layer = {"k": 2, "compensation": "affine", "rank": 2}
     stock.path("rank.json").write_text(json.dumps({"schema_version": 1, "plan": {LAYER: layer}}))
     stock.make(

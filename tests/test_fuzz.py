@@ -107,7 +107,7 @@ CASES = 60
 
 ANALYSIS = "--analysis @analysis.safetensors -o OLD --force"
 RANDOM = "--signal random --compensate none --keep 2 -o OLD --force"
-PRUNED = ("static", "routed", "merged", "narrowed")
+PRUNED = ("static", "routed", "merged", "narrowed", "mapped")
 KINDS = {
     "dense.safetensors": (
         f"inspect {DENSE}", f"inspect {DENSE} --output-format json", f"analyze {DENSE} {DATA} -o OLD --force",
@@ -242,7 +242,7 @@ def test_the_program_reads_or_refuses_damaged_files(stock, program, kind, quiet_
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("kind", ["dense", "static", "routed", "merged", "narrowed", "adopted"])
+@pytest.mark.parametrize("kind", ["dense", *PRUNED, "adopted"])
 def test_every_key_of_the_metadata_of_a_checkpoint(stock, kind, quiet_places):
     """Removed, or with extreme values in its place."""
     name = f"{kind}.safetensors"
@@ -282,6 +282,16 @@ WRONG = {
         "compensation": ("mean", "lstsq", "merge", "none"),
         "num_experts": LARGE,
         "k": (1, 3, 4, *LARGE),
+    },
+    "mapped": {
+        "ranks": (
+            None, [], [1], [9, 9], [0, 0], [1, 2, 1], [-1, 3], [True, True], [1.0, 1.0], ["1", "1"], {}, 2,
+            [2**63, 2**63], [10**400, 0], [2**31, 2**31],
+        ),
+        "compensation": ("mean", "affine", "merge", "none"),
+        "scope": ("input", "batch"),
+        "k": (0, 1, 3, 4, *LARGE),
+        "num_experts": LARGE,
     },
 }  # fmt: skip
 """Values by key of a layer's plan that do not fit the tensors of a checkpoint."""

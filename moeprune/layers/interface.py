@@ -240,8 +240,8 @@ class LayerConfig:
         if plan.width is not None and plan.width > (self.hidden_units or 0):
             return f"has experts of {self.hidden_units} hidden units, the plan has `width` {plan.width}"
         width = min(self.output_width, self.dim) if plan.is_low_rank else self.output_width
-        if plan.rank is not None and plan.rank > width:
-            return f"has {width} directions{' of output' * (not plan.is_low_rank)}, the plan has rank {plan.rank}"
+        if (rank := max([plan.rank or 0, *(plan.ranks or ())])) > width:
+            return f"has {width} directions{' of output' * (not plan.is_low_rank)}, the plan has rank {rank}"
         return None
 
 
