@@ -14,23 +14,26 @@ from moeprune.records import Record, from_json
 Scope = Literal["static", "input", "batch"]
 Signal = Literal["combine", "deviation", "gram", "random", "frequency", "reap", "mone"]
 Compensation = Literal[
-    "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear", "merge"
-]
+    "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "low-rank-lstsq", "linear",
+    "merge",
+]  # fmt: skip
 SCOPES, SIGNALS, COMPENSATIONS = get_args(Scope), get_args(Signal), get_args(Compensation)
 WantedScope = Literal["auto", "static", "input", "batch"]
 WantedSignal = Literal["auto", "combine", "deviation", "gram", "random", "frequency", "reap", "mone"]
 WantedCompensation = Literal[
-    "auto", "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear", "merge"
-]
-FITTED = ("lstsq", "affine", "refit", "renorm-refit", "low-rank", "linear")  # that a regression on data finds
+    "auto", "none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "low-rank-lstsq",
+    "linear", "merge",
+]  # fmt: skip
+LOW_RANK: tuple[Compensation, ...] = ("low-rank", "low-rank-lstsq")  # dropped experts become linear maps
+FITTED = ("lstsq", "affine", "refit", "renorm-refit", *LOW_RANK, "linear")  # that a regression on data finds
 AFFINE = ("affine", "refit", "low-rank", "linear")  # with a linear map of the layer's input
 REFITS = ("refit", "renorm-refit")  # that change the kept experts' last linears
 NARROWED = ("lstsq", "affine", "refit")  # that can be given in few directions of the output
-WITH_RANK = (*NARROWED, "low-rank")  # that have a rank, or an energy that decides it
+WITH_RANK = (*NARROWED, *LOW_RANK)  # that have a rank, or an energy that decides it
 OF_RUNS = ("frequency", "reap", "mone")  # signals by what tokens that choose an expert get from it
 RANKING = ("gram", *OF_RUNS)  # signals by statistics of calibration data, for one set of experts
 STATIC = (*REFITS, "linear", "merge", *RANKING)  # that need one set of experts for all inputs
-RANK = 8  # of `low-rank`, unless it is stated
+RANK = 8  # of LOW_RANK, unless it is stated
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -71,20 +74,20 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
             best (`lstsq`), also with a linear map of the layer's input (`affine`), and with the kept experts'
             second linears fitted too (`refit`, scope `static` only). `renorm-refit` (scope `static` only) fits
             these to a router that knows kept experts alone: a smaller layer of the same kind. With `low-rank`
-            dropped experts become linear maps of low rank, beside `affine`. `linear` (scope `static` only) is a
-            linear map of the layer's input in place of the layer: no expert is kept, nor the router. `merge`
-            (scope `static` only) folds dropped experts into kept ones.
+            dropped experts become linear maps of low rank, beside `affine`; with `low-rank-lstsq` beside `lstsq`.
+            `linear` (scope `static` only) is a linear map of the layer's input in place of the layer: no expert is
+            kept, nor the router. `merge` (scope `static` only) folds dropped experts into kept ones.
         kept: with scope `static`, the kept experts by their index in the unpruned layer, ascending; None
             until the signal has chosen them.
         mass: with scope `input`, each input runs the fewest experts, best first, that hold this share of its
             mass; None: k of them.
         merged_into: with `merge`, the kept expert that each dropped one, ascending, is folded into; None
             until data has decided.
-        rank: with `low-rank`, the mean rank of the maps. With `lstsq`, `affine` and `refit` the number of
+        rank: with LOW_RANK, the mean rank of the maps. With `lstsq`, `affine` and `refit` the number of
             output directions that they use; None: all.
         energy: with these four, the share of their energy that decides the rank. The last three take all directions
             if that is cheaper.
-        ranks: with `low-rank`, the rank of the map of each expert in `mapped`; None until data has decided.
+        ranks: with LOW_RANK, the rank of the map of each expert in `mapped`; None until data has decided.
         width: with scope `static`, the hidden units that are left of each kept expert; None: all.
     """
 
@@ -115,10 +118,10 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         yield k == 0 and needs_one, f"compensation `{compensation}` needs at least one kept expert"
         keeps = compensation == "linear" and k > 0
         yield keeps, f"compensation `linear` keeps no expert, `k` is {k}"
-        is_open = compensation == "low-rank" and self.rank is None and self.energy is None
-        yield is_open, "compensation `low-rank` needs a `rank` or an `energy`"
+        is_open = compensation in LOW_RANK and self.rank is None and self.energy is None
+        yield is_open, f"compensation `{compensation}` needs a `rank` or an `energy`"
         if self.ranks is not None:
-            yield compensation != "low-rank", "`ranks` go with compensation `low-rank` only"
+            yield compensation not in LOW_RANK, f"`ranks` go with compensation `{'` or `'.join(LOW_RANK)}` only"
             maps = n - k if self.scope == "static" else n
             yield len(self.ranks) != maps, f"`ranks` has {len(self.ranks)} numbers, expected {maps}: one for each map"
             differ = self.scope != "static" and (len({*self.ranks}) > 1 or 0 in self.ranks)
@@ -156,7 +159,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     @property
     def compensates(self) -> bool:
         """True if something is left out that the compensation makes up for: experts, or hidden units of all of them."""
-        return self.drops or (self.width is not None and self.compensation not in ("mean", "low-rank"))
+        return self.drops or (self.width is not None and self.compensation not in ("mean", *LOW_RANK))
 
     @property
     def is_calibrated(self) -> bool:
@@ -176,7 +179,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     @property
     def changes_experts(self) -> bool:
         """True if the weights of kept experts may differ from those in the unpruned layer."""
-        return self.width is not None or (self.drops and self.compensation in (*REFITS, "low-rank", "merge"))
+        return self.width is not None or (self.drops and self.compensation in (*REFITS, *LOW_RANK, "merge"))
 
     @property
     def merges(self) -> bool:
@@ -227,21 +230,21 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     @property
     def has_surrogate(self) -> bool:
         """True if constants take the place of the outputs of dropped experts, or correct those of others."""
-        return self.compensation in ("mean", "lstsq", "affine", "refit", "low-rank") and self.compensates
+        return self.compensation in ("mean", *NARROWED, *LOW_RANK) and self.compensates
 
     @property
     def is_low_rank(self) -> bool:
         """True if dropped experts are linear maps of low rank."""
-        return self.compensation == "low-rank" and self.drops
+        return self.compensation in LOW_RANK and self.drops
 
     @property
     def mapped(self) -> tuple[int, ...]:
-        """With `low-rank`, the experts that have a map, ascending: the dropped ones, or all if routed."""
+        """With LOW_RANK, the experts that have a map, ascending: the dropped ones, or all if routed."""
         return self.dropped if self.scope == "static" else tuple(range(self.num_experts))
 
     @property
     def maps_of_rank(self) -> dict[int, int]:
-        """With `low-rank`, how many maps have each rank above 0, from the largest: as many as `rank` says until `ranks`
+        """With LOW_RANK, how many maps have each rank above 0, from the largest: as many as `rank` says until `ranks`
         are decided.
         """
         maps = self.num_experts - self.k if self.scope == "static" else self.num_experts

@@ -12,6 +12,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+WITH_SURROGATE = ("mean", "lstsq", "affine", "low-rank", "low-rank-lstsq")
+
 
 def gelu(x: Tensor) -> Tensor:
     """x times the normal distribution function."""
@@ -37,7 +39,7 @@ def reference_layer(
         tensors: of the dense layer, by the names of its state dict.
         kept: the experts that run, for each input; None: all of them.
         compensation: `none` dropped experts give nothing, `renorm` the combine softmax is over the
-            kept ones alone, `mean`, `lstsq`, `affine` and `low-rank` dropped slots give their surrogate.
+            kept ones alone, with those in WITH_SURROGATE dropped slots give their surrogate.
         surrogate: (n,p,d), by the experts' index in the dense layer.
         static_correction: the surrogate of a kept slot is added to its output.
         affine: `affine_token`, `affine_mean` (d,d) and `affine_bias` (d): a linear map of the input, of the
@@ -61,7 +63,9 @@ def reference_layer(
                     slot = reference_slot_output(logits[:, j, q], tokens, tensors, j, activation)
                     if static_correction and surrogate is not None:
                         slot = slot + surrogate[j, q].double()
-                elif compensation in ("mean", "lstsq", "affine", "low-rank") and surrogate is not None:
+                elif (
+                    compensation in ("mean", "lstsq", "affine", "low-rank", "low-rank-lstsq") and surrogate is not None
+                ):
                     slot = surrogate[j, q].double()
                     if low_rank is not None:
                         into, out_of = (part[j].double() for part in low_rank)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moeprune
+from moeprune.plan import LOW_RANK
 from moeprune.pruning.auto import half, select, split
 from tests.damage import metadata_of
 from tests.endings import refusal
@@ -51,7 +52,7 @@ def change(pruned, model, data) -> np.ndarray:
 def test_the_cheapest_of_the_candidates_near_the_nearest_is_taken(tried, model, halves):
     candidates, (fitted_on, held_out) = tried[1]["candidates"], halves
     assert {one["compensate"] for one in candidates} == {
-        "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank",
+        "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank", "low-rank-lstsq",
     }  # fmt: skip
     changes = {}
     for index, one in enumerate(candidates):
@@ -63,7 +64,8 @@ def test_the_cheapest_of_the_candidates_near_the_nearest_is_taken(tried, model, 
         assert one["size"] == pytest.approx(cost.bytes / full.bytes)
         assert one["flops"] == pytest.approx(cost.flops_per_input.total / full.flops_per_input.total)
     assert all(one["size"] < 1 and one["flops"] < 1 for one in candidates)  # others are not tried: low-rank of rank 2
-    assert {one["rank"] for one in candidates} == {None, 1}
+    ranks = {name: {one["rank"] for one in candidates if one["compensate"] == name} for name in LOW_RANK}
+    assert ranks == {"low-rank": {1}, "low-rank-lstsq": {1, 2}}
     nearest = min(each.mean() for each in changes.values())
     near = [index for index, each in changes.items() if each.mean() - nearest <= 0.015]
     cheapest = min(near, key=lambda i: (candidates[i]["size"] + candidates[i]["flops"], changes[i].mean()))
@@ -86,9 +88,9 @@ def test_the_file_is_that_of_the_chosen_options_and_the_same_each_time(tried, si
 @pytest.mark.parametrize(
     ("options", "compensations"),
     [
-        ("--signal random --seed 3", {"mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank"}),
-        ("--energy 0.9", {"lstsq", "affine", "refit", "low-rank"}),
-        ("--scope input", {"mean", "lstsq", "affine"}),
+        ("--signal random --seed 3", {"mean", "lstsq", "affine", "refit", "renorm-refit", *LOW_RANK}),
+        ("--energy 0.9", {"lstsq", "affine", "refit", *LOW_RANK}),
+        ("--scope input", {"mean", "lstsq", "affine", "low-rank-lstsq"}),
         ("--compensate low-rank", set()),
     ],
 )

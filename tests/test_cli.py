@@ -23,7 +23,7 @@ from moeprune.cli.reporter import Format
 from moeprune.evaluation.evaluate import Predictions, compare
 from moeprune.evaluation.gates import judge
 from moeprune.models.architecture import architecture_from_json
-from moeprune.plan import LayerPlan
+from moeprune.plan import LOW_RANK, LayerPlan
 from moeprune.pruning.auto import TRIED_STATIC
 from moeprune.pruning.sweep import METHODS
 from moeprune.records import to_text
@@ -390,7 +390,7 @@ def test_a_sweep_compares_methods_and_controls(single, small_analysis, run_json)
     assert keys_of(rows) == [("1.0", None, None, None), chosen, *methods, *controls]
     assert auto["compensate"] in TRIED_STATIC
     assert [row["rank"] for row in rows if row is not auto] == [None] * (len(rows) - 1)
-    assert (auto["rank"] is not None) == (auto["compensate"] == "low-rank")
+    assert (auto["rank"] is not None) == (auto["compensate"] in LOW_RANK)
     of = dict(zip(keys_of(rows), rows, strict=True))
     assert of["0", "static", "combine", "linear"]["label"] == "no MoE at all: linear"
     assert of["0", "static", "combine", "linear"]["model"]["flops_per_input"]["routing"] == 0
@@ -407,11 +407,11 @@ def test_sweep_evaluates_every_way_beside_its_controls(single, small_analysis, r
         *product(["1/8"], SCOPES, ["combine", "deviation"], COMPENSATIONS),
         *product(["1/8"], ["static"], ["gram"], COMPENSATIONS),
         *product(["1/8"], ["static"], ["combine", "deviation", "gram", "random"], ["refit", "renorm-refit"]),
-        *product(["1/8"], SCOPES, ["combine", "deviation"], ["low-rank"]),
-        *product(["1/8"], ["static"], ["gram", "random"], ["low-rank"]),
+        *product(["1/8"], SCOPES, ["combine", "deviation"], LOW_RANK),
+        *product(["1/8"], ["static"], ["gram", "random"], LOW_RANK),
     ]
     random = [("1/8", "static", "random", compensate) for compensate in COMPENSATIONS]
-    no_experts = [("0", "static", "combine", c) for c in (*COMPENSATIONS, "low-rank") if c != "renorm"]
+    no_experts = [("0", "static", "combine", c) for c in (*COMPENSATIONS, *LOW_RANK) if c != "renorm"]
     assert keys[0] == ("1.0", None, None, None)
     assert len(keys) == len(set(keys))
     assert set(keys[1:]) == {*every_way, *random, *no_experts}

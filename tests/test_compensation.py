@@ -17,7 +17,7 @@ from moeprune.layers.observation import Observation
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.model import private_copy
 from moeprune.models.vit import SoftMoEViT
-from moeprune.plan import LayerPlan
+from moeprune.plan import LOW_RANK, LayerPlan
 from moeprune.pruning import compensation as compensation_module
 from moeprune.pruning.compensation import fit, regress
 from tests.reference import observe_layers
@@ -77,13 +77,20 @@ def test_each_compensation_leaves_less_error_than_the_one_before(scope, calibrat
     model, data, analysis = calibrated
     others = ("refit", "renorm", "renorm-refit", "linear") if scope == "static" else ()
     errors = {}
-    for compensate in ("none", "mean", "lstsq", "affine", "low-rank", *others):
+    for compensate in ("none", "mean", "lstsq", "affine", *LOW_RANK, *others):
         choice = {"keep": "1/16", "scope": scope, "signal": "combine", "compensate": compensate}
         if compensate == "linear":
             choice = {"plan": {FIRST: LayerPlan("static", 0, 128, "combine", "linear")}}
         pruned = moeprune.prune(model, analysis, **choice, data=data, runtime=CPU)
         errors[compensate] = output_error(pruned, model, FIRST, data)
-    assert errors["low-rank"] < errors["affine"] < errors["lstsq"] < errors["mean"] < errors["none"]
+    assert (
+        errors["low-rank"]
+        < errors["low-rank-lstsq"]
+        < errors["affine"]
+        < errors["lstsq"]
+        < errors["mean"]
+        < errors["none"]
+    )
     if scope == "static":
         assert errors["refit"] <= errors["affine"] < errors["linear"] < errors["none"]
         assert errors["renorm-refit"] < errors["renorm"]
@@ -134,7 +141,7 @@ def behind_a_pruned_layer(full, data, runtime=CPU) -> Iterator[tuple[Stage, Soft
 def plan_of(scope: str, compensation: str) -> LayerPlan:
     k = 0 if compensation == "linear" else 2
     kept = None if scope == "input" else (1, 3)[:k]
-    return LayerPlan(scope, k, 5, "combine", compensation, kept, rank=2 if compensation == "low-rank" else None)
+    return LayerPlan(scope, k, 5, "combine", compensation, kept, rank=2 if compensation in LOW_RANK else None)
 
 
 def by_half(part: Tensor) -> list[np.ndarray]:
@@ -196,7 +203,7 @@ def test_lambdas_are_for_hidden_units_biases_terms_and_what_depends_on_tokens(tm
 
 
 @pytest.mark.mostly_slow(2)
-@pytest.mark.parametrize("compensation", [*STATIC, "low-rank", "input"])
+@pytest.mark.parametrize("compensation", [*STATIC, *LOW_RANK, "input"])
 def test_a_fit_does_not_depend_on_the_batch_size(compensation, tmp_path):
     full, data = model_and_data(tmp_path, samples=40)
     plan, outputs = plan_of("input", "affine") if compensation == "input" else plan_of("static", compensation), []

@@ -20,7 +20,7 @@ from moeprune.layers.interface import Flops
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
-from moeprune.plan import COMPENSATIONS, NARROWED, SCOPES, SIGNALS, LayerPlan, is_possible
+from moeprune.plan import COMPENSATIONS, LOW_RANK, NARROWED, SCOPES, SIGNALS, LayerPlan, is_possible
 from moeprune.records import to_json
 from tests.stock import some_slow
 
@@ -70,7 +70,7 @@ def is_plan(scope: str, signal: str, compensation: str, k: int) -> bool:
 
 
 PLANS = [
-    layer_plan(*choice, rank=2 if choice[2] == "low-rank" else None)
+    layer_plan(*choice, rank=2 if choice[2] in LOW_RANK else None)
     for choice in product(SCOPES, SIGNALS, COMPENSATIONS, (0, 1, 4, N))
     if is_plan(*choice)
 ]
@@ -203,7 +203,7 @@ def test_flops_of_a_mass_are_those_of_what_runs_in_batches_of_any_size(batch_siz
     model = random_model(SMALL.replace(blocks=SMALL.blocks[:2]))
     x, labels = drawn(12, *SMALL.input_shape), torch.arange(12) % 7
     data = from_tensors("drawn", x, labels, 7)
-    rank = 2 if compensate == "low-rank" else None
+    rank = 2 if compensate in LOW_RANK else None
     plan = {FIRST: LayerPlan("input", N, N, "combine", compensate, mass=0.6, rank=rank)}
     pruned = moeprune.prune(model, plan=plan, data=data, runtime=moeprune.Runtime("cpu"))
     [predictions] = predict([pruned], data, moeprune.Runtime("cpu", batch_size=batch_size))

@@ -15,7 +15,7 @@ from moeprune.calibration.sums import half_of
 from moeprune.layers.gated_config import GatedMoEConfig
 from moeprune.layers.gated_moe import GatedMoE
 from moeprune.layers.observation import Observation
-from moeprune.plan import LayerPlan
+from moeprune.plan import LOW_RANK, LayerPlan
 from moeprune.pruning import compensation as fits
 from moeprune.pruning.apply import apply_plan
 
@@ -25,7 +25,7 @@ CPU = moeprune.Runtime("cpu", batch_size=16)
 CONFIG = GatedMoEConfig(D, N, H, K, normalized=True)
 SIGMOID = GatedMoEConfig(D, N, H, K, "sigmoid", selection_bias=True, bias=True, groups=4, groups_kept=3)
 INPUTS = GatedMoEConfig(D, N, H, K, "sigmoid", weigh="inputs")
-COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", "low-rank", "merge")
+COMPENSATIONS = ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", *LOW_RANK, "merge")
 
 
 class Net(nn.Module):
@@ -174,7 +174,7 @@ def test_every_compensation_goes_through_analyze_prune_save_load_eval(folder, ru
     inputs = torch.from_numpy(np.load(folder / "test.npz")["inputs"])
     losses = {}
     for compensation in COMPENSATIONS:
-        path, rank = folder / f"{compensation}.safetensors", 2 if compensation == "low-rank" else None
+        path, rank = folder / f"{compensation}.safetensors", 2 if compensation in LOW_RANK else None
         pruned = moeprune.prune(dense, known, keep="1/2", compensate=compensation, rank=rank, runtime=CPU)
         moeprune.save(pruned, path)
         loaded = moeprune.load(path, FACTORY)
@@ -194,7 +194,7 @@ def test_auto_tries_what_the_family_can_do(folder, run_json):
     full, path = folder / "full.safetensors", folder / "auto.safetensors"
     found = run_json(f"prune {full} --data {folder}/calibration.npz --keep 1/2 -o {path} --model {FACTORY}")
     tried = {each["compensate"] for each in found["candidates"]}
-    assert tried == {"mean", "lstsq", "affine", "renorm-refit", "low-rank"}
+    assert tried == {"mean", "lstsq", "affine", "renorm-refit", *LOW_RANK}
     assert sum(each["is_chosen"] for each in found["candidates"]) == 1
 
 
@@ -203,7 +203,7 @@ def test_ways_that_keep_too_few_experts_for_a_token_are_left_out(folder, run_jso
     full, analysis = folder / "full.safetensors", folder / "c.safetensors"
     run_json(f"analyze {full} --data {folder}/calibration.npz -o {analysis} --model {FACTORY}")
     found = run_json(f"prune {full} --analysis {analysis} --keep 2 -o {folder}/few.safetensors --model {FACTORY}")
-    assert {each["compensate"] for each in found["candidates"]} == {"mean", "lstsq", "affine", "low-rank"}
+    assert {each["compensate"] for each in found["candidates"]} == {"mean", "lstsq", "affine", *LOW_RANK}
     budget = f"--max-size 50% --compensate renorm -o {folder}/budget.safetensors --model {FACTORY}"
     run_json(f"prune {full} --analysis {analysis} {budget}")
     plan = moeprune.load(folder / "budget.safetensors", FACTORY).plan

@@ -13,7 +13,7 @@ from moeprune.calibration.sums import half_of
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
-from moeprune.plan import LayerPlan
+from moeprune.plan import LOW_RANK, LayerPlan
 from moeprune.pruning import low_rank as low_rank_module
 from moeprune.pruning.compensation import fit
 from moeprune.pruning.low_rank import (
@@ -48,9 +48,9 @@ CPU = moeprune.Runtime("cpu")
 RANK, KEPT, DROPPED = 2, (1, 3), [0, 2, 4]
 
 
-def plan_of(scope="static", k=2, n=5, rank=RANK, **options) -> LayerPlan:
+def plan_of(scope="static", k=2, n=5, rank=RANK, compensation="low-rank", **options) -> LayerPlan:
     kept = (1, 3)[:k] if scope == "static" else None
-    return LayerPlan(scope, k, n, "combine", "low-rank", kept, rank=rank, **options)
+    return LayerPlan(scope, k, n, "combine", compensation, kept, rank=rank, **options)
 
 
 # --- the layer
@@ -73,24 +73,28 @@ def random_maps(layer) -> tuple[Tensor, Tensor]:
     return into, out_of
 
 
+@pytest.mark.parametrize("compensation", LOW_RANK)
 @pytest.mark.parametrize("scope", ["static", "ranks", "input", "batch", "mass"])
 @pytest.mark.parametrize("settings", [*SHAPES, {"expert": "geglu", "out_dim": 7, "p": 2}], ids=str)
-def test_pruned_layer_equals_the_formulas(settings, scope):
+def test_pruned_layer_equals_the_formulas(settings, scope, compensation):
     dense = dense_layer(**settings)
     x, u = inputs(dtype=dense.phi.dtype), surrogates(dense.phi.shape[2], dense.fc2_bias.shape[1])
     if scope == "mass":
-        plan, kept = plan_of("input", N, mass=0.6), ragged_sets(dense, x, 0.6)
+        plan, kept = plan_of("input", N, mass=0.6, compensation=compensation), ragged_sets(dense, x, 0.6)
     elif scope == "ranks":
-        plan, kept = plan_of(ranks=(1, 0, 3)), [KEPT] * len(x)
+        plan, kept = plan_of(ranks=(1, 0, 3), compensation=compensation), [KEPT] * len(x)
     else:
         chosen = expected_sets(dense, x, scope, 2)
-        plan, kept = plan_of(scope), [KEPT] * len(x) if scope == "static" else chosen
-    layer = with_random_affine(prune_layer(dense, plan, Calibrated(None, u)))
+        plan, kept = plan_of(scope, compensation=compensation), [KEPT] * len(x) if scope == "static" else chosen
+    layer = prune_layer(dense, plan, Calibrated(None, u))
+    if layer.plan.has_affine:
+        with_random_affine(layer)
     maps = random_maps(layer)
     assert layer.plan.columns == {"static": (1, 3, 0, 2, 4), "ranks": (1, 3, 4, 0, 2)}.get(scope, layer.plan.columns)
     expected = reference_layer(
-        x, dense.state_dict(), *router(dense), kept, "low-rank", u, affine=affine_of(layer), low_rank=maps
-    )
+        x, dense.state_dict(), *router(dense), kept, compensation, u, low_rank=maps,
+        affine=affine_of(layer) if layer.plan.has_affine else None,
+    )  # fmt: skip
     assert relative_error(layer(x), expected) < (1e-10 if x.dtype == torch.float64 else 2e-5)
 
 
@@ -126,13 +130,14 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.parametrize("compensation", LOW_RANK)
 @pytest.mark.parametrize("scope", ["static", "input", "batch"])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.expert}-{config.out_dim}")
-def test_shapes_and_flops(config, scope):
+def test_shapes_and_flops(config, scope, compensation):
     for k in (0, 1, 2, 5):
         kept = tuple(range(k)) if scope == "static" else None
         for ranks in (None, *([(4, 0, 1, 1, 0)[k:], (0,) * (5 - k)] if scope == "static" and k < 5 else [])):
-            plan = LayerPlan(scope, k, 5, "combine", "low-rank", kept, rank=4, ranks=ranks)
+            plan = LayerPlan(scope, k, 5, "combine", compensation, kept, rank=4, ranks=ranks)
             layer = SoftMoE(config, plan)
             assert config.shapes(plan) == {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
             assert counted(layer, torch.randn(2, 9, 12)) == 2 * config.flops(9, plan).total, plan

@@ -16,7 +16,7 @@ from moeprune.files.checkpoint import tensor_infos
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
-from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Method, is_possible, plan_from_json
+from moeprune.plan import COMPENSATIONS, LOW_RANK, SCOPES, LayerPlan, Method, is_possible, plan_from_json
 from moeprune.pruning.budgets import allocate, costs_of, losses, plans_within
 from moeprune.pruning.plan_file import read_plan, write_plan
 from tests.test_calibration import write_inputs
@@ -89,7 +89,7 @@ def test_costs_are_those_of_the_pruned_model(scope, compensation, tmp_path):
         pytest.skip("they do not go together")
     model = three_layers()
     data = moeprune.open_data(seven_classes(tmp_path), model.input_format)
-    rank = 2 if compensation == "low-rank" else None
+    rank = 2 if compensation in LOW_RANK else None
     method = Method(scope, "combine" if scope == "static" else "deviation", compensation, rank=rank)
     sizes = costs_of(model.config, method, tensor_infos(model.state_dict()))
     flops = costs_of(model.config, method, None)
@@ -115,7 +115,7 @@ def analyzed(tmp_path_factory):
 def test_plans_within_a_budget(budget, compensation, analyzed):
     model, data, analysis = analyzed
     signal = "gram" if is_possible("static", "gram", compensation) else "combine"
-    method = Method("static", signal, compensation, rank=2 if compensation == "low-rank" else None)
+    method = Method("static", signal, compensation, rank=2 if compensation in LOW_RANK else None)
     infos = tensor_infos(model.state_dict())
     costs = costs_of(model.config, method, infos)
     budget = max(budget, costs.of(dict.fromkeys(costs.layers, 1)) / costs.full)

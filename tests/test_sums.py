@@ -8,7 +8,7 @@ from torch import Tensor
 from moeprune.calibration import sums as sums_module
 from moeprune.calibration.sums import RegressionSums
 from moeprune.layers.surgery import Calibrated, prune_layer
-from moeprune.plan import LayerPlan
+from moeprune.plan import LOW_RANK, LayerPlan
 from tests.reference import reference_combine, reference_hidden, reference_router, replace
 from tests.test_soft_moe import D, M, N, dense_layer, inputs, observe, router
 
@@ -21,7 +21,7 @@ def pruned(kind="mlp", p=1, k=2, compensation="refit", scope="static", windows=1
     dense = dense_layer(p=p, out_dim=OUT, expert=kind)
     dense.config = replace(dense.config, windows=windows)
     kept = tuple(range(N - k, N)) if scope == "static" else None
-    rank = 2 if compensation == "low-rank" else None
+    rank = 2 if compensation in LOW_RANK else None
     plan = LayerPlan(scope, k, N, "combine", compensation, kept, rank=rank, **options)
     return prune_layer(dense, plan, Calibrated(None, torch.zeros(N, p, OUT)))
 
@@ -98,7 +98,8 @@ def test_sums_with_hidden_units_are_products_of_the_rows(compensation, kind, p, 
 @pytest.mark.parametrize("p", [1, 3])
 @pytest.mark.parametrize(
     ("scope", "compensation"),
-    [("static", "lstsq"), ("static", "affine"), ("static", "low-rank"), ("input", "lstsq"), ("input", "affine"),
+    [("static", "lstsq"), ("static", "affine"), ("static", "low-rank"),
+     ("static", "low-rank-lstsq"), ("input", "lstsq"), ("input", "affine"),
      ("batch", "affine"), ("input", "low-rank")],
 )  # fmt: skip
 def test_sums_of_weights_and_tokens_are_products_of_the_rows(scope, compensation, p, masked):

@@ -22,7 +22,7 @@ from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.libraries.experts import resized
 from moeprune.models.vit import SoftMoEViT
-from moeprune.plan import LayerPlan
+from moeprune.plan import LOW_RANK, LayerPlan
 from moeprune.pruning import width as width_module
 from moeprune.pruning.budgets import narrower_within
 from moeprune.pruning.width import RIDGES, fewer_units, fit_units, units_left
@@ -304,8 +304,8 @@ COSTS = [
 @pytest.mark.parametrize("config", COSTS, ids=lambda config: f"{config.expert}-{config.bias}")
 @pytest.mark.parametrize("k", [2, 5])
 def test_shapes_and_flops(config, k):
-    for compensation in ("none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank"):
-        rank = 2 if compensation == "low-rank" else None
+    for compensation in ("none", "renorm", "mean", "lstsq", "affine", "refit", "renorm-refit", *LOW_RANK):
+        rank = 2 if compensation in LOW_RANK else None
         plan = LayerPlan("static", k, 5, "combine", compensation, tuple(range(k)), rank=rank, width=2)
         layer = SoftMoE(config, plan)
         assert config.shapes(plan) == {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}

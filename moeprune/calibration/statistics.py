@@ -103,7 +103,7 @@ class LayerStatistics(LayerMoments):
 
 def gram_of(compensation: str) -> str:
     """Return the compensation whose Gram matrix serves for choosing experts under another."""
-    return {"merge": "mean", "renorm-refit": "affine"}.get(
+    return {"merge": "mean", "renorm-refit": "affine", "low-rank-lstsq": "lstsq"}.get(
         compensation, "affine" if compensation in AFFINE else compensation
     )
 

@@ -6,7 +6,7 @@ import msgspec
 
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import Activation, ExpertsConfig, Flops, Shapes, Usage
-from moeprune.plan import SIGNALS, LayerPlan, Positive
+from moeprune.plan import LOW_RANK, SIGNALS, LayerPlan, Positive
 from moeprune.records import Record
 
 Gates = Literal["softmax", "sigmoid", "sparsemixer"]
@@ -105,7 +105,7 @@ class GatedMoEConfig(ExpertsConfig, Record, frozen=True, tag_field="family", tag
     @property
     def compensations(self) -> tuple[str, ...]:
         """All but `refit`, for which `renorm-refit` serves."""
-        return ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", "low-rank", "linear", "merge")
+        return ("none", "renorm", "mean", "lstsq", "affine", "renorm-refit", *LOW_RANK, "linear", "merge")
 
     @property
     def uses_mean_token(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from moeprune.models.language import LanguageModel
 from moeprune.models.model import Model, private_copy
 from moeprune.models.runtime import Runtime, by_rows
 from moeprune.plan import (
+    LOW_RANK,
     RANK,
     REFITS,
     WITH_RANK,
@@ -55,11 +57,11 @@ MOST_LAYERS = 8  # of a language model that are pruned for it
 MOST_REGRESSORS = 1500  # of refits that `auto` tries: beyond, `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
 SAME = 0.015  # differences of distances that do not count
-RANKS, MOST_RANKS = (1, 2, 4, 8), 2  # of `low-rank` with a stated number of experts: the largest of these that pay
+RANKS, MOST_RANKS = (1, 2, 4, 8), 2  # of LOW_RANK with a stated number of experts: the largest of these that pay
 RANKS_OF_BUDGETS = (1, 2, 4, 8, 16)
 WIDTHS_OF_BUDGETS = ("1/2", "1/4")  # shares of the hidden units that more experts can be had for
-TRIED_STATIC: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "refit", "renorm-refit", "low-rank")
-TRIED_ROUTED: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "low-rank")
+TRIED_STATIC: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "refit", "renorm-refit", *LOW_RANK)
+TRIED_ROUTED: tuple[Compensation, ...] = ("mean", "lstsq", "affine", *LOW_RANK)
 
 
 def methods(
@@ -75,9 +77,9 @@ def methods(
     if wanted.scope == "auto":
         wanted = wanted.replace(scope=possible_scope(wanted, layers))
     scope = wanted.concrete_scope
-    if wanted.energy is not None and wanted.compensate == "low-rank" and is_budget:
+    if wanted.energy is not None and wanted.compensate in LOW_RANK and is_budget:
         hint = "give `--rank`, or `--keep` in place of the budget"
-        raise MoepruneError("`--energy` with `--compensate low-rank` leaves open what a plan costs", hint)
+        raise MoepruneError(f"`--energy` with `--compensate {wanted.compensate}` leaves open what a plan costs", hint)
     if wanted.compensate != "auto":
         return [_method(wanted, wanted.compensate, rank, has_data) for rank in _ranks(wanted, layers)]
     if not has_data:
@@ -133,7 +135,7 @@ def _method(wanted: Wanted, compensation: str, rank: int | None, has_data: bool 
 
 def _ranks(wanted: Wanted, layers: Mapping[str, LayerConfig], ranks: Sequence[int] = (RANK,)) -> list[int | None]:
     """Return the ranks to try: at most half the width of an expert, with as many weights as half of an expert."""
-    if wanted.compensate != "low-rank" or wanted.rank is not None or wanted.energy is not None:
+    if wanted.compensate not in LOW_RANK or wanted.rank is not None or wanted.energy is not None:
         return [wanted.rank]
     most = max(1, min(min(layer.dim, layer.output_width, layer.expert_width // 2) for layer in layers.values()))
     return [*dict.fromkeys(min(rank, most) for rank in ranks)]
@@ -211,7 +213,7 @@ def _trial(model: Model, plans: Sequence[Plan], data: Dataset) -> tuple[int, lis
 
 def _cheaper(model: Model, plans: Sequence[Plan]) -> list[Plan]:
     """Return the plans with fewer weights (scope `static`) and FLOPs than the full model, all if there is none; those
-    of `low-rank` of the highest ranks alone, unless each has its own number of experts.
+    of LOW_RANK of the highest ranks alone, unless each has its own number of experts.
     """
     layers, full = model.config.moe_layers, model.config.flops({}).total
 
@@ -223,11 +225,12 @@ def _cheaper(model: Model, plans: Sequence[Plan]) -> list[Plan]:
         is_smaller = sum(weights(*each) for each in plan.items()) < sum(weights(name, None) for name in plan)
         return model.config.flops(plan).total < full and (is_smaller or not is_static)
 
-    found, counts = [], dict[tuple[int, ...], int]()
+    found, counts = [], Counter[tuple[Any, ...]]()
     for plan in [plan for plan in plans if is_cheaper(plan)] or plans:
-        if all(layer.compensation == "low-rank" for layer in plan.values()):
-            kept = tuple(layer.k for layer in plan.values())
-            counts[kept] = counts.get(kept, 0) + 1
+        first = next(iter(plan.values()))
+        if first.is_low_rank:
+            kept = first.compensation, *(layer.k for layer in plan.values())
+            counts[kept] += 1
             if counts[kept] > MOST_RANKS:
                 continue
         found.append(plan)

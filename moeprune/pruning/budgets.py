@@ -19,10 +19,10 @@ from moeprune.calibration.analysis import Analysis
 from moeprune.errors import MoepruneError
 from moeprune.files.header import TensorInfo
 from moeprune.models.architecture import ModelConfig
-from moeprune.plan import LayerPlan, Method, Plan, require_fitting_plan, uniform_plan
+from moeprune.plan import LOW_RANK, LayerPlan, Method, Plan, require_fitting_plan, uniform_plan
 from moeprune.pruning.compensation import too_large_refits
 
-EMPTY = ("low-rank", "linear")  # compensations that can do without experts
+EMPTY = (*LOW_RANK, "linear")  # compensations that can do without experts
 
 
 class TooSmall(MoepruneError):

@@ -14,9 +14,9 @@ before it broke. One regression of T on
     linear         X, the mean of its tokens, and 1 alone: Y' = 0
 
 is added to what the layer has, whose experts may have lost hidden units before (moeprune.pruning.width). With
-`low-rank` dropped experts first become affine maps of their inputs s, fitted to their own outputs f by reduced-rank
-regression (Izenman 1975) with the squares of their weights; `affine` then fits what is still lacking, where tokens
-choose experts with the last linears of few kept ones, too.
+`low-rank` and `low-rank-lstsq` dropped experts first become affine maps of their inputs s, fitted to their own outputs
+f by reduced-rank regression (Izenman 1975) with the squares of their weights; `affine` or `lstsq` then fits what is
+still lacking, where tokens choose experts with the last linears of few kept ones, too.
 
 Axes: b inputs, m tokens, d width of the input, o of the output, n experts, e dropped ones, p terms per expert, q
 regressors.
@@ -35,7 +35,7 @@ from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, layer_of_tensors
 from moeprune.layers.surgery import Calibrated, prune_layer
-from moeprune.plan import FITTED, REFITS, LayerPlan, Plan
+from moeprune.plan import FITTED, LOW_RANK, REFITS, LayerPlan, Plan
 from moeprune.pruning.low_rank import fit_low_rank, set_maps
 from moeprune.pruning.refit import refit_by_expert
 from moeprune.pruning.results import FitQuality
@@ -51,7 +51,7 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
     maps, beside = None, 0.0
     if wanted.is_low_rank:
         wanted, maps, beside = fit_low_rank(stage, wanted)
-    plan = wanted if wanted.compensation == "low-rank" else wanted.replace(rank=None, energy=None)
+    plan = wanted if wanted.compensation in LOW_RANK else wanted.replace(rank=None, energy=None)
     layer = prune_layer(stage.layer, plan, calibrated)
     if maps is not None:
         set_maps(layer, maps)

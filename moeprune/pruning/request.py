@@ -13,7 +13,7 @@ from moeprune.errors import MoepruneError
 from moeprune.evaluation.request import EvalRequest
 from moeprune.models.request import Checkpoint
 from moeprune.models.runtime import Runtime
-from moeprune.plan import RANK, Method, Share, Wanted, WantedCompensation, WantedScope, WantedSignal
+from moeprune.plan import LOW_RANK, RANK, Method, Share, Wanted, WantedCompensation, WantedScope, WantedSignal
 from moeprune.records import Request, option
 
 AMOUNTS = ("keep", "mass", "max_size", "max_flops", "max_accuracy_drop", "plan")
@@ -87,13 +87,13 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     ] = None
     rank: Annotated[
         Annotated[int, msgspec.Meta(ge=1)] | None,
-        option("With low-rank: the mean rank of the dropped experts' linear maps.", show_default="8"),
+        option("With low-rank(-lstsq): the mean rank of the dropped experts' linear maps.", show_default="8"),
     ] = None
     energy: Annotated[
         float | None,
         option(
             "With lstsq, affine or refit: use the fewest output directions that hold this share of the"
-            " compensation, such as 0.99, if that is cheaper. With low-rank: use the least ranks that do.",
+            " compensation, such as 0.99, if that is cheaper. With low-rank(-lstsq): use the least ranks that do.",
             show_default="all directions",
         ),
     ] = None
@@ -136,7 +136,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         for name in (*METHOD, "energy", "rank", "width"):
             if self.plan is not None and getattr(self, name) is not None:
                 raise MoepruneError(f"`{name}` does not go with `plan`", "the plan sets it for each layer")
-        if self.rank is not None and self.compensate != "low-rank":
+        if self.rank is not None and self.compensate not in LOW_RANK:
             raise MoepruneError("`rank` goes with `--compensate low-rank`", "add it, or leave `--rank` out")
         try:
             self._check_method()
@@ -169,7 +169,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         signal: Any = wanted.signal_for("mean" if wanted.compensate == "auto" else wanted.compensate)
         width = None if self.width is None else 1
         if wanted.compensate != "auto":
-            is_open = wanted.compensate == "low-rank" and self.energy is None
+            is_open = wanted.compensate in LOW_RANK and self.energy is None
             rank = self.rank or (RANK if is_open else None)
             method = Method(wanted.concrete_scope, signal, wanted.compensate, self.mass, self.energy, rank)
         else:

@@ -15,11 +15,11 @@ PALETTE = {
     "ink": "#1b1f24", "faint": "#59636e", "rule": "#d5dae0", "heat": "#d9480f",
     "c0": "#0072b2", "c1": "#d55e00", "c2": "#009e73", "c3": "#cc79a7",
     "c4": "#56b4e9", "c5": "#b58900", "c6": "#7a5cc0", "c7": "#8b8f94",
-    "c8": "#8c564b", "c9": "#c2255c", "c10": "#2b8a3e",
+    "c8": "#8c564b", "c9": "#c2255c", "c10": "#2b8a3e", "c11": "#2f3e9e",
 }  # fmt: skip
 """Colours by the names of the page's CSS variables, as on a light background."""
 INK, FAINT, RULE = PALETTE["ink"], PALETTE["faint"], PALETTE["rule"]
-COLORS = [PALETTE[f"c{index}"] for index in range(11)]  # of parts of a model, or of compensations; masses have none
+COLORS = [PALETTE[f"c{index}"] for index in range(12)]  # of parts of a model, or of compensations; masses have none
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "moeprune", "image.composite_image": False, "font.size": 9, "figure.dpi": 120,
     "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9,

@@ -21,7 +21,7 @@ from moeprune.report.document import Figure
 from moeprune.report.figures import COLORS, FAINT, INK, panel, percent_axis, style
 
 NAMES = (*COMPENSATIONS, "random experts")
-COLOR_OF = dict(zip(NAMES, (COLORS[i] for i in (1, 3, 4, 2, 0, 6, 8, 9, 10, 5, 7)), strict=True))
+COLOR_OF = dict(zip(NAMES, (COLORS[i] for i in (1, 3, 4, 2, 0, 6, 8, 9, 11, 10, 5, 7)), strict=True))
 """By compensation, in every picture; random experts look alike."""
 MARKER_OF = {"static": "o", "input": "^", "batch": "s"}
 POINT = 0.01  # one percentage point

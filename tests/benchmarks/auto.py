@@ -27,6 +27,7 @@ STATED = [
     {"scope": "static", "compensate": "renorm-refit"},
     {"scope": "static", "compensate": "low-rank", "rank": 4},
     {"scope": "static", "compensate": "low-rank", "rank": 8},
+    {"scope": "static", "compensate": "low-rank-lstsq", "rank": 8},
     {"scope": "input", "signal": "combine", "compensate": "none"},
     {"scope": "input", "compensate": "affine"},
 ]

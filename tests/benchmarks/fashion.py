@@ -43,6 +43,8 @@ METHODS = [
     ("static", "gram", "renorm-refit"),
     ("static", "gram", "low-rank", 4),
     ("static", "gram", "low-rank", 8),
+    ("static", "gram", "low-rank-lstsq", 4),
+    ("static", "gram", "low-rank-lstsq", 8),
     ("static", "combine", "linear"),
     ("static", "auto", "auto"),
 ]

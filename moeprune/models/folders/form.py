@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from moeprune import __version__
 from moeprune.errors import MoepruneError
-from moeprune.plan import LayerPlan, Plan, plan_from_json, require_decided
+from moeprune.plan import LOW_RANK, LayerPlan, Plan, plan_from_json, require_decided
 from moeprune.records import to_json
 
 Form = Literal["drop-in", "custom-code"]
@@ -19,7 +19,7 @@ KEY, CODE = "moeprune", "modeling_moeprune.py"
 PREFIX = "moeprune_"  # of the model type
 CLASSES = "PrunedMoEConfig", "PrunedMoEForCausalLM"
 DROP_IN = ("renorm", "renorm-refit")
-WITH_CODE = ("none", "mean", "lstsq", "affine", "low-rank", "linear")
+WITH_CODE = ("none", "mean", "lstsq", "affine", *LOW_RANK, "linear")
 """Compensations of folders of either form."""
 IN_WORDS: Mapping[Form, str] = {
     "drop-in": "drop-in: whatever loads the full model loads it",
@@ -37,7 +37,7 @@ from moeprune.models.folders.remote import pruned_classes
 
 def is_drop_in(plan: LayerPlan) -> bool:
     """Return True if a layer is of its old kind when it is pruned, with fewer or narrower experts."""
-    nothing_more = not plan.drops and plan.compensation in ("none", "low-rank")
+    nothing_more = not plan.drops and plan.compensation in ("none", *LOW_RANK)
     return plan.compensation in DROP_IN or nothing_more or not (plan.drops or plan.width is not None)
 
 
