@@ -197,7 +197,7 @@ def test_budgets_and_plans_on_the_command_line(vit, vit_analysis, run_json, tmp_
     assert planned["model"] is None
     layers = json.loads((tmp_path / "plan.json").read_text())["plan"]
     assert planned["plan"] == layers
-    assert {layer["kept"] for layer in layers.values()} == {None}
+    assert all(layer["kept"] is None for layer in layers.values() if layer["k"])  # for the signal to choose
     found = run_json(f"{small} --one-shot -o {tmp_path}/a.safetensors --save-plan {tmp_path}/final.json")
     assert found["model"]["bytes"] <= 0.4 * found["full_model"]["bytes"]
     assert found["model"]["bytes"] > 0.36 * found["full_model"]["bytes"]

@@ -22,7 +22,7 @@ from moeprune.models.architecture import ModelConfig
 from moeprune.plan import LOW_RANK, LayerPlan, Method, Plan, require_fitting_plan, uniform_plan
 from moeprune.pruning.compensation import too_large_refits
 
-EMPTY = (*LOW_RANK, "linear")  # compensations that can do without experts
+EMPTY = ("mean", "lstsq", "affine", *LOW_RANK, "linear")  # compensations that can do without experts
 
 
 class TooSmall(MoepruneError):
