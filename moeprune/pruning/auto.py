@@ -4,8 +4,8 @@ All candidates are fitted from the same sums: one pass of the full model over th
 which waits at each layer until every candidate has pruned it. Then all of them, and the full model, predict the last
 quarter. The distance of two predictions is the total variation of their probabilities (half the sum of absolute
 differences), which bounds how often they disagree; without a head, the change of the features as a share of their
-square. Of the candidates that are nearly as near as the nearest one (within SAME), the cheapest wins; those that cost
-more than the full model are not tried. Labels are not used.
+square. Of the candidates that are surely nearly as near as the nearest one (within SAME, with the standard error of the
+difference), the cheapest wins; those that cost more than the full model are not tried. Labels are not used.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FEWEST_TOKENS, MOST_TOKENS = 1 << 14, 1 << 17  # of text that candidates are com
 MOST_LAYERS = 8  # of a language model that are pruned for it
 MOST_REGRESSORS = 1500  # of refits that `auto` tries: beyond, `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
-SAME = 0.015  # differences of distances that do not count
+SAME = 0.015  # differences of distances that do not count, with their standard error
 RANKS, MOST_RANKS = (1, 2, 4, 8), 2  # of LOW_RANK with a stated number of experts: the largest of these that pay
 RANKS_OF_BUDGETS = (1, 2, 4, 8, 16)
 WIDTHS_OF_BUDGETS = ("1/2", "1/4")  # shares of the hidden units that more experts can be had for
@@ -313,7 +313,8 @@ def compare(models: Sequence[Model], full: Model, data: Dataset, runtime: Runtim
 
 
 def select(distances: Sequence[Tensor], costs: Sequence[float], same: float = SAME) -> int:
-    """Return the cheapest of the candidates whose mean distance is the same as the least one, or nearly so.
+    """Return the cheapest of the candidates whose mean distance over inputs is the same as the least one, or nearly so:
+    the difference and its standard error together are no more than `same`.
 
     >>> near, nearly, far = torch.tensor([0.1, 0.3]), torch.tensor([0.11, 0.31]), torch.tensor([0.9, 0.8])
     >>> select([near, nearly, far], [3, 2, 1])
@@ -321,5 +322,11 @@ def select(distances: Sequence[Tensor], costs: Sequence[float], same: float = SA
     """
     means = [float(each.mean()) if bool(each.isfinite().all()) else math.inf for each in distances]
     nearest = min(range(len(means)), key=means.__getitem__)
-    near = [index for index, mean in enumerate(means) if mean - means[nearest] <= same]
-    return min(near, key=lambda index: (costs[index], means[index]), default=nearest)
+
+    def is_near(index: int) -> bool:
+        more = distances[index] - distances[nearest]
+        error = float(more.std()) / math.sqrt(len(more)) if len(more) > 1 else 0.0
+        return means[index] - means[nearest] + error <= same
+
+    near = [index for index in range(len(means)) if index == nearest or is_near(index)]
+    return min(near, key=lambda index: (costs[index], means[index]))
