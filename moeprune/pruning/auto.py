@@ -47,7 +47,7 @@ from moeprune.plan import (
 )
 from moeprune.pruning.apply import Pruning, apply_plan
 from moeprune.pruning.compensation import too_large_refits
-from moeprune.pruning.results import Candidate, Repeats
+from moeprune.pruning.results import SAME, Candidate, Repeats
 
 logger = logging.getLogger(__name__)
 MOST_INPUTS, FEWEST_INPUTS = 2048, 192  # that candidates are compared on; a quarter of them held out
@@ -56,7 +56,6 @@ FEWEST_TOKENS, MOST_TOKENS = 1 << 14, 1 << 17  # of text that candidates are com
 MOST_LAYERS = 8  # of a language model that are pruned for it
 MOST_REGRESSORS = 1500  # of refits that `auto` tries: beyond, `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
-SAME = 0.015  # differences of distances that do not count, with their standard error
 RANKS, MOST_RANKS = (1, 2, 4, 8), 2  # of LOW_RANK with a stated number of experts: the largest of these that pay
 RANKS_OF_BUDGETS = (1, 2, 4, 8, 16)
 WIDTHS_OF_BUDGETS = ("1/2", "1/4")  # shares of the hidden units that more experts can be had for
@@ -316,7 +315,7 @@ def select(distances: Sequence[Tensor], costs: Sequence[float], same: float = SA
     """Return the cheapest of the candidates whose mean distance over inputs is the same as the least one, or nearly so:
     the difference and its standard error together are no more than `same`.
 
-    >>> near, nearly, far = torch.tensor([0.1, 0.3]), torch.tensor([0.11, 0.31]), torch.tensor([0.9, 0.8])
+    >>> near, nearly, far = torch.tensor([0.1, 0.3]), torch.tensor([0.105, 0.305]), torch.tensor([0.9, 0.8])
     >>> select([near, nearly, far], [3, 2, 1])
     1
     """

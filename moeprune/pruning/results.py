@@ -44,6 +44,7 @@ class Search(Result, frozen=True):
 
 
 OVERFITTED = 3.0
+SAME = 0.01  # difference of the distances of candidates, with its standard error, that does not count
 NEGLIGIBLE = 0.01  # of the square of a layer's output
 
 

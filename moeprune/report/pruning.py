@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 from moeprune.models.folders.form import IN_WORDS
-from moeprune.pruning.results import Candidate, FitQuality, Pruned, Repeats
+from moeprune.pruning.results import SAME, Candidate, FitQuality, Pruned, Repeats
 from moeprune.report.document import Block, Cell, Document, Facts, Lines, Table
 from moeprune.report.words import amount, ci95, flops_in_words, keep_in_words, percent, plan_in_words, plural, points
 
@@ -55,7 +55,7 @@ def _candidates(candidates: Sequence[Candidate]) -> Table:
     layers, of_all = candidates[0].layers, len(candidates[0].k)
     what = plural(candidates[0].samples, "held-out input")
     what += f", with {layers} of {of_all} layers pruned" if layers < of_all else ""
-    near = f"{1.5 * layers / of_all:.2g}"
+    near = f"{100 * SAME * layers / of_all:.2g}"
     wins = f"the cheapest surely within {near} of the least wins"
     title = f"tried on {what}: change of the predictions (total variation); {wins}"
     return Table(("compensation", "kept", "change\n%", "size\n%", "FLOPs\n%"), rows, title)
