@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import moeprune
+from moeprune.layers.surgery import Calibrated, prune_layer
+from moeprune.plan import LayerPlan
 from tests.test_soft_moe import (
     COMPENSATIONS,
     SCOPES,
@@ -79,6 +81,18 @@ CASES = [  # each way meets each scope, each scope each compensation
 @pytest.mark.parametrize(("trace", "scope", "compensation"), CASES)
 def test_graphs_of_layers_compute_the_same(trace, scope, compensation):
     layer = layer_of(scope, compensation)
+    traced = trace(layer, tokens(4))
+    for b in (4,) if trace is export_for_a_size else (1, 4, 9):
+        assert relative_error(traced(tokens(b)), layer(tokens(b))) < 2e-6, b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trace", WAYS)
+def test_maps_of_different_ranks(trace):
+    plan = LayerPlan("static", 2, N, "combine", "low-rank-lstsq", (1, 3), rank=2, ranks=(1, 0, 3))
+    layer = prune_layer(dense_layer(dtype=torch.float32), plan, Calibrated(term_mean=surrogates()))
+    for buffer in (layer.low_rank_in, layer.low_rank_out):
+        buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)))
     traced = trace(layer, tokens(4))
     for b in (4,) if trace is export_for_a_size else (1, 4, 9):
         assert relative_error(traced(tokens(b)), layer(tokens(b))) < 2e-6, b
