@@ -35,6 +35,18 @@ def parse_keep(keep: str | float, option: str = "--keep", what: str = "experts")
     return value
 
 
+def parse_rank(rank: str) -> int | float:
+    """Read a mean rank: a number such as `8`, or a share of one such as `1/4`, for which few maps have a rank at all.
+
+    Returns an int of at least 1 or a float below 1; anything else is a MoepruneError.
+
+    >>> parse_rank("8"), parse_rank("1/4")
+    (8, 0.25)
+    """
+    found = parse_keep(rank, "--rank", "directions")
+    return int(found) if found >= 1 else float(found)
+
+
 def keep_to_text(keep: Fraction | int) -> str:
     """Return what `parse_keep` reads: `1.0` for all experts, `1` for one."""
     return "1.0" if isinstance(keep, Fraction) and keep == 1 else str(keep)

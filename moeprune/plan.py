@@ -37,6 +37,7 @@ RANK = 8  # of LOW_RANK, unless it is stated
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+Rank = Positive | Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Energy = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 
@@ -83,8 +84,8 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
             mass; None: k of them.
         merged_into: with `merge`, the kept expert that each dropped one, ascending, is folded into; None
             until data has decided.
-        rank: with LOW_RANK, the mean rank of the maps. With `lstsq`, `affine` and `refit` the number of
-            output directions that they use; None: all.
+        rank: with LOW_RANK, the mean rank of the maps, with scope `static` perhaps less than 1. With `lstsq`,
+            `affine` and `refit` the number of output directions that they use; None: all.
         energy: with these four, the share of their energy that decides the rank. The last three take all directions
             if that is cheaper.
         ranks: with LOW_RANK, the rank of the map of each expert in `mapped`; None until data has decided.
@@ -99,7 +100,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
     kept: tuple[Count, ...] | None = None
     mass: Share | None = None
     merged_into: tuple[int, ...] | None = None
-    rank: Positive | None = None
+    rank: Rank | None = None
     energy: Energy | None = None
     ranks: tuple[Count, ...] | None = None
     width: Positive | None = None
@@ -120,6 +121,10 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         yield keeps, f"compensation `linear` keeps no expert, `k` is {k}"
         is_open = compensation in LOW_RANK and self.rank is None and self.energy is None
         yield is_open, f"compensation `{compensation}` needs a `rank` or an `energy`"
+        is_part = self.rank is not None and self.rank < 1
+        needed = f"expected a whole number; a share goes with `{'` or `'.join(LOW_RANK)}` and scope `static`"
+        is_whole = compensation not in LOW_RANK or self.scope != "static"
+        yield is_part and is_whole, f"`rank` is {self.rank}, {needed}"
         if self.ranks is not None:
             yield compensation not in LOW_RANK, f"`ranks` go with compensation `{'` or `'.join(LOW_RANK)}` only"
             maps = n - k if self.scope == "static" else n
@@ -248,8 +253,11 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         are decided.
         """
         maps = self.num_experts - self.k if self.scope == "static" else self.num_experts
-        counts = Counter({self.rank or 0: maps} if self.ranks is None else self.ranks)
-        return {rank: counts[rank] for rank in sorted(counts, reverse=True) if rank and counts[rank]}
+        if self.ranks is None:
+            rank = self.rank or 0
+            return {1: max(1, int(rank * maps))} if 0 < rank < 1 else {int(rank): maps} if rank and maps else {}
+        counts = Counter(self.ranks)
+        return {rank: counts[rank] for rank in sorted(counts, reverse=True) if rank}
 
     @property
     def has_basis(self) -> bool:
@@ -273,7 +281,7 @@ class Method(Record, frozen=True):
     compensate: Compensation = "none"
     mass: Share | None = None
     energy: Energy | None = None
-    rank: Positive | None = None
+    rank: Rank | None = None
     width: str | None = None
 
     def plan(
@@ -296,7 +304,7 @@ class Method(Record, frozen=True):
         return self.plan(k, layer.num_experts, kept, width)
 
     def __str__(self) -> str:
-        rank = "" if self.rank is None else f" of rank {self.rank}"
+        rank = "" if self.rank is None else f" of rank {self.rank:g}"
         width = "" if self.width is None else f" with {self.width} of the hidden units"
         return f"scope {self.scope}, signal {self.signal} and compensation {self.compensate}{rank}{width}"
 
@@ -309,7 +317,7 @@ class Wanted(Record, frozen=True):
     compensate: WantedCompensation = "auto"
     mass: Share | None = None
     energy: Energy | None = None
-    rank: Positive | None = None
+    rank: Rank | None = None
     width: str | None = None
 
     @property

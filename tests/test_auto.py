@@ -65,7 +65,7 @@ def test_the_cheapest_of_the_candidates_near_the_nearest_is_taken(tried, model, 
         assert one["flops"] == pytest.approx(cost.flops_per_input.total / full.flops_per_input.total)
     assert all(one["size"] < 1 and one["flops"] < 1 for one in candidates)  # others are not tried: low-rank of rank 2
     ranks = {name: {one["rank"] for one in candidates if one["compensate"] == name} for name in LOW_RANK}
-    assert ranks == {"low-rank": {1}, "low-rank-lstsq": {1, 2}}
+    assert ranks == {"low-rank": {1, 0.25}, "low-rank-lstsq": {2, 0.5, 0.25}}
     nearest = min(changes.values(), key=np.mean)
     more = {index: each - nearest for index, each in changes.items()}
     near = [i for i, each in more.items() if each.mean() + each.std(ddof=1) / len(each) ** 0.5 <= 0.01]

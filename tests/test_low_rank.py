@@ -151,6 +151,36 @@ def test_flops_of_dynamic_slots_count_padded_tokens(tokens):
     assert counted(SoftMoE(config, plan), torch.randn(2, tokens, 8)) == 2 * config.flops(tokens, plan).total
 
 
+@pytest.mark.parametrize("rank", [0.25, 0.5, 1])
+def test_a_mean_rank_below_one_spends_few_directions_in_all(rank, tmp_path):
+    full, data = model_and_data(tmp_path, samples=60)
+    pruned = moeprune.prune(full, keep=1, compensate="low-rank-lstsq", rank=rank, data=data, runtime=CPU)
+    moeprune.save(pruned, tmp_path / "pruned.safetensors")
+    loaded = moeprune.load(tmp_path / "pruned.safetensors")
+    assert loaded.plan == pruned.plan
+    for layer in loaded.moe_layers.values():
+        assert (layer.plan.rank, sum(layer.plan.ranks)) == (rank, 4 * rank)
+        assert len(layer.low_rank_in) == 4 * rank
+        expected = SoftMoE(layer.config, layer.plan.replace(ranks=None))
+        assert expected.low_rank_in.shape == layer.low_rank_in.shape  # what a budget counts on
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"scope": "input"}, "`rank` is 0.5, expected a whole number; a share goes with"),
+        ({"compensation": "affine"}, "`rank` is 0.5, expected a whole number; a share goes with"),
+        ({"rank": 3, "ranks": (1, 2)}, "`ranks` has 2 numbers, expected 3: one for each map"),
+        ({"rank": 3, "compensation": "affine", "ranks": (1, 2, 1)}, "`ranks` go with compensation `low-rank`"),
+        ({"rank": 3, "scope": "input", "ranks": (1, 2, 1, 1, 1)}, "`ranks` differ or are 0"),
+    ],
+)
+def test_ranks_that_do_not_fit_a_plan_are_refused(fields, said):
+    with pytest.raises(moeprune.MoepruneError) as error:
+        plan_of(**({"rank": 0.5} | fields))
+    assert said in error.value.message
+
+
 def test_a_rank_above_the_number_of_directions_is_refused(tmp_path):
     full, data = model_and_data(tmp_path, samples=10)
     with pytest.raises(moeprune.MoepruneError, match="has 12 directions, the plan has rank 13"):

@@ -234,7 +234,7 @@ WRONG_LAYERS = [
     ({"k": 1, "scope": "input", "mass": True}, "`mass`: expected `float | null`, got `bool`"),
     ({**FITTED, "rank": 2, "energy": 0.5}, "do not go together"),
     ({**FITTED, "rank": 0}, "`rank`: expected `int` >= 1, found 0"),
-    ({**FITTED, "rank": 2.5}, "`rank`: expected `int | null`, got `float`"),
+    ({**FITTED, "rank": 2.5}, "`rank`: expected `float` < 1.0, found 2.5"),
     ({**FITTED, "energy": 1}, "`energy`: expected `float` < 1"),
     ({**FITTED, "energy": "much"}, "`energy`: expected `float | null`, got `str`"),
     ({**FITTED, "rank": 4, "compensation": "mean"}, "goes with the compensations lstsq, affine, refit"),

@@ -161,7 +161,7 @@ class LayerConfig:
         shapes = self.with_width(plan.width).expert_shapes(plan.stored_experts)
         if plan.compensation != "linear":
             shapes = self.router_shapes(plan.routed_experts) | shapes
-        width = plan.rank if plan.has_basis and plan.rank else out
+        width = int(plan.rank) if plan.has_basis and plan.rank else out
         if plan.has_surrogate:
             shapes["surrogate"] = (plan.routed_experts, p, width)
         if plan.is_low_rank:
@@ -202,7 +202,7 @@ class LayerConfig:
             return Flops(round(r * self.expert_flops(m, n)), round(r * self.router_flops(m, n, n)))
         k: float = n if plan.merges else plan.k
         running, applied = usage or (k, k)
-        width = plan.rank if plan.has_basis and plan.rank else out
+        width = int(plan.rank) if plan.has_basis and plan.rank else out
         others = n - plan.k if plan.scope == "static" else n
         rows = m + 1 if self.uses_mean_token else m
         compensation: float = 2 * rows * self.dim * width if plan.has_affine else 0

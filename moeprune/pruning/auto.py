@@ -56,8 +56,9 @@ FEWEST_TOKENS, MOST_TOKENS = 1 << 14, 1 << 17  # of text that candidates are com
 MOST_LAYERS = 8  # of a language model that are pruned for it
 MOST_REGRESSORS = 1500  # of refits that `auto` tries: beyond, `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
-RANKS, MOST_RANKS = (1, 2, 4, 8), 2  # of LOW_RANK with a stated number of experts: the largest of these that pay
-RANKS_OF_BUDGETS = (1, 2, 4, 8, 16)
+RANKS = (0.25, 0.5, 1, 2, 4, 8)  # of LOW_RANK with a stated number of experts; of those that pay,
+TRIED_RANKS = (1, 3, 4)  # the largest, a quarter, and an eighth of it
+RANKS_OF_BUDGETS = (0.25, 1, 2, 4, 8, 16)
 WIDTHS_OF_BUDGETS = ("1/2", "1/4")  # shares of the hidden units that more experts can be had for
 TRIED_STATIC: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "refit", "renorm-refit", *LOW_RANK)
 TRIED_ROUTED: tuple[Compensation, ...] = ("mean", "lstsq", "affine", *LOW_RANK)
@@ -126,18 +127,21 @@ def possible_scope(wanted: Wanted, layers: Mapping[str, LayerConfig]) -> Scope:
     return scope if all(scope in layer.scopes for layer in layers.values()) else "input"
 
 
-def _method(wanted: Wanted, compensation: str, rank: int | None, has_data: bool = True) -> Method:
+def _method(wanted: Wanted, compensation: str, rank: int | float | None, has_data: bool = True) -> Method:
     signal: Any = wanted.signal_for(compensation, has_data)
     scope, compensate = wanted.concrete_scope, cast("Compensation", compensation)
     return Method(scope, signal, compensate, wanted.mass, wanted.energy, rank, wanted.width)
 
 
-def _ranks(wanted: Wanted, layers: Mapping[str, LayerConfig], ranks: Sequence[int] = (RANK,)) -> list[int | None]:
+def _ranks(
+    wanted: Wanted, layers: Mapping[str, LayerConfig], ranks: Sequence[int | float] = (RANK,)
+) -> list[int | float | None]:
     """Return the ranks to try: at most half the width of an expert, with as many weights as half of an expert."""
     if wanted.compensate not in LOW_RANK or wanted.rank is not None or wanted.energy is not None:
         return [wanted.rank]
     most = max(1, min(min(layer.dim, layer.output_width, layer.expert_width // 2) for layer in layers.values()))
-    return [*dict.fromkeys(min(rank, most) for rank in ranks)]
+    is_static = wanted.concrete_scope == "static"
+    return [*dict.fromkeys(min(rank, most) for rank in ranks if is_static or rank >= 1)]
 
 
 def affordable(plans: Sequence[Plan], layers: Mapping[str, LayerConfig]) -> list[Plan]:
@@ -212,7 +216,7 @@ def _trial(model: Model, plans: Sequence[Plan], data: Dataset) -> tuple[int, lis
 
 def _cheaper(model: Model, plans: Sequence[Plan]) -> list[Plan]:
     """Return the plans with fewer weights (scope `static`) and FLOPs than the full model, all if there is none; those
-    of LOW_RANK of the highest ranks alone, unless each has its own number of experts.
+    of LOW_RANK of a few ranks alone, unless each has its own number of experts.
     """
     layers, full = model.config.moe_layers, model.config.flops({}).total
 
@@ -230,7 +234,7 @@ def _cheaper(model: Model, plans: Sequence[Plan]) -> list[Plan]:
         if first.is_low_rank:
             kept = first.compensation, *(layer.k for layer in plan.values())
             counts[kept] += 1
-            if counts[kept] > MOST_RANKS:
+            if counts[kept] not in TRIED_RANKS:
                 continue
         found.append(plan)
     return found

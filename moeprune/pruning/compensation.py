@@ -162,7 +162,7 @@ def narrowed(layer: MoELayer, wanted: LayerPlan, power: Tensor, tokens: int) -> 
     assert layer.plan is not None
     added = layer.rows()
     energies, directions = torch.linalg.eigh(added.mT @ power.to("cpu", torch.float64) @ added)
-    rank = wanted.rank
+    rank = None if wanted.rank is None else int(wanted.rank)
     if rank is None:
         assert wanted.energy is not None
         held = energies.flip(0).clamp_min(0).cumsum(0)

@@ -84,7 +84,7 @@ def fit_low_rank(stage: Stage, plan: LayerPlan) -> tuple[LayerPlan, Maps, float]
     found, gap = [], 0.0
     for start, count, halves, around in _moments_of(stage, plan.mapped):
         of_chunk = known.setdefault(start, {})
-        ridge, more = choose_ridge(halves, min(plan.rank or most, most), of_chunk)
+        ridge, more = choose_ridge(halves, max(1, min(int(plan.rank or most), most)), of_chunk)
         gap += more
         for some in torch.arange(count).split(CHOOSING):
             moments = (halves[0].select(some) + halves[1].select(some)).centred()
@@ -104,7 +104,8 @@ def _most_directions(config: LayerConfig, plan: LayerPlan) -> int:
     most = min(config.dim, config.output_width)
     if plan.rank is None:
         return max(1, min(most, config.expert_width // 2))
-    return max([min(most, plan.rank if plan.scope != "static" else SPREAD * plan.rank), *(plan.ranks or ())])
+    wanted = int(plan.rank) if plan.scope != "static" else max(SPREAD, int(SPREAD * plan.rank))
+    return max([min(most, wanted), *(plan.ranks or ())])
 
 
 def decided_ranks(plan: LayerPlan, energies: Tensor) -> tuple[int, ...]:
@@ -121,7 +122,7 @@ def decided_ranks(plan: LayerPlan, energies: Tensor) -> tuple[int, ...]:
         if rank is None:
             assert plan.energy is not None
             rank = 1 + int((energies.sum(0).cumsum(0) < plan.energy * total).sum())
-        return (min(rank, most),) * count
+        return (min(int(rank), most),) * count
     ends = torch.tensor([*(rank for rank in LADDER if rank < most), most])
     lengths = ends.diff(prepend=ends.new_zeros(1)).repeat(count)  # of the steps from rank to rank (e·s)
     held = energies.cumsum(1)[:, ends - 1]
@@ -130,7 +131,7 @@ def decided_ranks(plan: LayerPlan, energies: Tensor) -> tuple[int, ...]:
     if plan.rank is None:
         is_wanted = steps[order].cumsum(0) - steps[order] < (plan.energy or 0) * total
     else:
-        is_wanted = lengths[order].cumsum(0) <= plan.rank * count
+        is_wanted = lengths[order].cumsum(0) <= max(1, plan.rank * count)
     taken = order[is_wanted & ((steps / lengths)[order] > NEGLIGIBLE * total)]
     ranks = lengths.new_zeros(count).index_add_(0, taken // len(ends), lengths[taken])
     return tuple(ranks.tolist())

@@ -58,7 +58,7 @@ class PruneOptions(TypedDict, total=False):
     signal: str | None
     compensate: str | None
     energy: float | None
-    rank: int | None
+    rank: str | float | None
     repeat: int | None
     one_shot: bool
     seed: int

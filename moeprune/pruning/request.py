@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from moeprune.amounts import parse_budget, parse_keep
+from moeprune.amounts import parse_budget, parse_keep, parse_rank
 from moeprune.data.spec import DataSpec
 from moeprune.errors import MoepruneError
 from moeprune.evaluation.request import EvalRequest
@@ -86,8 +86,12 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         ),
     ] = None
     rank: Annotated[
-        Annotated[int, msgspec.Meta(ge=1)] | None,
-        option("With low-rank(-lstsq): the mean rank of the dropped experts' linear maps.", show_default="8"),
+        str | None,
+        option(
+            "With low-rank(-lstsq): the mean rank of the dropped experts' linear maps, perhaps a share of one (1/4).",
+            show_default="8",
+            metavar="R",
+        ),
     ] = None
     energy: Annotated[
         float | None,
@@ -117,7 +121,8 @@ class PruneRequest(Request, frozen=True, kw_only=True):
     def wanted(self) -> Wanted:
         """Scope, signal and compensation, as far as they are given."""
         given = {name: getattr(self, name) or "auto" for name in METHOD}
-        return Wanted(**given, mass=self.mass, energy=self.energy, rank=self.rank, width=self.width)  # type: ignore[arg-type]
+        rank = None if self.rank is None else parse_rank(self.rank)
+        return Wanted(**given, mass=self.mass, energy=self.energy, rank=rank, width=self.width)  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raise a MoepruneError for fields that do not go together."""
@@ -137,7 +142,9 @@ class PruneRequest(Request, frozen=True, kw_only=True):
             if self.plan is not None and getattr(self, name) is not None:
                 raise MoepruneError(f"`{name}` does not go with `plan`", "the plan sets it for each layer")
         if self.rank is not None and self.compensate not in LOW_RANK:
-            raise MoepruneError("`rank` goes with `--compensate low-rank`", "add it, or leave `--rank` out")
+            raise MoepruneError(
+                "`rank` goes with `--compensate low-rank` or `low-rank-lstsq`", "add it, or leave `--rank` out"
+            )
         try:
             self._check_method()
         except MoepruneError as error:  # names options
@@ -170,7 +177,7 @@ class PruneRequest(Request, frozen=True, kw_only=True):
         width = None if self.width is None else 1
         if wanted.compensate != "auto":
             is_open = wanted.compensate in LOW_RANK and self.energy is None
-            rank = self.rank or (RANK if is_open else None)
+            rank = wanted.rank or (RANK if is_open else None)
             method = Method(wanted.concrete_scope, signal, wanted.compensate, self.mass, self.energy, rank)
         else:
             method = Method(wanted.concrete_scope, signal, "mean", self.mass)

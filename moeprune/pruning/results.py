@@ -4,7 +4,7 @@ from moeprune.data.spec import DataInfo
 from moeprune.evaluation.results import Difference, Environment, Interval, Latency, ModelFigures
 from moeprune.models.folders.form import Form
 from moeprune.models.results import ModelCost
-from moeprune.plan import LayerPlan
+from moeprune.plan import LayerPlan, Rank
 from moeprune.records import Report, Result
 
 
@@ -12,7 +12,7 @@ class TriedPlan(Result, frozen=True):
     """One plan of a search; k: experts by layer. size, flops: shares of the full model's."""
 
     compensate: str
-    rank: int | None
+    rank: Rank | None
     k: dict[str, int]
     size: float
     flops: float
@@ -86,7 +86,7 @@ class Candidate(Result, frozen=True):
     scope: str
     signal: str
     compensate: str
-    rank: int | None
+    rank: Rank | None
     k: dict[str, int]
     width: dict[str, int] | None
     size: float
@@ -154,7 +154,7 @@ class SweepRow(Result, frozen=True):
     scope: str | None
     signal: str | None
     compensate: str | None
-    rank: int | None
+    rank: Rank | None
     accuracy: float
     accuracy_sd: float | None
     retained: float | None

@@ -321,7 +321,7 @@ def _language(result: DemoLanguage) -> Table:
 
 
 def _compensation(row: SweepRow) -> str:
-    return row.compensate or "" if row.rank is None else f"{row.compensate} {row.rank}"
+    return row.compensate or "" if row.rank is None else f"{row.compensate} {row.rank:g}"
 
 
 def _remaining(row: SweepRow) -> tuple[str, str]:

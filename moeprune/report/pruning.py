@@ -46,7 +46,7 @@ def _candidates(candidates: Sequence[Candidate]) -> Table:
     """Return what was compared on held-out inputs, and what was chosen."""
     rows: list[Sequence[Cell] | None] = []
     for each in sorted(candidates, key=lambda each: each.distance):
-        rank = "" if each.rank is None else f" of rank {each.rank}"
+        rank = "" if each.rank is None else f" of rank {each.rank:g}"
         kept = "/".join(dict.fromkeys(str(k) for k in each.k.values()))
         if each.width is not None:
             kept += f" of width {'/'.join(dict.fromkeys(map(str, each.width.values())))}"

@@ -39,7 +39,7 @@ def sweep(result: Sweep) -> Document:
 
 def _way(row: SweepRow) -> str:
     """Return scope, signal and compensation; of `auto` what it has chosen."""
-    rank = "" if row.rank is None else f" {row.rank}"
+    rank = "" if row.rank is None else f" {row.rank:g}"
     way = f"{row.scope} {row.signal} {row.compensate}{rank}"
     return f"auto: {row.compensate}{rank}" if row.label == "auto" else way
 
@@ -78,7 +78,7 @@ def _answer(rows: Sequence[SweepRow]) -> Iterator[str]:
             yield f"{start} none of these ways to prune"
             continue
         how = f"--keep {best.keep} --scope {best.scope} --signal {best.signal} --compensate {best.compensate}"
-        how += "" if best.rank is None else f" --rank {best.rank}"
+        how += "" if best.rank is None else f" --rank {best.rank:g}"
         yield f"{start} {percent(getattr(best, cost))} at {percent(best.accuracy, 2)} by `{how}`"
     controls = [row.compensate or "" for row in _near(rows) if row.keep == "0"]
     if "linear" in controls:

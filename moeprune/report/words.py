@@ -71,7 +71,7 @@ def plan_in_words(plan: LayerPlan, with_kept: bool = False) -> str:
     if plan.compensation == "linear":
         return f"a linear map in place of {plan.num_experts} experts and their router"
     has_rank = plan.has_basis or plan.is_low_rank
-    rank = f" in {plural(plan.rank or 0, 'direction')}" if has_rank else ""
+    rank = f" in {plural(int(plan.rank or 0), 'direction')}" if has_rank else ""
     rank = f" of rank {_mean_rank(plan)}" if has_rank and plan.is_low_rank else rank
     width = "" if plan.width is None else f", {plural(plan.width, 'hidden unit')} each"
     kept = f": {plain(plan.kept)}" if with_kept and plan.kept is not None else ""
@@ -80,7 +80,7 @@ def plan_in_words(plan: LayerPlan, with_kept: bool = False) -> str:
 
 def _mean_rank(plan: LayerPlan) -> str:
     ranks = plan.ranks or [plan.rank or 0]
-    return f"{ranks[0]}" if len({*ranks}) == 1 else f"{sum(ranks) / len(ranks):.2g} on average"
+    return f"{ranks[0]:g}" if len({*ranks}) == 1 else f"{sum(ranks) / len(ranks):.2g} on average"
 
 
 def keep_in_words(keep: str) -> str:

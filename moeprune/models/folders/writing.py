@@ -237,7 +237,7 @@ def _section(folder: ModelFolder, plan: Plan, provenance: Mapping[str, Any]) -> 
         kept = f"{count} of {folder.num_experts} experts, {chosen}"
         repaired = " and the last linears of kept experts are refitted" if first.compensation == "renorm-refit" else ""
     if has_code:
-        rank = "" if first.rank is None else f" of rank {first.rank}"
+        rank = "" if first.rank is None else f" of rank {first.rank:g}"
         repaired = f"; compensation: `{first.compensation}`{rank}"
     elif first.drops:
         kept += "; the routers know no others"
