@@ -68,9 +68,8 @@ def best_kept(gram: Tensor, num_experts: int, k: int, mass: Tensor | None = None
         with_lost = gram[:n] @ lost
         by_dropping, by_keeping = diagonal + 2 * with_lost, diagonal - 2 * with_lost
         kept, dropped = ((is_dropped == each).nonzero().flatten() for each in (False, True))
-        added = (
-            by_dropping[kept, None] + by_keeping[dropped] - 2 * gram[kept][:, dropped]
-        )  # one of the row, for one of the column
+        pairs = gram[kept][:, dropped]  # one of the rows to drop, and one of the columns to keep
+        added = by_dropping[kept, None] + by_keeping[dropped] - 2 * pairs
         added[group[kept, None] != group[dropped]] = torch.inf
         left = 1 - mass[is_dropped].sum()
         total = lost @ gram @ lost

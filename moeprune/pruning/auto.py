@@ -56,8 +56,8 @@ FEWEST_TOKENS, MOST_TOKENS = 1 << 14, 1 << 17  # of text that candidates are com
 MOST_LAYERS = 8  # of a language model that are pruned for it
 MOST_REGRESSORS = 1500  # of refits that `auto` tries: beyond, `low-rank` does better at less cost
 FEWEST = 8  # inputs for a comparison; with fewer, dropped experts give their means
-RANKS = (0.25, 0.5, 1, 2, 4, 8)  # of LOW_RANK with a stated number of experts; of those that pay,
-TRIED_RANKS = (1, 3, 4)  # the largest, a quarter, and an eighth of it
+RANKS = (0.25, 0.5, 1, 2, 4, 8)  # of LOW_RANK, with a stated number of experts
+TRIED_RANKS = (1, 3, 4)  # those of them that are tried, counted from the largest that costs less than the full model
 RANKS_OF_BUDGETS = (0.25, 1, 2, 4, 8, 16)
 WIDTHS_OF_BUDGETS = ("1/2", "1/4")  # shares of the hidden units that more experts can be had for
 TRIED_STATIC: tuple[Compensation, ...] = ("mean", "lstsq", "affine", "refit", "renorm-refit", *LOW_RANK)
@@ -216,7 +216,7 @@ def _trial(model: Model, plans: Sequence[Plan], data: Dataset) -> tuple[int, lis
 
 def _cheaper(model: Model, plans: Sequence[Plan]) -> list[Plan]:
     """Return the plans with fewer weights (scope `static`) and FLOPs than the full model, all if there is none; those
-    of LOW_RANK of a few ranks alone, unless each has its own number of experts.
+    of LOW_RANK with few ranks alone (TRIED_RANKS), unless each has its own number of experts.
     """
     layers, full = model.config.moe_layers, model.config.flops({}).total
 
