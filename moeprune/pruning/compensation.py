@@ -97,7 +97,7 @@ def regress(stage: Stage, layer: MoELayer, kinds: Mapping[str, int] | None = Non
     kinds, width, plan = layer.regressor_kinds() if kinds is None else kinds, layer.config.output_width, layer.plan
     assert plan is not None
     columns = *kinds.items(), plan.scope, plan.columns if plan.scope == "static" else plan  # decide the regressors
-    is_shared = "hidden" not in kinds and "bias" not in kinds
+    is_shared = "hidden" not in kinds and "bias" not in kinds and not plan.is_low_rank  # whose columns are its own
     known = stage.shared.get(("power", columns)) if is_shared else None
     halves = [RegressionSums(kinds, width, layer.fc2_weight.device, known and known[half]) for half in range(2)]
     for members, seen, gap in stage.observe(layer):

@@ -83,7 +83,7 @@ def fit_low_rank(stage: Stage, plan: LayerPlan) -> tuple[LayerPlan, Maps, float]
     most, known = _most_directions(stage.layer.config, plan), stage.shared.setdefault(("maps", *plan.mapped), {})
     found, gap = [], 0.0
     for start, count, halves, around in _moments_of(stage, plan.mapped):
-        of_chunk = known.setdefault(start, {})
+        of_chunk = known.setdefault(start, {}) if count == len(plan.mapped) else {}  # of many, maps take much memory
         ridge, more = choose_ridge(halves, max(1, min(int(plan.rank or most), most)), of_chunk)
         gap += more
         for some in torch.arange(count).split(CHOOSING):
