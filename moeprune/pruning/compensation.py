@@ -101,11 +101,11 @@ def regress(stage: Stage, layer: MoELayer, kinds: Mapping[str, int] | None = Non
     known = stage.shared.get(("power", columns)) if is_shared else None
     halves = [RegressionSums(kinds, width, layer.fc2_weight.device, known and known[half]) for half in range(2)]
     for members, seen, gap in stage.observe(layer):
-        for half, index in zip(halves, members, strict=True):
-            half.add(seen.select(index), gap[index])
+        for which, index in enumerate(members):
+            halves[which].add(seen.select(index), gap[index])
     if is_shared:
         stage.shared["power", columns] = [half.power for half in halves]
-    first, second = (half.equations() for half in halves)
+    first, second = (halves.pop(0).equations() for _ in range(2))  # the sums of many regressors take much memory
     of_tokens = sum(kinds.get(name, 0) for name in ("token", "mean", "one"))
     groups = [size for name, size in kinds.items() if name in ("hidden", "bias", "terms")]
     found = solve_held_out((first, second), [*kinds.values()], [*groups, *([of_tokens] if of_tokens else [])])
