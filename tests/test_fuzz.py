@@ -35,12 +35,18 @@ from tests.stock import DATA, DENSE, FACTORY, SOURCE_ARGS, Stock, add_adopted, a
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_garbage() -> Iterator[None]:
-    """What other tests have left is not finalised in the depth of a recursion, which would be written to stderr."""
+def _old_objects() -> Iterator[None]:
+    """What is there before is not looked through for garbage again and again."""
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage() -> None:
+    """What other tests have left is not finalised in the depth of a recursion, which would be written to stderr."""
+    gc.collect()
 
 
 def damaged_npz(whole: bytes, chance: random.Random) -> bytes:
