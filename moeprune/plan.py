@@ -260,6 +260,11 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         return {rank: counts[rank] for rank in sorted(counts, reverse=True) if rank}
 
     @property
+    def directions(self) -> int:
+        """With LOW_RANK, the ranks of all maps together."""
+        return sum(rank * maps for rank, maps in self.maps_of_rank.items())
+
+    @property
     def has_basis(self) -> bool:
         """True if the compensation is given in few directions of the output."""
         return self.has_surrogate and self.rank is not None and not self.is_low_rank

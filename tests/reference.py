@@ -63,9 +63,7 @@ def reference_layer(
                     slot = reference_slot_output(logits[:, j, q], tokens, tensors, j, activation)
                     if static_correction and surrogate is not None:
                         slot = slot + surrogate[j, q].double()
-                elif (
-                    compensation in ("mean", "lstsq", "affine", "low-rank", "low-rank-lstsq") and surrogate is not None
-                ):
+                elif compensation in WITH_SURROGATE and surrogate is not None:
                     slot = surrogate[j, q].double()
                     if low_rank is not None:
                         into, out_of = (part[j].double() for part in low_rank)

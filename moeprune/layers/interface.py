@@ -165,8 +165,7 @@ class LayerConfig:
         if plan.has_surrogate:
             shapes["surrogate"] = (plan.routed_experts, p, width)
         if plan.is_low_rank:
-            directions = sum(rank * maps for rank, maps in plan.maps_of_rank.items())
-            shapes |= {"low_rank_in": (directions, d), "low_rank_out": (directions, out)}
+            shapes |= {"low_rank_in": (plan.directions, d), "low_rank_out": (plan.directions, out)}
         if plan.has_affine:
             of_mean = {"affine_mean": (d, width)} if self.uses_mean_token else {}
             shapes |= {"affine_token": (d, width), **of_mean, "affine_bias": (width,)}
@@ -207,9 +206,9 @@ class LayerConfig:
         rows = m + 1 if self.uses_mean_token else m
         compensation: float = 2 * rows * self.dim * width if plan.has_affine else 0
         if plan.is_low_rank:
-            maps, directions = sum(plan.maps_of_rank.values()), sum(r * c for r, c in plan.maps_of_rank.items())
+            maps = sum(plan.maps_of_rank.values())
             applied += maps
-            compensation += self.expert_rows(m) * directions * 2 * (self.dim + out)
+            compensation += self.expert_rows(m) * plan.directions * 2 * (self.dim + out)
             compensation += 2 * m * out * p * (others - maps)
         elif plan.has_surrogate:
             compensation += 2 * m * width * p * (n if plan.has_basis else others)
