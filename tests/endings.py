@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-PATIENCE = 30.0
-"""Seconds for one command on a busy machine, many times what it takes."""
+PATIENCE = 300.0
+"""Seconds for one command, a hundred times what it takes: they end what hangs, not what is slow on a busy machine."""
 
 
 class TooSlowError(BaseException):

@@ -21,6 +21,7 @@ from moeprune.files.header import read_header
 from moeprune.models.model import fingerprint, private_copy
 from moeprune.models.opening import open_model
 from moeprune.models.request import ModelSpec
+from tests.endings import PATIENCE
 from tests.stock import SOURCE_ARGS
 
 MIB = 1 << 20
@@ -197,7 +198,7 @@ def _links(request, monkeypatch):
 @pytest.mark.usefixtures("_links")
 def test_of_several_writers_one_wins(tmp_path):
     path = tmp_path / "x"
-    barrier = threading.Barrier(8, timeout=60)
+    barrier = threading.Barrier(8, timeout=PATIENCE)
     with ThreadPoolExecutor(8) as pool:
         ended = list(pool.map(lambda text: write_at_once(path, barrier, text), "abcdefgh"))
     assert ended.count(None) == 1
@@ -219,7 +220,7 @@ def test_of_two_commands_one_wins(single, tmp_path):
     path = tmp_path / "x.safetensors"
     call = f"{sys.executable} -m moeprune prune {single} --keep 4 --signal random --compensate none -o {path} --seed"
     runs = [subprocess.Popen([*call.split(), str(n)], stderr=subprocess.PIPE, text=True) for n in range(2)]
-    errors = [process.communicate(timeout=100)[1] for process in runs]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in runs]
     assert sorted(process.returncode for process in runs) == [0, 2]
     assert f"error: `{path}` exists" in "".join(errors)
     assert moeprune.load(path).details.provenance["seed"] == [p.returncode for p in runs].index(0)

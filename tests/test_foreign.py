@@ -28,6 +28,7 @@ from moeprune.files.checkpoint import check_finite
 from moeprune.files.foreign import STATE_DICT_KEYS, StateDict, read_state_dict
 from moeprune.files.pickles import MAX_CLASSES
 from tests.damage import Call, damaged_torch, mutated
+from tests.endings import PATIENCE
 from tests.stock import SHARDS, save_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about what people still have in files
@@ -226,7 +227,8 @@ def test_weights_are_mapped_not_copied(tmp_path, form):
     small = save(tmp_path / "small", form, tensors())
     path = save(tmp_path, form, large)
     ran = subprocess.run(
-        [sys.executable, "-c", SYSTEM_MEMORY, small, path], capture_output=True, text=True, check=True, timeout=100,
+        [sys.executable, "-c", SYSTEM_MEMORY, small, path],
+        capture_output=True, text=True, check=True, timeout=PATIENCE,
     )  # fmt: skip
     before, read, summed, checked, total = json.loads(ran.stdout)
     assert total == 16 * MIB

@@ -24,6 +24,7 @@ from moeprune.report.document import Document, Facts, Figure, Heading, Highlight
 from moeprune.report.experts import Masses, averaged, bars, curves, experts_of, heat_map
 from moeprune.report.html import to_html
 from moeprune.report.trade_off import draw
+from tests.endings import PATIENCE
 from tests.results import evaluation, row
 
 NASTY = "<script>alert(1)<script>&\"'<b>`x`</b>"
@@ -283,7 +284,7 @@ def browse(tmp_path):
     def browse(page, *words):
         profile = tmp_path / "profile"
         call = [CHROMIUM, *QUIET, f"--user-data-dir={profile}", *map(str, words), page.as_uri()]
-        result = subprocess.run(call, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE)
         shutil.rmtree(profile, ignore_errors=True)
         assert result.returncode == 0, result.stderr
         return result.stdout

@@ -16,10 +16,9 @@ from moeprune.__main__ import main
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
-from tests.endings import files_under, time_limit
+from tests.endings import PATIENCE, files_under, time_limit
 from tests.stock import NEEDS, WRITERS
 
-PATIENCE = 60.0
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="watches processes")
 
 

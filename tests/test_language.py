@@ -12,7 +12,7 @@ import torch
 
 import moeprune
 from moeprune.calibration.changes import changes
-from moeprune.evaluation import checkpoint, language
+from moeprune.evaluation import checkpoint
 from moeprune.evaluation.language_results import LanguageEvaluation
 from moeprune.models import runtime
 from moeprune.pruning import auto
@@ -80,7 +80,7 @@ def test_figures_are_means_over_tokens_and_intervals_over_sequences(pruned, full
 
 def test_batches_and_chunks_leave_no_trace(pruned, full, monkeypatch):
     whole = moeprune.evaluate(pruned, ids(9), full, CPU)
-    monkeypatch.setattr(language, "CHUNK", 5 * V)  # tokens of all sequences of a batch, five at a time
+    monkeypatch.setattr(runtime, "CHUNK_ON_CPU", 5 * V)
     monkeypatch.setattr(runtime, "MOST_LOGITS", 2 * 12 * V)
     parts = moeprune.evaluate(pruned, ids(9), full, CPU)
     assert parts.difference.kl == near(whole.difference.kl)
@@ -92,7 +92,7 @@ def test_comparisons_of_predictions_are_means_over_tokens_however_they_are_split
     data = moeprune.open_data(spoken(full, 9), full.input_format)
     expected = oracle(pruned, full, spoken(full, 9)[:, [*range(12), 0]])  # also of what follows the last token
     [whole] = auto.compare([pruned], full, data, CPU)
-    monkeypatch.setattr(runtime, "CHUNK", 5 * V)
+    monkeypatch.setattr(runtime, "CHUNK_ON_CPU", 5 * V)
     monkeypatch.setattr(runtime, "MOST_LOGITS", 2 * 12 * V)
     found = changes({"": pruned}, full, data, CPU, "compare")[""]
     assert float(found.divergence) == near(float(expected["kl"].mean()))

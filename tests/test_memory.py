@@ -20,6 +20,7 @@ from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.models.architecture import BlockConfig, ViTConfig
 from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
+from tests.endings import PATIENCE
 from tests.peers import has
 
 MIB = 1 << 20
@@ -52,7 +53,7 @@ def test_routed_model_holds_only_the_experts_that_inputs_chose(tmp_path):
     path = tmp_path / "model.safetensors"
     moeprune.save(moeprune.prune(model, keep=2, scope="input", signal="combine", compensate="none"), path)
     call, benchmarks = [sys.executable, "-c", RESIDENT, path], Path(__file__).parent / "benchmarks"
-    rows = json.loads(subprocess.check_output(call, text=True, timeout=100, cwd=benchmarks))
+    rows = json.loads(subprocess.check_output(call, text=True, timeout=PATIENCE, cwd=benchmarks))
     expert = 2 * config.dim * config.hidden_dim * 4
     rest = path.stat().st_size - config.num_experts * expert
     for distinct, resident in rows:

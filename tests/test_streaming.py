@@ -20,6 +20,7 @@ from moeprune.models.request import ModelSpec
 from moeprune.models.vit import SoftMoEViT
 from moeprune.pruning.checkpoint import prune_checkpoint
 from moeprune.pruning.request import PruneRequest
+from tests.endings import PATIENCE
 from tests.stock import STATIC, some_slow
 
 CHOICES = list(product(("combine", "deviation", "random"), ("none", "renorm", "mean"), ("1", "1/8", "1/1")))
@@ -126,4 +127,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert path.stat().st_size > 256 << 20
     benchmark = Path(__file__).parent / "benchmarks" / "streaming.py"
     call = [sys.executable, benchmark, path, tmp_path / "pruned.safetensors", "1/2"]
-    assert int(subprocess.check_output(call, text=True, timeout=100)) < 16  # MB
+    assert int(subprocess.check_output(call, text=True, timeout=PATIENCE)) < 16  # MB

@@ -24,7 +24,7 @@ from moeprune.evaluation.usage import UsageObserver
 from moeprune.layers.interface import Usage
 from moeprune.models.model import Model, private_copy
 from moeprune.models.results import ModelCost
-from moeprune.models.runtime import CHUNK, Runtime, fitting
+from moeprune.models.runtime import Runtime, fitting, rows_at_once
 
 LARGEST = 700.0  # exponent that a float holds
 SIDE = 0.975  # confidence of either side of an interval of 95 %
@@ -82,24 +82,17 @@ def _logits(model: Model, ids: Tensor, runtime: Runtime) -> Tensor:
 
 def _sums(logits: Sequence[Tensor], ids: Tensor) -> list[Tensor]:
     """Return the sums of FIGURES over the predicted tokens of each sequence (4,b) for each model's logits (b,s,V)."""
-    wide, (b, s, vocabulary) = wide_dtype(ids.device), logits[-1].shape
-    step, totals = max(1, CHUNK // (b * vocabulary)), [torch.zeros((), device=ids.device, dtype=wide)] * len(logits)
-    for at in range(0, s - 1, step):
-        end = min(at + step, s - 1)
-        targets = ids[:, at + 1 : end + 1]
-        expected = logits[-1][:, at:end].log_softmax(-1, dtype=wide)
+    wide, step, targets = wide_dtype(ids.device), rows_at_once(logits[-1]), ids.roll(-1, 1).flatten()
+    of_rows: list[list[Tensor]] = [[] for _ in logits]
+    for wanted, *parts in zip(targets.split(step), *(each.flatten(0, 1).split(step) for each in logits), strict=True):
+        expected = parts[-1].log_softmax(-1, dtype=wide)
         best = expected.argmax(-1)
-        for place, each in enumerate(logits):
-            found = expected if each is logits[-1] else each[:, at:end].log_softmax(-1, dtype=wide)
+        for of_model, part in zip(of_rows, parts, strict=True):
+            found = expected if part is parts[-1] else part.log_softmax(-1, dtype=wide)
             predicted = found.argmax(-1)
-            of_tokens = [
-                -found.gather(-1, targets[..., None])[..., 0],
-                predicted == targets,
-                predicted == best,
-                divergence(found, expected),
-            ]
-            totals[place] = totals[place] + torch.stack([values.sum(1, dtype=wide) for values in of_tokens])
-    return totals
+            losses = -found.gather(-1, wanted[:, None])[:, 0]
+            of_model.append(torch.stack([losses, predicted == wanted, predicted == best, divergence(found, expected)]))
+    return [torch.cat(of_model, 1).unflatten(1, ids.shape)[:, :, :-1].sum(2) for of_model in of_rows]
 
 
 def measure(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MOST_LOGITS = 1 << 26  # of a forward pass whose outputs are compared
-CHUNK = 1 << 24  # logits that are compared at once
+CHUNK, CHUNK_ON_CPU = 1 << 24, 1 << 20  # logits that are compared at once: on the CPU as many as its cache holds
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -130,9 +130,13 @@ def by_rows(compare: Callable[[Tensor, Tensor], Tensor], found: Tensor, expected
     """Compare outputs (…,c) by a function of some of their rows (r,c) that gives (r) or (r,k); return (…) or (…,k)."""
     import torch
 
-    step = max(1, CHUNK // found.shape[-1])
-    rows = zip(found.flatten(0, -2).split(step), expected.flatten(0, -2).split(step), strict=True)
+    rows = zip(*(each.flatten(0, -2).split(rows_at_once(found)) for each in (found, expected)), strict=True)
     return torch.cat([compare(*both) for both in rows]).unflatten(0, found.shape[:-1])
+
+
+def rows_at_once(outputs: Tensor) -> int:
+    """Return how many rows of outputs (…,c) are compared at once."""
+    return max(1, (CHUNK_ON_CPU if outputs.device.type == "cpu" else CHUNK) // outputs.shape[-1])
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
