@@ -24,6 +24,9 @@ from moeprune.layers.observation import masked
 from moeprune.layers.routed_rows import RoutedRows, Rows
 from moeprune.plan import LayerPlan
 
+COPIED = 48 << 10  # bytes of weights that are copied in the time that a loop takes for one expert more
+FEW = 256 << 10  # bytes that are copied faster than a loop begins
+
 
 class GatedMoE(MoELayer):
     """A layer of token-gated experts for inputs (b,m,d), or single tokens (b,d)."""
@@ -162,8 +165,10 @@ class GatedMoE(MoELayer):
         weights = (tensor for _, experts in self._parts for tensor in experts.tensors)
         if is_traced() or kernels_for(self.router_weight, *weights):
             return True
-        bytes_of_one = sum(tensor[0].nbytes for tensor in self.experts.tensors) if len(self.fc2_weight) else 0
-        return routing.chosen.numel() * bytes_of_one <= GATHERED and len(self.fc2_weight) == self.term_shape[0]
+        rows, experts = routing.chosen.numel(), len(self.fc2_weight)
+        bytes_of_one = sum(tensor[0].nbytes for tensor in self.experts.tensors) if experts else 0
+        most = min(GATHERED, max(FEW, COPIED * min(rows, experts)))
+        return rows * bytes_of_one <= most and experts == self.term_shape[0]
 
     def _run_blindly(self, tokens: Tensor, routing: Routing) -> Tensor:
         """Return the weighted outputs (t,o) of tokens (t,d), without sorting rows on the host."""
