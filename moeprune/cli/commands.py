@@ -118,9 +118,9 @@ def export(reporter: Reporter, request: ExportRequest) -> None:
 
 @command
 def demo(reporter: Reporter, request: DemoRequest) -> None:
-    """Analyze, prune and evaluate two shipped checkpoints.
+    """Analyze, prune and evaluate three shipped checkpoints.
 
-    Runs on scikit-learn's digits, in under a minute on two cores.
+    Runs on scikit-learn's digits and the sources of Python's library, in a few minutes on two cores.
     """
     from moeprune.demo.run import run_demo
 
