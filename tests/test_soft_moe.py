@@ -393,18 +393,22 @@ def test_only_experts_that_ran_get_gradients():
 
 @pytest.mark.parametrize("counts", [[3, 0, 2, 4], [0, 0, 0, 9], [9, 0, 0, 0], [1, 1, 1, 1], [0, 5, 0, 0]])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_grouped_matrix_product_equals_a_product_for_each_expert(counts, transposed):
-    """Both layouts of the weights, that of the first and that of the second matrix of an MLP; and under
-    autocast in its precision.
+@pytest.mark.parametrize("wide", [8, 6])
+def test_grouped_matrix_product_equals_a_product_for_each_expert(counts, transposed, wide):
+    """Both layouts of the weights, that of the first and that of the second matrix of an MLP, of rows that torch's own
+    grouped product takes and others; and under autocast in its precision.
     """
     generator = torch.Generator().manual_seed(4)
-    n, wide, narrow = len(counts), 8, 16
+    n, narrow = len(counts), 16
     rows = torch.randn(sum(counts), wide, generator=generator)
     weight = torch.randn((n, narrow, wide) if transposed else (n, wide, narrow), generator=generator)
     weight = weight.mT if transposed else weight
     bias = torch.randn(n, narrow, generator=generator)
     of_row = torch.arange(n).repeat_interleave(torch.tensor(counts))
-    expected = torch.einsum("rw,rwn->rn", rows.double(), weight[of_row].double()) + bias[of_row].double()
+    without = torch.einsum("rw,rwn->rn", rows.double(), weight[of_row].double())
+    assert relative_error(grouped_linear(counts, rows, weight, None), without) < 1e-5
+    assert relative_error(grouped_linear(counts, rows.double(), weight.double(), None), without) < 1e-12
+    expected = without + bias[of_row].double()
     assert relative_error(grouped_linear(counts, rows, weight, bias), expected) < 1e-5
     with torch.autocast("cpu", torch.bfloat16):
         rough = grouped_linear(counts, rows, weight, bias)
