@@ -1,12 +1,12 @@
 """What `auto` keeps beside the best method that is stated, for few and many calibration samples.
 
     python tests/benchmarks/auto.py [single] [vit] [hard] [FILE.safetensors:DATA] [--samples 100 500 2000]
-        [--max-size 0.1 0.2 0.3 0.5] [--seed 0]
+        [--max-size 0.1 0.2 0.3 0.5] [--seed 0] [--stated mean lstsq affine refit]
 
 FILE:DATA is a trained model and a spec of data with a training and a test split, such as a model of fashion.py and its
 folder. For each number of samples and each share of experts, or with --max-size of bytes, the table has the accuracy of
-`auto` as a share of the full model's, what it chose, and the best stated method that can meet it. The samples are drawn
-from the calibration split with a seed.
+`auto` as a share of the full model's, what it chose, and the best stated method that can meet it, of all or with some
+compensations. The samples are drawn from the calibration split with a seed.
 """
 
 import argparse
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--samples", nargs="*", type=int, default=[100, 500, 2000])
     parser.add_argument("--max-size", nargs="*", type=float, help="shares of the bytes, in place of those of experts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stated", nargs="*", default=[way["compensate"] for way in STATED])
     chosen = parser.parse_args()
     amounts = [{"keep": keep} for keep in KEEPS] if not chosen.max_size else [{"max_size": s} for s in chosen.max_size]
     for name in chosen.cases:
@@ -65,13 +66,13 @@ def main() -> None:
                 pruned = moeprune.prune(model, data=data, **options)
                 plan = next(iter(pruned.plan.values()))
                 of = {}
-                for way in STATED:
+                for way in (way for way in STATED if way["compensate"] in chosen.stated):
                     with suppress(moeprune.MoepruneError):  # it cannot meet the budget
                         found = moeprune.prune(model, data=data, **way, **options)
                         of[" ".join(map(str, way.values()))] = accuracy(found, test)
-                best = max(of, key=of.__getitem__)
+                best = max(of, key=of.__getitem__, default="none")
                 how = f"{plan.k} {plan.compensation} {plan.rank or ''}"
-                shares = accuracy(pruned, test) / full, of[best] / full
+                shares = accuracy(pruned, test) / full, of.get(best, 0.0) / full
                 [given] = amount.values()
                 print(f"{data.samples:7} {given:>6} {shares[0]:7.3f}  {how:24} {shares[1]:7.3f}  {best}", flush=True)
 
