@@ -8,10 +8,11 @@
     combine · outputs     -> tokens (b,m,o)
 
 Rows of all inputs are grouped by expert, so that each expert's weights are used where they lie, and once: on
-the CPU in a loop over views of the stacked weights, or, for little work, as a product of gathered copies. On
-a GPU the kernels of moeprune.layers.kernels never synchronise with the host; the loop, which does so once a
-layer, remains for gradients, float64, and platforms without Triton. In a graph that torch traces the experts of
-an input are gathered, or all experts run, so that the graph does not depend on the choice.
+the CPU as torch's grouped product or in a loop over views of the stacked weights, or, for little work, as a
+product of gathered copies. On a GPU the kernels of moeprune.layers.kernels never synchronise with the host; the
+loop, which does so once a layer, remains for gradients, float64, and platforms without Triton. In a graph that
+torch traces the experts of an input are gathered, or all experts run, so that the graph does not depend on the
+choice.
 
 Axes: b inputs, m tokens, d model width, n experts, p slots per expert, h hidden width of an expert, o output
 width; k experts run for an input, with s = k·p slots in the order of `chosen`.
