@@ -115,14 +115,12 @@ class RegressionSums:
 
     def _add_hidden(self, seen: Observation, found: Columns, gap: Tensor, size: int) -> None:
         """Add the products of what the kept experts' last linears take, weighted, summed over terms."""
-        q, dtype = found.of_tokens.shape[2], self.power.dtype
-        others = torch.cat([found.of_tokens, gap], 2)
-        for rows, with_others, with_inputs in seen.hidden_products(others, found.of_inputs, CHUNK):
-            self.power[:size, :size] += rows.mT @ rows
-            self.cross[:size] += with_others[:, q:]
-            across = torch.cat([with_others[:, :q], with_inputs], 1).to(dtype)
-            self.power[:size, size:] += across
-            self.power[size:, :size] += across.mT
+        q, others = found.of_tokens.shape[2], torch.cat([found.of_tokens, gap], 2)
+        with_others, with_inputs = seen.hidden_products(others, found.of_inputs, self.power[:size, :size])
+        self.cross[:size] += with_others[:, q:]
+        across = torch.cat([with_others[:, :q], with_inputs], 1)
+        self.power[:size, size:] += across
+        self.power[size:, :size] += across.mT
 
     def equations(self) -> Equations:
         """Return the equations, on the CPU in float64."""

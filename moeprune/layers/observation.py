@@ -12,7 +12,7 @@ experts that ran, S = n·p terms, q regressors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,13 +44,10 @@ class Observation:
             self, **{name: part.unflatten(0, (b, -1))[index].flatten(0, 1) for name, part in tensors.items()}
         )
 
-    def hidden_products(
-        self, others: Tensor, of_inputs: Tensor, workspace: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield rows H (·,e·h), and their products with values of tokens (e·h,q) and of inputs (e·h,r).
+    def hidden_products(self, others: Tensor, of_inputs: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+        """Add HᵀH to `power` (e·h,e·h); return the products Hᵀ of values of tokens (e·h,q) and of inputs (e·h,r).
 
-        H holds what the last linears of the experts that have weights take, times weights, summed over terms; rows of
-        an input may be fewer than its tokens, with the same products. Some inputs at a time, within a workspace.
+        H (·,e·h) holds what the last linears of the experts that have weights take, times weights, summed over terms.
 
         others: values of tokens (b,m,q). of_inputs: those that are the same for all of an input's (b,r).
         """
@@ -59,17 +56,19 @@ class Observation:
         taken = self.hidden(self.slot_inputs).float()
         e, p, h = taken.shape[1:]
         of_tokens = self._of_outputs(self.weights)[:, :, :e].float()
-        step = max(1, workspace // (e * h * min(self.tokens.shape[1], self.weights.shape[2:].numel())))
+        with_tokens, with_inputs = (power.new_zeros(e * h, part.shape[-1]) for part in (others, of_inputs))
+        step = max(1, WORKSPACE // (e * h * min(self.tokens.shape[1], self.weights.shape[2:].numel())))
         for some, weights, values, inputs in zip(
             *(part.split(step) for part in (taken, of_tokens, others, of_inputs)), strict=True
         ):
-            flat = weights.flatten(2)
+            flat = weights.flatten(2)  # of which fewer rows have the same products
             rows = torch.linalg.qr(flat, mode="r")[1] if e * p < flat.shape[1] else flat
             rows = torch.einsum("brjp,bjph->brjh", rows.unflatten(2, (e, p)), some).flatten(2).flatten(0, 1)
+            power += rows.mT @ rows
             with_values = (flat.mT @ values).unflatten(1, (e, p))
-            of_expert = torch.einsum("bjph,bjpq->jhq", some, with_values).flatten(0, 1)
-            of_expert_inputs = torch.einsum("bjp,bjph->bjh", weights.sum(1), some).flatten(1).mT @ inputs
-            yield rows, of_expert, of_expert_inputs
+            with_tokens += torch.einsum("bjph,bjpq->jhq", some, with_values).flatten(0, 1)
+            with_inputs += torch.einsum("bjp,bjph->bjh", weights.sum(1), some).flatten(1).mT @ inputs
+        return with_tokens, with_inputs
 
     def hidden_moments(self, experts: range, near: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Return sums over tokens of what the last linears of some of the experts that have weights take.

@@ -52,6 +52,23 @@ class Rows(NamedTuple):
         counts = torch.tensor(self.counts, dtype=torch.int64, device=self.tokens.device)
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(self.tokens))
 
+    def common(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Yield each two experts that have tokens in common, and the rows of these tokens, of either expert."""
+        order, e = self.tokens.argsort(stable=True), len(self.counts)  # by token, then by expert
+        tokens, experts, found = self.tokens[order], self.experts, []
+        for step in itertools.count(1):
+            same = (tokens[step:] == tokens[:-step]).nonzero().flatten()
+            if not len(same):
+                break
+            found.append(torch.stack([order[same], order[same + step]]))
+        if not found:
+            return
+        rows = torch.cat(found, 1)
+        cells = experts[rows[0]] * e + experts[rows[1]]
+        counts = cells.bincount(minlength=e * e).tolist()
+        parts = rows[:, cells.argsort(stable=True)].split(counts, 1)
+        yield from ((cell // e, cell % e, part[0], part[1]) for cell, part in enumerate(parts) if counts[cell])
+
     @property
     def slices(self) -> list[slice]:
         """The rows of each expert."""
@@ -106,26 +123,22 @@ class RoutedRows(Observation):
         inputs = self.tokens.flatten(0, 1)[self.rows.tokens[rows]]
         return inputs if self.row_gates is None else (inputs * self.row_gates[rows, None]).to(inputs.dtype)
 
-    def hidden_products(
-        self, others: Tensor, of_inputs: Tensor, workspace: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield what all last linears take, and its products with other values, see Observation."""
-        (b, m, _), e = others.shape, len(self.rows.counts)
+    def hidden_products(self, others: Tensor, of_inputs: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+        """Add HᵀH to `power` and return products of H, see Observation: of each two experts on their common tokens."""
+        m, e, slices = others.shape[1], len(self.rows.counts), self.rows.slices
         taken = [self.taken_by(expert) for expert in range(e)]
-        h = taken[0].shape[1]
-        rows = torch.cat(taken)
-        step = max(1, workspace // (e * h * m)) * m
-        order = self.rows.tokens.argsort(stable=True)
-        tokens, experts, others = self.rows.tokens[order], self.rows.experts[order], others.flatten(0, 1)
-        bounds = torch.searchsorted(tokens, torch.arange(0, b * m + step, step, device=tokens.device)).tolist()
-        for chunk, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            some, first = order[start:stop], chunk * step
-            here = others[first : first + step]
-            filled = rows.new_zeros(len(here), e, h)
-            filled[tokens[start:stop] - first, experts[start:stop]] = rows[some]
-            flat = filled.flatten(1)
-            of_tokens = of_inputs[torch.arange(first, first + len(here), device=tokens.device) // m]
-            yield flat, flat.mT @ here, flat.mT @ of_tokens
+        blocks, others = power.unflatten(0, (e, -1)).unflatten(2, (e, -1)), others.flatten(0, 1)
+        for one, other, rows, more in self.rows.common():
+            block = taken[one][rows - slices[one].start].mT @ taken[other][more - slices[other].start]
+            blocks[one, :, other] += block
+            blocks[other, :, one] += block.mT
+        with_tokens, with_inputs = [], []
+        for expert, rows_of_expert in enumerate(slices):
+            tokens, rows = self.rows.tokens[rows_of_expert], taken[expert]
+            blocks[expert, :, expert] += rows.mT @ rows
+            with_tokens.append(rows.mT @ others[tokens])
+            with_inputs.append(rows.mT @ of_inputs[tokens // m])
+        return torch.cat(with_tokens).to(power.dtype), torch.cat(with_inputs).to(power.dtype)
 
     def hidden_moments(self, experts: range, near: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Return sums over the rows of some experts, see Observation."""
