@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import moeprune
-from moeprune.calibration import sums
 from moeprune.calibration.sums import CROSS, Contributions, RegressionSums
+from moeprune.layers import observation
 from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
@@ -135,7 +135,7 @@ def test_sums_for_choosing_grow_neither_with_the_width_of_the_output_nor_without
 
 def test_a_refit_never_holds_hidden_units_of_all_tokens(monkeypatch):
     """Their products are summed up a few inputs at a time."""
-    monkeypatch.setattr(sums, "CHUNK", 2**14)
+    monkeypatch.setattr(observation, "WORKSPACE", 2**14)
     b, m, k, h = 256, 16, 16, 32
     config = SoftMoEConfig(16, 20, 1, h)
     plan = LayerPlan("static", k, 20, "combine", "refit", tuple(range(k)))

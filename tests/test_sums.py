@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeprune.calibration import sums as sums_module
 from moeprune.calibration.sums import RegressionSums
+from moeprune.layers import observation
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.plan import LOW_RANK, LayerPlan
 from tests.reference import reference_combine, reference_hidden, reference_router, replace
@@ -137,7 +137,7 @@ def test_sums_do_not_depend_on_how_inputs_are_batched(compensation, monkeypatch)
     gap = drawn_gap(B, M, OUT) * mask[:, :, None]
     expected = summed(layer, x, gap, mask).equations()
     found = [summed(layer, x, gap, mask, splits).equations() for splits in ((0, 1, 2, 3, 4, 5), (0, 4))]
-    monkeypatch.setattr(sums_module, "CHUNK", 1)  # one input at once
+    monkeypatch.setattr(observation, "WORKSPACE", 1)  # one input at once
     found.append(summed(layer, x, gap, mask).equations())
     for each in found:
         torch.testing.assert_close(each.power, expected.power, rtol=1e-5, atol=1e-5)
