@@ -89,7 +89,7 @@ def written(folder: Path, state: State, chance: random.Random) -> Path:
     return path
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(800, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(2000, marks=pytest.mark.slow)])
 def test_wrapped_at_random(count, tmp_path, monkeypatch):
     for name in ("compare", "difference"):  # with the library's own model, which takes most of the time
         monkeypatch.setattr(opening, name, lambda *_: skipped("not asked for"))

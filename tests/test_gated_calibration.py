@@ -12,6 +12,7 @@ import moeprune
 from moeprune.calibration.ridge import Equations, solve_held_out
 from moeprune.calibration.selection import best_by_score, best_kept
 from moeprune.calibration.sums import half_of
+from moeprune.layers import observation
 from moeprune.layers.gated_config import GatedMoEConfig
 from moeprune.layers.gated_moe import GatedMoE
 from moeprune.layers.observation import Observation
@@ -84,7 +85,7 @@ def observe(layer: GatedMoE, x: Tensor) -> tuple[Observation, Observation]:
 
 
 @pytest.mark.parametrize("config", [CONFIG, SIGMOID, INPUTS])
-def test_sums_over_rows_are_those_over_all_tokens_and_experts(config):
+def test_sums_over_rows_are_those_over_all_tokens_and_experts(config, monkeypatch):
     """As taken from outputs of all experts for all tokens, where each token counts as an input."""
     b, m, dtype = 9, 4, torch.float64
     layer = build(config).moe[0].requires_grad_(False)
@@ -114,6 +115,7 @@ def test_sums_over_rows_are_those_over_all_tokens_and_experts(config):
         near = torch.randn(2, 3, D, generator=generator)
         single = replace(dense, weights=dense.weights.flatten(0, 1)[:, None])
         pairs += zip(*(each.moments([1, 4, 6], *near)[1] for each in (rows, single)), strict=True)
+        monkeypatch.setattr(observation, "WORKSPACE", 2 * N * H)  # two inputs at once
         products = []
         for each, b_of in ((rows, of_inputs), (dense, of_inputs.repeat_interleave(m, 0))):
             others = z if each is rows else z.flatten(0, 1)[:, None]
