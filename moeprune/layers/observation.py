@@ -61,7 +61,8 @@ class Observation:
         for some, weights, values, inputs in zip(
             *(part.split(step) for part in (taken, of_tokens, others, of_inputs)), strict=True
         ):
-            flat = weights.flatten(2)  # of which fewer rows have the same products
+            flat = weights.flatten(2)
+            # R of its QR decomposition has the same products, in fewer rows
             rows = torch.linalg.qr(flat, mode="r")[1] if e * p < flat.shape[1] else flat
             rows = torch.einsum("brjp,bjph->brjh", rows.unflatten(2, (e, p)), some).flatten(2).flatten(0, 1)
             power += rows.mT @ rows

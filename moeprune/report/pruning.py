@@ -55,7 +55,7 @@ def _candidates(candidates: Sequence[Candidate]) -> Table:
     layers, of_all = candidates[0].layers, len(candidates[0].k)
     what = plural(candidates[0].samples, "held-out input")
     what += f", with {layers} of {of_all} layers pruned" if layers < of_all else ""
-    near = f"{100 * SAME * layers / of_all:.2g} %"
+    near = f"{100 * SAME * layers / of_all:.2g} pt"
     wins = f"→ the cheapest that is surely within {near} of the least"
     title = f"tried on {what}: change of the predictions (total variation); {wins}"
     return Table(("compensation", "kept", "change\n%", "size\n%", "FLOPs\n%"), rows, title)

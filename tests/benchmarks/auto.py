@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stated", nargs="*", default=[way["compensate"] for way in STATED])
     chosen = parser.parse_args()
+    ways = [way for way in STATED if way["compensate"] in chosen.stated]
     amounts = [{"keep": keep} for keep in KEEPS] if not chosen.max_size else [{"max_size": s} for s in chosen.max_size]
     for name in chosen.cases:
         model, every, test = case(name, chosen.seed)
@@ -66,7 +67,7 @@ def main() -> None:
                 pruned = moeprune.prune(model, data=data, **options)
                 plan = next(iter(pruned.plan.values()))
                 of = {}
-                for way in (way for way in STATED if way["compensate"] in chosen.stated):
+                for way in ways:
                     with suppress(moeprune.MoepruneError):  # it cannot meet the budget
                         found = moeprune.prune(model, data=data, **way, **options)
                         of[" ".join(map(str, way.values()))] = accuracy(found, test)
