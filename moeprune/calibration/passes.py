@@ -38,9 +38,16 @@ class Sequence:
 
     def __init__(self, model: Model):
         self.layers = [model.get_submodule(name) for name in model.sequence]
-        self.can_start = True  # so far each gives what the next one takes
+        self.can_start = True  # so far each has run behind the one before it, and given what that takes
         for place, layer in enumerate(self.layers):
             layer.forward = self._passed_over(place, layer.forward)
+
+    def first_pruned(self) -> int:
+        """Return the place of the first layer with a pruned MoE layer in it; 0 if there is none."""
+        for place, layer in enumerate(self.layers):
+            if any(isinstance(part, MoELayer) and part.plan is not None for part in layer.modules()):
+                return place
+        return 0
 
     def close(self) -> None:
         """Let the layers run as before."""
@@ -53,15 +60,19 @@ class Sequence:
             if current is None or not arguments or not isinstance(arguments[0], Tensor):
                 return forward(*arguments, **named)
             taken = arguments[0]
+            behind = 0 if current.start is None else current.start.place
+            behind = behind if current.entered is None else current.entered[0] + 1
             if current.start is not None and place < current.start.place:
                 return taken
             if current.start is not None and place == current.start.place:
                 taken = current.start.taken.to(current.device)
             current.entered = (place, taken)
+            if current.see is not None:
+                current.see(place, taken)
             if place == current.end:
                 raise StopForward
             output = forward(taken, *arguments[1:], **named)
-            self.can_start = self.can_start and isinstance(output, Tensor)
+            self.can_start = self.can_start and isinstance(output, Tensor) and place == behind
             return output
 
         return run
@@ -103,6 +114,7 @@ class Pass:
         self.forward: Callable[[], Tensor] | None = forward
         self.device, self.start = device, start
         self.end: int | None = None  # the place of the layer before which it ends
+        self.see: Callable[[int, Tensor], None] | None = None  # gets the place of each layer, and what it takes
         self.entered: tuple[int, Tensor] | None = None  # of the model's sequence: the last layer, and what it takes
         self.goal: str | None = None
         self.taken: tuple[tuple[Any, ...], dict[str, Any]] | None = None

@@ -128,19 +128,22 @@ class RegressionSums:
         return Equations((power + power.mT) / 2, cross, float(self.square))  # rounding need not be symmetric
 
 
-def add_products(found: Columns, power: Tensor) -> None:
-    """Add the products of all columns with each other to `power` (q,q)."""
+def add_products(found: Columns, power: Tensor, with_weights: Tensor | None = None) -> None:
+    """Add the products of all columns with each other to `power` (q,q).
+
+    with_weights: those of all that are of tokens with weights, if they are known.
+    """
     q, w, dtype = found.of_tokens.shape[2], found.weights, power.dtype
-    weights, others = found.of_tokens.split([w, q - w], 2)
+    others = found.of_tokens[:, :, w:]
     if w:
-        wide = weights.to(dtype)
-        power[:w, :w] += _inner(wide, wide)
-        across = _inner(wide, others.to(dtype))
-        power[:w, w:q] += across
-        power[w:q, :w] += across.mT
+        if with_weights is None:
+            wide = found.of_tokens.to(dtype)
+            with_weights = _inner(wide, wide[:, :, :w])
+        power[:q, :w] += with_weights
+        power[:w, w:q] += with_weights[w:].mT
     power[w:q, w:q] += _inner(others, others)
     inputs = found.of_inputs.to(dtype)
-    with_inputs = found.of_tokens.sum(1, dtype=dtype).mT @ inputs
+    with_inputs = found.of_tokens.sum(1).to(dtype).mT @ inputs
     power[:q, q:] += with_inputs
     power[q:, :q] += with_inputs.mT
     power[q:, q:] += (inputs * found.count).mT @ inputs
@@ -189,10 +192,11 @@ class Contributions:
             return
         n = len(self.cross) - 1
         found = columns(seen, self.kinds, self.mixing)
-        add_products(found, self.power)
-        add_targets(found, seen.output.float() @ self.directions, self.output_cross, self.output_square)
         lost = seen.lost(self.mean, self.directions)
-        seen.add_cross(found.of_tokens, found.of_inputs, lost, self.cross[:n])
+        with_weights = seen.add_cross(found.of_tokens, found.of_inputs, lost, self.cross[:n], self.power.dtype)
+        with_weights = with_weights if self.mixing is None else with_weights @ self.mixing.to(with_weights)
+        add_products(found, self.power, with_weights)
+        add_targets(found, seen.output.float() @ self.directions, self.output_cross, self.output_square)
         self.gram[:n, :n] += seen.gram(self.gram.dtype, lost)
         if gap is not None:
             gap = gap.float().reshape(*seen.tokens.shape[:2], -1) @ self.directions
@@ -262,12 +266,13 @@ def explained(first: Contributions, second: Contributions) -> Tensor:
 
 def _change(power: Tensor, cross: Tensor, held_power: Tensor, held_cross: Tensor, ridges: Tensor) -> Tensor:
     """Return by how much fits to one half change the Gram matrix (n+1,n+1) of what is lost on the other."""
-    factor = factorized(power, ridges / 2)
+    inverse = torch.cholesky_inverse(factorized(power, ridges / 2))  # of so many targets quicker than solving
     change = torch.zeros(len(cross), len(cross), dtype=cross.dtype)
     step = max(1, CHUNK // cross[:, :, 0].numel())
-    for fitted, measured in zip(cross.split(step, 2), held_cross.split(step, 2), strict=True):
-        fit = torch.cholesky_solve(fitted.transpose(0, 1).flatten(1), factor)  # (q,(n+1)·s)
-        rest = (held_power @ fit).unflatten(1, (len(cross), -1)).transpose(0, 1) - 2 * measured
-        fit = fit.unflatten(1, (len(cross), -1)).transpose(0, 1).float()
-        change += fit.flatten(1) @ rest.float().flatten(1).mT  # the largest product
+    for parts in zip(cross.split(step, 2), held_cross.split(step, 2), strict=True):
+        fitted, measured = (part.transpose(0, 1).flatten(1) for part in parts)  # (q,(n+1)·s)
+        fit = inverse @ fitted
+        rest = torch.sub(held_power @ fit, measured, alpha=2)
+        fit, rest = (part.float().unflatten(1, (len(cross), -1)).transpose(0, 1).flatten(1) for part in (fit, rest))
+        change += fit @ rest.mT  # the largest product, of (n+1,q·s)
     return (change + change.mT) / 2

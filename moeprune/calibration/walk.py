@@ -82,6 +82,7 @@ class Stage:
         for members, seen, gap in self.observe():
             for half, index in zip(sums, members, strict=True):
                 half.add(seen.select(index), gap[index] if self.lacks else None)
+        trim_memory()
         return sums[0], sums[1]
 
     def overlap(self) -> Tensor:

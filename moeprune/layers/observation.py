@@ -151,8 +151,9 @@ class Observation:
         """Return what outputs differ from mean ones (n,p,o), in some directions (o,s): (…,n,p,s)."""
         return (self.term_outputs.float() - mean) @ directions
 
-    def add_cross(self, z: Tensor, of_inputs: Tensor, outputs: Tensor, cross: Tensor) -> None:
-        """Add the sum over inputs of ZᵀR_j to `cross` (n,q + r,s), with `outputs` (…,n,p,s) in place of f.
+    def add_cross(self, z: Tensor, of_inputs: Tensor, outputs: Tensor, cross: Tensor, dtype: torch.dtype) -> Tensor:
+        """Add the sum over inputs of ZᵀR_j to `cross` (n,q + r,s), with `outputs` (…,n,p,s) in place of f; return that
+        of ZᵀC (q,n·p), in a wide float.
 
         z: regressors of each token (b,m,q). of_inputs: those that are the same for all of an input's (b,r).
         """
@@ -160,13 +161,16 @@ class Observation:
         q = z.shape[2]
         step = max(1, WORKSPACE // (q * n * p))
         weights = self._of_outputs(self.weights).float()
+        total = weights.new_zeros(q, n * p, dtype=dtype)
         for some, c, f in zip(*(part.split(step) for part in (self._of_outputs(z), weights, outputs)), strict=True):
-            shared = (some.mT @ c.flatten(2)).unflatten(2, (n, p))  # ZᵀC (b,q,n,p)
-            of_expert = shared.permute(2, 1, 0, 3).reshape(n, -1, len(c) * p)
+            products = some.mT @ c.flatten(2)  # (b,q,n·p)
+            total += products.sum(0, dtype=dtype)
+            of_expert = products.unflatten(2, (n, p)).permute(2, 1, 0, 3).reshape(n, -1, len(c) * p)
             cross[:, :q].baddbmm_(of_expert, f.transpose(0, 1).reshape(n, len(c) * p, -1))
         added = (weights.sum(1)[..., None] * outputs).sum(2)  # of all tokens (b,n,s); (b·m,n,s) where each has its own
         added = added.unflatten(0, (len(of_inputs), -1)).sum(1)
         cross[:, q:] += torch.einsum("br,bns->nrs", of_inputs, added)
+        return total
 
     def products(self, gap: Tensor, outputs: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the sum over inputs of <R_j, gap> (n), for a gap (b,m,s) and `outputs` (…,n,p,s) in place of f."""

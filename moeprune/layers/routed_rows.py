@@ -213,14 +213,17 @@ class RoutedRows(Observation):
         projected = self.term_outputs.float() @ directions
         return projected - (mean[:, 0] @ directions)[self.rows.experts]
 
-    def add_cross(self, z: Tensor, of_inputs: Tensor, outputs: Tensor, cross: Tensor) -> None:
-        """Add the sum over inputs of ZᵀR_j to `cross`, with `outputs` (r,s) in place of f, see Observation."""
+    def add_cross(self, z: Tensor, of_inputs: Tensor, outputs: Tensor, cross: Tensor, dtype: torch.dtype) -> Tensor:
+        """Add the sum over inputs of ZᵀR_j to `cross`, with `outputs` (r,s) in place of f, and return that of ZᵀC, see
+        Observation.
+        """
         q, m = z.shape[2], z.shape[1]
         added, z = self._weighted(outputs), z.flatten(0, 1)
         for j, rows in enumerate(self.rows.slices):
             tokens = self.rows.tokens[rows]
             cross[j, :q].addmm_(z[tokens].mT, added[rows])
             cross[j, q:].addmm_(of_inputs[tokens // m].mT, added[rows])
+        return z.to(dtype).mT @ self.weights.flatten(2).flatten(0, 1).to(dtype)
 
     def products(self, gap: Tensor, outputs: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the sum over rows of <w·f, gap> (n), for a gap (b,m,s) and `outputs` (r,s) in place of f."""

@@ -8,7 +8,7 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from moeprune.errors import MoepruneError
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MOST_LOGITS = 1 << 26  # of a forward pass whose outputs are compared
 CHUNK, CHUNK_ON_CPU = 1 << 24, 1 << 20  # logits that are compared at once: on the CPU as many as its cache holds
-K = TypeVar("K")
 T = TypeVar("T")
 
 Dtype = Literal["float32", "fp32", "bfloat16", "bf16"]
@@ -93,16 +92,6 @@ class Runtime(Request, frozen=True):
                 bar.update(len(inputs))
         seconds = time.perf_counter() - start
         logger.info(f"{what}: {data.samples} samples in {seconds:.2f} s, {data.samples / seconds:.0f} samples/s")
-
-    def run_paired(
-        self, models: Mapping[K, nn.Module], full: nn.Module, data: Dataset, what: str
-    ) -> Iterator[tuple[K, Tensor, Tensor]]:
-        """Yield for each batch, or part of one, and model its key, its output and the full model's, in float32."""
-        for batch, _ in self.batches(data, what):
-            for inputs in fitting(batch, full):
-                expected = self.forward(full, inputs).float()
-                for key, model in models.items():
-                    yield key, self.forward(model, inputs).float(), expected
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return the output of a model, without gradients, in the precision of this runtime."""

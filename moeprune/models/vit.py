@@ -37,6 +37,11 @@ class SoftMoEViT(Model):
         self.head_norm = _norm(config, config.head_norm)
         self.head = nn.Linear(config.dim, config.num_classes) if config.num_classes else nn.Identity()
 
+    @property
+    def sequence(self) -> list[str]:
+        """The blocks."""
+        return [f"blocks.{index}" for index in range(len(self.blocks))]
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (b,c,H,W) in, logits (b,classes) out, or (b,m,classes)."""
         tokens = self.embedding_norm(self.embed(images))

@@ -1,0 +1,77 @@
+"""Outputs of several models on the same inputs: what they have in common runs once."""
+
+import contextlib
+import tempfile
+
+import pytest
+import torch
+
+import moeprune
+from moeprune.calibration import together
+from moeprune.calibration.together import run_paired
+from moeprune.layers.surgery import prune_layer
+from moeprune.models import vit
+from moeprune.models.model import private_copy
+from moeprune.plan import LayerPlan
+from tests.test_calibration import two_layer_model
+from tests.test_walk import FIRST, LAST, SAMPLES, dataset
+
+CPU = moeprune.Runtime("cpu", batch_size=8)
+PLAN = LayerPlan("input", 2, 5, "combine", "none")
+
+
+def pruned(model, *names: str):
+    copy = private_copy(model)
+    for name in names:
+        copy.set_submodule(name, prune_layer(copy.get_submodule(name), PLAN))
+    return copy
+
+
+@pytest.fixture
+def blocks_run(monkeypatch):
+    """The plans of the blocks that ran, None for one that is not pruned."""
+    run, forward = [], vit.Block.forward
+    monkeypatch.setattr(vit.Block, "forward", lambda block, x: (run.append(block.soft_moe.plan), forward(block, x))[1])
+    return run
+
+
+@pytest.mark.parametrize("held", [together.HELD, 0])
+def test_models_begin_at_their_first_pruned_layer(held, blocks_run, monkeypatch, tmp_path):
+    monkeypatch.setattr(together, "HELD", held)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    full = two_layer_model()
+    models = {names: pruned(full, *names) for names in [(FIRST,), (LAST,), (FIRST, LAST), ()]}
+    files = []
+    seen = {names: [] for names in models}
+    for names, found, expected in run_paired(models, full, dataset(), CPU, "compare"):
+        files.append(len([*tmp_path.iterdir()]))
+        seen[names].append((found, expected))
+    assert (max(files) > 0) == (held == 0)
+    assert not [*tmp_path.iterdir()]
+    of_batch = [None, None, PLAN, None, PLAN, PLAN, PLAN, None, None]  # LAST alone runs one block, and the others two
+    assert blocks_run == of_batch * 3
+    x, _ = next(dataset().batches(SAMPLES))
+    for names, parts in seen.items():
+        found, expected = (torch.cat(part) for part in zip(*parts, strict=True))
+        assert torch.equal(found, torch.cat([CPU.forward(models[names], each) for each in x.split(8)]))
+        assert torch.equal(expected, torch.cat([CPU.forward(full, each) for each in x.split(8)]))
+
+
+def test_layers_run_as_before_after_an_error(monkeypatch):
+    full = two_layer_model()
+    models = {0: pruned(full, LAST)}
+    monkeypatch.setattr(models[0].head, "forward", lambda x: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError):
+        [*run_paired(models, full, dataset(), CPU, "compare")]
+    assert not any("forward" in vars(block) for model in (full, *models.values()) for block in model.blocks)
+
+
+def test_layers_that_do_not_run_in_their_order_all_run(blocks_run, monkeypatch):
+    full = two_layer_model()
+    monkeypatch.setattr(type(full), "sequence", ["blocks.1", "blocks.0"])
+    models = {0: pruned(full, FIRST), 1: pruned(full, LAST)}
+    found = {index: outputs for index, outputs, _ in run_paired(models, full, dataset(8), CPU, "compare")}
+    assert len(blocks_run) == 6
+    x, _ = next(dataset(8).batches(8))
+    for index, outputs in found.items():
+        assert torch.equal(outputs, CPU.forward(models[index], x))
