@@ -393,13 +393,13 @@ def test_only_experts_that_ran_get_gradients():
 
 @pytest.mark.parametrize("counts", [[3, 0, 2, 4], [0, 0, 0, 9], [9, 0, 0, 0], [1, 1, 1, 1], [0, 5, 0, 0]])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("wide", [8, 6])
+@pytest.mark.parametrize("wide", [8, 6, 256])
 def test_grouped_matrix_product_equals_a_product_for_each_expert(counts, transposed, wide):
     """Both layouts of the weights, that of the first and that of the second matrix of an MLP, of rows that torch's own
-    grouped product takes and others; and under autocast in its precision.
+    grouped product takes and others, tiny weights and larger ones; and under autocast in its precision.
     """
     generator = torch.Generator().manual_seed(4)
-    n, narrow = len(counts), 16
+    n, narrow = len(counts), max(16, wide)
     rows = torch.randn(sum(counts), wide, generator=generator)
     weight = torch.randn((n, narrow, wide) if transposed else (n, wide, narrow), generator=generator)
     weight = weight.mT if transposed else weight

@@ -33,6 +33,7 @@ from moeprune.layers.interface import Activation
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
+FEW_ROWS = range(2, 6)  # of one expert
 GATHERED = 2 << 20  # bytes of chosen experts' weights up to which copying them beats a loop over experts
 
 
@@ -270,12 +271,29 @@ def grouped_linear(rows_of_expert: list[int], rows: Tensor, weight: Tensor, bias
     used = [expert for expert, count in enumerate(rows_of_expert) if count]
     if not used:
         return rows.new_empty(0, weight.shape[2])
-    if bias is None and 2 * len(used) > len(weight) and _runs_grouped(rows, weight):
+    on_left = _is_quicker_on_left(weight)
+    most_have_rows = 2 * len(used) > len(weight) and not (on_left and len(rows) < len(used) * FEW_ROWS.stop)
+    if bias is None and most_have_rows and _runs_grouped(rows, weight):
         return F.grouped_mm(rows, weight, offs=torch.tensor(rows_of_expert).cumsum(0, dtype=torch.int32))
-    groups = zip(used, rows.split([rows_of_expert[expert] for expert in used]), strict=True)
-    if bias is None:
-        return torch.cat([group @ weight[j] for j, group in groups])
-    return torch.cat([torch.addmm(bias[j], group, weight[j]) for j, group in groups])
+    found = []
+    for expert, group in zip(used, rows.split([rows_of_expert[expert] for expert in used]), strict=True):
+        added = None if bias is None else bias[expert]
+        if on_left and len(group) in FEW_ROWS:
+            found.append(_product(weight[expert].mT, group.mT, None if added is None else added[:, None]).mT)
+        else:
+            found.append(_product(group, weight[expert], added))
+    return torch.cat(found)
+
+
+def _product(one: Tensor, other: Tensor, added: Tensor | None) -> Tensor:
+    return one @ other if added is None else torch.addmm(added, one, other)
+
+
+def _is_quicker_on_left(weight: Tensor) -> bool:
+    """Return True if products of FEW_ROWS with these weights (n,in,out) are quicker with the weights to the left: by
+    1.2 to 1.5 times, on the CPU, where weights are stored output by output and are no tiny ones.
+    """
+    return weight.device.type == "cpu" and weight.stride(1) == 1 and weight[0].numel() >= 1 << 16
 
 
 def _runs_grouped(rows: Tensor, weight: Tensor) -> bool:
