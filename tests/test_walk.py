@@ -15,12 +15,17 @@ from moeprune.calibration import analysis as analysis_module
 from moeprune.calibration import walk as walk_module
 from moeprune.calibration.walk import Walk
 from moeprune.data.datasets import from_tensors
+from moeprune.demo.train import initialize
 from moeprune.errors import MoepruneError
 from moeprune.layers.layer import new_layer
 from moeprune.layers.surgery import prune_layer
+from moeprune.models import vit
+from moeprune.models.architecture import BlockConfig
 from moeprune.models.model import private_copy
+from moeprune.models.vit import SoftMoEViT
 from moeprune.plan import LayerPlan
 from moeprune.pruning.apply import apply_plan
+from tests.reference import replace
 from tests.test_calibration import layer_inputs_and_outputs, two_layer_model
 from tests.test_soft_moe import relative_error
 
@@ -106,6 +111,27 @@ def test_all_candidates_share_one_pass_of_the_full_model(model):
     plans = [{name: Method("static", "gram", way).plan(2, 5) for name in (FIRST, LAST)} for way in ("mean", "affine")]
     fit_all(private_copy(model), plans, dataset(), 0, CPU)
     assert rows == [8, 8, 7]
+
+
+@pytest.mark.parametrize("held", [walk_module.HELD, 0])
+def test_blocks_before_the_first_pruned_layer_run_once(held, monkeypatch):
+    monkeypatch.setattr(walk_module, "HELD", held)
+    model, run, forward = two_layer_model(), [], vit.Block.forward
+    dense = BlockConfig(mlp_dim=9)
+    model = SoftMoEViT(replace(model.config, blocks=(dense, *model.config.blocks)))
+    initialize(model, 4.0, 0.1, torch.Generator().manual_seed(0))
+
+    def counted(block: vit.Block, x: Tensor) -> Tensor:
+        run.append(hasattr(block, "mlp"))
+        return forward(block, x)
+
+    monkeypatch.setattr(vit.Block, "forward", counted)
+    found = moeprune.prune(model, keep=2, **WAYS["affine"], data=dataset(), runtime=CPU)
+    assert sum(run) == 3
+    run.clear()
+    monkeypatch.setattr(SoftMoEViT, "sequence", [])
+    assert_equal_models(found, moeprune.prune(model, keep=2, **WAYS["affine"], data=dataset(), runtime=CPU))
+    assert sum(run) == (6 if held else 9)
 
 
 def test_no_more_passes_wait_than_may_at_once(model, monkeypatch):

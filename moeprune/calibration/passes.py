@@ -28,7 +28,7 @@ class Start(NamedTuple):
     """
 
     place: int
-    taken: Tensor
+    taken: Tensor | None  # None: it has begun
     layer: str | None = None
     output: Any = None
 
@@ -64,8 +64,9 @@ class Sequence:
             behind = behind if current.entered is None else current.entered[0] + 1
             if current.start is not None and place < current.start.place:
                 return taken
-            if current.start is not None and place == current.start.place:
+            if current.start is not None and place == current.start.place and current.start.taken is not None:
                 taken = current.start.taken.to(current.device)
+                current.start = current.start._replace(taken=None)
             current.entered = (place, taken)
             if current.see is not None:
                 current.see(place, taken)

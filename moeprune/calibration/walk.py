@@ -159,7 +159,7 @@ class Walk:
         self.lets_wait = True
         self.waiting: list[Pass] = []  # of the batch at hand
         self.files = contextlib.ExitStack()
-        self.starts: dict[tuple[bool, int], Start] = {}  # of passes that do not wait, by batch; True: of `pruned`
+        self.starts: dict[tuple[bool, int], Start] = {}  # of passes that begin behind the inputs; True: of `pruned`
         self.next_starts: dict[tuple[bool, int], Start] = {}
         self.sequences = [Sequence(model) for model in (full, pruned) if model is not None and model.sequence]
 
@@ -178,6 +178,10 @@ class Walk:
     def is_behind_pruned(self) -> bool:
         """True once a layer is pruned: before that both models are the same."""
         return self.pruned is not None and bool(self.pruned.plan)
+
+    @property
+    def _can_start(self) -> bool:
+        return all(sequence.can_start for sequence in self.sequences)
 
     def _end_waiting(self, running: Pass | None = None) -> None:
         """End all passes that wait; running: one that does not."""
@@ -251,6 +255,9 @@ class Walk:
                     self._keep_starts(name, number, passes)
                     return Halt(*tree_map_only(Tensor, self._filed, (taken, expected)))
                 self.held += size
+            place = passes[0].entered
+            if self.pruned is not None and not self.is_behind_pruned and place is not None and self._can_start:
+                self.next_starts[True, number] = Start(*place)  # up to there both models are the same
             for waiting, each in zip((self.of_full, self.of_pruned), passes, strict=False):
                 waiting[number] = each
             ended.pop_all()
@@ -260,12 +267,12 @@ class Walk:
         if inputs is None:  # its passes waited until one of them was stuck
             batches = self.runtime.batches(self.data, f"read batch {number} again")
             inputs = next(itertools.islice((each for each, _ in batches), number, None))
-        start = self.starts.get((model is self.pruned, number))
+        start = self.starts.pop((model is self.pruned, number), None)
         return Pass(partial(self.runtime.forward, model, inputs), inputs.device, start)
 
     def _keep_starts(self, name: str, number: int, passes: list[Pass]) -> None:
         """Keep in files where the passes of a batch are, to begin there again; they have arrived at a layer."""
-        if not all(sequence.can_start for sequence in self.sequences):
+        if not self._can_start:
             return
         for is_pruned, each in enumerate(passes):
             if each.entered is not None:
