@@ -60,8 +60,7 @@ class Sequence:
             if current is None or not arguments or not isinstance(arguments[0], Tensor):
                 return forward(*arguments, **named)
             taken = arguments[0]
-            behind = 0 if current.start is None else current.start.place
-            behind = behind if current.entered is None else current.entered[0] + 1
+            is_next = place == current.next_place
             if current.start is not None and place < current.start.place:
                 return taken
             if current.start is not None and place == current.start.place and current.start.taken is not None:
@@ -73,7 +72,7 @@ class Sequence:
             if place == current.end:
                 raise StopForward
             output = forward(taken, *arguments[1:], **named)
-            self.can_start = self.can_start and isinstance(output, Tensor) and place == behind
+            self.can_start = self.can_start and isinstance(output, Tensor) and is_next
             return output
 
         return run
@@ -140,6 +139,13 @@ class Pass:
         self.end = place
         with contextlib.suppress(StopForward):
             self.run()
+
+    @property
+    def next_place(self) -> int:
+        """The place of the layer that comes next where a model's layers run one after the other."""
+        if self.entered is not None:
+            return self.entered[0] + 1
+        return 0 if self.start is None else self.start.place
 
     def go_to(self, name: str) -> None:
         """Go on as far as a layer."""
