@@ -25,7 +25,7 @@ def parse_keep(keep: str | float, option: str = "--keep", what: str = "experts")
     except (ValueError, ZeroDivisionError):
         raise MoepruneError(f"`{option} {text}` is neither a share nor a number", hint) from None
     if value <= 0:
-        others = "; a sweep (`moeprune eval --sweep`) measures the model without experts" * (what == "experts")
+        others = "; `--compensate linear` runs no experts, but a linear map" * (option == "--keep")
         raise MoepruneError(f"`{option} {text}` keeps no {what.removesuffix('s')}", f"give at least 1{others}")
     if text.isdigit():
         return int(text)

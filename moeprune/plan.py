@@ -141,7 +141,7 @@ class LayerPlan(Record, frozen=True, omit_defaults=False):
         if kept is not None:
             yield self.scope != "static", "`kept` goes with scope `static` only"
             wrong = len(kept) != k or list(kept) != sorted(set(kept)) or any(j >= n for j in kept)
-            yield wrong, f"`kept` is {list(kept)}, expected {k} different experts below {n}, ascending"
+            yield wrong, f"`kept` is {list(kept)}, expected {k} different experts below {n}, as many as `k` says"
         if merged is not None:
             yield compensation != "merge" or kept is None, "`merged_into` goes with compensation `merge`, and `kept`"
             wrong = len(merged) != n - k or not set(merged) <= set(kept or ())  # the dropped may be too many to list

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -250,6 +251,26 @@ def test_layers_of_our_own_in_a_model_of_the_users(tmp_path):
     assert relative_error(smaller(images(dtype=torch.float32)), pruned(images(dtype=torch.float32))) < 1e-5
     with pytest.raises(MoepruneError, match=r"layer `module\.layers\.0` is already pruned"):
         adopt(pruned, SHAPE)
+
+
+def test_hooks_that_are_lost_with_a_layer_are_warned_of(caplog):
+    adopt(randomized(own_tower()), SHAPE)
+    assert "output changes" not in caplog.text
+    theirs = randomized(own_tower())
+    theirs.layers[0].register_forward_hook(lambda layer, taken, output: 0.5 * output)
+    adopt(theirs, SHAPE)
+    assert "the model's output changes by" in caplog.text
+
+
+def test_products_in_threads_are_not_counted(caplog):
+    class Threaded(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(super().forward, x).result()
+
+    model = adopt(randomized(Threaded(lambda: SoftMoE(SoftMoEConfig(D, 4, 2, 24)))), SHAPE)
+    assert model.config.other_flops == 0
+    assert "FLOPs of all but the MoE layers cannot be counted" in caplog.text
 
 
 # --- files

@@ -247,6 +247,7 @@ def config(**changes: Any):
         (config(num_local_experts=16), (), "lacks `model.layers.0.block_sparse_moe.experts.8.w"),
         (config(num_local_experts=4), (), "has 8 experts, `config.json` says 4"),
         (config(num_local_experts="gone"), (), "has no number of experts"),
+        (config(num_local_experts=None), (), "has no number of experts"),
         (config(num_experts=4), (), "several numbers of experts: [4, 8]"),
         (config(quantization_config={"ignore": ["experts.1.w1"]}), (), "names single experts"),
         (lambda folder: (folder / INDEX).write_text("{"), (), "is not JSON"),

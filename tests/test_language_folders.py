@@ -106,6 +106,7 @@ def test_analyze_prune_and_eval_work_end_to_end(speaking, run_json, run, tmp_pat
         found = run("eval", tmp_path / name, *data, "--baseline", full, "--output-format", "json")
         assert found.code == 0, found.stderr
         assert ("calibrated on the very samples" in found.stderr) == (name == "refit")
+        assert "was not pruned from the baseline" not in found.stderr
         losses[name] = json.loads(found.stdout)
         share = report["model"]["bytes"] / report["full_model"]["bytes"]
         assert losses[name]["difference"]["size_reduction"] == pytest.approx(1 - share)
@@ -115,6 +116,9 @@ def test_analyze_prune_and_eval_work_end_to_end(speaking, run_json, run, tmp_pat
     )
     assert again.code == 0, again.stderr
     assert all(map(torch.equal, tensors_of(tmp_path / "again").values(), tensors_of(tmp_path / "refit").values()))
+    for name, said in (("olmoe", "was not pruned from the baseline"), ("mixtral", "no MoE layer `model.layers.0.mlp`")):
+        found = run("eval", tmp_path / "refit", *data, "--baseline", speaking(name)[0])
+        assert (found.code, said in found.stderr) == (0 if name == "olmoe" else 2, True), found.stderr
     card = (tmp_path / "refit" / "README.md").read_text()
     assert "chosen by signal `gram`" in card
     assert "`text.jsonl`" in card
@@ -126,10 +130,13 @@ def test_analyze_prune_and_eval_work_end_to_end(speaking, run_json, run, tmp_pat
         (("--compensate", "refit", "--keep", "1/2"), "give `--compensate renorm-refit`"),
         (("--compensate", "merge", "--keep", "1/2"), "is not what a folder can hold"),
         (("--keep", "1"), "runs 2 experts for each token"),
+        (("--keep", "1/2", "--preprocess", "mean=0.5"), "`--preprocess` is of images"),
+        (("--keep", "1/2", "--save-plan", "pruned"), "`--save-plan` and another output are both"),
     ],
 )
 def test_what_a_folder_cannot_hold_is_refused_before_any_pass(options, said, speaking, run, tmp_path):
     folder, text = speaking("qwen3_moe")
+    options = [tmp_path / "pruned" if option == "pruned" else option for option in options]
     found = run("prune", folder, "--data", text, "--sequence-length", 16, *options, "-o", tmp_path / "pruned")
     assert (found.code, said in found.stderr) == (2, True), found.stderr
     assert [*tmp_path.iterdir()] == []

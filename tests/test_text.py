@@ -210,6 +210,7 @@ BAD_TEXTS = {
     "line 3 of `.*` has neither": ("a.jsonl", '{"text": "x"}\n\n["x"]', {}),
     "`text` of line 1 of `.*` is int, expected a text": ("a.jsonl", '{"text": 3}', {}),
     "line 1 of `.*` has no field `kind` to group by": ("a.jsonl", '{"text": "x", "n": 3}', {"by": "kind"}),
+    "`kind` of line 1 of `.*` is NoneType, expected a text": ("a.jsonl", '{"text": "x", "kind": null}', {"by": "kind"}),
     "line 1 of `.*` is not JSON": ("a.jsonl", '{"text": "\\ud800"}', {}),
     "`by=.kind.`: `.*a.txt` has no fields": ("a.txt", "x", {"by": "kind"}),
     "`.*a.txt` is not text in UTF-8": ("a.txt", b"x\xff", {}),

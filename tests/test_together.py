@@ -1,7 +1,9 @@
 """Outputs of several models on the same inputs: what they have in common runs once."""
 
 import contextlib
+import copy
 import tempfile
+from types import MethodType
 
 import pytest
 import torch
@@ -9,10 +11,13 @@ import torch
 import moeprune
 from moeprune.calibration import together
 from moeprune.calibration.together import run_paired
+from moeprune.errors import MoepruneError
 from moeprune.layers.surgery import prune_layer
 from moeprune.models import vit
+from moeprune.models.architecture import BlockConfig
 from moeprune.models.model import private_copy
 from moeprune.plan import LayerPlan
+from tests.reference import replace
 from tests.test_calibration import two_layer_model
 from tests.test_walk import FIRST, LAST, SAMPLES, dataset
 
@@ -75,3 +80,49 @@ def test_layers_that_do_not_run_in_their_order_all_run(blocks_run, monkeypatch):
     x, _ = next(dataset(8).batches(8))
     for index, outputs in found.items():
         assert torch.equal(outputs, CPU.forward(models[index], x))
+
+
+class Skipping(vit.SoftMoEViT):
+    """Its head reads what all blocks give."""
+
+    def forward(self, images):
+        tokens, found = self.embed(images), []
+        for block in self.blocks:
+            found.append(tokens := block(tokens))
+        return self.head(self.norm(sum(found)).mean(1))
+
+
+def test_models_with_a_forward_of_their_own_run_whole():
+    model = two_layer_model()
+    full = Skipping(model.config).eval()
+    full.load_state_dict(model.state_dict())
+    other = pruned(full, LAST)
+    x, _ = next(dataset(8).batches(8))
+    ((_, found, expected),) = run_paired({0: other}, full, dataset(8), CPU, "compare")
+    assert torch.equal(found, CPU.forward(other, x))
+    assert torch.equal(expected, CPU.forward(full, x))
+
+
+def test_a_forward_set_on_a_block_stays():
+    full = two_layer_model()
+    first = full.blocks[0]
+    first.forward = MethodType(lambda block, x: 0.5 * type(block).forward(block, x), first)
+    kept = moeprune.prune(full, data=dataset(8), keep="1.0", compensate="mean", runtime=CPU)
+    x, _ = next(dataset(8).batches(8))
+    torch.testing.assert_close(CPU.forward(kept, x), CPU.forward(full, x))
+    assert "forward" in vars(first)
+
+
+def test_a_block_in_two_places_is_no_sequence():
+    model = two_layer_model()
+    dense = BlockConfig(mlp_dim=8)
+    full = vit.SoftMoEViT(replace(model.config, blocks=(dense, dense, *model.config.blocks))).eval()
+    full.blocks[1] = full.blocks[0]
+    found = moeprune.prune(full, data=dataset(8), keep=2, compensate="mean", runtime=CPU)
+    full.blocks[1] = copy.deepcopy(full.blocks[0])
+    apart = moeprune.prune(full, data=dataset(8), keep=2, compensate="mean", runtime=CPU)
+    x, _ = next(dataset(8).batches(8))
+    assert torch.equal(CPU.forward(found, x), CPU.forward(apart, x))
+    full.blocks[3].soft_moe = full.blocks[2].soft_moe
+    with pytest.raises(MoepruneError, match="are the same module"):
+        moeprune.analyze(full, dataset(8), CPU)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError, StopForward
 from moeprune.files.disk import ScratchFolder
@@ -33,14 +33,27 @@ class Start(NamedTuple):
     output: Any = None
 
 
+@contextlib.contextmanager
+def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a layer run another forward pass; then what it ran before, which may be set on the layer itself."""
+    before = vars(layer).get("forward")
+    layer.forward = forward
+    yield
+    if before is None:
+        del layer.forward
+    else:
+        layer.forward = before
+
+
 class Sequence:
     """The layers of a model that run one after the other, made to be passed over by passes that begin behind them."""
 
     def __init__(self, model: Model):
         self.layers = [model.get_submodule(name) for name in model.sequence]
         self.can_start = True  # so far each has run behind the one before it, and given what that takes
+        self.replaced = contextlib.ExitStack()
         for place, layer in enumerate(self.layers):
-            layer.forward = self._passed_over(place, layer.forward)
+            self.replaced.enter_context(replaced_forward(layer, self._passed_over(place, layer.forward)))
 
     def first_pruned(self) -> int:
         """Return the place of the first layer with a pruned MoE layer in it; 0 if there is none."""
@@ -51,8 +64,7 @@ class Sequence:
 
     def close(self) -> None:
         """Let the layers run as before."""
-        for layer in self.layers:
-            del layer.forward
+        self.replaced.close()
 
     def _passed_over(self, place: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **named: Any) -> Any:
@@ -85,9 +97,10 @@ def to_file(value: Tensor, files: contextlib.ExitStack) -> Tensor:
     return of_file.copy_(value.flatten()).view(value.shape)
 
 
-def set_gate(model: Model, name: str) -> MoELayer:
-    """Make a layer wait where a pass is to run to it, and then run what has taken its place in the model; return it."""
+def gated(model: Model, name: str) -> contextlib.AbstractContextManager[None]:
+    """Make a layer wait where a pass is to run to it, and then run what has taken its place in the model."""
     layer = model.moe_layers[name]
+    forward = layer.forward
 
     def gate(*arguments: Any, **named: Any) -> Any:
         current = getattr(_running, "current", None)
@@ -98,10 +111,9 @@ def set_gate(model: Model, name: str) -> MoELayer:
         elif current is not None and current.start is not None and current.start.layer == name:
             return current.start.output.to(current.device)
         now = model.get_submodule(name)
-        return type(layer).forward(layer, *arguments, **named) if now is layer else now(*arguments, **named)
+        return forward(*arguments, **named) if now is layer else now(*arguments, **named)
 
-    layer.forward = gate
-    return layer
+    return replaced_forward(layer, gate)
 
 
 class Pass:

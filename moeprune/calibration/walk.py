@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from moeprune.calibration.passes import Pass, Sequence, Start, set_gate, to_file
+from moeprune.calibration.passes import Pass, Sequence, Start, gated, to_file
 from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator, gram_of
 from moeprune.calibration.sums import Contributions, Halves, halves, lost_gram, wide_dtype
 from moeprune.data.datasets import Dataset
@@ -150,7 +150,7 @@ class Walk:
 
     def __init__(self, full: Model, pruned: Model | None, data: Dataset, runtime: Runtime):
         self.full, self.pruned, self.data, self.runtime = full, pruned, data, runtime
-        self.gated: list[MoELayer] = []
+        self.gates = contextlib.ExitStack()
         self.of_full: dict[int, Pass] = {}  # that wait, by batch
         self.of_pruned: dict[int, Pass] = {}
         self.labels: dict[int, Tensor | None] = {}
@@ -168,8 +168,7 @@ class Walk:
 
     def __exit__(self, *_: object) -> None:
         self._end_waiting()
-        for layer in self.gated:
-            del layer.forward  # the gate
+        self.gates.close()
         for sequence in self.sequences:
             sequence.close()
         self.files.close()
@@ -210,7 +209,7 @@ class Walk:
         files, self.files = self.files, contextlib.ExitStack()
         self.starts, self.next_starts = self.next_starts, {}
         for model in filter(None, (self.full, self.pruned)):
-            self.gated.append(set_gate(model, name))
+            self.gates.enter_context(gated(model, name))
         all_wait = self.of_full and len(self.of_full) == math.ceil(self.data.samples / self.runtime.batch_size)
         batches: Iterable[Any] = [(None, None)] * len(self.of_full)
         if not all_wait or (self.is_behind_pruned and len(self.of_pruned) < len(self.of_full)):

@@ -61,7 +61,8 @@ def prune(reporter: Reporter, request: PruneRequest) -> None:
     is_folder = request.checkpoint.is_model_folder
     if is_folder and request.output is not None:
         check_output_folder(request.output, reporter.output.force, request.checkpoint.path)
-    reporter.check_outputs(output=None if is_folder else request.output, save_plan=request.save_plan)
+    folder, file = (request.output, None) if is_folder else (None, request.output)
+    reporter.check_outputs(folder, output=file, save_plan=request.save_plan)
     from moeprune.pruning.checkpoint import prune_checkpoint
 
     reporter.show(prune_checkpoint(request))

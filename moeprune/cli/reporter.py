@@ -106,9 +106,12 @@ class Reporter(logging.Handler):
         if not self.output.quiet or record.levelno >= logging.ERROR:
             sys.stderr.write(f"{record.levelname.lower()}: {message}\n")
 
-    def check_outputs(self, **paths: Path | None) -> None:
-        """Refuse files (by option, with underscores) that a command cannot write, before any work is done for them."""
-        options: dict[str, str] = {}
+    def check_outputs(self, folder: Path | None = None, **paths: Path | None) -> None:
+        """Refuse files (by option, with underscores) that a command cannot write, before any work is done for them.
+
+        folder: that `--output` names.
+        """
+        options = {} if folder is None else {os.path.realpath(folder): "--output"}
         for name, path in {**paths, "output_file": self.output.output_file}.items():
             if path is None:
                 continue

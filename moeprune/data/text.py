@@ -193,6 +193,9 @@ def _of_records(path: Path, read: Any, form: TokenFormat, tokenizer: Tokenizer) 
             raise MoepruneError(f"`text` of {where} is {type(text).__name__}, expected a text", FIELDS_HINT)
         group = "" if form.by is None else record.get(form.by)
         if not isinstance(group, str | int | float):
+            if form.by in record:
+                message = f"`{form.by}` of {where} is {type(group).__name__}, expected a text or a number to group by"
+                raise MoepruneError(message)
             known = f"its fields are {listed(sorted(record))}"
             raise MoepruneError(f"{where} has no field `{form.by}` to group by", known)
         yield from _cut([text], str(group), where)

@@ -27,7 +27,7 @@ from moeprune.evaluation.intervals import mcnemar, paired_difference, simultaneo
 from moeprune.evaluation.language_results import LanguageEvaluation
 from moeprune.evaluation.latency import measure_latency
 from moeprune.evaluation.request import BatchSizes, EvalRequest
-from moeprune.evaluation.shift import ShiftObserver
+from moeprune.evaluation.shift import ShiftObserver, predicted_errors
 from moeprune.evaluation.usage import UsageObserver
 from moeprune.layers.interface import Usage
 from moeprune.models.model import Model, calibration_of, dataset_for, fingerprint, private_copy, unpruned_fingerprint
@@ -220,7 +220,10 @@ def _require_baseline(baseline: Model, model: Model) -> None:
     if not baseline.input_format.agrees_with(model.input_format):
         message = f"the baseline takes {baseline.input_format.in_words}, the model {model.input_format.in_words}"
         raise MoepruneError(message, hint)
-    if model.plan and unpruned_fingerprint(model) != fingerprint(baseline):
+    planned = {*model.plan, *predicted_errors(model)}
+    if others := sorted(planned - baseline.moe_layers.keys()):
+        raise MoepruneError(f"the baseline has no MoE layer `{others[0]}`, which is pruned in the model", hint)
+    if "pruned_from" in model.details.provenance and unpruned_fingerprint(model) != fingerprint(baseline):
         logger.warning("the model was not pruned from the baseline, but from another model")
 
 

@@ -87,7 +87,8 @@ class EvalRequest(Request, frozen=True, kw_only=True):
         from_json(self.latency_batch, BatchSizes, "`--latency-batch`")
         check_confidence(self.confidence)
         if self.confidence is not None and not self.limits:
-            raise MoepruneError("`confidence` goes with a gate", "add one, such as `--max-accuracy-drop 0.01`")
+            gates = "`--max-accuracy-drop 0.01`, or `--max-loss-increase 0.05` of language models"
+            raise MoepruneError("`confidence` goes with a gate", f"add one, such as {gates}")
         for name, limit in self.limits.items():
             is_timed, given = GATES[name] == "latency", f"`--{name.replace('_', '-')} {limit}`"
             if name in RATIOS:

@@ -23,6 +23,7 @@ from moeprune.records import from_json
 logger = logging.getLogger(__name__)
 STANDARD_ERRORS = 3.0  # beyond which sampling does not explain a difference
 LARGER = 1.25  # and by which factor the error is larger
+LEAST = 1e-3  # share of the output's square, below which an error is none
 
 
 def predicted_errors(model: Model) -> dict[str, tuple[float, int]]:
@@ -80,7 +81,7 @@ class ShiftObserver:
                 error=error,
                 standard_error=noise,
                 mass_moved=_moved(self.recorded.get(name), self.mass[name] / count),
-                is_shifted=error > LARGER * predicted and error - predicted > STANDARD_ERRORS * noise,
+                is_shifted=error > max(LARGER * predicted, LEAST) and error - predicted > STANDARD_ERRORS * noise,
             )
         if shifted := {name: shift for name, shift in found.items() if shift.is_shifted}:
             name, worst = max(shifted.items(), key=lambda each: each[1].error / max(each[1].predicted_error, 1e-30))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -26,6 +27,8 @@ from moeprune.models.tracing import Seen, failure, materialize, require_equal, s
 from moeprune.plan import Plan
 from moeprune.records import pack
 
+logger = logging.getLogger(__name__)
+CHANGED = 1e-3  # of the largest logit
 Factory: TypeAlias = "str | Callable[..., nn.Module]"
 """Builds a model of the user's own code: a function, or its name, see `moeprune.models.factory`."""
 
@@ -112,7 +115,9 @@ def adopt(
     built_by = name_of(factory)
     x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
     x = x.to(next(module.parameters()).device, input_dtype(module))
-    (first, classes), (second, _), (both, _) = (see(module, libraries, some, built_by) for some in (x[:1], x[1:], x))
+    (first, logits), (second, _), (both, of_both) = (
+        see(module, libraries, some, built_by) for some in (x[:1], x[1:], x)
+    )
     for name in first:
         library = libraries[name]
         ours = _as_ours(name, library, module.get_submodule(name), (first[name], second[name], both[name]), releases)
@@ -122,10 +127,24 @@ def adopt(
         layers[path] = AdoptedLayer(ours.config, library.name, first[name].tokens, len(layers))
     module = parent["module"]
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        see(module, first, x[:1], built_by)  # fails if the code has kept a layer that was replaced
+        _, found = see(module, first, x[:1], built_by)  # fails if the code has kept a layer that was replaced
+    _warn_of_change(found, logits, of_both[:1])
     other = flops.get_total_flops() - sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
-    whole = ModuleConfig(built_by, pack(dict(arguments or {})), input_shape, classes, layers, other)
+    if other < 0:  # products in threads of the model's own
+        logger.warning("the FLOPs of all but the MoE layers cannot be counted in this model, and are left out")
+    whole = ModuleConfig(built_by, pack(dict(arguments or {})), input_shape, logits.shape[1], layers, max(other, 0))
     return AdoptedModel(module, whole, Details(), factory).eval()
+
+
+def _warn_of_change(found: Tensor, expected: Tensor, in_batch: Tensor) -> None:
+    """Warn if logits (1,c) are not the expected ones, by more than these differ from those of the input in a batch."""
+    scale = expected.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    change, noise = (float((each.float() - expected.float()).abs().max() / scale) for each in (found, in_batch))
+    if change > CHANGED + 10 * noise:
+        logger.warning(
+            f"the model's output changes by {100 * change:.2g} % where moeprune's layers take the place of its own:"
+            " hooks on these layers, and a `forward` set on one of them, are lost"
+        )
 
 
 def _as_ours(

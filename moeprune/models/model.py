@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -117,6 +118,9 @@ def require_dense_layers(model: Model, hint: str) -> dict[str, MoELayer]:
     layers = model.moe_layers
     if not layers:
         raise MoepruneError("no MoE layer in the model", "there is nothing to prune in it")
+    for one, other in itertools.combinations(layers, 2):
+        if layers[one] is layers[other]:
+            raise MoepruneError(f"layers `{one}` and `{other}` are the same module", "use a copy for one of them")
     require_unpruned(model.plan, hint)
     return layers
 

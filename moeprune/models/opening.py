@@ -119,6 +119,8 @@ def open_model(
             )
         model = _open_ours(header, factory)
     elif factory is None and spec.is_model_folder:
+        if spec.preprocess:
+            raise MoepruneError(f"`--preprocess` is of images, and `{spec.path}` a language model", "leave it out")
         model = open_language(spec.path, offload)
     elif factory is None:
         model = _open_library(spec)

@@ -33,8 +33,8 @@ class Seen(NamedTuple):
     output: Tensor
 
 
-def see(module: nn.Module, names: Iterable[str], x: Tensor, factory: str | None) -> tuple[dict[str, Seen], int]:
-    """Return what each layer sees of inputs, in the order in which the layers run, and the number of classes."""
+def see(module: nn.Module, names: Iterable[str], x: Tensor, factory: str | None) -> tuple[dict[str, Seen], Tensor]:
+    """Return what each layer sees of inputs, in the order in which the layers run, and the model's output."""
     seen: dict[str, Seen] = {}
 
     def note(name: str, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
@@ -55,7 +55,7 @@ def see(module: nn.Module, names: Iterable[str], x: Tensor, factory: str | None)
         logits = run(module, x, factory)
     if idle := sorted(set(names) - set(seen)):
         raise MoepruneError(f"layers {', '.join(f'`{name}`' for name in idle)} do not run", IGNORE.format(idle[0]))
-    return seen, logits.shape[1]
+    return seen, logits
 
 
 def windows_of(name: str, first: Seen, second: Seen, both: Seen) -> tuple[int, bool]:

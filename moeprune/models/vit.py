@@ -39,8 +39,9 @@ class SoftMoEViT(Model):
 
     @property
     def sequence(self) -> list[str]:
-        """The blocks."""
-        return [f"blocks.{index}" for index in range(len(self.blocks))]
+        """The blocks; none of a subclass, in which they may have another order, or be used twice."""
+        is_own = type(self).forward is not SoftMoEViT.forward or any(type(block) is not Block for block in self.blocks)
+        return [] if is_own else [f"blocks.{index}" for index in range(len(self.blocks))]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (b,c,H,W) in, logits (b,classes) out, or (b,m,classes)."""

@@ -266,6 +266,7 @@ def calibration_data(model: Model, analysis: Analysis) -> Dataset:
         length = analysis.origin.sequence_length
         return dataset_for(model, spec, "calibration", made_from.samples, class_names_of(analysis), length)
     except MoepruneError as error:
+        require_analysis_of(model.config.moe_layers, fingerprint(model), analysis)
         raise MoepruneError(
             f"cannot read the analysis's own data again: {error.message}",
             "say with `--data` where it is now, or run `moeprune analyze` again",

@@ -142,7 +142,8 @@ class _Budget:
             return possible
         smallest = min(self.cost(sizes[0]) for sizes in [*lists, fewest] if sizes)
         least = f"{math.ceil(smallest / self.full * 1e4) / 1e4:g}" if self.is_share else f"{smallest}{self.unit}"
-        message = f"`{self.option} {self.given}` is less than any plan takes that a folder of transformers can hold"
+        tried = "" if self.request.width is not None else " without `--width`"
+        message = f"`{self.option} {self.given}` is less than any plan takes that is tried{tried}"
         raise TooSmall(message, f"give at least {least}", smallest)
 
     def _counts(self) -> list[int]:

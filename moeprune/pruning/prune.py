@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from fractions import Fraction
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, get_type_hints
 
@@ -109,7 +109,7 @@ def prune(
     given |= {"plan": Path("plan")} if plan is not None else {}
     for name, kind in get_type_hints(PruneRequest).items():
         if kind == str | None and name in given:
-            given[name] = _text(given[name])
+            given[name] = _text(name, given[name])
     request = PruneRequest(  # checks the options; its files stand for what is in memory
         checkpoint=ModelSpec(path=Path("model")), output=Path("model"),
         data=None if data is None else DataSpec(spec="data"), runtime=runtime.updated(device, batch_size),
@@ -231,10 +231,12 @@ def _is_analysis(value: object) -> bool:
     return is_safetensors(path) and (read_header(path).metadata or {}).get("kind") == "analysis"
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
     """Return a number as an option spells it: whole numbers are counts, all others are shares."""
     if isinstance(value, str | bool):
         return str(value)
     if isinstance(value, Fraction):
         return f"{value.numerator}/{value.denominator}"
+    if not isinstance(value, Real):
+        raise MoepruneError(f"`{name}` is a {type(value).__name__}, expected a number or text")
     return str(int(value)) if isinstance(value, Integral) else repr(float(value))

@@ -203,7 +203,7 @@ def read_folder(path: Path) -> ModelFolder:
     shards = _shards(path)
     found = [part for part in _parts(config) if any(type(part.get(key)) is int for key in COUNTS)]
     language = found[0] if found else {}
-    counts = {language[key] for key in COUNTS if key in language}
+    counts = {count for key in COUNTS if type(count := language.get(key)) is int}
     settings = max(counts, default=1), _top_k(language), _groups(language)
     num_layers = _stated(language, LAYERS)
     folder = ModelFolder(path, config, language, shards)

@@ -29,5 +29,6 @@ def library_of_file(tensors: Tensors, path: str, name: str | None = None) -> Sof
         raise MoepruneError(f"the tensors of `{path}` fit {names}", "name the library with `--source`")
     raise MoepruneError(
         f"`{path}` is not a model of a known library: {lookalike(tensors)}",
-        f"whole models are read of {', '.join(MODELS)}; for any other {BUILD}",
+        f"whole models are read of {', '.join(MODELS)}, and folders of transformers whose `config.json` names a"
+        f" `model_type`; for any other {BUILD}",
     )
