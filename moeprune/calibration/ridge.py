@@ -41,7 +41,7 @@ class Equations(NamedTuple):
 
     def scaled(self, scale: Tensor) -> Equations:
         """Return the equations with each column of R divided by its scale (q)."""
-        return Equations(self.power / (scale[:, None] * scale), self.cross / scale[:, None], self.square)
+        return Equations((self.power / scale[:, None]).div_(scale), self.cross / scale[:, None], self.square)
 
     def select(self, index: Tensor | slice) -> Equations:
         """Return the equations of some of the regressors."""
@@ -68,10 +68,10 @@ class Fit(NamedTuple):
     ridges: Tensor | None
 
 
-def column_scale(power: Tensor, kinds: Sequence[int]) -> Tensor:
-    """Return what to divide each column of R by (q), from RᵀR (q,q) and the number of each kind."""
-    parts = power.diagonal().clamp_min(0).sqrt().split(list(kinds))
-    tiny = torch.finfo(power.dtype).tiny ** 0.25  # whose square a column without any power is divided by
+def column_scale(squares: Tensor, kinds: Sequence[int]) -> Tensor:
+    """Return what to divide each column of R by (q), from the diagonal of RᵀR (q) and the number of each kind."""
+    parts = squares.clamp_min(0).sqrt().split(list(kinds))
+    tiny = torch.finfo(squares.dtype).tiny ** 0.25  # whose square a column without any power is divided by
     return torch.cat([part.clamp_min(max(WEAKEST * float(part.max()), tiny)) if len(part) else part for part in parts])
 
 
@@ -83,12 +83,13 @@ def solve_held_out(halves: Halves, kinds: Sequence[int] | None = None, groups: S
         kinds: how many columns of R are of each kind, in their order, for their scale; None: all of one.
         groups: likewise, of those that share a lambda; None: the kinds.
     """
-    both = halves[0] + halves[1]
-    scale = column_scale(both.power, kinds or [len(both.power)])
+    squares = halves[0].power.diagonal() + halves[1].power.diagonal()
+    scale = column_scale(squares, kinds or [len(squares)])
     first, second = (half.scaled(scale) for half in halves)
-    ridges = choose_ridges((first, second), groups or kinds or [len(both.power)])
+    ridges = choose_ridges((first, second), groups or kinds or [len(squares)])
     if ridges is None:
-        return Fit(torch.zeros_like(both.cross), both.square, both.square, None)
+        square = first.square + second.square
+        return Fit(torch.zeros_like(first.cross), square, square, None)
     one, other = (solve(half, ridges / 2) for half in (first, second))
     fitted = first.error(one) + second.error(other)
     held_out = first.error(other) + second.error(one)

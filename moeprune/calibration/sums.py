@@ -125,7 +125,8 @@ class RegressionSums:
     def equations(self) -> Equations:
         """Return the equations, on the CPU in float64."""
         power, cross = (part.to("cpu", torch.float64) for part in (self.power, self.cross))
-        return Equations((power + power.mT) / 2, cross, float(self.square))  # rounding need not be symmetric
+        power.copy_((power + power.mT).div_(2))  # rounding need not be symmetric
+        return Equations(power, cross, float(self.square))
 
 
 def add_products(found: Columns, power: Tensor, with_weights: Tensor | None = None) -> None:
@@ -228,9 +229,9 @@ def lost_gram(first: Contributions, second: Contributions, compensation: str) ->
     sizes, groups = (sizes, [sizes[0], sum(sizes[1:])]) if compensation == "affine" else (sizes[:1], sizes[:1])
     q = sum(sizes)
     powers = [half.power[:q, :q].to("cpu", torch.float64) for half in (first, second)]
-    scale = column_scale(powers[0] + powers[1], sizes)
+    scale = column_scale(powers[0].diagonal() + powers[1].diagonal(), sizes)
     crosses = [half.cross[:, :q].to("cpu", torch.float64).div_(scale[:, None]) for half in (first, second)]
-    scaled = [power / (scale[:, None] * scale) for power in powers]
+    scaled = [(power / scale[:, None]).div_(scale) for power in powers]
     if not all(part.isfinite().all() for part in scaled + crosses):
         return torch.full_like(gram, torch.nan)
     one, other = (

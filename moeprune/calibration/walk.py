@@ -91,6 +91,12 @@ class Stage:
         weights = (seen.weights.to(wide).flatten(2).flatten(0, 1) for _, seen, _ in self.observe())
         return functools.reduce(torch.add, (rows.mT @ rows for rows in weights))
 
+    def choose_by(self, compensations: Iterable[str]) -> None:
+        """Compute what `gram` returns for these compensations, and free what it is made of."""
+        for compensation in compensations:
+            self.gram(compensation)
+        vars(self).pop("contributions", None)
+
     def gram(self, compensation: str) -> Tensor:
         """Return the Gram matrix of what is lost of each expert's contribution; without compensation (n,n)."""
         kind = gram_of(compensation)

@@ -293,6 +293,7 @@ def fit_all(full: Model, plans: Sequence[Plan], data: Dataset, seed: int, runtim
     with Walk(full, None, data, runtime) as walk:
         for index, name in enumerate(plans[0]):
             stage = walk.reach(name)
+            stage.choose_by(dict.fromkeys(plan[name].compensation for plan in plans if plan[name].signal == "gram"))
             for pruning in prunings:
                 pruning.prune(index, stage)
             del stage  # before the next one is made

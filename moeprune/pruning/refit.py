@@ -100,7 +100,7 @@ def _refit(batches: list[_Batch], expert: int, change: Tensor, has_bias: bool, k
         solution = known.solution
     else:
         both = halves[0] + halves[1]
-        scale = column_scale(both.power, kinds)
+        scale = column_scale(both.power.diagonal(), kinds)
         solution = solve(both.scaled(scale), known.ridges) / scale[:, None]
     update = solution.to(change) - change
     for (_, lacking, _), (tokens, hidden) in zip(batches, taken, strict=True):
