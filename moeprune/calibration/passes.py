@@ -38,11 +38,13 @@ def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[
     """Let a layer run another forward pass; then what it ran before, which may be set on the layer itself."""
     before = vars(layer).get("forward")
     layer.forward = forward
-    yield
-    if before is None:
-        del layer.forward
-    else:
-        layer.forward = before
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before
 
 
 class Sequence:

@@ -260,9 +260,9 @@ class Walk:
                     self._keep_starts(name, number, passes)
                     return Halt(*tree_map_only(Tensor, self._filed, (taken, expected)))
                 self.held += size
-            place = passes[0].entered
-            if self.pruned is not None and not self.is_behind_pruned and place is not None and self._can_start:
-                self.next_starts[True, number] = Start(*place)  # up to there both models are the same
+            entered = passes[0].entered
+            if self.pruned is not None and not self.is_behind_pruned and entered is not None and self._can_start:
+                self.next_starts[True, number] = Start(*entered)  # up to there both models are the same
             for waiting, each in zip((self.of_full, self.of_pruned), passes, strict=False):
                 waiting[number] = each
             ended.pop_all()
