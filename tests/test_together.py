@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import tempfile
+import weakref
 from types import MethodType
 
 import pytest
@@ -126,3 +128,16 @@ def test_a_block_in_two_places_is_no_sequence():
     full.blocks[3].soft_moe = full.blocks[2].soft_moe
     with pytest.raises(MoepruneError, match="are the same module"):
         moeprune.analyze(full, dataset(8), CPU)
+
+
+def test_models_are_freed_without_a_search_for_garbage():
+    full = two_layer_model()
+    models = {0: pruned(full, LAST)}
+    gc.collect()
+    gc.disable()
+    try:
+        assert len([*run_paired(models, full, dataset(8), CPU, "compare")]) == 1
+        left = weakref.ref(models.pop(0))
+        assert left() is None
+    finally:
+        gc.enable()

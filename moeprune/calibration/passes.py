@@ -137,7 +137,7 @@ class Pass:
         self.is_closed = False
         self.used = -1.0  # seconds of the processor, when they were last looked at
         self.may_go, self.has_stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread: threading.Thread | None = None  # which would keep a pass that needs none from being freed
 
     def run(self) -> Tensor:
         """Run in this thread, to the end; return the output."""
@@ -164,7 +164,8 @@ class Pass:
     def go_to(self, name: str) -> None:
         """Go on as far as a layer."""
         self.goal, self.taken, self.used = name, None, -1.0
-        if self.thread.ident is None:
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._run, daemon=True)
             self.thread.start()
         else:
             self.may_go.release()
@@ -177,7 +178,8 @@ class Pass:
         """Return True if the thread has used no time of the processor since this was asked before."""
         before = self.used
         with contextlib.suppress(AttributeError, OSError):  # on some systems nobody knows
-            self.used = time.clock_gettime(time.pthread_getcpuclockid(self.thread.ident or 0))
+            thread = 0 if self.thread is None else self.thread.ident or 0
+            self.used = time.clock_gettime(time.pthread_getcpuclockid(thread))
         return self.used == before != -1.0
 
     def arguments(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -206,7 +208,7 @@ class Pass:
         """End the pass, whether it waits or runs."""
         self.is_closed = True
         self.may_go.release()
-        if self.thread.ident is not None:
+        if self.thread is not None:
             self.thread.join()
 
     def _run(self) -> None:
