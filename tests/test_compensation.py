@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import moeprune
+from moeprune.calibration import walk as walk_module
 from moeprune.calibration.sums import half_of
 from moeprune.calibration.walk import Stage, Walk
 from moeprune.layers.experts import combine_mass
@@ -112,12 +113,12 @@ def test_the_set_that_the_gram_matrix_chooses_leaves_less_error(compensate, cali
 def test_lstsq_repairs_what_earlier_pruned_layers_broke(vit):
     model = moeprune.load(vit)
     data = moeprune.open_data("pairs:calibration", model.input_format, limit=300)
-    last, runtime = list(model.moe_layers)[-1], moeprune.Runtime(device="cpu", batch_size=150)
-    errors = []
+    runtime, errors = moeprune.Runtime(device="cpu", batch_size=150), []
+    images = torch.cat([inputs for inputs, _ in data.batches(150)])
     for compensate in ("mean", "lstsq"):
         choice = {"keep": "1/8", "signal": "combine", "compensate": compensate}
         pruned = moeprune.prune(model, **choice, data=data, runtime=runtime)
-        errors.append(output_error(pruned, model, last, data))
+        errors.append(float((pruned(images) - model(images)).norm()))
     assert errors[1] < errors[0]
 
 
@@ -138,6 +139,16 @@ def behind_a_pruned_layer(full, data, runtime=CPU) -> Iterator[tuple[Stage, Soft
         yield walk.reach(LAST), models[1]
 
 
+def block_outputs(model, data) -> Tensor:
+    """What the last block gives, to whose stream the last layer adds."""
+    seen: list[Tensor] = []
+    handle = model.blocks[1].register_forward_hook(lambda _, args, output: seen.append(output))
+    for inputs, _ in data.batches(64):
+        model(inputs)
+    handle.remove()
+    return torch.cat(seen).double()
+
+
 def plan_of(scope: str, compensation: str) -> LayerPlan:
     k = 0 if compensation == "linear" else 2
     kept = None if scope == "input" else (1, 3)[:k]
@@ -155,17 +166,17 @@ MEANS = Calibrated(None, torch.zeros(5, 2, 12))  # none, so that there is much t
 
 @pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(("scope", "compensation", "kind"), WAYS)
-def test_a_fit_is_a_ridge_on_the_rows_from_the_pruned_model_to_the_unpruned_outputs(
-    scope, compensation, kind, tmp_path
-):
-    """The layer before it is pruned too: the targets hold what that one broke."""
+def test_a_fit_is_a_ridge_on_the_rows_from_the_pruned_model_to_the_unpruned_stream(scope, compensation, kind, tmp_path):
+    """The layer before it is pruned too: the targets hold what that one broke, in this layer's input and beside it."""
     full, data = model_and_data(tmp_path, kind)
     plan = plan_of(scope, compensation)
     with behind_a_pruned_layer(full, data) as (stage, model):
         layer = prune_layer(stage.layer, plan, MEANS)
         found, _ = regress(stage, layer)
         fitted, quality = fit(stage, plan, MEANS, tokens=4)
-        x, target = layer_inputs_and_outputs(model, LAST, data)[0], layer_inputs_and_outputs(full, LAST, data)[1]
+        x, dense = layer_inputs_and_outputs(model, LAST, data)
+        output = layer_inputs_and_outputs(full, LAST, data)[1].double()
+        target = block_outputs(full, data) - (block_outputs(model, data) - dense)
     seen = []
     layer.observer = seen.append
     before = layer(x).double()
@@ -180,9 +191,12 @@ def test_a_fit_is_a_ridge_on_the_rows_from_the_pruned_model_to_the_unpruned_outp
     assert np.linalg.norm(added - expected) < 1e-4 * np.linalg.norm(expected)
     halves = [*zip(by_half(rows), by_half(missing), strict=True)]
     fits = [direct_ridge(*half, ridges / 2, scale) for half in halves]
-    for error, order in ((quality.fitted_error, fits), (quality.held_out_error, fits[::-1])):
-        errors = sum(np.square(t - r @ V).sum() for (r, t), V in zip(halves, order, strict=True))
-        assert error == pytest.approx(errors / float(target.double().square().sum()), rel=1e-4)
+    errors = [
+        sum(np.square(t - r @ V).sum() for (r, t), V in zip(halves, order, strict=True)) for order in (fits, fits[::-1])
+    ]
+    own, power = float((output - fitted(x)).square().sum()), float(output.square().sum())
+    assert quality.fitted_error == pytest.approx(own / power, rel=1e-4)
+    assert quality.held_out_error == pytest.approx((own + errors[1] - errors[0]) / power, rel=1e-4)
     assert (quality.samples, quality.regressors) == (90, R.shape[1])
 
 
@@ -219,16 +233,22 @@ def test_a_fit_does_not_depend_on_the_batch_size(compensation, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "geglu", "linear"])
-def test_refit_leaves_less_than_half_of_the_error(kind, tmp_path):
-    full, data = model_and_data(tmp_path, kind)
-    with behind_a_pruned_layer(full, data) as (stage, model):
-        before = prune_layer(stage.layer, plan_of("static", "refit"), MEANS)
-        after, _ = fit(stage, plan_of("static", "refit"), MEANS, tokens=4)
-    errors = []
-    for layer in (before, after):
+def test_refit_leaves_less_than_half_of_the_error_and_with_the_stream_less_of_what_that_lacks(
+    kind, tmp_path, monkeypatch
+):
+    full, data = model_and_data(tmp_path, kind, samples=400)
+    layers, errors, lacking = [], [], []
+    for has_stream in (True, False):
+        with behind_a_pruned_layer(full, data) as (stage, model):
+            assert stage.has_stream == has_stream
+            layers.append(fit(stage, plan_of("static", "refit"), MEANS, tokens=4)[0])
+        monkeypatch.setattr(walk_module, "factor_of_stream", lambda *_: None)
+    for layer in (prune_layer(stage.layer, plan_of("static", "refit"), MEANS), *layers):
         model.set_submodule(LAST, layer)
         errors.append(output_error(model, full, LAST, data))
-    assert errors[1] < 0.5 * errors[0]
+        lacking.append(float((block_outputs(model, data) - block_outputs(full, data)).square().sum()))
+    assert errors[2] < 0.5 * errors[0]
+    assert lacking[1] < 0.9 * lacking[2] < 0.9 * lacking[0]
 
 
 @pytest.mark.parametrize(("compensate", "regressors"), [("refit", 449), ("renorm-refit", 320)])

@@ -19,7 +19,7 @@ from moeprune.plan import LayerPlan
 from moeprune.pruning.compensation import fit
 from tests.reference import replace
 from tests.test_calibration import layer_inputs_and_outputs
-from tests.test_compensation import LAST, behind_a_pruned_layer, model_and_data
+from tests.test_compensation import LAST, behind_a_pruned_layer, block_outputs, model_and_data
 from tests.test_cost import counted
 from tests.test_soft_moe import D, N, affine_of, dense_layer, inputs, observe, relative_error, with_random_affine
 
@@ -89,19 +89,22 @@ def test_shapes_and_flops(out_dim):
     assert cost.total == cost.compensation == 2 * (9 + 1) * 12 * (out_dim or 12)
 
 
-def test_it_is_the_least_squares_fit_of_the_layers_output(tmp_path):
+def test_it_is_the_least_squares_fit_of_what_the_stream_lacks(tmp_path):
     """With enough data the ridge hardly matters."""
     full, data = model_and_data(tmp_path, samples=400)
     with behind_a_pruned_layer(full, data) as (stage, model):
         layer, quality = fit(stage, plan_of(), NONE, tokens=4)
-        x, y = layer_inputs_and_outputs(model, LAST, data)[0], layer_inputs_and_outputs(full, LAST, data)[1]
+        x, dense = layer_inputs_and_outputs(model, LAST, data)
+        own = layer_inputs_and_outputs(full, LAST, data)[1].double()
+        y = block_outputs(full, data) - (block_outputs(model, data) - dense)
     mean = x.mean(1, keepdim=True).expand_as(x)
     R = torch.cat([x, mean, torch.ones_like(x[..., :1])], 2).flatten(0, 1).double().numpy()
-    Y = y.flatten(0, 1).double().numpy()
+    Y = y.flatten(0, 1).numpy()
     least = np.square(Y - R @ np.linalg.lstsq(R, Y, rcond=None)[0]).sum()
-    error = float((layer(x).double() - y.double()).square().sum())
+    error, of_own = (float((layer(x).double() - each).square().sum()) for each in (y, own))
     assert least <= error < (1 + 2 * TOLERANCE) * least
-    assert quality.fitted_error <= error / np.square(Y).sum() < quality.held_out_error
+    assert quality.fitted_error == pytest.approx(of_own / float(own.square().sum()))
+    assert quality.fitted_error < quality.held_out_error
 
 
 def test_a_layer_that_is_linear_is_met(tmp_path):

@@ -27,6 +27,7 @@ from moeprune.plan import LayerPlan
 from moeprune.pruning.apply import apply_plan
 from tests.reference import replace
 from tests.test_calibration import layer_inputs_and_outputs, two_layer_model
+from tests.test_compensation import block_outputs
 from tests.test_soft_moe import relative_error
 
 CPU = moeprune.Runtime("cpu", batch_size=8)
@@ -185,9 +186,11 @@ def test_a_stage_has_what_layers_take_behind_pruned_ones_and_give_in_the_full_mo
         )
         assert relative_error(torch.cat([halt.taken[0][0] for halt in last.halts]), expected_inputs) < 1e-6
         assert relative_error(torch.cat([halt.expected for halt in last.halts]), expected) < 1e-6
-        gaps = torch.cat([gap for _, _, gap in last.observe()])
+        own, with_stream = (torch.cat([gap for _, _, gap in last.observe(with_stream=each)]) for each in (False, True))
         given = last.layer(expected_inputs)
-    assert relative_error(gaps, expected - given) < 1e-4
+        blocks = [block_outputs(each, data) for each in (model, changed)]
+    assert relative_error(own, expected - given) < 1e-4
+    assert relative_error(with_stream, (blocks[0] - blocks[1]).float()) < 1e-4
     assert last.power == pytest.approx(float(expected.double().square().sum()), rel=1e-6)
 
 

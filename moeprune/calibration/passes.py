@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from moeprune.layers.layer import MoELayer
 from moeprune.models.model import Model
 
 STUCK_SECONDS = 1.0  # without any work, twice in a row, after which a pass is taken to wait for another
+StandIn = Callable[[Tensor], Tensor]
+"""Makes of zeros, shaped as an MoE layer's output, what is given in place of it."""
 _running = threading.local()  # `current`: the Pass of this thread
 
 
@@ -52,6 +54,11 @@ class Sequence:
 
     def __init__(self, model: Model):
         self.layers = [model.get_submodule(name) for name in model.sequence]
+        moe_layers = model.moe_layers.items()
+        self.first_moe = [
+            next((name for name, part in moe_layers if part in parts), None)
+            for parts in ({*layer.modules()} for layer in self.layers)
+        ]
         self.can_start = True  # so far each has run behind the one before it, and given what that takes
         self.replaced = contextlib.ExitStack()
         for place, layer in enumerate(self.layers):
@@ -85,6 +92,8 @@ class Sequence:
                 current.see(place, taken)
             if place == current.end:
                 raise StopForward
+            if current.goal is not None and current.goal == self.first_moe[place]:
+                current.look_beside(lambda: forward(taken, *arguments[1:], **named))
             output = forward(taken, *arguments[1:], **named)
             self.can_start = self.can_start and isinstance(output, Tensor) and is_next
             return output
@@ -106,6 +115,8 @@ def gated(model: Model, name: str) -> contextlib.AbstractContextManager[None]:
 
     def gate(*arguments: Any, **named: Any) -> Any:
         current = getattr(_running, "current", None)
+        if current is not None and current.goal == name and current.stand_in is not None:
+            return current.stand_in(arguments[0].new_zeros(*arguments[0].shape[:-1], layer.config.output_width))
         if current is not None and current.goal == name:
             known = current.wait(arguments, named)
             if known is not None:
@@ -130,6 +141,9 @@ class Pass:
         self.end: int | None = None  # the place of the layer before which it ends
         self.see: Callable[[int, Tensor], None] | None = None  # gets the place of each layer, and what it takes
         self.entered: tuple[int, Tensor] | None = None  # of the model's sequence: the last layer, and what it takes
+        self.stand_ins: list[StandIn] = []  # for the MoE layer that it is to run to
+        self.stand_in: StandIn | None = None  # at work
+        self.beside: list[Tensor] = []  # what the last layer of the sequence gives with each of them
         self.goal: str | None = None
         self.taken: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.output: Any = None  # what the layer gives for that, if it is known
@@ -161,9 +175,17 @@ class Pass:
             return self.entered[0] + 1
         return 0 if self.start is None else self.start.place
 
-    def go_to(self, name: str) -> None:
-        """Go on as far as a layer."""
+    def look_beside(self, run: Callable[[], Tensor]) -> None:
+        """Run a layer of the sequence with each of the stand-ins for the MoE layer in it; keep what it gives."""
+        for stand_in in self.stand_ins:
+            self.stand_in = stand_in
+            self.beside.append(run())
+        self.stand_in = None
+
+    def go_to(self, name: str, stand_ins: Iterable[StandIn] = ()) -> None:
+        """Go on as far as a layer; look at what the one of the sequence around it gives with each of the stand-ins."""
         self.goal, self.taken, self.used = name, None, -1.0
+        self.stand_ins, self.beside = [*stand_ins], []
         if self.thread is None:
             self.thread = threading.Thread(target=self._run, daemon=True)
             self.thread.start()

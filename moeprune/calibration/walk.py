@@ -25,19 +25,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from moeprune.calibration.passes import Pass, Sequence, Start, gated, to_file
+from moeprune.calibration.passes import Pass, Sequence, StandIn, Start, gated, to_file
 from moeprune.calibration.statistics import LayerMoments, MomentsAccumulator, gram_of
 from moeprune.calibration.sums import Contributions, Halves, halves, lost_gram, wide_dtype
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.layers.layer import MoELayer
-from moeprune.layers.observation import Observation
+from moeprune.layers.observation import Observation, masked
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime, trim_memory
 
 logger = logging.getLogger(__name__)
 WAITING, FEWEST_WAITING = 64, 8  # passes of a model that wait at once, at most: each has a thread
 HELD = 4 << 30  # bytes that waiting passes may hold, by estimate
+NOT_ADDED = 0.1  # relative error of a layer's output in the stream, from which on it is not taken to be added to it
 LIVE_TENSORS = 3  # of the size of a layer's input, that a waiting pass is taken to hold
 
 
@@ -45,11 +46,13 @@ class Halt(NamedTuple):
     """A batch at a layer.
 
     taken: what the layer takes in the pruned model: its arguments. expected: what it gives in the full model (b,m,o);
-    padded tokens are zero.
+    padded tokens are zero. beside: what the stream that the output is added to lacks in the pruned model (b,m,o); None:
+    nothing, or there is no such stream.
     """
 
     taken: tuple[tuple[Any, ...], dict[str, Any]]
     expected: Tensor
+    beside: Tensor | None
 
 
 class Stage:
@@ -113,23 +116,36 @@ class Stage:
         )
         return functools.reduce(torch.add, grams).cpu()
 
-    def observe(self, layer: MoELayer | None = None) -> Iterator[tuple[list[Tensor], Observation, Tensor]]:
+    @property
+    def has_stream(self) -> bool:
+        """True if fits make up for what pruned layers before this one broke in the stream that it adds to."""
+        return any(halt.beside is not None for halt in self.halts)
+
+    def error_of(self, layer: MoELayer) -> float:
+        """Return the square of what a layer's own output lacks to the full model's, summed over all inputs."""
+        wide = wide_dtype(layer.fc2_weight.device)
+        gaps = (gap for _, _, gap in self.observe(layer, with_stream=False))
+        return sum(float(gap.square().sum(dtype=wide)) for gap in gaps)
+
+    def observe(
+        self, layer: MoELayer | None = None, with_stream: bool = True
+    ) -> Iterator[tuple[list[Tensor], Observation, Tensor]]:
         """Yield for each batch the places of its inputs in either half, what the layer shows on it, and what its output
-        lacks to the full model's (b,m,o).
+        lacks to the full model's (b,m,o), with what the stream lacks unless that is not wanted.
 
         layer: one to observe in place of the dense one.
         """
         layer, count = layer or self.layer, 0
         device = layer.fc2_weight.device
-        for (arguments, named), expected in self.halts:
-            arguments, named, expected = tree_map_only(
-                Tensor, lambda each: each.to(device), (arguments, named, expected)
-            )
+        for halt in self.halts:
+            (arguments, named), expected, beside = tree_map_only(Tensor, lambda each: each.to(device), halt)
             seen, _ = observed(layer, self.runtime, arguments, named)
             inputs = len(seen.mass)
             members = [half.to(expected.device) for half in halves(count, inputs)]
             count += inputs
             gap = expected.float() - seen.output.float()
+            if beside is not None and with_stream:
+                gap += beside
             yield members, seen, gap.reshape(inputs, -1, gap.shape[-1])  # the tokens of all windows
 
 
@@ -168,6 +184,7 @@ class Walk:
         self.starts: dict[tuple[bool, int], Start] = {}  # of passes that begin behind the inputs; True: of `pruned`
         self.next_starts: dict[tuple[bool, int], Start] = {}
         self.sequences = [Sequence(model) for model in (full, pruned) if model is not None and model.sequence]
+        self.factors: dict[str, float | None] = {}  # of what each layer adds to the stream; None: it adds nothing
 
     def __enter__(self) -> Walk:
         return self
@@ -197,7 +214,9 @@ class Walk:
 
     def _run_to(self, name: str, running: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Let a pass run as far as a layer; if it waits for one of the others, end these."""
-        running.go_to(name)
+        stand_ins: list[StandIn] = [torch.zeros_like] if name in self.factors else [torch.zeros_like, drawn]
+        has_stream = self.is_behind_pruned and self.factors.get(name, 1.0) is not None
+        running.go_to(name, stand_ins if has_stream else [])
         while not running.has_arrived():
             if self.lets_wait and running.is_stuck():
                 logger.info("a forward pass waits for another: passes start anew for each layer")
@@ -238,8 +257,10 @@ class Walk:
             passes = [self.of_full.get(number) or self._start(self.full, number, inputs)]
             ended.callback(passes[0].close)
             taken = self._run_to(name, passes[0])
+            if self.is_behind_pruned and name not in self.factors:
+                self.factors[name] = factor_of_stream(*passes[0].beside) if passes[0].beside else None
             seen, passes[0].output = observed(self.full.moe_layers[name], self.runtime, *taken)
-            expected = seen.output
+            expected, beside = seen.output, None
             count = self.counts.setdefault(number, 0 if inputs is None else len(inputs))
             if len(seen.mass) != count:
                 raise MoepruneError(f"layer `{name}` sees {len(seen.mass)} inputs where the model has {count}")
@@ -252,13 +273,14 @@ class Walk:
                 passes.append(self.of_pruned.get(number) or self._start(self.pruned, number, inputs))
                 ended.callback(passes[1].close)
                 taken = self._run_to(name, passes[1])
+                beside = self._lacking_beside(name, passes, expected, seen.mask)
             trim_memory()
             if number not in self.of_full:
                 tensors = [each for each in tree_leaves([inputs, taken]) if isinstance(each, Tensor)]
                 size = sum(2 * LIVE_TENSORS * tensor.nbytes for tensor in tensors)
                 if not self.lets_wait or self.held + size > HELD or len(self.of_full) >= most_waiting(expected.device):
                     self._keep_starts(name, number, passes)
-                    return Halt(*tree_map_only(Tensor, self._filed, (taken, expected)))
+                    return Halt(*tree_map_only(Tensor, self._filed, (taken, expected, beside)))
                 self.held += size
             entered = passes[0].entered
             if self.pruned is not None and not self.is_behind_pruned and entered is not None and self._can_start:
@@ -266,7 +288,16 @@ class Walk:
             for waiting, each in zip((self.of_full, self.of_pruned), passes, strict=False):
                 waiting[number] = each
             ended.pop_all()
-        return Halt(taken, expected)
+        return Halt(taken, expected, beside)
+
+    def _lacking_beside(self, name: str, passes: list[Pass], expected: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return what the pruned model lacks of the stream that a layer adds its output to, shaped as the output."""
+        factor, streams = self.factors[name], [each.beside[0].float() for each in passes if each.beside]
+        for each in passes:
+            each.beside = []
+        if factor is None or len(streams) < len(passes):
+            return None
+        return masked((streams[0] - streams[1]).div_(factor).reshape(expected.shape), mask)
 
     def _start(self, model: Model, number: int, inputs: Tensor | None) -> Pass:
         if inputs is None:  # its passes waited until one of them was stuck
@@ -291,6 +322,23 @@ class Walk:
     def _filed(self, value: Tensor) -> Tensor:
         """Return a tensor in a file, on the CPU; the file is removed when a layer after the next one is reached."""
         return to_file(value, self.files)
+
+
+def drawn(zeros: Tensor) -> Tensor:
+    """Return noise (…,m,o) that is stronger for later tokens, as large as what streams hold."""
+    noise = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(0))
+    return (noise * torch.linspace(8, 32, zeros.shape[-2])[:, None]).to(zeros)
+
+
+def factor_of_stream(without: Tensor, with_drawn: Tensor) -> float | None:
+    """Return the factor by which an MoE layer's output is added to the stream; None if that is not what happens to it.
+
+    without, with_drawn: what the layer around it gives where its output is zero, and where it is `drawn`.
+    """
+    added, noise = (with_drawn - without).float(), drawn(without).float()
+    factor = float((added * noise).sum() / noise.square().sum())
+    error = float((added - factor * noise).norm())
+    return factor if error < NOT_ADDED * abs(factor) * float(noise.norm()) else None
 
 
 def most_waiting(device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
 A pruned layer that uses means gives Y' = sum over kept experts of R_j + sum over dropped ones of w_j·mu_j. It lacks
 T = Y - Y', where Y is the output of the same layer in the unpruned model, so that T also holds what pruned layers
-before it broke. One regression of T on
+before it broke. Where the layer's output is added to a stream, as in a transformer, T holds what they broke there, too:
+it is what the stream behind the layer lacks. One regression of T on
 
     lstsq          the weights of all terms, without those that ran for their own input (a static set may correct
                    kept terms too: that costs nothing)
@@ -70,6 +71,9 @@ def fit(stage: Stage, wanted: LayerPlan, calibrated: Calibrated, tokens: int) ->
             hidden = kinds.get("hidden", 0)
             layer, left_out = narrowed(layer, wanted, power[hidden:, hidden:], tokens)
     fitted, held_out = (max(error, 0.0) + left_out for error in errors)
+    if stage.has_stream:  # fits make up for more than what the layer's own output lacks
+        own = stage.error_of(layer)
+        fitted, held_out = own, own + max(held_out - fitted, 0.0)
     quality = FitQuality(
         samples=sum(len(halt.expected) for halt in stage.halts) // stage.layer.config.windows,
         rows=sum(halt.expected.shape[:-1].numel() for halt in stage.halts),
