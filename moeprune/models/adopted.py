@@ -29,6 +29,7 @@ from moeprune.records import pack
 
 logger = logging.getLogger(__name__)
 CHANGED = 1e-3  # of the largest logit
+NAMED = ", ".join(name for name in LAYERS if name != "own")
 Factory: TypeAlias = "str | Callable[..., nn.Module]"
 """Builds a model of the user's own code: a function, or its name, see `moeprune.models.factory`."""
 
@@ -85,9 +86,10 @@ def adopt(
 ) -> AdoptedModel:
     """Replace every MoE layer of a known library by ours, and return the model in eval mode.
 
-    Layers of soft-moe, soft-moe-pytorch, soft-mixture-of-experts and moeprune are known. The module itself is
-    changed: its layers are ours from then on. A random input runs through it to find out in which order the
-    layers run, on how many tokens, and what the rest of the model costs.
+    Layers of soft-moe, soft-moe-pytorch, soft-mixture-of-experts and moeprune are known, and token-gated ones of a
+    router and a list of experts, see moeprune.models.libraries.own. The module itself is changed: its layers are ours
+    from then on. A random input runs through it to find out in which order the layers run, on how many tokens, and what
+    the rest of the model costs.
 
     Args:
         module: returns logits (b,classes) for inputs (b,c,H,W).
@@ -188,12 +190,14 @@ def _known_layers(module: nn.Module, ignored: Sequence[str]) -> dict[str, LayerL
     if others:
         named = ", ".join(f"`{name}` (a {type(parts[name]).__qualname__})" for name in others)
         raise MoepruneError(
-            f"{named} in {type(module).__name__} looks like a Soft MoE layer, but like none of {', '.join(LAYERS)}",
+            f"{named} in {type(module).__name__} looks like a Soft MoE layer, but like none of {NAMED}",
             f"use a layer of these libraries, or leave it as it is: `--ignore-layer {others[0]}`",
         )
     if not found:
         raise MoepruneError(
-            f"no MoE layer of a known library in {type(module).__name__}", f"known are those of {', '.join(LAYERS)}"
+            f"no MoE layer of a known library in {type(module).__name__}",
+            f"known are those of {NAMED}, and token-gated ones of your own code: a router beside a ModuleList with"
+            " `expert` in its name",
         )
     return found
 

@@ -12,7 +12,7 @@ from moeprune.plan import Positive
 from moeprune.records import Request, option
 
 MAX_ELEMENTS = 2**28  # of one input; more would fill the memory
-LIBRARIES = ("soft-moe", "soft-moe-pytorch", "soft-mixture-of-experts", "moeprune")
+LIBRARIES = ("soft-moe", "soft-moe-pytorch", "soft-mixture-of-experts", "own", "moeprune")
 """Libraries whose models or layers are known; see moeprune.models.libraries, which imports torch."""
 
 
@@ -109,7 +109,9 @@ class ExportRequest(Request, frozen=True, kw_only=True):
     """A checkpoint, and the library to write it for."""
 
     checkpoint: Checkpoint
-    to: Annotated[str, option("Library: soft-moe, soft-moe-pytorch or soft-mixture-of-experts.")]
+    to: Annotated[
+        str, option("Library: soft-moe, soft-moe-pytorch, soft-mixture-of-experts, or own for layers of your own code.")
+    ]
     output: Annotated[Path, option("File to write: .pt, .pth or .bin, else safetensors.", short=("-o",))]
 
     def check(self) -> None:

@@ -153,10 +153,10 @@ def form_of(expert: nn.Module, name: str) -> Form:
         errors: dict[Form, float] = {}
         for form in _candidates(parts_of(drawn, nn.Linear)):
             errors[form] = form.error(drawn)
-            if errors[form] <= _tolerance(torch.float64):
+            if errors[form] <= tolerance(torch.float64):
                 return form
         best = min(errors, key=lambda form: errors[form], default=None)
-        if best is not None and errors[best] <= _tolerance(tried):
+        if best is not None and errors[best] <= tolerance(tried):
             return best
     raise MoepruneError(
         f"expert `{name}` is {_made_of(expert)}, and computes none of: one linear; two linears with an activation or"
@@ -183,7 +183,7 @@ def _has(form: Form, expert: nn.Module, reference: nn.Module) -> bool:
     """Return True if an expert has a form, and tensors like those of another one."""
     if not _has_only_linears(expert) or _shapes(expert) != _shapes(reference):
         return False
-    return form.error(expert) <= _tolerance(next(expert.parameters()).dtype)
+    return form.error(expert) <= tolerance(next(expert.parameters()).dtype)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -201,7 +201,8 @@ def _made_of(expert: nn.Module) -> str:
     return f"a {type(expert).__name__} of {', '.join(map(str, leaves))}"
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative error up to which outputs are the same."""
     return math.sqrt(torch.finfo(dtype).eps) / 2
 
 

@@ -5,6 +5,7 @@ soft-moe-pytorch (lucidrains): RMSNorm or LayerNorm on tokens and slots; MLPs or
 soft-mixture-of-experts (fkodom): no normalisation; an expert is one linear, and the layer replaces the
     second linear of an MLP. Release 0.1 takes the dispatch softmax over the batch by mistake.
 moeprune: our own layers, which need no translation.
+own: token-gated layers of the user's own code, a router and a list of experts; see moeprune.models.libraries.own.
 """
 
 import copy
@@ -22,6 +23,7 @@ from moeprune.layers.config import RouterNorm, SoftMoEConfig
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, new_layer
 from moeprune.models.libraries.experts import parts_of, resized, stack_experts, unstack_experts
+from moeprune.models.libraries.own import describe_gated, has_router, restored_router
 from moeprune.records import to_json
 
 Tensors = Mapping[str, Tensor]
@@ -213,6 +215,25 @@ class _SoftMixtureOfExperts(LayerLibrary):
         }
 
 
+class _GatedLayers(LayerLibrary):
+    name = "own"
+
+    def resembles(self, module: nn.Module) -> bool:
+        return has_router(module) and not lookalikes(module.state_dict())
+
+    def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
+        return describe_gated(module, name)
+
+    def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
+        return restored_router(module, tensors) | unstack_experts(tensors, module)
+
+    def arguments(self, module: nn.Module, config: LayerConfig) -> dict[str, Any]:
+        return {"num_experts": config.num_experts}  # whatever the class calls it
+
+    def rebuild(self, module: nn.Module, config: LayerConfig) -> nn.Module:
+        raise MoepruneError(f"it is not known how a {type(module).__qualname__} is built with fewer experts")
+
+
 class _OwnLayers(LayerLibrary):
     name = "moeprune"
 
@@ -236,7 +257,8 @@ class _OwnLayers(LayerLibrary):
 
 
 LAYERS: dict[str, LayerLibrary] = {
-    library.name: library for library in (_SoftMoE(), _SoftMoEPytorch(), _SoftMixtureOfExperts(), _OwnLayers())
+    library.name: library
+    for library in (_SoftMoE(), _SoftMoEPytorch(), _SoftMixtureOfExperts(), _OwnLayers(), _GatedLayers())
 }
 """Libraries of layers by name; the user's own code builds the models around them."""
 

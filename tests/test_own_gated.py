@@ -1,0 +1,258 @@
+"""Token-gated layers of the user's own code: a router and a list of experts."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moeprune
+from moeprune.errors import MoepruneError
+from moeprune.layers.gated_moe import GatedMoE
+from moeprune.models.adopted import adopt
+from tests.test_soft_moe import relative_error
+
+SHAPE, D, N, H = (1, 8, 8), 12, 6, 10
+
+
+class Gated(nn.Module):
+    """Three linears, of which one gates another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w3 = nn.Linear(D, H, bias=False), nn.Linear(D, H, bias=False)
+        self.w2 = nn.Linear(H, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Dropout(0.1), nn.Linear(H, D))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a layer is written."""
+
+    gates: str = "softmax"
+    top_k: int = 2
+    normalized: bool = True
+    bias: bool = False  # of the router
+    selection: bool = False
+    transposed: bool = False
+    gated: bool = False
+    experts: int = N
+
+
+class MoE(nn.Module):
+    """A loop over experts, as most are written."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        self.kind = kind
+        self.experts = nn.ModuleList((Gated if kind.gated else mlp)() for _ in range(kind.experts))
+        if kind.transposed:
+            self.w_gate = nn.Parameter(torch.zeros(D, kind.experts))
+            self.register_buffer("mean", torch.zeros(1))
+        else:
+            self.gate = nn.Linear(D, kind.experts, bias=kind.bias)
+        if kind.selection:
+            self.register_buffer("correction", torch.zeros(kind.experts))
+
+    def scores(self, x: Tensor) -> Tensor:
+        logits = x @ self.w_gate if self.kind.transposed else self.gate(x)
+        return logits.softmax(-1) if self.kind.gates == "softmax" else logits.sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        scores = self.scores(tokens)
+        chosen = (scores + self.correction if self.kind.selection else scores).topk(self.kind.top_k).indices
+        weights = scores.gather(1, chosen)
+        if self.kind.normalized:
+            weights = weights / weights.sum(1, keepdim=True)
+        output = torch.zeros_like(tokens)
+        for j, expert in enumerate(self.experts):
+            rows, place = torch.where(chosen == j)
+            if len(rows):
+                output.index_add_(0, rows, expert(tokens[rows]) * weights[rows, place, None])
+        return output.view_as(x)
+
+
+class Net(nn.Module):
+    """Patches, two such layers, and a head."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.layers, self.head = nn.Conv2d(1, D, 2, 2), nn.ModuleList(layers), nn.Linear(D, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).mT
+        for layer in self.layers:
+            tokens = tokens + layer(tokens)
+        return self.head(tokens.mean(1))
+
+
+def build(experts: int = N) -> Net:
+    """What `--model` names."""
+    kind = Kind("sigmoid", bias=True, experts=experts)
+    return randomized(Net([MoE(kind), MoE(replace(kind, top_k=1, normalized=False))]))
+
+
+def randomized(net: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*net.parameters(), *net.buffers()):
+        with torch.no_grad():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.5 if tensor.ndim > 1 else 0.2))
+    return net.eval()
+
+
+def images(count: int = 30) -> Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+KINDS = [
+    *(Kind(gates, k, normalized) for gates, k, normalized in
+      itertools.product(("softmax", "sigmoid"), (1, 2, N), (False, True))),
+    Kind(bias=True), Kind("sigmoid", 3, selection=True), Kind("sigmoid", 3, bias=True, selection=True),
+    Kind(transposed=True), Kind(transposed=True, bias=False, gated=True), Kind(gated=True, normalized=False),
+    Kind(experts=D), Kind(experts=D, transposed=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_layer_computes_the_same(kind):
+    net, x = randomized(Net([MoE(kind), MoE(kind)])).double(), images().double()
+    expected = net(x)
+    model = adopt(net, SHAPE)
+    assert relative_error(model(x), expected) < 1e-12
+    for layer in model.moe_layers.values():
+        assert isinstance(layer, GatedMoE)
+        config = layer.config
+        assert (config.top_k, config.num_experts, config.hidden_dim) == (kind.top_k, kind.experts, H)
+        if kind.top_k > 1:
+            assert config.gates == kind.gates
+        assert config.router_bias == kind.bias
+        assert config.selection_bias == kind.selection
+
+
+@pytest.mark.parametrize("kind", [Kind(), Kind(transposed=True), Kind("sigmoid", selection=True)])
+def test_how_a_layer_gates_is_known_whatever_its_weights_are(kind):
+    """A router of zeros gives all experts the same gate."""
+    net = randomized(Net([MoE(kind)]))
+    for name, tensor in net.state_dict().items():
+        if name.startswith(("layers.0.gate", "layers.0.w_gate", "layers.0.correction")):
+            tensor.zero_()
+    (layer,) = adopt(net, SHAPE).moe_layers.values()
+    config = layer.config
+    assert (config.gates, config.top_k, config.normalized) == (kind.gates, 2, True)
+    assert config.selection_bias == kind.selection
+
+
+def test_a_layer_of_half_precision_is_known():
+    net = randomized(Net([MoE(Kind(top_k=3, normalized=False))])).bfloat16()
+    expected = net(images().bfloat16())
+    model = adopt(net, SHAPE)
+    config = next(iter(model.moe_layers.values())).config
+    assert (config.gates, config.top_k, config.normalized) == ("softmax", 3, False)
+    assert relative_error(model(images().bfloat16()).float(), expected.float()) < 0.03
+
+
+class Limited(MoE):
+    """An expert takes its first two tokens only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = super().forward(x)
+        return torch.cat([full[:, :2], x[:, 2:]], 1)
+
+
+class Pair(MoE):
+    """Gives a loss, too."""
+
+    def forward(self, x: Tensor):
+        return super().forward(x), x.mean()
+
+
+class Normed(MoE):
+    """With experts that are more than linears."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(kind)
+        for expert in self.experts:
+            expert.insert(0, nn.LayerNorm(D))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Limited, r"layer `layers\.1`, a Limited, has experts and perhaps a router, and computes none of: softmax"),
+        (Pair, r"layer `layers\.1` gives a tuple, expected a tensor"),
+        (Normed, r"expert `layers\.1\.experts\.0` is a Sequential of LayerNorm"),
+    ],
+)
+def test_what_ours_cannot_compute_is_refused_unless_it_is_ignored(layer, message):
+    with pytest.raises(MoepruneError, match=message) as raised:
+        adopt(randomized(Net([MoE(Kind()), layer(Kind())])), SHAPE)
+    assert layer is Normed or raised.value.hint == "`--ignore-layer layers.1` leaves it as it is"
+    if layer is not Pair:
+        model = adopt(randomized(Net([MoE(Kind()), layer(Kind())])), SHAPE, ignore_layers=["layers.1"])
+        assert [*model.moe_layers] == ["module.layers.0"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The weights, and data that the model labels itself."""
+    net = build()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    x = images(400)
+    labels = net(x).argmax(1).numpy()
+    for name, part in (("calibration", slice(0, 300)), ("test", slice(300, 400))):
+        np.savez(tmp_path / f"{name}.npz", inputs=x[part].numpy(), labels=labels[part])
+    return tmp_path
+
+
+def test_it_is_pruned_evaluated_and_given_back(files, run, run_json):
+    """By the commands; the file that comes back loads in the user's class, built with fewer experts."""
+    own = ("--model", "tests.test_own_gated:build")
+    given = (*own, "--input-shape", "1,8,8", "--preprocess", "mean=0")
+    options = ("--data", files / "calibration.npz", "--keep", "1/2", "--compensate", "renorm-refit")
+    report = run_json("prune", files / "net.pt", *given, *options, "-o", files / "pruned.safetensors")
+    assert all(layer["k"] == N // 2 for layer in report["plan"].values())
+    result = run_json(
+        "eval", files / "pruned.safetensors", *own, "--data", files / "test.npz",
+        "--baseline", files / "net.pt", "--input-shape", "1,8,8", "--preprocess", "mean=0",
+    )  # fmt: skip
+    assert result["model"]["parameters"] < result["baseline_model"]["parameters"]
+    found = run_json("export", files / "pruned.safetensors", *own, "--to", "own", "-o", files / "back.pt")
+    assert {name: layer["arguments"] for name, layer in found["layers"].items()} == {
+        f"layers.{index}": {"num_experts": N // 2} for index in range(2)
+    }
+    assert "not known how a MoE is built with fewer experts" in found["parity"]["skipped"]
+    smaller = build(experts=N // 2)
+    smaller.load_state_dict(torch.load(files / "back.pt", weights_only=True))
+    expected = moeprune.load(files / "pruned.safetensors", model="tests.test_own_gated:build")
+    assert relative_error(smaller(images()), expected(images())) < 1e-5
+
+
+class Noisy(MoE):
+    """Has weights that training alone uses."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(kind)
+        self.w_noise = nn.Parameter(torch.zeros(D, kind.experts))
+
+
+def build_noisy() -> Net:
+    return randomized(Net([Noisy(Kind())]))
+
+
+def test_weights_of_experts_that_are_not_used_are_not_cut(tmp_path):
+    model = moeprune.adopt(build_noisy(), SHAPE, build_noisy)
+    moeprune.export(model, tmp_path / "full.pt", "own")
+    assert relative_error(build_noisy()(images()), model(images())) < 1e-5
+    pruned = moeprune.prune(model, keep=3, data=images(), compensate="renorm-refit")
+    with pytest.raises(MoepruneError, match="`w_noise` of a Noisy has a place for each expert, and is not used"):
+        moeprune.export(pruned, tmp_path / "back.pt", "own")
+    assert not (tmp_path / "back.pt").exists()
