@@ -175,13 +175,12 @@ class Pair(MoE):
         return super().forward(x), x.mean()
 
 
-class Normed(MoE):
-    """With experts that are more than linears."""
+class Mixed(MoE):
+    """With two kinds of experts."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__(kind)
-        for expert in self.experts:
-            expert.insert(0, nn.LayerNorm(D))
+        self.experts[1] = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))
 
 
 @pytest.mark.parametrize(
@@ -189,13 +188,13 @@ class Normed(MoE):
     [
         (Limited, r"layer `layers\.1`, a Limited, has experts and perhaps a router, and computes none of: softmax"),
         (Pair, r"layer `layers\.1` gives a tuple, expected a tensor"),
-        (Normed, r"expert `layers\.1\.experts\.0` is a Sequential of LayerNorm"),
+        (Mixed, r"expert `layers\.1\.experts\.1` has other tensors than `layers\.1\.experts\.0`"),
     ],
 )
 def test_what_ours_cannot_compute_is_refused_unless_it_is_ignored(layer, message):
     with pytest.raises(MoepruneError, match=message) as raised:
         adopt(randomized(Net([MoE(Kind()), layer(Kind())])), SHAPE)
-    assert layer is Normed or raised.value.hint == "`--ignore-layer layers.1` leaves it as it is"
+    assert layer is Mixed or raised.value.hint == "`--ignore-layer layers.1` leaves it as it is"
     if layer is not Pair:
         model = adopt(randomized(Net([MoE(Kind()), layer(Kind())])), SHAPE, ignore_layers=["layers.1"])
         assert [*model.moe_layers] == ["module.layers.0"]
@@ -256,3 +255,89 @@ def test_weights_of_experts_that_are_not_used_are_not_cut(tmp_path):
     with pytest.raises(MoepruneError, match="`w_noise` of a Noisy has a place for each expert, and is not used"):
         moeprune.export(pruned, tmp_path / "back.pt", "own")
     assert not (tmp_path / "back.pt").exists()
+
+
+# --- experts of any kind
+class Residual(nn.Module):
+    """Ends with a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Twice(nn.Module):
+    """Has one linear for two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(D, D), nn.Linear(D, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(self.inner(x).tanh()).tanh())
+
+
+EXPERTS = {
+    "norm": lambda: nn.Sequential(nn.LayerNorm(D), *mlp()),
+    "three": lambda: nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, H), nn.Tanh(), nn.Linear(H, D)),
+    "twice": Twice,
+    "norm at the end": lambda: nn.Sequential(*mlp(), nn.LayerNorm(D)),
+    "residual": Residual,
+}
+NO_LAST = ("norm at the end", "residual")
+
+
+class Modules(MoE):
+    def __init__(self, expert: str, count: int = N) -> None:
+        super().__init__(Kind("sigmoid", experts=count))
+        self.experts = nn.ModuleList(EXPERTS[expert]() for _ in range(count))
+
+
+def build_modules(expert: str, count: int = N) -> Net:
+    return randomized(Net([Modules(expert, count), Modules(expert, count)]))
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_experts_of_any_kind_run_as_they_are(expert):
+    net, x = build_modules(expert).double(), images().double()
+    expected = net(x)
+    model = adopt(net, SHAPE)
+    assert relative_error(model(x), expected) < 1e-12
+    assert relative_error(model(x[:1]), expected[:1]) < 1e-12
+    flops = next(iter(model.moe_layers.values())).config.flops(16).experts
+    rows, of_expert = 16 * 2, sum(tensor.numel() for tensor in EXPERTS[expert]().parameters() if tensor.ndim == 2)
+    of_expert += D * D * (expert in NO_LAST or expert == "twice")
+    assert flops == 2 * rows * of_expert
+
+
+@pytest.mark.parametrize(
+    "expert", [each if each in ("norm", "residual") else pytest.param(each, marks=pytest.mark.slow) for each in EXPERTS]
+)
+def test_experts_of_any_kind_are_pruned_refitted_and_saved(expert, tmp_path):
+    arguments = {"expert": expert}
+    model = moeprune.adopt(build_modules(expert), SHAPE, build_modules, arguments)
+    errors, data = {}, images(300)
+    ways = {"renorm": {}, "renorm-refit": {}, "mean": {}, "lstsq": {}, "affine": {}, "low-rank": {"rank": 4}}
+    for name, more in ways.items():
+        pruned = moeprune.prune(model, data=data, keep=3, compensate=name, signal="gram", **more)
+        errors[name] = relative_error(pruned(data), model(data))
+        path = tmp_path / f"{name}.safetensors"
+        moeprune.save(pruned, path)
+        assert torch.equal(moeprune.load(path, model=build_modules)(data), pruned(data))
+        assert pruned.cost().bytes < model.cost().bytes
+    assert errors["renorm-refit"] < 0.7 * errors["renorm"]
+    assert errors["low-rank"] < errors["mean"]
+    with pytest.raises(MoepruneError, match="experts without hidden units that could be dropped"):
+        moeprune.prune(model, data=data, width=2)
+    expected, back = moeprune.load(tmp_path / "renorm-refit.safetensors", model=build_modules), tmp_path / "back.pt"
+    if expert in NO_LAST:
+        with pytest.raises(MoepruneError, match="has no last linear that could take what was fitted"):
+            moeprune.export(expected, back, "own")
+        return
+    moeprune.export(expected, back, "own")
+    smaller = build_modules(expert, count=3)
+    smaller.load_state_dict(torch.load(back, weights_only=True))
+    assert relative_error(smaller(data), expected(data)) < 1e-5

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moeprune.layers import experts as routed
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.experts import grouped_linear, top_k
+from moeprune.layers.experts import linear, top_k
 from moeprune.layers.observation import Observation
 from moeprune.layers.soft_moe import SoftMoE
 from moeprune.layers.surgery import Calibrated, prune_layer
@@ -406,12 +406,12 @@ def test_grouped_matrix_product_equals_a_product_for_each_expert(counts, transpo
     bias = torch.randn(n, narrow, generator=generator)
     of_row = torch.arange(n).repeat_interleave(torch.tensor(counts))
     without = torch.einsum("rw,rwn->rn", rows.double(), weight[of_row].double())
-    assert relative_error(grouped_linear(counts, rows, weight, None), without) < 1e-5
-    assert relative_error(grouped_linear(counts, rows.double(), weight.double(), None), without) < 1e-12
+    assert relative_error(linear(rows, weight, None, counts), without) < 1e-5
+    assert relative_error(linear(rows.double(), weight.double(), None, counts), without) < 1e-12
     expected = without + bias[of_row].double()
-    assert relative_error(grouped_linear(counts, rows, weight, bias), expected) < 1e-5
+    assert relative_error(linear(rows, weight, bias, counts), expected) < 1e-5
     with torch.autocast("cpu", torch.bfloat16):
-        rough = grouped_linear(counts, rows, weight, bias)
+        rough = linear(rows, weight, bias, counts)
     assert rough.dtype == torch.bfloat16
     assert relative_error(rough, expected) < 0.02
 

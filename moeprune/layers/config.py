@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from moeprune.errors import MoepruneError
-from moeprune.layers.gated_config import GatedMoEConfig
+from moeprune.layers.gated_config import GatedModulesConfig, GatedMoEConfig
 from moeprune.layers.interface import Activation, ExpertsConfig, LayerConfig, Shapes
 from moeprune.plan import COMPENSATIONS, SCOPES, LayerPlan, Positive
 from moeprune.records import Record, from_json
@@ -129,6 +129,7 @@ class SoftMoEConfig(ExpertsConfig, Record, frozen=True, tag_field="family", tag=
 FAMILIES: dict[str, tuple[Any, str]] = {
     "soft_moe": (SoftMoEConfig, "moeprune.layers.soft_moe:SoftMoE"),
     "gated_moe": (GatedMoEConfig, "moeprune.layers.gated_moe:GatedMoE"),
+    "gated_modules": (GatedModulesConfig, "moeprune.layers.gated_modules:GatedModules"),
 }
 """By the `family` in JSON: the configuration, and the place of the module, imported late for torch."""
 

@@ -19,27 +19,42 @@ width; k experts run for an input, with s = k·p slots in the order of `chosen`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from moeprune.layers.activations import ACTIVATIONS
 from moeprune.layers.gated_config import GateColumns
 from moeprune.layers.interface import Activation
 
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
 FEW_ROWS = range(2, 6)  # of one expert
 GATHERED = 2 << 20  # bytes of chosen experts' weights up to which copying them beats a loop over experts
 
 
-def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return rows[e] @ weight[e] + bias[e] for rows (n,r,in); weight (n,in,out), bias (n,out) or None."""
-    return torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
+class Features(NamedTuple):
+    """What the last linears of experts take, computed by a module of the user's own code.
+
+    module: of one expert, whose tensors are not used. tensors: those of all experts (n,…), by their names in it.
+    """
+
+    module: nn.Module
+    tensors: Mapping[str, Tensor]
+
+    def run(self, rows: Tensor, counts: list[int] | None) -> Tensor:
+        """Return the features (…,h) of rows (…,d), each of its own expert, see `Experts`."""
+        found = [
+            functional_call(self.module, {name: tensor[j] for name, tensor in self.tensors.items()}, (group,))
+            for j, group in enumerate(rows.unbind(0) if counts is None else rows.split(counts))
+            if counts is None or len(group)
+        ]
+        if counts is None:
+            return torch.stack(found)
+        return torch.cat(found) if found else rows
 
 
 class Experts(NamedTuple):
@@ -47,7 +62,8 @@ class Experts(NamedTuple):
 
     activation: of the output of the first linear, or of its columns that are a gate: the `last` half, the `first`, or
         every `even` one. limit: of these values, see GatedMoEConfig.
-    linear, in its methods: a product of rows, weight and bias that takes each row by its own expert.
+    features: what takes the place of the first linear and the activation, if there is something else.
+    counts, in its methods: of the rows (r,d) of each expert, one expert after the other; None: rows are (n,r,d).
     """
 
     fc1_weight: Tensor | None  # (n,d,h), or (n,d,2·h) with a gate; None where an expert is one linear
@@ -57,11 +73,13 @@ class Experts(NamedTuple):
     activation: Activation = "gelu"
     gate_columns: GateColumns = "last"
     limit: float | None = None
+    features: Features | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Those that there are."""
-        return [tensor for tensor in self[:4] if tensor is not None]
+        others = [] if self.features is None else [*self.features.tensors.values()]
+        return others + [tensor for tensor in self[:4] if tensor is not None]
 
     @property
     def is_gated(self) -> bool:
@@ -80,7 +98,11 @@ class Experts(NamedTuple):
         fc1_weight, fc1_bias, fc2_bias = (
             None if tensor is None else tensor[index] for tensor in (self.fc1_weight, self.fc1_bias, self.fc2_bias)
         )
-        return Experts(fc1_weight, fc1_bias, self.fc2_weight[index], fc2_bias, *self[4:])
+        features = self.features
+        if features is not None:
+            features = features._replace(tensors={name: part[index] for name, part in features.tensors.items()})
+        others = self.activation, self.gate_columns, self.limit, features
+        return Experts(fc1_weight, fc1_bias, self.fc2_weight[index], fc2_bias, *others)
 
     def activate(self, hidden: Tensor) -> Tensor:
         """Return the input of the second linear (…,h), from the output of the first."""
@@ -95,15 +117,17 @@ class Experts(NamedTuple):
             gate, values = gate.clamp(max=self.limit), values.clamp(-self.limit, self.limit) + 1
         return values * activation(gate)
 
-    def hidden(self, rows: Tensor, linear: Linear = batched_linear) -> Tensor:
+    def hidden(self, rows: Tensor, counts: list[int] | None = None) -> Tensor:
         """Return the input of the second linear (…,h), from rows (…,d)."""
+        if self.features is not None:
+            return self.features.run(rows, counts)
         if self.fc1_weight is None:
             return rows
-        return self.activate(linear(rows, self.fc1_weight, self.fc1_bias))
+        return self.activate(linear(rows, self.fc1_weight, self.fc1_bias, counts))
 
-    def run(self, rows: Tensor, linear: Linear = batched_linear) -> Tensor:
+    def run(self, rows: Tensor, counts: list[int] | None = None) -> Tensor:
         """Return the experts' outputs (…,o) for rows (…,d)."""
-        return linear(self.hidden(rows, linear), self.fc2_weight.mT, self.fc2_bias)
+        return linear(self.hidden(rows, counts), self.fc2_weight.mT, self.fc2_bias, counts)
 
 
 def combine_mass(combine_weights: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -211,7 +235,7 @@ def run_experts(
 
     is_shared: all inputs have the same experts.
     """
-    kernels = kernels_for(slot_inputs, *experts.tensors)
+    kernels = None if experts.features is not None else kernels_for(slot_inputs, *experts.tensors)
     n, width, _ = experts.fc2_weight.shape
     if kernels and chosen.shape[1]:
         rows = slot_inputs.flatten(0, 1)
@@ -238,7 +262,7 @@ def run_experts(
         return experts.copies(chosen).run(rows).view(b, k, p, width)
     order = chosen.argsort(stable=True)
     rows_of_expert = [p * count for count in chosen.bincount(minlength=n).tolist()]
-    outputs = experts.run(rows[order].flatten(0, 1), functools.partial(grouped_linear, rows_of_expert))
+    outputs = experts.run(rows[order].flatten(0, 1), rows_of_expert)
     return outputs.view(b * k, p, width)[order.argsort()].view(b, k, p, width)
 
 
@@ -266,17 +290,19 @@ def _is_known(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
-def grouped_linear(rows_of_expert: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return rows @ weight[e] + bias[e] for rows (r,in) sorted by expert; weight (n,in,out), bias (n,out) or None."""
-    used = [expert for expert, count in enumerate(rows_of_expert) if count]
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int] | None) -> Tensor:
+    """Return rows @ weight[e] + bias[e]; weight (n,in,out), bias (n,out) or None; rows and counts: see `Experts`."""
+    if counts is None:
+        return torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
+    used = [expert for expert, count in enumerate(counts) if count]
     if not used:
         return rows.new_empty(0, weight.shape[2])
     on_left = _is_quicker_on_left(weight)
     most_have_rows = 2 * len(used) > len(weight) and not (on_left and len(rows) < len(used) * FEW_ROWS.stop)
     if bias is None and most_have_rows and _runs_grouped(rows, weight):
-        return F.grouped_mm(rows, weight, offs=torch.tensor(rows_of_expert).cumsum(0, dtype=torch.int32))
+        return F.grouped_mm(rows, weight, offs=torch.tensor(counts).cumsum(0, dtype=torch.int32))
     found = []
-    for expert, group in zip(used, rows.split([rows_of_expert[expert] for expert in used]), strict=True):
+    for expert, group in zip(used, rows.split([counts[expert] for expert in used]), strict=True):
         added = None if bias is None else bias[expert]
         if on_left and len(group) in FEW_ROWS:
             found.append(_product(weight[expert].mT, group.mT, None if added is None else added[:, None]).mT)

@@ -184,3 +184,40 @@ class GatedMoEConfig(ExpertsConfig, Record, frozen=True, tag_field="family", tag
             within = f"{self.top_k} experts for each token within {self.groups_kept} of {groups} groups"
             return f"chooses {within}, and {alone}: keep more"
         return None
+
+
+class GatedModulesConfig(GatedMoEConfig, frozen=True, tag="gated_modules"):
+    """One layer of token-gated experts that are modules of the user's own code, each followed by a linear.
+
+    Attributes:
+        hidden_dim: width of what the linear takes.
+        features: the shapes of a module's tensors, by their names with `/` in place of dots.
+        feature_flops: of the module, for a row.
+    """
+
+    expert: Literal["module"] = "module"  # type: ignore[assignment]
+    features: dict[str, tuple[int, ...]] = msgspec.field(default_factory=dict)
+    feature_flops: int = 0
+
+    @property
+    def hidden_units(self) -> int | None:
+        """None: it is not known what they depend on."""
+        return None
+
+    @property
+    def compensations(self) -> tuple[str, ...]:
+        """All that do not look into modules."""
+        return tuple(name for name in super().compensations if name != "merge")
+
+    def expert_shapes(self, num_experts: int) -> Shapes:
+        """Return the tensors of so many experts."""
+        of_linear: Shapes = {
+            "fc2_weight": (num_experts, self.dim, self.expert_width),
+            "fc2_bias": (num_experts, self.dim),
+        }
+        of_linear = {name: shape for name, shape in of_linear.items() if self.bias or not name.endswith("bias")}
+        return {f"features/{name}": (num_experts, *shape) for name, shape in self.features.items()} | of_linear
+
+    def expert_flops(self, tokens: int, running: float) -> float:
+        """Return the FLOPs of so many experts on their rows."""
+        return running * self.expert_rows(tokens) * (self.feature_flops + 2 * self.dim * self.expert_width)

@@ -9,14 +9,13 @@ Only rows are computed. With only some experts kept, a token's dropped experts g
 `low-rank` g_j(x)·(A_j·B_j·x + u_j); or the router is cut to the kept experts, among which tokens then choose.
 """
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeprune.layers.experts import GATHERED, Experts, grouped_linear, is_traced, kernels_for, run_experts
+from moeprune.layers.experts import GATHERED, Experts, is_traced, kernels_for, run_experts
 from moeprune.layers.gated_config import GatedMoEConfig
 from moeprune.layers.gates import Order, Routing, route
 from moeprune.layers.layer import MoELayer
@@ -193,7 +192,7 @@ class GatedMoE(MoELayer):
         for first, experts in self._parts:
             rows = every.of_experts(first, len(experts.fc2_weight))
             taken = self._taken(tokens[rows.tokens], routing.gates.flatten()[rows.pairs])
-            found = experts.run(taken, functools.partial(grouped_linear, rows.counts))
+            found = experts.run(taken, rows.counts)
             output.index_add_(0, rows.tokens, found * weights[rows.pairs, None])
             outputs = found if first < len(self.fc2_weight) else outputs
         return output, (shown, outputs)

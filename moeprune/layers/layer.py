@@ -54,6 +54,10 @@ class MoELayer(nn.Module):
             self.weights_source(self)
         return self
 
+    def with_plan(self, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> "MoELayer":
+        """Return a layer of the same kind under a plan, of these tensors."""
+        return layer_of_tensors(self.config, plan, tensors)
+
     @property
     def is_routed(self) -> bool:
         """True if experts are chosen anew for each input or batch."""

@@ -15,7 +15,7 @@ run, those of dropped experts by kept ones.
 
 import math
 from contextlib import nullcontext
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moeprune.errors import MoepruneError
 from moeprune.layers.config import SoftMoEConfig
-from moeprune.layers.experts import Experts, combine_mass, grouped_linear, kernels_for, run_experts, slot_weights
+from moeprune.layers.experts import Experts, combine_mass, kernels_for, run_experts, slot_weights
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation, is_dropped, masked
 from moeprune.plan import LayerPlan
@@ -245,7 +245,7 @@ class SoftMoE(MoELayer):
         rows = slot_inputs.transpose(0, 1)
         if self.plan is not None and self.plan.merges:
             rows_of_expert = [len(group) * b * p for group in self.plan.groups]
-            rows = self.experts.run(rows.flatten(0, 2), partial(grouped_linear, rows_of_expert))
+            rows = self.experts.run(rows.flatten(0, 2), rows_of_expert)
         elif kernels_for(slot_inputs, *self.experts.tensors) and 0 < b * p <= FEW_ROWS and e:
             return run_experts(slot_inputs, _every_expert(slot_inputs, e), self.experts)
         else:

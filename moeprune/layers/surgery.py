@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeprune.layers.experts import Experts
 from moeprune.layers.interface import LayerConfig
-from moeprune.layers.layer import MoELayer, layer_of_tensors
+from moeprune.layers.layer import MoELayer
 from moeprune.plan import LayerPlan
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def prune_layer(layer: MoELayer, plan: LayerPlan, calibrated: Calibrated = Calib
     if plan.width is not None:
         assert calibrated.fewer_units is not None
         tensors |= calibrated.fewer_units.tensors
-    return layer_of_tensors(layer.config, plan, tensors)
+    return layer.with_plan(plan, tensors)
 
 
 def nearest_kept(power: Tensor, kept: Sequence[int], num_experts: int) -> tuple[int, ...]:

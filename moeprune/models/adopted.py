@@ -166,6 +166,7 @@ def _as_ours(
             raise MoepruneError(f"layer `{name}` runs on {windows} windows of an input, which it does not support")
         config = config.replace(windows=windows, interleaved=interleaved)
     ours = layer_of_tensors(config, None, {key: tensor.detach() for key, tensor in tensors.items()})
+    library.complete(ours, theirs)
     if is_copy:
         require_equal(name, library.name, theirs, ours, seen[2])
     return ours
@@ -231,6 +232,7 @@ def skeleton(config: ModuleConfig, plan: Plan, details: Details, factory: Factor
         with torch.device("meta"):
             ours = new_layer(layer, plan.get(path))
         try:
+            LAYERS[config.layers[path].library].complete(ours, model.get_submodule(path))
             model.set_submodule(path, ours, strict=True)
         except AttributeError:
             theirs = path.removeprefix("module.")

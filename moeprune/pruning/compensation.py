@@ -34,7 +34,7 @@ from moeprune.calibration.sums import RegressionSums
 from moeprune.calibration.walk import Stage
 from moeprune.errors import MoepruneError
 from moeprune.layers.interface import LayerConfig
-from moeprune.layers.layer import MoELayer, layer_of_tensors
+from moeprune.layers.layer import MoELayer
 from moeprune.layers.surgery import Calibrated, prune_layer
 from moeprune.plan import FITTED, LOW_RANK, REFITS, LayerPlan, Plan
 from moeprune.pruning.low_rank import fit_low_rank, set_maps
@@ -179,4 +179,4 @@ def narrowed(layer: MoELayer, wanted: LayerPlan, power: Tensor, tokens: int) -> 
     narrow = {**layer.split_rows(added @ basis.mT), "basis": basis}
     tensors = {name: tensor.to(layer.surrogate).contiguous() for name, tensor in narrow.items()}
     left_out = float(energies[: len(energies) - rank].clamp_min(0).sum())
-    return layer_of_tensors(layer.config, plan, {**layer.state_dict(), **tensors}), left_out
+    return layer.with_plan(plan, {**layer.state_dict(), **tensors}), left_out

@@ -23,7 +23,7 @@ from moeprune.layers.config import RouterNorm, SoftMoEConfig
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, new_layer
 from moeprune.models.libraries.experts import parts_of, resized, stack_experts, unstack_experts
-from moeprune.models.libraries.own import describe_gated, has_router, restored_router
+from moeprune.models.libraries.own import complete, describe_gated, has_router, restored
 from moeprune.records import to_json
 
 Tensors = Mapping[str, Tensor]
@@ -64,6 +64,9 @@ class LayerLibrary:
             MoepruneError: ours cannot compute the same.
         """
         raise NotImplementedError
+
+    def complete(self, ours: MoELayer, theirs: nn.Module) -> None:
+        """Give our layer what it runs of theirs, if anything."""
 
     def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
         """Return the tensors of our layer, unpruned or with fewer experts, as the state dict of such a module."""
@@ -224,8 +227,11 @@ class _GatedLayers(LayerLibrary):
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
         return describe_gated(module, name)
 
+    def complete(self, ours: MoELayer, theirs: nn.Module) -> None:
+        complete(ours, theirs)
+
     def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
-        return restored_router(module, tensors) | unstack_experts(tensors, module)
+        return restored(module, tensors)
 
     def arguments(self, module: nn.Module, config: LayerConfig) -> dict[str, Any]:
         return {"num_experts": config.num_experts}  # whatever the class calls it

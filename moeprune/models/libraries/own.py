@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.errors import MoepruneError, user_code
-from moeprune.layers.experts import Experts
-from moeprune.layers.gated_config import GatedMoEConfig, Gates
-from moeprune.models.libraries.experts import parts_of, stack_experts, tolerance
+from moeprune.layers.gated_config import GatedModulesConfig, GatedMoEConfig, Gates
+from moeprune.layers.gated_modules import GatedModules
+from moeprune.layers.layer import MoELayer
+from moeprune.models.libraries.experts import parts_of, stack_experts, tolerance, unstack_experts
+from moeprune.models.libraries.modules import split, stack_modules, unstack_modules
 from moeprune.models.tracing import IGNORE
 
 TOKENS = 64  # on which outputs are compared
@@ -53,7 +55,7 @@ class Router(NamedTuple):
 
 def has_router(module: nn.Module) -> bool:
     """Return True for a module with a list of experts, and something like a router beside it."""
-    path, experts = next(iter(parts_of(module, nn.ModuleList).items()), ("", nn.ModuleList()))
+    path, experts = _experts(module)
     is_list = len(experts) > 1 and "expert" in path.lower() and "." not in path
     return is_list and any(tensor.ndim == 2 and len(experts) in tensor.shape for tensor in _others(module).values())
 
@@ -63,21 +65,34 @@ def describe_gated(module: nn.Module, name: str) -> tuple[GatedMoEConfig, dict[s
 
     name: of the layer, for errors. Raises a MoepruneError if ours cannot compute the same.
     """
-    (fields, tensors), router, others = stack_experts(module, name), router_of(module, name), _others(module)
-    tensors |= {key: router.turned(key, others[of_layer]) for key, of_layer in router.names.items()}
-    n, d = tensors["router_weight"].shape
-    del fields["out_dim"]  # that of the input
+    router, others = router_of(module, name), _others(module)
+    of_router = {key: router.turned(key, others[of_layer]) for key, of_layer in router.names.items()}
+    n, d = of_router["router_weight"].shape
+    shared: dict[str, Any] = {
+        "dim": d, "num_experts": n, "experts_per_token": None if router.top_k == n else router.top_k,
+        "gates": router.gates, "normalized": router.normalized, "router_bias": "router_bias" in of_router,
+        "selection_bias": "selection_bias" in of_router,
+    }  # fmt: skip
+    try:
+        fields, tensors = stack_experts(module, name)
+    except MoepruneError:  # they are more than linears
+        path, experts = _experts(module)
+        fields, tensors = stack_modules(experts, f"{name}.{path}".lstrip("."), d)
+        return GatedModulesConfig(**shared, **fields), of_router | tensors
     kind = fields.pop("expert")
-    config = GatedMoEConfig(
-        d, n, experts_per_token=None if router.top_k == n else router.top_k, gates=router.gates,
-        normalized=router.normalized, router_bias="router_bias" in tensors, selection_bias="selection_bias" in tensors,
-        expert="glu" if kind == "geglu" else kind, gate_columns="last", **fields,
-    )  # fmt: skip
-    return config, tensors
+    del fields["out_dim"]  # that of the input
+    shared |= {"expert": "glu" if kind == "geglu" else kind, "gate_columns": "last"}
+    return GatedMoEConfig(**shared, **fields), of_router | tensors
 
 
-def restored_router(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a layer that are not its experts', by their names in it, from those of ours.
+def complete(ours: MoELayer, theirs: nn.Module) -> None:
+    """Give our layer the module of an expert, if it runs one."""
+    if isinstance(ours, GatedModules):
+        ours.of_user = (split(_experts(theirs)[1][0], "0", ours.config.dim)[1],)
+
+
+def restored(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of our layer by their names in one of the user's.
 
     Raises a MoepruneError if there is one that is not used, and has a place for each expert.
     """
@@ -88,7 +103,12 @@ def restored_router(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
             raise MoepruneError(
                 f"`{name}` of a {type(module).__qualname__} has a place for each expert, and is not used"
             )
-    return others | {of_layer: router.turned(key, tensors[key]) for key, of_layer in router.names.items()}
+    others |= {of_layer: router.turned(key, tensors[key]) for key, of_layer in router.names.items()}
+    if not any(key.startswith("features/") for key in tensors):
+        return others | unstack_experts(tensors, module)
+    path, experts = _experts(module)
+    of_experts = unstack_modules(tensors, experts, tensors["router_weight"].shape[1])
+    return others | {f"{path}.{name}": tensor for name, tensor in of_experts.items()}
 
 
 @torch.no_grad()
@@ -97,31 +117,27 @@ def router_of(module: nn.Module, name: str) -> Router:
 
     Raises a MoepruneError if that is nothing that moeprune can express.
     """
-    experts = next(iter(parts_of(module, nn.ModuleList)))
     with user_code(f"layer `{name}` cannot be copied", IGNORE.format(name)):
         drawn, generator = copy.deepcopy(module).eval().float(), torch.Generator().manual_seed(0)
-    others = _others(drawn)
-    n = len(drawn.get_submodule(experts))  # type: ignore[arg-type]
+    (_, experts), others = _experts(drawn), _others(drawn)
+    n = len(experts)
     of_router = [tensor for tensor in others.values() if n in tensor.shape and tensor.is_floating_point()]
-    for tensor in (*drawn.get_submodule(experts).parameters(), *of_router):
+    for tensor in (*experts.parameters(), *of_router):
         tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(max(tensor.shape)))
-    fields, tensors = stack_experts(drawn, name)
-    weight = tensors.get("fc1_weight", tensors["fc2_weight"].mT)
-    tokens = torch.randn(2, TOKENS // 2, weight.shape[1], generator=generator).to(weight)
+    d = next(tensor.numel() // n for tensor in of_router if tensor.ndim == 2)
+    tokens = torch.randn(2, TOKENS // 2, d, generator=generator)
+    rows = tokens.flatten(0, 1)
     with user_code(f"layer `{name}` fails on random tokens", IGNORE.format(name)):
-        expected = drawn(tokens)
-    if not isinstance(expected, Tensor) or expected.shape != tokens.shape:
-        found = list(expected.shape) if isinstance(expected, Tensor) else f"a {type(expected).__name__}"
-        raise MoepruneError(
-            f"layer `{name}` gives {found} for tokens of the shape {list(tokens.shape)}, expected tokens",
-            IGNORE.format(name),
-        )
-    absent: dict[str, Any] = dict.fromkeys(Experts._fields[:4])
-    stacked, rows = Experts(**absent | tensors, activation=fields["activation"]), tokens.flatten(0, 1)
-    outputs = stacked.run(rows.expand(n, -1, -1)).transpose(0, 1)  # (t,n,o)
-    tried = _tried(others, rows, outputs, expected.flatten(0, 1))
+        expected, outputs = drawn(tokens), [expert(rows) for expert in experts]
+    for found in (expected, *outputs):
+        if not isinstance(found, Tensor) or found.shape not in (tokens.shape, rows.shape):
+            given = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise MoepruneError(
+                f"layer `{name}` or an expert of it gives {given} for tokens of width {d}", IGNORE.format(name)
+            )
+    tried = _tried(others, rows, torch.stack(outputs, 1), expected.view_as(rows))
     best = min(tried, key=lambda router: router.error, default=None)
-    if best is None or not best.error <= tolerance(weight.dtype):
+    if best is None or not best.error <= tolerance(rows.dtype):
         raise MoepruneError(
             f"layer `{name}`, a {type(module).__qualname__}, has experts and perhaps a router, and computes none of:"
             " softmax or sigmoid gates, of all experts or of the best of each token, divided by their sum or not, times"
@@ -131,10 +147,15 @@ def router_of(module: nn.Module, name: str) -> Router:
     return best
 
 
+def _experts(module: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the name of a layer's list of experts, and the list; an empty one if there is none."""
+    return next(iter(parts_of(module, nn.ModuleList).items()), ("", nn.ModuleList()))
+
+
 def _others(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a layer that are not its experts'."""
-    experts = next(iter(parts_of(module, nn.ModuleList)), "")
-    return {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(f"{experts}.")}
+    path, _ = _experts(module)
+    return {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(f"{path}.")}
 
 
 def _tried(others: Mapping[str, Tensor], tokens: Tensor, outputs: Tensor, expected: Tensor) -> Iterator[Router]:
