@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import moeprune
 from moeprune.errors import MoepruneError
+from moeprune.layers.config import SoftMoEConfig
 from moeprune.layers.gated_moe import GatedMoE
+from moeprune.layers.layer import new_layer
 from moeprune.models.adopted import adopt
 from tests.test_soft_moe import relative_error
 
@@ -194,7 +196,7 @@ class Mixed(MoE):
 def test_what_ours_cannot_compute_is_refused_unless_it_is_ignored(layer, message):
     with pytest.raises(MoepruneError, match=message) as raised:
         adopt(randomized(Net([MoE(Kind()), layer(Kind())])), SHAPE)
-    assert layer is Mixed or raised.value.hint == "`--ignore-layer layers.1` leaves it as it is"
+    assert raised.value.hint == "`--ignore-layer layers.1` leaves it as it is"
     if layer is not Pair:
         model = adopt(randomized(Net([MoE(Kind()), layer(Kind())])), SHAPE, ignore_layers=["layers.1"])
         assert [*model.moe_layers] == ["module.layers.0"]
@@ -240,21 +242,156 @@ class Noisy(MoE):
 
     def __init__(self, kind: Kind) -> None:
         super().__init__(kind)
-        self.w_noise = nn.Parameter(torch.zeros(D, kind.experts))
+        self.w_noise = nn.Parameter(torch.randn(D, kind.experts))
 
 
-def build_noisy() -> Net:
-    return randomized(Net([Noisy(Kind())]))
+class Tied(MoE):
+    """Has one expert twice, and its router under two names."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(kind)
+        self.experts[1], self.router = self.experts[0], self.gate
 
 
-def test_weights_of_experts_that_are_not_used_are_not_cut(tmp_path):
-    model = moeprune.adopt(build_noisy(), SHAPE, build_noisy)
-    moeprune.export(model, tmp_path / "full.pt", "own")
-    assert relative_error(build_noisy()(images()), model(images())) < 1e-5
+class Twice(MoE):
+    """Has its router under two names."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(kind)
+        self.router = self.gate
+
+
+class Weighted(MoE):
+    """Has weight-normalised experts."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(kind)
+        for expert in self.experts:
+            nn.utils.parametrizations.weight_norm(expert[3])
+
+
+def build_of(layer: str) -> Net:
+    return Net([{each.__name__: each for each in (Noisy, Tied, Twice, Weighted)}[layer](Kind())])
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("Noisy", "`w_noise` of a Noisy takes no part in its output, and has not been kept"),
+        ("Tied", "a Tied has one expert in several places"),
+        ("Weighted", "a Sequential has no `3.weight` that could take what was fitted"),
+        ("Twice", None),
+    ],
+)
+def test_what_cannot_be_given_back_is_refused(layer, message, tmp_path):
+    net = randomized(build_of(layer))
+    expected = net(images())
+    model = moeprune.adopt(net, SHAPE, build_of, {"layer": layer})
+    assert relative_error(model(images()), expected) < 1e-5
     pruned = moeprune.prune(model, keep=3, data=images(), compensate="renorm-refit")
-    with pytest.raises(MoepruneError, match="`w_noise` of a Noisy has a place for each expert, and is not used"):
+    if message is None:
+        return moeprune.export(pruned, tmp_path / "back.pt", "own")
+    with pytest.raises(MoepruneError, match=message):
         moeprune.export(pruned, tmp_path / "back.pt", "own")
     assert not (tmp_path / "back.pt").exists()
+
+
+class Flat(MoE):
+    """Takes single tokens only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 2
+        return super().forward(x)
+
+
+class Pooled(nn.Module):
+    """The layer behind the mean token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.moe, self.head = nn.Conv2d(1, D, 2, 2), Flat(Kind()), nn.Linear(D, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.moe(self.embed(x).flatten(2).mean(2)))
+
+
+def test_a_layer_of_single_tokens_is_known():
+    net, x = randomized(Pooled()).double(), images().double()
+    expected = net(x)
+    assert relative_error(adopt(net, SHAPE)(x), expected) < 1e-12
+
+
+class Maps(Net):
+    """Calls layers with maps of tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).movedim(1, -1)
+        for layer in self.layers:
+            tokens = tokens + layer(tokens)
+        return self.head(tokens.mean((1, 2)))
+
+
+def test_maps_of_tokens_are_refused():
+    message = r"layer `layers\.0` gives \[1, 4, 4, 12\] for an input, expected its tokens \(1, m, 12\)"
+    with pytest.raises(MoepruneError, match=message):
+        adopt(randomized(Maps([MoE(Kind())])), SHAPE)
+
+
+class Wide(MoE):
+    """Has logits in float32, whatever its type."""
+
+    def scores(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.float(), self.gate.weight.float()).softmax(1).to(x.dtype)
+
+
+@pytest.mark.parametrize("layer", [MoE, Wide])
+def test_the_type_of_the_logits_is_known_in_half_precision(layer):
+    kind = Kind(experts=16)
+    (ours,) = adopt(randomized(Net([layer(kind)])).bfloat16(), SHAPE).moe_layers.values()
+    assert ours.config.float32_router == (layer is Wide)
+
+
+def test_flops_are_those_of_the_rest_and_of_the_layers():
+    model = adopt(build(), SHAPE)
+    embed, head, tokens = 2 * 16 * D * 4, 2 * D * 10, 16
+    assert model.config.other_flops == embed + head
+    assert model.cost().flops_per_input.routing == 2 * 2 * tokens * D * N
+    assert model.cost().flops_per_input.experts == 2 * 2 * D * H * tokens * (2 + 1)
+
+
+class Heads(nn.Module):
+    """A Soft MoE behind which heads are mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = SoftMoEConfig(D, 4, slots_per_expert=1, hidden_dim=H)
+        self.embed, self.moe = nn.Conv2d(1, D, 2, 2), nn.Sequential(new_layer(config))
+        self.gate, self.experts = nn.Linear(D, 3), nn.ModuleList(nn.Linear(D, 10) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.moe(self.embed(x).flatten(2).mT).mean(1)
+        return (self.gate(tokens).softmax(1)[:, :, None] * torch.stack([e(tokens) for e in self.experts], 1)).sum(1)
+
+
+def test_a_module_around_another_layer_is_none_itself():
+    assert [*adopt(randomized(Heads()), SHAPE).moe_layers] == ["module.moe.0"]
+
+
+def test_an_error_leaves_a_module_as_it_is():
+    net = randomized(Net([MoE(Kind()), Limited(Kind())]))
+    with pytest.raises(MoepruneError):
+        adopt(net, SHAPE)
+    assert isinstance(net.layers[0], MoE)
+    assert adopt(net, SHAPE, ignore_layers=["layers.1"]).config.libraries == ("own",)
+
+
+@pytest.mark.parametrize("experts", ["mlp", "norm"])
+def test_layers_are_exported_for_any_number_of_inputs(experts):
+    net = build() if experts == "mlp" else trained(experts)
+    model = adopt(net, SHAPE)
+    batch = torch.export.Dim("b", min=1, max=64)
+    graph = torch.export.export(model, (images(4),), dynamic_shapes=({0: batch},)).module()
+    assert relative_error(graph(images(7)), model(images(7))) < 1e-5
 
 
 # --- experts of any kind
@@ -269,8 +406,8 @@ class Residual(nn.Module):
         return x + self.inner(x)
 
 
-class Twice(nn.Module):
-    """Has one linear for two places."""
+class Again(nn.Module):
+    """Runs one linear twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,11 +420,39 @@ class Twice(nn.Module):
 EXPERTS = {
     "norm": lambda: nn.Sequential(nn.LayerNorm(D), *mlp()),
     "three": lambda: nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, H), nn.Tanh(), nn.Linear(H, D)),
-    "twice": Twice,
+    "again": Again,
     "norm at the end": lambda: nn.Sequential(*mlp(), nn.LayerNorm(D)),
     "residual": Residual,
 }
 NO_LAST = ("norm at the end", "residual")
+
+
+class Adapted(nn.Module):
+    """Ends with a sum that a fresh module does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, D)
+        self.down, self.up = nn.Parameter(torch.randn(D, 2)), nn.Parameter(torch.zeros(2, D))
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        return self.scale * self.last(hidden) + hidden @ self.down @ self.up
+
+
+class Clamped(nn.Linear):
+    """One linear, and more."""
+
+    def __init__(self) -> None:
+        super().__init__(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-1, 1)
+
+
+EXPERTS |= {"adapted": Adapted, "clamped": Clamped}
+NO_LAST += ("adapted", "clamped")
 
 
 class Modules(MoE):
@@ -297,28 +462,33 @@ class Modules(MoE):
 
 
 def build_modules(expert: str, count: int = N) -> Net:
-    return randomized(Net([Modules(expert, count), Modules(expert, count)]))
+    """As modules are initialised."""
+    return Net([Modules(expert, count), Modules(expert, count)]).eval()
+
+
+def trained(expert: str) -> Net:
+    return randomized(build_modules(expert))
 
 
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_experts_of_any_kind_run_as_they_are(expert):
-    net, x = build_modules(expert).double(), images().double()
+    net, x = trained(expert).double(), images().double()
     expected = net(x)
     model = adopt(net, SHAPE)
     assert relative_error(model(x), expected) < 1e-12
     assert relative_error(model(x[:1]), expected[:1]) < 1e-12
     flops = next(iter(model.moe_layers.values())).config.flops(16).experts
     rows, of_expert = 16 * 2, sum(tensor.numel() for tensor in EXPERTS[expert]().parameters() if tensor.ndim == 2)
-    of_expert += D * D * (expert in NO_LAST or expert == "twice")
+    of_expert += D * D * (expert in NO_LAST or expert == "again")
     assert flops == 2 * rows * of_expert
 
 
 @pytest.mark.parametrize(
-    "expert", [each if each in ("norm", "residual") else pytest.param(each, marks=pytest.mark.slow) for each in EXPERTS]
+    "expert", [each if each in ("norm", "adapted") else pytest.param(each, marks=pytest.mark.slow) for each in EXPERTS]
 )
 def test_experts_of_any_kind_are_pruned_refitted_and_saved(expert, tmp_path):
     arguments = {"expert": expert}
-    model = moeprune.adopt(build_modules(expert), SHAPE, build_modules, arguments)
+    model = moeprune.adopt(trained(expert), SHAPE, build_modules, arguments)
     errors, data = {}, images(300)
     ways = {"renorm": {}, "renorm-refit": {}, "mean": {}, "lstsq": {}, "affine": {}, "low-rank": {"rank": 4}}
     for name, more in ways.items():
@@ -341,3 +511,62 @@ def test_experts_of_any_kind_are_pruned_refitted_and_saved(expert, tmp_path):
     smaller = build_modules(expert, count=3)
     smaller.load_state_dict(torch.load(back, weights_only=True))
     assert relative_error(smaller(data), expected(data)) < 1e-5
+
+
+class Activated(nn.Module):
+    """Tensors do not tell what it computes."""
+
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.first, self.last, self.activation = nn.Linear(D, H), nn.Linear(H, D), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.activation(self.first(x)))
+
+
+def unlike() -> list[nn.Module]:
+    return [Activated(torch.sin), Activated(torch.cos)]
+
+
+def buffered() -> list[nn.Module]:
+    experts = [EXPERTS["norm"](), EXPERTS["norm"]()]
+    for expert in experts:
+        expert[0].register_buffer("scale", torch.ones(1), persistent=False)
+    return experts
+
+
+def shared() -> list[nn.Module]:
+    experts = [nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)) for _ in range(2)]
+    for expert in experts:
+        expert[3].weight = expert[1].weight
+    return experts
+
+
+def counted() -> list[nn.Module]:
+    experts = [EXPERTS["norm"](), EXPERTS["norm"]()]
+    for expert in experts:
+        expert[0].register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+    return experts
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (unlike, r"expert `layers\.0\.experts\.1` does not compute what `layers\.0\.experts\.0` does"),
+        (buffered, r"`layers\.0\.experts\.0` has the tensor `0\.scale`, which is not in its state dict"),
+        (shared, r"`layers\.0\.experts\.0` has one tensor in several places"),
+        (counted, r"`layers\.0\.experts\.0` has tensors of the types torch\.float32, torch\.int64"),
+    ],
+)
+def test_modules_that_cannot_be_stacked_are_refused(experts, message):
+    layer = MoE(Kind(experts=2))
+    layer.experts = nn.ModuleList(experts())
+    with pytest.raises(MoepruneError, match=message) as raised:
+        adopt(randomized(Net([layer])), SHAPE)
+    assert raised.value.hint == "`--ignore-layer layers.0` leaves it as it is"
+
+
+def test_a_layer_of_modules_is_adopted_again():
+    model = adopt(trained("norm"), SHAPE)
+    expected = model(images())
+    assert torch.equal(adopt(model.module, SHAPE)(images()), expected)

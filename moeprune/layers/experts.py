@@ -48,7 +48,7 @@ class Features(NamedTuple):
     def run(self, rows: Tensor, counts: list[int] | None) -> Tensor:
         """Return the features (…,h) of rows (…,d), each of its own expert, see `Experts`."""
         found = [
-            functional_call(self.module, {name: tensor[j] for name, tensor in self.tensors.items()}, (group,))
+            functional_call(self.module, {name: part[j] for name, part in self.tensors.items()}, (group,), strict=True)
             for j, group in enumerate(rows.unbind(0) if counts is None else rows.split(counts))
             if counts is None or len(group)
         ]
@@ -258,7 +258,7 @@ def run_experts(
         return outputs
     rows, chosen = slot_inputs.reshape(b * k, p, d), chosen.flatten()
     bytes_of_one = sum(tensor[0].nbytes for tensor in experts.tensors) if n else 0
-    if 0 < len(chosen) * bytes_of_one <= GATHERED:
+    if 0 < len(chosen) * bytes_of_one <= GATHERED and experts.features is None:
         return experts.copies(chosen).run(rows).view(b, k, p, width)
     order = chosen.argsort(stable=True)
     rows_of_expert = [p * count for count in chosen.bincount(minlength=n).tolist()]

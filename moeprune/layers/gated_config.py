@@ -191,11 +191,13 @@ class GatedModulesConfig(GatedMoEConfig, frozen=True, tag="gated_modules"):
 
     Attributes:
         hidden_dim: width of what the linear takes.
+        last: the name of the linear in the module; None: it has been added.
         features: the shapes of a module's tensors, by their names with `/` in place of dots.
         feature_flops: of the module, for a row.
     """
 
     expert: Literal["module"] = "module"  # type: ignore[assignment]
+    last: str | None = None
     features: dict[str, tuple[int, ...]] = msgspec.field(default_factory=dict)
     feature_flops: int = 0
 

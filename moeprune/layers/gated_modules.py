@@ -19,12 +19,12 @@ class GatedModules(GatedMoE):
     """A layer of token-gated experts of the user's own code."""
 
     config: GatedModulesConfig
-    of_user: tuple[nn.Module]  # the module of an expert, whose tensors are not used; in a tuple it is no part of ours
+    module_of_expert: tuple[nn.Module]  # its tensors are not used; in a tuple it is no part of the layer
 
     @property
     def experts(self) -> Experts:
         """The weights of the experts that are stored."""
-        (module,) = self.of_user
+        (module,) = self.module_of_expert
         tensors = {name.replace("/", "."): self.get_parameter(f"features/{name}") for name in self.config.features}
         return Experts(None, None, self.fc2_weight, self.fc2_bias, "identity", features=Features(module, tensors))
 
@@ -32,5 +32,5 @@ class GatedModules(GatedMoE):
         """Return a layer of the same kind under a plan, of these tensors."""
         layer = super().with_plan(plan, tensors)
         assert isinstance(layer, GatedModules)
-        layer.of_user = self.of_user
+        layer.module_of_expert = self.module_of_expert
         return layer

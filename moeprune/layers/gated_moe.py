@@ -143,7 +143,7 @@ class GatedMoE(MoELayer):
 
     def _weights_of_terms(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the same for all experts (b,m,n,1), zero for those that are not chosen."""
-        zeros = routing.gates.new_zeros(len(routing.gates), self.term_shape[0])
+        zeros = routing.gates.new_zeros(routing.gates.shape[0], self.term_shape[0])
         return zeros.scatter_add(1, routing.chosen, self._weights(routing)).view(*x.shape[:2], -1, 1)
 
     def _taken(self, tokens: Tensor, gates: Tensor) -> Tensor:
@@ -162,6 +162,8 @@ class GatedMoE(MoELayer):
     def _is_blind(self, routing: Routing) -> bool:
         """Return True if rows are computed without asking which experts are chosen."""
         weights = (tensor for _, experts in self._parts for tensor in experts.tensors)
+        if self.experts.features is not None:
+            return is_traced()
         if is_traced() or kernels_for(self.router_weight, *weights):
             return True
         rows, experts = routing.chosen.numel(), len(self.fc2_weight)
@@ -173,7 +175,7 @@ class GatedMoE(MoELayer):
         """Return the weighted outputs (t,o) of tokens (t,d), without sorting rows on the host."""
         weights = self._weights(routing)
         taken = self._taken(tokens[:, None], routing.gates).expand(-1, weights.shape[1], -1)[:, :, None]
-        output = tokens.new_zeros(len(tokens), self.config.output_width)
+        output = tokens.new_zeros(tokens.shape[0], self.config.output_width)
         for first, experts in self._parts:
             count = len(experts.fc2_weight)
             places, idle = routing.chosen - first, None

@@ -23,7 +23,7 @@ from moeprune.models.factory import import_factory, normalized, same_factory
 from moeprune.models.libraries.layers import LAYERS, LayerLibrary, lookalikes
 from moeprune.models.model import Model, names_of
 from moeprune.models.runtime import input_dtype
-from moeprune.models.tracing import Seen, failure, materialize, require_equal, see, windows_of
+from moeprune.models.tracing import IGNORE, Seen, failure, materialize, require_equal, see, windows_of
 from moeprune.plan import Plan
 from moeprune.records import pack
 
@@ -120,18 +120,25 @@ def adopt(
     (first, logits), (second, _), (both, of_both) = (
         see(module, libraries, some, built_by) for some in (x[:1], x[1:], x)
     )
-    for name in first:
-        library = libraries[name]
-        ours = _as_ours(name, library, module.get_submodule(name), (first[name], second[name], both[name]), releases)
+    ours = {
+        name: _as_ours(name, library, module.get_submodule(name), (first[name], second[name], both[name]), releases)
+        for name, library in ((name, libraries[name]) for name in first)
+    }
+    for name, our_layer in ours.items():  # only now, so that an error leaves the module as it is
         path = f"module.{name}".rstrip(".")
         for alias in names_of(parent, path):
-            parent.set_submodule(alias, ours)
-        layers[path] = AdoptedLayer(ours.config, library.name, first[name].tokens, len(layers))
+            parent.set_submodule(alias, our_layer)
+        layers[path] = AdoptedLayer(our_layer.config, libraries[name].name, first[name].tokens, len(layers))
     module = parent["module"]
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
         _, found = see(module, first, x[:1], built_by)  # fails if the code has kept a layer that was replaced
     _warn_of_change(found, logits, of_both[:1])
-    other = flops.get_total_flops() - sum(layer.layer.flops(layer.tokens).total for layer in layers.values())
+    counted = flops.get_flop_counts()
+    other = flops.get_total_flops()
+    for path, layer in layers.items():
+        of_layer = counted.get(f"{type(module).__name__}.{path.removeprefix('module.')}", {})
+        is_soft = isinstance(layer.layer, SoftMoEConfig)  # others also apply gates by a product, which is not counted
+        other -= layer.layer.flops(layer.tokens).total if is_soft else sum(of_layer.values())
     if other < 0:  # products in threads of the model's own
         logger.warning("the FLOPs of all but the MoE layers cannot be counted in this model, and are left out")
     whole = ModuleConfig(built_by, pack(dict(arguments or {})), input_shape, logits.shape[1], layers, max(other, 0))
@@ -160,15 +167,23 @@ def _as_ours(
     windows, interleaved = windows_of(name, *seen)
     is_copy = not library.recognises(theirs)
     version = releases.get(library.name) or ("unknown" if is_copy else None)
-    config, tensors = library.describe(theirs, name, seen[0].tokens, version)
+    try:
+        config, tensors = library.describe(theirs, name, seen[0].tokens, version)
+    except MoepruneError as error:
+        raise MoepruneError(error.message, error.hint or IGNORE.format(name)) from None
+    if not isinstance(config, SoftMoEConfig) and (windows > 1 or seen[0].output.ndim > 3):
+        raise MoepruneError(
+            f"layer `{name}` gives {list(seen[0].output.shape)} for an input, expected its tokens (1, m, {config.dim})",
+            f"call it with the tokens of each input in a row of the batch; {IGNORE.format(name)}",
+        )
     if windows > 1:
-        if not isinstance(config, SoftMoEConfig):
-            raise MoepruneError(f"layer `{name}` runs on {windows} windows of an input, which it does not support")
+        assert isinstance(config, SoftMoEConfig)
         config = config.replace(windows=windows, interleaved=interleaved)
     ours = layer_of_tensors(config, None, {key: tensor.detach() for key, tensor in tensors.items()})
     library.complete(ours, theirs)
     if is_copy:
-        require_equal(name, library.name, theirs, ours, seen[2])
+        like = "a token-gated layer" if library.name == "own" else f"{library.name}'s layer"
+        require_equal(name, like, theirs, ours, seen[2])
     return ours
 
 
@@ -184,7 +199,8 @@ def _known_layers(module: nn.Module, ignored: Sequence[str]) -> dict[str, LayerL
     for name, part in parts.items():
         known = [library for library in LAYERS.values() if library.recognises(part)]
         known = known or [library for library in LAYERS.values() if library.resembles(part)]
-        if known and not _is_within(name, (*found, *ignored)):
+        is_around = known and known[0].name == "own" and _holds_layers(part)  # such as a head beside a trunk
+        if known and not is_around and not _is_within(name, (*found, *ignored)):
             found[name] = known[0]
     tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     others = lookalikes(name for name in tensors if not _is_within(name, (*found, *ignored)))
@@ -201,6 +217,12 @@ def _known_layers(module: nn.Module, ignored: Sequence[str]) -> dict[str, LayerL
             " `expert` in its name",
         )
     return found
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """Return True for a module with a part that is like an MoE layer itself."""
+    parts = [part for part in module.modules() if part is not module]
+    return any(library.recognises(part) or library.resembles(part) for library in LAYERS.values() for part in parts)
 
 
 def _is_within(name: str, layers: Sequence[str]) -> bool:

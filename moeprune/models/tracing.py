@@ -82,8 +82,8 @@ def windows_of(name: str, first: Seen, second: Seen, both: Seen) -> tuple[int, b
 
 
 @torch.no_grad()
-def require_equal(name: str, library: str, theirs: nn.Module, ours: nn.Module, seen: Seen) -> None:
-    """Raise a MoepruneError if our layer does not compute what one with the library's tensors does."""
+def require_equal(name: str, like: str, theirs: nn.Module, ours: nn.Module, seen: Seen) -> None:
+    """Raise a MoepruneError if our layer does not compute what one of the user's with the same tensors does."""
     expected = seen.output
     scale = max(float(expected.abs().max()), torch.finfo(expected.dtype).tiny)
     try:
@@ -95,8 +95,8 @@ def require_equal(name: str, library: str, theirs: nn.Module, ours: nn.Module, s
             return
         reason = f"outputs differ by {difference:.1e} of the largest"
     raise MoepruneError(
-        f"layer `{name}`, a {type(theirs).__qualname__}, has the tensors of {library}'s layer and computes something"
-        f" else ({reason})",
+        f"layer `{name}`, a {type(theirs).__qualname__}, has the tensors of {like} and computes something else"
+        f" ({reason})",
         IGNORE.format(name),
     )
 

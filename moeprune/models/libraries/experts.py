@@ -61,7 +61,11 @@ class Form(NamedTuple):
             for key, tensor in zip(("weight", "bias"), of_linear, strict=True)
             if tensor is not None
         }
-        return {key: tensor for key, tensor in named.items() if key in expert.state_dict()}
+        known = expert.state_dict().keys()
+        for key in named.keys() - known:
+            if not key.endswith("bias") or named[key].any():
+                raise MoepruneError(f"a {type(expert).__qualname__} has no `{key}` that could take what was fitted")
+        return {key: tensor for key, tensor in named.items() if key in known}
 
     def reordered(self, rows: Tensor) -> Tensor:
         """Return the rows of a first linear with its halves swapped if need be, in both directions."""
@@ -84,14 +88,14 @@ class Form(NamedTuple):
         return math.inf
 
 
-def stack_experts(layer: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def stack_experts(layer: nn.Module, name: str, prefix: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return fields of SoftMoEConfig, and the stacked tensors of a layer's experts by their names in Experts.
 
-    name: of the layer, for errors.
+    name: of the layer, for errors. prefix: of the list of experts; None: the first list that there is.
 
     Raises a MoepruneError if an expert computes something else than moeprune can, or not what the first one does.
     """
-    prefix, experts = next(iter(parts_of(layer, nn.ModuleList).items()))
+    prefix, experts = _list_of(layer, prefix)
     path = f"{name}.{prefix}".lstrip(".")
     form, stacks = form_of(experts[0], f"{path}.0"), []
     for index, expert in enumerate(experts):
@@ -113,15 +117,21 @@ def stack_experts(layer: nn.Module, name: str) -> tuple[dict[str, Any], dict[str
     return fields, tensors
 
 
-def unstack_experts(tensors: Mapping[str, Tensor], layer: nn.Module) -> dict[str, Tensor]:
-    """Return stacked tensors as those of a layer's experts, by their names in the layer."""
-    prefix, experts = next(iter(parts_of(layer, nn.ModuleList).items()))
+def unstack_experts(tensors: Mapping[str, Tensor], layer: nn.Module, prefix: str | None = None) -> dict[str, Tensor]:
+    """Return stacked tensors as those of a layer's experts, by their names in it; prefix: see `stack_experts`."""
+    prefix, experts = _list_of(layer, prefix)
     form, unstacked = form_of(experts[0], f"{prefix}.0"), dict[str, Tensor]()
     own = {key: tensor for key, tensor in tensors.items() if key in Experts._fields}
     for j in range(len(own["fc2_weight"])):
         restored = form.restored(experts[0], {key: tensor[j] for key, tensor in own.items()})
         unstacked |= {f"{prefix}.{j}.{key}": tensor for key, tensor in restored.items()}
     return unstacked
+
+
+def _list_of(layer: nn.Module, prefix: str | None) -> tuple[str, nn.ModuleList]:
+    lists = parts_of(layer, nn.ModuleList)
+    prefix = next(iter(lists)) if prefix is None else prefix
+    return prefix, lists[prefix]
 
 
 def resized(expert: M, width: int) -> M:
@@ -158,6 +168,8 @@ def form_of(expert: nn.Module, name: str) -> Form:
         best = min(errors, key=lambda form: errors[form], default=None)
         if best is not None and errors[best] <= tolerance(tried):
             return best
+        if best is not None and tolerance(torch.float32) < errors[best] < math.inf:  # more than rounding
+            break
     raise MoepruneError(
         f"expert `{name}` is {_made_of(expert)}, and computes none of: one linear; two linears with an activation or"
         " a gate between them; three linears, of which one gates another",

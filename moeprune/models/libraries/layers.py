@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from moeprune import __version__
 from moeprune.errors import MoepruneError
 from moeprune.layers.config import RouterNorm, SoftMoEConfig
+from moeprune.layers.gated_modules import GatedModules
 from moeprune.layers.interface import LayerConfig
 from moeprune.layers.layer import MoELayer, new_layer
 from moeprune.models.libraries.experts import parts_of, resized, stack_experts, unstack_experts
-from moeprune.models.libraries.own import complete, describe_gated, has_router, restored
+from moeprune.models.libraries.own import complete, describe_gated, has_experts, restored
 from moeprune.records import to_json
 
 Tensors = Mapping[str, Tensor]
@@ -218,11 +219,11 @@ class _SoftMixtureOfExperts(LayerLibrary):
         }
 
 
-class _GatedLayers(LayerLibrary):
+class _UsersLayers(LayerLibrary):
     name = "own"
 
     def resembles(self, module: nn.Module) -> bool:
-        return has_router(module) and not lookalikes(module.state_dict())
+        return has_experts(module) and not lookalikes(module.state_dict())
 
     def describe(self, module: nn.Module, name: str, tokens: int, version: str | None) -> Described:
         return describe_gated(module, name)
@@ -252,6 +253,10 @@ class _OwnLayers(LayerLibrary):
             raise MoepruneError(f"layer `{name}` is already pruned", "adopt the unpruned model")
         return module.config, dict(module.state_dict())
 
+    def complete(self, ours: MoELayer, theirs: nn.Module) -> None:
+        if isinstance(ours, GatedModules) and isinstance(theirs, GatedModules):
+            ours.module_of_expert = theirs.module_of_expert
+
     def restore(self, module: nn.Module, tensors: Tensors) -> dict[str, Tensor]:
         return dict(tensors)
 
@@ -264,7 +269,7 @@ class _OwnLayers(LayerLibrary):
 
 LAYERS: dict[str, LayerLibrary] = {
     library.name: library
-    for library in (_SoftMoE(), _SoftMoEPytorch(), _SoftMixtureOfExperts(), _OwnLayers(), _GatedLayers())
+    for library in (_SoftMoE(), _SoftMoEPytorch(), _SoftMixtureOfExperts(), _OwnLayers(), _UsersLayers())
 }
 """Libraries of layers by name; the user's own code builds the models around them."""
 

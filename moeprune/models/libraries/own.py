@@ -6,9 +6,8 @@ it gives.
 Axes: t tokens, d width, n experts.
 """
 
-import copy
 import itertools
-import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 from moeprune.errors import MoepruneError, user_code
 from moeprune.layers.gated_config import GatedModulesConfig, GatedMoEConfig, Gates
 from moeprune.layers.gated_modules import GatedModules
-from moeprune.layers.layer import MoELayer
-from moeprune.models.libraries.experts import parts_of, stack_experts, tolerance, unstack_experts
-from moeprune.models.libraries.modules import split, stack_modules, unstack_modules
-from moeprune.models.tracing import IGNORE
+from moeprune.layers.layer import MoELayer, layer_of_tensors
+from moeprune.models.libraries.experts import stack_experts, tolerance, unstack_experts
+from moeprune.models.libraries.modules import copied, draw, features_of, stack_modules, unstack_modules
 
 TOKENS = 64  # on which outputs are compared
 GATES: tuple[Gates, ...] = ("softmax", "sigmoid")
@@ -53,11 +51,10 @@ class Router(NamedTuple):
         return tensor.mT.contiguous() if key == "router_weight" and self.is_transposed else tensor
 
 
-def has_router(module: nn.Module) -> bool:
-    """Return True for a module with a list of experts, and something like a router beside it."""
-    path, experts = _experts(module)
-    is_list = len(experts) > 1 and "expert" in path.lower() and "." not in path
-    return is_list and any(tensor.ndim == 2 and len(experts) in tensor.shape for tensor in _others(module).values())
+def has_experts(module: nn.Module) -> bool:
+    """Return True for a module with a list of experts, and a matrix beside it that may be a router."""
+    _, experts = _experts(module)
+    return any(tensor.ndim == 2 and len(experts) in tensor.shape for tensor in _others(module).values())
 
 
 def describe_gated(module: nn.Module, name: str) -> tuple[GatedMoEConfig, dict[str, Tensor]]:
@@ -65,7 +62,7 @@ def describe_gated(module: nn.Module, name: str) -> tuple[GatedMoEConfig, dict[s
 
     name: of the layer, for errors. Raises a MoepruneError if ours cannot compute the same.
     """
-    router, others = router_of(module, name), _others(module)
+    router, others, (path, experts) = router_of(module, name), _others(module), _experts(module)
     of_router = {key: router.turned(key, others[of_layer]) for key, of_layer in router.names.items()}
     n, d = of_router["router_weight"].shape
     shared: dict[str, Any] = {
@@ -74,41 +71,60 @@ def describe_gated(module: nn.Module, name: str) -> tuple[GatedMoEConfig, dict[s
         "selection_bias": "selection_bias" in of_router,
     }  # fmt: skip
     try:
-        fields, tensors = stack_experts(module, name)
-    except MoepruneError:  # they are more than linears
-        path, experts = _experts(module)
+        fields, tensors = stack_experts(module, name, path)
+    except MoepruneError:  # they are more than linears, or differ
         fields, tensors = stack_modules(experts, f"{name}.{path}".lstrip("."), d)
-        return GatedModulesConfig(**shared, **fields), of_router | tensors
-    kind = fields.pop("expert")
-    del fields["out_dim"]  # that of the input
-    shared |= {"expert": "glu" if kind == "geglu" else kind, "gate_columns": "last"}
-    return GatedMoEConfig(**shared, **fields), of_router | tensors
+        config: GatedMoEConfig = GatedModulesConfig(**shared, **fields)
+    else:
+        kind = fields.pop("expert")
+        del fields["out_dim"]  # that of the input
+        fields |= {"expert": "glu" if kind == "geglu" else kind, "gate_columns": "last"}
+        config = GatedMoEConfig(**shared, **fields)
+    return _with_logits_of(module, config, of_router | tensors), of_router | tensors
+
+
+@torch.no_grad()
+def _with_logits_of(module: nn.Module, config: GatedMoEConfig, tensors: Mapping[str, Tensor]) -> GatedMoEConfig:
+    """Return the config with logits in the type that a layer has them in: only with weights of 16 bits that shows."""
+    weight = tensors["router_weight"]
+    if weight.dtype.itemsize > 2:
+        return config
+    rows = torch.randn(TOKENS, config.dim, generator=torch.Generator().manual_seed(2)).to(weight)
+    found, expected = [], copied(module)(rows[None])[0].float()
+    for tried in (config, config.replace(float32_router=True)):
+        ours = layer_of_tensors(tried, None, tensors)
+        complete(ours, module)
+        found.append((float((ours(rows[None])[0].float() - expected).norm()), tried))
+    return min(found, key=lambda each: each[0])[1]
 
 
 def complete(ours: MoELayer, theirs: nn.Module) -> None:
     """Give our layer the module of an expert, if it runs one."""
     if isinstance(ours, GatedModules):
-        ours.of_user = (split(_experts(theirs)[1][0], "0", ours.config.dim)[1],)
+        _, experts = _experts(theirs)
+        if not experts:
+            raise MoepruneError(f"a {type(theirs).__qualname__} has no list of experts", "the code changed")
+        ours.module_of_expert = (features_of(experts[0], ours.config.last),)
 
 
 def restored(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of our layer by their names in one of the user's.
 
-    Raises a MoepruneError if there is one that is not used, and has a place for each expert.
+    Raises a MoepruneError if the user's has tensors that ours does not have.
     """
-    router, others = router_of(module, type(module).__qualname__), _others(module)
-    n, k = others[router.weight].shape[int(router.is_transposed)], len(tensors["router_weight"])
-    for name in others.keys() - {*router.names.values()}:
-        if n != k and n in others[name].shape:
-            raise MoepruneError(
-                f"`{name}` of a {type(module).__qualname__} has a place for each expert, and is not used"
-            )
-    others |= {of_layer: router.turned(key, tensors[key]) for key, of_layer in router.names.items()}
+    router, others, (path, experts) = router_of(module, type(module).__qualname__), _others(module), _experts(module)
+    found, kind = dict[str, Tensor](), f"a {type(module).__qualname__}"
+    for key, of_layer in router.names.items():
+        places = [name for name in others if others[name].data_ptr() == others[of_layer].data_ptr()]
+        found |= dict.fromkeys(places, router.turned(key, tensors[key]))
+    if unknown := sorted(others.keys() - found):
+        raise MoepruneError(f"`{unknown[0]}` of {kind} takes no part in its output, and has not been kept")
+    if len({id(expert) for expert in experts}) < len(experts):
+        raise MoepruneError(f"{kind} has one expert in several places, which are different ones here")
     if not any(key.startswith("features/") for key in tensors):
-        return others | unstack_experts(tensors, module)
-    path, experts = _experts(module)
-    of_experts = unstack_modules(tensors, experts, tensors["router_weight"].shape[1])
-    return others | {f"{path}.{name}": tensor for name, tensor in of_experts.items()}
+        return found | unstack_experts(tensors, module, path)
+    of_experts = unstack_modules(tensors, experts[0])
+    return found | {f"{path}.{name}": tensor for name, tensor in of_experts.items()}
 
 
 @torch.no_grad()
@@ -117,39 +133,46 @@ def router_of(module: nn.Module, name: str) -> Router:
 
     Raises a MoepruneError if that is nothing that moeprune can express.
     """
-    with user_code(f"layer `{name}` cannot be copied", IGNORE.format(name)):
-        drawn, generator = copy.deepcopy(module).eval().float(), torch.Generator().manual_seed(0)
+    drawn, generator = copied(module).float(), torch.Generator().manual_seed(0)
     (_, experts), others = _experts(drawn), _others(drawn)
     n = len(experts)
     of_router = [tensor for tensor in others.values() if n in tensor.shape and tensor.is_floating_point()]
-    for tensor in (*experts.parameters(), *of_router):
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(max(tensor.shape)))
-    d = next(tensor.numel() // n for tensor in of_router if tensor.ndim == 2)
-    tokens = torch.randn(2, TOKENS // 2, d, generator=generator)
-    rows = tokens.flatten(0, 1)
-    with user_code(f"layer `{name}` fails on random tokens", IGNORE.format(name)):
-        expected, outputs = drawn(tokens), [expert(rows) for expert in experts]
-    for found in (expected, *outputs):
-        if not isinstance(found, Tensor) or found.shape not in (tokens.shape, rows.shape):
-            given = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
-            raise MoepruneError(
-                f"layer `{name}` or an expert of it gives {given} for tokens of width {d}", IGNORE.format(name)
-            )
-    tried = _tried(others, rows, torch.stack(outputs, 1), expected.view_as(rows))
-    best = min(tried, key=lambda router: router.error, default=None)
+    draw([*experts.parameters(), *of_router], generator)
+    matrix = next(tensor for tensor in of_router if tensor.ndim == 2)
+    d = matrix.numel() // n
+    rows = torch.randn(TOKENS, d, generator=generator).to(matrix)
+    try:
+        expected = _run(drawn, rows.unflatten(0, (2, -1)), name).flatten(0, 1)
+    except MoepruneError:
+        expected = _run(drawn, rows, name)  # a layer of single tokens
+    outputs = torch.stack([_run(expert, rows, name) for expert in experts], 1)
+    best = min(_tried(others, rows, outputs, expected), key=lambda router: router.error, default=None)
     if best is None or not best.error <= tolerance(rows.dtype):
         raise MoepruneError(
             f"layer `{name}`, a {type(module).__qualname__}, has experts and perhaps a router, and computes none of:"
             " softmax or sigmoid gates, of all experts or of the best of each token, divided by their sum or not, times"
-            " what these experts give",
-            IGNORE.format(name),
+            " what these experts give"
         )
     return best
 
 
+def _run(module: nn.Module, tokens: Tensor, name: str) -> Tensor:
+    """Return what a layer, or one of its experts, gives for tokens (…,d)."""
+    kind, shape = type(module).__qualname__, list(tokens.shape)
+    with user_code(f"layer `{name}`: a {kind} fails on random tokens of the shape {shape}"):
+        found = module(tokens)
+    if not isinstance(found, Tensor) or found.shape != tokens.shape:
+        given = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise MoepruneError(f"layer `{name}`: a {kind} gives {given} for tokens of the shape {shape}")
+    return found
+
+
 def _experts(module: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the name of a layer's list of experts, and the list; an empty one if there is none."""
-    return next(iter(parts_of(module, nn.ModuleList).items()), ("", nn.ModuleList()))
+    for name, part in module.named_children():
+        if isinstance(part, nn.ModuleList) and len(part) > 1 and re.search("(?<!shared_)expert", name.lower()):
+            return name, part
+    return "", nn.ModuleList()
 
 
 def _others(module: nn.Module) -> dict[str, Tensor]:
@@ -159,7 +182,7 @@ def _others(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _tried(others: Mapping[str, Tensor], tokens: Tensor, outputs: Tensor, expected: Tensor) -> Iterator[Router]:
-    """Yield all routers that tensors allow, simple ones first, each with the number of experts that fits best.
+    """Yield all routers that tensors allow, each with the number of experts that fits best.
 
     others: tensors that are not the experts'. tokens (t,d), the outputs of all experts for them (t,n,d), and what the
     layer gives (t,d).
