@@ -136,7 +136,7 @@ def behind_a_pruned_layer(full, data, runtime=CPU) -> Iterator[tuple[Stage, Soft
         first = walk.reach(FIRST)
         plan = LayerPlan("static", 1, 5, "combine", "mean", (1,))
         models[1].set_submodule(FIRST, prune_layer(first.layer, plan, Calibrated(None, first.moments.term_mean)))
-        yield walk.reach(LAST), models[1]
+        yield walk.reach(LAST, with_stream=True), models[1]
 
 
 def block_outputs(model, data) -> Tensor:
@@ -181,22 +181,25 @@ def test_a_fit_is_a_ridge_on_the_rows_from_the_pruned_model_to_the_unpruned_stre
     layer.observer = seen.append
     before = layer(x).double()
     chosen = None if scope == "static" else seen[0].chosen.tolist()
-    rows, missing = rows_of(layer, x, chosen=chosen), target.double() - before
-    R, T, kinds = rows.flatten(0, 1).numpy(), missing.flatten(0, 1).numpy(), [*layer.regressor_kinds().values()]
+    rows = rows_of(layer, x, chosen=chosen)
+    own, beside = output - before, target - output
+    R, kinds = rows.flatten(0, 1).numpy(), [*layer.regressor_kinds().values()]
     ridges, scale = found.ridges.numpy(), scale_of_kinds(R, kinds)
+    halves = [*zip(by_half(rows), by_half(own), by_half(beside), strict=True)]
+    fits = [[direct_ridge(r, t, ridges / 2, scale) for t in (t, b)] for r, t, b in halves]
+    gained = sum(np.sum((t + b - r @ V) * (r @ W)) for (r, t, b), (V, W) in zip(halves, fits[::-1], strict=True))
+    share = min(
+        max(gained / sum(np.square(r @ W).sum() for (r, _, _), (_, W) in zip(halves, fits[::-1], strict=True)), 0), 1
+    )
+    T = (own + share * beside).flatten(0, 1).numpy()
     expected = R @ direct_ridge(R, T, ridges, scale)
     assert np.linalg.norm(expected) > 0.1 * np.linalg.norm(T)
     assert np.linalg.norm(R @ found.solution.numpy() - expected) < 1e-4 * np.linalg.norm(expected)
     added = (fitted(x).double() - before).flatten(0, 1).numpy()
     assert np.linalg.norm(added - expected) < 1e-4 * np.linalg.norm(expected)
-    halves = [*zip(by_half(rows), by_half(missing), strict=True)]
-    fits = [direct_ridge(*half, ridges / 2, scale) for half in halves]
-    errors = [
-        sum(np.square(t - r @ V).sum() for (r, t), V in zip(halves, order, strict=True)) for order in (fits, fits[::-1])
-    ]
-    own, power = float((output - fitted(x)).square().sum()), float(output.square().sum())
-    assert quality.fitted_error == pytest.approx(own / power, rel=1e-4)
-    assert quality.held_out_error == pytest.approx((own + errors[1] - errors[0]) / power, rel=1e-4)
+    for error, order in ((quality.fitted_error, fits), (quality.held_out_error, fits[::-1])):
+        errors = sum(np.square(t - r @ (V + share * W)).sum() for (r, t, _), (V, W) in zip(halves, order, strict=True))
+        assert error == pytest.approx(errors / float(output.square().sum()), rel=1e-4)
     assert (quality.samples, quality.regressors) == (90, R.shape[1])
 
 

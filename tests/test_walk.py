@@ -176,7 +176,7 @@ def test_a_stage_has_what_layers_take_behind_pruned_ones_and_give_in_the_full_mo
         assert torch.equal(taken, layer_inputs_and_outputs(model, FIRST, data)[0])
         smaller = prune_layer(first.layer, LayerPlan("static", 1, 5, "combine", "none", (2,)))
         pruned.set_submodule(FIRST, smaller)
-        last = walk.reach(LAST)
+        last = walk.reach(LAST, with_stream=True)
         assert not (held > 1e6 and [*Path(tempfile.gettempdir()).glob("moeprune*")])
         changed = two_layer_model()
         changed.set_submodule(FIRST, smaller)
@@ -186,7 +186,8 @@ def test_a_stage_has_what_layers_take_behind_pruned_ones_and_give_in_the_full_mo
         )
         assert relative_error(torch.cat([halt.taken[0][0] for halt in last.halts]), expected_inputs) < 1e-6
         assert relative_error(torch.cat([halt.expected for halt in last.halts]), expected) < 1e-6
-        own, with_stream = (torch.cat([gap for _, _, gap in last.observe(with_stream=each)]) for each in (False, True))
+        gaps = [gap for _, _, gap in last.observe()]
+        own, with_stream = (torch.cat(each) for each in zip(*((gap.own, gap.whole) for gap in gaps), strict=True))
         given = last.layer(expected_inputs)
         blocks = [block_outputs(each, data) for each in (model, changed)]
     assert relative_error(own, expected - given) < 1e-4

@@ -175,11 +175,12 @@ class Pass:
             return self.entered[0] + 1
         return 0 if self.start is None else self.start.place
 
-    def look_beside(self, run: Callable[[], Tensor]) -> None:
+    def look_beside(self, run: Callable[[], Any]) -> None:
         """Run a layer of the sequence with each of the stand-ins for the MoE layer in it; keep what it gives."""
         for stand_in in self.stand_ins:
             self.stand_in = stand_in
-            self.beside.append(run())
+            found = run()
+            self.beside.append(found[0] if isinstance(found, tuple) else found)
         self.stand_in = None
 
     def go_to(self, name: str, stand_ins: Iterable[StandIn] = ()) -> None:

@@ -25,7 +25,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeprune.calibration.ridge import Equations, choose_ridges, column_scale, factorized, sketch, solve_held_out
+from moeprune.calibration.ridge import (
+    Beside,
+    Equations,
+    choose_ridges,
+    column_scale,
+    factorized,
+    sketch,
+    solve_held_out,
+)
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation, mean_token
 
@@ -100,13 +108,21 @@ class RegressionSums:
         self.power = torch.zeros(q, q, device=device, dtype=dtype) if power is None else power
         self.cross = torch.zeros(q, width, device=device, dtype=dtype)
         self.square = torch.zeros((), device=device, dtype=dtype)
+        self.of_beside = torch.zeros(2, device=device, dtype=dtype)
 
-    def add(self, seen: Observation, gap: Tensor) -> None:
-        """Add what a layer shows on some inputs, and the gap (b,m,o) between its output and what is wanted."""
+    def add(self, seen: Observation, gap: Tensor, beside: Tensor | None = None) -> None:
+        """Add what a layer shows on some inputs, and the gap (b,m,o) between its output and what is wanted.
+
+        beside: more that is wanted; its products follow those of the gap.
+        """
         if len(seen.mass) == 0:
             return
         found, start = columns(seen, self.kinds), self.kinds.get("hidden", 0)
         gap = gap.float().reshape(*seen.tokens.shape[:2], -1)
+        if beside is not None:
+            beside = beside.view_as(gap)
+            self.of_beside += torch.stack([(beside * each).sum(dtype=self.square.dtype) for each in (beside, gap)])
+            gap = torch.cat([gap, beside], 2)
         if not self.knows_power:
             add_products(found, self.power[start:, start:])
         add_targets(found, gap, self.cross[start:], self.square)
@@ -123,10 +139,17 @@ class RegressionSums:
         self.power[size:, :size] += across.mT
 
     def equations(self) -> Equations:
-        """Return the equations, on the CPU in float64."""
+        """Return the equations, those of all targets, on the CPU in float64."""
         power, cross = (part.to("cpu", torch.float64) for part in (self.power, self.cross))
         power.copy_((power + power.mT).div_(2))  # rounding need not be symmetric
         return Equations(power, cross, float(self.square))
+
+    def equations_beside(self) -> tuple[Equations, Beside]:
+        """Return the equations of the gap, and what it takes to fit more, on the CPU in float64."""
+        power, cross, square = self.equations()
+        of_gap, of_beside = cross.chunk(2, 1)
+        own, with_gap = self.of_beside.tolist()
+        return Equations(power, of_gap.contiguous(), square - own), Beside(of_beside.contiguous(), own, with_gap)
 
 
 def add_products(found: Columns, power: Tensor, with_weights: Tensor | None = None) -> None:

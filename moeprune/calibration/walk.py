@@ -31,14 +31,17 @@ from moeprune.calibration.sums import Contributions, Halves, halves, lost_gram, 
 from moeprune.data.datasets import Dataset
 from moeprune.errors import MoepruneError
 from moeprune.layers.layer import MoELayer
-from moeprune.layers.observation import Observation, masked
+from moeprune.layers.observation import Observation
 from moeprune.models.model import Model
 from moeprune.models.runtime import Runtime, trim_memory
 
 logger = logging.getLogger(__name__)
 WAITING, FEWEST_WAITING = 64, 8  # passes of a model that wait at once, at most: each has a thread
 HELD = 4 << 30  # bytes that waiting passes may hold, by estimate
-NOT_ADDED = 0.1  # relative error of a layer's output in the stream, from which on it is not taken to be added to it
+NOT_ADDED = (
+    0.1,
+    0.01,
+)  # relative error in the stream from which on a layer is not taken to add to it: of 16 bits, others
 LIVE_TENSORS = 3  # of the size of a layer's input, that a waiting pass is taken to hold
 
 
@@ -53,6 +56,18 @@ class Halt(NamedTuple):
     taken: tuple[tuple[Any, ...], dict[str, Any]]
     expected: Tensor
     beside: Tensor | None
+
+
+class Gap(NamedTuple):
+    """What the output of a layer lacks to the full model's (b,m,o), and what the stream beside it lacks."""
+
+    own: Tensor
+    beside: Tensor | None
+
+    @property
+    def whole(self) -> Tensor:
+        """What the stream lacks behind the layer."""
+        return self.own if self.beside is None else self.own + self.beside
 
 
 class Stage:
@@ -83,8 +98,9 @@ class Stage:
         """The sums for choosing among the experts, of either half of the inputs."""
         sums = tuple(Contributions(self.layer, self.moments.term_mean) for _ in range(2))
         for members, seen, gap in self.observe():
+            whole = gap.whole if self.lacks else None
             for half, index in zip(sums, members, strict=True):
-                half.add(seen.select(index), gap[index] if self.lacks else None)
+                half.add(seen.select(index), whole[index] if whole is not None else None)
         trim_memory()
         return sums[0], sums[1]
 
@@ -118,20 +134,11 @@ class Stage:
 
     @property
     def has_stream(self) -> bool:
-        """True if fits make up for what pruned layers before this one broke in the stream that it adds to."""
-        return any(halt.beside is not None for halt in self.halts)
+        """True if it is known what pruned layers before this one broke in the stream that it adds to."""
+        return all(halt.beside is not None for halt in self.halts)
 
-    def error_of(self, layer: MoELayer) -> float:
-        """Return the square of what a layer's own output lacks to the full model's, summed over all inputs."""
-        wide = wide_dtype(layer.fc2_weight.device)
-        gaps = (gap for _, _, gap in self.observe(layer, with_stream=False))
-        return sum(float(gap.square().sum(dtype=wide)) for gap in gaps)
-
-    def observe(
-        self, layer: MoELayer | None = None, with_stream: bool = True
-    ) -> Iterator[tuple[list[Tensor], Observation, Tensor]]:
-        """Yield for each batch the places of its inputs in either half, what the layer shows on it, and what its output
-        lacks to the full model's (b,m,o), with what the stream lacks unless that is not wanted.
+    def observe(self, layer: MoELayer | None = None) -> Iterator[tuple[list[Tensor], Observation, Gap]]:
+        """Yield for each batch the places of its inputs in either half, what the layer shows on it, and what lacks.
 
         layer: one to observe in place of the dense one.
         """
@@ -144,9 +151,8 @@ class Stage:
             members = [half.to(expected.device) for half in halves(count, inputs)]
             count += inputs
             gap = expected.float() - seen.output.float()
-            if beside is not None and with_stream:
-                gap += beside
-            yield members, seen, gap.reshape(inputs, -1, gap.shape[-1])  # the tokens of all windows
+            gap = gap.reshape(inputs, -1, gap.shape[-1])  # the tokens of all windows
+            yield members, seen, Gap(gap, None if beside is None else beside.view_as(gap))
 
 
 def observed(
@@ -215,8 +221,7 @@ class Walk:
     def _run_to(self, name: str, running: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Let a pass run as far as a layer; if it waits for one of the others, end these."""
         stand_ins: list[StandIn] = [torch.zeros_like] if name in self.factors else [torch.zeros_like, drawn]
-        has_stream = self.is_behind_pruned and self.factors.get(name, 1.0) is not None
-        running.go_to(name, stand_ins if has_stream else [])
+        running.go_to(name, stand_ins if self.factors.get(name, 1.0) is not None else [])
         while not running.has_arrived():
             if self.lets_wait and running.is_stuck():
                 logger.info("a forward pass waits for another: passes start anew for each layer")
@@ -224,13 +229,18 @@ class Walk:
                 self._end_waiting(running)
         return running.arguments(name)
 
-    def reach(self, name: str, see: Callable[[Observation, Tensor | None], None] | None = None) -> Stage:
+    def reach(
+        self, name: str, see: Callable[[Observation, Tensor | None], None] | None = None, with_stream: bool = False
+    ) -> Stage:
         """Return the next layer, in the order of the data flow, behind the pruned ones before it.
 
-        see: takes what the layer shows of each batch in the full model, and its labels.
+        see: takes what the layer shows of each batch in the full model, and its labels. with_stream: what the stream
+        lacks is wanted, too.
 
         Raises a MoepruneError if a batch does not get there.
         """
+        if not (with_stream and self.is_behind_pruned):
+            self.factors[name] = None
         files, self.files = self.files, contextlib.ExitStack()
         self.starts, self.next_starts = self.next_starts, {}
         for model in filter(None, (self.full, self.pruned)):
@@ -257,10 +267,11 @@ class Walk:
             passes = [self.of_full.get(number) or self._start(self.full, number, inputs)]
             ended.callback(passes[0].close)
             taken = self._run_to(name, passes[0])
-            if self.is_behind_pruned and name not in self.factors:
-                self.factors[name] = factor_of_stream(*passes[0].beside) if passes[0].beside else None
             seen, passes[0].output = observed(self.full.moe_layers[name], self.runtime, *taken)
             expected, beside = seen.output, None
+            if name not in self.factors:
+                is_stream = bool(passes[0].beside) and passes[0].beside[0].shape == expected.shape
+                self.factors[name] = factor_of_stream(*passes[0].beside) if is_stream else None
             count = self.counts.setdefault(number, 0 if inputs is None else len(inputs))
             if len(seen.mass) != count:
                 raise MoepruneError(f"layer `{name}` sees {len(seen.mass)} inputs where the model has {count}")
@@ -273,7 +284,7 @@ class Walk:
                 passes.append(self.of_pruned.get(number) or self._start(self.pruned, number, inputs))
                 ended.callback(passes[1].close)
                 taken = self._run_to(name, passes[1])
-                beside = self._lacking_beside(name, passes, expected, seen.mask)
+                beside = self._lacking_beside(name, passes)
             trim_memory()
             if number not in self.of_full:
                 tensors = [each for each in tree_leaves([inputs, taken]) if isinstance(each, Tensor)]
@@ -290,14 +301,12 @@ class Walk:
             ended.pop_all()
         return Halt(taken, expected, beside)
 
-    def _lacking_beside(self, name: str, passes: list[Pass], expected: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Return what the pruned model lacks of the stream that a layer adds its output to, shaped as the output."""
-        factor, streams = self.factors[name], [each.beside[0].float() for each in passes if each.beside]
+    def _lacking_beside(self, name: str, passes: list[Pass]) -> Tensor | None:
+        """Return what the pruned model lacks of the stream that a layer adds its output to, in parts of the output."""
+        factor, streams = self.factors[name], [each.beside[0] for each in passes if each.beside]
         for each in passes:
             each.beside = []
-        if factor is None or len(streams) < len(passes):
-            return None
-        return masked((streams[0] - streams[1]).div_(factor).reshape(expected.shape), mask)
+        return None if factor is None else (streams[0].float() - streams[1].float()).div_(factor)
 
     def _start(self, model: Model, number: int, inputs: Tensor | None) -> Pass:
         if inputs is None:  # its passes waited until one of them was stuck
@@ -325,9 +334,9 @@ class Walk:
 
 
 def drawn(zeros: Tensor) -> Tensor:
-    """Return noise (…,m,o) that is stronger for later tokens, as large as what streams hold."""
-    noise = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(0))
-    return (noise * torch.linspace(8, 32, zeros.shape[-2])[:, None]).to(zeros)
+    """Return noise (b,m,o), the same for all inputs, that is stronger for later tokens, as large as streams may be."""
+    noise = torch.randn(zeros.shape[1:], generator=torch.Generator().manual_seed(0))
+    return (noise * torch.linspace(8, 32, zeros.shape[-2])[:, None]).to(zeros).expand_as(zeros)
 
 
 def factor_of_stream(without: Tensor, with_drawn: Tensor) -> float | None:
@@ -335,10 +344,11 @@ def factor_of_stream(without: Tensor, with_drawn: Tensor) -> float | None:
 
     without, with_drawn: what the layer around it gives where its output is zero, and where it is `drawn`.
     """
+    without, with_drawn = without[:1], with_drawn[:1]
     added, noise = (with_drawn - without).float(), drawn(without).float()
     factor = float((added * noise).sum() / noise.square().sum())
     error = float((added - factor * noise).norm())
-    return factor if error < NOT_ADDED * abs(factor) * float(noise.norm()) else None
+    return factor if error < NOT_ADDED[without.dtype.itemsize > 2] * abs(factor) * float(noise.norm()) else None
 
 
 def most_waiting(device: torch.device) -> int:

@@ -85,7 +85,8 @@ def apply_plan(
     else:
         with Walk(full, pruned, dataset, runtime) as walk:
             for index, name in enumerate(plan):
-                pruning.prune(index, walk.reach(name) if pruning.needs_stage(index) else None)
+                stage = walk.reach(name, with_stream=plan[name].is_fitted) if pruning.needs_stage(index) else None
+                pruning.prune(index, stage)
                 _require_data_of_analysis(used, dataset)
     _warn_of_overfitting(pruning.fits)
     made = provenance(known, plan, used, dataset, seed, runtime)

@@ -35,7 +35,7 @@ class _Batch(NamedTuple):
 def refit_by_expert(stage: Stage, layer: MoELayer) -> tuple[float, float]:
     """Refit the last linears of a pruned layer whose tokens choose experts, with their biases, in place.
 
-    Returns the squared error that is left, and an estimate of it on inputs that were not fitted.
+    Returns the squared error of the layer's output that is left, and an estimate of it on inputs that were not fitted.
     """
     batches = [*_batches(stage, layer)]
     bias = getattr(layer, "fc2_bias", None)
@@ -53,15 +53,24 @@ def refit_by_expert(stage: Stage, layer: MoELayer) -> tuple[float, float]:
     layer.fc2_weight = torch.nn.Parameter(layer.fc2_weight + changes[:, :h].mT.to(layer.fc2_weight), False)
     if bias is not None:
         layer.fc2_bias = torch.nn.Parameter(bias + changes[:, h].to(bias), False)
-    return left, left + max(sum(fit.held_out - fit.fitted for fit in fits if fit is not None), 0.0)
+    more = max(sum(fit.held_out - fit.fitted for fit in fits if fit is not None), 0.0)
+    if not stage.has_stream:
+        return left, left + more
+    own = along = 0.0  # of what fits made up for, only a part is due to the layer's own output
+    wide = wide_dtype(layer.fc2_weight.device)
+    for _, _, gap in stage.observe(layer):
+        own += float(gap.own.square().sum(dtype=wide))
+        along += float((gap.own * gap.whole).sum(dtype=wide))
+    return own, own + more * min(max(along / max(left, 1e-30), 0.0), 1.0)
 
 
 def _batches(stage: Stage, layer: MoELayer) -> Iterator[_Batch]:
     for members, seen, gap in stage.observe(layer):
         assert isinstance(seen, RoutedRows)
-        is_second = torch.zeros(len(gap), dtype=torch.bool, device=gap.device).index_fill(0, members[1], True)
-        without = replace(seen, term_outputs=gap[:0], output=gap[:0])
-        yield _Batch(without, gap.flatten(0, 1), is_second.repeat_interleave(gap.shape[1]))
+        is_second = torch.zeros(len(gap.own), dtype=torch.bool, device=gap.own.device).index_fill(0, members[1], True)
+        without = replace(seen, term_outputs=gap.own[:0], output=gap.own[:0])
+        lacking = gap.whole.flatten(0, 1)
+        yield _Batch(without, lacking, is_second.repeat_interleave(gap.own.shape[1]))
 
 
 def _square(batches: list[_Batch]) -> float:

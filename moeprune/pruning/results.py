@@ -53,9 +53,7 @@ class FitQuality(Result, frozen=True):
 
     samples: of the calibration data. rows: their tokens. regressors: what is fitted for each output. fitted_error,
     held_out_error: squared errors of the layer's output as shares of its square in the full model, of fits to one half
-    of the samples: on that half, and on the other. The gap between them tells whether more samples would help. Where
-    fits make up for what the stream beside the layer lacks, the first is the error of the whole fit, and the second as
-    much larger as that of what the stream lacks.
+    of the samples: on that half, and on the other. The gap between them tells whether more samples would help.
     """
 
     samples: int
