@@ -7,6 +7,9 @@ each of them. Beyond HELD bytes, passes are not kept waiting but start anew for 
 in files; where a model says in which sequence its layers run, they start in the one that they were in. They start anew,
 too, where one cannot run while another waits, as with a lock around the forward pass.
 
+Behind pruned layers, the layer of that sequence around an MoE layer runs once more in both models, with zeros in place
+of what that gives: so it is seen what the stream that it adds to lacks in the pruned one.
+
 Axes: b inputs, m tokens, o width of the output.
 """
 

@@ -54,7 +54,8 @@ class Router(NamedTuple):
 def has_experts(module: nn.Module) -> bool:
     """Return True for a module with a list of experts, and a matrix beside it that may be a router."""
     _, experts = _experts(module)
-    return any(tensor.ndim == 2 and len(experts) in tensor.shape for tensor in _others(module).values())
+    others = _others(module) if experts else {}
+    return any(tensor.ndim == 2 and len(experts) in tensor.shape for tensor in others.values())
 
 
 def describe_gated(module: nn.Module, name: str) -> tuple[GatedMoEConfig, dict[str, Tensor]]:
@@ -80,17 +81,19 @@ def describe_gated(module: nn.Module, name: str) -> tuple[GatedMoEConfig, dict[s
         del fields["out_dim"]  # that of the input
         fields |= {"expert": "glu" if kind == "geglu" else kind, "gate_columns": "last"}
         config = GatedMoEConfig(**shared, **fields)
-    return _with_logits_of(module, config, of_router | tensors), of_router | tensors
+    return _with_type_of_logits(module, name, config, of_router | tensors), of_router | tensors
 
 
 @torch.no_grad()
-def _with_logits_of(module: nn.Module, config: GatedMoEConfig, tensors: Mapping[str, Tensor]) -> GatedMoEConfig:
+def _with_type_of_logits(
+    module: nn.Module, name: str, config: GatedMoEConfig, tensors: Mapping[str, Tensor]
+) -> GatedMoEConfig:
     """Return the config with logits in the type that a layer has them in: only with weights of 16 bits that shows."""
     weight = tensors["router_weight"]
     if weight.dtype.itemsize > 2:
         return config
     rows = torch.randn(TOKENS, config.dim, generator=torch.Generator().manual_seed(2)).to(weight)
-    found, expected = [], copied(module)(rows[None])[0].float()
+    found, expected = [], _outputs(copied(module), rows, name).float()
     for tried in (config, config.replace(float32_router=True)):
         ours = layer_of_tensors(tried, None, tensors)
         complete(ours, module)
@@ -141,10 +144,7 @@ def router_of(module: nn.Module, name: str) -> Router:
     matrix = next(tensor for tensor in of_router if tensor.ndim == 2)
     d = matrix.numel() // n
     rows = torch.randn(TOKENS, d, generator=generator).to(matrix)
-    try:
-        expected = _run(drawn, rows.unflatten(0, (2, -1)), name).flatten(0, 1)
-    except MoepruneError:
-        expected = _run(drawn, rows, name)  # a layer of single tokens
+    expected = _outputs(drawn, rows, name)
     outputs = torch.stack([_run(expert, rows, name) for expert in experts], 1)
     best = min(_tried(others, rows, outputs, expected), key=lambda router: router.error, default=None)
     if best is None or not best.error <= tolerance(rows.dtype):
@@ -154,6 +154,14 @@ def router_of(module: nn.Module, name: str) -> Router:
             " what these experts give"
         )
     return best
+
+
+def _outputs(layer: nn.Module, rows: Tensor, name: str) -> Tensor:
+    """Return what a layer gives for tokens (t,d), be they of inputs, or alone."""
+    try:
+        return _run(layer, rows.unflatten(0, (2, -1)), name).flatten(0, 1)
+    except MoepruneError:
+        return _run(layer, rows, name)
 
 
 def _run(module: nn.Module, tokens: Tensor, name: str) -> Tensor:
