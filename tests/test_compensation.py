@@ -181,24 +181,18 @@ def test_a_fit_is_a_ridge_on_the_rows_from_the_pruned_model_to_the_unpruned_stre
     layer.observer = seen.append
     before = layer(x).double()
     chosen = None if scope == "static" else seen[0].chosen.tolist()
-    rows = rows_of(layer, x, chosen=chosen)
-    own, beside = output - before, target - output
-    R, kinds = rows.flatten(0, 1).numpy(), [*layer.regressor_kinds().values()]
+    rows, missing, own = rows_of(layer, x, chosen=chosen), target - before, output - before
+    R, T, kinds = rows.flatten(0, 1).numpy(), missing.flatten(0, 1).numpy(), [*layer.regressor_kinds().values()]
     ridges, scale = found.ridges.numpy(), scale_of_kinds(R, kinds)
-    halves = [*zip(by_half(rows), by_half(own), by_half(beside), strict=True)]
-    fits = [[direct_ridge(r, t, ridges / 2, scale) for t in (t, b)] for r, t, b in halves]
-    gained = sum(np.sum((t + b - r @ V) * (r @ W)) for (r, t, b), (V, W) in zip(halves, fits[::-1], strict=True))
-    share = min(
-        max(gained / sum(np.square(r @ W).sum() for (r, _, _), (_, W) in zip(halves, fits[::-1], strict=True)), 0), 1
-    )
-    T = (own + share * beside).flatten(0, 1).numpy()
     expected = R @ direct_ridge(R, T, ridges, scale)
     assert np.linalg.norm(expected) > 0.1 * np.linalg.norm(T)
     assert np.linalg.norm(R @ found.solution.numpy() - expected) < 1e-4 * np.linalg.norm(expected)
     added = (fitted(x).double() - before).flatten(0, 1).numpy()
     assert np.linalg.norm(added - expected) < 1e-4 * np.linalg.norm(expected)
+    halves = [*zip(by_half(rows), by_half(missing), by_half(own), strict=True)]
+    fits = [direct_ridge(r, t, ridges / 2, scale) for r, t, _ in halves]
     for error, order in ((quality.fitted_error, fits), (quality.held_out_error, fits[::-1])):
-        errors = sum(np.square(t - r @ (V + share * W)).sum() for (r, t, _), (V, W) in zip(halves, order, strict=True))
+        errors = sum(np.square(t - r @ V).sum() for (r, _, t), V in zip(halves, order, strict=True))
         assert error == pytest.approx(errors / float(output.square().sum()), rel=1e-4)
     assert (quality.samples, quality.regressors) == (90, R.shape[1])
 

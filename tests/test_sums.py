@@ -1,5 +1,7 @@
 """Sums of the regressions that compensations are fitted by, against the products of the rows themselves."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -77,7 +79,7 @@ def summed(layer, x, gap, mask=None, splits=(0,)) -> RegressionSums:
 
 def assert_products_of(rows: Tensor, gap: Tensor, sums: RegressionSums) -> None:
     R, T = rows.flatten(0, -2).numpy(), gap.reshape(-1, OUT).numpy()
-    equations = sums.equations()
+    (equations,) = sums.equations()
     for found, expected in ((equations.power, R.T @ R), (equations.cross, R.T @ T)):
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=2e-6 * np.abs(expected).max())
     assert equations.square == pytest.approx(np.square(T).sum(), rel=1e-6)
@@ -135,14 +137,29 @@ def test_windows_are_rows_of_their_own_and_belong_to_their_input(compensation):
 def test_sums_do_not_depend_on_how_inputs_are_batched(compensation, monkeypatch):
     layer, x, mask = pruned("mlp", 3, 0 if compensation == "linear" else 3, compensation), inputs(B), masks()
     gap = drawn_gap(B, M, OUT) * mask[:, :, None]
-    expected = summed(layer, x, gap, mask).equations()
-    found = [summed(layer, x, gap, mask, splits).equations() for splits in ((0, 1, 2, 3, 4, 5), (0, 4))]
+    (expected,) = summed(layer, x, gap, mask).equations()
+    found = [
+        *chain.from_iterable(summed(layer, x, gap, mask, splits).equations() for splits in ((0, 1, 2, 3, 4, 5), (0, 4)))
+    ]
     monkeypatch.setattr(observation, "WORKSPACE", 1)  # one input at once
-    found.append(summed(layer, x, gap, mask).equations())
+    found += summed(layer, x, gap, mask).equations()
     for each in found:
         torch.testing.assert_close(each.power, expected.power, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(each.cross, expected.cross, rtol=1e-5, atol=1e-5)
         assert each.square == pytest.approx(expected.square)
+
+
+@pytest.mark.parametrize("compensation", ["affine", "refit", "renorm-refit", "linear"])
+def test_sums_for_two_targets_are_those_for_each(compensation):
+    layer, x = pruned(k=0 if compensation == "linear" else 2, compensation=compensation), inputs(B)
+    gaps = drawn_gap(B, M, OUT), drawn_gap(B, M, OUT).flip(0)
+    sums = RegressionSums(layer.regressor_kinds(), OUT, x.device, targets=2)
+    sums.add(observe(layer, x), *gaps)
+    for found, gap in zip(sums.equations(), gaps, strict=True):
+        (expected,) = summed(layer, x, gap).equations()
+        torch.testing.assert_close(found.power, expected.power)
+        torch.testing.assert_close(found.cross, expected.cross)
+        assert found.square == pytest.approx(expected.square)
 
 
 def test_no_inputs_add_nothing():

@@ -52,19 +52,6 @@ class Equations(NamedTuple):
         return self.square - float((solution * (2 * self.cross - self.power @ solution)).sum())
 
 
-class Beside(NamedTuple):
-    """Targets B (…,o) that are wanted beside others T."""
-
-    cross: Tensor  # RᵀB (q,o)
-    square: float  # |B|²
-    with_targets: float  # <T, B>
-
-    def added_to(self, equations: Equations, share: float = 1.0) -> Equations:
-        """Return the equations of T + share·B."""
-        square = equations.square + share * (2 * self.with_targets + share * self.square)
-        return equations._replace(cross=equations.cross + share * self.cross, square=square)
-
-
 Halves = tuple[Equations, Equations]
 
 
@@ -88,55 +75,35 @@ def column_scale(squares: Tensor, kinds: Sequence[int]) -> Tensor:
     return torch.cat([part.clamp_min(max(WEAKEST * float(part.max()), tiny)) if len(part) else part for part in parts])
 
 
-def solve_held_out(halves: Halves, kinds: Sequence[int] | None = None, groups: Sequence[int] | None = None) -> Fit:
+def solve_held_out(
+    halves: Halves,
+    kinds: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
+    reported: Halves | None = None,
+) -> Fit:
     """Fit a ridge regression on two halves of the data together, with lambdas chosen by `choose_ridges`.
 
     Args:
         halves: on the CPU in float64, like the result.
         kinds: how many columns of R are of each kind, in their order, for their scale; None: all of one.
         groups: likewise, of those that share a lambda; None: the kinds.
+        reported: equations with other targets, of which the errors in the result are; None: of the same.
     """
     squares = halves[0].power.diagonal() + halves[1].power.diagonal()
     scale = column_scale(squares, kinds or [len(squares)])
     first, second = (half.scaled(scale) for half in halves)
     ridges = choose_ridges((first, second), groups or kinds or [len(squares)])
+    judges = [first, second]
+    if reported is not None:
+        others = zip(judges, reported, strict=True)
+        judges = [half._replace(cross=of.cross / scale[:, None], square=of.square) for half, of in others]
     if ridges is None:
-        square = first.square + second.square
+        square = judges[0].square + judges[1].square
         return Fit(torch.zeros_like(first.cross), square, square, None)
     one, other = (solve(half, ridges / 2) for half in (first, second))
-    fitted = first.error(one) + second.error(other)
-    held_out = first.error(other) + second.error(one)
+    fitted = judges[0].error(one) + judges[1].error(other)
+    held_out = judges[0].error(other) + judges[1].error(one)
     return Fit(solve(first + second, ridges) / scale[:, None], fitted, held_out, ridges)
-
-
-def solve_beside(halves: Halves, beside: Sequence[Beside], kinds: Sequence[int], groups: Sequence[int]) -> Fit:
-    """Do the same for T and a share of what is wanted beside it: the one with the least held-out error of T + B.
-
-    beside: of either half. The errors of the result are those of T alone.
-    """
-    scale = column_scale(halves[0].power.diagonal() + halves[1].power.diagonal(), kinds)
-    first, second = (half.scaled(scale) for half in halves)
-    one, other = (each._replace(cross=each.cross / scale[:, None]) for each in beside)
-    whole = one.added_to(first), other.added_to(second)
-    ridges = choose_ridges(whole, groups)
-    if ridges is None:
-        square = first.square + second.square
-        return Fit(torch.zeros_like(first.cross), square, square, None)
-    own = [solve(half, ridges / 2) for half in (first, second)]
-    added = [solve(half, ridges / 2) - fit for half, fit in zip(whole, own, strict=True)]
-    gained = used = 0.0
-    for fit, more, held_out in zip(own, added, reversed(whole), strict=True):
-        gained += float((more * (held_out.cross - held_out.power @ fit)).sum())
-        used += float((more * (held_out.power @ more)).sum())
-    share = min(max(gained / max(used, torch.finfo(torch.float64).tiny), 0.0), 1.0)
-    of_first, of_second = (fit + share * more for fit, more in zip(own, added, strict=True))
-    both = one.added_to(first, share) + other.added_to(second, share)
-    return Fit(
-        solve(both, ridges) / scale[:, None],
-        first.error(of_first) + second.error(of_second),
-        first.error(of_second) + second.error(of_first),
-        ridges,
-    )
 
 
 def solve(equations: Equations, ridges: Tensor) -> Tensor:

@@ -25,15 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeprune.calibration.ridge import (
-    Beside,
-    Equations,
-    choose_ridges,
-    column_scale,
-    factorized,
-    sketch,
-    solve_held_out,
-)
+from moeprune.calibration.ridge import Equations, choose_ridges, column_scale, factorized, sketch, solve_held_out
 from moeprune.layers.layer import MoELayer
 from moeprune.layers.observation import Observation, mean_token
 
@@ -97,59 +89,47 @@ def columns(seen: Observation, kinds: Mapping[str, int], mixing: Tensor | None =
 
 
 class RegressionSums:
-    """Sums for the regression of a gap on columns of some kinds, over some inputs.
+    """Sums for the regressions of some targets on columns of some kinds, over some inputs.
 
     power: the products of these columns with each other (q,q), if they are known.
     """
 
-    def __init__(self, kinds: Mapping[str, int], width: int, device: torch.device, power: Tensor | None = None):
+    def __init__(
+        self, kinds: Mapping[str, int], width: int, device: torch.device, power: Tensor | None = None, targets: int = 1
+    ):
         q, dtype = sum(kinds.values()), wide_dtype(device)
         self.kinds, self.knows_power = kinds, power is not None
         self.power = torch.zeros(q, q, device=device, dtype=dtype) if power is None else power
-        self.cross = torch.zeros(q, width, device=device, dtype=dtype)
-        self.square = torch.zeros((), device=device, dtype=dtype)
-        self.of_beside = torch.zeros(2, device=device, dtype=dtype)
+        self.cross = torch.zeros(targets, q, width, device=device, dtype=dtype)
+        self.square = torch.zeros(targets, device=device, dtype=dtype)
 
-    def add(self, seen: Observation, gap: Tensor, beside: Tensor | None = None) -> None:
-        """Add what a layer shows on some inputs, and the gap (b,m,o) between its output and what is wanted.
-
-        beside: more that is wanted; its products follow those of the gap.
-        """
+    def add(self, seen: Observation, *targets: Tensor) -> None:
+        """Add what a layer shows on some inputs, and what is wanted there (b,m,o)."""
         if len(seen.mass) == 0:
             return
         found, start = columns(seen, self.kinds), self.kinds.get("hidden", 0)
-        gap = gap.float().reshape(*seen.tokens.shape[:2], -1)
-        if beside is not None:
-            beside = beside.view_as(gap)
-            self.of_beside += torch.stack([(beside * each).sum(dtype=self.square.dtype) for each in (beside, gap)])
-            gap = torch.cat([gap, beside], 2)
+        wanted = [target.float().reshape(*seen.tokens.shape[:2], -1) for target in targets]
         if not self.knows_power:
             add_products(found, self.power[start:, start:])
-        add_targets(found, gap, self.cross[start:], self.square)
+        for target, cross, square in zip(wanted, self.cross, self.square, strict=True):
+            add_targets(found, target, cross[start:], square)
         if start:
-            self._add_hidden(seen, found, gap, start)
+            self._add_hidden(seen, found, wanted, start)
 
-    def _add_hidden(self, seen: Observation, found: Columns, gap: Tensor, size: int) -> None:
+    def _add_hidden(self, seen: Observation, found: Columns, targets: list[Tensor], size: int) -> None:
         """Add the products of what the kept experts' last linears take, weighted, summed over terms."""
-        q, others = found.of_tokens.shape[2], torch.cat([found.of_tokens, gap], 2)
+        q, others = found.of_tokens.shape[2], torch.cat([found.of_tokens, *targets], 2)
         with_others, with_inputs = seen.hidden_products(others, found.of_inputs, self.power[:size, :size])
-        self.cross[:size] += with_others[:, q:]
+        self.cross[:, :size] += with_others[:, q:].unflatten(1, (len(targets), -1)).transpose(0, 1)
         across = torch.cat([with_others[:, :q], with_inputs], 1)
         self.power[:size, size:] += across
         self.power[size:, :size] += across.mT
 
-    def equations(self) -> Equations:
-        """Return the equations, those of all targets, on the CPU in float64."""
+    def equations(self) -> list[Equations]:
+        """Return the equations of each target, on the CPU in float64."""
         power, cross = (part.to("cpu", torch.float64) for part in (self.power, self.cross))
         power.copy_((power + power.mT).div_(2))  # rounding need not be symmetric
-        return Equations(power, cross, float(self.square))
-
-    def equations_beside(self) -> tuple[Equations, Beside]:
-        """Return the equations of the gap, and what it takes to fit more, on the CPU in float64."""
-        power, cross, square = self.equations()
-        of_gap, of_beside = cross.chunk(2, 1)
-        own, with_gap = self.of_beside.tolist()
-        return Equations(power, of_gap.contiguous(), square - own), Beside(of_beside.contiguous(), own, with_gap)
+        return [Equations(power, *each) for each in zip(cross, self.square.tolist(), strict=True)]
 
 
 def add_products(found: Columns, power: Tensor, with_weights: Tensor | None = None) -> None:

@@ -2,8 +2,8 @@
 
 A pruned layer that uses means gives Y' = sum over kept experts of R_j + sum over dropped ones of w_j·mu_j. It lacks
 T = Y - Y', where Y is the output of the same layer in the unpruned model, so that T also holds what pruned layers
-before it broke. Where the layer's output is added to a stream, as in a transformer, what they broke there is added to
-T: the share of it with which the stream behind the layer lacks least on held-out inputs. One regression of T on
+before it broke. Where the layer's output is added to a stream, as in a transformer, T also holds what they broke there:
+it is what the stream behind the layer lacks. One regression of T on
 
     lstsq          the weights of all terms, without those that ran for their own input (a static set may correct
                    kept terms too: that costs nothing)
@@ -29,7 +29,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moeprune.calibration.ridge import Fit, solve_beside, solve_held_out
+from moeprune.calibration.ridge import Fit, solve_held_out
 from moeprune.calibration.sums import RegressionSums
 from moeprune.calibration.walk import Stage
 from moeprune.errors import MoepruneError
@@ -100,24 +100,21 @@ def regress(stage: Stage, layer: MoELayer, kinds: Mapping[str, int] | None = Non
     columns = *kinds.items(), plan.scope, plan.columns if plan.scope == "static" else plan  # decide the regressors
     is_shared = "hidden" not in kinds and "bias" not in kinds and not plan.is_low_rank  # whose columns are its own
     known = stage.shared.get(("power", columns)) if is_shared else None
-    targets = 2 * width if stage.has_stream else width
-    halves = [RegressionSums(kinds, targets, layer.fc2_weight.device, known and known[half]) for half in range(2)]
+    device, targets = layer.fc2_weight.device, 2 if stage.has_stream else 1
+    halves = [RegressionSums(kinds, width, device, known and known[half], targets) for half in range(2)]
     for members, seen, gap in stage.observe(layer):
         for which, index in enumerate(members):
-            beside = None if gap.beside is None else gap.beside[index]
-            halves[which].add(seen.select(index), gap.own[index], beside)
+            wanted = (gap.whole, gap.own)[:targets]
+            halves[which].add(seen.select(index), *(each[index] for each in wanted))
     if is_shared:
         stage.shared["power", columns] = [half.power for half in halves]
     of_tokens = sum(kinds.get(name, 0) for name in ("token", "mean", "one"))
     groups = [size for name, size in kinds.items() if name in ("hidden", "bias", "terms")]
     groups += [of_tokens] if of_tokens else []
-    if stage.has_stream:
-        (first, one), (second, other) = (halves.pop(0).equations_beside() for _ in range(2))
-        found = solve_beside((first, second), (one, other), [*kinds.values()], groups)
-    else:
-        first, second = (halves.pop(0).equations() for _ in range(2))  # the sums of many regressors take much memory
-        found = solve_held_out((first, second), [*kinds.values()], groups)
-    return found, first.power + second.power
+    of_halves = [halves.pop(0).equations() for _ in range(2)]  # the sums of many regressors take much memory
+    first, second = (equations[0] for equations in of_halves)
+    own = (of_halves[0][1], of_halves[1][1]) if stage.has_stream else None
+    return solve_held_out((first, second), [*kinds.values()], groups, own), first.power + second.power
 
 
 def correct(layer: MoELayer, correction: Tensor) -> None:
