@@ -115,9 +115,9 @@ def gated(model: Model, name: str) -> contextlib.AbstractContextManager[None]:
 
     def gate(*arguments: Any, **named: Any) -> Any:
         current = getattr(_running, "current", None)
-        if current is not None and current.goal == name and current.stand_in is not None:
-            return current.stand_in(arguments[0].new_zeros(*arguments[0].shape[:-1], layer.config.output_width))
         if current is not None and current.goal == name:
+            if current.stand_in is not None:
+                return current.stand_in(arguments[0].new_zeros(*arguments[0].shape[:-1], layer.config.output_width))
             known = current.wait(arguments, named)
             if known is not None:
                 return known

@@ -41,10 +41,7 @@ from moeprune.models.runtime import Runtime, trim_memory
 logger = logging.getLogger(__name__)
 WAITING, FEWEST_WAITING = 64, 8  # passes of a model that wait at once, at most: each has a thread
 HELD = 4 << 30  # bytes that waiting passes may hold, by estimate
-NOT_ADDED = (
-    0.1,
-    0.01,
-)  # relative error in the stream from which on a layer is not taken to add to it: of 16 bits, others
+NOT_ADDED = 0.1, 0.01  # relative error from which on an output is not added to the stream: in 16 bits, in more
 LIVE_TENSORS = 3  # of the size of a layer's input, that a waiting pass is taken to hold
 
 

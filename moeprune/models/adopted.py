@@ -121,8 +121,8 @@ def adopt(
         see(module, libraries, some, built_by) for some in (x[:1], x[1:], x)
     )
     ours = {
-        name: _as_ours(name, library, module.get_submodule(name), (first[name], second[name], both[name]), releases)
-        for name, library in ((name, libraries[name]) for name in first)
+        name: _as_ours(name, libraries[name], module.get_submodule(name), (seen, second[name], both[name]), releases)
+        for name, seen in first.items()
     }
     for name, our_layer in ours.items():  # only now, so that an error leaves the module as it is
         path = f"module.{name}".rstrip(".")

@@ -103,8 +103,8 @@ def regress(stage: Stage, layer: MoELayer, kinds: Mapping[str, int] | None = Non
     device, targets = layer.fc2_weight.device, 2 if stage.has_stream else 1
     halves = [RegressionSums(kinds, width, device, known and known[half], targets) for half in range(2)]
     for members, seen, gap in stage.observe(layer):
+        wanted = (gap.whole, gap.own)[:targets]
         for which, index in enumerate(members):
-            wanted = (gap.whole, gap.own)[:targets]
             halves[which].add(seen.select(index), *(each[index] for each in wanted))
     if is_shared:
         stage.shared["power", columns] = [half.power for half in halves]

@@ -45,7 +45,7 @@ def stack_modules(experts: nn.ModuleList, path: str, width: int) -> tuple[dict[s
         found, expected = functional_call(features, inner, (rows,), strict=True), copied(expert)(rows)
         if last is not None:
             found = F.linear(found, state[f"{last}.weight"], state.get(f"{last}.bias"))
-        if float((found - expected).abs().max()) > tolerance(rows.dtype) * float(expected.abs().max()):
+        if not _is_same(found, expected):
             raise MoepruneError(f"expert `{path}.{index}` does not compute what `{path}.0` does")
     tensors = {name: torch.stack([state[name] for state in states]) for name in states[0]}
     stacked = {own[name]: tensors.pop(name) for name in own if name in tensors}
@@ -105,6 +105,10 @@ def draw(tensors: Iterable[Tensor], generator: torch.Generator) -> None:
         tensor.copy_(noise / math.sqrt(max(tensor.shape, default=1)))
 
 
+def _is_same(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).abs().max()) <= tolerance(expected.dtype) * float(expected.abs().max())
+
+
 def _state(expert: nn.Module, path: str) -> dict[str, Tensor]:
     """Return an expert's tensors, or raise a MoepruneError if they cannot be stacked with others."""
     state = dict(expert.state_dict())
@@ -127,15 +131,12 @@ def _last_linear(expert: nn.Module, path: str, width: int) -> str | None:
     rows = torch.randn(ROWS, width, generator=generator).to(next(whole.parameters()))
     with user_code(f"expert `{path}` fails on {ROWS} tokens of width {width}"):
         expected = whole(rows)
-    linears = {name: linear for name, linear in parts_of(whole, nn.Linear).items() if name}
+    linears = {name: part for name, part in parts_of(whole, nn.Linear).items() if name and type(part) is nn.Linear}
     for name, linear in reversed(linears.items()):
-        if type(linear) is not nn.Linear:
-            continue
         features = features_of(whole, name)
         with contextlib.suppress(MoepruneError), user_code("without the linear it fails"):
             taken = features(rows)
-            if isinstance(taken, Tensor) and taken.shape == (ROWS, linear.in_features):
-                change = F.linear(taken, linear.weight, linear.bias) - expected
-                if float(change.abs().max()) <= tolerance(rows.dtype) * float(expected.abs().max()):
-                    return name
+            is_taken = isinstance(taken, Tensor) and taken.shape == (ROWS, linear.in_features)
+            if is_taken and _is_same(linear(taken), expected):
+                return name
     return None
